@@ -1,0 +1,415 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The `model.early_exit` block: which exits a model has and how they are trained.
+
+The block is read once, by `EarlyExitConfig.from_mapping`, into frozen dataclasses that hold every default; null in the
+block means "the default". All faults are reported together. `every: n/m` is a shorthand for exits at layers
+ceil(i * num_layers * n / m), i = 1, 2, ... below the full depth.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
+INITS = ("copy", "random", "lora")
+OUTPUTS = ("own", "shared", "low_rank")
+TRAIN_MODES = ("exits", "joint", "lora")
+OBJECTIVES = ("cross_entropy", "distillation", "mixed")
+TOKEN_WEIGHTS = ("none", "confidence")
+LOSS_WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
+
+BLOCK = "model.early_exit"
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
+RESERVED_NAMES = ("final",)  # reports and statistics call the original output layer so
+
+_EVERY_PATTERN = re.compile(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*")
+
+
+class EarlyExitConfigError(ValueError):
+    """The block has faults; `faults` holds one line for each, the message holds them all."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([f"{BLOCK} has {count}:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitConfig:
+    """One exit head.
+
+    Attributes:
+        name: unique, matches `[a-z0-9][a-z0-9_-]{0,40}`; a state key, a metric name and a directory name.
+        layer: the exit sits after this many transformer layers, 1 <= layer <= num_layers.
+        architecture: `embedding`, `norm`, `mlp` or `layer`.
+        init: `copy`, `random` or `lora`.
+        output: `own`, `shared` or `low_rank`.
+        rank: of the `lora` and `low_rank` updates.
+        loss_weight: final weight of this exit's loss.
+        loss_weight_schedule: `constant`, `linear` or `cosine`.
+        lr, min_lr, weight_decay: None = the optimizer's.
+        objective: None = the block's (`EarlyExitConfig.objective_of`).
+        seed: of random and lora initialisation; None = the run's.
+    """
+
+    name: str
+    layer: int
+    architecture: str
+    init: str
+    output: str
+    rank: int = 16
+    loss_weight: float = 1.0
+    loss_weight_schedule: str = "constant"
+    lr: float | None = None
+    min_lr: float | None = None
+    weight_decay: float | None = None
+    objective: str | None = None
+    seed: int | None = None
+
+    @property
+    def stop(self) -> int:
+        """The half-layer coordinate of the tap: 2k-1 (between attention and MLP of layer k) for `mlp`, else 2k."""
+        return 2 * self.layer - 1 if self.architecture == "mlp" else 2 * self.layer
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """How an exit learns from the final exit of the same forward pass.
+
+    Attributes:
+        temperature: both distributions are softened by it, > 0.
+        top_k: only the final exit's k most likely tokens count; None = the whole vocabulary.
+        weight: share of the distillation loss in `mixed`, the rest is label cross-entropy.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    weight: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyExitConfig:
+    """The whole block. `architecture`, `init` and `output` are the defaults that `exits` were resolved with."""
+
+    exits: tuple[ExitConfig, ...] = ()
+    architecture: str = "mlp"
+    init: str = "copy"
+    output: str = "own"
+    train: str = "exits"
+    objective: str = "cross_entropy"
+    distillation: DistillationConfig = DistillationConfig()
+    token_weights: str = "none"
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any] | None, *, num_layers: int) -> EarlyExitConfig:
+        """Read the block.
+
+        Args:
+            mapping: the yaml block (a dict or an OmegaConf node); None and missing keys mean the defaults.
+            num_layers: transformer layers of the backbone.
+
+        Raises:
+            EarlyExitConfigError: with every fault of the block.
+        """
+        return _read_block(mapping, num_layers)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The block with every exit spelt out and `every: None`; `from_mapping` of it equals `self`."""
+        block = {"exits": [dataclasses.asdict(exit) for exit in self.exits], "every": None}
+        for field in dataclasses.fields(self):
+            if field.name not in ("exits", "distillation"):
+                block[field.name] = getattr(self, field.name)
+        block["distillation"] = dataclasses.asdict(self.distillation)
+        return {key: block[key] for key in BLOCK_KEYS}
+
+    def exit(self, name: str) -> ExitConfig:
+        """The exit of that name. Raises ValueError naming the ones there are."""
+        for exit in self.exits:
+            if exit.name == name:
+                return exit
+        raise ValueError(
+            f"no exit is called {name!r}{_close_match(name, self.names)}; "
+            f"the exits are: {', '.join(self.names) or 'none'}"
+        )
+
+    def objective_of(self, name: str) -> str:
+        """The objective that exit `name` is trained with: its own or the block's."""
+        return self.exit(name).objective or self.objective
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Exit names in the block's order."""
+        return tuple(exit.name for exit in self.exits)
+
+    @property
+    def deepest_stop(self) -> int:
+        """The deepest tap's half-layer coordinate, 0 without exits."""
+        return max((exit.stop for exit in self.exits), default=0)
+
+
+BLOCK_KEYS = (
+    "exits",
+    "every",
+    "architecture",
+    "init",
+    "output",
+    "train",
+    "objective",
+    "distillation",
+    "token_weights",
+)
+
+
+# Reading: a check returns the value in its final type, or raises ValueError with the rule and the way out.
+_Check = Callable[[Any], Any]
+
+
+def _one_of(choices: tuple[str, ...]) -> _Check:
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise ValueError(f"must be one of {', '.join(choices)}{_close_match(value, choices)}")
+
+    return check
+
+
+def _integer(low: int, high: int | None = None, *, high_is: str = "", way_out: str = "") -> _Check:
+    span = f"of at least {low}" if high is None else f"in {low}..{high}{high_is}"
+
+    def check(value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
+            return value
+        raise ValueError(f"must be an integer {span}{way_out}")
+
+    return check
+
+
+def _number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> _Check:
+    rule = f"greater than {low:g}" if above else f"of at least {low:g}"
+    rule += "" if high == math.inf else f" and at most {high:g}"
+
+    def check(value: Any) -> float:
+        # PyYAML reads 1e-4 (no dot) as text; Hydra and OmegaConf read it as a number.
+        hint = ""
+        if isinstance(value, str) and _reads_as_number(value):
+            hint = f"; {value!r} is text here, write the number without quotes and with a dot (1.0e-4)"
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"must be a finite number {rule}{hint}")
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            raise ValueError(f"must be a finite number {rule}")
+        return float(value)
+
+    return check
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _exit_name(value: Any) -> str:
+    if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
+        raise ValueError(
+            "must match [a-z0-9][a-z0-9_-]{0,40}: start with a small letter or a digit, then small letters, digits, "
+            "_ and -, 41 characters at most; leave it out to get layer<k>-<architecture>"
+        )
+    if value in RESERVED_NAMES:
+        raise ValueError(f"is reserved for the model's original output; choose another name, e.g. {value}-1")
+    return value
+
+
+def _close_match(value: Any, choices: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+class _Reader:
+    """Reads the keys of one mapping and collects the faults, each with its full key."""
+
+    def __init__(self, mapping: Mapping[str, Any], path: str, keys: Sequence[str], faults: list[str]) -> None:
+        self.mapping, self.path, self.faults = mapping, path, faults
+        self.faulty: set[str] = set()
+        for key in mapping:
+            if key not in keys:
+                faults.append(
+                    f"{path}.{key} = {mapping[key]!r}: is not a key of this block{_close_match(key, keys)}; "
+                    f"the keys are {', '.join(keys)}"
+                )
+
+    def given(self, key: str) -> Any:
+        """The value as written, None when missing."""
+        return self.mapping.get(key)
+
+    def fault(self, key: str, rule: str) -> None:
+        self.faulty.add(key)
+        self.faults.append(f"{self.path}.{key} = {self.given(key)!r}: {rule}")
+
+    def read(self, key: str, check: _Check, default: Any) -> Any:
+        """The checked value; `default` when it is null, missing or faulty."""
+        value = self.given(key)
+        if value is None:
+            return default
+        try:
+            return check(value)
+        except ValueError as error:
+            self.fault(key, str(error))
+            return default
+
+
+def _keys_of(dataclass: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(dataclass))
+
+
+def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExitConfig:
+    assert num_layers >= 1, f"num_layers = {num_layers}"
+    mapping = {} if mapping is None else mapping
+    if not isinstance(mapping, Mapping):
+        raise EarlyExitConfigError(
+            [f"{BLOCK} = {mapping!r}: must be a mapping with the keys {', '.join(BLOCK_KEYS)}"]
+        )
+    faults: list[str] = []
+    reader, base = _Reader(mapping, BLOCK, BLOCK_KEYS, faults), EarlyExitConfig()
+    block = EarlyExitConfig(
+        architecture=reader.read("architecture", _one_of(ARCHITECTURES), base.architecture),
+        init=reader.read("init", _one_of(INITS), base.init),
+        output=reader.read("output", _one_of(OUTPUTS), base.output),
+        train=reader.read("train", _one_of(TRAIN_MODES), base.train),
+        objective=reader.read("objective", _one_of(OBJECTIVES), base.objective),
+        distillation=_read_distillation(reader, base.distillation),
+        token_weights=reader.read("token_weights", _one_of(TOKEN_WEIGHTS), base.token_weights),
+    )
+    exits = _read_exits(reader, block, num_layers)
+    if faults:
+        raise EarlyExitConfigError(faults)
+    return dataclasses.replace(block, exits=exits)
+
+
+def _read_distillation(reader: _Reader, base: DistillationConfig) -> DistillationConfig:
+    value = reader.given("distillation")
+    if value is None:
+        return base
+    keys = _keys_of(DistillationConfig)
+    if not isinstance(value, Mapping):
+        reader.fault("distillation", f"must be a mapping with the keys {', '.join(keys)}")
+        return base
+    inner = _Reader(value, f"{reader.path}.distillation", keys, reader.faults)
+    return DistillationConfig(
+        temperature=inner.read("temperature", _number(above=True), base.temperature),
+        top_k=inner.read("top_k", _integer(1, way_out="; null uses the whole vocabulary"), base.top_k),
+        weight=inner.read("weight", _number(high=1.0), base.weight),
+    )
+
+
+def _read_exits(reader: _Reader, block: EarlyExitConfig, num_layers: int) -> tuple[ExitConfig, ...]:
+    value = reader.given("exits")
+    entries: Sequence[Any] = () if value is None else value
+    if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
+        reader.fault("exits", "must be a list of exits; write [{layer: 4}, {layer: 8, architecture: norm}]")
+        entries = ()
+    exits: list[ExitConfig] = []
+    named: dict[str, str] = {}  # exit name -> key of the entry that has it
+    for index, entry in enumerate(entries):
+        path = f"{reader.path}.exits[{index}]"
+        exit = _read_exit(entry, path, reader.faults, block, num_layers)
+        if exit is None:
+            continue
+        if exit.name in named:
+            reader.faults.append(
+                f"{path}.name = {exit.name!r}: is already the name of {named[exit.name]} and names are unique; "
+                f"give this exit a name of its own, e.g. name: {exit.name}-{index + 1}"
+            )
+        named.setdefault(exit.name, path)
+        exits.append(exit)
+    known = {(exit.layer, exit.architecture, exit.name) for exit in exits}
+    for layer in _layers_of_every(reader, num_layers):
+        exit = ExitConfig(
+            name=f"layer{layer}-{block.architecture}",
+            layer=layer,
+            architecture=block.architecture,
+            init=block.init,
+            output=block.output,
+        )
+        if (exit.layer, exit.architecture, exit.name) in known:
+            continue
+        if exit.name in named:
+            reader.fault(
+                "every", f"gives layer {layer} the name {exit.name!r}, which {named[exit.name]} has; rename that exit"
+            )
+        exits.append(exit)
+    return tuple(exits)
+
+
+def _read_exit(
+    entry: Any, path: str, faults: list[str], block: EarlyExitConfig, num_layers: int
+) -> ExitConfig | None:
+    """One entry of `exits`, or None when it is too faulty to have a layer, an architecture and a name."""
+    keys = _keys_of(ExitConfig)
+    if not isinstance(entry, Mapping):
+        faults.append(f"{path} = {entry!r}: must be a mapping with at least a layer; write {{layer: 4}}")
+        return None
+    reader = _Reader(entry, path, keys, faults)
+    layer = reader.read(
+        "layer",
+        _integer(1, num_layers, high_is=f" (the model has {num_layers} layers, an exit sits after layer k)"),
+        None,
+    )
+    if reader.given("layer") is None:
+        reader.fault("layer", f"is missing; give the exit a layer in 1..{num_layers}")
+    architecture = reader.read("architecture", _one_of(ARCHITECTURES), block.architecture)
+    default = ExitConfig("", 1, architecture, block.init, block.output)
+    exit = dataclasses.replace(
+        default,
+        name=reader.read("name", _exit_name, f"layer{layer}-{architecture}"),
+        layer=layer,
+        init=reader.read("init", _one_of(INITS), default.init),
+        output=reader.read("output", _one_of(OUTPUTS), default.output),
+        rank=reader.read("rank", _integer(1), default.rank),
+        loss_weight=reader.read("loss_weight", _number(), default.loss_weight),
+        loss_weight_schedule=reader.read(
+            "loss_weight_schedule", _one_of(LOSS_WEIGHT_SCHEDULES), default.loss_weight_schedule
+        ),
+        lr=reader.read("lr", _number(), default.lr),
+        min_lr=reader.read("min_lr", _number(), default.min_lr),
+        weight_decay=reader.read("weight_decay", _number(), default.weight_decay),
+        objective=reader.read("objective", _one_of(OBJECTIVES), default.objective),
+        seed=reader.read("seed", _integer(0, 2**63 - 1), default.seed),
+    )
+    if exit.lr is not None and exit.min_lr is not None and exit.min_lr > exit.lr:
+        reader.fault("min_lr", f"must be at most lr = {exit.lr:g}; lower min_lr or leave it out")
+    return None if reader.faulty & {"layer", "architecture", "name"} else exit
+
+
+def _layers_of_every(reader: _Reader, num_layers: int) -> tuple[int, ...]:
+    """The layers of the shorthand `every: n/m`, without the full depth."""
+    value = reader.given("every")
+    if value is None:
+        return ()
+    match = _EVERY_PATTERN.fullmatch(value) if isinstance(value, str) else None
+    numerator, denominator = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= numerator < denominator:
+        reader.fault(
+            "every",
+            "must be text n/m with whole numbers 1 <= n < m, the share of the depth between two exits; "
+            'write "1/8", or list the exits under exits',
+        )
+        return ()
+    layers: list[int] = []
+    step = 1
+    while (layer := -(-step * num_layers * numerator // denominator)) < num_layers:
+        if layer not in layers:
+            layers.append(layer)
+        step += 1
+    if not layers:
+        reader.fault("every", f"gives no exit below the full depth of {num_layers}; use a smaller share or list exits")
+    return tuple(layers)
