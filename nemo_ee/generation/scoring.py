@@ -1,0 +1,209 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring known text: the log-probability of each token at the exit it would leave at.
+
+Early exit changes where a token is read, never a hidden state: what waits is computed later with the same values. So
+known text needs no token-by-token decoding. It runs once at full depth, the exits are asked about many rows at a time,
+and each sequence's decisions are then replayed in order (only the cap on waiting tokens makes them depend on earlier
+ones). The result is that of feeding the text token by token.
+
+May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{descent,items,policy,stats}`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_ee.exits.confidence import confidence, leaves
+from nemo_ee.generation.descent import pick_rows
+from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
+from nemo_ee.generation.policy import AskedExit
+from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
+
+# Rows of logits asked for at a time: at most this many numbers, 64 MiB in fp32.
+LOGITS_PER_QUESTION = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreResult:
+    """What `EarlyExitEngine.score` returns; the outer tuples have an entry per sequence, the inner per scored token.
+
+    Attributes:
+        logprobs: ln of each scored token's probability at the exit it is read from.
+        exits: that exit's name; None = the final exit.
+        is_greedy: whether the token is that exit's most likely one.
+        events: the same, token by token, sequence after sequence.
+        stats: sums over the events.
+    """
+
+    logprobs: tuple[tuple[float, ...], ...]
+    exits: tuple[tuple[str | None, ...], ...]
+    is_greedy: tuple[tuple[bool, ...], ...]
+    events: tuple[TokenEvent, ...]
+    stats: DecodingStats
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What one exit says about the token after one row."""
+
+    point: ExitPoint | None  # None = the final exit
+    confidence: float
+    logprob: float
+    is_greedy: bool
+
+
+class Scorer:
+    """One pass over a batch of known text.
+
+    Args:
+        model: what to run.
+        exits: the exits to ask, in the model's order.
+        criterion: of the confidence.
+        max_waiting: as in `ExitPolicy`.
+    """
+
+    def __init__(
+        self, model: DecodingModel, exits: Sequence[AskedExit], criterion: str, max_waiting: int | None
+    ) -> None:
+        self.model, self.exits, self.criterion, self.max_waiting = model, tuple(exits), criterion, max_waiting
+        self.device = getattr(model, "device", torch.device("cpu"))
+        self.asked = {exit.point.name: 0 for exit in exits} | {FINAL: 0}
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]], num_context: Sequence[int]) -> ScoreResult:
+        """Score `sequences[i][num_context[i]:]`, every sequence longer than its context and that at least 1."""
+        model = self.model
+        # The last token of a sequence predicts nothing that is scored, so it is never run.
+        fed = [list(own[:-1]) for own in sequences]
+        positions = {index: range(len(own)) for index, own in enumerate(fed)}
+        items = Items.of(positions, self.device)
+        names = tuple(exit.point.name for exit in self.exits)
+        cache = model.new_cache(len(fed), max(len(own) for own in fed), names)
+        tokens = torch.tensor([token for own in fed for token in own], dtype=torch.long, device=self.device)
+        targets = torch.tensor([token for own in sequences for token in own[1:]], dtype=torch.long)
+        # A context's last row is read from the final exit, as after a prompt; the rows after it are asked.
+        first_rows = [group.first_row for group in items.groups]
+        asking = [
+            row + position
+            for row, own, context in zip(first_rows, fed, num_context, strict=True)
+            for position in range(context, len(own))
+        ]
+
+        hidden = model.embed(tokens, items)
+        early: dict[int, _Answer] = {}
+        depth, end = 0, 2 * model.num_layers
+        for stop in sorted({*(exit.point.stop for exit in self.exits), end}):
+            hidden = model.run(hidden, items, depth, stop, cache)
+            depth = stop
+            for exit in self.exits:
+                if exit.point.stop == stop:
+                    asked = [row for row in asking if row not in early]
+                    early |= self._ask(exit, hidden, items, targets, asked, cache)
+        final_rows = []
+        for row, own, context in zip(first_rows, fed, num_context, strict=True):
+            final_rows += self._read_from_final(row, context, len(own), early)
+        final = self._ask(None, hidden, items, targets, final_rows, cache)
+        answers = [
+            [(early | final)[row + position] for position in range(context - 1, len(own))]
+            for row, own, context in zip(first_rows, fed, num_context, strict=True)
+        ]
+        return self._result(sequences, num_context, answers, len(items))
+
+    def _read_from_final(self, first_row: int, context: int, length: int, early: dict[int, _Answer]) -> list[int]:
+        """Replay one sequence's decisions; those the cap forces to full depth lose their early answer."""
+        rows, waiting = [first_row + context - 1], 0
+        for row in range(first_row + context, first_row + length):
+            forced = self.max_waiting is not None and waiting >= self.max_waiting
+            if forced:
+                early.pop(row, None)
+            if row not in early:
+                rows.append(row)
+            # At the end of the stack nothing is left to wait for, and what waited has come along.
+            at_end = row not in early or early[row].point.stop == 2 * self.model.num_layers
+            waiting = 0 if at_end else waiting + 1
+        return rows
+
+    def _ask(
+        self,
+        exit: AskedExit | None,
+        hidden: Tensor,
+        items: Items,
+        targets: Tensor,
+        asked: Sequence[int],
+        cache: object,
+    ) -> dict[int, _Answer]:
+        """Ask an exit about these rows (ascending), a chunk at a time; keep the answers that are sure.
+
+        It is told of all other rows first: a `layer` exit's question attends to every position before its own.
+        """
+        name = None if exit is None else exit.point.name
+        rows_at_once = max(1, LOGITS_PER_QUESTION // self.model.vocab_size)
+        if exit is not None:
+            others = sorted(set(range(len(items))) - set(asked))
+            if others:
+                self.model.observe_exit(name, *pick_rows(hidden, items, others), cache)
+        answers: dict[int, _Answer] = {}
+        for begin in range(0, len(asked), rows_at_once):
+            rows = asked[begin : begin + rows_at_once]
+            logits = self.model.exit_logits(name, *pick_rows(hidden, items, rows), cache)
+            target = targets[rows].to(logits.device)
+            chosen = logits.gather(1, target[:, None])[:, 0]
+            columns = (
+                confidence(logits, self.criterion),
+                chosen - logits.logsumexp(dim=1),
+                logits.argmax(dim=1) == target,
+            )
+            sure = [True] * len(rows)
+            if exit is not None:
+                sure = leaves(columns[0], exit.threshold, self.criterion).tolist()
+            for row, is_sure, *said in zip(rows, sure, *(column.tolist() for column in columns), strict=True):
+                if is_sure:
+                    answers[row] = _Answer(None if exit is None else exit.point, *said)
+            self.asked[FINAL if name is None else name] += len(rows)
+        return answers
+
+    def _result(
+        self,
+        sequences: Sequence[Sequence[int]],
+        num_context: Sequence[int],
+        answers: Sequence[Sequence[_Answer]],
+        num_items: int,
+    ) -> ScoreResult:
+        per_sequence: dict[int, list[TokenEvent]] = defaultdict(list)
+        for index, (own, context) in enumerate(zip(sequences, num_context, strict=True)):
+            for offset, answer in enumerate(answers[index]):
+                point, position = answer.point, context + offset
+                per_sequence[index].append(
+                    TokenEvent(
+                        sequence=index,
+                        position=position,
+                        token=own[position],
+                        exit=None if point is None else point.name,
+                        layer=self.model.num_layers if point is None else point.layer,
+                        confidence=answer.confidence,
+                        logprob=answer.logprob,
+                        finish_reason="length" if position + 1 == len(own) else None,
+                    )
+                )
+        events = tuple(event for own in per_sequence.values() for event in own)
+        return ScoreResult(
+            logprobs=tuple(tuple(event.logprob for event in own) for own in per_sequence.values()),
+            exits=tuple(tuple(event.exit for event in own) for own in per_sequence.values()),
+            is_greedy=tuple(tuple(answer.is_greedy for answer in own) for own in answers),
+            events=events,
+            stats=DecodingStats(
+                num_prompt_tokens=sum(num_context),
+                num_tokens=len(events),
+                tokens_per_exit=exit_histogram(events, self.model.exits),
+                mean_depth=mean_depth(events),
+                num_layers=self.model.num_layers,
+                computed_layers=float(num_items * self.model.num_layers),
+                asked=dict(self.asked),
+            ),
+        )

@@ -1,0 +1,82 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding says about itself: an event per token, and sums over them.
+
+May import: the standard library and `nemo_ee.generation.items`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nemo_ee.generation.items import ExitPoint
+
+FINAL = "final"  # the name under which the final exit (None in an event) is counted
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """One token, generated or scored.
+
+    Attributes:
+        sequence: index of the sequence in the call.
+        position: of this token in its sequence, the prompt included, from 0.
+        token: its id.
+        exit: name of the exit that produced it; None = the final exit.
+        layer: how many layers that exit stands on.
+        confidence: of that exit, by the policy's criterion.
+        logprob: ln of the token's probability at that exit, before temperature and penalties.
+        finish_reason: None while the sequence goes on; `stop` (a stop token) or `length` with its last token.
+    """
+
+    sequence: int
+    position: int
+    token: int
+    exit: str | None
+    layer: int
+    confidence: float
+    logprob: float
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingStats:
+    """Sums over the tokens of a call.
+
+    Attributes:
+        num_prompt_tokens: tokens that ran as prompt or context.
+        num_tokens: tokens generated or scored.
+        tokens_per_exit: how many came from each exit the model has, in depth order, `final` last.
+        mean_depth: mean number of layers below the exits they came from.
+        num_layers: of the model.
+        computed_layers: sum over all positions of the layers that were really run for them (halves count), prompt
+            included; the work, where `mean_depth` is only where tokens left.
+        asked: how many times each exit was asked, `final` included.
+    """
+
+    num_prompt_tokens: int
+    num_tokens: int
+    tokens_per_exit: dict[str, int]
+    mean_depth: float
+    num_layers: int
+    computed_layers: float
+    asked: dict[str, int]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain numbers for a report."""
+        return dataclasses.asdict(self)
+
+
+def exit_histogram(events: Iterable[TokenEvent], exits: Sequence[ExitPoint]) -> dict[str, int]:
+    """How many tokens each exit produced: every exit of the model in its order, then `final`."""
+    counts = {point.name: 0 for point in exits} | {FINAL: 0}
+    for event in events:
+        counts[FINAL if event.exit is None else event.exit] += 1
+    return counts
+
+
+def mean_depth(events: Sequence[TokenEvent]) -> float:
+    """Mean number of layers below the exits that produced the tokens; 0.0 without tokens."""
+    return sum(event.layer for event in events) / len(events) if events else 0.0
