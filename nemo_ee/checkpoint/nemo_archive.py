@@ -18,6 +18,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -229,7 +230,7 @@ _FileSource = Path | bytes | tuple[NemoArchive, str]
 def _open_tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path, mode="r:*")
-    except (tarfile.TarError, EOFError, OSError) as fault:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
         raise ValueError(f"{path}: not a .nemo archive, or damaged ({fault}); fetch or save it again.") from fault
 
 
@@ -252,7 +253,9 @@ def _checked_members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarI
         assert tar.fileobj is not None
         tar.fileobj.seek(end)
         whole = tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
-    except (tarfile.TarError, EOFError, OSError) as fault:
+        while tar.fileobj.read(_COPY_BYTES):  # to the end, where gzip keeps its checksum
+            pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
         raise ValueError(f"{path}: damaged or truncated ({fault}); fetch or save it again.") from fault
     if not whole:
         raise ValueError(f"{path}: truncated (no end mark after {len(members)} members); fetch or save it again.")
@@ -326,7 +329,7 @@ def _add_file(tar: tarfile.TarFile, name: str, source: _FileSource) -> None:
             info.size = archive.members()[member]
         try:
             tar.addfile(info, stream)
-        except (tarfile.TarError, EOFError, OSError) as fault:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
             raise ValueError(f"cannot copy {name!r} into the archive ({fault}).") from fault
 
 
@@ -336,7 +339,7 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
         while block := source.read(_COPY_BYTES):
             target.write(block)
             copied += len(block)
-    except (tarfile.TarError, EOFError) as fault:
+    except (tarfile.TarError, EOFError, zlib.error) as fault:
         raise ValueError(f"{what}: damaged or truncated ({fault}); fetch or save it again.") from fault
     if copied != size:
         raise ValueError(f"{what}: {copied} of {size} bytes are there; the file is truncated, fetch or save it again.")

@@ -241,9 +241,7 @@ def test_common_pt_needs_trust_when_it_is_more_than_data(copy: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("wrap", ["direct", "stream", "byte_tensor", "none", "empty"])
-def test_sharded_objects_are_checked_stream_within_stream(
-    megatron: None, tmp_path: Path, wrap: str
-) -> None:
+def test_sharded_objects_are_checked_stream_within_stream(megatron: None, tmp_path: Path, wrap: str) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
