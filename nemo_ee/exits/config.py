@@ -123,12 +123,12 @@ class EarlyExitConfig:
 
     def to_mapping(self) -> dict[str, Any]:
         """The block with every exit spelt out and `every: None`; `from_mapping` of it equals `self`."""
-        block = {"exits": [dataclasses.asdict(exit) for exit in self.exits], "every": None}
-        for field in dataclasses.fields(self):
-            if field.name not in ("exits", "distillation"):
-                block[field.name] = getattr(self, field.name)
-        block["distillation"] = dataclasses.asdict(self.distillation)
-        return {key: block[key] for key in BLOCK_KEYS}
+        written = {
+            "exits": [dataclasses.asdict(exit) for exit in self.exits],
+            "every": None,
+            "distillation": dataclasses.asdict(self.distillation),
+        }
+        return {key: written[key] if key in written else getattr(self, key) for key in BLOCK_KEYS}
 
     def exit(self, name: str) -> ExitConfig:
         """The exit of that name. Raises ValueError naming the ones there are."""
@@ -155,16 +155,11 @@ class EarlyExitConfig:
         return max((exit.stop for exit in self.exits), default=0)
 
 
+# The yaml block's keys, in its order.
 BLOCK_KEYS = (
     "exits",
     "every",
-    "architecture",
-    "init",
-    "output",
-    "train",
-    "objective",
-    "distillation",
-    "token_weights",
+    *(field.name for field in dataclasses.fields(EarlyExitConfig) if field.name != "exits"),
 )
 
 
@@ -275,9 +270,7 @@ def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExit
     assert num_layers >= 1, f"num_layers = {num_layers}"
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, Mapping):
-        raise EarlyExitConfigError(
-            [f"{BLOCK} = {mapping!r}: must be a mapping with the keys {', '.join(BLOCK_KEYS)}"]
-        )
+        raise EarlyExitConfigError([f"{BLOCK} = {mapping!r}: must be a mapping with the keys {', '.join(BLOCK_KEYS)}"])
     faults: list[str] = []
     reader, base = _Reader(mapping, BLOCK, BLOCK_KEYS, faults), EarlyExitConfig()
     block = EarlyExitConfig(
@@ -350,9 +343,7 @@ def _read_exits(reader: _Reader, block: EarlyExitConfig, num_layers: int) -> tup
     return tuple(exits)
 
 
-def _read_exit(
-    entry: Any, path: str, faults: list[str], block: EarlyExitConfig, num_layers: int
-) -> ExitConfig | None:
+def _read_exit(entry: Any, path: str, faults: list[str], block: EarlyExitConfig, num_layers: int) -> ExitConfig | None:
     """One entry of `exits`, or None when it is too faulty to have a layer, an architecture and a name."""
     keys = _keys_of(ExitConfig)
     if not isinstance(entry, Mapping):

@@ -1,50 +1,31 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The decoding engine: checks a call, runs prompts, feeds tokens, samples, stops each sequence, reports.
+"""The decoding engine: checks a call, then generates, streams or scores.
 
 Modes: `early_exit` (a token is read at the first active exit that is sure), `full` (always the final exit). The prompt
 runs at full depth and the first new token comes from the final exit. Every sequence of a batch gets what it would get
 alone: decisions, random numbers and stops are its own.
 
-May import: torch and `nemo_ee.generation`.
+May import: `nemo_ee.exits` and `nemo_ee.generation`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
-import torch
-
 from nemo_ee.exits.confidence import CRITERIA
-from nemo_ee.generation.descent import Descent, Reading
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import AskedExit, ExitPolicy
-from nemo_ee.generation.sampling import SamplingParams, sample
+from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
-from nemo_ee.generation.stats import DecodingStats, TokenEvent, exit_histogram, mean_depth
+from nemo_ee.generation.session import DecodingSession, Request
+from nemo_ee.generation.stats import DecodingStats, TokenEvent
 
 MODES = ("early_exit", "full")
 LATER_MODES = ("self_speculative", "static_depth")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to generate.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: at least 1.
-        sampling: how its tokens are chosen.
-        stop_tokens: ids that end it; the one that does is its last token.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: SamplingParams = SamplingParams()
-    stop_tokens: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -68,125 +49,6 @@ class GenerationResult:
         return tuple(event for event in self.events if event.sequence == sequence)
 
 
-class DecodingSession:
-    """Decoding of one batch, a step at a time. Made by `EarlyExitEngine.start`.
-
-    Attributes:
-        cache: the model's key/value storage.
-        finished: whether every sequence has ended.
-    """
-
-    def __init__(
-        self,
-        model: DecodingModel,
-        requests: Sequence[Request],
-        exits: Sequence[AskedExit],
-        criterion: str,
-        max_waiting: int | None,
-    ) -> None:
-        self.requests = tuple(requests)
-        max_length = max(len(own.prompt) + own.max_new_tokens for own in self.requests)
-        with torch.inference_mode():
-            self.cache: Any = model.new_cache(
-                len(self.requests), max_length, tuple(exit.point.name for exit in exits)
-            )
-        self._model = model
-        self._descent = Descent(model, self.cache, exits, criterion, max_waiting)
-        self._tokens = [list(own.prompt) for own in self.requests]  # with the new ones
-        self._running = list(range(len(self.requests)))
-        self._prompts_have_run = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return not self._running
-
-    @torch.inference_mode()
-    def step(self) -> tuple[TokenEvent, ...]:
-        """The next token of every sequence that has not ended, in the order of the sequences.
-
-        Raises:
-            RuntimeError: the model returned logits that are not numbers.
-        """
-        if self.finished:
-            return ()
-        if self._prompts_have_run:
-            newest = {index: (len(self._tokens[index]) - 1, self._tokens[index][-1]) for index in self._running}
-            readings = self._descent.step(newest)
-        else:
-            readings = self._descent.prompt({index: self._tokens[index] for index in self._running})
-            self._prompts_have_run = True
-        events = self._choose(readings)
-        self._running = [event.sequence for event in events if event.finish_reason is None]
-        return events
-
-    @torch.inference_mode()
-    def flush(self) -> None:
-        """Run everything that waits, of ended sequences too, to full depth.
-
-        Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
-        """
-        self._descent.flush()
-
-    def waiting(self, sequence: int) -> int:
-        """How many tokens of the sequence wait for deeper layers."""
-        return self._descent.waiting(sequence)
-
-    def stats(self, events: Sequence[TokenEvent]) -> DecodingStats:
-        """Sums over these events and over the work done so far."""
-        return DecodingStats(
-            num_prompt_tokens=sum(len(own.prompt) for own in self.requests),
-            num_tokens=len(events),
-            tokens_per_exit=exit_histogram(events, self._model.exits),
-            mean_depth=mean_depth(events),
-            num_layers=self._model.num_layers,
-            computed_layers=self._descent.computed_half_layers / 2,
-            asked=dict(self._descent.asked),
-        )
-
-    def _choose(self, readings: Sequence[Reading]) -> tuple[TokenEvent, ...]:
-        """Sample a token from each reading and record it."""
-        logits = torch.stack([reading.logits for reading in readings])
-        indices = [reading.sequence for reading in readings]
-        positions = [len(self._tokens[index]) for index in indices]
-        chosen = sample(
-            logits,
-            [self.requests[index].sampling for index in indices],
-            positions,
-            [self._tokens[index] for index in indices],
-        )
-        of_chosen = logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0]
-        logprobs = (of_chosen - logits.logsumexp(dim=1)).tolist()
-        events = []
-        for reading, position, token, logprob in zip(readings, positions, chosen, logprobs, strict=True):
-            if math.isnan(logprob):
-                raise RuntimeError(
-                    f"sequence {reading.sequence}: the logits for position {position} from "
-                    f"{'the final exit' if reading.exit is None else f'exit {reading.exit!r}'} are not numbers (NaN or "
-                    "inf); check the checkpoint for broken weights, or decode in bf16 or fp32 instead of fp16"
-                )
-            self._tokens[reading.sequence].append(token)
-            events.append(
-                TokenEvent(
-                    sequence=reading.sequence,
-                    position=position,
-                    token=token,
-                    exit=reading.exit,
-                    layer=reading.layer,
-                    confidence=reading.confidence,
-                    logprob=logprob,
-                    finish_reason=self._finish_reason(reading.sequence),
-                )
-            )
-        return tuple(events)
-
-    def _finish_reason(self, index: int) -> str | None:
-        request, tokens = self.requests[index], self._tokens[index]
-        if tokens[-1] in request.stop_tokens:
-            return "stop"
-        return "length" if len(tokens) - len(request.prompt) >= request.max_new_tokens else None
-
-
 class EarlyExitEngine:
     """Generates and scores text with a model that has exits.
 
@@ -207,7 +69,7 @@ class EarlyExitEngine:
         max_new_tokens: int | Sequence[int],
         mode: str = "early_exit",
         policy: ExitPolicy | None = None,
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
         stop_tokens: Collection[int] = (),
     ) -> GenerationResult:
         """Generate until every sequence has ended.
@@ -223,9 +85,7 @@ class EarlyExitEngine:
         Raises:
             ValueError: with every fault of the call, before anything runs.
         """
-        session = self.start(
-            self._requests(prompts, max_new_tokens, sampling, stop_tokens), mode=mode, policy=policy
-        )
+        session = self.start(self._requests(prompts, max_new_tokens, sampling, stop_tokens), mode=mode, policy=policy)
         events: list[TokenEvent] = []
         while not session.finished:
             events += session.step()
@@ -248,13 +108,11 @@ class EarlyExitEngine:
         max_new_tokens: int | Sequence[int],
         mode: str = "early_exit",
         policy: ExitPolicy | None = None,
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 (frozen)
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
         stop_tokens: Collection[int] = (),
     ) -> Iterator[TokenEvent]:
         """`generate`, token by token: an iterator over the events as they come. The call is checked at once."""
-        session = self.start(
-            self._requests(prompts, max_new_tokens, sampling, stop_tokens), mode=mode, policy=policy
-        )
+        session = self.start(self._requests(prompts, max_new_tokens, sampling, stop_tokens), mode=mode, policy=policy)
         return (event for _ in iter(lambda: session.finished, True) for event in session.step())
 
     def start(
@@ -352,7 +210,7 @@ class EarlyExitEngine:
         yield from (
             f"stop token {token!r} is not in the vocabulary 0..{self.model.vocab_size - 1}; remove it"
             for token in request.stop_tokens
-            if index == 0 and not self._in_vocabulary(token)
+            if not self._in_vocabulary(token)
         )
         new, limit = request.max_new_tokens, self.model.max_positions
         if not _is_whole(new) or new < 1:
@@ -380,7 +238,7 @@ class EarlyExitEngine:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _per_sequence(key: str, value: Any, count: int, kind: type, faults: list[str]) -> list[Any]:
@@ -388,12 +246,15 @@ def _per_sequence(key: str, value: Any, count: int, kind: type, faults: list[str
     if isinstance(value, kind):
         return [value] * count
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
-        faults.append(f"{key} = {value!r} must be one {kind.__name__}, or a list with one for each of {count} sequences")
+        faults.append(
+            f"{key} = {value!r} must be one {kind.__name__}, or a list with one for each of {count} sequences"
+        )
         return []
     return list(value)
 
 
 def _raise(faults: Sequence[str]) -> None:
+    faults = list(dict.fromkeys(faults))  # a stop token shared by all prompts is one fault
     if len(faults) == 1:
         raise ValueError(faults[0])
     if faults:

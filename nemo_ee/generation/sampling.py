@@ -61,6 +61,9 @@ class SamplingParams:
             raise ValueError("sampling: " + "; ".join(faults))
 
 
+GREEDY = SamplingParams()
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

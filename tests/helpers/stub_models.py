@@ -1,0 +1,253 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Stub models behind the engine's `DecodingModel` protocol.
+
+* `ScriptedModel` has no weights: a script says what each exit answers, and the model checks and counts every piece of
+  work the engine asks for. Nothing may be computed twice, out of order, or before what it depends on.
+* `TinyTransformer` is a real causal transformer with seeded random weights, grouped queries and all four exit
+  architectures, run on `KVCache`. `tests/helpers/reference_decoder.py` recomputes it from scratch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import LongTensor, Tensor
+
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.generation.items import ExitPoint, Items
+from nemo_ee.generation.kv_cache import KVCache
+
+
+def exit_points(*exits: tuple[str, int, int]) -> tuple[ExitPoint, ...]:
+    """(name, layer, stop) triples as exit points, sorted by stop."""
+    return tuple(sorted((ExitPoint(*exit) for exit in exits), key=lambda point: point.stop))
+
+
+@dataclasses.dataclass
+class ScriptedCache:
+    """What was computed: (sequence, position) per half layer, and what each active exit heard of."""
+
+    num_sequences: int
+    max_length: int
+    active_exits: tuple[str, ...]
+    computed: dict[int, set[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    heard: dict[str, set[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    asked: Counter = dataclasses.field(default_factory=Counter)
+    rows_per_run: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # (start, stop, rows)
+
+
+class ScriptedModel:
+    """A model whose exits answer by script.
+
+    Args:
+        num_layers: of the pretended stack.
+        exits: as from `exit_points`.
+        script: (exit name or None, token, position) -> (next token, its probability). It sees the token that was fed,
+            not the sequence's number, so that a sequence gets the same answers in any batch.
+        vocab_size, max_positions: as in the protocol.
+
+    The hidden state is [token, position, depth]. `cache` is the newest cache.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        exits: tuple[ExitPoint, ...],
+        script: Callable[[str | None, int, int], tuple[int, float]],
+        vocab_size: int = 50,
+        max_positions: int = 64,
+    ) -> None:
+        self.num_layers, self.exits, self.script = num_layers, exits, script
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.cache: ScriptedCache | None = None
+
+    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> ScriptedCache:
+        self.cache = ScriptedCache(num_sequences, max_length, active_exits)
+        self.cache.computed = {half: set() for half in range(2 * self.num_layers + 1)}
+        self.cache.heard = {name: set() for name in active_exits}
+        return self.cache
+
+    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
+        self._compute(0, items, self.cache)
+        return torch.stack([tokens, items.position, torch.zeros_like(tokens)], dim=1).float()
+
+    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: ScriptedCache) -> Tensor:
+        assert start < stop <= 2 * self.num_layers, "an empty or impossible segment"
+        self._check(hidden, items, start)
+        cache.rows_per_run.append((start, stop, len(items)))
+        for half in range(start + 1, stop + 1):
+            self._compute(half, items, cache)
+        hidden = hidden.clone()
+        hidden[:, 2] = stop
+        return hidden
+
+    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: ScriptedCache) -> None:
+        self._check(hidden, items, self._stop_of(name))
+        self._hear(name, items, cache)
+
+    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: ScriptedCache) -> Tensor:
+        self._check(hidden, items, self._stop_of(name))
+        if name is not None:
+            self._hear(name, items, cache)
+            for pair in pairs(items):  # a `layer` exit would attend to all of these
+                assert {(pair[0], earlier) for earlier in range(pair[1])} <= cache.heard[name], f"{name}: gap at {pair}"
+        rows = []
+        for token, position, _ in hidden.long().tolist():
+            cache.asked[name] += 1
+            rows.append(self._logits(*self.script(name, token, position)))
+        return torch.stack(rows)
+
+    def _logits(self, token: int, probability: float) -> Tensor:
+        rest = (1.0 - probability) / (self.vocab_size - 1)
+        probabilities = torch.full((self.vocab_size,), rest)
+        probabilities[token] = probability
+        return probabilities.log()
+
+    def _stop_of(self, name: str | None) -> int:
+        return 2 * self.num_layers if name is None else next(own.stop for own in self.exits if own.name == name)
+
+    def _check(self, hidden: Tensor, items: Items, depth: int) -> None:
+        assert hidden.shape == (len(items), 3), "one row per item"
+        assert (hidden[:, 2] == depth).all(), f"hidden states at depth {hidden[:, 2].tolist()} taken as depth {depth}"
+        assert (hidden[:, 1] == items.position).all(), "rows and items are out of step"
+        assert pairs(items) == sorted(set(pairs(items))), "items ascend by sequence, then by position"
+
+    def _compute(self, half: int, items: Items, cache: ScriptedCache) -> None:
+        done = cache.computed[half]
+        twice = done & set(pairs(items))
+        assert not twice, f"half layer {half} computed twice for {sorted(twice)}"
+        assert all(position < cache.max_length for _, position in pairs(items)), "past the cache"
+        done |= set(pairs(items))
+        for sequence, position in pairs(items):
+            missing = [earlier for earlier in range(position) if (sequence, earlier) not in done]
+            assert not missing, f"half layer {half} of {(sequence, position)} misses the positions {missing}"
+
+    def _hear(self, name: str, items: Items, cache: ScriptedCache) -> None:
+        assert name in cache.active_exits, f"exit {name} is not active"
+        twice = cache.heard[name] & set(pairs(items))
+        assert not twice, f"exit {name} hears twice of {sorted(twice)}"
+        cache.heard[name] |= set(pairs(items))
+
+
+def pairs(items: Items) -> list[tuple[int, int]]:
+    """The (sequence, position) pairs as a list."""
+    return list(zip(items.sequence.tolist(), items.position.tolist(), strict=True))
+
+
+@dataclasses.dataclass
+class LayerWeights:
+    """One pre-norm transformer layer (RMSNorm without a weight, GELU)."""
+
+    query: Tensor  # [heads * d, h]
+    key: Tensor  # [kv * d, h]
+    value: Tensor  # [kv * d, h]
+    output: Tensor  # [h, heads * d]
+    up: Tensor  # [f, h]
+    down: Tensor  # [h, f]
+
+
+class TinyTransformer:
+    """A causal transformer with learned positions, grouped queries, and exits of the four architectures.
+
+    Args:
+        exits: configs; `name`, `layer` and `architecture` are used.
+        num_layers, hidden_size, num_heads, num_kv_heads, vocab_size, max_positions: its shape.
+        seed: of all weights.
+        sharpness: scales the logits; larger = surer exits.
+    """
+
+    head_dim = 8
+
+    def __init__(
+        self,
+        exits: Sequence[ExitConfig],
+        *,
+        num_layers: int = 4,
+        hidden_size: int = 24,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        vocab_size: int = 37,
+        max_positions: int = 64,
+        seed: int = 0,
+        sharpness: float = 6.0,
+    ) -> None:
+        self.num_layers, self.vocab_size, self.max_positions = num_layers, vocab_size, max_positions
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.scale = 1.0 / math.sqrt(self.head_dim)
+        self.configs = {exit.name: exit for exit in exits}
+        self.exits = exit_points(*((exit.name, exit.layer, exit.stop) for exit in exits))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.hidden_size = hidden_size
+        self.word_embeddings = self._random(vocab_size, hidden_size) * math.sqrt(hidden_size)
+        self.position_embeddings = self._random(max_positions, hidden_size) * math.sqrt(hidden_size)
+        self.layers = [self._layer() for _ in range(num_layers)]
+        self.exit_layers = {name: self._layer() for name in self.configs}  # own MLP of `mlp`, own block of `layer`
+        self.outputs = {name: sharpness * self._random(vocab_size, hidden_size) for name in (None, *self.configs)}
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator) / math.sqrt(shape[-1])
+
+    def _layer(self) -> LayerWeights:
+        h, d = self.hidden_size, self.head_dim
+        q, kv, f = self.num_heads * d, self.num_kv_heads * d, 2 * h
+        shapes = ((q, h), (kv, h), (kv, h), (h, q), (f, h), (h, f))
+        return LayerWeights(*(self._random(*shape) for shape in shapes))
+
+    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> KVCache:
+        attending = [name for name in active_exits if self.configs[name].architecture == "layer"]
+        slots = [*range(1, self.num_layers + 1), *attending]
+        return KVCache(slots, num_sequences, max_length, self.num_kv_heads, self.head_dim)
+
+    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
+        return self.word_embeddings[tokens] + self.position_embeddings[items.position]
+
+    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: KVCache) -> Tensor:
+        for half in range(start + 1, stop + 1):
+            number = (half + 1) // 2
+            layer = self.layers[number - 1]
+            hidden = self._attention(number, layer, hidden, items, cache) if half % 2 else mlp(layer, hidden)
+        return hidden
+
+    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: KVCache) -> None:
+        if self.configs[name].architecture == "layer":
+            self._write(name, self.exit_layers[name], normed(hidden), items, cache)
+
+    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: KVCache) -> Tensor:
+        architecture = "norm" if name is None else self.configs[name].architecture
+        if architecture == "layer":
+            hidden = self._attention(name, self.exit_layers[name], hidden, items, cache)
+        if architecture in ("layer", "mlp"):
+            hidden = mlp(self.exit_layers[name], hidden)
+        if architecture != "embedding":
+            hidden = normed(hidden)
+        return hidden @ self.outputs[name].T
+
+    def _write(self, slot: int | str, layer: LayerWeights, source: Tensor, items: Items, cache: KVCache) -> None:
+        key, value = (
+            (source @ weight.T).unflatten(1, (self.num_kv_heads, self.head_dim)) for weight in (layer.key, layer.value)
+        )
+        cache.write(slot, items, key, value)
+
+    def _attention(
+        self, slot: int | str, layer: LayerWeights, hidden: Tensor, items: Items, cache: KVCache
+    ) -> Tensor:
+        source = normed(hidden)
+        self._write(slot, layer, source, items, cache)
+        query = (source @ layer.query.T).unflatten(1, (self.num_heads, self.head_dim))
+        return hidden + cache.attend(slot, query, items, self.scale).flatten(1) @ layer.output.T
+
+
+def normed(hidden: Tensor) -> Tensor:
+    """RMSNorm without a weight. `[n, h]` -> `[n, h]`."""
+    return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def mlp(layer: LayerWeights, hidden: Tensor) -> Tensor:
+    """The layer's MLP and residual. `[n, h]` -> `[n, h]`."""
+    return hidden + F.gelu(normed(hidden) @ layer.up.T) @ layer.down.T
