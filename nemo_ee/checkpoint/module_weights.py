@@ -1,0 +1,54 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Fill a module's parameters, on any layout, from any source of global tensors.
+
+Megatron's own loader cannot read a part of a layer stack; reading (key, offset, shape) chunks can, and serves Hugging
+Face directories by the same code.
+
+May import: torch, megatron.core, nemo_ee.megatron.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_ee.checkpoint.chunk_reader import WeightSource
+from nemo_ee.megatron.exit_head_init import global_chunk, local_shards
+
+
+@torch.no_grad()
+def load_shards(sharded_state_dict: dict, source: WeightSource) -> None:
+    """Copy every shard's chunk from `source` into the parameter it stands for, in place.
+
+    Args:
+        sharded_state_dict: Megatron's sharded state dict of a module, keys as in `source`. Tensors that allow a shape
+            mismatch (padded vocabularies) get zeros for rows that the source does not hold.
+        source: the weights.
+
+    Raises:
+        KeyError: a tensor is missing; the message lists every missing one.
+        ValueError: a tensor has another shape than the model's.
+    """
+    shards = local_shards(sharded_state_dict)
+    known = source.keys()
+    missing = sorted({shard.key for shard in shards} - known.keys())
+    if missing:
+        raise KeyError(
+            f"the checkpoint lacks {len(missing)} of the model's tensors: {', '.join(missing)}; the model config and "
+            "the checkpoint do not belong together, or the checkpoint is incomplete"
+        )
+    wrong = [
+        f"{shard.key}: {known[shard.key].shape} in the checkpoint, {tuple(shard.global_shape)} in the model"
+        for shard in shards
+        if not _fits(known[shard.key].shape, tuple(shard.global_shape), rows_may_differ=shard.allow_shape_mismatch)
+    ]
+    if wrong:
+        raise ValueError("tensors of the wrong shape; check the model config:\n  " + "\n  ".join(sorted(set(wrong))))
+    for shard in shards:
+        offset, shape = global_chunk(shard)
+        chunk = source.read(shard.key, offset, shape, allow_missing_rows=shard.allow_shape_mismatch)
+        shard.data.copy_(chunk.view(shard.data.shape))
+
+
+def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], *, rows_may_differ: bool) -> bool:
+    return stored == wanted or (rows_may_differ and stored[1:] == wanted[1:])

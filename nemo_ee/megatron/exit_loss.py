@@ -1,0 +1,113 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Forward, loss and backward of one exit on one microbatch: its graph lives here and nowhere else.
+
+Losses travel as (sum, count) and are divided once, when they are logged (see `TokenLoss`).
+
+May import: torch, megatron.core, nemo_ee.exits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_ee.megatron.exit_head import ExitHead
+from nemo_ee.megatron.linear_cross_entropy import LinearCrossEntropy, VocabularyShard, linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a pipeline stage needs to know of one microbatch.
+
+    Attributes:
+        tokens: [b, s] int64 input ids.
+        labels: [b, s] int64 ids of the next tokens.
+        loss_mask: [b, s] float, 0 where a position does not count.
+        position_ids: [b, s] int64.
+        attention_mask: None for plain causal attention, else Megatron's boolean [b or 1, 1, s, s], True = masked.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def flat_labels(self) -> tuple[Tensor, Tensor]:
+        """Labels and mask in the order of [s, b] hidden states, each [s * b]."""
+        return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
+
+
+def tune_exit(
+    head: ExitHead,
+    tap: Tensor,
+    batch: MicroBatch,
+    *,
+    rotary_pos_emb: Tensor | None,
+    vocabulary: VocabularyShard,
+    grad_scale: float,
+    autocast: torch.dtype | None = None,
+) -> LinearCrossEntropy:
+    """One exit's forward, loss and backward. Gradients are added to the head's parameters; none reaches the tap.
+
+    Args:
+        head: the exit.
+        tap: [s, b, h] hidden state at its tap ([s/tp, b, h] under sequence parallelism).
+        batch: the microbatch.
+        rotary_pos_emb: the stage's rotary embedding, read by `layer` exits.
+        vocabulary: this rank's part of the vocabulary.
+        grad_scale: factor on the gradient of the summed loss.
+        autocast: dtype of mixed precision, None for none.
+    """
+    with torch.enable_grad(), _autocast(tap, autocast):
+        hidden = head(tap.detach(), attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
+        terms = [(x.flatten(0, 1), weight) for x, weight in head.output_terms(hidden)]
+    inputs = [x for x, _ in terms]
+    labels, mask = batch.flat_labels()
+    result = linear_cross_entropy(
+        inputs,
+        [weight for _, weight in terms],
+        labels,
+        mask,
+        vocabulary=vocabulary,
+        grad_scale=grad_scale,
+        dtype=autocast,
+    )
+    used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
+    if used:
+        torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
+    return result
+
+
+@torch.no_grad()
+def evaluate_exit(
+    head: ExitHead,
+    tap: Tensor,
+    batch: MicroBatch,
+    *,
+    rotary_pos_emb: Tensor | None,
+    vocabulary: VocabularyShard,
+    want_argmax: bool,
+    autocast: torch.dtype | None = None,
+) -> LinearCrossEntropy:
+    """One exit's loss without gradients; `want_argmax` adds its most likely tokens, [s * b]. See `tune_exit`."""
+    with _autocast(tap, autocast):
+        hidden = head(tap, attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
+        terms = head.output_terms(hidden)
+    labels, mask = batch.flat_labels()
+    return linear_cross_entropy(
+        [x.flatten(0, 1) for x, _ in terms],
+        [weight for _, weight in terms],
+        labels,
+        mask,
+        vocabulary=vocabulary,
+        want_argmax=want_argmax,
+        dtype=autocast,
+    )
+
+
+def _autocast(tap: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(tap.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,89 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which Megatron-core modules the backbone and the exit heads are built from: Transformer Engine's or the local ones.
+
+The checkpoint keys are the same for both (Megatron's canonical, Transformer-Engine ones): the local spec maps its
+separate norms onto the names of the norms that Transformer Engine fuses into the next linear layer.
+
+May import: torch, megatron.core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class TorchNorm:
+    """`torch.nn.LayerNorm` or `RMSNorm` by `config.normalization`, usable under sequence parallelism.
+
+    Megatron's own wrapper around the torch norms refuses sequence parallelism. All it takes is the mark on the
+    parameters that says that each tensor-parallel rank saw only its part of the sequence, so that their gradients
+    are summed over the tensor-parallel group.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs) -> torch.nn.Module:
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError(
+                "model.normalization=layernorm1p (zero-centred gamma) needs Transformer Engine: "
+                "set model.transformer_engine=True on a machine that has it"
+            )
+        norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        norm = norms[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+@dataclass(frozen=True)
+class BackboneSpecs:
+    """Building blocks of the backbone and of the exit heads.
+
+    Attributes:
+        layer: spec of one transformer layer.
+        norm: class of the final norm and of the exits' norms, called with (config, hidden_size, eps).
+        local_layer: the layer spec on Megatron's own linears, whatever the backbone uses. Low-rank updates need the
+            normed input of a linear, which Transformer Engine's fused norm-linear does not hand out.
+        local_norm: the norm that goes with `local_layer`.
+    """
+
+    layer: ModuleSpec
+    norm: type
+    local_layer: ModuleSpec
+    local_norm: type = TorchNorm
+
+
+def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> BackboneSpecs:
+    """Specs for a decoder-only GPT.
+
+    Args:
+        config: Megatron's transformer config (`normalization` and `qk_layernorm` are read).
+        transformer_engine: build on Transformer Engine; otherwise on Megatron's local modules.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and not installed.
+    """
+    local = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    local.submodules.input_layernorm = TorchNorm
+    local.submodules.pre_mlp_layernorm = TorchNorm
+    if not transformer_engine:
+        return BackboneSpecs(layer=local, norm=TorchNorm, local_layer=local)
+    try:
+        from megatron.core.extensions.transformer_engine import TENorm
+    except ImportError as error:
+        raise ValueError(
+            "model.transformer_engine=True, but Transformer Engine is not installed; "
+            "set model.transformer_engine=False or use a container that has it"
+        ) from error
+    return BackboneSpecs(
+        layer=get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
+        norm=TENorm,
+        local_layer=local,
+    )

@@ -1,0 +1,10 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The NeMo model: overrides of `MegatronGPTModel`, trainer, optimizers, save and restore (level 3).
+
+Importing it answers NeMo's Apex guards when the CPU host is switched on.
+"""
+
+from nemo_ee import cpu_host
+
+cpu_host.adapt_nemo()

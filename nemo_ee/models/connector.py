@@ -1,0 +1,184 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Save and restore `.nemo` files with exits.
+
+    complete      model_config.yaml, tokenizer/ and other artifacts, model_weights/ (the source's, byte for byte),
+                  exit_weights/ (a distributed checkpoint of its own)
+    exits-only    the same without model_weights/; `backbone_path` in the config names the base
+    base          any plain GPT `.nemo`: its exits, if the config asks for some, start as their `init` says
+
+Weights are read chunk by chunk under any layout. Nothing in a file is executed: the config's `target` is not imported,
+the checkpoint's metadata goes through a restricted unpickler, and pickled common state is not read at all.
+
+May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-2.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
+from nemo.utils import logging
+from nemo.utils.get_rank import is_global_rank_zero
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
+from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
+
+BACKBONE, EXITS, CONFIG = "model_weights", "exit_weights", "model_config.yaml"
+_RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision")
+
+
+def read_config(path: str | Path) -> DictConfig:
+    """The model config of a `.nemo`."""
+    with NemoArchive(path) as archive:
+        return OmegaConf.create(archive.config_text())
+
+
+class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
+    """NeMo's connector for early-exit models.
+
+    Args:
+        verify: `stored` compares the fingerprints in the configs, `full` recomputes the backbone's.
+        exits_only: `save_to` leaves the backbone out.
+    """
+
+    def __init__(self, *, verify: str = "stored", exits_only: bool = False) -> None:
+        super().__init__()
+        if verify not in ("stored", "full"):
+            raise ValueError(f"verify={verify!r} is not one of stored, full")
+        self.verify, self.exits_only = verify, exits_only
+
+    def restore_from(
+        self,
+        calling_cls,
+        restore_path: str,
+        override_config_path: DictConfig | str | None = None,
+        map_location: torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer=None,
+        *args,
+        **kwargs,
+    ):
+        """Build the model of a `.nemo` on this rank and load its weights. See `ModelPT.restore_from`.
+
+        Raises:
+            ValueError: the file is damaged or unsafe, or the exits belong to another backbone.
+        """
+        stored = read_config(restore_path)
+        conf = stored if override_config_path is None else override_config_path
+        conf = OmegaConf.load(conf) if isinstance(conf, str) else conf
+        conf = conf.model if "model" in conf else conf
+        if return_config:
+            return conf
+        conf = OmegaConf.create(OmegaConf.to_container(conf, resolve=True))
+        if conf.get("early_exit") is None:
+            conf.early_exit = {"exits": []}
+        with ExitStack() as stack:
+            folder = stack.enter_context(open_nemo(restore_path))
+            backbone_folder, backbone_path = folder, Path(restore_path)
+            if not (folder / BACKBONE).is_dir():
+                backbone_path = _backbone_of(conf, restore_path)
+                backbone_folder = stack.enter_context(open_nemo(backbone_path, [BACKBONE]))
+            source = ChunkReader(backbone_folder / BACKBONE)
+            self._check_backbone(conf, stored, source, backbone_path, exits_only=backbone_path != Path(restore_path))
+            calling_cls._set_model_restore_state(is_being_restored=True, folder=str(folder))
+            try:
+                instance = calling_cls(cfg=conf, trainer=trainer)
+            finally:
+                calling_cls._set_model_restore_state(is_being_restored=False)
+            with open_dict(instance.cfg):
+                instance.cfg.backbone_fingerprint = conf.backbone_fingerprint
+            exits = ChunkReader(folder / EXITS, prefix="exits.") if (folder / EXITS).is_dir() else None
+            instance.load_weights(source, exits)
+        instance.backbone_path = str(backbone_path)
+        instance.restored_path = str(restore_path)
+        if map_location is not None:
+            instance = instance.to(map_location)
+        logging.info(f"restored {type(instance).__name__} from {restore_path}")
+        return instance
+
+    def _check_backbone(
+        self, conf: DictConfig, stored: DictConfig, source: WeightSource, path: Path, *, exits_only: bool
+    ) -> None:
+        """The exits must belong to this very backbone. A base without a stored fingerprint gets one now."""
+        expected = stored.get("backbone_fingerprint")
+        found = read_config(path).get("backbone_fingerprint") if exits_only else expected
+        if self.verify == "full" or found is None:
+            logging.info(f"computing the fingerprint of the backbone in {path}")
+            found = backbone_fingerprint(source)
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
+                "give the base model they were tuned on (model.backbone_path)"
+            )
+        with open_dict(conf):
+            conf.backbone_fingerprint = found
+
+    def save_to(self, model, save_path: str) -> None:
+        """Write a `.nemo`. Every rank must call it; the file appears under its name only when it is whole."""
+        output = Path(save_path)
+        work = output.with_name(output.name + ".weights.partial")
+        if is_global_rank_zero():
+            shutil.rmtree(work, ignore_errors=True)
+            (work / EXITS).mkdir(parents=True)
+            (work / BACKBONE).mkdir()
+        _barrier()
+        # Placement by stage: all ranks write the shards they own into one directory.
+        dist_checkpointing.save(model.model.exit_sharded_state_dict(), work / EXITS)
+        source = getattr(model, "backbone_path", None)
+        if source is None and not self.exits_only:
+            dist_checkpointing.save(model.model.sharded_backbone_to_save("model."), work / BACKBONE)
+        _barrier()
+        if is_global_rank_zero():
+            self._write(model, output, work, source)
+            shutil.rmtree(work, ignore_errors=True)
+        _barrier()
+
+    def _write(self, model, output: Path, work: Path, source: str | None) -> None:
+        config = OmegaConf.create(model.config_to_store)
+        for key in _RUN_ONLY:
+            config.pop(key, None)
+        fingerprint = model.cfg.get("backbone_fingerprint")
+        config.backbone_fingerprint = fingerprint or backbone_fingerprint(ChunkReader(work / BACKBONE))
+        config.early_exit = model.early_exit.to_mapping()
+        entries: dict = {EXITS: work / EXITS}
+        with ExitStack() as stack:
+            if not self.exits_only:
+                entries[BACKBONE] = stack.enter_context(NemoArchive(source)) if source else work / BACKBONE
+                config.pop("backbone_path", None)
+            else:
+                config.backbone_path = source
+            restored = getattr(model, "restored_path", None)
+            if restored is not None:
+                archive = stack.enter_context(NemoArchive(restored))
+                own = (CONFIG, f"{BACKBONE}/", f"{EXITS}/")
+                entries.update({name: archive for name in archive.members() if not name.startswith(own)})
+                tokenizer = OmegaConf.create(archive.config_text()).get("tokenizer")
+                if tokenizer is not None:
+                    config.tokenizer = tokenizer
+            entries.update(getattr(model, "bundled_files", {}))
+            entries[CONFIG] = OmegaConf.to_yaml(config)
+            write_nemo(output, entries)
+        logging.info(f"wrote {output}")
+
+
+def _backbone_of(conf: DictConfig, restore_path: str) -> Path:
+    path = conf.get("backbone_path")
+    if not path or not Path(path).exists():
+        raise ValueError(
+            f"{restore_path} holds exits only; its base model ({path!r}) was not found: "
+            "give model.backbone_path=<the .nemo the exits were tuned on>"
+        )
+    return Path(path)
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

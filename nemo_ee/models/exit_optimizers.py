@@ -1,0 +1,266 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer per exit, seen by Lightning and NeMo as a single one.
+
+Exits are independent: each has its own optimizer, its own gradient clipping and its own learning rate, so tuning some
+together gives what tuning them alone gives, and no collective joins two pipeline stages in a step. Everything that is
+saved is keyed by the exit's name, so it survives any change of layout; Megatron stores optimizer groups by their index
+on rank 0, which a stage with other exits could not read back.
+
+May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import LRScheduler
+
+_SCALARS = ("lr", "weight_decay", "step")  # of each exit, stored as one small tensor under its name
+
+
+@dataclass
+class ExitOptimizer:
+    """An exit's optimizer and the parameters it steps.
+
+    Attributes:
+        name: the exit's name.
+        parameters: trainable parameters by their key in the exit's sharded state dict.
+        optimizer: any torch optimizer whose per-parameter state consists of tensors.
+    """
+
+    name: str
+    parameters: dict[str, Parameter]
+    optimizer: torch.optim.Optimizer
+
+    def reduce_gradients(self, counted: Tensor, *, nominal: float) -> None:
+        """Sum gradients over data parallelism (and, for replicated parameters, sequence parallelism); make a mean.
+
+        Args:
+            counted: [m] fp32, first the number of tokens that counted in this rank's microbatches; summed in place
+                over the data-parallel group together with whatever else it carries.
+            nominal: the factor 1/nominal that the gradients already carry.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        split = [p.grad for p in self.parameters.values() if p.grad is not None and _sees_part_of_sequence(p)]
+        if split:
+            _all_reduce_flat(split, group=parallel_state.get_tensor_model_parallel_group())
+        if parallel_state.get_data_parallel_world_size() > 1:
+            _all_reduce_flat([*gradients, counted], group=parallel_state.get_data_parallel_group())
+        tokens = counted[0].clamp(min=1.0)
+        for gradient in gradients:
+            gradient.mul_(nominal / tokens)
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale the gradients so that their norm over the tensor-parallel group is at most `max_norm`; returns the norm."""
+        parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        counted_once = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        norm = get_grad_norm_fp32(counted_once, grad_stats_parallel_group=group)
+        if max_norm > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm, norm)
+        return norm
+
+
+def _sees_part_of_sequence(parameter: Parameter) -> bool:
+    return getattr(parameter, "sequence_parallel", False) and parallel_state.get_tensor_model_parallel_world_size() > 1
+
+
+def _all_reduce_flat(tensors: list[Tensor], group) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat, group=group)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+class ExitOptimizers(torch.optim.Optimizer):
+    """The optimizers of a stage's exits as one. On a stage without exits it holds an empty parameter and steps nothing.
+
+    Args:
+        exits: this stage's exit optimizers.
+        max_norm: gradient clipping per exit, 0 for none.
+    """
+
+    def __init__(self, exits: Iterable[ExitOptimizer], *, max_norm: float = 0.0) -> None:
+        self.exits = list(exits)
+        self.max_norm = max_norm
+        self.grad_norms: dict[str, float] = {}
+        # torch refuses an empty list, NeMo reads param_groups[0]["lr"]; both are satisfied on stages without exits.
+        groups = [group for exit in self.exits for group in exit.optimizer.param_groups]
+        super().__init__(groups or [{"params": [Parameter(torch.zeros(0))], "lr": 0.0}], {})
+        if self.exits:
+            self.param_groups = groups  # the very dicts of the inner optimizers: a scheduler's lr reaches them
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of every exit."""
+        for exit in self.exits:
+            exit.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Run the closure (which fills the gradients), clip each exit's gradients, step each exit."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for exit in self.exits:
+            self.grad_norms[exit.name] = exit.clip_gradients(self.max_norm)
+            exit.optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        """State by exit name; distributed checkpoints use `sharded_state_dict`."""
+        return {"exits": {exit.name: exit.optimizer.state_dict() for exit in self.exits}}
+
+    def sharded_state_dict(self, exit_shards: Mapping[str, object]) -> dict:
+        """Optimizer state for a distributed checkpoint, keyed by exit name.
+
+        Args:
+            exit_shards: the exits' sharded state dict, keys `exits.<name>.<parameter>`.
+
+        Returns:
+            {"exits": {name: {"scalars": ShardedTensor, parameter key: {state name: ShardedTensor}}}}
+        """
+        return {"exits": {exit.name: self._sharded_exit(exit, exit_shards) for exit in self.exits}}
+
+    def _sharded_exit(self, exit: ExitOptimizer, exit_shards: Mapping[str, object]) -> dict:
+        _fill_state(exit.optimizer)
+        group = exit.optimizer.param_groups[0]
+        steps = [_step_of(exit.optimizer, parameter) for parameter in exit.parameters.values()]
+        scalars = torch.tensor([group["lr"], group["weight_decay"], max(steps, default=0.0)], dtype=torch.float64)
+        replica = (
+            0,
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        )
+        state: dict = {
+            "scalars": ShardedTensor.from_rank_offsets(f"optimizer.{exit.name}.scalars", scalars, replica_id=replica)
+        }
+        for key, parameter in exit.parameters.items():
+            values = exit.optimizer.state[parameter]
+            state[key] = {
+                name: make_sharded_optimizer_tensor(exit_shards[key], value, prefix=f"optimizer.{name}")
+                for name, value in values.items()
+                if name != "step"
+            }
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take the state back, from `state_dict` or from a loaded `sharded_state_dict`."""
+        for exit in self.exits:
+            saved = state_dict["exits"].get(exit.name)
+            if saved is None:
+                raise ValueError(
+                    f"the checkpoint holds no optimizer state of exit {exit.name!r} (it has "
+                    f"{sorted(state_dict['exits'])}); resume with the exits it was saved with"
+                )
+            if "param_groups" in saved:
+                exit.optimizer.load_state_dict(saved)
+                continue
+            scalars = dict(zip(_SCALARS, saved["scalars"].tolist(), strict=True))
+            _fill_state(exit.optimizer)
+            for group in exit.optimizer.param_groups:
+                group["lr"], group["weight_decay"] = scalars["lr"], scalars["weight_decay"]
+            for key, parameter in exit.parameters.items():
+                values = exit.optimizer.state[parameter]
+                for name, value in saved[key].items():
+                    values[name].copy_(value)
+                if "step" in values:
+                    values["step"] = torch.full_like(torch.as_tensor(values["step"]), scalars["step"])
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer allocate its state without moving a weight: one step with lr 0 and no decay, then undone."""
+    if all(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
+        return
+    kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, kept, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+        for parameter in group["params"]:
+            parameter.grad = gradients[parameter]
+            for name, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                elif name == "step":
+                    optimizer.state[parameter][name] = 0
+
+
+def _step_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> float:
+    return float(optimizer.state[parameter].get("step", 0.0))
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """Learning rate over a run, as a share of the way from `min_lr` to `lr`.
+
+    Attributes:
+        name: CosineAnnealing | LinearAnnealing | Constant.
+        warmup_steps: linear warm-up from 0 to lr.
+        max_steps: step at which `min_lr` is reached.
+    """
+
+    name: str
+    warmup_steps: int
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        if self.name not in ("CosineAnnealing", "LinearAnnealing", "Constant"):
+            raise ValueError(
+                f"model.optim.sched.name={self.name!r} is not one of CosineAnnealing, LinearAnnealing, Constant"
+            )
+
+    def learning_rate(self, step: int, *, lr: float, min_lr: float) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return lr * (step + 1) / (self.warmup_steps + 1)
+        if self.name == "Constant":
+            return lr
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
+        left = 0.5 * (1.0 + math.cos(math.pi * done)) if self.name == "CosineAnnealing" else 1.0 - done
+        return min_lr + (lr - min_lr) * left
+
+
+class ExitLearningRates(LRScheduler):
+    """Sets every exit's learning rate from its own `lr` and `min_lr`. Its state is the step alone.
+
+    Stored base learning rates would be those of rank 0's exits; here they always come from the config.
+    """
+
+    def __init__(self, optimizer: ExitOptimizers, schedule: LearningRateSchedule) -> None:
+        self.schedule = schedule
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of every parameter group at `last_epoch` steps."""
+        return [
+            self.schedule.learning_rate(
+                self.last_epoch, lr=group.get("max_lr", 0.0), min_lr=group.get("min_lr", 0.0)
+            )
+            for group in self.optimizer.param_groups
+        ]
+
+    def state_dict(self) -> dict:
+        """{"last_epoch": steps taken}."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue at the stored step."""
+        self.last_epoch = state_dict["last_epoch"]
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
+        self._last_lr = self.get_lr()

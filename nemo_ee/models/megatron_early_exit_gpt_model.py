@@ -1,0 +1,421 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`MegatronEarlyExitGPTModel`: NeMo's `MegatronGPTModel` with exit heads. Overrides only; the work is done below.
+
+The module path of this class is stored in every `.nemo` as its `target`.
+
+May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
+from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
+from nemo.core.optim import get_optimizer
+from nemo.utils import AppState, logging
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from nemo_ee import cpu_host
+from nemo_ee.checkpoint.chunk_reader import WeightSource
+from nemo_ee.checkpoint.module_weights import load_shards
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.loss_weights import loss_weight_at
+from nemo_ee.exits.placement import StagePlacement, place_exits
+from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
+from nemo_ee.megatron.exit_head_init import initialise_exit_head
+from nemo_ee.megatron.exit_loss import MicroBatch
+from nemo_ee.megatron.layer_spec import backbone_specs
+from nemo_ee.megatron.tuning_schedule import StageLink
+from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
+from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
+from nemo_ee.models.exit_optimizers import ExitLearningRates, ExitOptimizer, ExitOptimizers, LearningRateSchedule
+from nemo_ee.models.supported import refuse_unsupported
+from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
+
+
+class MegatronEarlyExitGPTModel(MegatronGPTModel):
+    """A Megatron GPT with early-exit heads, whose backbone stays frozen.
+
+    Args:
+        cfg: NeMo's GPT model config with an `early_exit` block (DESIGN: `nemo_ee.exits.config`). Further keys:
+            `vocab_size` (true size, default the tokenizer's), `full_depth` (build the layers past the deepest exit and
+            the final exit; null: only if something needs them), `val_agreement` (log agreement with the full model).
+        trainer: Lightning trainer with `EarlyExitStrategy`.
+
+    Raises:
+        ValueError: an unsupported or contradictory setting; one message lists all of them.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
+        if trainer is None:
+            raise ValueError("MegatronEarlyExitGPTModel needs a Trainer; build one with EarlyExitTrainerBuilder(cfg)")
+        with open_dict(cfg):
+            cfg.target = f"{type(self).__module__}.{type(self).__qualname__}"
+            if cfg.get("optim") is None:
+                cfg.optim = {"name": "adamw", "lr": 0.0}
+            self.config_to_store = OmegaConf.to_container(cfg, resolve=True)
+            if cpu_host.enabled():
+                cfg.update(_CPU_HOST_SETTINGS)
+        precision = cfg.get("precision") or trainer.precision
+        refuse_unsupported(cfg, world_size=trainer.world_size, precision=precision)
+        self.early_exit = EarlyExitConfig.from_mapping(
+            OmegaConf.to_container(cfg.early_exit, resolve=True), num_layers=cfg.num_layers
+        )
+        wanted = cfg.get("full_depth")
+        self.full_depth = bool(cfg.get("val_agreement", False)) if wanted is None else bool(wanted)
+        self.placements = place_exits(
+            self.early_exit.exits,
+            num_layers=cfg.num_layers,
+            num_stages=cfg.get("pipeline_model_parallel_size", 1),
+            full_depth=self.full_depth or not self.early_exit.exits,
+        )
+        super().__init__(cfg, trainer=trainer)
+        self._link: StageLink | None = None
+        self._train_sums: ExitSums | None = None
+        self._val_sums: ExitSums | None = None
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def build_transformer_config(self) -> TransformerConfig:
+        """Megatron's config with the real layer split; NeMo itself only knows equal splits of all layers."""
+        stages = self.cfg.get("pipeline_model_parallel_size", 1)
+        activation = self.cfg.get("activation", "gelu")
+        with open_dict(self.cfg):
+            self.cfg.pipeline_model_parallel_size = 1
+            if activation == "relu":
+                self.cfg.activation = "gelu"
+        try:
+            config = super().build_transformer_config()
+        finally:
+            with open_dict(self.cfg):
+                self.cfg.pipeline_model_parallel_size = stages
+                self.cfg.activation = activation
+        config.pipeline_model_parallel_size = stages
+        if activation == "relu":  # OPT; NeMo's table of activations has none
+            config.activation_func = torch.nn.functional.relu
+        set_layer_split(config, self.placements)
+        return config
+
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
+        """Build this rank's stage. Megatron-core wants its process groups when modules are built."""
+        if not parallel_state.is_initialized():
+            self._set_up_process_groups()
+            pre_process, post_process = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        cfg = self.cfg
+        model = EarlyExitGPTModel(
+            self.transformer_config,
+            specs=backbone_specs(self.transformer_config, transformer_engine=bool(cfg.get("transformer_engine", False))),
+            placement=self.placement,
+            full_depth=self.full_depth or not self.early_exit.exits,
+            vocab_size=self.vocab_size,
+            padded_vocab_size=self.padded_vocab_size,
+            max_sequence_length=cfg.get("max_position_embeddings") or cfg.encoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=cfg.get("share_embeddings_and_output_weights", True),
+            position_embedding_type=cfg.get("position_embedding_type", "learned_absolute"),
+            rotary_percent=cfg.get("rotary_percentage", 1.0),
+            rotary_base=cfg.get("rotary_base", 10000),
+            seq_len_interpolation_factor=cfg.get("seq_len_interpolation_factor", None),
+        )
+        mcore_model_customize(cfg, model)
+        return model
+
+    def _set_up_process_groups(self) -> None:
+        strategy = self.trainer.strategy
+        if strategy.launcher is not None:
+            strategy.launcher.launch(_nothing, trainer=self.trainer)
+        strategy.setup_environment()
+        if not parallel_state.is_initialized():
+            init_model_parallel(sharp=False, distributed_timeout_minutes=self.cfg.get("distributed_timeout_minutes", 30))
+        if cpu_host.enabled():  # NeMo seeds Megatron's generator only where it counts a GPU
+            tensor_parallel.model_parallel_cuda_manual_seed(self.cfg.get("seed", 1234))
+
+    @property
+    def placement(self) -> StagePlacement:
+        """This stage's layers and exits."""
+        return self.placements[parallel_state.get_pipeline_model_parallel_rank()]
+
+    def _build_tokenizer(self) -> None:
+        """The Hugging Face tokenizer bundled in the `.nemo` being restored, else the one the config names."""
+        bundled = Path(AppState().nemo_file_folder or "", "tokenizer")
+        if AppState().is_model_being_restored and self.cfg.tokenizer.library == "huggingface" and bundled.is_dir():
+            self.tokenizer = get_nmt_tokenizer(library="huggingface", model_name=str(bundled), use_fast=True)
+            return
+        with open_dict(self.cfg):
+            self.cfg.tokenizer.trust_remote_code = False  # a config from a file must not run code
+        super()._build_tokenizer()
+
+    def _build_vocab(self) -> None:
+        """True and padded vocabulary size. The padding depends on the layout, the true size does not."""
+        self.vocab_size = self.cfg.get("vocab_size") or self.tokenizer.vocab_size
+        self.padded_vocab_size = self._vocab_size_with_padding(
+            orig_vocab_size=self.vocab_size,
+            make_vocab_size_divisible_by=self.cfg.get("make_vocab_size_divisible_by", 128),
+            tensor_model_parallel_size=self.cfg.get("tensor_model_parallel_size", 1),
+        )
+
+    def load_weights(self, backbone: WeightSource, exits: WeightSource | None, *, logged: bool = True) -> None:
+        """Fill backbone and exits from checkpoints; exits that `exits` does not hold start as their `init` says.
+
+        Args:
+            backbone: the backbone's tensors under canonical keys.
+            exits: tuned exits, keys `<exit name>.<parameter>`, or None.
+        """
+        load_shards(self.model.backbone_sharded_state_dict(), backbone)
+        stored = {key.split(".", 1)[0] for key in exits.keys()} if exits is not None else set()
+        for head in self.model.exits:
+            if head.exit.name in stored:
+                load_shards(head.sharded_state_dict(f"{head.exit.name}."), exits)
+                continue
+            initialise_exit_head(
+                head,
+                lambda key, offset, shape: backbone.read(key, offset, shape, allow_missing_rows=True),
+                num_layers=self.cfg.num_layers,
+                vocab_size=self.vocab_size,
+                tied=self.cfg.get("share_embeddings_and_output_weights", True),
+                std=self.cfg.get("init_method_std", 0.02),
+                seed=self.cfg.get("seed", 1234),
+            )
+        if logged:
+            self.log_what_trains()
+
+    # -- what trains ------------------------------------------------------------------------------------------------
+
+    def freeze_backbone(self) -> None:
+        """Take gradients from everything but the exits. The constructor has done so already."""
+        self.model.freeze_backbone()
+
+    def exit_parameter_groups(self) -> dict[str, list[dict[str, Any]]]:
+        """Parameter groups per exit of this stage: exit name -> [{params, lr, weight_decay, ...}], for torch.optim.
+
+        Matrices decay, norms and biases do not. An exit's own lr, min_lr and weight_decay win over `model.optim`.
+        """
+        optim, groups = self.cfg.optim, {}
+        for head in self.model.exits:
+            exit = head.exit
+            lr = optim.lr if exit.lr is None else exit.lr
+            min_lr = (optim.get("sched") or {}).get("min_lr", 0.0) if exit.min_lr is None else exit.min_lr
+            decay = optim.get("weight_decay", 0.0) if exit.weight_decay is None else exit.weight_decay
+            trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+            matrices = [parameter for parameter in trainable if parameter.dim() > 1]
+            vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
+            groups[exit.name] = [
+                {"params": params, "lr": lr, "max_lr": lr, "min_lr": min_lr, "weight_decay": rate, "exit": exit.name}
+                for params, rate in ((matrices, decay), (vectors, 0.0))
+                if params
+            ]
+        return groups
+
+    def log_what_trains(self) -> None:
+        """Log, once per stage, how many parameters train and how many are frozen."""
+        if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
+            return
+        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        trains = {h.exit.name: sum(p.numel() for p in h.parameters() if p.requires_grad) for h in self.model.exits}
+        place = self.placement
+        logging.info(
+            f"stage {place.stage}: layers {place.first_layer}-{place.last_layer}, frozen {frozen:,} parameters on this "
+            f"rank, trains {sum(trains.values()):,}: " + (", ".join(f"{k} {v:,}" for k, v in trains.items()) or "nothing")
+        )
+
+    def configure_optimizers(self):
+        """One optimizer per exit, handed to Lightning as one."""
+        options = OmegaConf.to_container(self.cfg.optim, resolve=True)
+        sched = options.pop("sched", None) or {}
+        keep = {key: value for key, value in options.items() if key in ("betas", "eps", "lr", "weight_decay")}
+        make = get_optimizer(options["name"])
+        exits = []
+        for name, groups in self.exit_parameter_groups().items():
+            head = self.model.exits[name]
+            keys = {id(value.data): key for key, value in head.sharded_state_dict(f"exits.{name}.").items() if _has_data(value)}
+            parameters = {keys[id(p)]: p for group in groups for p in group["params"]}
+            if parameters:
+                exits.append(ExitOptimizer(name, parameters, make(groups, **keep)))
+        self._optimizer = ExitOptimizers(exits, max_norm=float(self.trainer.gradient_clip_val or 0.0))
+        schedule = LearningRateSchedule(
+            sched.get("name", "Constant"),
+            warmup_steps=int(sched.get("warmup_steps") or 0),
+            max_steps=int(sched.get("max_steps") or self._get_max_steps()),
+        )
+        self._scheduler = ExitLearningRates(self._optimizer, schedule)
+        return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
+
+    def configure_gradient_clipping(self, *args, **kwargs) -> None:
+        """Nothing here: each exit clips its own gradients in its step."""
+
+    # -- Lightning's loop -------------------------------------------------------------------------------------------
+
+    @property
+    def link(self) -> StageLink:
+        """This stage's ends in the pipeline."""
+        if self._link is None:
+            size = parallel_state.get_pipeline_model_parallel_world_size()
+            first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+            self._link = StageLink(
+                parallel_state.get_pipeline_model_parallel_group() if size > 1 else None,
+                None if first else parallel_state.get_pipeline_model_parallel_prev_rank(),
+                None if last else parallel_state.get_pipeline_model_parallel_next_rank(),
+            )
+        return self._link
+
+    def training_step(self, dataloader_iter: Iterator) -> Tensor:
+        """One global batch on this stage: gradients of its exits, averaged over tokens and data-parallel ranks."""
+        self._optimizer.zero_grad()
+        step = self.trainer.global_step
+        weights = {
+            exit.name: loss_weight_at(
+                exit.loss_weight_schedule, exit.loss_weight, step=step, num_steps=max(1, self.trainer.max_steps)
+            )
+            for exit in self.placement.exits
+        }
+        if self._train_sums is None:
+            self._train_sums = ExitSums(self.early_exit.names, self.device)
+        loss = tune_global_batch(
+            self.model,
+            [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
+            optimizers=self._optimizer,
+            sums=self._train_sums,
+            link=self.link,
+            loss_weights=weights,
+            autocast=self._autocast_dtype,
+        )
+        if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
+            self._log_exits(self._train_sums.reduce(over_data=False), validation=False)
+        for name, value in (
+            ("lr", self._optimizer.param_groups[0]["lr"]),
+            ("global_step", float(step)),
+            ("consumed_samples", float(self._compute_consumed_samples_after_training_step())),
+        ):
+            self.log(name, value, prog_bar=name == "global_step", rank_zero_only=True, batch_size=1)
+        return loss
+
+    def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:
+        """One global batch without gradients; sums are kept until the epoch ends."""
+        self.link.drain()
+        if self._val_sums is None:
+            self._val_sums = ExitSums(self.early_exit.names, self.device)
+        evaluate_global_batch(
+            self.model,
+            [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
+            sums=self._val_sums,
+            link=self.link,
+            agreement=self.full_depth and bool(self.cfg.get("val_agreement", False)),
+            autocast=self._autocast_dtype,
+        )
+
+    def on_validation_epoch_end(self) -> Tensor | None:
+        """Log every exit's validation loss from every stage; `val_loss` is their mean."""
+        if self._val_sums is None:
+            return None
+        results = self._val_sums.reduce()
+        self._log_exits(results, validation=True)
+        losses = [result["loss"] for name, result in results.items() if name != FULL_MODEL and "loss" in result]
+        mean = torch.tensor(sum(losses) / max(1, len(losses)), dtype=torch.float32)
+        self.log("val_loss", mean, prog_bar=True, rank_zero_only=True, batch_size=1)
+        return mean
+
+    def _log_exits(self, results: dict[str, dict[str, float]], *, validation: bool) -> None:
+        for name, result in results.items():
+            for metric, value in result.items():
+                self.log(metric_name(name, metric, validation=validation), value, rank_zero_only=True, batch_size=1)
+
+    def _microbatch(self, dataloader_iter: Iterator) -> MicroBatch:
+        batch = self.get_batch(dataloader_iter, tuning=False)
+        moved = {k: None if v is None else v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        return MicroBatch(
+            moved["tokens"], moved["labels"], moved["loss_mask"].float(), moved["position_ids"], moved["attention_mask"]
+        )
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.torch_dtype is torch.bfloat16 else None
+
+    def on_train_end(self) -> None:
+        """Let the last transfers finish before the process groups go away."""
+        super().on_train_end()
+        self.link.drain()
+
+    # -- NeMo set-up steps that join stages or expect the whole model --------------------------------------------------
+
+    def initialize_last_rank_embeddings(self) -> None:
+        """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
+
+    def setup_transformer_engine_cp_groups(self) -> None:
+        """Nothing: there is no context parallelism."""
+
+    def _get_total_params_across_model_parallel_groups_gpt_bert(self) -> tuple[int, int]:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return count, count
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """Training checkpoints hold the exits; the frozen backbone is in the `.nemo` it came from."""
+        return self.model.exit_sharded_state_dict(f"{prefix}exits.")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Exits' shards and the backbone's fingerprint."""
+        self.link.drain()
+        checkpoint["sharded_state_dict"] = self.sharded_state_dict()
+        checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Copy the loaded exits in place; refuse those of another backbone."""
+        saved, ours = checkpoint.get("backbone_fingerprint"), self.cfg.get("backbone_fingerprint")
+        if saved != ours:
+            raise ValueError(
+                f"the training checkpoint was made on another backbone (fingerprint {saved}, this model has {ours}); "
+                "resume with the .nemo the run began with, or start anew with exp_manager.resume_if_exists=False"
+            )
+        loaded = checkpoint.get("state_dict") or {}
+        with torch.no_grad():
+            for key, shard in self.sharded_state_dict().items():
+                shard.data.copy_(loaded[key].view(shard.data.shape))
+        checkpoint["state_dict"] = {}
+
+    @classmethod
+    def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs):
+        """NeMo's `restore_from`; reads a plain GPT `.nemo`, a complete early-exit one or an exits-only one."""
+        connector = save_restore_connector or EarlyExitSaveRestoreConnector()
+        return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
+
+    def parameters(self, recurse: bool = True):
+        """All parameters of this stage."""
+        return itertools.chain(self.model.parameters())
+
+    @classmethod
+    def list_available_models(cls) -> None:
+        """No pre-trained models are published."""
+
+
+_CPU_HOST_SETTINGS = {
+    "use_cpu_initialization": True,
+    "transformer_engine": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+
+
+def _has_data(value: object) -> bool:
+    return getattr(value, "data", None) is not None
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,89 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning strategy and trainer builder: NeMo's own, less what joins pipeline stages or expects one whole model.
+
+May import: torch, lightning, nemo, omegaconf, nemo_ee levels 0-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar, NLPDDPStrategy
+from omegaconf import DictConfig
+
+from nemo_ee import cpu_host
+
+
+class EarlyExitStrategy(NLPDDPStrategy):
+    """NeMo's strategy without a DDP wrapper: exits synchronise their own gradients, and a stage may have none."""
+
+    def configure_ddp(self) -> None:
+        """The bare model. torch DDP refuses a stage that has nothing to train."""
+        self._model = self.model
+
+    def optimizer_sharded_state_dict(self, unsharded_optim_state: Any = None, is_loading: bool = False) -> dict:
+        """The exits' optimizer states, keyed by exit name."""
+        optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
+        return optimizer.sharded_state_dict(self.lightning_module.sharded_state_dict())
+
+    def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
+        """Load a training checkpoint: exits, their optimizers, and Lightning's loop state."""
+        if not Path(checkpoint_path).is_dir():
+            raise ValueError(
+                f"training checkpoint {checkpoint_path} is not a directory: exit tuning writes Megatron's distributed "
+                "checkpoints (directories); point at one of those, or start anew with exp_manager.resume_if_exists=False"
+            )
+        wanted: dict[str, Any] = {"state_dict": self.lightning_module.sharded_state_dict()}
+        if load_optimizer_states:
+            wanted["optimizer_states"] = [self.optimizer_sharded_state_dict(is_loading=True)]
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=wanted)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: the model takes its exits in `on_load_checkpoint`."""
+
+
+class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
+    """NeMo's builder with our strategy. Runs on the CPU host too."""
+
+    def _training_strategy(self) -> EarlyExitStrategy:
+        minutes = self.cfg.model.get("distributed_timeout_minutes", 30)
+        return EarlyExitStrategy(
+            no_ddp_communication_hook=True,
+            find_unused_parameters=False,
+            nccl_communicator_config_path=self.cfg.model.get("nccl_communicator_config_path", None),
+            sharp=self.cfg.model.get("sharp", False),
+            timeout=timedelta(minutes=minutes),
+        )
+
+    def _plugins(self) -> list:
+        plugins = super()._plugins()
+        if cpu_host.enabled():
+            for plugin in plugins:
+                if getattr(plugin, "device", None) == "cuda":
+                    plugin.device = "cpu"
+        return plugins
+
+    def _callbacks(self, callbacks: list | None) -> list:
+        # NeMo adds a FLOPs callback that knows neither exits nor truncated models.
+        callbacks = list(callbacks or [])
+        if self.cfg.trainer.get("enable_progress_bar", True):
+            callbacks.append(CustomProgressBar())
+        return callbacks
+
+
+def single_run_trainer(cfg: DictConfig) -> Trainer:
+    """A trainer for conversion, evaluation and generation: no logger, no checkpoints, no callbacks.
+
+    Args:
+        cfg: the script's config; `trainer` is handed to Lightning, `model.distributed_timeout_minutes` is read.
+    """
+    minutes = cfg.model.get("distributed_timeout_minutes", 30)
+    strategy = EarlyExitStrategy(no_ddp_communication_hook=True, timeout=timedelta(minutes=minutes))
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "use_distributed_sampler": False}
+    return Trainer(strategy=strategy, **{**options, **cfg.trainer})

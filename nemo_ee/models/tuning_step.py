@@ -1,0 +1,194 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One global batch on one pipeline stage: the schedule of `megatron.tuning_schedule` filled with this stage's exits.
+
+May import: torch, megatron.core, nemo_ee levels 0-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
+from nemo_ee.megatron.exit_loss import MicroBatch, evaluate_exit, tune_exit
+from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.tuning_schedule import StageLink, run_stage
+from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums
+from nemo_ee.models.exit_optimizers import ExitOptimizers
+
+
+def tune_global_batch(
+    model: EarlyExitGPTModel,
+    batches: Sequence[MicroBatch],
+    *,
+    optimizers: ExitOptimizers,
+    sums: ExitSums,
+    link: StageLink,
+    loss_weights: Mapping[str, float],
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """Fill the gradients of this stage's exits with those of the mean loss per token over the global batch.
+
+    Args:
+        model: this stage.
+        batches: this rank's microbatches.
+        optimizers: this stage's exits' optimizers; their gradients are reduced over data parallelism here.
+        sums: training sums, added to.
+        link: pipeline ends.
+        loss_weights: exit name -> weight of its loss in this step.
+        autocast: dtype of mixed precision.
+
+    Returns:
+        fp32 scalar, sum of this stage's losses per token (0 on a stage without exits); no gradient.
+    """
+    vocabulary = model.vocabulary()
+    # The true token count is known only after the batch; until then gradients are scaled by the largest it can be.
+    nominal = float(sum(batch.labels.numel() for batch in batches)) or 1.0
+    device = batches[0].tokens.device
+    counted = {head.exit.name: torch.zeros(2, device=device) for head in model.exits}  # [tokens, loss sum]
+    outputs: list[StageOutput | None] = [None]
+
+    def forward(index: int, received: Tensor | None) -> Tensor:
+        with _autocast(device, autocast):
+            outputs[0] = model.forward_to_taps(batches[index], received)
+        return outputs[0].hidden
+
+    def work(index: int) -> None:
+        stage, outputs[0] = outputs[0], None
+        for head in model.exits:
+            result = tune_exit(
+                head,
+                stage.taps[head.exit.stop],
+                batches[index],
+                rotary_pos_emb=stage.rotary_pos_emb,
+                vocabulary=vocabulary,
+                grad_scale=loss_weights[head.exit.name] / nominal,
+                autocast=autocast,
+            )
+            counted[head.exit.name] += torch.stack((result.count, result.loss_sum))
+
+    _run(model, batches, link, forward, work, autocast)
+    total = torch.zeros((), device=device)
+    for exit in optimizers.exits:
+        exit.reduce_gradients(counted[exit.name], nominal=nominal)
+    for name, (count, loss_sum) in counted.items():
+        sums.add(name, loss_sum=loss_sum, count=count)
+        total += loss_sum / count.clamp(min=1.0)
+    return total
+
+
+@torch.no_grad()
+def evaluate_global_batch(
+    model: EarlyExitGPTModel,
+    batches: Sequence[MicroBatch],
+    *,
+    sums: ExitSums,
+    link: StageLink,
+    agreement: bool,
+    autocast: torch.dtype | None,
+) -> None:
+    """Add a global batch's losses to `sums`; every rank of the pipeline must call it.
+
+    Args:
+        model: this stage.
+        batches: this rank's microbatches.
+        sums: validation sums; not reduced here.
+        link: pipeline ends.
+        agreement: also measure the final exit and how often the exits' most likely tokens are its own; the final
+            exit's tokens are broadcast over the pipeline once per microbatch. Needs a full-depth model.
+        autocast: dtype of mixed precision.
+    """
+    vocabulary = model.vocabulary()
+    device = batches[0].tokens.device
+    outputs: list[StageOutput | None] = [None]
+    chosen: dict[tuple[int, str], Tensor] = {}
+
+    def forward(index: int, received: Tensor | None) -> Tensor:
+        with _autocast(device, autocast):
+            outputs[0] = model.forward_to_taps(batches[index], received)
+        return outputs[0].hidden
+
+    def work(index: int) -> None:
+        stage, outputs[0] = outputs[0], None
+        for head in model.exits:
+            result = evaluate_exit(
+                head,
+                stage.taps[head.exit.stop],
+                batches[index],
+                rotary_pos_emb=stage.rotary_pos_emb,
+                vocabulary=vocabulary,
+                want_argmax=agreement,
+                autocast=autocast,
+            )
+            sums.add(head.exit.name, loss_sum=result.loss_sum, count=result.count)
+            if agreement:
+                chosen[index, head.exit.name] = result.argmax
+        if agreement and model.post_process:
+            chosen[index, FULL_MODEL] = _final_exit(model, stage, batches[index], sums, autocast)
+
+    _run(model, batches, link, forward, work, autocast)
+    link.drain()
+    if not agreement:
+        return
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    for index, batch in enumerate(batches):
+        final = chosen.get((index, FULL_MODEL))
+        if final is None:
+            final = torch.empty(batch.labels.numel(), dtype=torch.long, device=device)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(final, last, group=parallel_state.get_pipeline_model_parallel_group())
+        _, mask = batch.flat_labels()
+        counts = mask > 0
+        for head in model.exits:
+            agreed = (chosen[index, head.exit.name] == final) & counts
+            sums.add(head.exit.name, agreed=agreed.sum(), compared=counts.sum())
+
+
+def _final_exit(
+    model: EarlyExitGPTModel, stage: StageOutput, batch: MicroBatch, sums: ExitSums, autocast: torch.dtype | None
+) -> Tensor:
+    """Loss of the backbone's own output on the last stage; returns its most likely tokens, [s * b]."""
+    from nemo_ee.megatron.low_rank import spread_over_tensor_parallel
+
+    hidden = spread_over_tensor_parallel(stage.hidden, model.config).flatten(0, 1)
+    labels, mask = batch.flat_labels()
+    result = linear_cross_entropy(
+        [hidden],
+        [model.backbone_output_weight()],
+        labels,
+        mask,
+        vocabulary=model.vocabulary(),
+        want_argmax=True,
+        dtype=autocast,
+    )
+    sums.add(FULL_MODEL, loss_sum=result.loss_sum, count=result.count)
+    return result.argmax
+
+
+def _run(model, batches, link, forward, work, autocast) -> None:
+    micro_batch, sequence = batches[0].tokens.shape
+    config = model.config
+    if config.sequence_parallel:
+        sequence //= parallel_state.get_tensor_model_parallel_world_size()
+    run_stage(
+        link,
+        num_microbatches=len(batches),
+        shape=(sequence, micro_batch, config.hidden_size),
+        dtype=_hidden_dtype(config),
+        device=batches[0].tokens.device,
+        forward=lambda index, received: forward(index, received).to(_hidden_dtype(config)),
+        work=work,
+    )
+
+
+def _hidden_dtype(config) -> torch.dtype:
+    """Residual stream dtype between stages: that of the parameters (under autocast the residual adds stay fp32)."""
+    return config.params_dtype
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
