@@ -61,15 +61,15 @@ class SamplingParams:
             raise ValueError("sampling: " + "; ".join(faults))
 
 
-GREEDY = SamplingParams()
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+GREEDY = SamplingParams()
 
 
 def uniform(seed: int, position: int, purpose: str) -> float:
