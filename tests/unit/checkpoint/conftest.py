@@ -14,7 +14,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A gloo group of one rank and Megatron's parallel state; the few CUDA calls on the way are answered on the CPU."""
+    """A gloo group of one rank and Megatron's parallel state; the few CUDA calls are answered on the CPU."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 

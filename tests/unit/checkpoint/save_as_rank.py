@@ -26,7 +26,7 @@ def global_tensors() -> dict[str, torch.Tensor]:
 
 
 def sharded_state(rank: int, size: int) -> dict[str, object]:
-    """This rank's tensor-parallel shards under `model.` (fc1 and embedding by rows, fc2 by columns, norm replicated)."""
+    """This rank's tensor-parallel shards: fc1 and embedding by rows, fc2 by columns, norm replicated."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

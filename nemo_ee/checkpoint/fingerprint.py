@@ -1,0 +1,2 @@
+def backbone_fingerprint(s):
+    return "fp"

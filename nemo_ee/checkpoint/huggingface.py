@@ -1,0 +1,190 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face directory seen as a Megatron checkpoint: config in NeMo's words, weights under canonical names.
+
+Nothing is converted ahead of time: a chunk of a canonical tensor is put together from the parts of the stored tensors
+that it touches. Faults of config and weights are found at opening, all of them in one message.
+
+May import: torch, safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_ee.checkpoint.chunk_reader import TensorInfo, present_rows
+from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone, RopeScaling
+from nemo_ee.checkpoint.huggingface_families import backbone_from_config
+from nemo_ee.checkpoint.huggingface_files import TensorFiles
+from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
+
+__all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "RopeScaling", "read_backbone"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+_SHOWN_FAULTS = 20
+
+
+def read_backbone(directory: str | Path, sequence_length: int | None = None) -> HuggingFaceBackbone:
+    """Reads config.json; needs neither the transformers library nor the weights.
+
+    Args:
+        directory: a Hugging Face model directory.
+        sequence_length: the length the model is to be used with, default its own maximum. A model whose attention
+            window is shorter than its maximum is accepted up to that window.
+
+    Raises:
+        ValueError: no or damaged config.json, or a model that is not supported (every reason in one message).
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{directory}: no {CONFIG_FILE}; give the directory of a Hugging Face model (no name of a hub)."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise ValueError(f"{path}: damaged ({fault}); fetch it again.") from fault
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: damaged, it holds no mapping; fetch it again.")
+    try:
+        return backbone_from_config(values, sequence_length)
+    except ValueError as fault:
+        raise ValueError(f"{path}: cannot be used. {fault}.") from None
+
+
+class HuggingFaceSource:
+    """A `WeightSource` over a Hugging Face directory (safetensors or `.bin`).
+
+    Args:
+        directory: a Hugging Face model directory.
+        sequence_length: see `read_backbone`.
+
+    Raises:
+        ValueError: see `read_backbone` and `check`.
+    """
+
+    def __init__(self, directory: str | Path, sequence_length: int | None = None) -> None:
+        self.directory = Path(directory)
+        self.backbone = read_backbone(self.directory, sequence_length)
+        try:
+            self._files = TensorFiles(self.directory)
+        except ValueError as fault:
+            raise ValueError(f"{self.directory}: cannot be used. {fault}") from None
+        self._canonical = canonical_tensors(self.backbone)
+        self._stored_names = self._without_base_prefix()
+        self.check()
+        self._infos = {key: self._info(key, tensor) for key, tensor in sorted(self._canonical.items())}
+
+    def keys(self) -> dict[str, TensorInfo]:
+        """Every canonical tensor; the dtype is the stored one (the wider, should a tensor's parts differ)."""
+        return dict(self._infos)
+
+    def read(
+        self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], *, allow_missing_rows: bool = False
+    ) -> Tensor:
+        """See `WeightSource.read`. Only the parts of stored tensors that lie in the chunk are read."""
+        if key not in self._infos:
+            raise KeyError(f"{self.directory}: no tensor {key!r}; it has {', '.join(self._infos)}.")
+        info = self._infos[key]
+        rows = present_rows(f"{self.directory}: {key!r}", info.shape, offset, shape, allow_missing_rows)
+        chunk = torch.zeros(shape, dtype=info.dtype)
+        inside = chunk if rows is None else chunk[:rows]
+        if not inside.numel():
+            return chunk
+        if key.startswith(LAYERS):
+            for index, layer in enumerate(range(offset[0], offset[0] + inside.shape[0])):
+                self._fill(inside[index], self._canonical[key], layer, offset[1:])
+        else:
+            self._fill(inside, self._canonical[key], 0, offset)
+        return chunk
+
+    def check(self) -> None:
+        """Compares what is stored with what the config says should be.
+
+        Raises:
+            ValueError: missing weights, weights that nothing reads (known buffers apart), wrong shapes, quantised
+                weights, all in one message.
+        """
+        expected = self._expected()
+        faults = [f"{name} is missing" for name in sorted(expected.keys() - self._stored_names.keys())]
+        for name in sorted(expected.keys() & self._stored_names.keys()):
+            stored_name = self._stored_names[name]
+            shape, dtype = self._files.shape(stored_name), self._files.dtype(stored_name)
+            if shape != expected[name]:
+                faults.append(f"{stored_name} has shape {list(shape)}, must be {list(expected[name])}")
+            if not isinstance(dtype, torch.dtype):
+                faults.append(f"{stored_name} has dtype {dtype}, must be a floating one (no quantised weights)")
+        layout, tied = LAYOUTS[self.backbone.family], self.backbone.share_embeddings_and_output_weights
+        for name in sorted(self._stored_names.keys() - expected.keys()):
+            if not layout.buffers.fullmatch(name) and not (tied and name == layout.output_name):
+                faults.append(f"{self._stored_names[name]} is not read by a {self.backbone.family} of this config")
+        if faults:
+            more = f"; and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
+            raise ValueError(
+                f"{self.directory}: config.json and weights do not fit together ({len(faults)} faults). "
+                f"{'; '.join(faults[:_SHOWN_FAULTS])}{more}. Fetch or save the model again."
+            )
+
+    def _without_base_prefix(self) -> dict[str, str]:
+        """Name without the base prefix (`model.`, `transformer.`), which files of bare models lack -> stored name."""
+        prefix, names = LAYOUTS[self.backbone.family].base_prefix, {}
+        for stored in sorted(self._files.names()):
+            name = stored.removeprefix(prefix)
+            if name in names:
+                raise ValueError(
+                    f"{self.directory}: holds both {names[name]!r} and {stored!r}, which is which cannot be told; "
+                    "remove one."
+                )
+            names[name] = stored
+        return names
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        expected = {}
+        for key, tensor in self._canonical.items():
+            for stored in {rows.stored for rows in tensor.rows if rows.stored is not None}:
+                for layer in range(self.backbone.num_layers if key.startswith(LAYERS) else 1):
+                    expected[stored.name.format(layer=layer)] = stored.shape
+        return expected
+
+    def _info(self, key: str, tensor: Canonical) -> TensorInfo:
+        layered = key.startswith(LAYERS)
+        layers = range(self.backbone.num_layers if layered else 1)
+        stored = {rows.stored for rows in tensor.rows if rows.stored is not None}
+        if not stored:
+            # A constant has no dtype of its own; it goes with the weights around it.
+            stored = {self._canonical["embedding.word_embeddings.weight"].rows[0].stored}
+        dtypes = {self._files.dtype(self._stored_names[s.name.format(layer=i)]) for s in stored for i in layers}
+        shape = (self.backbone.num_layers, *tensor.shape) if layered else tensor.shape
+        return TensorInfo(shape, reduce(torch.promote_types, dtypes))
+
+    def _fill(self, target: Tensor, tensor: Canonical, layer: int, offset: tuple[int, ...]) -> None:
+        """Fills `target` with the part of one layer's canonical tensor that starts at `offset`."""
+        first, last = offset[0], offset[0] + target.shape[0]
+        columns = tuple((start, start + size) for start, size in zip(offset[1:], target.shape[1:], strict=True))
+        top = 0
+        for rows in tensor.rows:
+            height = rows.stop - rows.start
+            low, high = max(first, top), min(last, top + height)
+            if low < high:
+                part = target[low - first : high - first]
+                if rows.stored is None:
+                    part.fill_(rows.fill)
+                else:
+                    source = (rows.start + low - top, rows.start + high - top)
+                    part.copy_(self._read_stored(rows.stored, layer, (source, *columns)))
+            top += height
+
+    def _read_stored(self, stored: Stored, layer: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        name = self._stored_names[stored.name.format(layer=layer)]
+        if stored.transposed:
+            return self._files.read(name, ranges[::-1]).t()
+        return self._files.read(name, ranges)

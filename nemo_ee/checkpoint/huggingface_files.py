@@ -1,0 +1,202 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a Hugging Face directory, part by part: safetensors or `.bin`, one file or several with an index.
+
+`.bin` files are pickles and are opened with `weights_only=True` alone. A file outside of the directory, which an index
+from someone else could name, is never opened.
+
+May import: torch, safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_NAMES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorFiles:
+    """All tensors of a directory by their stored names.
+
+    Args:
+        directory: a Hugging Face model directory.
+
+    Raises:
+        ValueError: no weights, missing or damaged files, or an index that does not fit them (all faults together).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        single, index = self._find()
+        faults: list[str] = []
+        weight_map = None if index is None else _read_index(index)
+        self._files: dict[str, _TensorFile] = {}
+        for name in [single.name] if weight_map is None else sorted(set(weight_map.values())):
+            try:
+                self._files[name] = _open(directory / name)
+            except ValueError as fault:
+                faults.append(str(fault))
+        if weight_map is None:
+            weight_map = {tensor: name for name, file in self._files.items() for tensor in file.names()}
+        else:
+            faults += self._check_index(weight_map)
+        if faults:
+            raise ValueError("; ".join(faults))
+        self._place = {tensor: self._files[name] for tensor, name in weight_map.items()}
+
+    def names(self) -> set[str]:
+        """The stored names."""
+        return set(self._place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape."""
+        return self._place[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The stored dtype, or its name when it is not one of the floating ones that are read."""
+        return self._place[name].dtype(name)
+
+    def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        """The part [start, stop) along every axis.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return self._place[name].read(name, ranges)
+
+    def _find(self) -> tuple[Path, Path | None]:
+        for single, index in _NAMES:
+            if (self.directory / single).is_file():
+                return self.directory / single, None
+            if (self.directory / index).is_file():
+                return self.directory / single, self.directory / index
+        hint = ""
+        if (self.directory / "adapter_config.json").is_file():
+            hint = " It holds an adapter: merge it into its base model first (merge_and_unload)."
+        looked_for = ", ".join(name for pair in _NAMES for name in pair)
+        raise ValueError(f"{self.directory}: no weights ({looked_for}).{hint}")
+
+    def _check_index(self, weight_map: dict[str, str]) -> list[str]:
+        faults = []
+        for name, file in self._files.items():
+            stored, listed = file.names(), {tensor for tensor, place in weight_map.items() if place == name}
+            faults += [
+                f"{name}: the index places {tensor!r} there, but it is not" for tensor in sorted(listed - stored)
+            ]
+            # What a file holds beyond its index is not part of the model; transformers does not read it either.
+        return faults
+
+
+class _TensorFile:
+    def names(self) -> set[str]:
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        raise NotImplementedError
+
+    def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        raise NotImplementedError
+
+
+class _SafetensorsFile(_TensorFile):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._handle = safe_open(path, framework="pt", device="cpu")
+            self._slices = {name: self._handle.get_slice(name) for name in self._handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as fault:
+            raise ValueError(f"{path}: missing or damaged ({fault}); fetch it again") from fault
+
+    def names(self) -> set[str]:
+        return set(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        stored = self._slices[name].get_dtype()
+        return _SAFETENSORS_DTYPES.get(stored, stored)
+
+    def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        try:
+            return self._slices[name][tuple(slice(start, stop) for start, stop in ranges)]
+        except (SafetensorError, OSError) as fault:
+            raise ValueError(f"{self._path}: cannot read {name!r} ({fault}); fetch it again") from fault
+
+
+class _BinFile(_TensorFile):
+    def __init__(self, path: Path) -> None:
+        self._tensors = _load_bin(path)
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        stored = self._tensors[name].dtype
+        return stored if stored in _SAFETENSORS_DTYPES.values() else str(stored)
+
+    def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        return self._tensors[name][tuple(slice(start, stop) for start, stop in ranges)]
+
+
+def _open(path: Path) -> _TensorFile:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, though the index names it; fetch it again")
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _BinFile(path)
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            # Mapped, so that only the parts that are read take memory.
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files from before PyTorch 1.6 cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as fault:
+        raise ValueError(
+            f"{path}: refused or damaged, not a plain file of tensors ({_first_line(fault)}); it is only opened with "
+            "weights_only=True, get the safetensors version of the model"
+        ) from None
+    except Exception as fault:  # noqa: BLE001  a damaged pickle may raise anything at all
+        raise ValueError(f"{path}: damaged ({type(fault).__name__}: {_first_line(fault)}); fetch it again") from fault
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(
+            f"{path}: does not hold a mapping from names to tensors; get the safetensors version of the model"
+        )
+    return content
+
+
+def _first_line(fault: Exception) -> str:
+    return (str(fault).splitlines() or [""])[0]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = dict(weight_map)
+    except (ValueError, KeyError, TypeError) as fault:
+        raise ValueError(f"{path}: damaged ({fault!r}); fetch it again") from fault
+    for name in set(map(str, entries.values())):
+        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+            raise ValueError(f"{path}: refused, it points to {name!r}, which is not a file name inside the directory")
+        if not name.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{path}: refused, it points to {name!r}, which is neither .safetensors nor .bin")
+    return {str(tensor): str(name) for tensor, name in entries.items()}
