@@ -1,0 +1,102 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A script's `model` block laid over the config stored in a `.nemo`.
+
+May import: omegaconf.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+# Read by the scripts, not by the model.
+_SCRIPT_KEYS = ("restore_from_path", "verify")
+
+
+def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
+    """The config to build the model from: what the script sets wins, null leaves what is stored.
+
+    Exits: an empty list (and `every: null`) keeps the stored ones; an entry that names a stored exit takes that exit's
+    settings for what it does not say.
+
+    Args:
+        stored: config of the `.nemo`.
+        overrides: the script's `model` block.
+    """
+    given = OmegaConf.to_container(overrides, resolve=True)
+    given = {key: value for key, value in given.items() if key not in _SCRIPT_KEYS}
+    merged = _overlay(OmegaConf.to_container(stored, resolve=True), given)
+    block, old = given.get("early_exit"), OmegaConf.to_container(stored, resolve=True).get("early_exit") or {}
+    if block is not None:
+        merged["early_exit"] = _merge_exits(block, old.get("exits") or [])
+    if merged.get("encoder_seq_length") and (merged.get("data") or {}).get("seq_length", 0) is None:
+        merged["data"]["seq_length"] = merged["encoder_seq_length"]
+    return OmegaConf.create(merged)
+
+
+def _overlay(base: dict, given: dict) -> dict:
+    result = dict(base)
+    for key, value in given.items():
+        if value is None:
+            result.setdefault(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict) and key != "data_prefix":
+            result[key] = _overlay(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _merge_exits(block: dict, stored: list[dict]) -> dict:
+    if not block.get("exits") and not block.get("every"):
+        return {**block, "exits": stored, "every": None}
+    by_name = {exit["name"]: exit for exit in stored}
+    entries = [{**by_name.get(entry.get("name"), {}), **entry} if isinstance(entry, dict) else entry
+               for entry in block.get("exits") or []]  # fmt: skip
+    return {**block, "exits": entries}
+
+
+def check_run(cfg: DictConfig, model: DictConfig) -> None:
+    """Faults of a tuning run that can be seen before anything is loaded, all in one message.
+
+    Args:
+        cfg: the script's config.
+        model: the merged model config.
+
+    Raises:
+        ValueError: lists every fault.
+    """
+    faults = []
+    prefixes = model.data.get("data_prefix")
+    prefixes = OmegaConf.to_container(prefixes) if OmegaConf.is_config(prefixes) else prefixes
+    listed = prefixes.items() if isinstance(prefixes, dict) else [("data_prefix", prefixes)]
+    for split, values in listed:
+        for prefix in values if isinstance(values, list) else [values]:
+            if isinstance(prefix, str) and not prefix.replace(".", "", 1).isdigit():
+                faults += [
+                    f"model.data.data_prefix, {split}: {prefix}{ending} does not exist; make it with "
+                    "scripts/data/preprocess_text.py"
+                    for ending in (".bin", ".idx")
+                    if not Path(prefix + ending).is_file()
+                ]
+    block = model.get("early_exit") or {}
+    if not block.get("exits") and not block.get("every"):
+        faults.append(
+            f"{cfg.model.restore_from_path} has no exits and model.early_exit asks for none, so nothing would train; add "
+            "some with examples/megatron_gpt_early_exit_convert.py or model.early_exit.every=1/4"
+        )
+    if cfg.save_to and Path(cfg.save_to).is_dir():
+        faults.append(f"save_to={cfg.save_to} is a directory; give the name of a .nemo file")
+    length, longest = model.get("encoder_seq_length"), model.get("max_position_embeddings")
+    if length and longest and length > longest:
+        faults.append(f"model.encoder_seq_length={length} is longer than the model's {longest} positions; shorten it")
+    if cfg.trainer.max_steps < 1:
+        faults.append(f"trainer.max_steps={cfg.trainer.max_steps}: at least 1 step is needed")
+    if cfg.trainer.accumulate_grad_batches != 1:
+        faults.append(
+            f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches} must be 1; raise "
+            "model.global_batch_size instead"
+        )
+    if faults:
+        raise ValueError("the run cannot start:\n  " + "\n  ".join(faults))
