@@ -204,6 +204,6 @@ class Scorer:
                 mean_depth=mean_depth(events),
                 num_layers=self.model.num_layers,
                 computed_layers=float(num_items * self.model.num_layers),
-                asked=dict(self.asked),
+                asked={point.name: 0 for point in self.model.exits} | self.asked,
             ),
         )

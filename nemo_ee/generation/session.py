@@ -109,7 +109,7 @@ class DecodingSession:
             mean_depth=mean_depth(events),
             num_layers=self._model.num_layers,
             computed_layers=self._descent.computed_half_layers / 2,
-            asked=dict(self._descent.asked),
+            asked={point.name: 0 for point in self._model.exits} | self._descent.asked,
         )
 
     def _choose(self, readings: Sequence[Reading]) -> tuple[TokenEvent, ...]:

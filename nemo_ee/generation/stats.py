@@ -53,7 +53,7 @@ class DecodingStats:
         num_layers: of the model.
         computed_layers: sum over all positions of the layers that were really run for them (halves count), prompt
             included; the work, where `mean_depth` is only where tokens left.
-        asked: how many times each exit was asked, `final` included.
+        asked: how many times each exit of the model was asked, `final` included; the work of the heads.
     """
 
     num_prompt_tokens: int

@@ -96,7 +96,9 @@ class ScriptedModel:
         if name is not None:
             self._hear(name, items, cache)
             for pair in pairs(items):  # a `layer` exit would attend to all of these
-                assert {(pair[0], earlier) for earlier in range(pair[1])} <= cache.heard[name], f"{name}: gap at {pair}"
+                assert {(pair[0], earlier) for earlier in range(pair[1])} <= cache.heard[name], (
+                    f"{name}: gap at {pair}"
+                )
         rows = []
         for token, position, _ in hidden.long().tolist():
             cache.asked[name] += 1
@@ -234,9 +236,7 @@ class TinyTransformer:
         )
         cache.write(slot, items, key, value)
 
-    def _attention(
-        self, slot: int | str, layer: LayerWeights, hidden: Tensor, items: Items, cache: KVCache
-    ) -> Tensor:
+    def _attention(self, slot: int | str, layer: LayerWeights, hidden: Tensor, items: Items, cache: KVCache) -> Tensor:
         source = normed(hidden)
         self._write(slot, layer, source, items, cache)
         query = (source @ layer.query.T).unflatten(1, (self.num_heads, self.head_dim))

@@ -1,0 +1,93 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling: the shaped distribution against Hugging Face's processors; random numbers that depend on nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nemo_ee.generation.sampling import GREEDY, SamplingParams, distribution, draw, sample, uniform
+
+LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
+PREVIOUS = [[1, 2, 3], [], [39, 39], [5], [0, 7]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"repetition_penalty": 1.3},
+        {"temperature": 1.5, "top_k": 12, "top_p": 0.8, "repetition_penalty": 1.7},
+    ],
+)
+def test_distribution_equals_hugging_face(settings):
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    params = SamplingParams(greedy=False, **settings)
+    for row, previous in zip(LOGITS, PREVIOUS, strict=True):
+        scores = row[None].clone()
+        ids = torch.tensor([previous], dtype=torch.long)
+        if previous:
+            scores = processors.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+        scores = processors.TemperatureLogitsWarper(float(params.temperature))(ids, scores)
+        if params.top_k:
+            scores = processors.TopKLogitsWarper(params.top_k)(ids, scores)
+        scores = processors.TopPLogitsWarper(params.top_p)(ids, scores)
+        torch.testing.assert_close(distribution(row, params, previous).float(), scores[0].softmax(0))
+
+
+def test_greedy_is_the_most_likely_token_after_the_penalty():
+    assert sample(LOGITS, [GREEDY] * 5, range(5), PREVIOUS) == LOGITS.argmax(1).tolist()
+    best = int(LOGITS[0].argmax())
+    penalty = SamplingParams(repetition_penalty=100.0)
+    assert sample(LOGITS[:1], [penalty], [0], [[best]]) != [best]
+    assert distribution(LOGITS[0], GREEDY)[best] == 1.0
+
+
+def test_draw_turns_uniform_numbers_into_the_distribution():
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    count = 4000
+    drawn = [draw(probabilities, (i + 0.5) / count) for i in range(count)]
+    assert [drawn.count(token) / count for token in range(6)] == probabilities.tolist()
+    assert draw(probabilities, 0.0) == 1 and draw(probabilities, 1.0 - 2**-53) == 4
+
+
+def test_uniform_numbers_are_uniform_fixed_and_keyed_by_all_three():
+    numbers = [uniform(7, position, "token") for position in range(2000)]
+    assert all(0 <= number < 1 for number in numbers)
+    assert abs(sum(numbers) / 2000 - 0.5) < 4 / math.sqrt(12 * 2000)
+    assert len({uniform(s, p, k) for s in (0, 1) for p in (0, 1) for k in ("token", "accept")}) == 8
+    # Recorded: the same on every machine, device and version.
+    assert uniform(0, 0, "token") == 0.46666252626062166
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    params = [SamplingParams(greedy=False, seed=i, temperature=2.0, top_k=30) for i in range(5)]
+    positions = [9, 3, 4, 9, 1]
+    together = sample(LOGITS, params, positions, PREVIOUS)
+    alone = [sample(LOGITS[i : i + 1], [params[i]], [positions[i]], [PREVIOUS[i]])[0] for i in range(5)]
+    assert together == alone
+    mixed = sample(LOGITS, [*params[:4], GREEDY], positions, PREVIOUS)
+    assert mixed == [*alone[:4], int(LOGITS[4].argmax())]
+    # The control: another seed or position does change what is drawn somewhere.
+    assert [sample(LOGITS, params, [p + k for p in positions], PREVIOUS) for k in range(1, 4)] != [together] * 3
+
+
+def test_all_faults_in_one_message():
+    with pytest.raises(ValueError) as caught:
+        SamplingParams(temperature=0, top_k=0, top_p=1.5, repetition_penalty=-1, seed=-2)
+    for part in (
+        "temperature = 0 must be a finite number above 0; for the most likely token set greedy=True",
+        "top_k = 0 must be a whole number from 1",
+        "top_p = 1.5 must be above 0 and at most 1",
+        "repetition_penalty = -1 must be a finite number above 0",
+        "seed = -2 must be a whole number from 0",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="temperature = nan"):
+        SamplingParams(temperature=math.nan)
