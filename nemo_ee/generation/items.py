@@ -21,12 +21,16 @@ from torch import LongTensor, Tensor
 
 
 class ItemGroup(NamedTuple):
-    """The rows `first_row : last_row + 1` of an `Items` belong to one sequence; `length` = its last position + 1."""
+    """The rows `first_row : last_row + 1` of an `Items`, which belong to one sequence.
+
+    `positions` are theirs, a range where they are consecutive (as all of the engine's are); `length` = the last + 1.
+    """
 
     sequence: int
     first_row: int
     last_row: int
     length: int
+    positions: range | tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,10 +84,13 @@ class Items:
         assert all(a < b for a, b in zip(pairs, pairs[1:], strict=False)), "Items ascend by sequence, then position"
         last_rows = [row for row in range(len(pairs)) if row + 1 == len(pairs) or sequences[row + 1] != sequences[row]]
         first_rows = [0, *(row + 1 for row in last_rows[:-1])]
-        return tuple(
-            ItemGroup(sequences[last], first, last, positions[last] + 1)
-            for first, last in zip(first_rows, last_rows, strict=False)
-        )
+        groups = []
+        for first, last in zip(first_rows, last_rows, strict=False):
+            own: range | tuple[int, ...] = range(positions[first], positions[last] + 1)
+            if len(own) != last + 1 - first:
+                own = tuple(positions[first : last + 1])
+            groups.append(ItemGroup(sequences[last], first, last, positions[last] + 1, own))
+        return tuple(groups)
 
 
 @dataclasses.dataclass(frozen=True)

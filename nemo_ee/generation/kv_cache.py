@@ -46,8 +46,9 @@ class KVCache:
         self.max_length = max_length
         self._keys = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
         self._values = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
-        # On the host: the assertions below must not make a device wait.
-        self._valid = {slot: torch.zeros(num_sequences, max_length, dtype=torch.bool) for slot in slots}
+        # slot -> sequence -> a byte per position, 1 = written. Plain bytes on the host: checking them costs next to
+        # nothing beside a tensor operation and never makes a device wait.
+        self._written = {slot: [bytearray(max_length) for _ in range(num_sequences)] for slot in slots}
 
     def write(self, slot: Hashable, items: Items, key: Tensor, value: Tensor) -> None:
         """Store keys and values of new positions.
@@ -60,14 +61,26 @@ class KVCache:
         Raises:
             AssertionError: a position is written twice, or lies past `max_length`.
         """
-        valid = self._valid[slot]
-        on_host = items.on_host
-        assert all(group.length <= self.max_length for group in items.groups), f"slot {slot}: past {self.max_length}"
-        assert not bool(valid[on_host].any()), f"slot {slot}: a (sequence, position) is written for the second time"
-        valid[on_host] = True
-        # Advanced indices on both sides of a slice put the items' axis first: [n, num_kv_heads, head_dim].
-        self._keys[slot][items.sequence, :, items.position] = key.to(self._keys[slot].dtype)
-        self._values[slot][items.sequence, :, items.position] = value.to(self._values[slot].dtype)
+        self._mark(slot, items)
+        keys, values = self._keys[slot], self._values[slot]
+        if len(items.groups) == 1 and isinstance(items.groups[0].positions, range):
+            sequence, _, _, length, positions = items.groups[0]
+            keys[sequence, :, positions.start : length] = key.transpose(0, 1)
+            values[sequence, :, positions.start : length] = value.transpose(0, 1)
+        else:
+            # Advanced indices on both sides of a slice put the items' axis first: [n, num_kv_heads, head_dim].
+            keys[items.sequence, :, items.position] = key.to(keys.dtype)
+            values[items.sequence, :, items.position] = value.to(values.dtype)
+
+    def _mark(self, slot: Hashable, items: Items) -> None:
+        for group in items.groups:
+            sequence, length, positions = group.sequence, group.length, group.positions
+            assert length <= self.max_length, f"slot {slot}: position {length - 1} is past {self.max_length}"
+            written = self._written[slot][sequence]
+            for run in [positions] if isinstance(positions, range) else [range(p, p + 1) for p in positions]:
+                twice = written.find(1, run.start, run.stop)
+                assert twice < 0, f"slot {slot}: {(sequence, twice)} is written for the second time"
+                written[run.start : run.stop] = b"\1" * len(run)
 
     def attend(self, slot: Hashable, query: Tensor, items: Items, scale: float) -> Tensor:
         """Attend from each item to the positions of its sequence up to its own.
@@ -84,35 +97,24 @@ class KVCache:
         Raises:
             AssertionError: a position that should be seen was never written.
         """
-        keys, values, valid = self._keys[slot], self._values[slot], self._valid[slot]
-        output = torch.empty_like(query)
-        num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
-        for sequence, first, last, length in items.groups:
-            assert bool(valid[sequence, :length].all()), f"slot {slot}: sequence {sequence} has a gap before {length}"
-            count = last + 1 - first
-            # [m, kv * g, d] -> [kv, m * g, d]: the g query heads of a key/value head become rows of one product.
-            rows = query[first : last + 1].unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
-            per_kv_head = rows.shape[2]
-            mask = None
-            if count > 1:
-                position = items.position[first : last + 1]
-                seen = torch.arange(length, device=query.device) <= position[:, None]  # [m, length]
-                mask = seen.repeat_interleave(per_kv_head, dim=0)
-            attended = F.scaled_dot_product_attention(
-                rows.flatten(1, 2)[None],
-                keys[None, sequence, :, :length].to(query.dtype),
-                values[None, sequence, :, :length].to(query.dtype),
-                attn_mask=mask,
-                scale=scale,
-            )[0]
-            # [kv, m * g, d] -> [m, kv * g, d]
-            attended = attended.view(num_kv_heads, count, per_kv_head, head_dim)
-            output[first : last + 1] = attended.transpose(0, 1).flatten(1, 2)
-        return output
+        outputs = []
+        for sequence, first, last, length, _ in items.groups:
+            gap = self._written[slot][sequence].find(0, 0, length)
+            assert gap < 0, f"slot {slot}: {(sequence, gap)} is attended to but was never written"
+            outputs.append(
+                _attend(
+                    query[first : last + 1],
+                    self._keys[slot][sequence, :, :length],
+                    self._values[slot][sequence, :, :length],
+                    items.position[first : last + 1],
+                    scale,
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def valid(self, slot: Hashable) -> BoolTensor:
         """Which positions are written. Returns `[num_sequences, max_length]`, bool, on the host."""
-        return self._valid[slot].clone()
+        return torch.tensor([list(written) for written in self._written[slot]], dtype=torch.bool)
 
     def keys(self, slot: Hashable) -> Tensor:
         """`[num_sequences, num_kv_heads, max_length, head_dim]`, the keys; unwritten positions hold anything."""
@@ -124,5 +126,26 @@ class KVCache:
 
     def forget(self, sequence: int) -> None:
         """Free every slot of one sequence for another one."""
-        for valid in self._valid.values():
-            valid[sequence] = False
+        for written in self._written.values():
+            written[sequence][:] = bytes(self.max_length)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
+    """One sequence. `query`: `[m, heads, d]`; `keys`, `values`: `[kv, length, d]`; `position`: `[m]`, the last one is
+    length - 1. Returns `[m, heads, d]`."""
+    count, num_heads, head_dim = query.shape
+    num_kv_heads, length, _ = keys.shape
+    per_kv_head = num_heads // num_kv_heads
+    # [m, kv * g, d] -> [kv, m * g, d]: the g query heads of a key/value head become rows of one product.
+    rows = query.reshape(count, num_kv_heads, per_kv_head, head_dim).transpose(0, 1)
+    rows = rows.reshape(1, num_kv_heads, count * per_kv_head, head_dim)
+    mask = None
+    if count > 1:
+        seen = torch.arange(length, device=query.device) <= position[:, None]  # [m, length]
+        mask = seen.repeat_interleave(per_kv_head, dim=0)
+    if keys.dtype != query.dtype:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+    attended = F.scaled_dot_product_attention(rows, keys[None], values[None], attn_mask=mask, scale=scale)
+    # [kv, m * g, d] -> [m, kv * g, d]
+    attended = attended.view(num_kv_heads, count, per_kv_head, head_dim).transpose(0, 1)
+    return attended.reshape(count, num_heads, head_dim)

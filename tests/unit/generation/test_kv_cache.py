@@ -35,9 +35,13 @@ def naive(query, keys, values, sequence_of, position_of, scale):
 def test_items_group_by_sequence():
     items = Items.of({0: [3], 2: [0, 1, 5], 3: [7, 8]})
     assert items.sequence.tolist() == [0, 2, 2, 2, 3, 3] and items.position.tolist() == [3, 0, 1, 5, 7, 8]
-    assert items.groups == (ItemGroup(0, 0, 0, 4), ItemGroup(2, 1, 3, 6), ItemGroup(3, 4, 5, 9))
+    assert items.groups == (
+        ItemGroup(0, 0, 0, 4, range(3, 4)),
+        ItemGroup(2, 1, 3, 6, (0, 1, 5)),
+        ItemGroup(3, 4, 5, 9, range(7, 9)),
+    )
     picked = items.select(torch.tensor([0, 3, 4]))
-    assert picked.groups == (ItemGroup(0, 0, 0, 4), ItemGroup(2, 1, 1, 6), ItemGroup(3, 2, 2, 8))
+    assert [(group.sequence, *group.positions) for group in picked.groups] == [(0, 3), (2, 5), (3, 7)]
     by_hand = Items(items.sequence, items.position)  # as a model adapter may make them
     assert by_hand.groups == items.groups and len(by_hand) == 6
 
@@ -87,14 +91,19 @@ def test_writing_twice_gaps_and_overflow_are_caught():
     kv = random(1, KV_HEADS, DIM)
     cache.write(0, Items.of({1: [0]}), kv, kv)
     cache.write(0, Items.of({0: [0]}), kv, kv)  # the other sequence is another place
-    with pytest.raises(AssertionError, match="second time"):
+    with pytest.raises(AssertionError, match=r"\(1, 0\) is written for the second time"):
         cache.write(0, Items.of({1: [0]}), kv, kv)
     cache.write(0, Items.of({1: [2]}), kv, kv)
-    with pytest.raises(AssertionError, match="gap"):
+    with pytest.raises(AssertionError, match=r"\(1, 1\) is attended to but was never written"):
         cache.attend(0, random(1, HEADS, DIM), Items.of({1: [2]}), 1.0)
-    with pytest.raises(AssertionError, match="past 4"):
+    with pytest.raises(AssertionError, match="position 4 is past 4"):
         cache.write(0, Items.of({1: [4]}), kv, kv)
+    with pytest.raises(AssertionError, match="second time"):
+        cache.write(0, Items.of({1: [1, 2]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
+    with pytest.raises(AssertionError, match="second time"):
+        cache.write(0, Items.of({1: [0, 3]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
     cache.forget(1)
+    assert cache.valid(0)[1].sum() == 0 and cache.valid(0)[0].sum() == 1
     cache.write(0, Items.of({1: [0]}), kv, kv)
 
 
