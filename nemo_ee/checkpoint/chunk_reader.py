@@ -79,7 +79,12 @@ class ChunkReader:
         self.prefix = prefix
         refuse_other_formats(self.directory)
         metadata = load_metadata(self.directory)
-        self._tensors = _checked_tensors(metadata, self.directory)
+        try:
+            self._tensors = _checked_tensors(metadata, self.directory)
+        except (AttributeError, TypeError) as fault:
+            raise ValueError(
+                f"{self.directory / METADATA_FILE}: damaged, entries are missing ({fault}); save the checkpoint again."
+            ) from fault
         self._reader = FileSystemReader(self.directory)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 
@@ -237,6 +242,8 @@ def _checked_tensors(metadata: Any, directory: Path) -> dict[str, TensorStorageM
             continue
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{damaged}{name!r} is neither tensor nor bytes; save the checkpoint again.")
+        if not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{damaged}{name!r} has no dtype; save the checkpoint again.")
         for chunk in entry.chunks:
             numbers = [*chunk.offsets, *chunk.sizes]
             inside = len(numbers) == 2 * len(entry.size) and min(numbers, default=0) >= 0

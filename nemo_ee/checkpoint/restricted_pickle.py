@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -73,6 +74,11 @@ _CLASSES: dict[tuple[str, str], Any] = {
             "StorageMeta Metadata MetadataIndex"
         ).split()
     },
+    # Up to PyTorch 2.2 a checkpoint's tensor properties were those of sharded tensors.
+    **{
+        ("torch.distributed._shard.sharded_tensor.metadata", name): getattr(shard_metadata, name)
+        for name in ("TensorProperties", "MEM_FORMAT_ENCODING")
+    },
     # Python 3.13 moved the classes; a path of another operating system is only a label here.
     **{
         (module, name): PurePosixPath
@@ -94,8 +100,6 @@ _CLASSES: dict[tuple[str, str], Any] = {
         (module, name): _Ignored
         for module, name in (
             ("torch.distributed._shard.sharded_tensor.metadata", "ShardedTensorMetadata"),
-            ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
-            ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
             ("torch.distributed._shard.metadata", "ShardMetadata"),
         )
     },
@@ -173,9 +177,12 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
     for index, place in (metadata.storage_data or {}).items():
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), dcp_metadata.BytesStorageMetadata):
             continue
-        with open(directory / plain_file_name(place.relative_path, directory), "rb") as file:
-            file.seek(place.offset)
-            payload = io.BytesIO(file.read(place.length))
+        try:
+            with open(directory / plain_file_name(place.relative_path, directory), "rb") as file:
+                file.seek(place.offset)
+                payload = io.BytesIO(file.read(place.length))
+        except OSError as fault:
+            raise ValueError(f"{directory}: damaged or incomplete ({fault}); {_AGAIN}.") from fault
         where = f"{directory}: sharded object {index.fqn!r}"
         with torch.serialization.safe_globals([io.BytesIO]):
             _refuse_unsafe_content(_load_pickle(payload, where, False), where)

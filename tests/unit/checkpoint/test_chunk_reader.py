@@ -221,6 +221,38 @@ def test_a_hole_in_the_saved_chunks_is_an_error(copy: Path) -> None:
         reader.read(FC1, (0, 0, 0), (2, 2 * FFN, HIDDEN))
 
 
+def test_incomplete_metadata_is_an_error(copy: Path) -> None:
+    for break_it in (
+        lambda entry: setattr(entry, "chunks", None),
+        lambda entry: setattr(entry, "size", 3),
+        lambda entry: setattr(entry.properties, "dtype", "float32"),
+        lambda entry: setattr(entry.chunks[0], "offsets", torch.Size([9, 9, 9])),
+        lambda entry: setattr(entry.chunks[0], "sizes", torch.Size([1])),
+    ):
+        original = (copy / ".metadata").read_bytes()
+        metadata = pickle.loads(original)
+        break_it(metadata.state_dict_metadata[f"model.{FC1}"])
+        (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(ValueError, match=".metadata: damaged"):
+            ChunkReader(copy)
+        (copy / ".metadata").write_bytes(original)
+
+
+def test_metadata_of_older_pytorch_is_read(copy: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    for entry in metadata.state_dict_metadata.values():
+        if hasattr(entry, "properties"):
+            entry.properties = TensorProperties(dtype=entry.properties.dtype)
+    for place in metadata.storage_data.values():
+        vars(place).pop("transform_descriptors", None)
+    del metadata.storage_meta, metadata.version
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    value = global_tensors()[FC2]
+    assert torch.equal(ChunkReader(copy).read(FC2, (0, 0, 0), tuple(value.shape)), value)
+
+
 def test_common_pt_needs_trust_when_it_is_more_than_data(copy: Path, tmp_path: Path) -> None:
     assert load_common(copy)["common"]["step"] == 3
     refuse_unsafe_pickles(copy)
