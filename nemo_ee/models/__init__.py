@@ -5,6 +5,10 @@
 Importing it answers NeMo's Apex guards when the CPU host is switched on.
 """
 
+import os
+
 from nemo_ee import cpu_host
 
+# Megatron's checkpoint writer forks; the tokenizer library warns at every fork unless its threads are off.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 cpu_host.adapt_nemo()

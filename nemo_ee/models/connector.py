@@ -134,7 +134,9 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         dist_checkpointing.save(model.model.exit_sharded_state_dict(), work / EXITS)
         source = getattr(model, "backbone_path", None)
         if source is None and not self.exits_only:
-            dist_checkpointing.save(model.model.sharded_backbone_to_save("model."), work / BACKBONE)
+            backbone = model.model.sharded_backbone_to_save("model.")
+            _cast(backbone, getattr(model, "backbone_dtype", None))
+            dist_checkpointing.save(backbone, work / BACKBONE)
         _barrier()
         if is_global_rank_zero():
             self._write(model, output, work, source)
@@ -177,6 +179,16 @@ def _backbone_of(conf: DictConfig, restore_path: str) -> Path:
             "give model.backbone_path=<the .nemo the exits were tuned on>"
         )
     return Path(path)
+
+
+def _cast(sharded_state_dict: dict, dtype: torch.dtype | None) -> None:
+    """Store floating-point weights in `dtype`, that of the source, in place."""
+    for value in sharded_state_dict.values():
+        data = getattr(value, "data", None)
+        if dtype is not None and isinstance(data, torch.Tensor) and data.is_floating_point():
+            value.data = data.detach().to(dtype)
+            if hasattr(value, "dtype"):
+                value.dtype = dtype
 
 
 def _barrier() -> None:

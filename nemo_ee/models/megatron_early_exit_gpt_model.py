@@ -82,6 +82,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             full_depth=self.full_depth or not self.early_exit.exits,
         )
         super().__init__(cfg, trainer=trainer)
+        self._save_restore_connector = EarlyExitSaveRestoreConnector()
         self._link: StageLink | None = None
         self._train_sums: ExitSums | None = None
         self._val_sums: ExitSums | None = None
@@ -97,7 +98,9 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             if activation == "relu":
                 self.cfg.activation = "gelu"
         try:
-            config = super().build_transformer_config()
+            # NeMo warns of every field of Megatron's config that a model config leaves at its default: over 200 lines.
+            with logging.temp_verbosity(logging.ERROR):
+                config = super().build_transformer_config()
         finally:
             with open_dict(self.cfg):
                 self.cfg.pipeline_model_parallel_size = stages
@@ -107,6 +110,11 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             config.activation_func = torch.nn.functional.relu
         set_layer_split(config, self.placements)
         return config
+
+    def build_model_parallel_config(self):
+        """NeMo's, without a warning for every field left at its default."""
+        with logging.temp_verbosity(logging.ERROR):
+            return super().build_model_parallel_config()
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
         """Build this rank's stage. Megatron-core wants its process groups when modules are built."""

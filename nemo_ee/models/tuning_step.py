@@ -7,7 +7,7 @@ May import: torch, megatron.core, nemo_ee levels 0-1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
 from nemo_ee.megatron.exit_loss import MicroBatch, evaluate_exit, tune_exit
 from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.low_rank import spread_over_tensor_parallel
 from nemo_ee.megatron.tuning_schedule import StageLink, run_stage
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums
 from nemo_ee.models.exit_optimizers import ExitOptimizers
@@ -50,15 +51,8 @@ def tune_global_batch(
     nominal = float(sum(batch.labels.numel() for batch in batches)) or 1.0
     device = batches[0].tokens.device
     counted = {head.exit.name: torch.zeros(2, device=device) for head in model.exits}  # [tokens, loss sum]
-    outputs: list[StageOutput | None] = [None]
 
-    def forward(index: int, received: Tensor | None) -> Tensor:
-        with _autocast(device, autocast):
-            outputs[0] = model.forward_to_taps(batches[index], received)
-        return outputs[0].hidden
-
-    def work(index: int) -> None:
-        stage, outputs[0] = outputs[0], None
+    def work(index: int, stage: StageOutput) -> None:
         for head in model.exits:
             result = tune_exit(
                 head,
@@ -71,7 +65,7 @@ def tune_global_batch(
             )
             counted[head.exit.name] += torch.stack((result.count, result.loss_sum))
 
-    _run(model, batches, link, forward, work, autocast)
+    run_microbatches(model, batches, link=link, work=work, autocast=autocast)
     total = torch.zeros((), device=device)
     for exit in optimizers.exits:
         exit.reduce_gradients(counted[exit.name], nominal=nominal)
@@ -104,16 +98,9 @@ def evaluate_global_batch(
     """
     vocabulary = model.vocabulary()
     device = batches[0].tokens.device
-    outputs: list[StageOutput | None] = [None]
     chosen: dict[tuple[int, str], Tensor] = {}
 
-    def forward(index: int, received: Tensor | None) -> Tensor:
-        with _autocast(device, autocast):
-            outputs[0] = model.forward_to_taps(batches[index], received)
-        return outputs[0].hidden
-
-    def work(index: int) -> None:
-        stage, outputs[0] = outputs[0], None
+    def work(index: int, stage: StageOutput) -> None:
         for head in model.exits:
             result = evaluate_exit(
                 head,
@@ -130,7 +117,7 @@ def evaluate_global_batch(
         if agreement and model.post_process:
             chosen[index, FULL_MODEL] = _final_exit(model, stage, batches[index], sums, autocast)
 
-    _run(model, batches, link, forward, work, autocast)
+    run_microbatches(model, batches, link=link, work=work, autocast=autocast)
     link.drain()
     if not agreement:
         return
@@ -152,8 +139,6 @@ def _final_exit(
     model: EarlyExitGPTModel, stage: StageOutput, batch: MicroBatch, sums: ExitSums, autocast: torch.dtype | None
 ) -> Tensor:
     """Loss of the backbone's own output on the last stage; returns its most likely tokens, [s * b]."""
-    from nemo_ee.megatron.low_rank import spread_over_tensor_parallel
-
     hidden = spread_over_tensor_parallel(stage.hidden, model.config).flatten(0, 1)
     labels, mask = batch.flat_labels()
     result = linear_cross_entropy(
@@ -169,26 +154,38 @@ def _final_exit(
     return result.argmax
 
 
-def _run(model, batches, link, forward, work, autocast) -> None:
+def run_microbatches(
+    model: EarlyExitGPTModel,
+    batches: Sequence[MicroBatch],
+    *,
+    link: StageLink,
+    work: Callable[[int, StageOutput], None],
+    autocast: torch.dtype | None,
+) -> None:
+    """Run this stage's layers over the microbatches; `work` gets each one's taps after its hidden state was sent on."""
     micro_batch, sequence = batches[0].tokens.shape
-    config = model.config
+    config, device = model.config, batches[0].tokens.device
     if config.sequence_parallel:
         sequence //= parallel_state.get_tensor_model_parallel_world_size()
+    # Under autocast the residual stream stays in the parameters' dtype, so that is what travels between stages.
+    dtype = config.params_dtype
+    outputs: list[StageOutput | None] = [None]
+
+    def forward(index: int, received: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            outputs[0] = model.forward_to_taps(batches[index], received)
+        return outputs[0].hidden.to(dtype)
+
+    def after_sending(index: int) -> None:
+        stage, outputs[0] = outputs[0], None
+        work(index, stage)
+
     run_stage(
         link,
         num_microbatches=len(batches),
         shape=(sequence, micro_batch, config.hidden_size),
-        dtype=_hidden_dtype(config),
-        device=batches[0].tokens.device,
-        forward=lambda index, received: forward(index, received).to(_hidden_dtype(config)),
-        work=work,
+        dtype=dtype,
+        device=device,
+        forward=forward,
+        work=after_sending,
     )
-
-
-def _hidden_dtype(config) -> torch.dtype:
-    """Residual stream dtype between stages: that of the parameters (under autocast the residual adds stay fp32)."""
-    return config.params_dtype
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
