@@ -87,14 +87,14 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 backbone_path = _backbone_of(conf, restore_path)
                 backbone_folder = stack.enter_context(open_nemo(backbone_path, [BACKBONE]))
             source = ChunkReader(backbone_folder / BACKBONE)
-            self._check_backbone(conf, stored, source, backbone_path, exits_only=backbone_path != Path(restore_path))
             calling_cls._set_model_restore_state(is_being_restored=True, folder=str(folder))
             try:
                 instance = calling_cls(cfg=conf, trainer=trainer)
             finally:
                 calling_cls._set_model_restore_state(is_being_restored=False)
-            with open_dict(instance.cfg):
-                instance.cfg.backbone_fingerprint = conf.backbone_fingerprint
+            named = stored if backbone_path == Path(restore_path) else read_config(backbone_path)
+            expected, found = stored.get("backbone_fingerprint"), named.get("backbone_fingerprint")
+            self._check_backbone(instance, source, backbone_path, expected=expected, found=found)
             exits = ChunkReader(folder / EXITS, prefix="exits.") if (folder / EXITS).is_dir() else None
             instance.load_weights(source, exits)
         instance.backbone_path = str(backbone_path)
@@ -104,22 +104,18 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         logging.info(f"restored {type(instance).__name__} from {restore_path}")
         return instance
 
-    def _check_backbone(
-        self, conf: DictConfig, stored: DictConfig, source: WeightSource, path: Path, *, exits_only: bool
-    ) -> None:
+    def _check_backbone(self, model, source: WeightSource, path: Path, *, expected: str | None, found: str | None) -> None:
         """The exits must belong to this very backbone. A base without a stored fingerprint gets one now."""
-        expected = stored.get("backbone_fingerprint")
-        found = read_config(path).get("backbone_fingerprint") if exits_only else expected
         if self.verify == "full" or found is None:
             logging.info(f"computing the fingerprint of the backbone in {path}")
-            found = backbone_fingerprint(source)
+            found = backbone_fingerprint(source, vocab_size=model.vocab_size)
         if expected is not None and found != expected:
             raise ValueError(
                 f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
                 "give the base model they were tuned on (model.backbone_path)"
             )
-        with open_dict(conf):
-            conf.backbone_fingerprint = found
+        with open_dict(model.cfg):
+            model.cfg.backbone_fingerprint = found
 
     def save_to(self, model, save_path: str) -> None:
         """Write a `.nemo`. Every rank must call it; the file appears under its name only when it is whole."""
@@ -148,7 +144,9 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         for key in _RUN_ONLY:
             config.pop(key, None)
         fingerprint = model.cfg.get("backbone_fingerprint")
-        config.backbone_fingerprint = fingerprint or backbone_fingerprint(ChunkReader(work / BACKBONE))
+        config.backbone_fingerprint = fingerprint or backbone_fingerprint(
+            ChunkReader(work / BACKBONE), vocab_size=model.vocab_size
+        )
         config.early_exit = model.early_exit.to_mapping()
         entries: dict = {EXITS: work / EXITS}
         with ExitStack() as stack:

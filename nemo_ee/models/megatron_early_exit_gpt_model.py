@@ -10,6 +10,7 @@ May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-2
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
 from nemo_ee.models.exit_optimizers import ExitLearningRates, ExitOptimizer, ExitOptimizers, LearningRateSchedule
 from nemo_ee.models.supported import refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
+
+# What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
 class MegatronEarlyExitGPTModel(MegatronGPTModel):
