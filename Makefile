@@ -1,0 +1,27 @@
+# make demo | test | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+export PYTHON
+
+.PHONY: help venv demo test lint clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+venv:  ## virtual environment in .venv, remade only when setup.py, the constraints or Python change
+	@scripts/make_venv.sh $(VENV)
+
+demo: venv  ## a real language model becomes an early-exit model; results in outputs/demo/
+	$(PY) examples/run_demo.py $(ARGS)
+
+test: venv  ## the test suite, on the CPU; ARGS="-k name", ARGS=--run-slow
+	$(PY) -m pytest $(ARGS)
+
+lint: venv  ## ruff and shellcheck
+	$(PY) -m ruff check .
+	$(VENV)/bin/shellcheck scripts/make_venv.sh scripts/slurm/tune.sub .ci/run
+
+clean:  ## remove the environment and everything that runs leave behind
+	rm -rf $(VENV) outputs nemo_experiments build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
