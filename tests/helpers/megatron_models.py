@@ -1,0 +1,176 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Early-exit Megatron models in this process, made from tiny Hugging Face ones, and what tests read off them.
+
+Importing this file switches the CPU host on for the rest of the process. NeMo is imported once, by the first model.
+Tests that need the CPU host off run in a process of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_ee import cpu_host
+
+cpu_host.enable()
+
+import torch  # noqa: E402 -- after the CPU host is on
+
+from tests.helpers.huggingface_models import save_tiny_model  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+REFERENCE_MODEL = ROOT / "assets" / "reference-model"
+MICRO_BATCH, GLOBAL_BATCH = 2, 4
+
+# Every architecture, output and initialisation, several on one layer, on three layers.
+ALL_ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
+
+
+def exit_entry(layer: int, architecture: str, init: str = "copy", output: str = "own", **more: Any) -> dict[str, Any]:
+    """An entry of `exits` whose name says what it is."""
+    name = f"l{layer}-{architecture}-{init}-{output}"
+    return {"name": name, "layer": layer, "architecture": architecture, "init": init, "output": output, **more}
+
+
+def reset_batch_sizes() -> None:
+    """Forget the batch sizes of the last model: NeMo keeps them per process and refuses others."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    destroy_num_microbatches_calculator()
+
+
+def cpu_trainer(max_steps: int = 1, callbacks: Sequence = (), **trainer: Any):
+    """A trainer of our own builder on the CPU host, without logger and checkpoints."""
+    from omegaconf import OmegaConf
+
+    import nemo_ee.models  # noqa: F401 -- answers NeMo's Apex guards
+    from nemo_ee.models.trainer import EarlyExitTrainerBuilder
+
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_nodes": 1,
+        "precision": 32,
+        "max_steps": max_steps,
+        "max_epochs": -1,
+        "log_every_n_steps": 1,
+        "val_check_interval": max_steps,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "gradient_clip_val": 1.0,
+        "enable_progress_bar": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        **trainer,
+    }
+    cfg = OmegaConf.create({"trainer": settings, "model": {"mcore_gpt": True, "gradient_as_bucket_view": False}})
+    return EarlyExitTrainerBuilder(cfg).create_trainer(callbacks=list(callbacks))
+
+
+def model_from_hugging_face(
+    folder: Path, exits: Sequence[Mapping[str, Any]], *, trainer=None, full_depth: bool = True, **settings: Any
+):
+    """`MegatronEarlyExitGPTModel` with the weights of a Hugging Face directory, exits initialised as they say.
+
+    Args:
+        folder: the directory. The tokenizer is the reference model's: only token ids matter here.
+        exits: entries of the `early_exit` block.
+        trainer: default a fresh one.
+        full_depth: build all layers and the final exit.
+        settings: further keys of the model config.
+    """
+    from omegaconf import OmegaConf
+
+    import nemo_ee.models  # noqa: F401 -- answers NeMo's Apex guards
+    from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
+    from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+
+    reset_batch_sizes()
+    config = {
+        **read_backbone(folder).nemo_config(),
+        "tokenizer": {"library": "huggingface", "type": str(REFERENCE_MODEL), "use_fast": True},
+        "micro_batch_size": MICRO_BATCH,
+        "global_batch_size": GLOBAL_BATCH,
+        "make_vocab_size_divisible_by": 16,
+        "gradient_as_bucket_view": False,
+        "full_depth": full_depth,
+        "early_exit": {"exits": [dict(exit) for exit in exits]},
+        **settings,
+    }
+    model = MegatronEarlyExitGPTModel(OmegaConf.create(config), trainer or cpu_trainer())
+    model.load_weights(HuggingFaceSource(folder), None, logged=False)
+    return model
+
+
+def tiny_pair(folder: Path, name: str, exits: Sequence[Mapping[str, Any]], **settings: Any):
+    """(transformers model, early-exit model) on the same weights; see `TINY_MODELS` and `model_from_hugging_face`."""
+    changes = settings.pop("changes", {})
+    reference = save_tiny_model(folder, name, **changes)
+    return reference, model_from_hugging_face(folder, exits, **settings)
+
+
+def microbatch(tokens: torch.Tensor, *, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None):
+    """A `MicroBatch` of `tokens` [b, s]; by default every position counts and each label is the next token."""
+    from nemo_ee.megatron.exit_loss import MicroBatch
+
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    labels = tokens.roll(-1, dims=1) if labels is None else labels
+    return MicroBatch(tokens, labels, torch.ones(tokens.shape) if mask is None else mask, positions)
+
+
+def random_tokens(model, *, batch: int = 2, length: int | None = None, seed: int = 3) -> torch.Tensor:
+    """[b, s] tokens over the whole true vocabulary."""
+    length = length or model.cfg.encoder_seq_length
+    return torch.randint(0, model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def naive_logits(head, tap: torch.Tensor, rotary_pos_emb, vocab_size: int) -> torch.Tensor:
+    """[b, s, v] fp32 logits of an exit head from its tap [s, b, h], whole and without padding rows."""
+    hidden = head(tap, rotary_pos_emb=rotary_pos_emb)
+    logits = sum(inputs @ weight.t() for inputs, weight in head.output_terms(hidden))
+    return logits[..., :vocab_size].transpose(0, 1).float()
+
+
+@torch.no_grad()
+def exit_logits(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Exit name -> logits [b, s, v] of tokens [b, s]."""
+    stage = model.model.forward_to_taps(microbatch(tokens))
+    return {
+        head.exit.name: naive_logits(head, stage.taps[head.exit.stop], stage.rotary_pos_emb, model.vocab_size)
+        for head in model.model.exits
+    }
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of every parameter and buffer by name."""
+    return {name: value.detach().clone() for name, value in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference in units of the largest |theirs|."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@contextmanager
+def script_config(name: str, overrides: Sequence[str]) -> Iterator[Any]:
+    """conf/<name>.yaml with overrides, as Hydra gives it to the script."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield compose(name, overrides=[*overrides, "trainer.accelerator=cpu"])
+
+
+def write_data(prefix: Path, documents: Sequence[Sequence[int]]) -> Path:
+    """`<prefix>.bin` and `.idx` in Megatron's format; returns the prefix."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
