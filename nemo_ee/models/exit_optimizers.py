@@ -134,7 +134,8 @@ class ExitOptimizers(torch.optim.Optimizer):
 
     def _sharded_exit(self, exit: ExitOptimizer, exit_shards: Mapping[str, object]) -> dict:
         _fill_state(exit.optimizer)
-        group = exit.optimizer.param_groups[0]
+        groups = exit.optimizer.param_groups
+        group = next((group for group in groups if group.get("decays", True)), groups[0])
         steps = [_step_of(exit.optimizer, parameter) for parameter in exit.parameters.values()]
         scalars = torch.tensor([group["lr"], group["weight_decay"], max(steps, default=0.0)], dtype=torch.float64)
         replica = (
@@ -169,7 +170,9 @@ class ExitOptimizers(torch.optim.Optimizer):
             scalars = dict(zip(_SCALARS, saved["scalars"].tolist(), strict=True))
             _fill_state(exit.optimizer)
             for group in exit.optimizer.param_groups:
-                group["lr"], group["weight_decay"] = scalars["lr"], scalars["weight_decay"]
+                group["lr"] = scalars["lr"]
+                if group.get("decays", True):
+                    group["weight_decay"] = scalars["weight_decay"]
             for key, parameter in exit.parameters.items():
                 values = exit.optimizer.state[parameter]
                 for name, value in saved[key].items():

@@ -225,8 +225,16 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             matrices = [parameter for parameter in trainable if parameter.dim() > 1]
             vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
             groups[exit.name] = [
-                {"params": params, "lr": lr, "max_lr": lr, "min_lr": min_lr, "weight_decay": rate, "exit": exit.name}
-                for params, rate in ((matrices, decay), (vectors, 0.0))
+                {
+                    "params": params,
+                    "lr": lr,
+                    "max_lr": lr,
+                    "min_lr": min_lr,
+                    "weight_decay": decay if decays else 0.0,
+                    "decays": decays,
+                    "exit": exit.name,
+                }
+                for params, decays in ((matrices, True), (vectors, False))
                 if params
             ]
         return groups
