@@ -7,7 +7,8 @@ asked for, before torch touches a device; every CUDA device is then hidden. Swit
 nothing. The same NeMo and Megatron code paths run afterwards; only calls that name a CUDA device are answered on
 the CPU:
 
-* `torch.cuda.current_device()` answers `"cpu"`; device switches, synchronisation, streams and memory statistics do nothing.
+* `torch.cuda.current_device()` answers `"cpu"`; device switches, synchronisation, streams and memory statistics do
+nothing.
 * `.cuda()` returns the tensor or module itself; factory functions read `device="cuda"` as `device="cpu"`.
 * `torch.cuda` random-state calls reach the CPU generator, which Megatron's RNG tracker then forks and restores.
 * CUDA tensor type names, which Megatron and NeMo assert on before clipping gradients, mean the CPU types.
@@ -27,7 +28,8 @@ _ENABLED = False
 
 # Factory functions that NeMo and Megatron call with a `device` argument.
 _FACTORIES = (
-    "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like randperm "
+    "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like "
+    "randperm "
     "tensor as_tensor zeros zeros_like"
 ).split()
 
@@ -56,7 +58,8 @@ def requested(overrides: Iterable[str] | None = None) -> bool:
 
 
 def enable_if_requested(overrides: Iterable[str] | None = None) -> bool:
-    """First statement of every script: switch the CPU host on when `trainer.accelerator=cpu` is among the overrides."""
+    """First statement of every script: switch the CPU host on when `trainer.accelerator=cpu` is among the
+    overrides."""
     if requested(overrides):
         enable()
     return _ENABLED
@@ -185,8 +188,8 @@ def adapt_nemo() -> None:
     if not _ENABLED:
         return
     from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
-    from nemo.collections.nlp.modules.common.megatron import build_model, utils
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+    from nemo.collections.nlp.modules.common.megatron import build_model, utils
     from nemo.collections.nlp.parts import nlp_overrides
 
     nlp_overrides.HAVE_APEX = True

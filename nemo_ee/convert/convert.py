@@ -34,7 +34,8 @@ from nemo_ee.models.trainer import single_run_trainer
 # Relative to the largest logit, fp32: the same sums in another order.
 LOGIT_TOLERANCE = 1e-5
 _TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt "
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "merges.txt "
     "vocab.txt chat_template.jinja chat_template.json"
 ).split()
 
@@ -178,7 +179,8 @@ def _probe_tokens(model: MegatronEarlyExitGPTModel, count: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.Tensor | None, model) -> float | None:
-    """Relative difference of the logits to `transformers`' on the same weights, in fp32, on rank 0 of the last stage."""
+    """Relative difference of the logits to `transformers`' on the same weights, in fp32, on rank 0 of the last
+    stage."""
     if ours is None or parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
         return None
     from transformers import AutoModelForCausalLM
@@ -190,8 +192,10 @@ def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.T
     exact = model.torch_dtype is torch.float32 and not torch.cuda.is_available()
     if exact and not difference <= LOGIT_TOLERANCE:
         raise ValueError(
-            f"the converted model's logits differ from transformers' by {difference:.2e} of the largest logit, more than "
-            f"{LOGIT_TOLERANCE:.0e}; nothing was written. This is a fault of the conversion: please report the model's "
+            f"the converted model's logits differ from transformers' by {difference:.2e} of the largest logit, "
+            f"more than "
+            f"{LOGIT_TOLERANCE:.0e}; nothing was written. This is a fault of the conversion: please report the "
+            f"model's "
             "config.json"
         )
     return difference

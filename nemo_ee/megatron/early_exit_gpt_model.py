@@ -5,7 +5,8 @@
 The decoder is Megatron's own, cut to the layers that run; exit heads are a sibling module. Tuning and evaluation use
 `forward_to_taps`; `forward` is Megatron's and gives the full model.
 
-A *stop* is a depth in half layers: 2k-1 after layer k's attention and residual, 2k after layer k (see ExitConfig.stop).
+A *stop* is a depth in half layers: 2k-1 after layer k's attention and residual, 2k after layer k (see
+ExitConfig.stop).
 May import: torch, megatron.core, nemo_ee.exits.
 """
 
@@ -105,9 +106,7 @@ class EarlyExitGPTModel(GPTModel):
         self.exits = ExitHeads(
             config,
             [
-                ExitHead(
-                    config, exit, specs, vocab_size=padded_vocab_size, shared_weight=self.backbone_output_weight
-                )
+                ExitHead(config, exit, specs, vocab_size=padded_vocab_size, shared_weight=self.backbone_output_weight)
                 for exit in placement.exits
             ],
         )

@@ -10,7 +10,8 @@
 A head ends before its output projection: the projection is handed out as a list of (input, weight) terms, because the
 loss multiplies them chunk by chunk (`linear_cross_entropy`) and never holds all logits.
 
-Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, r rank. May import: torch, megatron.core, nemo_ee.exits.
+Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, r rank. May import: torch, megatron.core,
+nemo_ee.exits.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
-    make_tp_sharded_tensor_for_checkpoint,
     make_sharded_tensors_for_checkpoint,
+    make_tp_sharded_tensor_for_checkpoint,
     sharded_state_dict_default,
 )
 from torch import Tensor
@@ -182,7 +183,8 @@ class ExitHead(MegatronModule):
         return terms
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Canonical keys: a separate norm before the exit's MLP is stored as the MLP's first linear's `layer_norm_*`."""
+        """Canonical keys: a separate norm before the exit's MLP is stored as the MLP's first linear's
+        `layer_norm_*`."""
         sharded = {}
         for name, module in self.named_children():
             if not isinstance(module, IdentityOp):

@@ -47,11 +47,11 @@ def backbone_key(key: str, *, exit_layer: int, num_layers: int, tied: bool) -> t
     if key == "output.weight":
         return ("embedding.word_embeddings.weight" if tied else "output_layer.weight"), None
     if key.startswith("norm."):
-        return f"decoder.final_layernorm.{key[len('norm.'):]}", None
+        return f"decoder.final_layernorm.{key[len('norm.') :]}", None
     if key.startswith("mlp."):
         return f"decoder.layers.{key}", exit_layer - 1
     assert key.startswith("layer."), key
-    return f"decoder.layers.{key[len('layer.'):]}", num_layers - 1
+    return f"decoder.layers.{key[len('layer.') :]}", num_layers - 1
 
 
 @torch.no_grad()
@@ -94,7 +94,14 @@ def initialise_exit_head(
 
 
 def _random_chunk(
-    shard: ShardedTensor, offset: tuple[int, ...], *, std: float, exit_layer: int, vocab_size: int, seed: int, name: str
+    shard: ShardedTensor,
+    offset: tuple[int, ...],
+    *,
+    std: float,
+    exit_layer: int,
+    vocab_size: int,
+    seed: int,
+    name: str,
 ) -> Tensor:
     """This rank's slice of a parameter's random first value.
 

@@ -5,7 +5,8 @@
     loss_i = log sum_v exp(z_iv) - z_i,label(i)        z = sum_t x_t W_t^T  (terms t)
     d loss_i / d z_iv = softmax(z_i)_v - [v = label(i)]
 
-Forward and backward are fused: the gradients for the inputs and the weights are formed while a chunk's logits exist, so
+Forward and backward are fused: the gradients for the inputs and the weights are formed while a chunk's logits exist,
+so
 the memory beyond inputs, weights and their gradients is one chunk of logits, whatever the number of tokens or the size
 of the vocabulary. Softmax and loss are in fp32.
 
@@ -144,7 +145,8 @@ def _chunk_logits(
 
 
 def _argmax(logits: Tensor, peak: Tensor, vocabulary: VocabularyShard) -> Tensor:
-    """[c] id of the largest logit over all shards; the smallest id wins a tie, as `torch.argmax` over the whole does."""
+    """[c] id of the largest logit over all shards; the smallest id wins a tie, as `torch.argmax` over the whole
+    does."""
     local = logits.argmax(dim=-1)
     best = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
     candidate = torch.where(best == peak, local + vocabulary.start, torch.iinfo(torch.long).max)

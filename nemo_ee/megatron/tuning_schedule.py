@@ -8,7 +8,8 @@ The backbone is frozen, so no gradient crosses a stage boundary, and a stage tha
 nobody anything: its exits' forward, loss and backward overlap with the next stages' layers. Megatron's own
 forward-only schedule would send only after the exits' work.
 
-Sends are asynchronous and at most `max_in_flight` of them are outstanding; the bound holds across steps, so a stage can
+Sends are asynchronous and at most `max_in_flight` of them are outstanding; the bound holds across steps, so a stage
+can
 start the next global batch while the stages behind it still work on this one.
 
 May import: torch.
@@ -38,7 +39,9 @@ class StageLink:
         self, group: ProcessGroup | None, previous_rank: int | None, next_rank: int | None, *, max_in_flight: int = 2
     ) -> None:
         if max_in_flight < 1:
-            raise ValueError(f"max_in_flight={max_in_flight}: at least one microbatch must be in flight; use 2 or more")
+            raise ValueError(
+                f"max_in_flight={max_in_flight}: at least one microbatch must be in flight; use 2 or more"
+            )
         self.group, self.previous_rank, self.next_rank = group, previous_rank, next_rank
         self.max_in_flight = max_in_flight
         self._sent: deque[tuple[Work, Tensor]] = deque()

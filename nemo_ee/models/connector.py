@@ -104,7 +104,9 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         logging.info(f"restored {type(instance).__name__} from {restore_path}")
         return instance
 
-    def _check_backbone(self, model, source: WeightSource, path: Path, *, expected: str | None, found: str | None) -> None:
+    def _check_backbone(
+        self, model, source: WeightSource, path: Path, *, expected: str | None, found: str | None
+    ) -> None:
         """The exits must belong to this very backbone. A base without a stored fingerprint gets one now."""
         if self.verify == "full" or found is None:
             logging.info(f"computing the fingerprint of the backbone in {path}")

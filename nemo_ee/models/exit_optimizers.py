@@ -12,9 +12,9 @@ May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +24,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim.lr_scheduler import LRScheduler
+
+from nemo_ee.megatron.exit_head import ExitHead
 
 _SCALARS = ("lr", "weight_decay", "step")  # of each exit, stored as one small tensor under its name
 
@@ -62,7 +63,8 @@ class ExitOptimizer:
             gradient.mul_(nominal / tokens)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients so that their norm over the tensor-parallel group is at most `max_norm`; returns the norm."""
+        """Scale the gradients so that their norm over the tensor-parallel group is at most `max_norm`; returns the
+        norm."""
         parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         counted_once = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
         group = parallel_state.get_tensor_model_parallel_group()
@@ -84,7 +86,8 @@ def _all_reduce_flat(tensors: list[Tensor], group) -> None:
 
 
 class ExitOptimizers(torch.optim.Optimizer):
-    """The optimizers of a stage's exits as one. On a stage without exits it holds an empty parameter and steps nothing.
+    """The optimizers of a stage's exits as one. On a stage without exits it holds an empty parameter and steps
+    nothing.
 
     Args:
         exits: this stage's exit optimizers.
@@ -207,63 +210,49 @@ def _step_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> float:
     return float(optimizer.state[parameter].get("step", 0.0))
 
 
-@dataclass(frozen=True)
-class LearningRateSchedule:
-    """Learning rate over a run, as a share of the way from `min_lr` to `lr`.
+def exit_parameter_groups(head: ExitHead, optim: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An exit's trainable parameters as groups for torch.optim. Matrices decay, norms and biases do not.
 
-    Attributes:
-        name: CosineAnnealing | LinearAnnealing | Constant.
-        warmup_steps: linear warm-up from 0 to lr.
-        max_steps: step at which `min_lr` is reached.
+    Args:
+        head: the exit.
+        optim: `model.optim`; the exit's own lr, min_lr and weight_decay win over it.
     """
-
-    name: str
-    warmup_steps: int
-    max_steps: int
-
-    def __post_init__(self) -> None:
-        if self.name not in ("CosineAnnealing", "LinearAnnealing", "Constant"):
-            raise ValueError(
-                f"model.optim.sched.name={self.name!r} is not one of CosineAnnealing, LinearAnnealing, Constant"
-            )
-
-    def learning_rate(self, step: int, *, lr: float, min_lr: float) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return lr * (step + 1) / (self.warmup_steps + 1)
-        if self.name == "Constant":
-            return lr
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
-        left = 0.5 * (1.0 + math.cos(math.pi * done)) if self.name == "CosineAnnealing" else 1.0 - done
-        return min_lr + (lr - min_lr) * left
+    exit, sched = head.exit, optim.get("sched") or {}
+    lr = optim["lr"] if exit.lr is None else exit.lr
+    min_lr = sched.get("min_lr", 0.0) if exit.min_lr is None else exit.min_lr
+    decay = optim.get("weight_decay", 0.0) if exit.weight_decay is None else exit.weight_decay
+    common = {"lr": lr, "max_lr": lr, "min_lr": min_lr, "exit": exit.name}
+    trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    groups = []
+    for decays in (True, False):
+        parameters = [parameter for parameter in trainable if (parameter.dim() > 1) == decays]
+        if parameters:
+            groups.append({"params": parameters, "weight_decay": decay if decays else 0.0, "decays": decays, **common})
+    return groups
 
 
-class ExitLearningRates(LRScheduler):
-    """Sets every exit's learning rate from its own `lr` and `min_lr`. Its state is the step alone.
+def build_exit_optimizers(
+    heads: Iterable[ExitHead],
+    optim: Mapping[str, Any],
+    *,
+    make: Callable[..., torch.optim.Optimizer],
+    max_norm: float,
+) -> ExitOptimizers:
+    """One optimizer per exit that has something to train.
 
-    Stored base learning rates would be those of rank 0's exits; here they always come from the config.
+    Args:
+        heads: this stage's exits.
+        optim: `model.optim`; betas, eps, lr and weight_decay reach the optimizer.
+        make: the optimizer's class or factory.
+        max_norm: gradient clipping per exit, 0 for none.
     """
-
-    def __init__(self, optimizer: ExitOptimizers, schedule: LearningRateSchedule) -> None:
-        self.schedule = schedule
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of every parameter group at `last_epoch` steps."""
-        return [
-            self.schedule.learning_rate(
-                self.last_epoch, lr=group.get("max_lr", 0.0), min_lr=group.get("min_lr", 0.0)
-            )
-            for group in self.optimizer.param_groups
-        ]
-
-    def state_dict(self) -> dict:
-        """{"last_epoch": steps taken}."""
-        return {"last_epoch": self.last_epoch}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue at the stored step."""
-        self.last_epoch = state_dict["last_epoch"]
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
-        self._last_lr = self.get_lr()
+    options = {key: optim[key] for key in ("betas", "eps", "lr", "weight_decay") if optim.get(key) is not None}
+    exits = []
+    for head in heads:
+        shards = head.sharded_state_dict(f"exits.{head.exit.name}.")
+        keys = {id(shard.data): key for key, shard in shards.items() if isinstance(shard.data, Tensor)}
+        groups = exit_parameter_groups(head, optim)
+        parameters = {keys[id(parameter)]: parameter for group in groups for parameter in group["params"]}
+        if parameters:
+            exits.append(ExitOptimizer(head.exit.name, parameters, make(groups, **options)))
+    return ExitOptimizers(exits, max_norm=max_norm)

@@ -41,7 +41,8 @@ from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
-from nemo_ee.models.exit_optimizers import ExitLearningRates, ExitOptimizer, ExitOptimizers, LearningRateSchedule
+from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
+from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.models.supported import refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
 
@@ -91,8 +92,6 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self._train_sums: ExitSums | None = None
         self._val_sums: ExitSums | None = None
 
-    # -- building ---------------------------------------------------------------------------------------------------
-
     def build_transformer_config(self) -> TransformerConfig:
         """Megatron's config with the real layer split; NeMo itself only knows equal splits of all layers."""
         stages = self.cfg.get("pipeline_model_parallel_size", 1)
@@ -124,11 +123,16 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         """Build this rank's stage. Megatron-core wants its process groups when modules are built."""
         if not parallel_state.is_initialized():
             self._set_up_process_groups()
-            pre_process, post_process = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+            pre_process, post_process = (
+                parallel_state.is_pipeline_first_stage(),
+                parallel_state.is_pipeline_last_stage(),
+            )
         cfg = self.cfg
         model = EarlyExitGPTModel(
             self.transformer_config,
-            specs=backbone_specs(self.transformer_config, transformer_engine=bool(cfg.get("transformer_engine", False))),
+            specs=backbone_specs(
+                self.transformer_config, transformer_engine=bool(cfg.get("transformer_engine", False))
+            ),
             placement=self.placement,
             full_depth=self.full_depth or not self.early_exit.exits,
             vocab_size=self.vocab_size,
@@ -151,7 +155,9 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             strategy.launcher.launch(_nothing, trainer=self.trainer)
         strategy.setup_environment()
         if not parallel_state.is_initialized():
-            init_model_parallel(sharp=False, distributed_timeout_minutes=self.cfg.get("distributed_timeout_minutes", 30))
+            init_model_parallel(
+                sharp=False, distributed_timeout_minutes=self.cfg.get("distributed_timeout_minutes", 30)
+            )
         if cpu_host.enabled():  # NeMo seeds Megatron's generator only where it counts a GPU
             tensor_parallel.model_parallel_cuda_manual_seed(self.cfg.get("seed", 1234))
 
@@ -204,40 +210,14 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         if logged:
             self.log_what_trains()
 
-    # -- what trains ------------------------------------------------------------------------------------------------
-
     def freeze_backbone(self) -> None:
         """Take gradients from everything but the exits. The constructor has done so already."""
         self.model.freeze_backbone()
 
     def exit_parameter_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """Parameter groups per exit of this stage: exit name -> [{params, lr, weight_decay, ...}], for torch.optim.
-
-        Matrices decay, norms and biases do not. An exit's own lr, min_lr and weight_decay win over `model.optim`.
-        """
-        optim, groups = self.cfg.optim, {}
-        for head in self.model.exits:
-            exit = head.exit
-            lr = optim.lr if exit.lr is None else exit.lr
-            min_lr = (optim.get("sched") or {}).get("min_lr", 0.0) if exit.min_lr is None else exit.min_lr
-            decay = optim.get("weight_decay", 0.0) if exit.weight_decay is None else exit.weight_decay
-            trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            matrices = [parameter for parameter in trainable if parameter.dim() > 1]
-            vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
-            groups[exit.name] = [
-                {
-                    "params": params,
-                    "lr": lr,
-                    "max_lr": lr,
-                    "min_lr": min_lr,
-                    "weight_decay": decay if decays else 0.0,
-                    "decays": decays,
-                    "exit": exit.name,
-                }
-                for params, decays in ((matrices, True), (vectors, False))
-                if params
-            ]
-        return groups
+        """Parameter groups per exit of this stage: exit name -> [{params, lr, weight_decay, ...}], for torch.optim."""
+        optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
+        return {head.exit.name: exit_parameter_groups(head, optim) for head in self.model.exits}
 
     def log_what_trains(self) -> None:
         """Log, once per stage, how many parameters train and how many are frozen."""
@@ -247,36 +227,24 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         trains = {h.exit.name: sum(p.numel() for p in h.parameters() if p.requires_grad) for h in self.model.exits}
         place = self.placement
         logging.info(
-            f"stage {place.stage}: layers {place.first_layer}-{place.last_layer}, frozen {frozen:,} parameters on this "
-            f"rank, trains {sum(trains.values()):,}: " + (", ".join(f"{k} {v:,}" for k, v in trains.items()) or "nothing")
+            f"stage {place.stage}: layers {place.first_layer}-{place.last_layer}, frozen {frozen:,} parameters "
+            f"on this "
+            f"rank, trains {sum(trains.values()):,}: "
+            + (", ".join(f"{k} {v:,}" for k, v in trains.items()) or "nothing")
         )
 
     def configure_optimizers(self):
         """One optimizer per exit, handed to Lightning as one."""
-        options = OmegaConf.to_container(self.cfg.optim, resolve=True)
-        sched = options.pop("sched", None) or {}
-        keep = {key: value for key, value in options.items() if key in ("betas", "eps", "lr", "weight_decay")}
-        make = get_optimizer(options["name"])
-        exits = []
-        for name, groups in self.exit_parameter_groups().items():
-            head = self.model.exits[name]
-            keys = {id(value.data): key for key, value in head.sharded_state_dict(f"exits.{name}.").items() if _has_data(value)}
-            parameters = {keys[id(p)]: p for group in groups for p in group["params"]}
-            if parameters:
-                exits.append(ExitOptimizer(name, parameters, make(groups, **keep)))
-        self._optimizer = ExitOptimizers(exits, max_norm=float(self.trainer.gradient_clip_val or 0.0))
-        schedule = LearningRateSchedule(
-            sched.get("name", "Constant"),
-            warmup_steps=int(sched.get("warmup_steps") or 0),
-            max_steps=int(sched.get("max_steps") or self._get_max_steps()),
-        )
+        optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
+        make = get_optimizer(optim["name"])
+        max_norm = float(self.trainer.gradient_clip_val or 0.0)
+        self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm)
+        schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
 
     def configure_gradient_clipping(self, *args, **kwargs) -> None:
         """Nothing here: each exit clips its own gradients in its step."""
-
-    # -- Lightning's loop -------------------------------------------------------------------------------------------
 
     @property
     def link(self) -> StageLink:
@@ -356,7 +324,11 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         batch = self.get_batch(dataloader_iter, tuning=False)
         moved = {k: None if v is None else v.to(self.device, non_blocking=True) for k, v in batch.items()}
         return MicroBatch(
-            moved["tokens"], moved["labels"], moved["loss_mask"].float(), moved["position_ids"], moved["attention_mask"]
+            moved["tokens"],
+            moved["labels"],
+            moved["loss_mask"].float(),
+            moved["position_ids"],
+            moved["attention_mask"],
         )
 
     @property
@@ -368,8 +340,6 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         super().on_train_end()
         self.link.drain()
 
-    # -- NeMo set-up steps that join stages or expect the whole model --------------------------------------------------
-
     def initialize_last_rank_embeddings(self) -> None:
         """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
 
@@ -379,8 +349,6 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def _get_total_params_across_model_parallel_groups_gpt_bert(self) -> tuple[int, int]:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         return count, count
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold the exits; the frozen backbone is in the `.nemo` it came from."""
@@ -431,10 +399,6 @@ _CPU_HOST_SETTINGS = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
 }
-
-
-def _has_data(value: object) -> bool:
-    return getattr(value, "data", None) is not None
 
 
 def _nothing() -> None:

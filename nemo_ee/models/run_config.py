@@ -83,7 +83,8 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
         faults.append(
-            f"{cfg.model.restore_from_path} has no exits and model.early_exit asks for none, so nothing would train; add "
+            f"{cfg.model.restore_from_path} has no exits and model.early_exit asks for none, so nothing would "
+            f"train; add "
             "some with examples/megatron_gpt_early_exit_convert.py or model.early_exit.every=1/4"
         )
     if cfg.save_to and Path(cfg.save_to).is_dir():

@@ -7,7 +7,40 @@ May import: omegaconf.
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def _above_one(value: Any) -> bool:
+    return (value or 1) > 1
+
+
+# key below `model` -> (is this value refused?, why and the way out)
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "mcore_gpt": (lambda value: not value, "set it to True (NeMo's legacy GPT is not supported)"),
+    "context_parallel_size": (_above_one, "not supported; set it to 1"),
+    "virtual_pipeline_model_parallel_size": (_above_one, "not supported; set it to null"),
+    "expert_model_parallel_size": (_above_one, "not supported; set it to 1"),
+    "num_moe_experts": (bool, "mixture-of-experts models are not supported"),
+    "fp8": (bool, "not supported; set it to False and tune in bf16-mixed"),
+    "fsdp": (bool, "not supported; use tensor and pipeline parallelism"),
+    "megatron_amp_O2": (bool, "not supported; use trainer.precision=bf16-mixed"),
+    "apply_query_key_layer_scaling": (bool, "not supported; set it to False"),
+    "rampup_batch_size": (bool, "not supported; set it to null"),
+    "data.legacy_dataset": (bool, "not supported; set it to False"),
+    "optim.name": (
+        ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam").__contains__,
+        "not supported; use adamw or fused_adam",
+    ),
+    "early_exit.objective": (
+        lambda value: value not in (None, "cross_entropy"),
+        "not available yet; use cross_entropy",
+    ),
+    "early_exit.train": (lambda value: value not in (None, "exits"), "not available yet; use exits"),
+    "early_exit.token_weights": (lambda value: value not in (None, "none"), "not available yet; use none"),
+}
 
 
 def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int | None) -> None:
@@ -21,15 +54,22 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
     Raises:
         ValueError: lists every setting that is not supported, with the way out.
     """
-    faults = [
-        f"  {key}={value!r}: {why}"
-        for key, value, refused, why in _rules(cfg, precision)
-        if refused
-    ]
+    faults = []
+    for key, (refused, reason) in _RULES.items():
+        value = OmegaConf.select(cfg, key)
+        if refused(value):
+            faults.append(f"  {key}={value!r}: {reason}")
+    if str(precision) in ("16", "16-mixed", "16-true"):
+        faults.append(f"  trainer.precision={precision}: fp16 tuning is not supported; use bf16-mixed or 32")
+    for index, exit in enumerate((cfg.get("early_exit") or {}).get("exits") or []):
+        objective = exit.get("objective") if OmegaConf.is_dict(exit) else None
+        if objective not in (None, "cross_entropy"):
+            faults.append(f"  early_exit.exits[{index}].objective={objective!r}: not available yet; use cross_entropy")
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
     if world_size % (tp * pp):
         faults.append(
-            f"  tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} does not divide the number of ranks "
+            f"  tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} does not divide the number "
+            f"of ranks "
             f"({world_size}); change trainer.devices, trainer.num_nodes or the sizes"
         )
     heads, groups = cfg.get("num_attention_heads", 1), cfg.get("num_query_groups") or cfg.get("num_attention_heads", 1)
@@ -46,39 +86,3 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
         )
     if faults:
         raise ValueError("the model config is not supported:\n" + "\n".join(faults))
-
-
-def _rules(cfg: DictConfig, precision: str | int | None) -> list[tuple[str, object, bool, str]]:
-    """(key, value, refused, reason and way out)."""
-
-    def get(key: str, default=None):
-        return cfg.get(key, default)
-
-    optimizer = (get("optim") or {}).get("name")
-    context, virtual, expert = (
-        get("context_parallel_size", 1),
-        get("virtual_pipeline_model_parallel_size"),
-        get("expert_model_parallel_size", 1),
-    )
-    distributed = ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam")
-    objective = (get("early_exit") or {}).get("objective") or "cross_entropy"
-    train = (get("early_exit") or {}).get("train") or "exits"
-    token_weights = (get("early_exit") or {}).get("token_weights") or "none"
-    return [
-        ("mcore_gpt", get("mcore_gpt"), not get("mcore_gpt", False), "set model.mcore_gpt=True (legacy GPT is not supported)"),
-        ("context_parallel_size", context, (context or 1) > 1, "not supported; set it to 1"),
-        ("virtual_pipeline_model_parallel_size", virtual, (virtual or 1) > 1, "not supported; set it to null"),
-        ("expert_model_parallel_size", expert, (expert or 1) > 1, "not supported; set it to 1"),
-        ("num_moe_experts", get("num_moe_experts"), bool(get("num_moe_experts")), "mixture-of-experts models are not supported"),
-        ("fp8", get("fp8"), bool(get("fp8")), "not supported; set it to False and tune in bf16-mixed"),
-        ("fsdp", get("fsdp"), bool(get("fsdp")), "not supported; use tensor and pipeline parallelism"),
-        ("megatron_amp_O2", get("megatron_amp_O2"), bool(get("megatron_amp_O2")), "not supported; use trainer.precision=bf16-mixed"),
-        ("trainer.precision", precision, str(precision) in ("16", "16-mixed", "16-true"), "fp16 tuning is not supported; use bf16-mixed or 32"),
-        ("optim.name", optimizer, optimizer in distributed, "not supported; use adamw or fused_adam"),
-        ("apply_query_key_layer_scaling", get("apply_query_key_layer_scaling"), bool(get("apply_query_key_layer_scaling")), "not supported; set it to False"),
-        ("data.legacy_dataset", (get("data") or {}).get("legacy_dataset"), bool((get("data") or {}).get("legacy_dataset")), "set it to False"),
-        ("rampup_batch_size", get("rampup_batch_size"), bool(get("rampup_batch_size")), "not supported; set it to null"),
-        ("early_exit.objective", objective, objective != "cross_entropy", "not available yet; use cross_entropy"),
-        ("early_exit.train", train, train != "exits", "not available yet; use exits"),
-        ("early_exit.token_weights", token_weights, token_weights != "none", "not available yet; use none"),
-    ]  # fmt: skip

@@ -37,7 +37,7 @@ class EarlyExitStrategy(NLPDDPStrategy):
         if not Path(checkpoint_path).is_dir():
             raise ValueError(
                 f"training checkpoint {checkpoint_path} is not a directory: exit tuning writes Megatron's distributed "
-                "checkpoints (directories); point at one of those, or start anew with exp_manager.resume_if_exists=False"
+                "checkpoints (directories); point at one of those, or start anew: exp_manager.resume_if_exists=False"
             )
         wanted: dict[str, Any] = {"state_dict": self.lightning_module.sharded_state_dict()}
         if load_optimizer_states:
@@ -85,5 +85,10 @@ def single_run_trainer(cfg: DictConfig) -> Trainer:
     """
     minutes = cfg.model.get("distributed_timeout_minutes", 30)
     strategy = EarlyExitStrategy(no_ddp_communication_hook=True, timeout=timedelta(minutes=minutes))
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "use_distributed_sampler": False}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "use_distributed_sampler": False,
+    }
     return Trainer(strategy=strategy, **{**options, **cfg.trainer})

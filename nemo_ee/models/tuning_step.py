@@ -162,7 +162,7 @@ def run_microbatches(
     work: Callable[[int, StageOutput], None],
     autocast: torch.dtype | None,
 ) -> None:
-    """Run this stage's layers over the microbatches; `work` gets each one's taps after its hidden state was sent on."""
+    """Run this stage's layers over the microbatches; `work` gets each one's taps after its state was sent on."""
     micro_batch, sequence = batches[0].tokens.shape
     config, device = model.config, batches[0].tokens.device
     if config.sequence_parallel:

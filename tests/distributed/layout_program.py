@@ -79,7 +79,9 @@ def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), **mode
 
         def on_train_batch_end(self, trainer, *args) -> None:
             metrics = trainer.callback_metrics
-            self.steps.append({k: float(v) for k, v in metrics.items() if k.startswith("exit/") and k.endswith("/loss")})
+            self.steps.append(
+                {k: float(v) for k, v in metrics.items() if k.startswith("exit/") and k.endswith("/loss")}
+            )
 
         def on_validation_end(self, trainer, *args) -> None:
             metrics = trainer.callback_metrics
@@ -136,7 +138,9 @@ def gathered_digests(model) -> dict[str, str]:
     chunks = []
     for shard in local_shards(model.sharded_state_dict()):
         offset, shape = global_chunk(shard)
-        chunks.append((shard.key, tuple(shard.global_shape), offset, shape, shard.data.detach().reshape(shape).clone()))
+        chunks.append(
+            (shard.key, tuple(shard.global_shape), offset, shape, shard.data.detach().reshape(shape).clone())
+        )
     everything: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everything, chunks)
     whole: dict[str, torch.Tensor] = {}

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+# The module's fixture does the work of all its tests.
+pytestmark = pytest.mark.timeout(1800)
+
 REFERENCE = "1110"
 LAYOUTS = [
     (tp, pp, dp, sp)

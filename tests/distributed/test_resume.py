@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-
 from tests.distributed.resume_program import KILL_AFTER, STEPS
 from tests.distributed.test_layouts import run_module
 
-
+# The module's fixture does the work of all its tests.
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
