@@ -1,0 +1,78 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Generate text with an early-exit model and show each token's exit. See conf/megatron_gpt_early_exit_generate.yaml.
+
+python examples/megatron_gpt_early_exit_generate.py model.restore_from_path=tuned.nemo prompts='["def add(a, b):"]' \
+    threshold=0.8 trainer.accelerator=cpu
+"""
+
+import json
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee import cpu_host
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
+def main(cfg: DictConfig) -> None:
+    """Check, load, generate, print."""
+    if cfg.trainer.accelerator == "cpu":
+        cpu_host.enable()  # before torch touches a device
+    from nemo_ee.evaluation.generation_request import GenerationRequest
+
+    request = GenerationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))
+    # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    from nemo_ee.evaluation.generate import open_generator
+
+    generator = open_generator(cfg, request)
+    if is_global_rank_zero():
+        show(generator, request)
+    else:
+        for _ in generator.generate(request.prompts):
+            pass
+
+
+def show(generator, request) -> None:
+    """Print every answer, then the table of exits used; write `output`."""
+    from nemo_ee.evaluation.token_view import ExitLegend, coloured_text, exit_table, marked_text
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the run
+    wanted = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = wanted if request.colour == "auto" else request.colour == "always"
+    legend = ExitLegend(generator.model.exits)
+    with open(request.output or os.devnull, "w", encoding="utf-8") as output:
+        for answer in stream(generator, request, legend) if colour else generator.generate(request.prompts):
+            if not colour:
+                print(marked_text(answer.prompt, answer.tokens, legend))
+            elif request.batch_size > 1:
+                print(coloured_text(answer.prompt, answer.tokens, legend), end="")
+            print("\n", flush=True)
+            output.write(json.dumps(answer.to_mapping(), ensure_ascii=False) + "\n")
+            output.flush()
+    table = exit_table(
+        generator.stats, generator.model.exits, seconds=generator.seconds, legend=legend if colour else None
+    )
+    print(table, flush=True)
+
+
+def stream(generator, request, legend):
+    """Answers, printed token by token where prompts are decoded one at a time."""
+    from nemo_ee.evaluation.token_view import coloured_text
+
+    if request.batch_size > 1:
+        yield from generator.generate(request.prompts)
+        return
+    for prompt in request.prompts:
+        print(coloured_text(prompt, [], legend), end="", flush=True)
+        yield from generator.generate(
+            [prompt], on_token=lambda token: print(legend.paint(token.text, token.exit), end="", flush=True)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Generate text with an early-exit `.nemo`: check the request against the file, load, decode.
+
+    request -> config and tokenizer of the file -> every fault of the two -> weights -> decoding engine
+
+May import: torch, nemo, lightning, omegaconf, nemo_ee levels 0-3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.evaluation.token_view import Detokenizer, TokenText
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
+from nemo_ee.generation.session import Request
+from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent
+from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+from nemo_ee.models.run_config import merge_model_config
+from nemo_ee.models.trainer import single_run_trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One prompt's answer.
+
+    Attributes:
+        prompt: the text.
+        tokens: the text of each new token, with its exit.
+        events: what the engine said about each new token.
+        finish_reason: `stop` or `length`.
+    """
+
+    prompt: str
+    tokens: tuple[TokenText, ...]
+    events: tuple[TokenEvent, ...]
+    finish_reason: str
+
+    @property
+    def text(self) -> str:
+        """The new text."""
+        return "".join(token.text for token in self.tokens)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for a line of JSON."""
+        tokens = [
+            {
+                "text": token.text,
+                "id": event.token,
+                "exit": FINAL if event.exit is None else event.exit,
+                "layer": event.layer,
+                "confidence": event.confidence,
+                "logprob": event.logprob,
+            }
+            for token, event in zip(self.tokens, self.events, strict=True)
+        ]
+        return {"prompt": self.prompt, "text": self.text, "finish_reason": self.finish_reason, "tokens": tokens}
+
+
+class TextGenerator:
+    """Text in, text out, over a decoding engine.
+
+    Args:
+        model: what decodes.
+        tokenizer: NeMo's.
+        request: how to generate; its prompts are not read.
+    """
+
+    def __init__(self, model: DecodingModel, tokenizer: Any, request: GenerationRequest) -> None:
+        self.model, self.tokenizer, self.request = model, tokenizer, request
+        self.stats: DecodingStats | None = None
+        self.seconds = 0.0
+
+    def generate(
+        self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None = None
+    ) -> Iterator[Generated]:
+        """Answers in the order of the prompts, `batch_size` of them decoded together.
+
+        Args:
+            prompts: texts.
+            on_token: called with every token as it comes, for a display.
+        """
+        for first in range(0, len(prompts), self.request.batch_size):
+            yield from self._batch(prompts[first : first + self.request.batch_size], on_token)
+
+    def _batch(self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None) -> list[Generated]:
+        asked = self.request
+        ids = [prompt_ids(self.tokenizer, prompt, asked.add_bos) for prompt in prompts]
+        eos = self.tokenizer.eos_id
+        stops = frozenset([eos] if asked.stop_on_eos and eos is not None else [])
+        requests = [Request(tuple(own), asked.max_new_tokens, asked.sampling, stops) for own in ids]
+        model = self.model
+        if asked.min_new_tokens and stops:
+            model = _HeldStops(model, stops, [len(own) + asked.min_new_tokens for own in ids])
+        texts: list[list[TokenText]] = [[] for _ in prompts]
+        detokenizers = [Detokenizer(self.decode, own) for own in ids]
+        events: list[TokenEvent] = []
+        started = time.perf_counter()
+        session = EarlyExitEngine(model).start(requests, mode=asked.mode, policy=asked.policy)
+        while not session.finished:
+            for event in session.step():
+                events.append(event)
+                text = detokenizers[event.sequence].push(event.token, last=event.finish_reason is not None)
+                texts[event.sequence].append(TokenText(text, event.exit))
+                if on_token is not None:
+                    on_token(texts[event.sequence][-1])
+        self.seconds += time.perf_counter() - started
+        stats = session.stats(events)
+        self.stats = stats if self.stats is None else _sum(self.stats, stats)
+        answers = []
+        for index, prompt in enumerate(prompts):
+            own = tuple(event for event in events if event.sequence == index)
+            answers.append(Generated(prompt, tuple(texts[index]), own, own[-1].finish_reason or ""))
+        return answers
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return decode(self.tokenizer, ids)
+
+
+class _HeldStops:
+    """A model that gives stop tokens no probability while an answer is shorter than it has to be.
+
+    Args:
+        model: the model.
+        stops: token ids.
+        first_positions: per sequence, the first position at which a stop token may stand.
+    """
+
+    def __init__(self, model: DecodingModel, stops: frozenset[int], first_positions: Sequence[int]) -> None:
+        self._model, self._stops, self._first_positions = model, sorted(stops), torch.tensor(first_positions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: Any) -> Tensor:
+        """The model's own, with -inf for the stop tokens of answers that are too short."""
+        logits = self._model.exit_logits(name, hidden, items, cache)
+        sequence, position = items.on_host
+        too_early = position + 1 < self._first_positions[sequence]
+        if bool(too_early.any()):
+            held = torch.zeros(logits.shape, dtype=torch.bool)
+            held[:, self._stops] = too_early[:, None]
+            logits = logits.masked_fill(held.to(logits.device), float("-inf"))
+        return logits
+
+
+def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator:
+    """Load the model for a request. Every rank must call it.
+
+    Args:
+        cfg: the script's config; `trainer` and `model` are read.
+        request: made from the same config.
+
+    Raises:
+        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
+    """
+    stored = read_config(request.path)
+    model_config = merge_model_config(stored, cfg.model)
+    # The layers are those of one stage, all of them, whatever the file was tuned with.
+    model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
+    check_request(request, stored)
+    trainer = single_run_trainer(cfg)
+    model = MegatronEarlyExitGPTModel.restore_from(
+        str(request.path),
+        override_config_path=model_config,
+        trainer=trainer,
+        save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify),
+    )
+    if str(cfg.trainer.precision).startswith("bf16"):
+        model.model.bfloat16()
+    return TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
+
+
+def check_request(request: GenerationRequest, stored: DictConfig) -> None:
+    """Hold a request against the config of its `.nemo`.
+
+    Raises:
+        ValueError: every fault, in one message.
+    """
+    faults: list[str] = []
+    block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
+    if request.mode == "early_exit":
+        if not block.get("exits") and not block.get("every"):
+            faults.append(
+                f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py, "
+                "or use mode=full"
+            )
+        else:
+            exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
+            points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
+            try:
+                request.policy.asked_exits(points)
+            except ValueError as fault:
+                faults.append(str(fault))
+    tokenizer = _stored_tokenizer(request.path, stored)
+    if tokenizer is not None:
+        positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
+        faults += _prompt_faults(request, tokenizer, positions)
+    if faults:
+        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults))
+
+
+def _prompt_faults(request: GenerationRequest, tokenizer: Any, positions: int) -> Iterator[str]:
+    if request.add_bos and tokenizer.bos_id is None:
+        yield "add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False"
+        return
+    if request.stop_on_eos and tokenizer.eos_id is None:
+        yield "stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False"
+    for index, prompt in enumerate(request.prompts):
+        length = len(prompt_ids(tokenizer, prompt, request.add_bos))
+        if not length:
+            yield f"prompt {index} ({prompt!r}) has no tokens; write something or set add_BOS=True"
+        elif length + request.max_new_tokens > positions:
+            yield (
+                f"prompt {index}: {length} tokens + tokens_to_generate={request.max_new_tokens} are more than the "
+                f"model's {positions} positions; shorten the prompt or set tokens_to_generate to at most "
+                f"{max(positions - length, 0)}"
+            )
+
+
+def _stored_tokenizer(path: Path, stored: DictConfig) -> Any:
+    """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before restoring,
+    then the engine checks the prompts."""
+    if stored.tokenizer.library != "huggingface":
+        return None
+    with NemoArchive(path) as archive, tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:
+        folder = Path(directory, "tokenizer")
+        if archive.has("tokenizer"):
+            archive.extract(directory, ["tokenizer"])
+        else:
+            folder = Path(str(stored.tokenizer.get("type")))
+        if not folder.is_dir():
+            return None
+        return get_nmt_tokenizer(library="huggingface", model_name=str(folder), use_fast=True)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, add_bos: bool | None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: NeMo's.
+        prompt: the text.
+        add_bos: put the begin-of-text token in front; None = if the Hugging Face tokenizer itself would.
+    """
+    ids = list(tokenizer.text_to_ids(prompt))
+    bos = tokenizer.bos_id
+    if add_bos is None:
+        own = getattr(tokenizer, "tokenizer", None)
+        add_bos = bos is not None and callable(own) and own("x").input_ids[:1] == [bos]
+    return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of token ids, special tokens included where the tokenizer can tell them apart."""
+    if hasattr(tokenizer, "include_special_tokens"):  # NeMo's wrapper around a Hugging Face tokenizer
+        return tokenizer.ids_to_text(ids, remove_special_tokens=False)
+    return tokenizer.ids_to_text(ids)
+
+
+def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
+    """Stats of two calls together."""
+    tokens = one.num_tokens + other.num_tokens
+    depth = one.mean_depth * one.num_tokens + other.mean_depth * other.num_tokens
+    return DecodingStats(
+        num_prompt_tokens=one.num_prompt_tokens + other.num_prompt_tokens,
+        num_tokens=tokens,
+        tokens_per_exit={name: count + other.tokens_per_exit[name] for name, count in one.tokens_per_exit.items()},
+        mean_depth=depth / tokens if tokens else 0.0,
+        num_layers=one.num_layers,
+        computed_layers=one.computed_layers + other.computed_layers,
+        asked={
+            name: one.asked.get(name, 0) + other.asked.get(name, 0)
+            for name in dict.fromkeys([*one.asked, *other.asked])
+        },
+    )

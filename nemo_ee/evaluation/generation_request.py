@@ -1,0 +1,223 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a generation run was asked for, read once from its config; every fault that needs no model, in one message.
+
+May import: the standard library, nemo_ee levels 0-1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_ee.generation.engine import LATER_MODES, MODES
+from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.sampling import SamplingParams
+
+COLOURS = ("auto", "always", "never")
+_SHOWN_FAULTS = 20
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A checked request.
+
+    Attributes:
+        path: the `.nemo`.
+        prompts: texts, at least one.
+        mode: `early_exit` or `full`.
+        policy: when a token may leave; its criterion is reported in mode `full` too.
+        sampling: how tokens are chosen.
+        min_new_tokens, max_new_tokens: bounds on the length of every answer.
+        add_bos: put the begin-of-text token in front; None = as the tokenizer itself does.
+        stop_on_eos: the end-of-text token ends an answer.
+        batch_size: prompts decoded together.
+        colour: `auto`, `always` or `never`.
+        output: JSONL file to write, or None.
+    """
+
+    path: Path
+    prompts: tuple[str, ...]
+    mode: str
+    policy: ExitPolicy
+    sampling: SamplingParams
+    min_new_tokens: int
+    max_new_tokens: int
+    add_bos: bool | None
+    stop_on_eos: bool
+    batch_size: int
+    colour: str
+    output: Path | None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GenerationRequest:
+        """Read conf/megatron_gpt_early_exit_generate.yaml.
+
+        Args:
+            config: the script's config as plain containers.
+
+        Raises:
+            ValueError: every fault, in one message.
+        """
+        faults: list[str] = []
+        if config["mode"] in LATER_MODES:
+            faults.append(f"mode={config['mode']} is not available yet; use one of {', '.join(MODES)}")
+        elif config["mode"] not in MODES:
+            faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
+        if config["colour"] not in COLOURS:
+            faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")
+        switches = {"greedy": "", "stop_on_eos": "", "overwrite": "", "add_BOS": " or null"}
+        for key, or_null in switches.items():
+            if not isinstance(config[key], bool) and not (or_null and config[key] is None):
+                faults.append(f"{key}={config[key]!r} must be True or False{or_null}")
+        _check_numbers(config, faults)
+        policy = _or_fault(faults, lambda: _policy(config))
+        sampling = _or_fault(faults, lambda: _sampling(config))
+        _check_ranks(config, faults)
+        path, output = _paths(config, faults)
+        prompts = _prompts(config, faults)
+        _raise(faults)
+        return cls(
+            path=path,
+            prompts=prompts,
+            mode=config["mode"],
+            policy=policy,
+            sampling=sampling,
+            min_new_tokens=config["min_tokens_to_generate"],
+            max_new_tokens=config["tokens_to_generate"],
+            add_bos=config["add_BOS"],
+            stop_on_eos=config["stop_on_eos"],
+            batch_size=config["batch_size"],
+            colour=config["colour"],
+            output=output,
+        )
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
+        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults[:_SHOWN_FAULTS] + more))
+
+
+def _or_fault(faults: list[str], make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except ValueError as fault:
+        faults.append(str(fault))
+        return None
+
+
+def _policy(config: Mapping[str, Any]) -> ExitPolicy:
+    return ExitPolicy(
+        config["threshold"], criterion=config["criterion"], active=config["exits"], max_waiting=config["max_waiting"]
+    )
+
+
+def _sampling(config: Mapping[str, Any]) -> SamplingParams:
+    return SamplingParams(
+        greedy=config["greedy"],
+        temperature=config["temperature"],
+        top_k=None if config["top_k"] == 0 else config["top_k"],  # NeMo's 0 = all
+        top_p=config["top_p"],
+        repetition_penalty=config["repetition_penalty"],
+        seed=config["seed"],
+    )
+
+
+def _check_numbers(config: Mapping[str, Any], faults: list[str]) -> None:
+    lowest = {"tokens_to_generate": 1, "min_tokens_to_generate": 0, "batch_size": 1}
+    for key, least in lowest.items():
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            faults.append(f"{key}={value!r} must be a whole number from {least}")
+            return
+    least, most = config["min_tokens_to_generate"], config["tokens_to_generate"]
+    if least > most:
+        faults.append(f"min_tokens_to_generate={least} is more than tokens_to_generate={most}; lower it")
+
+
+def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
+    """Generation runs on the ranks of one model."""
+    trainer, model = config["trainer"], config["model"]
+    stages, tensor = model["pipeline_model_parallel_size"], model["tensor_model_parallel_size"]
+    if stages != 1:
+        faults.append(
+            f"model.pipeline_model_parallel_size={stages}: generation over pipeline stages is not available yet; "
+            "set it to 1 and share the layers with model.tensor_model_parallel_size"
+        )
+    elif trainer["devices"] * trainer["num_nodes"] != tensor:
+        faults.append(
+            f"trainer.devices={trainer['devices']} x trainer.num_nodes={trainer['num_nodes']} ranks, but "
+            f"model.tensor_model_parallel_size={tensor}: generation runs one model, make the two equal"
+        )
+    if str(trainer["precision"]) not in ("32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
+        faults.append(f"trainer.precision={trainer['precision']!r} is not supported; use 32 or bf16")
+
+
+def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path | None]:
+    path = config["model"]["restore_from_path"]
+    if path in (None, "???", ""):
+        faults.append("model.restore_from_path is not set; give an early-exit .nemo")
+    elif not Path(path).exists():
+        faults.append(f"model.restore_from_path={path} does not exist")
+    output = None if config["output"] is None else Path(str(config["output"]))
+    if output is not None:
+        if output.is_dir():
+            faults.append(f"output={output} is a directory; give the name of a .jsonl file")
+        elif output.exists() and not config["overwrite"]:
+            faults.append(f"output={output} exists; give another name or overwrite=True")
+        elif not output.parent.is_dir():
+            faults.append(f"output={output}: the folder {output.parent} does not exist; make it first")
+    return Path(str(path)), output
+
+
+def _prompts(config: Mapping[str, Any], faults: list[str]) -> tuple[str, ...]:
+    given, file = config["prompts"], config["prompts_file"]
+    if given and file is not None:
+        faults.append("both prompts and prompts_file are given; leave one out")
+        return ()
+    if file is not None:
+        return _prompts_of_file(Path(str(file)), faults)
+    if isinstance(given, str):
+        faults.append(f"prompts={given!r} must be a list; write prompts=['...']")
+        return ()
+    if not given:
+        faults.append("no prompts are given; set prompts=['...'] or prompts_file=<.txt or .jsonl>")
+        return ()
+    wrong = [one for one in given if not isinstance(one, str)]
+    if wrong:
+        faults.append(f"prompts holds {wrong[0]!r}, which is not a text; put it in quotes")
+    return tuple(given)
+
+
+def _prompts_of_file(path: Path, faults: list[str]) -> tuple[str, ...]:
+    """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
+    try:
+        # Split at newlines alone: a text may hold other separators.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
+    except OSError as fault:
+        faults.append(f"prompts_file={path} cannot be read ({fault.strerror}); check the name")
+        return ()
+    except UnicodeDecodeError as fault:
+        faults.append(f"prompts_file={path} is not UTF-8 ({fault.reason} at byte {fault.start}); convert it")
+        return ()
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        faults.append(f"prompts_file={path} holds no prompt; put one on each line")
+    if path.suffix != ".jsonl":
+        return tuple(line for _, line in numbered)
+    prompts = []
+    for number, line in numbered:
+        try:
+            value = json.loads(line)
+        except ValueError as fault:
+            faults.append(f"{path}, line {number}: not JSON ({fault})")
+            continue
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+            prompts.append(value["prompt"])
+        else:
+            faults.append(f'{path}, line {number}: must be an object with a text under "prompt"')
+    return tuple(prompts)
