@@ -77,8 +77,11 @@ def tune_exit(
         dtype=autocast,
     )
     used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
+    # Megatron's linears restore autocast in their backward on CUDA only; on the CPU the backward has to run under it.
+    in_backward = autocast if tap.device.type == "cpu" else None
     if used:
-        torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
+        with _autocast(tap, in_backward):
+            torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
     return result
 
 

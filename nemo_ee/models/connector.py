@@ -99,6 +99,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             instance.load_weights(source, exits)
         instance.backbone_path = str(backbone_path)
         instance.restored_path = str(restore_path)
+        if map_location is None and torch.cuda.is_available():
+            map_location = torch.device("cuda", torch.cuda.current_device())  # as NeMo's own connector does
         if map_location is not None:
             instance = instance.to(map_location)
         logging.info(f"restored {type(instance).__name__} from {restore_path}")

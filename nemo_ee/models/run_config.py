@@ -92,6 +92,11 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
     length, longest = model.get("encoder_seq_length"), model.get("max_position_embeddings")
     if length and longest and length > longest:
         faults.append(f"model.encoder_seq_length={length} is longer than the model's {longest} positions; shorten it")
+    if model.data.get("reset_attention_mask") and model.get("get_attention_mask_from_fusion", True):
+        faults.append(
+            "model.data.reset_attention_mask=True is ignored while the attention mask is the built-in causal one; set "
+            "model.get_attention_mask_from_fusion=False too"
+        )
     if cfg.trainer.max_steps < 1:
         faults.append(f"trainer.max_steps={cfg.trainer.max_steps}: at least 1 step is needed")
     if cfg.trainer.accumulate_grad_batches != 1:
