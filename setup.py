@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging: metadata from nemo_ee/package_info.py, what nemo_ee itself imports, and what a host without a container needs.
+"""Packaging: metadata from package_info.py, what nemo_ee itself imports, what a host without the container needs.
 
 `install_requires` is what nemo_ee imports, in ranges that the NGC container nvcr.io/nvidia/nemo:25.07 satisfies; there
 `pip install -e . --no-deps` is enough. The extra `cpu` adds what NeMo's GPT model needs at import time on a bare host.

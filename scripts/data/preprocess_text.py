@@ -1,0 +1,345 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Turn text or JSONL files into Megatron's indexed dataset (`.bin` token ids, `.idx` document boundaries).
+
+python scripts/data/preprocess_text.py input=corpus/train.jsonl.gz output=data/train tokenizer=<Hugging Face directory>
+
+Options: conf/preprocess_text.yaml. Both files are written under temporary names and appear together at the end, so a
+killed run leaves no half-written dataset. Faults of the settings are reported together before any work; faults in the
+data (file:line) are collected over all input, then reported together.
+
+May import: anything; needs transformers and megatron.core, not NeMo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import hydra
+import numpy
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
+_MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
+_DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
+
+
+class PreprocessError(ValueError):
+    """What is wrong with the settings or the data, all in one message."""
+
+    def __init__(self, faults: list[str]) -> None:
+        shown = [f"  - {fault}" for fault in faults[:_MAX_FAULTS]]
+        if len(faults) > _MAX_FAULTS:
+            shown.append(f"  ... and {len(faults) - _MAX_FAULTS} more")
+        super().__init__("Nothing was written:\n" + "\n".join(shown))
+        self.faults = tuple(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig:
+    """The settings of conf/preprocess_text.yaml, one field per key."""
+
+    input: tuple[str, ...]
+    output: str
+    tokenizer: str
+    jsonl_extensions: tuple[str, ...]
+    text_extensions: tuple[str, ...]
+    text_key: str
+    append_eod: bool
+    max_documents: int | None
+    dtype: str
+    overwrite: bool
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any]) -> PreprocessConfig:
+        """Read the settings.
+
+        Raises:
+            PreprocessError: values of the wrong kind.
+        """
+        values = dict(mapping)
+        if isinstance(values["input"], str):
+            values["input"] = [values["input"]]
+        for key in ("input", "jsonl_extensions", "text_extensions"):
+            values[key] = tuple(str(value) for value in values[key] or ())
+        for key in ("output", "tokenizer", "text_key", "dtype"):
+            values[key] = str(values[key])
+        config = cls(**values)
+        faults = []
+        if not config.input:
+            faults.append("input: empty list; name at least one file or directory")
+        if config.dtype != "auto" and config.dtype not in _DTYPES:
+            faults.append(f"dtype: {config.dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+        limit = config.max_documents
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            faults.append(f"max_documents: {limit!r} must be a whole number from 1, or null for all")
+        for key in ("append_eod", "overwrite"):
+            if not isinstance(getattr(config, key), bool):
+                faults.append(f"{key}: {getattr(config, key)!r} must be True or False")
+        if faults:
+            raise PreprocessError(faults)
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessResult:
+    """What was written."""
+
+    documents: int
+    tokens: int
+    empty_documents: int  # left out
+    dtype: str
+
+
+def _ending(path: Path) -> str:
+    """The last suffix, in lower case, below a .gz if there is one."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def find_files(config: PreprocessConfig) -> tuple[list[Path], list[str]]:
+    """The input files in order (directories sorted by path), and what is wrong with the list."""
+    known = {ending.lower() for ending in (*config.jsonl_extensions, *config.text_extensions)}
+    rule = f"known endings: {', '.join(sorted(known))}, each also with .gz"
+    files: list[Path] = []
+    faults: list[str] = []
+    for name in config.input:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
+            chosen = [entry for entry in inside if _ending(entry) in known]
+            if not chosen:
+                faults.append(f"input: directory {name} has no file of a known type ({rule})")
+            if len(chosen) < len(inside):
+                logger.info("%s: %d files of other types left out", name, len(inside) - len(chosen))
+            files += chosen
+        elif not path.exists():
+            faults.append(f"input: {name} does not exist")
+        elif _ending(path) not in known:
+            faults.append(f"input: {name} has an unknown ending ({rule}); see text_extensions and jsonl_extensions")
+        else:
+            files.append(path)
+    return files, faults
+
+
+def load_tokenizer(directory: str) -> Any:
+    """The Hugging Face tokenizer in a local directory; nothing is downloaded and no code from the directory runs.
+
+    Raises:
+        PreprocessError: no directory, or no tokenizer in it.
+    """
+    if not Path(directory).is_dir():
+        raise PreprocessError([f"tokenizer: {directory} is not a local directory; nothing is downloaded"])
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PreprocessError([f"tokenizer: cannot load one from {directory}: {error}"]) from error
+
+
+def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
+    """The token type on disk for a vocabulary, and what is wrong with the choice.
+
+    Args:
+        name: auto, uint16 or int32.
+        vocab_size: largest token id + 1.
+    """
+    if name == "auto":
+        # 65500, not 65536: the limit Megatron-core itself draws.
+        return ("uint16" if vocab_size < 65500 else "int32"), []
+    largest = int(numpy.iinfo(_DTYPES[name]).max)
+    if vocab_size - 1 > largest:
+        return name, [f"dtype: {name} holds ids to {largest}, the tokenizer's go to {vocab_size - 1}; use int32 or auto"]
+    return name, []
+
+
+def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar: tqdm) -> Iterator[str]:
+    """The documents of one file; what cannot be read is added to `faults` as file:line.
+
+    Args:
+        path: a text or JSONL file, possibly .gz.
+        config: the settings.
+        faults: grows.
+        bar: moves on by bytes read from disk.
+    """
+    with open(path, "rb") as raw:
+        stream: BinaryIO = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+        seen = 0
+        number = 0
+        try:
+            if _ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
+                for number, line in enumerate(stream, start=1):
+                    bar.update(raw.tell() - seen)
+                    seen = raw.tell()
+                    if not line.strip():
+                        continue
+                    text, fault = _parse(line, config.text_key)
+                    if fault:
+                        faults.append(f"{path}:{number}: {fault}")
+                    else:
+                        yield text
+            else:
+                yield stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            faults.append(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")
+        except (EOFError, zlib.error, OSError) as error:
+            faults.append(f"{path}:{number + 1}: cannot be read: {error}")
+        bar.update(path.stat().st_size - seen)
+
+
+def _parse(line: bytes, text_key: str) -> tuple[str, str | None]:
+    """The document in a JSONL line, or what is wrong with the line."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
+    except json.JSONDecodeError as error:
+        return "", f"not JSON ({error.msg} at column {error.colno})"
+    if not isinstance(record, dict):
+        return "", f"a JSON {type(record).__name__}, not an object with the field {text_key!r}"
+    if text_key not in record:
+        fields = ", ".join(sorted(map(repr, record))) or "none"
+        return "", f"no field {text_key!r} (it has {fields}); name the field with text_key"
+    if not isinstance(record[text_key], str):
+        return "", f"field {text_key!r} is a JSON {type(record[text_key]).__name__}, not a string"
+    return record[text_key], None
+
+
+def _batches(
+    documents: Iterator[str], limit: int | None, faults: list[str], counts: dict[str, int]
+) -> Iterator[list[str]]:
+    """Batches of non-empty documents, at most `limit` documents in all.
+
+    After the first fault nothing more is handed out: the rest is only read, for its faults.
+    """
+    batch: list[str] = []
+    taken = 0
+    for text in documents:
+        if not text:
+            counts["empty"] += 1
+            continue
+        if faults:
+            continue
+        batch.append(text)
+        taken += 1
+        if len(batch) == _BATCH or taken == limit:
+            yield batch
+            batch = []
+        if taken == limit:
+            return
+    if batch and not faults:
+        yield batch
+
+
+def preprocess(config: PreprocessConfig) -> PreprocessResult:
+    """Write `<output>.bin` and `<output>.idx`.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        Counts of what was written.
+
+    Raises:
+        PreprocessError: every fault of the settings, or every fault in the data. Nothing is left behind then.
+    """
+    files, faults = find_files(config)
+    finished = [Path(config.output + suffix) for suffix in (".bin", ".idx")]
+    existing = [str(path) for path in finished if path.exists()]
+    if existing and not config.overwrite:
+        faults.append(f"output: {' and '.join(existing)} exist already; choose another prefix or set overwrite=True")
+    tokenizer, eod, dtype = None, None, config.dtype
+    try:
+        tokenizer = load_tokenizer(config.tokenizer)
+    except PreprocessError as error:
+        faults += error.faults
+    else:
+        eod = tokenizer.eos_token_id if config.append_eod else None
+        if config.append_eod and eod is None:
+            faults.append(f"tokenizer: {config.tokenizer} has no eos_token to end documents with; set append_eod=False")
+        dtype, problems = choose_dtype(config.dtype, max(tokenizer.get_vocab().values()) + 1)
+        faults += problems
+    if faults:
+        raise PreprocessError(faults)
+
+    finished[0].parent.mkdir(parents=True, exist_ok=True)
+    partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finished]
+    try:
+        result = _write(config, files, tokenizer, eod, dtype, partial)
+        # The index goes first and comes last: nobody finds an index that belongs to other data.
+        finished[1].unlink(missing_ok=True)
+        for source, target in zip(partial, finished, strict=True):
+            os.replace(source, target)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return result
+
+
+def _write(
+    config: PreprocessConfig, files: list[Path], tokenizer: Any, eod: int | None, dtype: str, targets: list[Path]
+) -> PreprocessResult:
+    """Tokenize all documents into `targets` (data, index); raises PreprocessError for faults in the data."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(targets[0]), dtype=_DTYPES[dtype])
+    faults: list[str] = []
+    counts = {"documents": 0, "tokens": 0, "empty": 0}
+    end = [] if eod is None else [eod]
+    total = sum(path.stat().st_size for path in files)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True) as bar:
+            documents = (text for path in files for text in read_documents(path, config, faults, bar))
+            for batch in _batches(documents, config.max_documents, faults, counts):
+                for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                    tokens = tokens + end
+                    builder.add_document(tokens, [len(tokens)])
+                    counts["documents"] += 1
+                    counts["tokens"] += len(tokens)
+                bar.set_postfix(documents=counts["documents"], tokens=counts["tokens"], refresh=False)
+    finally:
+        builder.data_file.close()
+    if not faults and counts["tokens"] == 0:
+        faults.append(f"input: no tokens in {len(files)} files ({counts['empty']} empty documents)")
+    if faults:
+        raise PreprocessError(faults)
+    builder.finalize(str(targets[1]))
+    return PreprocessResult(counts["documents"], counts["tokens"], counts["empty"], dtype)
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_text")
+def main(cfg: DictConfig) -> None:
+    """Run with the options of conf/preprocess_text.yaml."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise SystemExit(f"Missing: {', '.join(f'{key}=...' for key in missing)}; see conf/preprocess_text.yaml")
+    try:
+        config = PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True))
+        result = preprocess(config)
+    except PreprocessError as error:
+        raise SystemExit(str(error)) from None
+    logger.info(
+        "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",
+        config.output,
+        config.output,
+        result.documents,
+        result.tokens,
+        result.dtype,
+        result.empty_documents,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every test gets: marks that skip with a reason, a clean environment and thread count before and after.
+
+Nothing heavy is imported here; torch is looked at only where a test has loaded it already.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# Set before anything imports torch: two threads per test process, no network, no windows.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# nemo_ee.cpu_host sets these once per process, so a test that switched it on does not lose them again.
+CPU_HOST_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "NVIDIA_PYTORCH_VERSION", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCHDYNAMO_DISABLE"
+)  # fmt: skip
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+
+
+def _cuda_missing() -> str | None:
+    """Why there is no CUDA device to test on. Asks another process: the CPU host hides devices in this one."""
+    command = [sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"]
+    if subprocess.run(command, capture_output=True).returncode == 0:
+        return None
+    return "gpu: torch.cuda.is_available() is False here"
+
+
+def _browser_missing() -> str | None:
+    if any(shutil.which(name) for name in CHROMIUM):
+        return None
+    return f"browser: none of {', '.join(CHROMIUM)} is installed"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine or this run has no place for, and say why."""
+    slow = None if config.getoption("--run-slow") else "slow: takes minutes; run it with --run-slow"
+    for mark, missing in (("gpu", _cuda_missing), ("browser", _browser_missing), ("slow", lambda: slow)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = missing() if marked else None
+        for item in marked if reason else ():
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _restore_process_state() -> Iterator[None]:
+    """Environment, working directory, thread count and process groups after a test are what they were before it.
+
+    Groups that a fixture of wider scope made before the test stay: they are that fixture's to take down.
+    """
+    environment = dict(os.environ)
+    directory = os.getcwd()
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else None
+    before = _process_groups()
+    yield
+    _destroy_process_groups(keep=before)
+    os.chdir(directory)
+    cpu_host = sys.modules.get("nemo_ee.cpu_host")
+    if cpu_host and cpu_host.enabled():
+        environment |= {name: os.environ[name] for name in CPU_HOST_VARIABLES if name in os.environ}
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    if threads and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def _process_groups() -> set[str]:
+    """Which of Megatron's parallel state and torch.distributed's default group exist."""
+    existing = set()
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state and parallel_state.model_parallel_is_initialized():
+        existing.add("megatron")
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        existing.add("torch")
+    return existing
+
+
+def _destroy_process_groups(keep: set[str]) -> None:
+    leftover = _process_groups() - keep
+    if "megatron" in leftover:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if "torch" in leftover:
+        sys.modules["torch.distributed"].destroy_process_group()
