@@ -21,11 +21,12 @@ import torch  # noqa: E402 -- after the CPU host is on
 
 from tests.helpers.huggingface_models import save_tiny_model  # noqa: E402
 
+torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
+
 ROOT = Path(__file__).parents[2]
 REFERENCE_MODEL = ROOT / "assets" / "reference-model"
 MICRO_BATCH, GLOBAL_BATCH = 2, 4
 
-# Every architecture, output and initialisation, several on one layer, on three layers.
 ALL_ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
 
 
