@@ -1,0 +1,137 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""An evaluation from its config to its files: check everything, restore, measure, write exits.json and exits.png.
+
+May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-3.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.evaluation.exit_quality import evaluate_exits
+from nemo_ee.evaluation.report import draw_quality, write_json
+from nemo_ee.evaluation.token_windows import TokenWindows, microbatches, num_batches
+from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+from nemo_ee.models.run_config import merge_model_config
+from nemo_ee.models.supported import refuse_unsupported
+from nemo_ee.models.trainer import single_run_trainer
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Run an evaluation; `cfg` is conf/megatron_gpt_early_exit_eval.yaml. Every rank must call it.
+
+    Returns:
+        What exits.json holds; rank 0 has written it.
+
+    Raises:
+        ValueError: all faults of model, data and settings in one message, before anything is built.
+    """
+    model_config, windows = _check(cfg)
+    trainer = single_run_trainer(cfg)
+    model = MegatronEarlyExitGPTModel.restore_from(
+        str(cfg.model.restore_from_path),
+        override_config_path=model_config,
+        trainer=trainer,
+        save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify),
+    )
+    model.to(trainer.strategy.root_device)
+    batch_size = model_config.global_batch_size
+    batches = microbatches(
+        windows,
+        micro_batch_size=model_config.micro_batch_size,
+        global_batch_size=batch_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=model.device,
+    )
+    start = time.perf_counter()
+    quality = evaluate_exits(
+        model, batches, num_batches=num_batches(windows, global_batch_size=batch_size), progress=True
+    )
+    report = {
+        "model": str(cfg.model.restore_from_path),
+        "data": str(cfg.data),
+        "seq_length": windows.seq_length,
+        **quality.to_mapping(),
+        "seconds": time.perf_counter() - start,
+    }
+    if trainer.is_global_zero:
+        output = Path(cfg.output)
+        write_json(output / "exits.json", report)
+        draw_quality(
+            output / "exits.png",
+            report,
+            title=f"Exits of {Path(report['model']).name}",
+            caption=f"{report['tokens']:,} tokens of {Path(report['data']).name} in windows of {windows.seq_length}",
+        )
+        logger.info("wrote %s and %s", output / "exits.json", output / "exits.png")
+    return report
+
+
+def _check(cfg: DictConfig) -> tuple[DictConfig, TokenWindows]:
+    """The model config to restore with and the text to measure on, or every fault that can be seen without weights."""
+    faults: list[str] = []
+    model_config = _model_config(cfg, faults)
+    windows = _windows(cfg, model_config, faults)
+    if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
+        faults.append(f"output={cfg.output} is a file; give a directory")
+    if faults:
+        raise ValueError("nothing was evaluated:\n" + "\n".join(f"  {fault}" for fault in faults))
+    return model_config, windows
+
+
+def _model_config(cfg: DictConfig, faults: list[str]) -> DictConfig | None:
+    if OmegaConf.is_missing(cfg.model, "restore_from_path"):
+        faults.append("model.restore_from_path is missing; give an early-exit .nemo")
+        return None
+    path = cfg.model.restore_from_path
+    if not Path(path).exists():
+        faults.append(f"model.restore_from_path={path} does not exist; give an early-exit .nemo")
+        return None
+    try:
+        config = merge_model_config(read_config(path), cfg.model)
+    except ValueError as fault:
+        faults.append(f"model.restore_from_path={path}: {fault}")
+        return None
+    config.full_depth = True  # agreement needs the final exit
+    block = config.get("early_exit") or {}
+    if not block.get("exits") and not block.get("every"):
+        faults.append(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+    length, longest = config.encoder_seq_length, config.get("max_position_embeddings")
+    if length < 1 or (longest and length > longest):
+        faults.append(f"model.encoder_seq_length={length} is not within 1..{longest}, the model's positions; change it")
+    size = config.get("tensor_model_parallel_size", 1)
+    if config.get("sequence_parallel") and length % size:
+        faults.append(
+            f"model.encoder_seq_length={length} is not a multiple of tensor_model_parallel_size={size}; change it or "
+            "set model.sequence_parallel=False"
+        )
+    try:
+        ranks = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
+        refuse_unsupported(config, world_size=ranks, precision=cfg.trainer.precision)
+    except ValueError as fault:
+        faults.append(str(fault))
+    return config
+
+
+def _windows(cfg: DictConfig, model_config: DictConfig | None, faults: list[str]) -> TokenWindows | None:
+    if OmegaConf.is_missing(cfg, "data"):
+        faults.append("data is missing; give the prefix of a Megatron .bin/.idx")
+        return None
+    length = model_config.encoder_seq_length if model_config is not None else 1
+    vocabulary = model_config.get("vocab_size") if model_config is not None else None
+    try:
+        return TokenWindows(str(cfg.data), seq_length=max(1, length), max_tokens=cfg.max_tokens, vocab_size=vocabulary)
+    except ValueError as fault:
+        faults.append(f"data={cfg.data}: {fault}")
+        return None
