@@ -8,6 +8,7 @@ python examples/megatron_gpt_early_exit_generate.py model.restore_from_path=tune
 
 import json
 import os
+import shutil
 import sys
 
 import hydra
@@ -48,10 +49,10 @@ def show(generator, request) -> None:
     with open(request.output or os.devnull, "w", encoding="utf-8") as output:
         for answer in stream(generator, request, legend) if colour else generator.generate(request.prompts):
             if not colour:
-                print(marked_text(answer.prompt, answer.tokens, legend))
+                print(marked_text(answer.prompt, answer.tokens, legend, width=shutil.get_terminal_size().columns - 1))
             elif request.batch_size > 1:
                 print(coloured_text(answer.prompt, answer.tokens, legend), end="")
-            print("\n", flush=True)
+            print("\n" if colour else "", flush=True)
             output.write(json.dumps(answer.to_mapping(), ensure_ascii=False) + "\n")
             output.flush()
     table = exit_table(

@@ -113,10 +113,11 @@ def coloured_text(prompt: str, tokens: Iterable[TokenText], legend: ExitLegend) 
     return f"\x1b[2m{escape(prompt)}{_RESET}" + "".join(legend.paint(token.text, token.exit) for token in tokens)
 
 
-def marked_text(prompt: str, tokens: Iterable[TokenText], legend: ExitLegend) -> str:
+def marked_text(prompt: str, tokens: Iterable[TokenText], legend: ExitLegend, *, width: int = 100) -> str:
     """Prompt and tokens without colours: under each line a line with each token's mark below its first character.
 
-    A newline's mark stands behind the line's last character. Nothing stands under the prompt.
+    A newline's mark stands behind the line's last character. Nothing stands under the prompt. Lines are broken at
+    `width` columns, so that no terminal breaks them and puts text and marks out of step.
     """
     lines, marks = [""], [""]
 
@@ -126,11 +127,14 @@ def marked_text(prompt: str, tokens: Iterable[TokenText], legend: ExitLegend) ->
             lines.append("")
             marks.append("")
             return
-        shown = " " * (4 - len(lines[-1]) % 4) if char == "\t" else _escape(char) if _is_unsafe(char) else char
+        shown = " " * (4 - len(marks[-1]) % 4) if char == "\t" else _escape(char) if _is_unsafe(char) else char
+        columns = _width(shown)
+        if len(marks[-1]) + columns > width:
+            lines.append("")
+            marks.append("")
         lines[-1] += shown
-        width = _width(shown)
-        if width:
-            marks[-1] += mark + (" " if mark == " " else _GOES_ON) * (width - 1)
+        if columns:
+            marks[-1] += mark + (" " if mark == " " else _GOES_ON) * (columns - 1)
 
     for char in prompt:
         add(char, " ")

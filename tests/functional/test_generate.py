@@ -1,0 +1,285 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The generation script, on a converted tiny model, against transformers on the same directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config
+
+import torch  # isort: skip  # after the CPU host is on
+
+from tests.helpers.huggingface_models import save_tiny_model
+from tests.helpers.stub_models import ScriptedModel, exit_points
+
+SCRIPT = "megatron_gpt_early_exit_generate"
+EXITS = [
+    {"name": "one-mlp", "layer": 1, "architecture": "mlp"},
+    {"name": "two-layer", "layer": 2, "architecture": "layer"},
+]
+PROMPTS = ["def add(a, b):", "class É", "x"]
+NUM_NEW = 12
+
+
+def run_script(*overrides: str, **changes: Any) -> None:
+    """Call the script's `main` with its yaml, overrides, and values set as they are."""
+    from omegaconf import OmegaConf
+
+    reset_batch_sizes()
+    spec = importlib.util.spec_from_file_location(SCRIPT, ROOT / "examples" / f"{SCRIPT}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with script_config(SCRIPT, overrides) as cfg:
+        for key, value in changes.items():
+            OmegaConf.update(cfg, key, value)
+        script.main(cfg)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """`path` of an early-exit `.nemo`, converted from `directory`, and the transformers model it came from."""
+    from nemo_ee.convert.convert import convert
+
+    folder = tmp_path_factory.mktemp("generate")
+    directory = folder / "hugging_face"
+    reference = save_tiny_model(directory, "llama", vocab_size=4096)
+    for file in REFERENCE_MODEL.glob("*token*.json"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    reset_batch_sizes()
+    overrides = [f"source={directory}", f"output={folder / 'ee.nemo'}", "probe_tokens=8"]
+    with script_config("megatron_gpt_early_exit_convert", overrides) as cfg:
+        cfg.model.early_exit.exits = EXITS
+        convert(cfg)
+    return SimpleNamespace(path=folder / "ee.nemo", directory=directory, reference=reference)
+
+
+@pytest.fixture
+def generate(model, tmp_path, capsys):
+    """(overrides) -> what the script printed, and the lines of its output file."""
+
+    def call(*overrides: str, **changes: Any) -> tuple[str, list[dict[str, Any]]]:
+        output = tmp_path / "out.jsonl"
+        capsys.readouterr()
+        values = {"prompts": PROMPTS, "tokens_to_generate": NUM_NEW, "output": str(output), "overwrite": True}
+        values |= {"model.restore_from_path": str(model.path)}
+        run_script(*overrides, **(values | changes))
+        return capsys.readouterr().out, [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+
+    return call
+
+
+@pytest.fixture
+def often_met(generate) -> float:
+    """A threshold that about half of the tokens beat at the first exit."""
+    _, lines = generate(threshold=0.0, greedy=False, exits=["one-mlp"])
+    return statistics.median(token["confidence"] for line in lines for token in line["tokens"][1:])
+
+
+def table_counts(printed: str) -> dict[str, int]:
+    """exit -> tokens, as the table says."""
+    rows = re.findall(r"(\S+) +\d+/3 +(\d+) +[\d.]+ %", printed)
+    return {name: int(count) for name, count in rows}
+
+
+def test_never_leaving_early_prints_what_transformers_generates(generate, model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    _, lines = generate(threshold=0.9999)
+    _, full = generate(mode="full")
+    assert [line["tokens"] for line in full] == [line["tokens"] for line in lines]
+    for prompt, line in zip(PROMPTS, lines, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=0
+        )[0, ids.shape[1] :].tolist()
+        assert line["prompt"] == prompt
+        assert [token["id"] for token in line["tokens"]] == expected
+        assert line["text"] == "".join(token["text"] for token in line["tokens"])
+        assert line["text"] == tokenizer.decode([*ids[0], *expected])[len(prompt) :]
+        assert {(token["exit"], token["layer"]) for token in line["tokens"]} == {("final", 3)}
+        assert line["finish_reason"] == "length"
+
+
+def test_exits_are_shown_counted_and_written(generate, often_met):
+    printed, lines = generate(threshold=often_met, greedy=False)
+    exits = [token["exit"] for line in lines for token in line["tokens"]]
+    counts = {name: exits.count(name) for name in ("one-mlp", "two-layer", "final")}
+    assert counts["one-mlp"] and counts["final"] > len(PROMPTS), f"{counts}: this would say too little"
+    assert table_counts(printed) == counts
+    layers = [token["layer"] for line in lines for token in line["tokens"]]
+    assert f"{len(layers)} tokens, mean depth {sum(layers) / len(layers):.2f} of 3 layers" in printed
+    for line in lines:
+        for index, token in enumerate(line["tokens"]):
+            assert token["layer"] == {"one-mlp": 1, "two-layer": 2, "final": 3}[token["exit"]]
+            assert index or token["exit"] == "final", "the first token is the final exit's"
+            assert token["exit"] == "final" or token["confidence"] > often_met
+            assert token["logprob"] <= 0
+    assert "\x1b" not in printed, "no colours where there is no terminal"
+    marks = [line for line in printed.splitlines() if line.strip() and set(line.strip()) <= set("ab.-")]
+    assert sum(line.count("a") for line in marks) == counts["one-mlp"]
+
+
+def test_a_batch_changes_nothing(generate, often_met):
+    sampled = {"greedy": False, "temperature": 1.5, "top_k": 50, "seed": 5, "threshold": often_met}
+    printed, alone = generate(**sampled)
+    together_printed, together = generate(batch_size=3, **sampled)
+    assert table_counts(printed) == table_counts(together_printed)
+    for one, other in zip(alone, together, strict=True):
+        for ours, theirs in zip(one["tokens"], other["tokens"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_text(generate):
+    sampled = {"greedy": False, "temperature": 2.0, "threshold": 1.0}
+    texts = [[line["text"] for line in generate(seed=seed, **sampled)[1]] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_only_the_exits_asked_for_are_used(generate):
+    printed, _ = generate(threshold=0.0, exits=["two-layer"])
+    counts = table_counts(printed)
+    assert counts == {"one-mlp": 0, "two-layer": len(PROMPTS) * (NUM_NEW - 1), "final": len(PROMPTS)}
+
+
+def test_colours_on_request(generate, often_met):
+    for batch_size in (1, 3):
+        printed, lines = generate(threshold=often_met, greedy=False, colour="always", batch_size=batch_size)
+        assert "\x1b[30;48;5;" in printed
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+        for line in lines:
+            assert line["prompt"] in plain
+
+
+def test_prompts_file_and_half_precision(generate, often_met, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    _, from_list = generate(threshold=often_met)
+    _, from_file = generate(threshold=often_met, prompts=[], prompts_file=str(file))
+    assert from_file == from_list
+    _, half = generate("trainer.precision=bf16", threshold=often_met)
+    assert [len(line["tokens"]) for line in half] == [NUM_NEW] * 3
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Restoring a model fails the test: the fault must be seen before."""
+    from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+
+    def restore(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(MegatronEarlyExitGPTModel, "restore_from", restore)
+
+
+def test_faults_that_the_file_shows_come_before_its_weights_and_at_once(model, no_weights):
+    with pytest.raises(ValueError) as caught:
+        run_script(
+            **{
+                "model.restore_from_path": str(model.path),
+                "prompts": ["", "x " * 40, "x"],
+                "exits": ["one-mpl"],
+                "tokens_to_generate": 20,
+            }
+        )
+    message = str(caught.value)
+    assert "'one-mpl', which the model does not have (did you mean one-mlp?)" in message
+    assert "prompt 0 ('') has no tokens; write something or set add_BOS=True" in message
+    assert re.search(r"prompt 1: \d+ tokens \+ tokens_to_generate=20 are more than the model's 32 positions", message)
+    assert "prompt 2" not in message
+
+
+def test_a_begin_of_text_token_makes_an_empty_prompt_a_prompt(generate):
+    _, lines = generate(prompts=[""], add_BOS=True)
+    assert len(lines[0]["tokens"]) == NUM_NEW
+
+
+def test_a_model_without_exits_says_what_to_do(model, no_weights, tmp_path):
+    from nemo_ee.checkpoint.nemo_archive import write_nemo
+    from nemo_ee.models.connector import read_config
+
+    config = read_config(model.path)
+    config.early_exit = None
+    from omegaconf import OmegaConf
+
+    plain = write_nemo(tmp_path / "plain.nemo", {"model_config.yaml": OmegaConf.to_yaml(config)})
+    with pytest.raises(ValueError, match="has no exits; .*convert.py, or use mode=full"):
+        run_script(**{"model.restore_from_path": str(plain), "prompts": ["x"]})
+
+
+def test_a_bad_request_ends_the_process_with_one_message_before_nemo_is_loaded():
+    command = [sys.executable, str(ROOT / "examples" / f"{SCRIPT}.py"), "trainer.accelerator=cpu", "mode=fast"]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 1
+    for part in ("mode='fast' is unknown", "no prompts are given", "restore_from_path is not set"):
+        assert part in ran.stderr
+    assert "NeMo" not in ran.stdout + ran.stderr.replace(".nemo", "")
+
+
+# -- lengths, on a model that answers by script ---------------------------------------------------------------------
+
+
+class Letters:
+    """One token per character; `$` ends a text."""
+
+    bos_id, eos_id = None, ord("$")
+
+    def text_to_ids(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
+
+    def ids_to_text(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def scripted(**changes: Any):
+    """A generator over a model that wants to end at once and would otherwise say `b`."""
+    from nemo_ee.evaluation.generate import TextGenerator
+    from nemo_ee.evaluation.generation_request import GenerationRequest
+    from nemo_ee.generation.policy import ExitPolicy
+    from nemo_ee.generation.sampling import GREEDY
+
+    request = GenerationRequest(
+        **{
+            "path": Path("x.nemo"), "prompts": (), "mode": "early_exit", "policy": ExitPolicy(0.5),
+            "sampling": GREEDY, "min_new_tokens": 0, "max_new_tokens": 6, "add_bos": None, "stop_on_eos": True,
+            "batch_size": 2, "colour": "never", "output": None, **changes,
+        }
+    )  # fmt: skip
+    model = ScriptedModel(4, exit_points(("early", 2, 4)), lambda exit, token, position: (ord("$"), 0.9), 128)
+    return TextGenerator(model, Letters(), request)
+
+
+def test_the_end_of_text_token_ends_an_answer():
+    answers = list(scripted().generate(["ab", "c", "d"]))
+    assert [answer.text for answer in answers] == ["$", "$", "$"]
+    assert [answer.finish_reason for answer in answers] == ["stop"] * 3
+    assert [answer.text for answer in scripted(stop_on_eos=False).generate(["ab"])] == ["$" * 6]
+
+
+def test_an_answer_is_not_shorter_than_asked_for():
+    answers = list(scripted(min_new_tokens=4).generate(["ab", "c", "d"]))
+    for answer in answers:
+        assert "$" not in answer.text[:4] and answer.text[4:] == "$", "four tokens, then the end"
+        assert len(answer.events) == 5 and answer.finish_reason == "stop"
+
+
+def test_stats_are_summed_over_batches():
+    generator = scripted(stop_on_eos=False)
+    shown = []
+    answers = list(generator.generate(["ab", "c", "d"], on_token=shown.append))
+    assert generator.stats.num_tokens == 18 == sum(len(answer.events) for answer in answers) == len(shown)
+    assert generator.stats.tokens_per_exit == {"early": 15, "final": 3}
+    assert generator.stats.mean_depth == pytest.approx((15 * 2 + 3 * 4) / 18)
+    assert generator.stats.num_prompt_tokens == 4
