@@ -9,21 +9,20 @@ python examples/megatron_gpt_early_exit_convert.py source=assets/reference-model
 import hydra
 from omegaconf import DictConfig
 
-from nemo_ee import cpu_host
+from nemo_ee.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_convert")
 def main(cfg: DictConfig) -> None:
     """Convert and say what came out."""
-    if cfg.trainer.accelerator == "cpu":
-        cpu_host.enable()  # before torch touches a device
-    # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
-    from nemo.utils import logging
+    with command(cfg):
+        # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
+        from nemo.utils import logging
 
-    from nemo_ee.convert.convert import convert
+        from nemo_ee.convert.convert import convert
 
-    result = convert(cfg)
-    logging.info(f"{result.output}: exits {', '.join(result.exits)} (new: {', '.join(result.added) or 'none'})")
+        result = convert(cfg)
+        logging.info(f"{result.output}: exits {', '.join(result.exits)} (new: {', '.join(result.added) or 'none'})")
 
 
 if __name__ == "__main__":

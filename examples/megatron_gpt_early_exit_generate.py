@@ -14,28 +14,27 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee import cpu_host
+from nemo_ee.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
-    if cfg.trainer.accelerator == "cpu":
-        cpu_host.enable()  # before torch touches a device
-    from nemo_ee.evaluation.generation_request import GenerationRequest
+    with command(cfg):
+        from nemo_ee.evaluation.generation_request import GenerationRequest
 
-    request = GenerationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))
-    # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
-    from nemo.utils.get_rank import is_global_rank_zero
+        request = GenerationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))
+        # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
+        from nemo.utils.get_rank import is_global_rank_zero
 
-    from nemo_ee.evaluation.generate import open_generator
+        from nemo_ee.evaluation.generate import open_generator
 
-    generator = open_generator(cfg, request)
-    if is_global_rank_zero():
-        show(generator, request)
-    else:
-        for _ in generator.generate(request.prompts):
-            pass
+        generator = open_generator(cfg, request)
+        if is_global_rank_zero():
+            show(generator, request)
+        else:
+            for _ in generator.generate(request.prompts):
+                pass
 
 
 def show(generator, request) -> None:

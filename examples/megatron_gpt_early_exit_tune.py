@@ -9,37 +9,36 @@ python examples/megatron_gpt_early_exit_tune.py model.restore_from_path=ee.nemo 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee import cpu_host
+from nemo_ee.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_tune")
 def main(cfg: DictConfig) -> None:
     """Restore, tune, save."""
-    if cfg.trainer.accelerator == "cpu":
-        cpu_host.enable()  # before torch touches a device
-    # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
-    from nemo.utils import logging
-    from nemo.utils.exp_manager import exp_manager
+    with command(cfg):
+        # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
+        from nemo.utils import logging
+        from nemo.utils.exp_manager import exp_manager
 
-    from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
-    from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
-    from nemo_ee.models.run_config import check_run, merge_model_config
-    from nemo_ee.models.trainer import EarlyExitTrainerBuilder
+        from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+        from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+        from nemo_ee.models.run_config import check_run, merge_model_config
+        from nemo_ee.models.trainer import EarlyExitTrainerBuilder
 
-    logging.info(f"\n\n************** Experiment configuration ***********\n{OmegaConf.to_yaml(cfg)}")
-    model_config = merge_model_config(read_config(cfg.model.restore_from_path), cfg.model)
-    check_run(cfg, model_config)
-    trainer = EarlyExitTrainerBuilder(OmegaConf.create({**cfg, "model": model_config})).create_trainer()
-    exp_manager(trainer, cfg.exp_manager)
-    model = MegatronEarlyExitGPTModel.restore_from(
-        cfg.model.restore_from_path,
-        override_config_path=model_config,
-        trainer=trainer,
-        save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify, exits_only=cfg.exits_only),
-    )
-    trainer.fit(model)
-    if cfg.save_to:
-        model.save_to(cfg.save_to)
+        logging.info(f"\n\n************** Experiment configuration ***********\n{OmegaConf.to_yaml(cfg)}")
+        model_config = merge_model_config(read_config(cfg.model.restore_from_path), cfg.model)
+        check_run(cfg, model_config)
+        trainer = EarlyExitTrainerBuilder(OmegaConf.create({**cfg, "model": model_config})).create_trainer()
+        exp_manager(trainer, cfg.exp_manager)
+        model = MegatronEarlyExitGPTModel.restore_from(
+            cfg.model.restore_from_path,
+            override_config_path=model_config,
+            trainer=trainer,
+            save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify, exits_only=cfg.exits_only),
+        )
+        trainer.fit(model)
+        if cfg.save_to:
+            model.save_to(cfg.save_to)
 
 
 if __name__ == "__main__":

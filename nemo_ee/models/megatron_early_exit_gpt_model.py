@@ -287,7 +287,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             ("global_step", float(step)),
             ("consumed_samples", float(self._compute_consumed_samples_after_training_step())),
         ):
-            self.log(name, value, prog_bar=name == "global_step", rank_zero_only=True, batch_size=1)
+            self.log(name, value, prog_bar=name == "global_step", batch_size=1)
         return loss
 
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:
@@ -305,20 +305,23 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         )
 
     def on_validation_epoch_end(self) -> Tensor | None:
-        """Log every exit's validation loss from every stage; `val_loss` is their mean."""
+        """Log every exit's validation loss from every stage; `val_loss` is their mean.
+
+        Every rank logs the same numbers, so callbacks that stop or save on one agree everywhere.
+        """
         if self._val_sums is None:
             return None
         results = self._val_sums.reduce()
         self._log_exits(results, validation=True)
         losses = [result["loss"] for name, result in results.items() if name != FULL_MODEL and "loss" in result]
         mean = torch.tensor(sum(losses) / max(1, len(losses)), dtype=torch.float32)
-        self.log("val_loss", mean, prog_bar=True, rank_zero_only=True, batch_size=1)
+        self.log("val_loss", mean, prog_bar=True, batch_size=1)
         return mean
 
     def _log_exits(self, results: dict[str, dict[str, float]], *, validation: bool) -> None:
         for name, result in results.items():
             for metric, value in result.items():
-                self.log(metric_name(name, metric, validation=validation), value, rank_zero_only=True, batch_size=1)
+                self.log(metric_name(name, metric, validation=validation), value, batch_size=1)
 
     def _microbatch(self, dataloader_iter: Iterator) -> MicroBatch:
         batch = self.get_batch(dataloader_iter, tuning=False)

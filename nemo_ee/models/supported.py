@@ -28,6 +28,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fsdp": (bool, "not supported; use tensor and pipeline parallelism"),
     "megatron_amp_O2": (bool, "not supported; use trainer.precision=bf16-mixed"),
     "apply_query_key_layer_scaling": (bool, "not supported; set it to False"),
+    "mcore_customization_config.final_logit_softcapping": (bool, "capped logits (Gemma 2) are not supported"),
     "rampup_batch_size": (bool, "not supported; set it to null"),
     "data.legacy_dataset": (bool, "not supported; set it to False"),
     "optim.name": (

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar, NLPDDPStrategy
@@ -48,10 +49,20 @@ class EarlyExitStrategy(NLPDDPStrategy):
         """Nothing: the model takes its exits in `on_load_checkpoint`."""
 
 
+def check_accelerator(cfg: DictConfig) -> None:
+    """Raises ValueError when a GPU is asked for on a machine that has none."""
+    if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator={cfg.trainer.accelerator}, but this machine has no CUDA device; add "
+            f"trainer.accelerator=cpu"
+        )
+
+
 class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
     """NeMo's builder with our strategy. Runs on the CPU host too."""
 
     def _training_strategy(self) -> EarlyExitStrategy:
+        check_accelerator(self.cfg)
         minutes = self.cfg.model.get("distributed_timeout_minutes", 30)
         return EarlyExitStrategy(
             no_ddp_communication_hook=True,
@@ -83,6 +94,7 @@ def single_run_trainer(cfg: DictConfig) -> Trainer:
     Args:
         cfg: the script's config; `trainer` is handed to Lightning, `model.distributed_timeout_minutes` is read.
     """
+    check_accelerator(cfg)
     minutes = cfg.model.get("distributed_timeout_minutes", 30)
     strategy = EarlyExitStrategy(no_ddp_communication_hook=True, timeout=timedelta(minutes=minutes))
     options = {

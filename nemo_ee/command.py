@@ -1,0 +1,45 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every script does around its work: switch the CPU host on in time, and end a user's error in one message.
+
+May import: the standard library, omegaconf.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from nemo_ee import cpu_host
+
+
+@contextlib.contextmanager
+def command(cfg: Any) -> Iterator[None]:
+    """Surround a script's work; enter it before anything imports torch's users.
+
+    `trainer.accelerator=cpu` switches the CPU host on. A `ValueError` or `FileNotFoundError` (what the package raises
+    for
+    faults of a config, a checkpoint or a request) ends the script with its message and exit code 2 instead of a
+    traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
+
+    Args:
+        cfg: the script's config.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ValueError(f"needed and not given: {' '.join(f'{key}=...' for key in missing)}")
+        if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
+            cpu_host.enable()
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            sys.stderr.write(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n")
+        sys.exit(2)
