@@ -59,17 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _restore_process_state() -> Iterator[None]:
-    """Environment, working directory, thread count and process groups after a test are what they were before it.
-
-    Groups that a fixture of wider scope made before the test stay: they are that fixture's to take down.
-    """
+    """Environment, working directory and thread count after a test are what they were before it."""
     environment = dict(os.environ)
     directory = os.getcwd()
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else None
-    before = _process_groups()
     yield
-    _destroy_process_groups(keep=before)
     os.chdir(directory)
     cpu_host = sys.modules.get("nemo_ee.cpu_host")
     if cpu_host and cpu_host.enabled():
@@ -81,21 +76,16 @@ def _restore_process_state() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _process_groups() -> set[str]:
-    """Which of Megatron's parallel state and torch.distributed's default group exist."""
-    existing = set()
+@pytest.fixture(autouse=True, scope="module")
+def _destroy_process_groups() -> Iterator[None]:
+    """Take down Megatron's and torch.distributed's groups that a test module left behind.
+
+    Per module, not per test: a module's own fixtures may hold groups for all of its tests.
+    """
+    yield
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state and parallel_state.model_parallel_is_initialized():
-        existing.add("megatron")
+        parallel_state.destroy_model_parallel()
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
-        existing.add("torch")
-    return existing
-
-
-def _destroy_process_groups(keep: set[str]) -> None:
-    leftover = _process_groups() - keep
-    if "megatron" in leftover:
-        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
-    if "torch" in leftover:
-        sys.modules["torch.distributed"].destroy_process_group()
+        distributed.destroy_process_group()
