@@ -73,13 +73,11 @@ def test_padding_rows_would_change_the_loss_if_they_counted() -> None:
 def test_chunks_change_nothing(rows_per_chunk: int) -> None:
     """Rows of the softmax are independent: input gradients and tokens are bitwise the same, sums to rounding."""
     inputs, weights, labels, mask = _case((7, 3), seed=5)
-    results = []
+    results, options = [], {"vocabulary": _whole(), "grad_scale": 1.0, "want_argmax": True}
     for chunk_bytes in (4 * PADDED * rows_per_chunk, 1, 1 << 20):
         for weight in weights:
             weight.grad = None
-        result = linear_cross_entropy(
-            inputs, weights, labels, mask, vocabulary=_whole(), grad_scale=1.0, want_argmax=True, chunk_bytes=chunk_bytes
-        )
+        result = linear_cross_entropy(inputs, weights, labels, mask, chunk_bytes=chunk_bytes, **options)
         results.append((result, [weight.grad.clone() for weight in weights]))
     (first, first_grads), *others = results
     for other, other_grads in others:

@@ -1,0 +1,260 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""First values of exit heads: which weight is copied from where, and that random ones depend on (seed, name) alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("nemo", reason="models are built by NeMo")
+
+from nemo_ee.megatron.exit_head_init import backbone_key  # noqa: E402
+from tests.helpers.huggingface_models import save_tiny_model  # noqa: E402
+from tests.helpers.megatron_models import exit_entry, exit_logits, model_from_hugging_face, random_tokens  # noqa: E402
+
+EXPECTED_KEYS_FILE = Path(__file__).parents[2] / "data" / "exit_checkpoint_keys.txt"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_model(folder, "llama-bias")
+    return folder
+
+
+def _values(folder: Path, entry: dict, **settings) -> dict[str, torch.Tensor]:
+    model = model_from_hugging_face(folder, [entry], full_depth=False, **settings)
+    return {name: parameter.detach().clone() for name, parameter in model.model.exits.heads[0].named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("key", "tied", "expected"),
+    [
+        ("output.weight", False, ("output_layer.weight", None)),
+        ("output.weight", True, ("embedding.word_embeddings.weight", None)),
+        ("norm.weight", False, ("decoder.final_layernorm.weight", None)),
+        ("norm.bias", True, ("decoder.final_layernorm.bias", None)),
+        ("mlp.linear_fc1.layer_norm_weight", False, ("decoder.layers.mlp.linear_fc1.layer_norm_weight", 2)),
+        ("layer.self_attention.linear_qkv.bias", False, ("decoder.layers.self_attention.linear_qkv.bias", 8)),
+    ],
+)
+def test_copy_sources(key: str, tied: bool, expected: tuple) -> None:
+    """The MLP is the exit layer's own (layer 3 is index 2), a layer exit's the last one (of 9)."""
+    assert backbone_key(key, exit_layer=3, num_layers=9, tied=tied) == expected
+
+
+def test_random_values_follow_seed_and_name_alone(llama: Path) -> None:
+    entry = exit_entry(1, "layer", "random")
+    first = _values(llama, entry)
+    again = _values(llama, entry)
+    with_others = model_from_hugging_face(llama, [exit_entry(2, "mlp", "random"), exit_entry(1, "norm"), entry])
+    among = dict(with_others.model.exits[entry["name"]].named_parameters())
+    deeper = _values(llama, entry | {"layer": 3})
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) and torch.equal(value, among[name]), name
+        # Only what writes to the residual stream is scaled by the depth.
+        scaled = "linear_fc2.weight" in name or "linear_proj.weight" in name
+        assert torch.equal(value, deeper[name]) != scaled, name
+        if scaled:
+            torch.testing.assert_close(value, math.sqrt(3.0) * deeper[name])
+    others = {
+        "another name": _values(llama, entry | {"name": "another"}),
+        "another seed of its own": _values(llama, entry | {"seed": 99}),
+        "another seed of the run": _values(llama, entry, seed=99),
+        "copied": _values(llama, entry | {"init": "copy"}),
+    }
+    matrices = [name for name, value in first.items() if value.dim() == 2]
+    assert len(matrices) == 5
+    for what, values in others.items():
+        assert not any(torch.equal(values[name], first[name]) for name in matrices), what
+    for name in matrices:
+        assert torch.equal(others["another seed of its own"][name], others["another seed of the run"][name])
+
+
+def test_random_values_have_the_stated_distribution(llama: Path) -> None:
+    std = 0.5
+    for entry in (exit_entry(2, "mlp", "random"), exit_entry(2, "layer", "random")):
+        copied = _values(llama, entry | {"init": "copy"})
+        for name, value in _values(llama, entry, init_method_std=std).items():
+            if name.startswith("pre_mlp_layernorm."):
+                # Fused with the MLP under Transformer Engine and frozen: the copy of layer k's, whatever the init.
+                assert torch.equal(value, copied[name])
+            elif name.endswith("bias"):
+                assert not value.any(), name
+            elif value.dim() == 1:
+                assert (value == 1).all(), name
+            else:
+                expected = std / math.sqrt(2 * 2) if "linear_fc2" in name or "linear_proj" in name else std
+                rows = value[:133] if name == "output.weight" else value
+                # The deviation's own error at these sizes is about 1.5 %.
+                assert rows.std().item() == pytest.approx(expected, rel=0.08), name
+                assert abs(rows.mean().item()) < 0.1 * expected, name
+
+
+def test_padding_rows_are_zero(llama: Path) -> None:
+    for init, output in (("copy", "own"), ("random", "own"), ("lora", "own"), ("copy", "low_rank")):
+        values = _values(llama, exit_entry(1, "norm", init, output))
+        for name, value in values.items():
+            if name in ("output.weight", "output_update.low_rank_b"):
+                assert value.shape[0] == 144 and not value[133:].any(), (init, output, name)
+        if output == "own":
+            assert values["output.weight"][:133].any(dim=1).all(), "control: rows of tokens are not zero"
+
+
+def test_padding_does_not_change_random_rows(llama: Path) -> None:
+    """A layout that pads further draws the same values for the tokens."""
+    entry = exit_entry(1, "norm", "random")
+    narrow, wide = _values(llama, entry), _values(llama, entry, make_vocab_size_divisible_by=100)
+    assert narrow["output.weight"].shape[0] == 144 and wide["output.weight"].shape[0] == 200
+    assert torch.equal(narrow["output.weight"][:133], wide["output.weight"][:133])
+    assert not wide["output.weight"][133:].any()
+
+
+def test_low_rank_updates_start_as_nothing_with_a_random_direction(llama: Path) -> None:
+    for entry in (exit_entry(2, "mlp", "lora", rank=5), exit_entry(2, "layer", "lora", "low_rank", rank=5)):
+        values = _values(llama, entry)
+        ours = {name: value for name, value in values.items() if "low_rank_" in name}
+        assert ours
+        for name, value in ours.items():
+            if name.endswith("low_rank_b"):
+                assert value.shape[1] == 5 and not value.any()
+            else:
+                assert value.shape[0] == 5
+                assert value.std().item() == pytest.approx(value.shape[1] ** -0.5, rel=0.25), name
+        again = _values(llama, entry)
+        assert all(torch.equal(value, again[name]) for name, value in ours.items())
+        other = _values(llama, entry | {"seed": 8})
+        assert not any(torch.equal(v, other[name]) for name, v in ours.items() if name.endswith("low_rank_a"))
+
+
+def test_norms_that_have_no_parameters_in_the_source_are_one_and_zero(tmp_path: Path) -> None:
+    """OPT without affine norms and without biases, which Megatron has."""
+    reference = save_tiny_model(tmp_path, "opt-bare")
+    model = model_from_hugging_face(tmp_path, [exit_entry(1, "norm")])
+    tokens = random_tokens(model)
+    with torch.no_grad():
+        states = reference(input_ids=tokens, output_hidden_states=True).hidden_states[1]
+        lens = reference.lm_head(reference.model.decoder.final_layer_norm(states))
+    torch.testing.assert_close(exit_logits(model, tokens)["l1-norm-copy-own"], lens, rtol=1e-4, atol=1e-4)
+
+
+# -- the keys exits are saved under -----------------------------------------------------------------------------------
+
+INITS_AND_OUTPUTS = [(init, output) for init in ("copy", "random", "lora") for output in ("own", "shared", "low_rank")]
+
+
+def _key_lines(folder: Path, family: str) -> list[str]:
+    """`<model>: <checkpoint key> <global shape>` of every exit's every tensor."""
+    from nemo_ee.megatron.exit_head_init import local_shards
+
+    entries = [
+        exit_entry(2, architecture, init, output, rank=3)
+        for architecture in ("embedding", "norm", "mlp", "layer")
+        for init, output in INITS_AND_OUTPUTS
+    ]
+    model = model_from_hugging_face(folder, entries, full_depth=False)
+    shards = local_shards(model.model.exit_sharded_state_dict())
+    return sorted({f"{family}: {shard.key} {list(shard.global_shape)}" for shard in shards})
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[str]:
+    lines = EXPECTED_KEYS_FILE.read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpoint_keys_are_the_recorded_ones(family: str, recorded: list[str], tmp_path: Path) -> None:
+    """A checkpoint written today must load tomorrow, and under Transformer Engine: keys and shapes are fixed."""
+    save_tiny_model(tmp_path, family)
+    expected = [line for line in recorded if line.startswith(f"{family}: ")]
+    assert _key_lines(tmp_path, family) == sorted(expected)
+
+
+def test_recorded_keys_are_canonical(recorded: list[str]) -> None:
+    """Norms carry Transformer Engine's fused names; no name would change in NeMo's `model.` replacement."""
+    keys = [line.split()[1] for line in recorded]
+    assert len(keys) > 300
+    assert "exits.l2-mlp-copy-own.mlp.linear_fc1.layer_norm_weight" in keys
+    assert "exits.l2-layer-lora-shared.layer.self_attention.linear_qkv.layer_norm_weight" in keys
+    for key in keys:
+        assert "pre_mlp_layernorm" not in key and "input_layernorm" not in key, key
+        assert ".base." not in key and "model." not in key and "heads." not in key, key
+
+
+@pytest.mark.gpu
+def test_transformer_engine_writes_the_same_keys(tmp_path: Path) -> None:
+    """In a process of its own: the CPU host of this one hides the GPU."""
+    import json
+    import subprocess
+    import sys
+
+    found = subprocess.run([sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"Transformer Engine is not installed here: {found.stderr.strip().splitlines()[-1]}")
+    expected = [line.split(" ", 1)[1] for line in EXPECTED_KEYS_FILE.read_text().splitlines() if line[:6] == "llama:"]
+    program = tmp_path / "keys.py"
+    program.write_text(_TRANSFORMER_ENGINE_PROGRAM)
+    result = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, cwd=Path(__file__).parents[3]
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(json.loads(result.stdout.splitlines()[-1])) == sorted(expected)
+
+
+# Megatron without NeMo: the exit heads of the recorded llama under the Transformer-Engine spec.
+_TRANSFORMER_ENGINE_PROGRAM = """
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer import TransformerConfig
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.megatron.exit_head import ExitHead
+from nemo_ee.megatron.exit_head_init import local_shards
+from nemo_ee.megatron.layer_spec import backbone_specs
+
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1")
+torch.cuda.set_device(0)
+torch.distributed.init_process_group("nccl")
+parallel_state.initialize_model_parallel()
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+config = TransformerConfig(
+    num_layers=3, hidden_size=40, ffn_hidden_size=56, num_attention_heads=6, num_query_groups=2, kv_channels=10,
+    normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+    bias_activation_fusion=False,
+)
+specs = backbone_specs(config, transformer_engine=True)
+entries = [
+    dict(name=f"l2-{a}-{i}-{o}", layer=2, architecture=a, init=i, output=o, rank=3)
+    for a in ("embedding", "norm", "mlp", "layer") for i in ("copy", "random", "lora")
+    for o in ("own", "shared", "low_rank")
+]
+lines = set()
+for exit in EarlyExitConfig.from_mapping({"exits": entries}, num_layers=3).exits:
+    head = ExitHead(config, exit, specs, vocab_size=144, shared_weight=lambda: None)
+    state = head.sharded_state_dict(f"exits.{exit.name}.")
+    state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    lines |= {f"{shard.key} {list(shard.global_shape)}" for shard in local_shards(state)}
+torch.distributed.destroy_process_group()
+print(json.dumps(sorted(lines)))
+"""
+
+
+if __name__ == "__main__":
+    # Writes the recorded list: python -m tests.unit.megatron.test_exit_head_init
+    import tempfile
+
+    written = [
+        "# Keys and global shapes of exit heads in a checkpoint, by tests/unit/megatron/test_exit_head_init.py.",
+        "# A change here breaks every early-exit file written before it.",
+    ]
+    for name in ("gpt2", "llama"):
+        with tempfile.TemporaryDirectory() as directory:
+            save_tiny_model(directory, name)
+            written += _key_lines(Path(directory), name)
+    EXPECTED_KEYS_FILE.write_text("\n".join(written) + "\n")
