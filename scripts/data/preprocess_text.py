@@ -28,6 +28,8 @@ import numpy
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from nemo_ee.command import command
+
 logger = logging.getLogger(__name__)
 
 _BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
@@ -161,7 +163,7 @@ def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
         return ("uint16" if vocab_size < 65500 else "int32"), []
     largest = int(numpy.iinfo(_DTYPES[name]).max)
     if vocab_size - 1 > largest:
-        return name, [f"dtype: {name} holds ids to {largest}, the tokenizer's go to {vocab_size - 1}; use int32 or auto"]
+        return name, [f"dtype: {name} holds ids to {largest}, the tokenizer has {vocab_size - 1}; use int32 or auto"]
     return name, []
 
 
@@ -268,7 +270,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     else:
         eod = tokenizer.eos_token_id if config.append_eod else None
         if config.append_eod and eod is None:
-            faults.append(f"tokenizer: {config.tokenizer} has no eos_token to end documents with; set append_eod=False")
+            faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
         dtype, problems = choose_dtype(config.dtype, max(tokenizer.get_vocab().values()) + 1)
         faults += problems
     if faults:
@@ -322,23 +324,17 @@ def _write(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_text.yaml."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise SystemExit(f"Missing: {', '.join(f'{key}=...' for key in missing)}; see conf/preprocess_text.yaml")
-    try:
-        config = PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True))
-        result = preprocess(config)
-    except PreprocessError as error:
-        raise SystemExit(str(error)) from None
-    logger.info(
-        "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",
-        config.output,
-        config.output,
-        result.documents,
-        result.tokens,
-        result.dtype,
-        result.empty_documents,
-    )
+    with command(cfg):
+        result = preprocess(PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+        logger.info(
+            "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",
+            cfg.output,
+            cfg.output,
+            result.documents,
+            result.tokens,
+            result.dtype,
+            result.empty_documents,
+        )
 
 
 if __name__ == "__main__":

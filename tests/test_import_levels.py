@@ -1,0 +1,277 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the code: a folder is a dependency boundary, imports point only down, files keep the house rules.
+
+Sources are parsed, not imported, so an import inside a function counts as well. Every rule has a control: a made-up
+offender that must be reported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "nemo_ee"
+HEADER = "# Copyright 2026 The nemo_ee authors.\n# SPDX-License-Identifier: Apache-2.0\n"
+MAX_LINES = 400
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What a folder of nemo_ee (or a module beside the folders) may import besides the standard library and itself."""
+
+    packages: frozenset[str] = frozenset()  # others' packages; megatron only as megatron.core
+    parts: frozenset[str] = frozenset()  # parts of nemo_ee
+    only_lazily: frozenset[str] = field(default=frozenset())  # allowed inside functions only
+
+
+def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Boundary:
+    return Boundary(frozenset(packages.split()), frozenset(parts.split()), frozenset(only_lazily.split()))
+
+
+_LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf numpy"
+# Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
+_LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
+_BELOW_4 = "exits generation megatron checkpoint runtime models cpu_host command"
+
+BOUNDARIES = {
+    # level 0
+    "exits": _boundary("torch"),
+    # level 1: siblings, only megatron -> generation is allowed (its adapter to the engine)
+    "generation": _boundary("torch", "exits"),
+    "megatron": _boundary("torch megatron.core", "exits generation"),
+    # level 2
+    "checkpoint": _boundary("torch megatron.core safetensors", "exits generation megatron"),
+    "runtime": _boundary("torch safetensors transformers tokenizers", "exits generation"),
+    # level 3
+    "models": _boundary(_LEVEL_3, "exits generation megatron checkpoint runtime cpu_host"),
+    # level 4
+    "evaluation": _boundary(_LEVEL_4, _BELOW_4),
+    "convert": _boundary(_LEVEL_4, _BELOW_4),
+    # level 5
+    "serving": _boundary(f"{_LEVEL_4} fastapi starlette uvicorn pydantic", f"{_BELOW_4} evaluation convert"),
+    "export": _boundary(_LEVEL_4, f"{_BELOW_4} evaluation convert", only_lazily="tensorrt_llm"),
+    # beside the levels
+    "__init__": _boundary(),
+    "package_info": _boundary(),
+    "cpu_host": _boundary(only_lazily="torch megatron.core nemo nemo_ee.megatron"),
+    "command": _boundary("omegaconf", "cpu_host"),
+}
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted name, inside a function) of every import, `importlib.import_module("...")` included."""
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[tuple[int, str, bool]]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, lazy
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            # `from nemo_ee import cpu_host` names a part of the package, `from megatron import core` one of megatron.
+            split = module in (PACKAGE, "megatron")
+            yield from ((node.lineno, f"{module}.{a.name}" if split else module, lazy) for a in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value, lazy
+        inside = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from dict.fromkeys(visit(tree, False))
+
+
+def import_faults(part: str, source: str) -> list[str]:
+    """Imports in `source`, a file of nemo_ee's `part`, that its boundary forbids."""
+    boundary = BOUNDARIES.get(part)
+    if boundary is None:
+        return [f"{part} has no row in BOUNDARIES; decide what it may import"]
+    faults = []
+    for line, name, lazy in _imports(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        if name.startswith("."):
+            faults.append(f"{line}: relative import {name}; write nemo_ee.{part}...")
+            continue
+        if top in sys.stdlib_module_names:
+            continue
+        if top == PACKAGE:
+            target = rest.partition(".")[0]
+            key, allowed = f"{PACKAGE}.{target}", target == part or target in boundary.parts
+        else:
+            key = ".".join(name.split(".")[:2]) if top == "megatron" else top
+            allowed = key in boundary.packages
+        if not allowed and not (lazy and key in boundary.only_lazily):
+            where = " outside a function" if key in boundary.only_lazily else ""
+            faults.append(f"{line}: {part} may not import {name}{where}")
+    return faults
+
+
+def source_faults(path: str, source: str) -> list[str]:
+    """House rules that a Python file breaks. `path` is relative to the repository."""
+    faults = []
+    if not source.startswith(HEADER):
+        faults.append(f"does not start with {HEADER!r}")
+    tree = ast.parse(source)
+    marker = path.startswith("tests/") and path.endswith("/__init__.py")  # makes a package of a test folder, no more
+    if not ast.get_docstring(tree) and not marker:
+        faults.append("has no module docstring")
+    if path.startswith(f"{PACKAGE}/"):
+        if Path(path).name in ("utils.py", "helpers.py", "common.py"):
+            faults.append("is named after nothing: say what it holds")
+        lines = source.count("\n")
+        if lines > MAX_LINES:
+            faults.append(f"has {lines} lines, more than {MAX_LINES}: split it by responsibility")
+        faults += [
+            f"{node.lineno}: print(); use logging"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        ]
+    return faults
+
+
+def path_faults(text: str) -> list[str]:
+    """Lines that name directories of somebody's machine."""
+    # Written so that this line does not match itself.
+    machine = re.compile(r"(?<![\w.~$}-])/(?:[w]ork|[r]oot|[U]sers/\w+|[h]ome/\w+)/")
+    return [f"{i}: {line.strip()[:100]}" for i, line in enumerate(text.splitlines(), 1) if machine.search(line)]
+
+
+def yaml_faults(text: str) -> list[str]:
+    """Keys with a value and no comment on their line. Sections (nothing after the colon) explain themselves."""
+    key = re.compile(r"^\s*(?:- )?[\w./-]+:\s+(?P<value>[^#\s].*)$")
+    return [
+        f"{i}: {line.strip()}"
+        for i, line in enumerate(text.splitlines(), 1)
+        if not line.lstrip().startswith("#") and key.match(line) and not re.search(r"\s# *\S", line)
+    ]
+
+
+def _tracked_files() -> list[Path]:
+    """Text files of the repository: what git tracks or would track, all but assets outside a clone."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+        paths = [ROOT / name for name in listed.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        folders = ("nemo_ee", "conf", "examples", "scripts", "tests", "benchmarks", "docs", "docker")
+        paths = [*ROOT.glob("*"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    outside = (ROOT / "assets").parts
+    return sorted(p for p in paths if p.is_file() and p.parts[: len(outside)] != outside and p.suffix != ".pyc")
+
+
+def _python_files() -> list[Path]:
+    return [path for path in _tracked_files() if path.suffix == ".py"]
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _report(faults: dict[str, list[str]]) -> str:
+    return "\n" + "\n".join(f"{path}:{fault}" for path, found in faults.items() for fault in found)
+
+
+def _all_faults(paths: list[Path], check) -> dict[str, list[str]]:  # noqa: ANN001
+    found = {_name(path): check(path) for path in paths}
+    return {path: faults for path, faults in found.items() if faults}
+
+
+def _part(path: Path) -> str:
+    parts = path.relative_to(ROOT / PACKAGE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def test_imports_point_only_down() -> None:
+    sources = [path for path in _python_files() if ROOT / PACKAGE in path.parents]
+    assert len(sources) > 20
+    faults = _all_faults(sources, lambda path: import_faults(_part(path), path.read_text(encoding="utf-8")))
+    assert not faults, _report(faults)
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "word"),
+    [
+        ("exits", "import numpy", "exits may not import numpy"),
+        ("exits", "def f():\n    from nemo_ee.generation import engine", "exits may not import nemo_ee.generation"),
+        ("generation", "import megatron.core", "may not import megatron.core"),
+        ("generation", "from nemo_ee.megatron.exit_head import ExitHead", "may not import nemo_ee.megatron"),
+        ("megatron", "from megatron.training import get_args", "may not import megatron.training"),
+        ("megatron", "from nemo_ee.checkpoint import chunk_reader", "may not import nemo_ee.checkpoint"),
+        ("checkpoint", "from nemo_ee.runtime import model", "may not import nemo_ee.runtime"),
+        ("checkpoint", "import nemo.collections.nlp", "may not import nemo.collections"),
+        ("models", "from nemo_ee import evaluation", "may not import nemo_ee.evaluation"),
+        ("convert", "from nemo_ee.evaluation.evaluate import x", "may not import nemo_ee.evaluation"),
+        ("exits", "import importlib\nimportlib.import_module('nemo.core')", "may not import nemo.core"),
+        ("export", "import tensorrt_llm", "may not import tensorrt_llm outside a function"),
+        ("cpu_host", "import torch", "may not import torch outside a function"),
+        ("exits", "from ..generation import engine", "relative import"),
+        ("kitchen_sink", "", "no row in BOUNDARIES"),
+    ],
+)
+def test_control_a_forbidden_import_is_reported(part: str, source: str, word: str) -> None:
+    faults = import_faults(part, source)
+    assert len(faults) == 1 and word in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("exits", "from __future__ import annotations\nimport math, torch.nn\nfrom nemo_ee.exits.config import x"),
+        ("megatron", "from megatron.core import parallel_state\nfrom megatron import core\nimport nemo_ee.generation"),
+        ("export", "def build():\n    import tensorrt_llm"),
+        ("models", "from nemo_ee import cpu_host\nimport lightning.pytorch as pl"),
+    ],
+)
+def test_control_an_allowed_import_is_not_reported(part: str, source: str) -> None:
+    assert import_faults(part, source) == []
+
+
+def test_files_keep_the_house_rules() -> None:
+    faults = _all_faults(_python_files(), lambda path: source_faults(_name(path), path.read_text(encoding="utf-8")))
+    assert not faults, _report(faults)
+
+
+def test_control_a_careless_file_is_reported() -> None:
+    careless = "print(1)\n" + "\n" * MAX_LINES
+    rules = ["does not start with", "has no module docstring", "is named after nothing", "has 401 lines", "1: print()"]
+    faults = source_faults("nemo_ee/exits/utils.py", careless)
+    assert len(faults) == len(rules) and all(fault.startswith(rule) for fault, rule in zip(faults, rules, strict=True))
+    assert source_faults("tests/test_x.py", f'{HEADER}"""Says what it is."""\nprint(1)\n') == []
+
+
+def test_no_file_names_a_developer_machine() -> None:
+    def check(path: Path) -> list[str]:
+        try:
+            return path_faults(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            return []
+
+    faults = _all_faults(_tracked_files(), check)
+    assert not faults, _report(faults)
+
+
+def test_control_a_machine_path_is_reported() -> None:
+    for folder in ("work", "root", "home/somebody", "Users/somebody"):
+        assert path_faults(f"data=/{folder}/data") == [f"1: data=/{folder}/data"]
+    assert path_faults("cd /workspace/nemo_ee\nhttps://example.com/root/x\n./home/x/y") == []
+
+
+def test_every_key_of_the_configs_has_a_comment() -> None:
+    paths = sorted((ROOT / "conf").rglob("*.yaml"))
+    assert paths
+    faults = _all_faults(paths, lambda path: yaml_faults(path.read_text(encoding="utf-8")))
+    assert not faults, _report(faults)
+
+
+def test_control_a_bare_key_is_reported() -> None:
+    text = "# header\nmodel:\n  lr: 1e-3\n  eps: 1e-5  # Adam's\n  data: {a: 1}\n  name: a#b\n"
+    assert yaml_faults(text) == ["3: lr: 1e-3", "5: data: {a: 1}", "6: name: a#b"]
