@@ -1,0 +1,262 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/data/preprocess_text.py, against the tokenizer itself and Megatron-core's own reader of what it writes."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "data" / "preprocess_text.py"
+TOKENIZER = ROOT / "assets" / "reference-model"
+CONFIG = ROOT / "conf" / "preprocess_text.yaml"
+TEXTS = ["def add(a, b):\n    return a + b\n", "x = 'naïve café'\n", "", "import os\n" * 50]
+EOD = 0
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("preprocess_text", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenize() -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def config(script: ModuleType, output: Path, **settings: Any) -> Any:
+    """The settings of the yaml with those given in their place."""
+    defaults = OmegaConf.to_container(OmegaConf.load(CONFIG))
+    mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
+    settings = {"tokenizer": str(TOKENIZER), "output": str(output), **settings}
+    return script.PreprocessConfig.from_mapping({**mapping, **settings})
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def read_back(prefix: Path) -> list[list[int]]:
+    """Every document, by Megatron-core's reader."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    assert len(dataset) == len(dataset.document_indices) - 1, "one sequence per document"
+    return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def faults_of(script: ModuleType, run: Any) -> str:
+    with pytest.raises(script.PreprocessError) as error:
+        script.preprocess(run)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl_is_read_back_as_the_tokenizer_wrote_it(
+    script: ModuleType, tokenize: Any, tmp_path: Path, name: str
+) -> None:
+    source = write_jsonl(tmp_path / name, [{"text": text, "source": "s"} for text in TEXTS])
+    result = script.preprocess(config(script, tmp_path / "out" / "train", input=str(source)))
+    expected = [tokenize(text) + [EOD] for text in TEXTS if text]
+    assert read_back(tmp_path / "out" / "train") == expected
+    assert (result.documents, result.empty_documents, result.dtype) == (3, 1, "uint16")
+    assert result.tokens == sum(map(len, expected))
+    assert files_in(tmp_path / "out") == ["train.bin", "train.idx"], "no temporary file is left"
+
+
+def test_control_without_append_eod_the_documents_do_not_end(
+    script: ModuleType, tokenize: Any, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"body": TEXTS[0]}])
+    settings = {"input": str(source), "append_eod": False, "text_key": "body", "dtype": "int32"}
+    result = script.preprocess(config(script, tmp_path / "train", **settings))
+    assert read_back(tmp_path / "train") == [tokenize(TEXTS[0])]
+    assert result.dtype == "int32"
+
+
+def test_directories_and_lists_are_read_in_order(script: ModuleType, tokenize: Any, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "b").mkdir(parents=True)
+    (corpus / "b" / "one.py").write_text(TEXTS[0])
+    (corpus / "c.txt.gz").write_bytes(gzip.compress(TEXTS[1].encode()))
+    write_jsonl(corpus / "d.jsonl", [{"text": TEXTS[3]}])
+    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    extra = tmp_path / "extra.md"
+    extra.write_text("# Title\n")
+    script.preprocess(config(script, tmp_path / "train", input=[str(corpus), str(extra)]))
+    assert read_back(tmp_path / "train") == [tokenize(t) + [EOD] for t in (TEXTS[0], TEXTS[1], TEXTS[3], "# Title\n")]
+
+
+@pytest.mark.parametrize("limit", [1, 64, 65])
+def test_max_documents_counts_over_batches(script: ModuleType, tmp_path: Path, limit: int) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, *({"text": f"x = {i}"} for i in range(130))])
+    result = script.preprocess(config(script, tmp_path / "train", input=str(source), max_documents=limit))
+    assert result.documents == limit == len(read_back(tmp_path / "train"))
+
+
+def test_all_faults_of_the_settings_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "train.bin").write_bytes(b"old")
+    names = ["missing.jsonl", "data.csv", "empty"]
+    run = config(script, tmp_path / "train", input=[str(tmp_path / name) for name in names], tokenizer="no/such/model")
+    message = faults_of(script, run)
+    for part in (
+        "missing.jsonl does not exist",
+        "data.csv has an unknown ending (known endings: .jsonl, .md",
+        "empty has no file of a known type",
+        "train.bin exist already; choose another prefix or set overwrite=True",
+        "no/such/model is not a local directory; nothing is downloaded",
+    ):
+        assert part in message
+    assert (tmp_path / "train.bin").read_bytes() == b"old"
+
+
+def test_all_faults_in_the_data_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    lines = ['{"text": "fine"}', '{"body": 1, "id": 2}', "", '{"text": 3}', "[1]", "{", '{"text": "fine too"}']
+    source.write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    other = tmp_path / "b.txt"
+    other.write_bytes(b"abc\xff")
+    cut = tmp_path / "c.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "fine"}\n' * 1000)[:-12])
+    output = tmp_path / "out" / "train"
+    message = faults_of(script, config(script, output, input=[str(path) for path in (source, other, cut)]))
+    for part in (
+        "a.jsonl:2: no field 'text' (it has 'body', 'id'); name the field with text_key",
+        "a.jsonl:4: field 'text' is a JSON int, not a string",
+        "a.jsonl:5: a JSON list, not an object with the field 'text'",
+        "a.jsonl:6: not JSON (",
+        "a.jsonl:8: not UTF-8 (",
+        "b.txt: not UTF-8 (invalid start byte at byte 3)",
+        "c.jsonl.gz:",
+    ):
+        assert part in message
+    assert message.count("\n") == 7, "and nothing else"
+    assert files_in(output.parent) == [], "nothing is left behind"
+
+
+def test_many_faults_are_counted(script: ModuleType, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{}] * 50)
+    message = faults_of(script, config(script, tmp_path / "train", input=str(source)))
+    assert "a.jsonl:20: no field 'text' (it has none)" in message and "... and 30 more" in message
+    assert "a.jsonl:21:" not in message
+
+
+def test_an_empty_result_is_an_error(script: ModuleType, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}])
+    message = faults_of(script, config(script, tmp_path / "train", input=str(source)))
+    assert "no tokens in 1 files (1 empty documents)" in message
+    assert files_in(tmp_path) == ["a.jsonl"]
+
+
+def test_a_fault_keeps_existing_output(script: ModuleType, tokenize: Any, tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x = 1\n"}])
+    bad = write_jsonl(tmp_path / "b.jsonl", [{"text": "x = 2\n"}, {}])
+    script.preprocess(config(script, tmp_path / "train", input=str(good)))
+    faults_of(script, config(script, tmp_path / "train", input=str(bad), overwrite=True))
+    assert read_back(tmp_path / "train") == [tokenize("x = 1\n") + [EOD]]
+    write_jsonl(bad, [{"text": "x = 2\n"}])
+    script.preprocess(config(script, tmp_path / "train", input=str(bad), overwrite=True))
+    assert read_back(tmp_path / "train") == [tokenize("x = 2\n") + [EOD]]
+
+
+def test_vocabulary_must_fit_the_type(script: ModuleType) -> None:
+    assert script.choose_dtype("auto", 65499) == ("uint16", [])
+    assert script.choose_dtype("auto", 65500) == ("int32", [])
+    assert script.choose_dtype("uint16", 65536) == ("uint16", [])
+    _, (fault,) = script.choose_dtype("uint16", 65537)
+    assert "uint16 holds ids to 65535, the tokenizer has 65536; use int32 or auto" in fault
+
+
+def test_tokenizer_without_end_of_text_or_files_is_an_error(script: ModuleType, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    run = config(script, tmp_path / "train", input=str(source), tokenizer=str(folder))
+    assert f"tokenizer: cannot load one from {folder}" in faults_of(script, run)
+    shutil.copy(TOKENIZER / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert "has no eos_token for append_eod; set it False" in faults_of(script, run)
+
+
+def test_tokenizer_code_is_never_run(script: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    bait = tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(bait)!r}, 'w').close()\nclass Evil:\n    pass\n")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    message = faults_of(script, config(script, tmp_path / "train", input=str(source), tokenizer=str(folder)))
+    assert "cannot load one" in message
+    assert not bait.exists()
+
+
+def test_every_key_of_the_yaml_is_a_setting_and_back(script: ModuleType) -> None:
+    keys = set(OmegaConf.load(CONFIG)) - {"hydra", "defaults"}
+    assert keys == set(script.PreprocessConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"input": []}, "input: empty list"),
+        ({"dtype": "int64"}, "dtype: 'int64' is not one of auto, uint16, int32"),
+        ({"max_documents": 0}, "max_documents: 0 must be a whole number from 1"),
+        ({"append_eod": "maybe"}, "append_eod: 'maybe' must be True or False"),
+    ],
+)
+def test_wrong_values_are_named(script: ModuleType, tmp_path: Path, settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(script.PreprocessError, match=word):
+        config(script, tmp_path / "train", **{"input": "a.jsonl", **settings})
+
+
+def run_command(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """From another directory, with relative paths; nothing but the two files appears."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    done = run_command(tmp_path, "input=a.jsonl", "output=out/train", f"tokenizer={TOKENIZER}")
+    assert done.returncode == 0, done.stderr
+    assert "3 documents" in done.stdout
+    assert "100%" in done.stderr, "progress bar"
+    assert files_in(tmp_path) == ["a.jsonl", "out"] and files_in(tmp_path / "out") == ["train.bin", "train.idx"]
+
+
+def test_command_line_reports_faults_without_a_traceback(tmp_path: Path) -> None:
+    failed = run_command(tmp_path, "input=[nope.jsonl,nope.csv]", "output=train", "tokenizer=nope")
+    assert failed.returncode == 2
+    assert failed.stderr.count(" does not exist") == 2 and "Traceback" not in failed.stderr
+    missing = run_command(tmp_path, "output=train")
+    assert missing.returncode == 2 and "input=..." in missing.stderr and "tokenizer=..." in missing.stderr
+    assert files_in(tmp_path) == []
