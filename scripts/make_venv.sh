@@ -49,16 +49,16 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 # where PyTorch publishes them. On macOS the plain one is a CPU build.
 say "[1/3] torch $torch_version for the CPU"
 if [ "$(uname -s)" = Linux ]; then
-    "${pip[@]}" install -q "torch==$torch_version+cpu" 2>/dev/null ||
-        "${pip[@]}" install -q "torch==$torch_version" --index-url "$torch_cpu_index" ||
+    "${pip[@]}" install -qq "torch==$torch_version+cpu" 2>/dev/null ||
+        "${pip[@]}" install -qq "torch==$torch_version" --index-url "$torch_cpu_index" ||
         fail "no CPU build of torch $torch_version for Python $version found, neither in the configured package index nor" \
             "at $torch_cpu_index"
 else
-    "${pip[@]}" install -q "torch==$torch_version"
+    "${pip[@]}" install -qq "torch==$torch_version"
 fi
 
 say "[2/3] NeMo, Megatron-core and the rest, exact versions from $constraints"
-"${pip[@]}" install -q -e '.[cpu,dev]' -c "$constraints"
+"${pip[@]}" install -qq -e '.[cpu,dev]' -c "$constraints"
 
 # Megatron-core's datasets need a compiled module; its wheels have it, a build from source leaves it out without a compiler.
 say "[3/3] checks"
