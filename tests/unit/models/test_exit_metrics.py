@@ -1,0 +1,61 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Per-exit sums: divided once, started anew, named by a fixed scheme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Megatron's groups of a single process."""
+    if not torch.distributed.is_initialized():
+        store = tmp_path_factory.mktemp("store") / "store"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    yield
+
+
+def test_sums_are_divided_once() -> None:
+    """Three uneven microbatches: the loss is per token, not the mean of the microbatches' means."""
+    sums = ExitSums(["a", "b"], torch.device("cpu"))
+    for loss_sum, count in ((10.0, 1.0), (0.0, 3.0), (6.0, 4.0)):
+        sums.add("a", loss_sum=torch.tensor(loss_sum), count=torch.tensor(count))
+    sums.add("b", loss_sum=1.0, count=2.0, agreed=1, compared=4)
+    result = sums.reduce()
+    assert result["a"] == {"loss": 2.0, "perplexity": math.exp(2.0)}
+    assert result["b"] == {"loss": 0.5, "perplexity": math.exp(0.5), "agreement": 0.25}
+    assert FULL_MODEL not in result, "nothing was measured of it"
+    assert sums.reduce() == {}, "the sums start anew"
+
+
+def test_small_addends_are_not_lost() -> None:
+    """A long validation adds small numbers to a large sum; fp32 would stop counting at 2^24."""
+    sums = ExitSums(["a"], torch.device("cpu"))
+    sums.add("a", loss_sum=2.0**25, count=2.0**25)
+    for _ in range(64):
+        sums.add("a", loss_sum=torch.tensor(1.0), count=torch.tensor(0.0))
+    assert sums.reduce()["a"]["loss"] == 1.0 + 64 / 2**25
+
+
+def test_a_huge_loss_keeps_a_finite_perplexity() -> None:
+    sums = ExitSums([], torch.device("cpu"))
+    sums.add(FULL_MODEL, loss_sum=5000.0, count=1.0)
+    result = sums.reduce()[FULL_MODEL]
+    assert result["loss"] == 5000.0 and math.isfinite(result["perplexity"])
+
+
+def test_names() -> None:
+    """Dashboards depend on them."""
+    assert metric_name("layer2-mlp", "loss", validation=False) == "exit/layer2-mlp/loss"
+    assert metric_name("layer2-mlp", "agreement", validation=True) == "val/exit/layer2-mlp/agreement"
+    assert metric_name(FULL_MODEL, "loss", validation=True) == "val/full_model/loss"

@@ -1,0 +1,104 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused before anything is built: each setting alone, all of them in one message, with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_ee.models.supported import refuse_unsupported
+
+GOOD = {
+    "mcore_gpt": True,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "ffn_hidden_size": 64,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "optim": {"name": "adamw"},
+    "data": {"legacy_dataset": False},
+    "early_exit": {"exits": [{"layer": 1, "objective": "cross_entropy"}], "objective": "cross_entropy"},
+}
+
+# dotted key -> (refused value, what the message must say)
+REFUSED = {
+    "mcore_gpt": (False, "set it to True"),
+    "context_parallel_size": (2, "set it to 1"),
+    "virtual_pipeline_model_parallel_size": (2, "set it to null"),
+    "expert_model_parallel_size": (2, "set it to 1"),
+    "num_moe_experts": (8, "mixture-of-experts"),
+    "fp8": (True, "tune in bf16-mixed"),
+    "fsdp": (True, "use tensor and pipeline parallelism"),
+    "megatron_amp_O2": (True, "use trainer.precision=bf16-mixed"),
+    "apply_query_key_layer_scaling": (True, "set it to False"),
+    "rampup_batch_size": ([2, 2, 100], "set it to null"),
+    "optim.name": ("mcore_distributed_optim", "use adamw or fused_adam"),
+    "data.legacy_dataset": (True, "set it to False"),
+    "early_exit.objective": ("mixed", "use cross_entropy"),
+    "early_exit.train": ("joint", "use exits"),
+    "early_exit.token_weights": ("confidence", "use none"),
+}
+
+
+def _config(**changes: Any):
+    config = OmegaConf.create(GOOD)
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value)
+    return config
+
+
+def _message(config, *, world_size: int = 4, precision: str | int = "bf16-mixed") -> str:
+    with pytest.raises(ValueError, match="the model config is not supported:") as caught:
+        refuse_unsupported(config, world_size=world_size, precision=precision)
+    return str(caught.value)
+
+
+def test_a_supported_config_passes() -> None:
+    """Control, with the values that switch each refused setting off in NeMo's own configs."""
+    refuse_unsupported(_config(), world_size=4, precision="bf16-mixed")
+    off = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": None, "num_moe_experts": None}
+    off |= {"fp8": False, "rampup_batch_size": None, "early_exit.token_weights": None, "early_exit.train": "exits"}
+    for precision in (32, "32", "32-true", "bf16", "bf16-mixed", None):
+        refuse_unsupported(_config(**off), world_size=8, precision=precision)
+    refuse_unsupported(OmegaConf.create({"mcore_gpt": True}), world_size=1, precision=32)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_each_setting_is_refused_with_value_and_way_out(key: str) -> None:
+    value, way_out = REFUSED[key]
+    lines = _message(_config(**{key: value})).splitlines()[1:]
+    assert len(lines) == 1, lines
+    assert f"{key}={value!r}" in lines[0] and way_out in lines[0]
+
+
+@pytest.mark.parametrize("precision", [16, "16", "16-mixed", "16-true"])
+def test_fp16_is_refused(precision: str | int) -> None:
+    message = _message(_config(), precision=precision)
+    assert f"trainer.precision={precision}" in message and "use bf16-mixed or 32" in message
+
+
+def test_the_objective_of_one_exit_is_read_too() -> None:
+    config = _config()
+    config.early_exit.exits = [{"layer": 1}, {"layer": 2, "objective": "distillation"}]
+    assert "early_exit.exits[1].objective='distillation': not available yet" in _message(config)
+
+
+def test_sizes_that_do_not_divide() -> None:
+    message = _message(_config(), world_size=6)
+    assert "tensor_model_parallel_size=2 x pipeline_model_parallel_size=2" in message and "(6)" in message
+    message = _message(_config(num_attention_heads=9, num_query_groups=3, ffn_hidden_size=63))
+    assert "num_attention_heads=9" in message and "num_query_groups=3" in message and "ffn_hidden_size=63" in message
+    message = _message(_config(global_batch_size=10), world_size=8)
+    assert "global_batch_size=10 is not a multiple of micro_batch_size=2 x data-parallel size=2" in message
+
+
+def test_all_faults_come_together() -> None:
+    config = _config(**{key: value for key, (value, _) in REFUSED.items()}, num_attention_heads=9)
+    message = _message(config, world_size=6, precision="16-mixed")
+    for key in (*REFUSED, "trainer.precision", "num_attention_heads", "(6)"):
+        assert key in message
