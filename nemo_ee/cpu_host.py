@@ -29,13 +29,24 @@ _ENABLED = False
 # Factory functions that NeMo and Megatron call with a `device` argument.
 _FACTORIES = (
     "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like "
-    "randperm "
-    "tensor as_tensor zeros zeros_like"
+    "randperm tensor as_tensor zeros zeros_like"
 ).split()
 
 _NO_OPS = (
     "set_device synchronize empty_cache reset_peak_memory_stats reset_max_memory_allocated ipc_collect init nvtx_push"
 ).split()
+
+# Model settings without which NeMo and Megatron ask for GPU kernels; laid over a model's config, never stored.
+MODEL_SETTINGS = {
+    "use_cpu_initialization": True,
+    "transformer_engine": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
 
 
 def enabled() -> bool:

@@ -7,6 +7,6 @@ May import: nothing.
 
 __package_name__ = "nemo_ee"
 __version__ = "0.1.0.dev0"
-__description__ = "Early exit for Megatron GPT models in NVIDIA NeMo: tune exits on a frozen backbone, decode with them"
+__description__ = "Early exit for Megatron GPT models in NVIDIA NeMo: tune exits on a frozen backbone, decode."
 __license__ = "Apache-2.0"
 __keywords__ = "NeMo, Megatron, early exit, large language models, speculative decoding"

@@ -6,17 +6,17 @@ The block is read once, by `EarlyExitConfig.from_mapping`, into frozen dataclass
 block means "the default". All faults are reported together. `every: n/m` is a shorthand for exits at layers
 ceil(i * num_layers * n / m), i = 1, 2, ... below the full depth.
 
-May import: the standard library.
+May import: the standard library, nemo_ee.exits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from nemo_ee.exits.block_reader import BlockReader, close_match, integer, keys_of, number, one_of
 
 ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
 INITS = ("copy", "random", "lora")
@@ -136,7 +136,7 @@ class EarlyExitConfig:
             if exit.name == name:
                 return exit
         raise ValueError(
-            f"no exit is called {name!r}{_close_match(name, self.names)}; "
+            f"no exit is called {name!r}{close_match(name, self.names)}; "
             f"the exits are: {', '.join(self.names) or 'none'}"
         )
 
@@ -163,56 +163,6 @@ BLOCK_KEYS = (
 )
 
 
-# Reading: a check returns the value in its final type, or raises ValueError with the rule and the way out.
-_Check = Callable[[Any], Any]
-
-
-def _one_of(choices: tuple[str, ...]) -> _Check:
-    def check(value: Any) -> str:
-        if isinstance(value, str) and value in choices:
-            return value
-        raise ValueError(f"must be one of {', '.join(choices)}{_close_match(value, choices)}")
-
-    return check
-
-
-def _integer(low: int, high: int | None = None, *, high_is: str = "", way_out: str = "") -> _Check:
-    span = f"of at least {low}" if high is None else f"in {low}..{high}{high_is}"
-
-    def check(value: Any) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
-            return value
-        raise ValueError(f"must be an integer {span}{way_out}")
-
-    return check
-
-
-def _number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> _Check:
-    rule = f"greater than {low:g}" if above else f"of at least {low:g}"
-    rule += "" if high == math.inf else f" and at most {high:g}"
-
-    def check(value: Any) -> float:
-        # PyYAML reads 1e-4 (no dot) as text; Hydra and OmegaConf read it as a number.
-        hint = ""
-        if isinstance(value, str) and _reads_as_number(value):
-            hint = f"; {value!r} is text here, write the number without quotes and with a dot (1.0e-4)"
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"must be a finite number {rule}{hint}")
-        if not math.isfinite(value) or value > high or value < low or (above and value == low):
-            raise ValueError(f"must be a finite number {rule}")
-        return float(value)
-
-    return check
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _exit_name(value: Any) -> str:
     if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
         raise ValueError(
@@ -224,63 +174,21 @@ def _exit_name(value: Any) -> str:
     return value
 
 
-def _close_match(value: Any, choices: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(str(value), list(choices), n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""
-
-
-class _Reader:
-    """Reads the keys of one mapping and collects the faults, each with its full key."""
-
-    def __init__(self, mapping: Mapping[str, Any], path: str, keys: Sequence[str], faults: list[str]) -> None:
-        self.mapping, self.path, self.faults = mapping, path, faults
-        self.faulty: set[str] = set()
-        for key in mapping:
-            if key not in keys:
-                faults.append(
-                    f"{path}.{key} = {mapping[key]!r}: is not a key of this block{_close_match(key, keys)}; "
-                    f"the keys are {', '.join(keys)}"
-                )
-
-    def given(self, key: str) -> Any:
-        """The value as written, None when missing."""
-        return self.mapping.get(key)
-
-    def fault(self, key: str, rule: str) -> None:
-        self.faulty.add(key)
-        self.faults.append(f"{self.path}.{key} = {self.given(key)!r}: {rule}")
-
-    def read(self, key: str, check: _Check, default: Any) -> Any:
-        """The checked value; `default` when it is null, missing or faulty."""
-        value = self.given(key)
-        if value is None:
-            return default
-        try:
-            return check(value)
-        except ValueError as error:
-            self.fault(key, str(error))
-            return default
-
-
-def _keys_of(dataclass: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(dataclass))
-
-
 def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExitConfig:
     assert num_layers >= 1, f"num_layers = {num_layers}"
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, Mapping):
         raise EarlyExitConfigError([f"{BLOCK} = {mapping!r}: must be a mapping with the keys {', '.join(BLOCK_KEYS)}"])
     faults: list[str] = []
-    reader, base = _Reader(mapping, BLOCK, BLOCK_KEYS, faults), EarlyExitConfig()
+    reader, base = BlockReader(mapping, BLOCK, BLOCK_KEYS, faults), EarlyExitConfig()
     block = EarlyExitConfig(
-        architecture=reader.read("architecture", _one_of(ARCHITECTURES), base.architecture),
-        init=reader.read("init", _one_of(INITS), base.init),
-        output=reader.read("output", _one_of(OUTPUTS), base.output),
-        train=reader.read("train", _one_of(TRAIN_MODES), base.train),
-        objective=reader.read("objective", _one_of(OBJECTIVES), base.objective),
+        architecture=reader.read("architecture", one_of(ARCHITECTURES), base.architecture),
+        init=reader.read("init", one_of(INITS), base.init),
+        output=reader.read("output", one_of(OUTPUTS), base.output),
+        train=reader.read("train", one_of(TRAIN_MODES), base.train),
+        objective=reader.read("objective", one_of(OBJECTIVES), base.objective),
         distillation=_read_distillation(reader, base.distillation),
-        token_weights=reader.read("token_weights", _one_of(TOKEN_WEIGHTS), base.token_weights),
+        token_weights=reader.read("token_weights", one_of(TOKEN_WEIGHTS), base.token_weights),
     )
     exits = _read_exits(reader, block, num_layers)
     if faults:
@@ -288,23 +196,23 @@ def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExit
     return dataclasses.replace(block, exits=exits)
 
 
-def _read_distillation(reader: _Reader, base: DistillationConfig) -> DistillationConfig:
+def _read_distillation(reader: BlockReader, base: DistillationConfig) -> DistillationConfig:
     value = reader.given("distillation")
     if value is None:
         return base
-    keys = _keys_of(DistillationConfig)
+    keys = keys_of(DistillationConfig)
     if not isinstance(value, Mapping):
         reader.fault("distillation", f"must be a mapping with the keys {', '.join(keys)}")
         return base
-    inner = _Reader(value, f"{reader.path}.distillation", keys, reader.faults)
+    inner = BlockReader(value, f"{reader.path}.distillation", keys, reader.faults)
     return DistillationConfig(
-        temperature=inner.read("temperature", _number(above=True), base.temperature),
-        top_k=inner.read("top_k", _integer(1, way_out="; null uses the whole vocabulary"), base.top_k),
-        weight=inner.read("weight", _number(high=1.0), base.weight),
+        temperature=inner.read("temperature", number(above=True), base.temperature),
+        top_k=inner.read("top_k", integer(1, way_out="; null uses the whole vocabulary"), base.top_k),
+        weight=inner.read("weight", number(high=1.0), base.weight),
     )
 
 
-def _read_exits(reader: _Reader, block: EarlyExitConfig, num_layers: int) -> tuple[ExitConfig, ...]:
+def _read_exits(reader: BlockReader, block: EarlyExitConfig, num_layers: int) -> tuple[ExitConfig, ...]:
     value = reader.given("exits")
     entries: Sequence[Any] = () if value is None else value
     if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
@@ -345,43 +253,43 @@ def _read_exits(reader: _Reader, block: EarlyExitConfig, num_layers: int) -> tup
 
 def _read_exit(entry: Any, path: str, faults: list[str], block: EarlyExitConfig, num_layers: int) -> ExitConfig | None:
     """One entry of `exits`, or None when it is too faulty to have a layer, an architecture and a name."""
-    keys = _keys_of(ExitConfig)
+    keys = keys_of(ExitConfig)
     if not isinstance(entry, Mapping):
         faults.append(f"{path} = {entry!r}: must be a mapping with at least a layer; write {{layer: 4}}")
         return None
-    reader = _Reader(entry, path, keys, faults)
+    reader = BlockReader(entry, path, keys, faults)
     layer = reader.read(
         "layer",
-        _integer(1, num_layers, high_is=f" (the model has {num_layers} layers, an exit sits after layer k)"),
+        integer(1, num_layers, high_is=f" (the model has {num_layers} layers, an exit sits after layer k)"),
         None,
     )
     if reader.given("layer") is None:
         reader.fault("layer", f"is missing; give the exit a layer in 1..{num_layers}")
-    architecture = reader.read("architecture", _one_of(ARCHITECTURES), block.architecture)
+    architecture = reader.read("architecture", one_of(ARCHITECTURES), block.architecture)
     default = ExitConfig("", 1, architecture, block.init, block.output)
     exit = dataclasses.replace(
         default,
         name=reader.read("name", _exit_name, f"layer{layer}-{architecture}"),
         layer=layer,
-        init=reader.read("init", _one_of(INITS), default.init),
-        output=reader.read("output", _one_of(OUTPUTS), default.output),
-        rank=reader.read("rank", _integer(1), default.rank),
-        loss_weight=reader.read("loss_weight", _number(), default.loss_weight),
+        init=reader.read("init", one_of(INITS), default.init),
+        output=reader.read("output", one_of(OUTPUTS), default.output),
+        rank=reader.read("rank", integer(1), default.rank),
+        loss_weight=reader.read("loss_weight", number(), default.loss_weight),
         loss_weight_schedule=reader.read(
-            "loss_weight_schedule", _one_of(LOSS_WEIGHT_SCHEDULES), default.loss_weight_schedule
+            "loss_weight_schedule", one_of(LOSS_WEIGHT_SCHEDULES), default.loss_weight_schedule
         ),
-        lr=reader.read("lr", _number(), default.lr),
-        min_lr=reader.read("min_lr", _number(), default.min_lr),
-        weight_decay=reader.read("weight_decay", _number(), default.weight_decay),
-        objective=reader.read("objective", _one_of(OBJECTIVES), default.objective),
-        seed=reader.read("seed", _integer(0, 2**63 - 1), default.seed),
+        lr=reader.read("lr", number(), default.lr),
+        min_lr=reader.read("min_lr", number(), default.min_lr),
+        weight_decay=reader.read("weight_decay", number(), default.weight_decay),
+        objective=reader.read("objective", one_of(OBJECTIVES), default.objective),
+        seed=reader.read("seed", integer(0, 2**63 - 1), default.seed),
     )
     if exit.lr is not None and exit.min_lr is not None and exit.min_lr > exit.lr:
         reader.fault("min_lr", f"must be at most lr = {exit.lr:g}; lower min_lr or leave it out")
     return None if reader.faulty & {"layer", "architecture", "name"} else exit
 
 
-def _layers_of_every(reader: _Reader, num_layers: int) -> tuple[int, ...]:
+def _layers_of_every(reader: BlockReader, num_layers: int) -> tuple[int, ...]:
     """The layers of the shorthand `every: n/m`, without the full depth."""
     value = reader.given("every")
     if value is None:

@@ -72,7 +72,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
                 cfg.optim = {"name": "adamw", "lr": 0.0}
             self.config_to_store = OmegaConf.to_container(cfg, resolve=True)
             if cpu_host.enabled():
-                cfg.update(_CPU_HOST_SETTINGS)
+                cfg.update(cpu_host.MODEL_SETTINGS)
         precision = cfg.get("precision") or trainer.precision
         refuse_unsupported(cfg, world_size=trainer.world_size, precision=precision)
         self.early_exit = EarlyExitConfig.from_mapping(
@@ -390,18 +390,6 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     @classmethod
     def list_available_models(cls) -> None:
         """No pre-trained models are published."""
-
-
-_CPU_HOST_SETTINGS = {
-    "use_cpu_initialization": True,
-    "transformer_engine": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_add_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-}
 
 
 def _nothing() -> None:
