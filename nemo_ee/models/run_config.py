@@ -2,14 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A script's `model` block laid over the config stored in a `.nemo`.
 
-May import: omegaconf.
+May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.models.supported import refuse_unsupported
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
@@ -52,8 +56,13 @@ def _merge_exits(block: dict, stored: list[dict]) -> dict:
     if not block.get("exits") and not block.get("every"):
         return {**block, "exits": stored, "every": None}
     by_name = {exit["name"]: exit for exit in stored}
-    entries = [{**by_name.get(entry.get("name"), {}), **entry} if isinstance(entry, dict) else entry
-               for entry in block.get("exits") or []]  # fmt: skip
+    entries = []
+    for entry in block.get("exits") or []:
+        if isinstance(entry, dict):
+            architecture = entry.get("architecture") or block.get("architecture") or EarlyExitConfig().architecture
+            name = entry.get("name") or f"layer{entry.get('layer')}-{architecture}"  # as EarlyExitConfig names it
+            entry = {**by_name.get(name, {}), **entry}
+        entries.append(entry)
     return {**block, "exits": entries}
 
 
@@ -67,19 +76,7 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
     Raises:
         ValueError: lists every fault.
     """
-    faults = []
-    prefixes = model.data.get("data_prefix")
-    prefixes = OmegaConf.to_container(prefixes) if OmegaConf.is_config(prefixes) else prefixes
-    listed = prefixes.items() if isinstance(prefixes, dict) else [("data_prefix", prefixes)]
-    for split, values in listed:
-        for prefix in values if isinstance(values, list) else [values]:
-            if isinstance(prefix, str) and not prefix.replace(".", "", 1).isdigit():
-                faults += [
-                    f"model.data.data_prefix, {split}: {prefix}{ending} does not exist; make it with "
-                    "scripts/data/preprocess_text.py"
-                    for ending in (".bin", ".idx")
-                    if not Path(prefix + ending).is_file()
-                ]
+    faults = _data_faults(model.data) + _model_faults(cfg, model)
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
         faults.append(
@@ -105,4 +102,55 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
             "model.global_batch_size instead"
         )
     if faults:
-        raise ValueError("the run cannot start:\n  " + "\n  ".join(faults))
+        raise ValueError("the run cannot start:\n  " + "\n  ".join(fault.replace("\n", "\n  ") for fault in faults))
+
+
+def _data_faults(data: DictConfig) -> list[str]:
+    if data.get("data_impl") == "mock":
+        return []
+    prefixes: Any = data.get("data_prefix")
+    prefixes = OmegaConf.to_container(prefixes) if OmegaConf.is_config(prefixes) else prefixes
+    if isinstance(prefixes, dict):
+        listed = {f"data_prefix, {split}": prefixes.get(split) for split in ("train", "validation", "test")}
+        if "test" in prefixes and prefixes["test"] is None:
+            del listed["data_prefix, test"]  # nothing is tested while tuning
+    else:
+        listed = {"data_prefix": prefixes}
+    faults = []
+    for what, values in listed.items():
+        if not isinstance(values, list) or not values:
+            faults.append(
+                f"model.data.{what}: {values!r} is not a list of prefixes; write "
+                "{train: [data/train], validation: [data/heldout], test: [data/heldout]}"
+            )
+            continue
+        faults += [
+            f"model.data.{what}: {prefix}{ending} does not exist; make it with scripts/data/preprocess_text.py"
+            for prefix in values
+            if isinstance(prefix, str) and not prefix.replace(".", "", 1).isdigit()  # weights stand between prefixes
+            for ending in (".bin", ".idx")
+            if not Path(prefix + ending).is_file()
+        ]
+    return faults
+
+
+def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
+    """What the model would refuse when it is built, which is after its file has been unpacked."""
+    sizes = cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1)
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    layout = model.get("tensor_model_parallel_size", 1) * model.get("pipeline_model_parallel_size", 1)
+    checks = (
+        lambda: refuse_unsupported(
+            model, world_size=sizes[0] * sizes[1] if known else layout, precision=cfg.trainer.get("precision")
+        ),
+        lambda: EarlyExitConfig.from_mapping(
+            OmegaConf.to_container(model.early_exit, resolve=True), num_layers=model.num_layers
+        ),
+    )
+    faults = []
+    for check in checks[: 2 if model.get("early_exit") else 1]:
+        try:
+            check()
+        except ValueError as fault:
+            faults.append(str(fault))
+    return faults
