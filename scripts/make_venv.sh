@@ -40,7 +40,7 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; th
     exit 0
 fi
 
-say "Making $venv with $python ($version): about 1.5 GB on disk, a few minutes."
+say "Making $venv with $python ($version): about 2 GB on disk, a few minutes."
 rm -rf "$venv"
 "$python" -m venv "$venv" || fail "'$python -m venv' failed; on Debian and Ubuntu: apt install python$version-venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,9 @@ def test_installed_packages_are_the_pinned_ones() -> None:
     if not stamp.is_file():
         pytest.skip("this Python is not an environment made by scripts/make_venv.sh")
     tools = {"pip", "wheel", "nemo-ee"}
-    installed = {canonicalize_name(d.metadata["Name"]): d.version.partition("+")[0] for d in distributions()}
+    # Not every path of sys.path: setuptools, once imported, adds copies of its own.
+    found = distributions(path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    installed = {canonicalize_name(d.metadata["Name"]): d.version.partition("+")[0] for d in found}
     wanted = pins("".join(map(str, sys.version_info[:2])))
     expected = {name: next(iter(pin.specifier)).version for name, pin in wanted.items()}
     assert {name: version for name, version in installed.items() if name not in tools} == expected
