@@ -16,13 +16,14 @@ version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/de
 
 find_python() {
     local candidate version seen=""
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3 python; do
+    local candidates=(python3.11 python3.12 python3 python)
+    if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi # an explicit choice is not replaced by another
+    for candidate in "${candidates[@]}"; do
         version=$(version_of "$candidate") || continue
         case $version in
             3.11 | 3.12) printf '%s %s\n' "$candidate" "$version"; return ;;
         esac
         seen="$seen $candidate=$version"
-        [ "$candidate" != "${PYTHON:-}" ] || break # an explicit choice is not replaced by another
     done
     fail "found no suitable Python (seen:${seen:- none}). Versions 3.11 and 3.12 have pinned packages;" \
         "install one of them, or name it: make venv PYTHON=/path/to/python3.11"
