@@ -23,12 +23,13 @@ from megatron.core import parallel_state
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
+from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.full_model import full_model_logits
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
+from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 from nemo_ee.models.trainer import single_run_trainer
 
 # Relative to the largest logit, fp32: the same sums in another order.
@@ -76,10 +77,11 @@ def convert(cfg: DictConfig) -> Conversion:
         except ValueError as fault:
             faults.append(str(fault))
     if base:
-        try:
-            config = _exits(cfg, base)
-        except ValueError as fault:
-            faults.append(str(fault))
+        for check in (_refuse_unsupported, _exits):
+            try:
+                config = check(cfg, base)
+            except ValueError as fault:
+                faults.append(str(fault))
     if faults:
         raise ValueError("nothing was converted:\n" + "\n".join(faults))
     base["early_exit"] = config.to_mapping()
@@ -109,7 +111,9 @@ def _check_paths(cfg: DictConfig, source: Path, output: Path) -> list[str]:
         faults.append(f"source={source} does not exist; give a Hugging Face directory or a .nemo file")
     if output.suffix != ".nemo":
         faults.append(f"output={output} must end in .nemo")
-    if output.exists() and not cfg.overwrite:
+    if output.is_dir():
+        faults.append(f"output={output} is a directory; give the name of a file")
+    elif output.exists() and not cfg.overwrite:
         faults.append(f"output={output} exists; choose another name or add overwrite=True")
     if output.exists() and source.exists() and output.resolve() == source.resolve():
         faults.append(f"output={output} is the source itself; choose another name")
@@ -130,10 +134,17 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
         block = OmegaConf.to_container(stored).get("early_exit") or {}
         merged["_stored_exits"] = block.get("exits") or []
         return merged
-    backbone = read_backbone(source, overrides.get("encoder_seq_length"))
+    backbone = HuggingFaceSource(source, overrides.get("encoder_seq_length")).backbone
     merged = {key: value for key, value in overrides.items() if value is not None}
     tokenizer = {"library": "huggingface", "type": str(source.resolve()), "use_fast": True}
     return {**backbone.nemo_config(), "tokenizer": tokenizer, **merged, "_stored_exits": []}
+
+
+def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:
+    """What the model refuses when it is built, seen before its weights are unpacked."""
+    settings = {**base, "early_exit": OmegaConf.to_container(cfg.model.early_exit, resolve=True)}
+    config = OmegaConf.create(settings)
+    refuse_unsupported(config, world_size=planned_ranks(cfg.trainer, config), precision=cfg.trainer.precision)
 
 
 def _exits(cfg: DictConfig, base: Mapping) -> EarlyExitConfig:
@@ -141,11 +152,12 @@ def _exits(cfg: DictConfig, base: Mapping) -> EarlyExitConfig:
     block = OmegaConf.to_container(cfg.model.early_exit, resolve=True)
     stored = base["_stored_exits"]
     new = block.get("exits") or []
-    if not new and not block.get("every") and not stored:
+    config = EarlyExitConfig.from_mapping({**block, "exits": [*stored, *new]}, num_layers=base["num_layers"])
+    if not config.exits:
         raise ValueError(
             "model.early_exit asks for no exits; add model.early_exit.every=1/4 or model.early_exit.exits=[{layer: 3}]"
         )
-    return EarlyExitConfig.from_mapping({**block, "exits": [*stored, *new]}, num_layers=base["num_layers"])
+    return config
 
 
 def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> MegatronEarlyExitGPTModel:

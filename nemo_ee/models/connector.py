@@ -25,19 +25,33 @@ from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
+from nemo_ee.exits.config import EarlyExitConfig
 
 BACKBONE, EXITS, CONFIG = "model_weights", "exit_weights", "model_config.yaml"
 _RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision")
 
 
 def read_config(path: str | Path) -> DictConfig:
-    """The model config of a `.nemo`."""
+    """The model config of a GPT's `.nemo`.
+
+    Raises:
+        ValueError: the file is damaged, or not a GPT.
+    """
     with NemoArchive(path) as archive:
-        return OmegaConf.create(archive.config_text())
+        text = archive.config_text()
+    try:
+        config = OmegaConf.create(text)
+    except (YAMLError, OmegaConfBaseException) as fault:
+        raise ValueError(f"{path}: {CONFIG} is damaged ({fault}); fetch or save the file again") from fault
+    if not OmegaConf.is_dict(config) or not config.get("num_layers"):
+        raise ValueError(f"{path}: {CONFIG} has no num_layers, so this is not a GPT; give the .nemo of one")
+    return config
 
 
 class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
@@ -80,11 +94,20 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         conf = OmegaConf.create(OmegaConf.to_container(conf, resolve=True))
         if conf.get("early_exit") is None:
             conf.early_exit = {"exits": []}
+        if not conf.get("num_layers"):
+            raise ValueError(
+                f"{restore_path} is not a GPT: its model_config.yaml has no num_layers; give a GPT's .nemo"
+            )
+        _refuse_changed_exits(stored, conf, restore_path)
+        with NemoArchive(restore_path) as archive:
+            complete = archive.has(BACKBONE)
+        backbone_path = Path(restore_path) if complete else _backbone_of(conf, restore_path)
+        expected = stored.get("backbone_fingerprint")
+        found = expected if complete else read_config(backbone_path).get("backbone_fingerprint")
+        _refuse_other_backbone(expected, found, backbone_path)  # before gigabytes are unpacked
         with ExitStack() as stack:
-            folder = stack.enter_context(open_nemo(restore_path))
-            backbone_folder, backbone_path = folder, Path(restore_path)
-            if not (folder / BACKBONE).is_dir():
-                backbone_path = _backbone_of(conf, restore_path)
+            folder = backbone_folder = stack.enter_context(open_nemo(restore_path))
+            if not complete:
                 backbone_folder = stack.enter_context(open_nemo(backbone_path, [BACKBONE]))
             source = ChunkReader(backbone_folder / BACKBONE)
             calling_cls._set_model_restore_state(is_being_restored=True, folder=str(folder))
@@ -92,8 +115,6 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 instance = calling_cls(cfg=conf, trainer=trainer)
             finally:
                 calling_cls._set_model_restore_state(is_being_restored=False)
-            named = stored if backbone_path == Path(restore_path) else read_config(backbone_path)
-            expected, found = stored.get("backbone_fingerprint"), named.get("backbone_fingerprint")
             self._check_backbone(instance, source, backbone_path, expected=expected, found=found)
             exits = ChunkReader(folder / EXITS, prefix="exits.") if (folder / EXITS).is_dir() else None
             instance.load_weights(source, exits)
@@ -113,11 +134,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         if self.verify == "full" or found is None:
             logging.info(f"computing the fingerprint of the backbone in {path}")
             found = backbone_fingerprint(source, vocab_size=model.vocab_size)
-        if expected is not None and found != expected:
-            raise ValueError(
-                f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
-                "give the base model they were tuned on (model.backbone_path)"
-            )
+        _refuse_other_backbone(expected, found, path)
         with open_dict(model.cfg):
             model.cfg.backbone_fingerprint = found
 
@@ -130,17 +147,20 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             (work / EXITS).mkdir(parents=True)
             (work / BACKBONE).mkdir()
         _barrier()
-        # Placement by stage: all ranks write the shards they own into one directory.
-        dist_checkpointing.save(model.model.exit_sharded_state_dict(), work / EXITS)
-        source = getattr(model, "backbone_path", None)
-        if source is None and not self.exits_only:
-            backbone = model.model.sharded_backbone_to_save("model.")
-            _cast(backbone, getattr(model, "backbone_dtype", None))
-            dist_checkpointing.save(backbone, work / BACKBONE)
-        _barrier()
-        if is_global_rank_zero():
-            self._write(model, output, work, source)
-            shutil.rmtree(work, ignore_errors=True)
+        try:
+            # Placement by stage: all ranks write the shards they own into one directory.
+            dist_checkpointing.save(model.model.exit_sharded_state_dict(), work / EXITS)
+            source = getattr(model, "backbone_path", None)
+            if source is None and not self.exits_only:
+                backbone = model.model.sharded_backbone_to_save("model.")
+                _cast(backbone, getattr(model, "backbone_dtype", None))
+                dist_checkpointing.save(backbone, work / BACKBONE)
+            _barrier()
+            if is_global_rank_zero():
+                self._write(model, output, work, source)
+        finally:
+            if is_global_rank_zero():
+                shutil.rmtree(work, ignore_errors=True)
         _barrier()
 
     def _write(self, model, output: Path, work: Path, source: str | None) -> None:
@@ -171,6 +191,41 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             entries[CONFIG] = OmegaConf.to_yaml(config)
             write_nemo(output, entries)
         logging.info(f"wrote {output}")
+
+
+def _refuse_other_backbone(expected: str | None, found: str | None, path: Path) -> None:
+    if None not in (expected, found) and found != expected:
+        raise ValueError(
+            f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
+            "give the base model they were tuned on (model.backbone_path)"
+        )
+
+
+def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> None:
+    """An exit whose weights are stored must be built as it was: its weights mean nothing elsewhere in the model."""
+    if stored.get("early_exit") is None:
+        return
+    kept, wanted = (
+        EarlyExitConfig.from_mapping(OmegaConf.to_container(c.early_exit, resolve=True), num_layers=c.num_layers)
+        for c in (stored, conf)
+    )
+    known = {exit.name: exit for exit in kept.exits}
+    faults = []
+    for exit in wanted.exits:
+        old = known.get(exit.name, exit)
+        fields = ["layer", "architecture", "init", "output"]
+        fields += ["rank"] if "lora" in (old.init, exit.init) or "low_rank" in (old.output, exit.output) else []
+        faults += [
+            f"exit {exit.name!r} is stored with {field}={getattr(old, field)} and asked for with "
+            f"{field}={getattr(exit, field)}"
+            for field in fields
+            if getattr(old, field) != getattr(exit, field)
+        ]
+    if faults:
+        raise ValueError(
+            f"{path} holds other exits under these names; leave the settings out to keep an exit as it is, or give "
+            "the exit another name to start a new one:\n  " + "\n  ".join(faults)
+        )
 
 
 def _backbone_of(conf: DictConfig, restore_path: str) -> Path:

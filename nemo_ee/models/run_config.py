@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.models.supported import refuse_unsupported
+from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
@@ -136,12 +136,9 @@ def _data_faults(data: DictConfig) -> list[str]:
 
 def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
     """What the model would refuse when it is built, which is after its file has been unpacked."""
-    sizes = cfg.trainer.get("devices"), cfg.trainer.get("num_nodes", 1)
-    known = all(isinstance(size, int) and size > 0 for size in sizes)
-    layout = model.get("tensor_model_parallel_size", 1) * model.get("pipeline_model_parallel_size", 1)
     checks = (
         lambda: refuse_unsupported(
-            model, world_size=sizes[0] * sizes[1] if known else layout, precision=cfg.trainer.get("precision")
+            model, world_size=planned_ranks(cfg.trainer, model), precision=cfg.trainer.get("precision")
         ),
         lambda: EarlyExitConfig.from_mapping(
             OmegaConf.to_container(model.early_exit, resolve=True), num_layers=model.num_layers

@@ -44,6 +44,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
+    """Ranks a script's `trainer` block asks for; the model's own layout where only the start tells (`auto`, -1)."""
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes", 1)
+    if isinstance(devices, int) and devices > 0:
+        return devices * nodes
+    if OmegaConf.is_list(devices):
+        return len(devices) * nodes
+    return model.get("tensor_model_parallel_size", 1) * model.get("pipeline_model_parallel_size", 1)
+
+
 def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int | None) -> None:
     """Check a model config before anything is built.
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_ee.models.supported import refuse_unsupported
+from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 
 GOOD = {
     "mcore_gpt": True,
@@ -102,3 +102,15 @@ def test_all_faults_come_together() -> None:
     message = _message(config, world_size=6, precision="16-mixed")
     for key in (*REFUSED, "trainer.precision", "num_attention_heads", "(6)"):
         assert key in message
+
+
+def test_ranks_that_a_trainer_block_asks_for() -> None:
+    """Lightning also takes -1, auto and lists of devices; then the layout decides, not a guess."""
+    model = OmegaConf.create({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3})
+    for trainer, ranks in (
+        ({"devices": 8, "num_nodes": 4}, 32),
+        ({"devices": [0, 2], "num_nodes": 2}, 4),
+        ({"devices": -1, "num_nodes": 2}, 6),
+        ({"devices": "auto"}, 6),
+    ):
+        assert planned_ranks(OmegaConf.create(trainer), model) == ranks
