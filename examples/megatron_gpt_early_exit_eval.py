@@ -9,24 +9,23 @@ python examples/megatron_gpt_early_exit_eval.py model.restore_from_path=tuned.ne
 import hydra
 from omegaconf import DictConfig
 
-from nemo_ee import cpu_host
+from nemo_ee.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_eval")
 def main(cfg: DictConfig) -> None:
     """Check, load, measure, write, print."""
-    if cfg.trainer.accelerator == "cpu":
-        cpu_host.enable()  # before torch touches a device
-    # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
-    from nemo.utils.get_rank import is_global_rank_zero
+    with command(cfg):
+        # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
+        from nemo.utils.get_rank import is_global_rank_zero
 
-    from nemo_ee.evaluation.evaluate import evaluate
-    from nemo_ee.evaluation.report import quality_table
+        from nemo_ee.evaluation.evaluate import evaluate
+        from nemo_ee.evaluation.report import quality_table
 
-    report = evaluate(cfg)
-    if is_global_rank_zero():
-        print(f"\n{quality_table(report)}\n", flush=True)
-        print(f"{report['tokens']:,} tokens of {cfg.data}; exits.json and exits.png are in {cfg.output}", flush=True)
+        report = evaluate(cfg)
+        if is_global_rank_zero():
+            print(f"\n{quality_table(report)}\n", flush=True)
+            print(f"{report['tokens']:,} tokens of {cfg.data}; exits.json, exits.png: {cfg.output}", flush=True)
 
 
 if __name__ == "__main__":

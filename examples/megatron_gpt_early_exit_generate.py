@@ -20,7 +20,7 @@ from nemo_ee.command import command
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
-    with command(cfg):
+    with command(cfg, may_miss=True):
         from nemo_ee.evaluation.generation_request import GenerationRequest
 
         request = GenerationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))

@@ -17,7 +17,7 @@ from nemo_ee import cpu_host
 
 
 @contextlib.contextmanager
-def command(cfg: Any) -> Iterator[None]:
+def command(cfg: Any, *, may_miss: bool = False) -> Iterator[None]:
     """Surround a script's work; enter it before anything imports torch's users.
 
     `trainer.accelerator=cpu` switches the CPU host on. A `ValueError` or `FileNotFoundError` (what the package raises
@@ -27,12 +27,15 @@ def command(cfg: Any) -> Iterator[None]:
 
     Args:
         cfg: the script's config.
+        may_miss: the script itself reports settings that are needed and not given, together with other faults.
     """
     from omegaconf import OmegaConf
 
+    # NeMo registers it when imported; the config may be resolved before that.
+    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
+        if missing and not may_miss:
             raise ValueError(f"needed and not given: {' '.join(f'{key}=...' for key in missing)}")
         if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
             cpu_host.enable()
