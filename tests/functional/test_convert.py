@@ -34,6 +34,7 @@ from tests.helpers.megatron_models import (
     reset_batch_sizes,
     script_config,
     snapshot,
+    user_environment,
 )
 
 import torch  # isort: skip  # after the CPU host is on
@@ -140,10 +141,8 @@ def test_the_script_as_a_user_runs_it(tmp_path: Path) -> None:
     """On the shipped reference model, from another directory."""
     command = [sys.executable, str(ROOT / "examples" / f"{SCRIPT}.py"), f"source={REFERENCE_MODEL}"]
     command += ["output=ee.nemo", "model.early_exit.every=1/4", "trainer.accelerator=cpu", "probe_tokens=8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
 
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, env=user_environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout + done.stderr
     assert "ee.nemo: exits layer3-mlp, layer6-mlp, layer9-mlp (new: layer3-mlp, layer6-mlp, layer9-mlp)" in output

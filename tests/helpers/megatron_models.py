@@ -8,6 +8,7 @@ Tests that need the CPU host off run in a process of their own.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -157,6 +158,14 @@ def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference in units of the largest |theirs|."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def user_environment() -> dict[str, str]:
+    """This environment as a user's shell has it: without what the CPU host and this process's groups left in it."""
+    ours = "CUDA_VISIBLE_DEVICES NVIDIA_PYTORCH_VERSION CUDA_DEVICE_MAX_CONNECTIONS TORCHDYNAMO_DISABLE".split()
+    ours += "MASTER_ADDR MASTER_PORT NODE_RANK RANK LOCAL_RANK WORLD_SIZE".split()
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
