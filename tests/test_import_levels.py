@@ -37,7 +37,7 @@ def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Bou
     return Boundary(frozenset(packages.split()), frozenset(parts.split()), frozenset(only_lazily.split()))
 
 
-_LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf numpy"
+_LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf yaml numpy"
 # Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
 _LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
 _BELOW_4 = "exits generation megatron checkpoint runtime models cpu_host command"
