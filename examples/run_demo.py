@@ -204,7 +204,7 @@ def main() -> None:
         options.output / "losses.png",
         report,
         title="Exits of the reference model before and after tuning",
-        caption=f"{tokens:,} held-out tokens; {options.steps} tuning steps of {options.batch} x {options.length} tokens",
+        caption=f"{tokens:,} held-out tokens; {options.steps} steps of {options.batch} x {options.length} tokens",
     )
     (options.output / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\n{comparison_table(report['exits'])}")

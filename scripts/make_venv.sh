@@ -7,7 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${1:-.venv}
 torch_version=2.13.0
-torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "make_venv: $*"; exit 1; }
@@ -46,17 +45,13 @@ rm -rf "$venv"
 "$python" -m venv "$venv" || fail "'$python -m venv' failed; on Debian and Ubuntu: apt install python$version-venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 
-# A plain torch from PyPI brings several GB of CUDA on Linux, so ask for a CPU build: first where pip looks anyway, then
-# where PyTorch publishes them. On macOS the plain one is a CPU build.
+# A plain torch brings several GB of CUDA on Linux where the package index has no CPU build, so ask for one by name first.
+# TORCH_INDEX_URL names an index that has CPU builds (PyTorch publishes one); without it the plain build is the last resort.
 say "[1/3] torch $torch_version for the CPU"
-if [ "$(uname -s)" = Linux ]; then
-    "${pip[@]}" install -qq "torch==$torch_version+cpu" 2>/dev/null ||
-        "${pip[@]}" install -qq "torch==$torch_version" --index-url "$torch_cpu_index" ||
-        fail "no CPU build of torch $torch_version for Python $version found, neither in the configured package index nor" \
-            "at $torch_cpu_index"
-else
-    "${pip[@]}" install -qq "torch==$torch_version"
-fi
+"${pip[@]}" install -qq "torch==$torch_version+cpu" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} 2>/dev/null ||
+    "${pip[@]}" install -q "torch==$torch_version" ||
+    fail "torch $torch_version for Python $version was not found in the configured package index; set TORCH_INDEX_URL to" \
+        "one that has it"
 
 say "[2/3] NeMo, Megatron-core and the rest, exact versions from $constraints"
 "${pip[@]}" install -qq -e '.[cpu,dev]' -c "$constraints"
