@@ -109,7 +109,7 @@ def _model_config(cfg: DictConfig, faults: list[str]) -> DictConfig | None:
         faults.append(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
     length, longest = config.encoder_seq_length, config.get("max_position_embeddings")
     if length < 1 or (longest and length > longest):
-        faults.append(f"model.encoder_seq_length={length} is not within 1..{longest}, the model's positions; change it")
+        faults.append(f"model.encoder_seq_length={length} is not in 1..{longest}, the model's positions; change it")
     size = config.get("tensor_model_parallel_size", 1)
     if config.get("sequence_parallel") and length % size:
         faults.append(
