@@ -197,7 +197,7 @@ def main() -> None:
     for name, command in commands(options).items():
         seconds[name], sample = run_step(name, command, logs)
     seconds["total"] = time.monotonic() - start
-    sample = sample[sample.rindex(_PROMPT) :]  # what is before it are NeMo's messages
+    sample = sample[sample.index(_PROMPT) :]  # what is before it are NeMo's messages
     report = report_of(options, seconds)
     write_json(options.output / "report.json", report)
     tokens = report["settings"]["heldout_tokens"]
