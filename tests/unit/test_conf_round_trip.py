@@ -1,0 +1,152 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every yaml in conf/: it loads, its exits block is the config's own, every key is one that something reads.
+
+A key counts as read when it is a field of the class that takes its block (Lightning's Trainer, NeMo's experiment
+manager, `EarlyExitConfig`), or when its name occurs as a key or an attribute in the scripts, the package, or the NeMo
+files that read a GPT model's config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_ee.exits.config import BLOCK_KEYS, DistillationConfig, EarlyExitConfig
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "conf").glob("*.yaml"))
+STEMS = [file.stem for file in FILES]
+# NeMo's readers of what is not read by this package itself.
+NEMO_READERS = (
+    "collections/nlp/models/language_modeling/megatron_gpt_model.py",
+    "collections/nlp/models/language_modeling/megatron_base_model.py",
+    "collections/nlp/parts/megatron_trainer_builder.py",
+)
+
+
+def load(stem: str) -> dict[str, Any]:
+    """The yaml as Hydra composes it, without Hydra's own block, interpolations unresolved."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(compose(stem))
+
+
+def leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything below, blocks themselves left out."""
+    for key, value in block.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_there_are_configs() -> None:
+    assert {"megatron_gpt_early_exit_convert", "megatron_gpt_early_exit_tune"} <= set(STEMS)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_it_loads_and_has_a_script(stem: str) -> None:
+    assert load(stem)
+    scripts = [
+        path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).rglob(f"{stem}.py")
+    ]
+    assert len(scripts) == 1, f"one script of the same name, not {scripts}"
+    assert f'config_name="{stem}"' in scripts[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if "early_exit" in (load(stem).get("model") or {})])
+def test_the_exits_block_is_the_config_s_own(stem: str) -> None:
+    """Key for key, in order, with the defaults of the dataclasses; reading it back gives the same config."""
+    block = load(stem)["model"]["early_exit"]
+    assert tuple(block) == BLOCK_KEYS
+    assert tuple(block["distillation"]) == tuple(field.name for field in dataclasses.fields(DistillationConfig))
+    config = EarlyExitConfig.from_mapping(block, num_layers=8)
+    assert config == EarlyExitConfig(), "the yaml shows the defaults"
+    assert config.to_mapping() == block
+    filled = {**block, "every": "1/4", "exits": [{"layer": 8, "architecture": "layer", "init": "lora", "lr": 0.5}]}
+    config = EarlyExitConfig.from_mapping(filled, num_layers=8)
+    assert config.names == ("layer8-layer", "layer2-mlp", "layer4-mlp", "layer6-mlp")
+    written = config.to_mapping()
+    assert tuple(written) == BLOCK_KEYS and written["every"] is None
+    assert EarlyExitConfig.from_mapping(written, num_layers=8) == config
+    assert EarlyExitConfig.from_mapping(OmegaConf.to_container(OmegaConf.create(written)), num_layers=8) == config
+
+
+def test_two_blocks_that_are_the_same_everywhere() -> None:
+    blocks = [load(stem)["model"]["early_exit"] for stem in STEMS if "early_exit" in (load(stem).get("model") or {})]
+    assert len(blocks) >= 2 and all(block == blocks[0] for block in blocks)
+
+
+@cache
+def _source() -> str:
+    """All that reads a config: this package, its scripts, and NeMo's readers."""
+    files = [p for folder in ("nemo_ee", "examples", "scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
+    nemo = find_spec("nemo")
+    if nemo is not None:
+        files += [Path(nemo.submodule_search_locations[0]) / name for name in NEMO_READERS]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def _is_read(key: str) -> bool:
+    """Whether the last part of a dotted key occurs as an attribute, a quoted key or a name of an argument."""
+    name = re.escape(key.split(".")[-1])
+    return re.search(rf"""\.{name}\b|["']{name}["']|\b{name}\s*[:=]""", _source()) is not None
+
+
+def _known(key: str) -> bool | None:
+    """Whether the class that takes the key's block has such a field; None where no class takes it."""
+    block, _, name = key.partition(".")
+    if block == "trainer":
+        from lightning.pytorch import Trainer
+
+        return name in inspect.signature(Trainer).parameters
+    if block == "exp_manager":
+        exp_manager = pytest.importorskip("nemo.utils.exp_manager")
+        if name.startswith("checkpoint_callback_params."):
+            fields = dataclasses.fields(exp_manager.CallbackParams)
+            return name.split(".")[1] in {field.name for field in fields}
+        return name.split(".")[0] in {field.name for field in dataclasses.fields(exp_manager.ExpManagerConfig)}
+    return None
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_key_is_one_that_something_reads(stem: str) -> None:
+    unread = []
+    for key, _ in leaves(load(stem)):
+        known = _known(key)
+        if not (known if known is not None else _is_read(key)):
+            unread.append(key)
+    assert not unread
+
+
+def test_keys_that_nothing_reads_are_found() -> None:
+    """Control: misspelt keys."""
+    for key in (
+        "trainer.max_stepz",
+        "exp_manager.resume_if_exist",
+        "exp_manager.checkpoint_callback_params.save_topk",
+    ):
+        assert _known(key) is False
+    for key in ("model.micro_batchsize", "sourc", "model.optim.sched.warm_steps"):
+        assert _known(key) is None and not _is_read(key)
+
+
+@pytest.mark.parametrize("file", FILES, ids=STEMS)
+def test_every_line_is_explained_and_the_header_has_the_command(file: Path) -> None:
+    """A key with a value has a comment with unit, options or limits; keys that only open a block need none."""
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    header = "\n".join(lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))])
+    assert re.search(rf"#\s+(python|torchrun)\b.*{file.stem}\.py", header)
+    bare = [line for line in lines if re.match(r"\s*[\w.]+:\s*[^\s#]", line) and not re.search(r"\s#\s*\S", line)]
+    assert not bare
