@@ -43,6 +43,7 @@ def command(cfg: Any, *, may_miss: bool = False) -> Iterator[None]:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            sys.stderr.write(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n")
+        rank = os.environ.get("LOCAL_RANK", "0")  # a fault may show on one rank only
+        who = "" if rank == "0" else f"rank {rank}: "
+        sys.stderr.write(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n")
         sys.exit(2)

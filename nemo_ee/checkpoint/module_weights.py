@@ -26,14 +26,13 @@ def load_shards(sharded_state_dict: dict, source: WeightSource) -> None:
         source: the weights.
 
     Raises:
-        KeyError: a tensor is missing; the message lists every missing one.
-        ValueError: a tensor has another shape than the model's.
+        ValueError: tensors are missing or have another shape than the model's; the message lists them.
     """
     shards = local_shards(sharded_state_dict)
     known = source.keys()
     missing = sorted({shard.key for shard in shards} - known.keys())
     if missing:
-        raise KeyError(
+        raise ValueError(
             f"the checkpoint lacks {len(missing)} of the model's tensors: {', '.join(missing)}; the model config and "
             "the checkpoint do not belong together, or the checkpoint is incomplete"
         )

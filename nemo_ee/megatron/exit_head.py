@@ -135,6 +135,9 @@ class ExitHead(MegatronModule):
         MLP's first linear and the two specs must train the same function.
         """
         for name, parameter in self.named_parameters():
+            if "q_layernorm." in name or "k_layernorm." in name:
+                # Replicated, but each rank applies it to its own heads: gradients are summed over tensor parallelism.
+                parameter.sees_part_of_heads = True
             own_mlp_norm = self.exit.architecture == "mlp" and (
                 name.startswith("pre_mlp_layernorm.") or ".layer_norm_" in name
             )

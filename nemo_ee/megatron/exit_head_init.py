@@ -82,7 +82,8 @@ def initialise_exit_head(
         own_mlp_norm = exit.architecture == "mlp" and ".layer_norm_" in shard.key
         if "low_rank_" in shard.key or (exit.init == "random" and not own_mlp_norm):
             drawn = _random_chunk(
-                shard, offset, std=std, exit_layer=exit.layer, vocab_size=vocab_size,
+                shard, offset, zero_centred=head.config.layernorm_zero_centered_gamma, std=std, exit_layer=exit.layer,
+                vocab_size=vocab_size,
                 seed=(seed if exit.seed is None else exit.seed), name=exit.name,
             )  # fmt: skip
             shard.data.copy_(drawn.view(shard.data.shape))
@@ -97,6 +98,7 @@ def _random_chunk(
     shard: ShardedTensor,
     offset: tuple[int, ...],
     *,
+    zero_centred: bool,
     std: float,
     exit_layer: int,
     vocab_size: int,
@@ -111,8 +113,8 @@ def _random_chunk(
     key, local_shape = shard.key, tuple(shard.data.shape)
     if key.endswith("bias") or key.endswith("low_rank_b"):
         return torch.zeros(local_shape)
-    if len(local_shape) == 1:
-        return torch.ones(local_shape)
+    if len(local_shape) == 1:  # a norm; a zero-centred one adds 1 to its weight itself
+        return torch.full(local_shape, 0.0 if zero_centred else 1.0)
     global_shape = list(shard.global_shape)
     if key.startswith("output.") or key.startswith("output_update."):
         global_shape[0] = min(global_shape[0], vocab_size) if key.endswith("weight") else global_shape[0]

@@ -118,8 +118,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             self._check_backbone(instance, source, backbone_path, expected=expected, found=found)
             exits = ChunkReader(folder / EXITS, prefix="exits.") if (folder / EXITS).is_dir() else None
             instance.load_weights(source, exits)
-        instance.backbone_path = str(backbone_path)
-        instance.restored_path = str(restore_path)
+        instance.backbone_path = str(backbone_path.resolve())
+        instance.restored_path = str(Path(restore_path).resolve())
         if map_location is None and torch.cuda.is_available():
             map_location = torch.device("cuda", torch.cuda.current_device())  # as NeMo's own connector does
         if map_location is not None:
@@ -178,7 +178,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 entries[BACKBONE] = stack.enter_context(NemoArchive(source)) if source else work / BACKBONE
                 config.pop("backbone_path", None)
             else:
-                config.backbone_path = source
+                config.backbone_path = source  # absolute, see restore_from
             restored = getattr(model, "restored_path", None)
             if restored is not None:
                 archive = stack.enter_context(NemoArchive(restored))

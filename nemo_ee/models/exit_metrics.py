@@ -7,7 +7,6 @@ every
 exit's numbers on every rank. Only log, validation and save steps call `reduce`.
 
     exit/<name>/loss            training loss per token since the last log step, nats
-    exit/<name>/grad_norm       gradient norm before clipping
     val/exit/<name>/loss        validation loss per token, nats
     val/exit/<name>/perplexity  exp of it
     val/exit/<name>/agreement   share of positions where the exit's most likely token is the full model's

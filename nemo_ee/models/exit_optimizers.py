@@ -12,6 +12,8 @@ May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nemo_ee.megatron.exit_head import ExitHead
+
+logger = logging.getLogger(__name__)
 
 _SCALARS = ("lr", "weight_decay", "step")  # of each exit, stored as one small tensor under its name
 
@@ -75,7 +79,8 @@ class ExitOptimizer:
 
 
 def _sees_part_of_sequence(parameter: Parameter) -> bool:
-    return getattr(parameter, "sequence_parallel", False) and parallel_state.get_tensor_model_parallel_world_size() > 1
+    partial = getattr(parameter, "sequence_parallel", False) or getattr(parameter, "sees_part_of_heads", False)
+    return partial and parallel_state.get_tensor_model_parallel_world_size() > 1
 
 
 def _all_reduce_flat(tensors: list[Tensor], group) -> None:
@@ -97,7 +102,7 @@ class ExitOptimizers(torch.optim.Optimizer):
     def __init__(self, exits: Iterable[ExitOptimizer], *, max_norm: float = 0.0) -> None:
         self.exits = list(exits)
         self.max_norm = max_norm
-        self.grad_norms: dict[str, float] = {}
+        self.grad_norms: dict[str, float] = {}  # of the last step, before clipping
         # torch refuses an empty list, NeMo reads param_groups[0]["lr"]; both are satisfied on stages without exits.
         groups = [group for exit in self.exits for group in exit.optimizer.param_groups]
         super().__init__(groups or [{"params": [Parameter(torch.zeros(0))], "lr": 0.0}], {})
@@ -110,14 +115,20 @@ class ExitOptimizers(torch.optim.Optimizer):
             exit.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Run the closure (which fills the gradients), clip each exit's gradients, step each exit."""
+        """Run the closure (which fills the gradients), clip each exit's gradients, step each exit.
+
+        An exit whose gradients are not finite keeps its weights and its optimizer state.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for exit in self.exits:
-            self.grad_norms[exit.name] = exit.clip_gradients(self.max_norm)
-            exit.optimizer.step()
+            norm = self.grad_norms[exit.name] = exit.clip_gradients(self.max_norm)
+            if math.isfinite(norm):
+                exit.optimizer.step()
+            else:  # every rank that holds a part of the exit sees the same norm
+                logger.warning("exit %s: gradient norm %s, its step is left out", exit.name, norm)
         return loss
 
     def state_dict(self) -> dict:

@@ -40,6 +40,7 @@ from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
+from nemo_ee.models.datasets import give_each_sample_its_own_mask
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
 from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
@@ -152,7 +153,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def _set_up_process_groups(self) -> None:
         strategy = self.trainer.strategy
         if strategy.launcher is not None:
-            strategy.launcher.launch(_nothing, trainer=self.trainer)
+            strategy.launcher.launch(lambda: None, trainer=self.trainer)
         strategy.setup_environment()
         if not parallel_state.is_initialized():
             init_model_parallel(
@@ -343,6 +344,11 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         super().on_train_end()
         self.link.drain()
 
+    def build_train_valid_test_datasets(self):
+        """NeMo's data sets, whose samples no longer share one loss mask."""
+        for dataset in super().build_train_valid_test_datasets():
+            give_each_sample_its_own_mask(dataset)
+
     def initialize_last_rank_embeddings(self) -> None:
         """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
 
@@ -361,6 +367,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         """Exits' shards and the backbone's fingerprint."""
         self.link.drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
+        checkpoint["exit_names"] = list(self.early_exit.names)
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -390,7 +397,3 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     @classmethod
     def list_available_models(cls) -> None:
         """No pre-trained models are published."""
-
-
-def _nothing() -> None:
-    return None

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 
 # Read by the scripts, not by the model.
@@ -86,6 +87,10 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
         )
     if cfg.save_to and Path(cfg.save_to).is_dir():
         faults.append(f"save_to={cfg.save_to} is a directory; give the name of a .nemo file")
+    elif cfg.save_to and Path(cfg.save_to).suffix != ".nemo":
+        faults.append(f"save_to={cfg.save_to} must end in .nemo")
+    if cfg.get("exits_only") and not cfg.save_to:
+        faults.append("exits_only=True says what save_to writes, and save_to is not given; add save_to=tuned.nemo")
     length, longest = model.get("encoder_seq_length"), model.get("max_position_embeddings")
     if length and longest and length > longest:
         faults.append(f"model.encoder_seq_length={length} is longer than the model's {longest} positions; shorten it")
@@ -140,9 +145,7 @@ def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
         lambda: refuse_unsupported(
             model, world_size=planned_ranks(cfg.trainer, model), precision=cfg.trainer.get("precision")
         ),
-        lambda: EarlyExitConfig.from_mapping(
-            OmegaConf.to_container(model.early_exit, resolve=True), num_layers=model.num_layers
-        ),
+        lambda: _place(model),
     )
     faults = []
     for check in checks[: 2 if model.get("early_exit") else 1]:
@@ -151,3 +154,16 @@ def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
         except ValueError as fault:
             faults.append(str(fault))
     return faults
+
+
+def _place(model: DictConfig) -> None:
+    """Raises ValueError for faulty exits, or for more stages than layers that run."""
+    block = OmegaConf.to_container(model.early_exit, resolve=True)
+    exits = EarlyExitConfig.from_mapping(block, num_layers=model.num_layers).exits
+    if exits:
+        place_exits(
+            exits,
+            num_layers=model.num_layers,
+            num_stages=model.get("pipeline_model_parallel_size", 1),
+            full_depth=bool(model.get("val_agreement") or model.get("full_depth")),
+        )

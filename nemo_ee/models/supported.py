@@ -32,8 +32,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rampup_batch_size": (bool, "not supported; set it to null"),
     "data.legacy_dataset": (bool, "not supported; set it to False"),
     "optim.name": (
-        ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam").__contains__,
-        "not supported; use adamw or fused_adam",
+        ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam", "fused_adam").__contains__,
+        "not available yet; use adamw",
+    ),
+    "tokenizer.library": (
+        lambda value: value not in (None, "huggingface", "sentencepiece", "megatron", "byte-level", "tiktoken"),
+        "its files can run code when they are read; use huggingface, sentencepiece, megatron, byte-level or tiktoken",
     ),
     "early_exit.objective": (
         lambda value: value not in (None, "cross_entropy"),
@@ -89,6 +93,13 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
             faults.append(f"  {name}={count} is not divisible by tensor_model_parallel_size={tp}; choose a divisor")
     if cfg.get("ffn_hidden_size", tp) % tp:
         faults.append(f"  ffn_hidden_size={cfg.ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}")
+    length = cfg.get("encoder_seq_length") or 0
+    if cfg.get("sequence_parallel") and tp > 1 and length % tp:
+        faults.append(
+            f"  encoder_seq_length={length} is not divisible by tensor_model_parallel_size={tp}, as "
+            f"sequence_parallel=True "
+            "needs it; change one of them"
+        )
     batch, micro = cfg.get("global_batch_size"), cfg.get("micro_batch_size")
     if batch and micro and not world_size % (tp * pp) and batch % (micro * (world_size // (tp * pp))):
         faults.append(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from megatron.core import dist_checkpointing
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar, NLPDDPStrategy
 from omegaconf import DictConfig
@@ -39,6 +40,13 @@ class EarlyExitStrategy(NLPDDPStrategy):
             raise ValueError(
                 f"training checkpoint {checkpoint_path} is not a directory: exit tuning writes Megatron's distributed "
                 "checkpoints (directories); point at one of those, or start anew: exp_manager.resume_if_exists=False"
+            )
+        saved = dist_checkpointing.load_common_state_dict(str(checkpoint_path)).get("exit_names")
+        names = list(self.lightning_module.early_exit.names)
+        if saved is not None and sorted(saved) != sorted(names):
+            raise ValueError(
+                f"training checkpoint {checkpoint_path} holds the exits {', '.join(saved)}, this run tunes "
+                f"{', '.join(names)}; tune the same exits, or start anew: exp_manager.resume_if_exists=False"
             )
         wanted: dict[str, Any] = {"state_dict": self.lightning_module.sharded_state_dict()}
         if load_optimizer_states:

@@ -32,11 +32,11 @@ def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("layer")
 
 
-def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_other_ranks_say_who_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit), command(CONFIG):
         raise ValueError("layer")
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.startswith("rank 1: error: layer")
 
 
 def test_missing_settings_are_all_named(capsys: pytest.CaptureFixture) -> None:

@@ -37,7 +37,7 @@ REFUSED = {
     "megatron_amp_O2": (True, "use trainer.precision=bf16-mixed"),
     "apply_query_key_layer_scaling": (True, "set it to False"),
     "rampup_batch_size": ([2, 2, 100], "set it to null"),
-    "optim.name": ("mcore_distributed_optim", "use adamw or fused_adam"),
+    "optim.name": ("mcore_distributed_optim", "use adamw"),
     "data.legacy_dataset": (True, "set it to False"),
     "early_exit.objective": ("mixed", "use cross_entropy"),
     "early_exit.train": ("joint", "use exits"),
