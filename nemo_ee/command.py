@@ -21,8 +21,7 @@ def command(cfg: Any, *, may_miss: bool = False) -> Iterator[None]:
     """Surround a script's work; enter it before anything imports torch's users.
 
     `trainer.accelerator=cpu` switches the CPU host on. A `ValueError` or `FileNotFoundError` (what the package raises
-    for
-    faults of a config, a checkpoint or a request) ends the script with its message and exit code 2 instead of a
+    for faults of a config, a checkpoint or a request) ends the script with its message and exit code 2 instead of a
     traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
 
     Args:

@@ -6,9 +6,8 @@
     d loss_i / d z_iv = softmax(z_i)_v - [v = label(i)]
 
 Forward and backward are fused: the gradients for the inputs and the weights are formed while a chunk's logits exist,
-so
-the memory beyond inputs, weights and their gradients is one chunk of logits, whatever the number of tokens or the size
-of the vocabulary. Softmax and loss are in fp32.
+so the memory beyond inputs, weights and their gradients is one chunk of logits, whatever the number of tokens or the
+size of the vocabulary. Softmax and loss are in fp32.
 
 Shapes: n tokens, m input width of a term, v padded vocabulary. May import: torch.
 """

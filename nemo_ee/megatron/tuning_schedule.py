@@ -9,8 +9,7 @@ nobody anything: its exits' forward, loss and backward overlap with the next sta
 forward-only schedule would send only after the exits' work.
 
 Sends are asynchronous and at most `max_in_flight` of them are outstanding; the bound holds across steps, so a stage
-can
-start the next global batch while the stages behind it still work on this one.
+can start the next global batch while the stages behind it still work on this one.
 
 May import: torch.
 """

@@ -3,9 +3,8 @@
 """Megatron-core's GPT data sets with loss masks that belong to one sample each.
 
 Megatron-core 0.13 computes one loss mask, hands it out for every sample and clears in it, for good, the positions
-where
-any sample's label is the padding token. Where padding and end-of-document are one token, as in most tokenizers, the
-tokens that count dwindle sample by sample, differently on every rank; and the token itself is replaced by id 0.
+where any sample's label is the padding token. Where padding and end-of-document are one token, as in most tokenizers,
+the tokens that count dwindle sample by sample, differently on every rank; and the token itself is replaced by id 0.
 
 May import: megatron.core.
 """

@@ -3,8 +3,7 @@
 """Per-exit sums over microbatches, data-parallel ranks and stages, and the names they are logged under.
 
 A row per exit of the *whole* model, zeros for exits of other stages, so that one sum over the pipeline group puts
-every
-exit's numbers on every rank. Only log, validation and save steps call `reduce`.
+every exit's numbers on every rank. Only log, validation and save steps call `reduce`.
 
     exit/<name>/loss            training loss per token since the last log step, nats
     val/exit/<name>/loss        validation loss per token, nats
