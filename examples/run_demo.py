@@ -187,6 +187,7 @@ def clear(output: Path) -> None:
 def main() -> None:
     """Run every step, then write the report, the picture and the sample."""
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running step too, see run_step
     options.output = options.output.resolve()
     clear(options.output)
     logs = options.output / "logs"
