@@ -70,8 +70,9 @@ def tune_global_batch(
     reduced = {exit.name for exit in optimizers.exits}
     for exit in optimizers.exits:
         exit.reduce_gradients(counted[exit.name], nominal=nominal)
-    for name in counted.keys() - reduced:  # an exit with nothing to train: only its numbers
-        torch.distributed.all_reduce(counted[name], group=parallel_state.get_data_parallel_group())
+    for name, values in counted.items():  # in the config's order, which every data-parallel rank shares
+        if name not in reduced:  # an exit with nothing to train: only its numbers
+            torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
     for name, (count, loss_sum) in counted.items():
         sums.add(name, loss_sum=loss_sum, count=count)
         total += loss_sum / count.clamp(min=1.0)
