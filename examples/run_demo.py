@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn the embedded model into an early-exit model, on the CPU.")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="directory of the results")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9], help="layers that get an mlp exit")
-    parser.add_argument("--steps", type=int, default=60, help="tuning steps")
+    parser.add_argument("--steps", type=int, default=100, help="tuning steps")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
