@@ -153,7 +153,7 @@ class _Chunk:
     vocabulary: VocabularyShard
     objective: Objective
     teacher: TeacherChunk | None = None
-    cross: Tensor | None = None  # this shard's sum of q * shifted logits
+    excess: Tensor | None = None  # the teacher's, see `TeacherChunk`
     softened: Tensor | None = None  # [c, v/tp] exp(shifted logits / T), where T is not 1
     entropy: Tensor | None = None
     total: Tensor = field(init=False)  # sum of exp(shifted logits): the largest probability is 1 / total
@@ -162,7 +162,7 @@ class _Chunk:
 
     def compare(self, teacher: TeacherChunk) -> None:
         """Take what the divergence needs of the logits."""
-        self.teacher, self.cross = teacher, teacher.dot(self.logits)
+        self.teacher, self.excess = teacher, teacher.excess(self.logits, self.objective.temperature)
         if self.objective.temperature != 1.0:
             self.softened = (self.logits / self.objective.temperature).exp_()
 
@@ -174,12 +174,12 @@ class _Chunk:
         self.logits.exp_()
         parts = [self.logits.sum(dim=-1), target]
         if self.teacher is not None:
-            parts.append(self.cross)
+            parts.append(self.excess)
         if self.softened is not None:
             parts.append(self.softened.sum(dim=-1))
         self.total, self.target, *rest = self.vocabulary.reduce(torch.stack(parts)).unbind()
         if self.teacher is not None:
-            self.cross = rest[0]
+            self.excess = rest[0]
             self.soft_total = rest[1] if self.softened is not None else self.total
         if want_entropy:  # of p, whose largest is 1 / total: no term overflows
             probabilities = self.logits / self.total.unsqueeze(-1)
@@ -193,7 +193,8 @@ class _Chunk:
         self.weight = mask * confidence if objective.by_confidence else mask
         loss, kl = objective.label_weight * cross_entropy, torch.zeros_like(cross_entropy)
         if self.teacher is not None:
-            kl = self.teacher.negative_entropy - (self.cross / objective.temperature - self.soft_total.log())
+            # Logarithms in fp64: fp32 ones of a large vocabulary are as coarse as the divergence of a good exit.
+            kl = (self.excess - self.teacher.log_total + self.soft_total.double().log()).float()
             loss = loss + objective.teacher_weight * objective.temperature**2 * kl
         entropy = torch.zeros_like(kl) if self.entropy is None else self.entropy
         reported = [values * mask for values in (cross_entropy, kl, confidence, entropy)]

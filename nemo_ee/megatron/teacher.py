@@ -26,10 +26,13 @@ from nemo_ee.megatron.vocab_parallel import DEFAULT_CHUNK_BYTES, VocabularyShard
 class TeacherChunk(Protocol):
     """q of some tokens over this rank's part of the vocabulary."""
 
-    negative_entropy: Tensor  # [c] sum q ln q over the whole vocabulary
+    log_total: Tensor  # [c] fp64, what `excess` is too large by
 
-    def dot(self, values: Tensor) -> Tensor:
-        """[c] sum of q * values [c, v/tp] over this shard."""
+    def excess(self, values: Tensor, temperature: float) -> Tensor:
+        """[c] sum over this shard of q * (ln q + log_total - values / T), values [c, v/tp]. Called once.
+
+        One sum of differences: two sums of which the difference is taken would lose the digits of a small divergence.
+        """
 
     def subtract_from(self, grad: Tensor, factor: Tensor) -> None:
         """grad [c, v/tp] -= factor [c] * q, in place."""
@@ -44,13 +47,17 @@ class Teacher(Protocol):
         """q of the tokens in `part`. Every rank of the tensor-parallel group must call it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _DenseChunk:
     probabilities: Tensor  # [c, v/tp]
-    negative_entropy: Tensor
+    shifted: Tensor | None  # [c, v/tp] z / T less the largest of the whole vocabulary
+    log_total: Tensor
+    num_valid: int  # rows that are tokens
 
-    def dot(self, values: Tensor) -> Tensor:
-        return torch.einsum("cv,cv->c", self.probabilities, values)
+    def excess(self, values: Tensor, temperature: float) -> Tensor:
+        difference, self.shifted = self.shifted.sub_(values, alpha=1.0 / temperature), None
+        difference[:, self.num_valid :] = 0.0  # padding has q = 0 and may be infinite after division by T
+        return torch.einsum("cv,cv->c", self.probabilities, difference)
 
     def subtract_from(self, grad: Tensor, factor: Tensor) -> None:
         grad.addcmul_(self.probabilities, factor.unsqueeze(-1), value=-1.0)
@@ -60,10 +67,12 @@ class _DenseChunk:
 class _TopKChunk:
     rows: Tensor  # [c, k] rows of this shard
     probabilities: Tensor  # [c, k], 0 for tokens of other shards
-    negative_entropy: Tensor
+    log_total: Tensor
 
-    def dot(self, values: Tensor) -> Tensor:
-        return (values.gather(-1, self.rows) * self.probabilities).sum(dim=-1)
+    def excess(self, values: Tensor, temperature: float) -> Tensor:
+        # xlogy: 0 for tokens of other shards
+        expected = self.probabilities * values.gather(-1, self.rows)
+        return (torch.xlogy(self.probabilities, self.probabilities) - expected / temperature).sum(dim=-1)
 
     def subtract_from(self, grad: Tensor, factor: Tensor) -> None:
         grad.scatter_add_(-1, self.rows, -factor.unsqueeze(-1) * self.probabilities)
@@ -91,12 +100,9 @@ class FullTeacher:
         peak = vocabulary.reduce(scaled.amax(dim=-1), ReduceOp.MAX).unsqueeze(-1)
         scaled.sub_(peak)
         probabilities = scaled.exp()
-        total = vocabulary.reduce(probabilities.sum(dim=-1)).unsqueeze(-1)
-        probabilities.div_(total)
-        # Padding has q = 0 and may have ln q = -inf after division by T; 0 times the lowest finite number is 0.
-        scaled.clamp_(min=torch.finfo(torch.float32).min)
-        dot = vocabulary.reduce(torch.einsum("cv,cv->c", probabilities, scaled))
-        return _DenseChunk(probabilities, dot - total.squeeze(-1).log())
+        total = vocabulary.reduce(probabilities.sum(dim=-1))
+        log_total = total.double().log()
+        return _DenseChunk(probabilities.div_(total.unsqueeze(-1)), scaled, log_total, vocabulary.num_valid)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,5 @@ class TopKTeacher:
     def chunk(self, part: slice, vocabulary: VocabularyShard) -> _TopKChunk:
         """See `Teacher`."""
         rows, here = vocabulary.local_ids(self.ids[part])
-        probabilities = self.probabilities[part]
-        negative_entropy = torch.xlogy(probabilities, probabilities).sum(dim=-1)
-        return _TopKChunk(rows, probabilities * here, negative_entropy)
+        probabilities = self.probabilities[part] * here
+        return _TopKChunk(rows, probabilities, torch.zeros_like(probabilities[:, 0], dtype=torch.float64))
