@@ -35,6 +35,8 @@ class ExitResult:
         loss: nats per token.
         perplexity: exp(loss).
         agreement: share of positions, 0..1.
+        confidence: mean largest probability.
+        entropy: mean entropy, nats.
         trainable_parameters: elements that train, over all ranks, without vocabulary padding.
     """
 
@@ -44,6 +46,8 @@ class ExitResult:
     loss: float
     perplexity: float
     agreement: float
+    confidence: float
+    entropy: float
     trainable_parameters: int
 
 
@@ -101,6 +105,8 @@ def evaluate_exits(
             sums=sums,
             link=model.link,
             agreement=True,
+            objectives=model.objectives,
+            channel=None,
             autocast=torch.bfloat16 if model.torch_dtype is torch.bfloat16 else None,
         )
         tokens += sum(batch.loss_mask.sum() for batch in microbatches)
@@ -112,11 +118,16 @@ def evaluate_exits(
     trainable = trainable_parameters(model)
     exits = tuple(
         ExitResult(
-            exit.name, exit.layer, exit.architecture, **results[exit.name], trainable_parameters=trainable[exit.name]
+            exit.name,
+            exit.layer,
+            exit.architecture,
+            **{key: value for key, value in results[exit.name].items() if key != "cross_entropy"},  # it is the loss
+            trainable_parameters=trainable[exit.name],
         )
         for exit in model.early_exit.exits
     )
-    return ExitQuality(exits, **results[FULL_MODEL], tokens=int(tokens))
+    full = results[FULL_MODEL]
+    return ExitQuality(exits, full["loss"], full["perplexity"], tokens=int(tokens))
 
 
 def trainable_parameters(model: MegatronEarlyExitGPTModel) -> dict[str, int]:

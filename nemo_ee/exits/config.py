@@ -145,6 +145,11 @@ class EarlyExitConfig:
         return self.exit(name).objective or self.objective
 
     @property
+    def needs_final_exit(self) -> bool:
+        """Whether some exit learns from the final exit, so that tuning runs the whole model."""
+        return any(self.objective_of(name) != "cross_entropy" for name in self.names)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Exit names in the block's order."""
         return tuple(exit.name for exit in self.exits)

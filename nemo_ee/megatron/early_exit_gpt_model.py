@@ -28,7 +28,7 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.exit_head import ExitHead, ExitHeads, VocabularyOutput
 from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import BackboneSpecs
-from nemo_ee.megatron.linear_cross_entropy import VocabularyShard
+from nemo_ee.megatron.vocab_parallel import VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class StageOutput:
 
     Attributes:
         hidden: [s, b, h] state for the next stage; on the last stage of a full-depth model the final norm's output.
+            None once it has been sent on.
         taps: stop -> [s, b, h] hidden state there.
         rotary_pos_emb: rotary embedding of the batch, None without RoPE.
     """
 
-    hidden: Tensor
+    hidden: Tensor | None
     taps: dict[int, Tensor]
     rotary_pos_emb: Tensor | None
 
@@ -65,6 +66,7 @@ class EarlyExitGPTModel(GPTModel):
         padded_vocab_size: divisible by the tensor-parallel size.
         max_sequence_length: positions a learned position embedding has.
         pre_process, post_process: first and last stage of the pipeline.
+        keep_output_weight: this stage needs the backbone's output weight even if none of its exits projects with it.
         gpt_options: further options of `GPTModel` (positions, rotary settings, tied embeddings).
     """
 
@@ -80,6 +82,7 @@ class EarlyExitGPTModel(GPTModel):
         max_sequence_length: int,
         pre_process: bool,
         post_process: bool,
+        keep_output_weight: bool = False,
         **gpt_options,
     ) -> None:
         super().__init__(
@@ -101,7 +104,8 @@ class EarlyExitGPTModel(GPTModel):
         # A plain list hides the weight from `parameters()` twice over: where this stage has the backbone's output
         # weight anyway, shared exits use that very tensor.
         self.backbone_output = None
-        if any(exit.output != "own" for exit in placement.exits) and self._own_output_weight() is None:
+        keep_output_weight = keep_output_weight or any(exit.output != "own" for exit in placement.exits)
+        if keep_output_weight and self._own_output_weight() is None:
             self.backbone_output = VocabularyOutput(config, padded_vocab_size)
         self.exits = ExitHeads(
             config,

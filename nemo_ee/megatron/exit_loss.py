@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
 from nemo_ee.megatron.exit_head import ExitHead
-from nemo_ee.megatron.linear_cross_entropy import LinearCrossEntropy, VocabularyShard, linear_cross_entropy
+from nemo_ee.megatron.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from nemo_ee.megatron.teacher import Teacher
+from nemo_ee.megatron.vocab_parallel import VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def tune_exit(
     rotary_pos_emb: Tensor | None,
     vocabulary: VocabularyShard,
     grad_scale: float,
+    objective: Objective = CROSS_ENTROPY,
+    teacher: Teacher | None = None,
     autocast: torch.dtype | None = None,
 ) -> LinearCrossEntropy:
     """One exit's forward, loss and backward. Gradients are added to the head's parameters; none reaches the tap.
@@ -60,6 +65,8 @@ def tune_exit(
         rotary_pos_emb: the stage's rotary embedding, read by `layer` exits.
         vocabulary: this rank's part of the vocabulary.
         grad_scale: factor on the gradient of the summed loss.
+        objective: what the loss is made of.
+        teacher: the final exit's distributions, for objectives that have one.
         autocast: dtype of mixed precision, None for none.
     """
     with torch.enable_grad(), _autocast(tap, autocast):
@@ -73,6 +80,8 @@ def tune_exit(
         labels,
         mask,
         vocabulary=vocabulary,
+        objective=objective,
+        teacher=teacher,
         grad_scale=grad_scale,
         dtype=autocast,
     )
@@ -94,9 +103,14 @@ def evaluate_exit(
     rotary_pos_emb: Tensor | None,
     vocabulary: VocabularyShard,
     want_argmax: bool,
+    objective: Objective = CROSS_ENTROPY,
+    teacher: Teacher | None = None,
     autocast: torch.dtype | None = None,
 ) -> LinearCrossEntropy:
-    """One exit's loss without gradients; `want_argmax` adds its most likely tokens, [s * b]. See `tune_exit`."""
+    """One exit's sums without gradients, entropy too; `want_argmax` adds its most likely tokens, [s * b].
+
+    A teacher adds the divergence from it. See `tune_exit`.
+    """
     with _autocast(tap, autocast):
         hidden = head(tap, attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
         terms = head.output_terms(hidden)
@@ -107,7 +121,10 @@ def evaluate_exit(
         labels,
         mask,
         vocabulary=vocabulary,
+        objective=objective,
+        teacher=teacher,
         want_argmax=want_argmax,
+        want_entropy=True,
         dtype=autocast,
     )
 

@@ -1,58 +1,60 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy of an output projection, chunk by chunk, over a vocabulary-parallel weight.
+"""An exit's loss straight from its output projection, chunk by chunk, over a vocabulary-parallel weight.
 
-    loss_i = log sum_v exp(z_iv) - z_i,label(i)        z = sum_t x_t W_t^T  (terms t)
-    d loss_i / d z_iv = softmax(z_i)_v - [v = label(i)]
+    z = sum_t x_t W_t^T + bias                          terms t
+    CE_i = ln sum_v exp(z_iv) - z_i,label(i)            loss_i = a CE_i + b T^2 KL(q_i || p_i)    (see exits.objective)
+    d loss_i / d z_iv = a (p_iv - [v = label(i)]) + b T (p^T_iv - q_iv)      p^T = softmax(z / T)
 
 Forward and backward are fused: the gradients for the inputs and the weights are formed while a chunk's logits exist,
-so the memory beyond inputs, weights and their gradients is one chunk of logits, whatever the number of tokens or the
-size of the vocabulary. Softmax and loss are in fp32.
+so the memory beyond inputs, weights and their gradients is one chunk, whatever the number of tokens or the size of the
+vocabulary. Softmax, loss and everything reported are in fp32.
 
-Shapes: n tokens, m input width of a term, v padded vocabulary. May import: torch.
+Shapes: n tokens, c of a chunk, m input width of a term, v padded vocabulary. May import: torch, nemo_ee.exits,
+nemo_ee.megatron.vocab_parallel, nemo_ee.megatron.teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
-from torch.nn.functional import linear
+from torch.distributed import ReduceOp
 
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
+from nemo_ee.megatron.teacher import Teacher, TeacherChunk
+from nemo_ee.megatron.vocab_parallel import (
+    DEFAULT_CHUNK_BYTES,
+    VocabularyShard,
+    argmax_over_shards,
+    chunk_logits,
+    token_chunks,
+)
 
 
 @dataclass(frozen=True)
-class VocabularyShard:
-    """Which part of the vocabulary this rank's weight rows are.
+class TokenSums:
+    """Sums over tokens, fp32 scalars each.
 
     Attributes:
-        start: first token id of the shard.
-        num_valid: rows that are tokens; the rest is padding and takes no part in the softmax.
-        group: tensor-parallel group, None when it has one rank.
+        loss: weight * loss of the objective, weight = mask, times the token weight if there is one.
+        weight: the weights.
+        cross_entropy: mask * label cross-entropy.
+        kl: mask * KL(q || p) at the objective's temperature, 0 without a teacher.
+        confidence: mask * largest probability.
+        entropy: mask * entropy in nats, 0 unless asked for.
+        tokens: mask.
     """
 
-    start: int
-    num_valid: int
-    group: ProcessGroup | None
-
-    @classmethod
-    def of(
-        cls, *, vocab_size: int, padded_vocab_size: int, rank: int, size: int, group: ProcessGroup | None
-    ) -> VocabularyShard:
-        """Shard `rank` of `size` equal shards of a padded vocabulary."""
-        rows = padded_vocab_size // size
-        start = rank * rows
-        return cls(start, max(0, min(rows, vocab_size - start)), group if size > 1 else None)
-
-    def reduce(self, values: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
-        """All-reduce `values` over the vocabulary shards in place."""
-        if self.group is not None:
-            all_reduce(values, op=op, group=self.group)
-        return values
+    loss: Tensor
+    weight: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,13 @@ class LinearCrossEntropy:
     """Result of `linear_cross_entropy`.
 
     Attributes:
-        loss_sum: sum of mask * loss, fp32 scalar.
-        count: sum of mask, fp32 scalar.
-        input_grads: d(grad_scale * loss_sum)/d(input) of every term that requires it, this rank's part of the
-            vocabulary only; empty when no gradient was asked for.
+        sums: loss and what goes with it.
+        input_grads: d(grad_scale * sums.loss)/d(input) of every term that requires it, this rank's part of the
+            vocabulary only; empty when no gradient was asked for. Token weights count as constants.
         argmax: [n] token id with the highest logit over the whole vocabulary, None unless asked for.
     """
 
-    loss_sum: Tensor
-    count: Tensor
+    sums: TokenSums
     input_grads: tuple[Tensor | None, ...]
     argmax: Tensor | None
 
@@ -81,75 +81,138 @@ def linear_cross_entropy(
     mask: Tensor,
     *,
     vocabulary: VocabularyShard,
+    objective: Objective = CROSS_ENTROPY,
+    teacher: Teacher | None = None,
+    bias: Tensor | None = None,
     grad_scale: float | None = None,
     want_argmax: bool = False,
+    want_entropy: bool = False,
     dtype: torch.dtype | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> LinearCrossEntropy:
-    """Masked cross-entropy sum and, fused, its gradients. Every rank of the tensor-parallel group must call it.
+    """Masked loss sums and, fused, their gradients. Every rank of the tensor-parallel group must call it.
 
     Args:
         inputs: terms' inputs, each [n, m_t]; the same on every tensor-parallel rank.
-        weights: terms' weights, each [v/tp, m_t]. Gradients of those that require them are added to `.grad`.
+        weights: terms' weights, each [v/tp, m_t]. Gradients of those that require them are added to `main_grad` where
+            a weight has one, else to `grad`.
         labels: [n] int64 token ids; read only where `mask` is not zero.
         mask: [n] float weights of the tokens.
         vocabulary: this rank's part of the vocabulary.
-        grad_scale: factor on the gradients; None computes the loss only.
-        want_argmax: also return the most likely token.
+        objective: what the loss is made of.
+        teacher: the final exit, needed by objectives that have one; with others only its divergence is reported.
+        bias: [v/tp] of the projection; its gradient is added like the weights'.
+        grad_scale: factor on the gradients; None computes the sums only.
+        want_argmax, want_entropy: also return the most likely token, the entropy.
         dtype: dtype of the matrix products (autocast); default that of the inputs.
-        chunk_bytes: size of one chunk of fp32 logits.
+        chunk_bytes: size of one chunk of fp32 logits, all buffers of its size together.
     """
+    assert teacher is not None or not objective.has_teacher, "the objective needs a teacher"
     num_tokens, rows = inputs[0].shape[0], weights[0].shape[0]
     dtype = dtype or inputs[0].dtype
-    chunk = max(1, min(num_tokens, chunk_bytes // (4 * rows)))
     mask = mask.float()
     cast = [weight.detach().to(dtype) for weight in weights]
+    cast_bias = None if bias is None else bias.detach().to(dtype)
     wanted = grad_scale is not None
     input_grads = [torch.zeros_like(x) if wanted and x.requires_grad else None for x in inputs]
-    loss_sum = torch.zeros((), dtype=torch.float32, device=mask.device)
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
-    for start in range(0, num_tokens, chunk):
-        part = slice(start, min(start + chunk, num_tokens))
-        logits = _chunk_logits(inputs, cast, part, dtype, vocabulary)
+    softened = teacher is not None and objective.temperature != 1.0
+    buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
+    rows_of_sums = torch.zeros(len(_SUMS), dtype=torch.float32, device=mask.device)
+    for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
+        logits = chunk_logits(inputs, cast, part, dtype, vocabulary, cast_bias)
         peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)  # [c]
         if argmax is not None:
-            argmax[part] = _argmax(logits, peak, vocabulary)
+            argmax[part] = argmax_over_shards(logits, peak, vocabulary)
         logits.sub_(peak.unsqueeze(-1))
-        local = labels[part] - vocabulary.start
-        here = (local >= 0) & (local < vocabulary.num_valid)
-        local = local.clamp(0, rows - 1).unsqueeze(-1)
-        target = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
-        logits.exp_()
-        total, target = vocabulary.reduce(torch.stack((logits.sum(dim=-1), target)))  # [c] each
-        loss_sum += ((total.log() - target) * mask[part]).sum()
-        if not wanted:
-            continue
-        factor = mask[part] * grad_scale
-        logits.mul_((factor / total).unsqueeze(-1))
-        logits.scatter_add_(-1, local, -(factor * here).unsqueeze(-1))
-        _add_gradients(logits.to(dtype), inputs, weights, cast, input_grads, part)
-    return LinearCrossEntropy(loss_sum, mask.sum(), tuple(input_grads) if wanted else (), argmax)
+        chunk = _Chunk(logits, labels[part], mask[part], vocabulary, objective)
+        if teacher is not None:
+            chunk.compare(teacher.chunk(part, vocabulary))
+        chunk.normalise(want_entropy=want_entropy)
+        rows_of_sums += chunk.sums()
+        if wanted:
+            gradient = chunk.gradient(grad_scale)
+            _add_gradients(gradient.to(dtype), inputs, weights, cast, bias, input_grads, part)
+    sums = TokenSums(**dict(zip(_SUMS, rows_of_sums.unbind(), strict=True)))
+    return LinearCrossEntropy(sums, tuple(input_grads) if wanted else (), argmax)
 
 
-def _chunk_logits(
-    inputs: Sequence[Tensor], weights: Sequence[Tensor], part: slice, dtype: torch.dtype, vocabulary: VocabularyShard
-) -> Tensor:
-    """[c, v/tp] fp32 logits of the tokens in `part`; padded rows are minus infinity (finite, so that 0 * it is 0)."""
-    logits = linear(inputs[0][part].to(dtype), weights[0])
-    for x, weight in zip(inputs[1:], weights[1:], strict=True):
-        logits = logits + linear(x[part].to(dtype), weight)
-    logits = logits.float()
-    logits[:, vocabulary.num_valid :] = torch.finfo(torch.float32).min
-    return logits
+_SUMS = ("loss", "weight", "cross_entropy", "kl", "confidence", "entropy", "tokens")
 
 
-def _argmax(logits: Tensor, peak: Tensor, vocabulary: VocabularyShard) -> Tensor:
-    """[c] id of the largest logit over all shards; the smallest id wins a tie, as `torch.argmax` over the whole
-    does."""
-    local = logits.argmax(dim=-1)
-    best = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
-    candidate = torch.where(best == peak, local + vocabulary.start, torch.iinfo(torch.long).max)
-    return vocabulary.reduce(candidate, ReduceOp.MIN)
+@dataclass
+class _Chunk:
+    """The numbers of one chunk, [c] each unless said otherwise, worked out in place on its logits.
+
+    Call `compare` (with a teacher only), `normalise`, `sums`, `gradient` in this order; each overwrites what it reads.
+    """
+
+    logits: Tensor  # [c, v/tp] shifted so that the largest over the whole vocabulary is 0; later exp of it
+    labels: Tensor
+    mask: Tensor
+    vocabulary: VocabularyShard
+    objective: Objective
+    teacher: TeacherChunk | None = None
+    excess: Tensor | None = None  # the teacher's, see `TeacherChunk`
+    softened: Tensor | None = None  # [c, v/tp] exp(shifted logits / T), where T is not 1
+    entropy: Tensor | None = None
+    total: Tensor = field(init=False)  # sum of exp(shifted logits): the largest probability is 1 / total
+    target: Tensor = field(init=False)  # the label's shifted logit
+    soft_total: Tensor | None = None
+
+    def compare(self, teacher: TeacherChunk) -> None:
+        """Take what the divergence needs of the logits."""
+        self.teacher, self.excess = teacher, teacher.excess(self.logits, self.objective.temperature)
+        if self.objective.temperature != 1.0:
+            self.softened = (self.logits / self.objective.temperature).exp_()
+
+    def normalise(self, *, want_entropy: bool) -> None:
+        """Exponentials and their sums over the whole vocabulary, one reduction for all of them."""
+        self.rows, self.here = self.vocabulary.local_ids(self.labels)
+        self.rows = self.rows.unsqueeze(-1)
+        target = self.logits.gather(-1, self.rows).squeeze(-1).masked_fill(~self.here, 0.0)
+        self.logits.exp_()
+        parts = [self.logits.sum(dim=-1), target]
+        if self.teacher is not None:
+            parts.append(self.excess)
+        if self.softened is not None:
+            parts.append(self.softened.sum(dim=-1))
+        self.total, self.target, *rest = self.vocabulary.reduce(torch.stack(parts)).unbind()
+        if self.teacher is not None:
+            self.excess = rest[0]
+            self.soft_total = rest[1] if self.softened is not None else self.total
+        if want_entropy:  # of p, whose largest is 1 / total: no term overflows
+            probabilities = self.logits / self.total.unsqueeze(-1)
+            self.entropy = self.vocabulary.reduce(torch.special.entr(probabilities).sum(dim=-1))
+
+    def sums(self) -> Tensor:
+        """[len(_SUMS)] masked sums; fixes the tokens' weights for `gradient`."""
+        objective, mask = self.objective, self.mask
+        cross_entropy = self.total.log() - self.target
+        confidence = self.total.reciprocal()
+        self.weight = mask * confidence if objective.by_confidence else mask
+        loss, kl = objective.label_weight * cross_entropy, torch.zeros_like(cross_entropy)
+        if self.teacher is not None:
+            # Logarithms in fp64: fp32 ones of a large vocabulary are as coarse as the divergence of a good exit.
+            kl = (self.excess - self.teacher.log_total + self.soft_total.double().log()).float()
+            loss = loss + objective.teacher_weight * objective.temperature**2 * kl
+        entropy = torch.zeros_like(kl) if self.entropy is None else self.entropy
+        reported = [values * mask for values in (cross_entropy, kl, confidence, entropy)]
+        return torch.stack([loss * self.weight, self.weight, *reported, mask]).sum(dim=-1)
+
+    def gradient(self, grad_scale: float) -> Tensor:
+        """[c, v/tp] gradient of grad_scale * weighted loss for the logits, in the logits' own memory."""
+        objective, factor = self.objective, self.weight * grad_scale
+        label, teacher = objective.label_weight, objective.teacher_weight * objective.temperature
+        on_p = label if self.softened is not None else label + teacher
+        grad = self.logits.mul_((on_p * factor / self.total).unsqueeze(-1))
+        if self.teacher is not None and teacher:
+            if self.softened is not None:
+                grad.addcmul_(self.softened, (teacher * factor / self.soft_total).unsqueeze(-1))
+            self.teacher.subtract_from(grad, teacher * factor)
+        if label:
+            grad.scatter_add_(-1, self.rows, -(label * factor * self.here).unsqueeze(-1))
+        return grad
 
 
 def _add_gradients(
@@ -157,6 +220,7 @@ def _add_gradients(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     cast: Sequence[Tensor],
+    bias: Tensor | None,
     input_grads: list[Tensor | None],
     part: slice,
 ) -> None:
@@ -164,10 +228,22 @@ def _add_gradients(
     for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
         if input_grads[index] is not None:
             input_grads[index][part] = grad @ cast[index]
-        if weight.requires_grad:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            if weight.grad.dtype == grad.dtype:
-                weight.grad.addmm_(grad.t(), x[part].to(grad.dtype))
-            else:
-                weight.grad += grad.t() @ x[part].to(grad.dtype)
+        if not weight.requires_grad:
+            continue
+        total = gradient_of(weight)
+        if total.dtype == grad.dtype:
+            total.addmm_(grad.t(), x[part].to(grad.dtype))
+        else:
+            total += grad.t() @ x[part].to(grad.dtype)
+    if bias is not None and bias.requires_grad:
+        gradient_of(bias).add_(grad.sum(dim=0))
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The tensor a parameter's gradients are added to: `main_grad` where an optimizer keeps one, else `grad`."""
+    main = getattr(parameter, "main_grad", None)
+    if main is not None:
+        return main
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

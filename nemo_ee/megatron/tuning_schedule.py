@@ -77,6 +77,7 @@ def run_stage(
     device: torch.device,
     forward: Callable[[int, Tensor | None], Tensor],
     work: Callable[[int], None],
+    delay: int = 0,
 ) -> None:
     """Run one global batch through this stage. Every rank of the pipeline calls it with the same microbatch count.
 
@@ -86,7 +87,10 @@ def run_stage(
         shape, dtype, device: of the hidden states between stages, [s, b, h] ([s/tp, b, h] with sequence parallelism).
         forward: (microbatch index, received hidden state or None on the first stage) -> hidden state to send on.
         work: called with the microbatch index after the send has started: the exits' forward, loss and backward.
+        delay: microbatches whose work is held back while later ones run their layers, because it needs something that
+            a later stage sends back (see `teacher_channel`).
     """
+    held: deque[int] = deque()
     pending = link.expect(shape, dtype, device)
     for index in range(num_microbatches):
         received = None
@@ -96,4 +100,8 @@ def run_stage(
             # The next receive is posted before this microbatch's layers run, so that the transfer overlaps with them.
             pending = link.expect(shape, dtype, device) if index + 1 < num_microbatches else None
         link.send(forward(index, received))
-        work(index)
+        held.append(index)
+        if len(held) > delay:
+            work(held.popleft())
+    while held:
+        work(held.popleft())

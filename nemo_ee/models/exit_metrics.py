@@ -5,13 +5,17 @@
 A row per exit of the *whole* model, zeros for exits of other stages, so that one sum over the pipeline group puts
 every exit's numbers on every rank. Only log, validation and save steps call `reduce`.
 
-    exit/<name>/loss            training loss per token since the last log step, nats
-    val/exit/<name>/loss        validation loss per token, nats
-    val/exit/<name>/perplexity  exp of it
+    exit/<name>/loss            training loss of the exit's objective per token since the last log step, nats
+    exit/<name>/cross_entropy   the label's cross-entropy, where that is not the loss
+    val/exit/<name>/loss        validation loss per token: the label's cross-entropy, whatever the objective
+    .../perplexity              exp of the cross-entropy
+    .../kl                      divergence from the final exit at the run's temperature, for exits that learn from it
+    .../confidence              mean largest probability
+    val/exit/<name>/entropy     mean entropy, nats
     val/exit/<name>/agreement   share of positions where the exit's most likely token is the full model's
     val/full_model/loss         the final exit's validation loss (with val_agreement)
 
-May import: torch, megatron.core.
+May import: torch, megatron.core, nemo_ee levels 0-1.
 """
 
 from __future__ import annotations
@@ -23,12 +27,43 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_ee.megatron.linear_cross_entropy import TokenSums
+
 FULL_MODEL = "full_model"
-_COLUMNS = ("loss_sum", "count", "agreed", "compared")
+# (sum, what it is divided by); the first column is what gradients are divided by.
+_MEANS = {
+    "loss": ("loss", "weight"),
+    "cross_entropy": ("cross_entropy", "tokens"),
+    "kl": ("kl", "kl_tokens"),
+    "confidence": ("confidence", "tokens"),
+    "entropy": ("entropy", "entropy_tokens"),
+    "agreement": ("agreed", "compared"),
+}
+_COLUMNS = tuple(dict.fromkeys(column for pair in _MEANS.values() for column in reversed(pair)))
+assert _COLUMNS[0] == "weight"
+
+
+def row_of(sums: TokenSums, *, taught: bool = False, entropy: bool = False) -> Tensor:
+    """One microbatch's sums as a row, fp32; its first entry is the weight that the summed loss is divided by.
+
+    Args:
+        sums: of `linear_cross_entropy`.
+        taught: there was a teacher, so `kl` means something.
+        entropy: the entropy was asked for.
+    """
+    zero = torch.zeros_like(sums.tokens)
+    counts = {"kl_tokens": sums.tokens if taught else zero, "entropy_tokens": sums.tokens if entropy else zero}
+    values = {**vars(sums), **counts, "agreed": zero, "compared": zero}
+    return torch.stack([values[column] for column in _COLUMNS])
+
+
+def empty_row(device: torch.device) -> Tensor:
+    """A row of zeros to add rows to."""
+    return torch.zeros(len(_COLUMNS), device=device)
 
 
 class ExitSums:
-    """Accumulates (sum, count) pairs per exit.
+    """Accumulates rows per exit.
 
     Args:
         names: exits of the whole model in config order; the final exit's row comes last, as `full_model`.
@@ -39,18 +74,28 @@ class ExitSums:
         self.rows = {name: index for index, name in enumerate((*names, FULL_MODEL))}
         self.sums = torch.zeros(len(self.rows), len(_COLUMNS), dtype=torch.float64, device=device)
 
-    def add(self, name: str, **values: Tensor | float) -> None:
-        """Add to an exit's `loss_sum`, `count`, `agreed`, `compared`."""
-        for column, value in values.items():
+    def add_row(self, name: str, row: Tensor) -> None:
+        """Add a row of `row_of`, or a sum of such rows."""
+        self.sums[self.rows[name]] += row
+
+    @staticmethod
+    def mean_loss(row: Tensor) -> Tensor:
+        """Loss per unit of weight of a row, fp32 scalar; 0 of an empty one."""
+        weight, loss = row[_COLUMNS.index("weight")], row[_COLUMNS.index("loss")]
+        return torch.where(weight > 0, loss / weight, torch.zeros_like(loss))
+
+    def add_agreement(self, name: str, *, agreed: Tensor | float, compared: Tensor | float) -> None:
+        """Add positions that agreed with the full model, and how many were compared."""
+        for column, value in (("agreed", agreed), ("compared", compared)):
             self.sums[self.rows[name], _COLUMNS.index(column)] += value
 
     def reduce(self, *, over_data: bool = True) -> dict[str, dict[str, float]]:
-        """Sums over the data-parallel group (unless already done) and the pipeline; then loss, perplexity, agreement.
+        """Sums over the data-parallel group (unless already done) and the pipeline; then their means.
 
         Every rank must call it. The sums start anew afterwards.
 
         Returns:
-            name -> {"loss", "perplexity", "agreement"}; only exits with tokens, and only what was measured.
+            name -> {"loss", "cross_entropy", "perplexity", ...}; only exits with tokens, and only what was measured.
         """
         total = self.sums.clone()
         self.sums.zero_()
@@ -60,12 +105,12 @@ class ExitSums:
             torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         result: dict[str, dict[str, float]] = {}
         for name, row in zip(self.rows, total.tolist(), strict=True):
-            loss_sum, count, agreed, compared = row
-            if count:
-                loss = loss_sum / count
-                result[name] = {"loss": loss, "perplexity": math.exp(min(loss, 80.0))}
-            if compared:
-                result.setdefault(name, {})["agreement"] = agreed / compared
+            values = dict(zip(_COLUMNS, row, strict=True))
+            means = {key: values[top] / values[count] for key, (top, count) in _MEANS.items() if values[count]}
+            if "cross_entropy" in means:
+                means["perplexity"] = math.exp(min(means["cross_entropy"], 80.0))
+            if means:
+                result[name] = means
         return result
 
 

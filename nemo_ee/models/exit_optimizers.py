@@ -52,8 +52,8 @@ class ExitOptimizer:
         """Sum gradients over data parallelism (and, for replicated parameters, sequence parallelism); make a mean.
 
         Args:
-            counted: [m] fp32, first the number of tokens that counted in this rank's microbatches; summed in place
-                over the data-parallel group together with whatever else it carries.
+            counted: [m] fp32, first the sum of the tokens' weights in this rank's microbatches; summed in place over
+                the data-parallel group together with whatever else it carries.
             nominal: the factor 1/nominal that the gradients already carry.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
@@ -62,9 +62,10 @@ class ExitOptimizer:
             _all_reduce_flat(split, group=parallel_state.get_tensor_model_parallel_group())
         if parallel_state.get_data_parallel_world_size() > 1:
             _all_reduce_flat([*gradients, counted], group=parallel_state.get_data_parallel_group())
-        tokens = counted[0].clamp(min=1.0)
+        weight = counted[0]
+        scale = torch.where(weight > 0, nominal / weight, torch.zeros_like(weight))
         for gradient in gradients:
-            gradient.mul_(nominal / tokens)
+            gradient.mul_(scale)
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients so that their norm over the tensor-parallel group is at most `max_norm`; returns the

@@ -34,7 +34,7 @@ def full_model_logits(model, tokens: Tensor) -> Tensor | None:
     batch = MicroBatch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32), positions)
     result: list[Tensor] = []
 
-    def work(index: int, stage) -> None:
+    def work(index: int, stage, teacher) -> None:
         if gpt.post_process:
             hidden = spread_over_tensor_parallel(stage.hidden, gpt.config)
             weight = gpt.backbone_output_weight()

@@ -33,18 +33,21 @@ from nemo_ee.checkpoint.chunk_reader import WeightSource
 from nemo_ee.checkpoint.module_weights import load_shards
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weight_at
+from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
 from nemo_ee.exits.placement import StagePlacement, place_exits
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
 from nemo_ee.megatron.exit_head_init import initialise_exit_head
 from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import backbone_specs
+from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import give_each_sample_its_own_mask
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
 from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
-from nemo_ee.models.supported import refuse_unsupported
+from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
+from nemo_ee.models.supported import needs_full_depth, refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
@@ -79,8 +82,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self.early_exit = EarlyExitConfig.from_mapping(
             OmegaConf.to_container(cfg.early_exit, resolve=True), num_layers=cfg.num_layers
         )
-        wanted = cfg.get("full_depth")
-        self.full_depth = bool(cfg.get("val_agreement", False)) if wanted is None else bool(wanted)
+        self.objectives = {name: Objective.of(self.early_exit, name) for name in self.early_exit.names}
+        self.full_depth = needs_full_depth(cfg, self.early_exit)
         self.placements = place_exits(
             self.early_exit.exits,
             num_layers=cfg.num_layers,
@@ -90,6 +93,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         super().__init__(cfg, trainer=trainer)
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
         self._link: StageLink | None = None
+        self._channel: TeacherChannel | None = None
         self._train_sums: ExitSums | None = None
         self._val_sums: ExitSums | None = None
 
@@ -141,6 +145,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             max_sequence_length=cfg.get("max_position_embeddings") or cfg.encoder_seq_length,
             pre_process=pre_process,
             post_process=post_process,
+            keep_output_weight=keeps_output_weight(self.early_exit, self.placement),
             share_embeddings_and_output_weights=cfg.get("share_embeddings_and_output_weights", True),
             position_embedding_type=cfg.get("position_embedding_type", "learned_absolute"),
             rotary_percent=cfg.get("rotary_percentage", 1.0),
@@ -251,14 +256,18 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def link(self) -> StageLink:
         """This stage's ends in the pipeline."""
         if self._link is None:
-            size = parallel_state.get_pipeline_model_parallel_world_size()
-            first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-            self._link = StageLink(
-                parallel_state.get_pipeline_model_parallel_group() if size > 1 else None,
-                None if first else parallel_state.get_pipeline_model_parallel_prev_rank(),
-                None if last else parallel_state.get_pipeline_model_parallel_next_rank(),
-            )
+            self._link = stage_link()
         return self._link
+
+    @property
+    def channel(self) -> TeacherChannel | None:
+        """The way back of the final exit's distributions; every rank must ask for it at the same time."""
+        if self._channel is None:
+            minutes = self.cfg.get("distributed_timeout_minutes", 30)
+            self._channel = teacher_channel(
+                self.model, self.early_exit, self.placements, autocast=self._autocast_dtype, timeout_minutes=minutes
+            )
+        return self._channel
 
     def training_step(self, dataloader_iter: Iterator) -> Tensor:
         """One global batch on this stage: gradients of its exits, averaged over tokens and data-parallel ranks."""
@@ -279,6 +288,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             sums=self._train_sums,
             link=self.link,
             loss_weights=weights,
+            objectives=self.objectives,
+            channel=self.channel,
             autocast=self._autocast_dtype,
         )
         if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
@@ -293,7 +304,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
 
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:
         """One global batch without gradients; sums are kept until the epoch ends."""
-        self.link.drain()
+        self._drain()
         if self._val_sums is None:
             self._val_sums = ExitSums(self.early_exit.names, self.device)
         evaluate_global_batch(
@@ -302,6 +313,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             sums=self._val_sums,
             link=self.link,
             agreement=self.full_depth and bool(self.cfg.get("val_agreement", False)),
+            objectives=self.objectives,
+            channel=self.channel,
             autocast=self._autocast_dtype,
         )
 
@@ -321,7 +334,11 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
 
     def _log_exits(self, results: dict[str, dict[str, float]], *, validation: bool) -> None:
         for name, result in results.items():
+            # Where the label's cross-entropy is the loss it is not logged twice.
+            plain = validation or self.objectives[name] == CROSS_ENTROPY
             for metric, value in result.items():
+                if plain and metric == "cross_entropy":
+                    continue
                 self.log(metric_name(name, metric, validation=validation), value, batch_size=1)
 
     def _microbatch(self, dataloader_iter: Iterator) -> MicroBatch:
@@ -339,10 +356,15 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def _autocast_dtype(self) -> torch.dtype | None:
         return torch.bfloat16 if self.torch_dtype is torch.bfloat16 else None
 
+    def _drain(self) -> None:
+        self.link.drain()
+        if self._channel is not None:
+            self._channel.drain()
+
     def on_train_end(self) -> None:
         """Let the last transfers finish before the process groups go away."""
         super().on_train_end()
-        self.link.drain()
+        self._drain()
 
     def build_train_valid_test_datasets(self):
         """NeMo's data sets, whose samples no longer share one loss mask."""
@@ -365,7 +387,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Exits' shards and the backbone's fingerprint."""
-        self.link.drain()
+        self._drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")

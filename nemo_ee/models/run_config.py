@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
-from nemo_ee.models.supported import planned_ranks, refuse_unsupported
+from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
@@ -159,11 +159,11 @@ def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
 def _place(model: DictConfig) -> None:
     """Raises ValueError for faulty exits, or for more stages than layers that run."""
     block = OmegaConf.to_container(model.early_exit, resolve=True)
-    exits = EarlyExitConfig.from_mapping(block, num_layers=model.num_layers).exits
-    if exits:
+    early_exit = EarlyExitConfig.from_mapping(block, num_layers=model.num_layers)
+    if early_exit.exits:
         place_exits(
-            exits,
+            early_exit.exits,
             num_layers=model.num_layers,
             num_stages=model.get("pipeline_model_parallel_size", 1),
-            full_depth=bool(model.get("val_agreement") or model.get("full_depth")),
+            full_depth=needs_full_depth(model, early_exit),
         )

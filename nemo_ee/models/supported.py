@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the stock `MegatronGPTModel` accepts and the early-exit model does not: refused at once, all in one message.
 
-May import: omegaconf.
+May import: omegaconf, nemo_ee.exits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.exits.config import EarlyExitConfig
 
 
 def _above_one(value: Any) -> bool:
@@ -39,13 +41,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value not in (None, "huggingface", "sentencepiece", "megatron", "byte-level", "tiktoken"),
         "its files can run code when they are read; use huggingface, sentencepiece, megatron, byte-level or tiktoken",
     ),
-    "early_exit.objective": (
-        lambda value: value not in (None, "cross_entropy"),
-        "not available yet; use cross_entropy",
-    ),
     "early_exit.train": (lambda value: value not in (None, "exits"), "not available yet; use exits"),
-    "early_exit.token_weights": (lambda value: value not in (None, "none"), "not available yet; use none"),
 }
+
+
+def needs_full_depth(cfg: DictConfig, early_exit: EarlyExitConfig) -> bool:
+    """Whether the layers past the deepest exit and the final exit are built and run.
+
+    `full_depth` in the config says so; null: if an objective or a metric needs the final exit.
+    """
+    wanted = cfg.get("full_depth")
+    if wanted is not None and (wanted or not early_exit.needs_final_exit):
+        return bool(wanted)
+    return bool(cfg.get("val_agreement")) or early_exit.needs_final_exit
 
 
 def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
@@ -76,10 +84,11 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
             faults.append(f"  {key}={value!r}: {reason}")
     if str(precision) in ("16", "16-mixed", "16-true"):
         faults.append(f"  trainer.precision={precision}: fp16 tuning is not supported; use bf16-mixed or 32")
-    for index, exit in enumerate((cfg.get("early_exit") or {}).get("exits") or []):
-        objective = exit.get("objective") if OmegaConf.is_dict(exit) else None
-        if objective not in (None, "cross_entropy"):
-            faults.append(f"  early_exit.exits[{index}].objective={objective!r}: not available yet; use cross_entropy")
+    top_k, vocabulary = OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.get("vocab_size")
+    if isinstance(top_k, int) and vocabulary and top_k > vocabulary:
+        faults.append(
+            f"  early_exit.distillation.top_k={top_k} is more than the vocabulary's {vocabulary} tokens; null uses all"
+        )
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
     if world_size % (tp * pp):
         faults.append(

@@ -8,17 +8,21 @@ May import: torch, megatron.core, nemo_ee levels 0-1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_ee.exits.objective import Objective
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
 from nemo_ee.megatron.exit_loss import MicroBatch, evaluate_exit, tune_exit
 from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
 from nemo_ee.megatron.low_rank import spread_over_tensor_parallel
+from nemo_ee.megatron.teacher import Teacher
+from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink, run_stage
-from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums
+from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, empty_row, row_of
 from nemo_ee.models.exit_optimizers import ExitOptimizers
 
 
@@ -30,9 +34,13 @@ def tune_global_batch(
     sums: ExitSums,
     link: StageLink,
     loss_weights: Mapping[str, float],
+    objectives: Mapping[str, Objective],
+    channel: TeacherChannel | None,
     autocast: torch.dtype | None,
 ) -> Tensor:
     """Fill the gradients of this stage's exits with those of the mean loss per token over the global batch.
+
+    Where tokens are weighted, the mean is over the weights.
 
     Args:
         model: this stage.
@@ -41,19 +49,23 @@ def tune_global_batch(
         sums: training sums, added to.
         link: pipeline ends.
         loss_weights: exit name -> weight of its loss in this step.
+        objectives: exit name -> what its loss is made of.
+        channel: where teachers come from; None if no exit of the model has one.
         autocast: dtype of mixed precision.
 
     Returns:
         fp32 scalar, sum of this stage's losses per token (0 on a stage without exits); no gradient.
     """
     vocabulary = model.vocabulary()
-    # The true token count is known only after the batch; until then gradients are scaled by the largest it can be.
+    # The true sum of weights is known only after the batch; until then gradients are scaled by the most it can be.
     nominal = float(sum(batch.labels.numel() for batch in batches)) or 1.0
     device = batches[0].tokens.device
-    counted = {head.exit.name: torch.zeros(2, device=device) for head in model.exits}  # [tokens, loss sum]
+    counted = {head.exit.name: empty_row(device) for head in model.exits}
 
-    def work(index: int, stage: StageOutput) -> None:
+    def work(index: int, stage: StageOutput, teacher: Teacher | None) -> None:
         for head in model.exits:
+            objective = objectives[head.exit.name]
+            taught = teacher if objective.has_teacher else None
             result = tune_exit(
                 head,
                 stage.taps[head.exit.stop],
@@ -61,11 +73,13 @@ def tune_global_batch(
                 rotary_pos_emb=stage.rotary_pos_emb,
                 vocabulary=vocabulary,
                 grad_scale=loss_weights[head.exit.name] / nominal,
+                objective=objective,
+                teacher=taught,
                 autocast=autocast,
             )
-            counted[head.exit.name] += torch.stack((result.count, result.loss_sum))
+            counted[head.exit.name] += row_of(result.sums, taught=taught is not None)
 
-    run_microbatches(model, batches, link=link, work=work, autocast=autocast)
+    run_microbatches(model, batches, link=link, channel=channel, work=work, autocast=autocast)
     total = torch.zeros((), device=device)
     reduced = {exit.name for exit in optimizers.exits}
     for exit in optimizers.exits:
@@ -73,9 +87,9 @@ def tune_global_batch(
     for name, values in counted.items():  # in the config's order, which every data-parallel rank shares
         if name not in reduced:  # an exit with nothing to train: only its numbers
             torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
-    for name, (count, loss_sum) in counted.items():
-        sums.add(name, loss_sum=loss_sum, count=count)
-        total += loss_sum / count.clamp(min=1.0)
+    for name, row in counted.items():
+        sums.add_row(name, row)
+        total += sums.mean_loss(row)
     return total
 
 
@@ -87,6 +101,8 @@ def evaluate_global_batch(
     sums: ExitSums,
     link: StageLink,
     agreement: bool,
+    objectives: Mapping[str, Objective],
+    channel: TeacherChannel | None,
     autocast: torch.dtype | None,
 ) -> None:
     """Add a global batch's losses to `sums`; every rank of the pipeline must call it.
@@ -98,14 +114,18 @@ def evaluate_global_batch(
         link: pipeline ends.
         agreement: also measure the final exit and how often the exits' most likely tokens are its own; the final
             exit's tokens are broadcast over the pipeline once per microbatch. Needs a full-depth model.
+        objectives: exit name -> objective; the divergence from its teacher is measured, its loss is not.
+        channel: where teachers come from; None measures no divergence.
         autocast: dtype of mixed precision.
     """
     vocabulary = model.vocabulary()
     device = batches[0].tokens.device
     chosen: dict[tuple[int, str], Tensor] = {}
 
-    def work(index: int, stage: StageOutput) -> None:
+    def work(index: int, stage: StageOutput, teacher: Teacher | None) -> None:
         for head in model.exits:
+            objective = objectives[head.exit.name]
+            taught = teacher if objective.has_teacher else None
             result = evaluate_exit(
                 head,
                 stage.taps[head.exit.stop],
@@ -113,15 +133,17 @@ def evaluate_global_batch(
                 rotary_pos_emb=stage.rotary_pos_emb,
                 vocabulary=vocabulary,
                 want_argmax=agreement,
+                objective=replace(objective, label_weight=1.0, teacher_weight=0.0, by_confidence=False),
+                teacher=taught,
                 autocast=autocast,
             )
-            sums.add(head.exit.name, loss_sum=result.loss_sum, count=result.count)
+            sums.add_row(head.exit.name, row_of(result.sums, taught=taught is not None, entropy=True))
             if agreement:
                 chosen[index, head.exit.name] = result.argmax
         if agreement and model.post_process:
             chosen[index, FULL_MODEL] = _final_exit(model, stage, batches[index], sums, autocast)
 
-    run_microbatches(model, batches, link=link, work=work, autocast=autocast)
+    run_microbatches(model, batches, link=link, channel=channel, work=work, autocast=autocast)
     link.drain()
     if not agreement:
         return
@@ -136,7 +158,7 @@ def evaluate_global_batch(
         counts = mask > 0
         for head in model.exits:
             agreed = (chosen[index, head.exit.name] == final) & counts
-            sums.add(head.exit.name, agreed=agreed.sum(), compared=counts.sum())
+            sums.add_agreement(head.exit.name, agreed=agreed.sum(), compared=counts.sum())
 
 
 def _final_exit(
@@ -154,7 +176,7 @@ def _final_exit(
         want_argmax=True,
         dtype=autocast,
     )
-    sums.add(FULL_MODEL, loss_sum=result.loss_sum, count=result.count)
+    sums.add_row(FULL_MODEL, row_of(result.sums))
     return result.argmax
 
 
@@ -163,26 +185,32 @@ def run_microbatches(
     batches: Sequence[MicroBatch],
     *,
     link: StageLink,
-    work: Callable[[int, StageOutput], None],
+    work: Callable[[int, StageOutput, Teacher | None], None],
     autocast: torch.dtype | None,
+    channel: TeacherChannel | None = None,
 ) -> None:
-    """Run this stage's layers over the microbatches; `work` gets each one's taps after its state was sent on."""
+    """Run this stage's layers over the microbatches; `work` gets each one's taps after its state was sent on.
+
+    With a channel it also gets the microbatch's teacher, and runs later by as many microbatches as that takes.
+    """
     micro_batch, sequence = batches[0].tokens.shape
     config, device = model.config, batches[0].tokens.device
     if config.sequence_parallel:
         sequence //= parallel_state.get_tensor_model_parallel_world_size()
     # Under autocast the residual stream stays in the parameters' dtype, so that is what travels between stages.
     dtype = config.params_dtype
-    outputs: list[StageOutput | None] = [None]
+    held: dict[int, tuple[StageOutput, Callable[[], Teacher] | None]] = {}
 
     def forward(index: int, received: Tensor | None) -> Tensor:
         with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            outputs[0] = model.forward_to_taps(batches[index], received)
-        return outputs[0].hidden.to(dtype)
+            stage = model.forward_to_taps(batches[index], received)
+        teacher = channel.after_forward(stage, batches[index]) if channel is not None else None
+        held[index] = (stage if model.post_process else replace(stage, hidden=None), teacher)
+        return stage.hidden.to(dtype)
 
     def after_sending(index: int) -> None:
-        stage, outputs[0] = outputs[0], None
-        work(index, stage)
+        stage, teacher = held.pop(index)
+        work(index, stage, None if teacher is None else teacher())
 
     run_stage(
         link,
@@ -192,4 +220,5 @@ def run_microbatches(
         device=device,
         forward=forward,
         work=after_sending,
+        delay=0 if channel is None else channel.delay,
     )

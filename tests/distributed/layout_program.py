@@ -30,6 +30,18 @@ EXITS = [
 # Embedding exits see the raw hidden state: with norm exits trained too, every kind of parameter has a gradient.
 NUM_LAYERS, VOCABULARY, LENGTH, STEPS = 5, 4100, 16, 5
 
+# Exits that learn from the final exit: on the first stage and on later ones, beside one that does not.
+TAUGHT_EXITS = [
+    {"name": "layer1-mlp", "objective": "distillation"},
+    {"name": "layer2-norm", "objective": "mixed"},
+    {"name": "layer2-layer"},
+    {"name": "layer4-mlp", "objective": "distillation"},
+]
+TAUGHT = {
+    "whole": {"distillation": {"temperature": 1.5, "weight": 0.4}},
+    "top-k": {"distillation": {"temperature": 0.8, "weight": 0.4, "top_k": 6}, "token_weights": "confidence"},
+}
+
 
 def model_config(folder: Path, tp: int, pp: int, sequence_parallel: bool, **options) -> dict:
     """The script's `model` block of a tuning run."""
@@ -183,6 +195,12 @@ def run_layout(folder: Path, layout: tuple[int, int, int, int], rank: int, saved
     trainer.fit(model)
     result["alone"] = recorder.steps
     result["layers"] = len(model.model.decoder.layers)
+    for kind, block in TAUGHT.items():
+        block = {**block, "exits": TAUGHT_EXITS, "every": None}
+        taught = model_config(folder, tp, pp, bool(sp), early_exit=block)
+        trainer, recorder = trainer_for(world_size, **taught)
+        trainer.fit(restore(folder / "start.nemo", trainer, taught))
+        result[f"taught {kind}"] = {"losses": recorder.steps, "validation": recorder.validation}
     if rank == 0:
         (folder / f"{name}.json").write_text(json.dumps(result))
 

@@ -109,6 +109,27 @@ def test_a_stage_without_exits_trains_nothing_and_breaks_nothing(results, name: 
         assert relative_difference(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["whole", "top-k"])
+@pytest.mark.parametrize("name", NAMES)
+def test_exits_learn_the_same_from_the_final_exit(results, name: str, kind: str) -> None:
+    """The teacher comes back over stages and tensor-parallel shards; losses and divergences as on one rank."""
+    ours, reference = results[name][f"taught {kind}"], results[REFERENCE][f"taught {kind}"]
+    assert len(ours["losses"]) == 5
+    for step, (here, there) in enumerate(zip(ours["losses"], reference["losses"], strict=True)):
+        assert relative_difference(here, there) < 1e-5, f"step {step}"
+    kls = [key for key in reference["validation"] if key.endswith("/kl")]
+    assert sorted(kls) == [f"val/exit/{exit}/kl" for exit in ("layer1-mlp", "layer2-norm", "layer4-mlp")]
+    for key, value in reference["validation"].items():
+        assert ours["validation"][key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_an_exit_without_a_teacher_is_trained_as_without_taught_ones_beside_it(results) -> None:
+    """And (the control) one with a teacher is not."""
+    plain, taught = results[REFERENCE]["losses"], results[REFERENCE]["taught whole"]["losses"]
+    assert [step["exit/layer2-layer/loss"] for step in taught] == [step["exit/layer2-layer/loss"] for step in plain]
+    assert taught[0]["exit/layer1-mlp/loss"] != pytest.approx(plain[0]["exit/layer1-mlp/loss"], rel=1e-3)
+
+
 def test_an_exit_tuned_alone_equals_one_tuned_with_others(results) -> None:
     """Bitwise: one optimizer, one clipping, one gradient per exit (invariant 3)."""
     key = "exit/layer4-mlp/loss"

@@ -349,7 +349,7 @@ FAULTY = {
     ),
     "unknown key of an exit": ({}, [{"layer": 1, "weight": 2}], {}, ["exits[0].weight = 2", "is not a key"]),
     "unknown shorthand": ({}, [], {"every": "0.25"}, ["every = '0.25'", "1/8"]),
-    "not there yet": ({}, EXITS, {"objective": "distillation"}, ["objective='distillation': not available yet"]),
+    "unknown objective": ({}, EXITS, {"objective": "imitation"}, ["objective = 'imitation'", "distillation"]),
     "too long": ({"model.encoder_seq_length": 999}, EXITS, {}, ["999", "1..32"]),
     "several": (
         {"output": "x.bin", "model.tensor_model_parallel_size": 3},

@@ -208,8 +208,8 @@ def test_gradients_equal_autograd_through_all_logits(trained, index: int) -> Non
         vocabulary=model.model.vocabulary(),
         grad_scale=scale,
     )
-    assert result.count == batch.loss_mask.sum()
-    assert result.loss_sum.item() == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert result.sums.weight == batch.loss_mask.sum()
+    assert result.sums.loss.item() == pytest.approx(loss.item(), rel=TOLERANCE)
     for name, parameter in head.named_parameters():
         if name not in expected:
             assert parameter.grad is None, f"{name} is frozen"
@@ -276,7 +276,7 @@ def test_evaluation_agrees_with_tuning_and_leaves_no_gradient(trained) -> None:
         assert all(parameter.grad is None for parameter in head.parameters())
         tuned = tune_exit(head, tap, batch, grad_scale=1.0, **options)
         head.zero_grad()
-        assert torch.equal(evaluated.loss_sum, tuned.loss_sum)
+        assert torch.equal(evaluated.sums.loss, tuned.sums.loss)
         with torch.no_grad():
             best = naive_logits(head, tap, stage.rotary_pos_emb, model.vocab_size).argmax(-1)
         assert torch.equal(evaluated.argmax.view(13, 2).t(), best)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_ee.megatron.linear_cross_entropy import VocabularyShard, linear_cross_entropy
+from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.vocab_parallel import VocabularyShard
 
 TOKENS, VOCABULARY, PADDED = 23, 13, 16
 WIDTHS = {"one term": (7,), "two terms": (7, 3)}
@@ -49,8 +50,8 @@ def test_equals_the_naive_loss_and_its_gradients(widths: tuple[int, ...], rows_p
         inputs, weights, labels, mask,
         vocabulary=_whole(), grad_scale=0.25, want_argmax=True, chunk_bytes=4 * PADDED * rows_per_chunk,
     )  # fmt: skip
-    torch.testing.assert_close(result.loss_sum, loss.detach())
-    assert result.count == mask.sum()
+    torch.testing.assert_close(result.sums.loss, loss.detach())
+    torch.testing.assert_close(result.sums.weight, mask.sum())
     for ours, theirs in zip(result.input_grads, input_grads, strict=True):
         torch.testing.assert_close(ours, theirs)
     for weight, theirs in zip(weights, weight_grads, strict=True):
@@ -64,8 +65,8 @@ def test_padding_rows_would_change_the_loss_if_they_counted() -> None:
     """Control: with every row valid the same inputs give another loss."""
     inputs, weights, labels, mask = _case((7,))
     everything = VocabularyShard.of(vocab_size=PADDED, padded_vocab_size=PADDED, rank=0, size=1, group=None)
-    right = linear_cross_entropy(inputs, weights, labels, mask, vocabulary=_whole()).loss_sum
-    wrong = linear_cross_entropy(inputs, weights, labels, mask, vocabulary=everything).loss_sum
+    right = linear_cross_entropy(inputs, weights, labels, mask, vocabulary=_whole()).sums.loss
+    wrong = linear_cross_entropy(inputs, weights, labels, mask, vocabulary=everything).sums.loss
     assert (wrong - right).abs() > 0.1
 
 
@@ -81,7 +82,7 @@ def test_chunks_change_nothing(rows_per_chunk: int) -> None:
         results.append((result, [weight.grad.clone() for weight in weights]))
     (first, first_grads), *others = results
     for other, other_grads in others:
-        torch.testing.assert_close(first.loss_sum, other.loss_sum, rtol=1e-6, atol=0)
+        torch.testing.assert_close(first.sums.loss, other.sums.loss, rtol=1e-6, atol=0)
         assert torch.equal(first.argmax, other.argmax)
         torch.testing.assert_close(first.input_grads, other.input_grads, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(first_grads, other_grads, rtol=1e-5, atol=1e-6)
@@ -98,14 +99,14 @@ def test_masked_positions_do_not_count_and_their_labels_are_not_read() -> None:
         [inputs[0].detach()[kept].requires_grad_()],
         weights, labels[kept], mask[kept], vocabulary=vocabulary, grad_scale=1.0,
     )  # fmt: skip
-    torch.testing.assert_close(result.loss_sum, alone.loss_sum)
+    torch.testing.assert_close(result.sums.loss, alone.sums.loss)
     torch.testing.assert_close(weight_grad, weights[0].grad)
     assert not result.input_grads[0][~kept].any()
     for outside in (-100, -1, VOCABULARY, PADDED + 40):
         weights[0].grad = None
         odd = labels.masked_fill(~kept, outside)
         again = linear_cross_entropy(inputs, weights, odd, mask, vocabulary=vocabulary, grad_scale=1.0)
-        assert torch.equal(again.loss_sum, result.loss_sum)
+        assert torch.equal(again.sums.loss, result.sums.loss)
         assert torch.equal(weights[0].grad, weight_grad)
 
 
@@ -139,8 +140,8 @@ def test_huge_logits_stay_finite() -> None:
     inputs, weights, labels, mask = _case((7,), scale=1e4)
     loss, input_grads, _ = _gradients(inputs, weights, labels, mask, 1.0)
     result = linear_cross_entropy(inputs, weights, labels, mask, vocabulary=_whole(), grad_scale=1.0)
-    assert result.loss_sum.isfinite() and loss > 1e4
-    torch.testing.assert_close(result.loss_sum, loss.detach())
+    assert result.sums.loss.isfinite() and loss > 1e4
+    torch.testing.assert_close(result.sums.loss, loss.detach())
     torch.testing.assert_close(result.input_grads[0], input_grads[0])
 
 
@@ -149,7 +150,7 @@ def test_an_empty_mask_gives_zero() -> None:
     result = linear_cross_entropy(
         inputs, weights, torch.full_like(labels, -100), torch.zeros(TOKENS), vocabulary=_whole(), grad_scale=1.0
     )
-    assert result.loss_sum == 0 and result.count == 0
+    assert result.sums.loss == 0 and result.sums.weight == 0
     assert not weights[0].grad.any() and not result.input_grads[0].any()
 
 
@@ -161,8 +162,8 @@ def test_half_precision_products_with_fp32_softmax() -> None:
     )
     rounded = [[t.detach().bfloat16().float().requires_grad_() for t in ts] for ts in (inputs, weights)]
     loss, _, weight_grads = _gradients(*rounded, labels, mask, 1.0)
-    assert result.loss_sum.dtype is torch.float32 and weights[0].grad.dtype is torch.float32
-    torch.testing.assert_close(result.loss_sum, loss.detach(), rtol=2e-2, atol=0)
+    assert result.sums.loss.dtype is torch.float32 and weights[0].grad.dtype is torch.float32
+    torch.testing.assert_close(result.sums.loss, loss.detach(), rtol=2e-2, atol=0)
     torch.testing.assert_close(weights[0].grad, weight_grads[0], rtol=0.05, atol=0.05)
 
 
@@ -187,4 +188,4 @@ def test_a_shard_of_padding_only_takes_part_without_effect(monkeypatch: pytest.M
     result = linear_cross_entropy(inputs, [torch.randn(4, 7)], labels, mask, vocabulary=empty)
     peak = seen[0]
     assert (peak == torch.finfo(torch.float32).min).all(), "padding never is the maximum over the shards"
-    assert not result.loss_sum.isnan()
+    assert not result.sums.loss.isnan()

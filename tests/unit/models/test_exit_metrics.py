@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
+from nemo_ee.megatron.linear_cross_entropy import TokenSums
+from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name, row_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,33 +27,55 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
 
 
+def _row(**values: float):
+    """A row as `row_of` makes it; what is not given is 0."""
+    fields = {field.name: torch.tensor(values.get(field.name, 0.0)) for field in dataclasses.fields(TokenSums)}
+    return row_of(TokenSums(**fields), taught="kl" in values, entropy="entropy" in values)
+
+
 def test_sums_are_divided_once() -> None:
     """Three uneven microbatches: the loss is per token, not the mean of the microbatches' means."""
     sums = ExitSums(["a", "b"], torch.device("cpu"))
-    for loss_sum, count in ((10.0, 1.0), (0.0, 3.0), (6.0, 4.0)):
-        sums.add("a", loss_sum=torch.tensor(loss_sum), count=torch.tensor(count))
-    sums.add("b", loss_sum=1.0, count=2.0, agreed=1, compared=4)
+    for loss, count in ((10.0, 1.0), (0.0, 3.0), (6.0, 4.0)):
+        sums.add_row("a", _row(loss=loss, weight=count, cross_entropy=loss / 2, tokens=count, confidence=count / 4))
+    sums.add_row("b", _row(loss=1.0, weight=2.0))
+    sums.add_agreement("b", agreed=1, compared=4)
     result = sums.reduce()
-    assert result["a"] == {"loss": 2.0, "perplexity": math.exp(2.0)}
-    assert result["b"] == {"loss": 0.5, "perplexity": math.exp(0.5), "agreement": 0.25}
+    assert result["a"] == {"loss": 2.0, "cross_entropy": 1.0, "perplexity": math.exp(1.0), "confidence": 0.25}
+    assert result["b"] == {"loss": 0.5, "agreement": 0.25}
     assert FULL_MODEL not in result, "nothing was measured of it"
     assert sums.reduce() == {}, "the sums start anew"
+
+
+def test_only_what_was_measured_is_reported() -> None:
+    """A divergence of 0 is a result, a divergence without a teacher is none."""
+    sums = ExitSums(["a", "b"], torch.device("cpu"))
+    sums.add_row("a", _row(weight=2.0, tokens=2.0, kl=0.0, entropy=3.0))
+    sums.add_row("b", _row(weight=2.0, tokens=2.0))
+    result = sums.reduce()
+    assert result["a"]["kl"] == 0.0 and result["a"]["entropy"] == 1.5
+    assert "kl" not in result["b"] and "entropy" not in result["b"]
+
+
+def test_the_loss_of_a_row() -> None:
+    assert ExitSums.mean_loss(_row(loss=3.0, weight=0.5)) == 6.0
+    assert ExitSums.mean_loss(_row()) == 0.0, "no token counted"
 
 
 def test_small_addends_are_not_lost() -> None:
     """A long validation adds small numbers to a large sum; fp32 would stop counting at 2^24."""
     sums = ExitSums(["a"], torch.device("cpu"))
-    sums.add("a", loss_sum=2.0**25, count=2.0**25)
+    sums.add_row("a", _row(loss=2.0**25, weight=2.0**25))
     for _ in range(64):
-        sums.add("a", loss_sum=torch.tensor(1.0), count=torch.tensor(0.0))
+        sums.add_row("a", _row(loss=1.0))
     assert sums.reduce()["a"]["loss"] == 1.0 + 64 / 2**25
 
 
 def test_a_huge_loss_keeps_a_finite_perplexity() -> None:
     sums = ExitSums([], torch.device("cpu"))
-    sums.add(FULL_MODEL, loss_sum=5000.0, count=1.0)
+    sums.add_row(FULL_MODEL, _row(cross_entropy=5000.0, tokens=1.0))
     result = sums.reduce()[FULL_MODEL]
-    assert result["loss"] == 5000.0 and math.isfinite(result["perplexity"])
+    assert result["cross_entropy"] == 5000.0 and math.isfinite(result["perplexity"])
 
 
 def test_names() -> None:

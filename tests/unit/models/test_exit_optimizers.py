@@ -141,6 +141,8 @@ def test_gradients_become_those_of_the_mean_loss_per_token(model) -> None:
         sums=sums,
         link=model.link,
         loss_weights={name: 0.7 for name in model.early_exit.names},
+        objectives=model.objectives,
+        channel=None,
         autocast=None,
     )
     for parameter, gradient in zip(parameters, expected, strict=True):
@@ -229,9 +231,7 @@ def test_vectors_do_not_start_to_decay_after_a_load(model) -> None:
 
 def test_state_of_other_exits_is_refused(model) -> None:
     optimizers = _optimizers(model)
-    with pytest.raises(
-        ValueError, match=r"state of exit 'l1-mlp-copy-own' \(it has \['other'\]\); resume"
-    ):
+    with pytest.raises(ValueError, match=r"state of exit 'l1-mlp-copy-own' \(it has \['other'\]\); resume"):
         optimizers.load_state_dict({"exits": {"other": {}}})
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_ee.models.supported import planned_ranks, refuse_unsupported
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 
 GOOD = {
     "mcore_gpt": True,
@@ -22,7 +23,8 @@ GOOD = {
     "global_batch_size": 8,
     "optim": {"name": "adamw"},
     "data": {"legacy_dataset": False},
-    "early_exit": {"exits": [{"layer": 1, "objective": "cross_entropy"}], "objective": "cross_entropy"},
+    "vocab_size": 4096,
+    "early_exit": {"exits": [{"layer": 1, "objective": "distillation"}], "objective": "cross_entropy"},
 }
 
 # dotted key -> (refused value, what the message must say)
@@ -39,9 +41,8 @@ REFUSED = {
     "rampup_batch_size": ([2, 2, 100], "set it to null"),
     "optim.name": ("mcore_distributed_optim", "use adamw"),
     "data.legacy_dataset": (True, "set it to False"),
-    "early_exit.objective": ("mixed", "use cross_entropy"),
     "early_exit.train": ("joint", "use exits"),
-    "early_exit.token_weights": ("confidence", "use none"),
+    "early_exit.distillation.top_k": (5000, "null uses all"),
 }
 
 
@@ -62,7 +63,12 @@ def test_a_supported_config_passes() -> None:
     """Control, with the values that switch each refused setting off in NeMo's own configs."""
     refuse_unsupported(_config(), world_size=4, precision="bf16-mixed")
     off = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": None, "num_moe_experts": None}
-    off |= {"fp8": False, "rampup_batch_size": None, "early_exit.token_weights": None, "early_exit.train": "exits"}
+    off |= {
+        "fp8": False,
+        "rampup_batch_size": None,
+        "early_exit.distillation.top_k": 4096,
+        "early_exit.train": "exits",
+    }
     for precision in (32, "32", "32-true", "bf16", "bf16-mixed", None):
         refuse_unsupported(_config(**off), world_size=8, precision=precision)
     refuse_unsupported(OmegaConf.create({"mcore_gpt": True}), world_size=1, precision=32)
@@ -82,10 +88,17 @@ def test_fp16_is_refused(precision: str | int) -> None:
     assert f"trainer.precision={precision}" in message and "use bf16-mixed or 32" in message
 
 
-def test_the_objective_of_one_exit_is_read_too() -> None:
-    config = _config()
-    config.early_exit.exits = [{"layer": 1}, {"layer": 2, "objective": "distillation"}]
-    assert "early_exit.exits[1].objective='distillation': not available yet" in _message(config)
+@pytest.mark.parametrize(
+    ("full_depth", "val_agreement", "objective", "needed"),
+    [
+        (None, False, None, False), (None, True, None, True), (True, False, None, True), (False, True, None, False),
+        (None, False, "mixed", True), (False, False, "distillation", True),
+    ],
+)  # fmt: skip
+def test_what_needs_the_final_exit(full_depth, val_agreement, objective, needed) -> None:
+    block = {"exits": [{"layer": 1}, {"layer": 2, "objective": objective}]}
+    config = OmegaConf.create({"full_depth": full_depth, "val_agreement": val_agreement})
+    assert needs_full_depth(config, EarlyExitConfig.from_mapping(block, num_layers=4)) is needed
 
 
 def test_sizes_that_do_not_divide() -> None:

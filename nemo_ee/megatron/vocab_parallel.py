@@ -1,0 +1,94 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Logits over a vocabulary-parallel weight, a chunk of tokens at a time.
+
+Shapes: n tokens, c tokens of a chunk, m input width of a term, v padded vocabulary. May import: torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
+from torch.nn.functional import linear
+
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which part of the vocabulary this rank's weight rows are.
+
+    Attributes:
+        start: first token id of the shard.
+        num_valid: rows that are tokens; the rest is padding and takes no part in the softmax.
+        group: tensor-parallel group, None when it has one rank.
+    """
+
+    start: int
+    num_valid: int
+    group: ProcessGroup | None
+
+    @classmethod
+    def of(
+        cls, *, vocab_size: int, padded_vocab_size: int, rank: int, size: int, group: ProcessGroup | None
+    ) -> VocabularyShard:
+        """Shard `rank` of `size` equal shards of a padded vocabulary."""
+        rows = padded_vocab_size // size
+        start = rank * rows
+        return cls(start, max(0, min(rows, vocab_size - start)), group if size > 1 else None)
+
+    def reduce(self, values: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        """All-reduce `values` over the vocabulary shards in place."""
+        if self.group is not None:
+            all_reduce(values, op=op, group=self.group)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[..., k] of every shard side by side: [..., tp * k]."""
+        if self.group is None:
+            return values
+        parts = [torch.empty_like(values) for _ in range(get_world_size(self.group))]
+        all_gather(parts, values.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
+    def local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of token ids in this shard, clamped into it, and which of them really are in it; both of ids' shape."""
+        local = ids - self.start
+        return local.clamp(0, max(0, self.num_valid - 1)), (local >= 0) & (local < self.num_valid)
+
+
+def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int = 1) -> Iterator[slice]:
+    """Slices of tokens whose fp32 logits, `buffers` times over, take about `chunk_bytes`; at least one token each."""
+    size = max(1, min(num_tokens, chunk_bytes // (4 * rows * buffers)))
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def chunk_logits(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    part: slice,
+    dtype: torch.dtype,
+    vocabulary: VocabularyShard,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """[c, v/tp] fp32 logits of the tokens in `part`; padded rows hold the lowest finite number, so 0 * it is 0."""
+    logits = linear(inputs[0][part].to(dtype), weights[0], bias)
+    for x, weight in zip(inputs[1:], weights[1:], strict=True):
+        logits = logits + linear(x[part].to(dtype), weight)
+    logits = logits.float()
+    logits[:, vocabulary.num_valid :] = torch.finfo(torch.float32).min
+    return logits
+
+
+def argmax_over_shards(logits: Tensor, peak: Tensor, vocabulary: VocabularyShard) -> Tensor:
+    """[c] id of the largest logit over all shards, whose value is `peak` [c]; the smallest id wins a tie, as
+    `torch.argmax` over the whole does."""
+    local = logits.argmax(dim=-1)
+    best = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+    candidate = torch.where(best == peak, local + vocabulary.start, torch.iinfo(torch.long).max)
+    return vocabulary.reduce(candidate, ReduceOp.MIN)
