@@ -159,6 +159,8 @@ def run_layout(folder: Path, layout: tuple[int, int, int, int], rank: int, saved
     """Everything one rank does under one layout."""
     import torch
 
+    from nemo_ee.models.connector import read_config
+
     tp, pp, dp, sp = layout
     world_size, name = tp * pp * dp, "".join(map(str, layout))
     torch.set_num_threads(1)
@@ -174,6 +176,7 @@ def run_layout(folder: Path, layout: tuple[int, int, int, int], rank: int, saved
     result["losses"], result["validation"] = recorder.steps, recorder.validation
     result["tuned"] = gathered_digests(model)
     model.save_to(str(folder / f"{name}.nemo"))
+    result["stores its split"] = "layer_split" in read_config(folder / f"{name}.nemo")
     trainer.save_checkpoint(str(folder / f"{name}-end.ckpt"))
     for other in saved_by:
         other_split = {**config, "val_agreement": False, "layer_split": {"cost": "even"}}

@@ -111,11 +111,12 @@ def test_a_stage_without_exits_trains_nothing_and_breaks_nothing(results, name: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_layers_are_split_as_asked(results, name: str) -> None:
-    """One layer and four, or by measured times; what such a run saves is loaded under an even split and on one stage."""
+    """One layer and four, or by measured times; what such a run saves is loaded under an even split."""
     _, stages, data, _ = LAYOUTS[NAMES.index(name)]
     layers = results[name]["layers"]
     assert sum(layers) == 5 and len(layers) == stages
     assert stages == 1 or data == 1 or layers == [1, 4]
+    assert results[name]["stores its split"] is False, "it describes a run, not a model"
 
 
 def test_an_exit_tuned_alone_equals_one_tuned_with_others(results) -> None:
