@@ -159,13 +159,15 @@ def run_layout(folder: Path, layout: tuple[int, int, int, int], rank: int, saved
     """Everything one rank does under one layout."""
     import torch
 
+    from nemo_ee.models import layer_split
     from nemo_ee.models.connector import read_config
 
+    if rank:
+        layer_split.stopwatch = None  # only rank 0 may measure; the others take its numbers
     tp, pp, dp, sp = layout
     world_size, name = tp * pp * dp, "".join(map(str, layout))
     torch.set_num_threads(1)
     result: dict = {}
-    # Times differ from rank to rank: the ranks can only build one model when they agree on one's.
     split = {"layers": [1, 4] if pp == 2 and dp == 2 else None, "cost": "measured"}
     config = model_config(folder, tp, pp, bool(sp), val_agreement=True, layer_split=split)
     trainer, recorder = trainer_for(world_size, **config)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The cost model counts what the real modules compute.
+"""The cost model counts what the real modules compute, and the split of a real model follows it.
 
 The reference is torch's `FlopCounterMode` around Megatron's layers and around `tune_exit`: equal to the last FLOP.
 """
@@ -8,9 +8,12 @@ The reference is torch's `FlopCounterMode` around Megatron's layers and around `
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from tests.helpers.megatron_models import exit_entry, microbatch, random_tokens, tiny_pair
@@ -114,3 +117,62 @@ def test_parameters_of_an_exit(model, shape) -> None:
         if head.exit.output != "own":  # the backbone's, which the stage keeps once
             frozen += shape.hidden * shape.vocabulary
         assert exit_parameters(shape, head.exit) == (trained, frozen), head.exit.name
+
+
+def two_stages(model, block: dict[str, Any], **settings: Any) -> SimpleNamespace:
+    """What `choose_placements` reads of a model on two stages, its only exit after the first of three layers."""
+    from nemo_ee.exits.config import EarlyExitConfig
+    from nemo_ee.models.layer_split import read_layer_split
+
+    stored = OmegaConf.to_container(model.cfg)
+    cfg = OmegaConf.create({**stored, "pipeline_model_parallel_size": 2, "layer_split": block, "full_depth": None})
+    cfg.update(settings)
+    stub = SimpleNamespace(
+        cfg=cfg,
+        early_exit=EarlyExitConfig.from_mapping({"exits": [{"layer": 1, "name": "first"}]}, num_layers=3),
+        full_depth=bool(cfg.get("full_depth") or cfg.get("val_agreement")),
+        padded_vocab_size=model.padded_vocab_size,
+        torch_dtype=model.torch_dtype,
+        trainer=model.trainer,
+    )
+    stub.layer_split = read_layer_split(stub, cfg)
+    return stub
+
+
+def sizes(model, stub: SimpleNamespace) -> list[int]:
+    from nemo_ee.models.layer_split import choose_placements
+
+    return [stage.num_layers for stage in choose_placements(stub, model.transformer_config)]
+
+
+def test_the_final_exit_counts_where_a_step_runs_it(model) -> None:
+    """Depth for `val_agreement` alone runs the final output at validations only."""
+    block = {"costs": {"exits": {"first": 0.0}, "final_exit": 9.0}}
+    assert sizes(model, two_stages(model, block, full_depth=True)) == [2, 1]
+    heavy_front = {"costs": {"exits": {"first": 5.0}, "final_exit": 9.0}}
+    assert sizes(model, two_stages(model, heavy_front, val_agreement=True)) == [1, 2]
+    assert sizes(model, two_stages(model, heavy_front, full_depth=True)) == [2, 1]
+    assert sizes(model, two_stages(model, {"layers": [1, 2]}, full_depth=True)) == [1, 2]
+
+
+def test_faults_end_it_before_anything_is_built(model) -> None:
+    with pytest.raises(ValueError, match="has 1 entries"):
+        two_stages(model, {"layers": [3]}, full_depth=True)
+    with pytest.raises(ValueError, match="= 2 is more than the 1 layers that run"):
+        two_stages(model, {})
+
+
+def test_a_measurement_that_fails_ends_every_rank(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_ee.models import layer_split
+
+    def broken(device, dtype):
+        def price(operation):
+            raise RuntimeError("out of memory")
+
+        return price
+
+    stub = two_stages(model, {"cost": "measured"}, full_depth=True)
+    assert sum(sizes(model, stub)) == 3
+    monkeypatch.setattr(layer_split, "stopwatch", broken)
+    with pytest.raises(ValueError, match="rank 0 failed .out of memory.; use model.layer_split.cost=parameters"):
+        sizes(model, stub)
