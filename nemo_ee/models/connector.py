@@ -34,7 +34,7 @@ from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
 from nemo_ee.exits.config import EarlyExitConfig
 
 BACKBONE, EXITS, CONFIG = "model_weights", "exit_weights", "model_config.yaml"
-_RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision")
+_RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision", "layer_split")
 
 
 def read_config(path: str | Path) -> DictConfig:

@@ -34,7 +34,7 @@ from nemo_ee.checkpoint.module_weights import load_shards
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weight_at
 from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
-from nemo_ee.exits.placement import StagePlacement, place_exits
+from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
 from nemo_ee.megatron.exit_head_init import initialise_exit_head
 from nemo_ee.megatron.exit_loss import MicroBatch
@@ -45,6 +45,7 @@ from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import give_each_sample_its_own_mask
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
 from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
+from nemo_ee.models.layer_split import choose_placements, read_layer_split
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
 from nemo_ee.models.supported import needs_full_depth, refuse_unsupported
@@ -84,12 +85,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         )
         self.objectives = {name: Objective.of(self.early_exit, name) for name in self.early_exit.names}
         self.full_depth = needs_full_depth(cfg, self.early_exit)
-        self.placements = place_exits(
-            self.early_exit.exits,
-            num_layers=cfg.num_layers,
-            num_stages=cfg.get("pipeline_model_parallel_size", 1),
-            full_depth=self.full_depth or not self.early_exit.exits,
-        )
+        self.layer_split = read_layer_split(self, cfg)
         super().__init__(cfg, trainer=trainer)
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
         self._link: StageLink | None = None
@@ -116,6 +112,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         config.pipeline_model_parallel_size = stages
         if activation == "relu":  # OPT; NeMo's table of activations has none
             config.activation_func = torch.nn.functional.relu
+        self.placements = choose_placements(self, config)
         set_layer_split(config, self.placements)
         return config
 
@@ -127,7 +124,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
         """Build this rank's stage. Megatron-core wants its process groups when modules are built."""
         if not parallel_state.is_initialized():
-            self._set_up_process_groups()
+            self.set_up_process_groups()
             pre_process, post_process = (
                 parallel_state.is_pipeline_first_stage(),
                 parallel_state.is_pipeline_last_stage(),
@@ -155,7 +152,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         mcore_model_customize(cfg, model)
         return model
 
-    def _set_up_process_groups(self) -> None:
+    def set_up_process_groups(self) -> None:
+        """Start the ranks where the script does that itself, and make Megatron's groups."""
         strategy = self.trainer.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(lambda: None, trainer=self.trainer)

@@ -7,12 +7,14 @@ May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.layer_split import LayerSplitConfig
 from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 
@@ -141,29 +143,31 @@ def _data_faults(data: DictConfig) -> list[str]:
 
 def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
     """What the model would refuse when it is built, which is after its file has been unpacked."""
-    checks = (
-        lambda: refuse_unsupported(
-            model, world_size=planned_ranks(cfg.trainer, model), precision=cfg.trainer.get("precision")
-        ),
-        lambda: _place(model),
-    )
-    faults = []
-    for check in checks[: 2 if model.get("early_exit") else 1]:
-        try:
-            check()
-        except ValueError as fault:
-            faults.append(str(fault))
+    ranks, precision = planned_ranks(cfg.trainer, model), cfg.trainer.get("precision")
+    faults = _faults_of(lambda: refuse_unsupported(model, world_size=ranks, precision=precision))
+    if not model.get("early_exit"):
+        return faults
+    plain = OmegaConf.to_container(model, resolve=True)
+    try:
+        early_exit = EarlyExitConfig.from_mapping(plain["early_exit"], num_layers=model.num_layers)
+    except ValueError as fault:
+        return [*faults, str(fault)]
+    if not (exits := early_exit.exits):
+        return faults
+    stages = model.get("pipeline_model_parallel_size", 1)
+    full_depth = needs_full_depth(model, early_exit)
+    sizes = {"num_layers": model.num_layers, "num_stages": stages, "full_depth": full_depth}
+    for check in (
+        lambda: place_exits(exits, **sizes),
+        lambda: LayerSplitConfig.from_mapping(plain.get("layer_split"), exits=exits, **sizes),
+    ):
+        faults += _faults_of(check)
     return faults
 
 
-def _place(model: DictConfig) -> None:
-    """Raises ValueError for faulty exits, or for more stages than layers that run."""
-    block = OmegaConf.to_container(model.early_exit, resolve=True)
-    early_exit = EarlyExitConfig.from_mapping(block, num_layers=model.num_layers)
-    if early_exit.exits:
-        place_exits(
-            early_exit.exits,
-            num_layers=model.num_layers,
-            num_stages=model.get("pipeline_model_parallel_size", 1),
-            full_depth=needs_full_depth(model, early_exit),
-        )
+def _faults_of(check: Callable[[], Any]) -> list[str]:
+    try:
+        check()
+    except ValueError as fault:
+        return [str(fault)]
+    return []

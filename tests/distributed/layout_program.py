@@ -171,30 +171,39 @@ def run_layout(folder: Path, layout: tuple[int, int, int, int], rank: int, saved
     """Everything one rank does under one layout."""
     import torch
 
+    from nemo_ee.models import layer_split
+    from nemo_ee.models.connector import read_config
+
+    if rank:
+        layer_split.stopwatch = None  # only rank 0 may measure; the others take its numbers
     tp, pp, dp, sp = layout
     world_size, name = tp * pp * dp, "".join(map(str, layout))
     torch.set_num_threads(1)
     result: dict = {}
-    config = model_config(folder, tp, pp, bool(sp), val_agreement=True)
+    split = {"layers": [1, 4] if pp == 2 and dp == 2 else None, "cost": "measured"}
+    config = model_config(folder, tp, pp, bool(sp), val_agreement=True, layer_split=split)
     trainer, recorder = trainer_for(world_size, **config)
     model = restore(folder / "start.nemo", trainer, config)
     result["start"] = gathered_digests(model)
+    result["layers"] = [stage.num_layers for stage in model.placements]
     trainer.fit(model)
     result["losses"], result["validation"] = recorder.steps, recorder.validation
     result["tuned"] = gathered_digests(model)
     model.save_to(str(folder / f"{name}.nemo"))
+    result["stores its split"] = "layer_split" in read_config(folder / f"{name}.nemo")
     trainer.save_checkpoint(str(folder / f"{name}-end.ckpt"))
     for other in saved_by:
-        loaded = restore(folder / f"{other}.nemo", trainer, {**config, "val_agreement": False})
+        other_split = {**config, "val_agreement": False, "layer_split": {"cost": "even"}}
+        loaded = restore(folder / f"{other}.nemo", trainer, other_split)
         result[f"loaded {other}"] = gathered_digests(loaded)
     # A run truncated at its only exit: on two stages the first one has nothing to train.
     block = {"early_exit": {"exits": [{"name": "layer4-mlp"}], "every": None}}
-    alone = model_config(folder, tp, pp, bool(sp), **block)
+    alone = model_config(folder, tp, pp, bool(sp), **block, layer_split={"layers": [1, 3] if pp == 2 else None})
     trainer, recorder = trainer_for(world_size, **alone)
     model = restore(folder / "start.nemo", trainer, alone)
     trainer.fit(model)
     result["alone"] = recorder.steps
-    result["layers"] = len(model.model.decoder.layers)
+    result["alone layers"] = len(model.model.decoder.layers)
     for kind, block in TAUGHT.items():
         block = {**block, "exits": TAUGHT_EXITS, "every": None}
         taught = model_config(folder, tp, pp, bool(sp), early_exit=block)

@@ -104,7 +104,7 @@ def test_what_other_layouts_saved_loads_bitwise(results, name: str) -> None:
 def test_a_stage_without_exits_trains_nothing_and_breaks_nothing(results, name: str) -> None:
     """The only exit sits on the last stage; layers past it are not built."""
     stages = LAYOUTS[NAMES.index(name)][1]
-    assert results[name]["layers"] == 4 // stages
+    assert results[name]["alone layers"] == (4 if stages == 1 else 1)
     for ours, theirs in zip(results[name]["alone"], results[REFERENCE]["alone"], strict=True):
         assert relative_difference(ours, theirs) < 1e-5
 
@@ -128,6 +128,16 @@ def test_an_exit_without_a_teacher_is_trained_as_without_taught_ones_beside_it(r
     plain, taught = results[REFERENCE]["losses"], results[REFERENCE]["taught whole"]["losses"]
     assert [step["exit/layer2-layer/loss"] for step in taught] == [step["exit/layer2-layer/loss"] for step in plain]
     assert taught[0]["exit/layer1-mlp/loss"] != pytest.approx(plain[0]["exit/layer1-mlp/loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layers_are_split_as_asked(results, name: str) -> None:
+    """One layer and four, or by measured times; what such a run saves is loaded under an even split."""
+    _, stages, data, _ = LAYOUTS[NAMES.index(name)]
+    layers = results[name]["layers"]
+    assert sum(layers) == 5 and len(layers) == stages
+    assert stages == 1 or data == 1 or layers == [1, 4]
+    assert results[name]["stores its split"] is False, "it describes a run, not a model"
 
 
 def test_an_exit_tuned_alone_equals_one_tuned_with_others(results) -> None:

@@ -148,6 +148,9 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": "90,10,0"})
     _run(tmp_path, data={"data_prefix": ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]})
     _run(tmp_path, early_exit={**BLOCK, "exits": [{"layer": 4, "architecture": "layer"}]})
+    two = {"max_steps": 1, "devices": 2, "num_nodes": 1, "precision": 32, "accumulate_grad_batches": 1}
+    split = {"layers": None, "cost": "measured", "costs": {"exits": {"layer1-mlp": 4.0}}}
+    _run(tmp_path, changes={"trainer": two}, pipeline_model_parallel_size=2, layer_split=split)
 
 
 FAULTS = {
@@ -193,6 +196,20 @@ FAULTS = {
         ["fp8=True", "global_batch_size=4 is not a multiple of micro_batch_size=3"],
     ),
     "fp16": ({}, {"trainer": {"precision": "16-mixed"}}, ["trainer.precision=16-mixed: fp16 tuning is not supported"]),
+    "a layer split that does not fit": (
+        {
+            "pipeline_model_parallel_size": 3,
+            "layer_split": {"layers": [1, 2], "cost": "time", "costs": {"exits": {"x": 1.0}}},
+        },
+        {"trainer": {"devices": 3, "precision": 32, "max_steps": 1}},
+        [
+            "pipeline_model_parallel_size = 3 is more than the 2 layers that run",
+            "layers = [1, 2]: has 2 entries for pipeline_model_parallel_size = 3",
+            "sums to 3, and 2 layers run",
+            "cost = 'time': must be one of parameters, measured, even",
+            "costs.exits.x = 1.0: is not a key of this block",
+        ],
+    ),
     "ranks": ({"tensor_model_parallel_size": 2}, {}, ["tensor_model_parallel_size=2", "number of ranks (1)"]),
 }
 
