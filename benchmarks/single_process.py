@@ -1,0 +1,197 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning on one process: a step against its parts, against the plain way, and a sweep against separate runs.
+
+Every function runs in a process of its own (see `processes`) and returns numbers under the names of the table.
+
+May import: torch, lightning, nemo_ee, the modules beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import workload
+from benchmarks.measure import interleaved, median_of_ratios, peak_bytes, reset_peak, resident_bytes, seconds
+from benchmarks.plain_tuning import PlainTuning
+from benchmarks.workload import BareStep, Sizes
+from nemo_ee.megatron.exit_loss import tune_exit
+
+REFERENCE_EXITS = [{"layer": layer} for layer in (3, 6, 9)]
+WARMUP_STEPS = 2
+
+
+class StepAgainstFloor(Callback):
+    """Between the steps of a fit, times what a step cannot do without: partial forward and each exit's work alone.
+
+    A step's time is all that passes between two calls of this callback: data, the step, optimizer, logging, the loop.
+    """
+
+    def __init__(self, batches: list) -> None:
+        self.batches = batches
+        self.steps: list[float] = []
+        self.floors: list[float] = []
+        self._resumed = 0.0
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx) -> None:
+        if not self._resumed:
+            self._resumed = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
+        self.steps.append(time.perf_counter() - self._resumed)
+        self.floors.append(self._floor(model.model))
+        self._resumed = time.perf_counter()
+
+    def _floor(self, gpt) -> float:
+        stages: list = []
+        total = seconds(lambda: stages.extend(gpt.forward_to_taps(batch) for batch in self.batches))
+        vocabulary = gpt.vocabulary()
+        for head in gpt.exits:
+            for batch, stage in zip(self.batches, stages, strict=True):
+                tap = stage.taps[head.exit.stop]
+                total += seconds(
+                    lambda head=head, tap=tap, batch=batch, stage=stage: tune_exit(
+                        head, tap, batch, rotary_pos_emb=stage.rotary_pos_emb, vocabulary=vocabulary, grad_scale=1e-4
+                    )
+                )
+        return total
+
+
+def step_against_floor(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """`step_over_floor` and `step_over_matmul` on the reference model inside Lightning's loop."""
+    batches = workload.random_batches(sizes, sizes.microbatches, vocabulary=workload.REFERENCE_VOCABULARY)
+    watch = StepAgainstFloor(batches)
+    steps = WARMUP_STEPS + sizes.rounds
+    trainer = workload.trainer(folder, steps=steps, callbacks=[watch])
+    settings = workload.model_settings(sizes, REFERENCE_EXITS, data=workload.data_settings(folder, sizes))
+    model = workload.reference_model(settings, trainer)
+    trainer.fit(model)
+    kept, floors = watch.steps[WARMUP_STEPS:], watch.floors[WARMUP_STEPS:]
+    products = MatrixProducts()
+    step = BareStep(model)
+    with products:
+        step(batches)
+    matmul = statistics.median(products.replay() for _ in range(max(1, sizes.rounds // 2)))
+    step_seconds = statistics.median(kept)
+    return {
+        "step_over_floor": median_of_ratios(kept, floors),
+        "step_over_floor.step_s": step_seconds,
+        "step_over_floor.floor_s": statistics.median(floors),
+        "step_over_matmul": step_seconds / matmul,
+        "step_over_matmul.step_s": step_seconds,
+        "step_over_matmul.matmul_s": matmul,
+        "step_over_matmul.gflop": products.flop() / 1e9,
+    }
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records the matrix products that run inside the block, and runs products of the same shapes alone."""
+
+    _KINDS = ("mm", "addmm", "bmm", "baddbmm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[tuple, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0].rstrip("_")
+        if name in self._KINDS:
+            left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            key = tuple((tuple(t.shape), tuple(t.stride()), t.dtype) for t in (left, right))
+            self.counts[key] = self.counts.get(key, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+    def flop(self) -> float:
+        """Floating-point operations of all recorded products."""
+        return sum(2 * math.prod(left[0]) * right[0][-1] * count for (left, right), count in self.counts.items())
+
+    def replay(self) -> float:
+        """Seconds of all recorded products, each shape and memory layout timed on its own."""
+        total = 0.0
+        for operands, count in self.counts.items():
+            left, right = (
+                torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in operands
+            )
+            product = torch.bmm if left.dim() == 3 else torch.mm
+            result = product(left, right)
+            repeats = min(count, 8)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                product(left, right, out=result)
+            total += count / repeats * (time.perf_counter() - start)
+        return total
+
+
+def time_against_plain(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """`time_over_plain`: a bare step of ours over a plain one, wide model, one microbatch."""
+    vocabulary, exits = sizes.vocabulary, sizes.exits
+    trainer = workload.trainer(folder)
+    ours = BareStep(workload.wide_model(sizes, trainer, vocabulary=vocabulary, exits=exits, full_depth=False))
+    theirs = workload.wide_model(sizes, trainer, vocabulary=vocabulary, exits=exits, full_depth=True)
+    plain = PlainTuning(theirs.model, workload.OPTIMIZER, max_norm=workload.CLIP)
+    with torch.no_grad():  # one set of weights: both must report the same loss
+        weights = dict(theirs.model.named_parameters())
+        for name, parameter in ours.model.model.named_parameters():
+            parameter.copy_(weights[name])
+    batches = workload.random_batches(sizes, 1, vocabulary=vocabulary)
+    losses = ours(batches), plain(batches)
+    if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[1]):
+        raise RuntimeError(f"the two sides compute different losses: {losses[0]} and {losses[1]}")
+    times = interleaved({"ours": lambda: ours(batches), "plain": lambda: plain(batches)}, rounds=sizes.rounds)
+    return {
+        "time_over_plain": median_of_ratios(times["ours"], times["plain"]),
+        "time_over_plain.ours_s": statistics.median(times["ours"]),
+        "time_over_plain.plain_s": statistics.median(times["plain"]),
+    }
+
+
+def temporary_memory(sizes: Sizes, folder: Path, *, plain: bool, vocabulary: int, exits: int) -> float:
+    """Peak resident bytes over weights, gradients and optimizer state in two steps. In a fresh process.
+
+    What the libraries take once (code, thread stacks) is taken before by steps on two tokens, which also leave
+    gradients and optimizer state behind; free memory is then given back to the system, and the peak starts anew.
+    """
+    trainer = workload.trainer(folder)
+    model = workload.wide_model(sizes, trainer, vocabulary=vocabulary, exits=exits, full_depth=plain)
+    step = PlainTuning(model.model, workload.OPTIMIZER, max_norm=workload.CLIP) if plain else BareStep(model)
+    few = dataclasses.replace(sizes, batch=1, length=2)
+    for _ in range(2):
+        step(workload.random_batches(few, 1, vocabulary=vocabulary))
+    batches = workload.random_batches(sizes, 1, vocabulary=vocabulary)
+    before = resident_bytes()
+    reset_peak()
+    for _ in range(2):
+        step(batches)
+    return float(peak_bytes() - before)
+
+
+def sweep_against_separate(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """`sweep_over_separate`: nine variants at layer 9 of the reference model in one pass over nine runs, per step."""
+    trainer = workload.trainer(folder)
+    variants = [
+        {"name": f"{architecture}-{init}", "layer": 9, "architecture": architecture, "init": init}
+        for architecture in ("norm", "mlp", "layer")
+        for init in ("copy", "random", "lora")
+    ]
+    runs = {"sweep": variants, **{variant["name"]: [variant] for variant in variants}}
+    batches = workload.random_batches(sizes, sizes.pipeline_microbatches, vocabulary=workload.REFERENCE_VOCABULARY)
+    steps = {
+        name: BareStep(workload.reference_model(workload.model_settings(sizes, exits), trainer))
+        for name, exits in runs.items()
+    }
+    sides = {name: lambda step=step: step(batches) for name, step in steps.items()}
+    times = interleaved(sides, rounds=max(1, sizes.rounds // 2 + 1))
+    separate = [sum(one) for one in zip(*(times[variant["name"]] for variant in variants), strict=True)]
+    return {
+        "sweep_over_separate": median_of_ratios(times["sweep"], separate),
+        "sweep_over_separate.sweep_s": statistics.median(times["sweep"]),
+        "sweep_over_separate.separate_s": statistics.median(separate),
+    }
