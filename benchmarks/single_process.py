@@ -117,9 +117,7 @@ class MatrixProducts(TorchDispatchMode):
         """Seconds of all recorded products, each shape and memory layout timed on its own."""
         total = 0.0
         for operands, count in self.counts.items():
-            left, right = (
-                torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in operands
-            )
+            left, right = (_random_like(*operand) for operand in operands)
             product = torch.bmm if left.dim() == 3 else torch.mm
             result = product(left, right)
             repeats = min(count, 8)
@@ -128,6 +126,12 @@ class MatrixProducts(TorchDispatchMode):
                 product(left, right, out=result)
             total += count / repeats * (time.perf_counter() - start)
         return total
+
+
+def _random_like(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of that layout; strides may be 0 or not in order."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return torch.randn(extent, dtype=dtype).as_strided(shape, stride)
 
 
 def time_against_plain(sizes: Sizes, folder: Path) -> dict[str, float]:

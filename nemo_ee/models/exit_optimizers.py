@@ -110,8 +110,12 @@ class ExitOptimizers(torch.optim.Optimizer):
         if self.exits:
             self.param_groups = groups  # the very dicts of the inner optimizers: a scheduler's lr reaches them
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of every exit."""
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear the gradients of every exit.
+
+        Their memory is kept: it is needed again in every step, and giving it back leaves holes between the
+        temporaries, which made peak memory grow with the number of exits.
+        """
         for exit in self.exits:
             exit.optimizer.zero_grad(set_to_none=set_to_none)
 
