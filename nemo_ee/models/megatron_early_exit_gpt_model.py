@@ -241,7 +241,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
         self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm)
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
-        self._scheduler = ExitLearningRates(self._optimizer, schedule)
+        self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
 
     def configure_gradient_clipping(self, *args, **kwargs) -> None:
@@ -282,9 +282,10 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             autocast=self._autocast_dtype,
         )
         if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
-            self._log_exits(self._train_sums.reduce(over_data=False), validation=False)
+            values = self._optimizer.step_values(weights)
+            self._log_exits(self._train_sums.reduce(over_data=False, step_values=values), validation=False)
         for name, value in (
-            ("lr", self._optimizer.param_groups[0]["lr"]),
+            ("lr", self._scheduler.common_lr),
             ("global_step", float(step)),
             ("consumed_samples", float(self._compute_consumed_samples_after_training_step())),
         ):

@@ -99,6 +99,7 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
             "model.data.reset_attention_mask=True is ignored while the attention mask is the built-in causal one; set "
             "model.get_attention_mask_from_fusion=False too"
         )
+    faults += _learning_rate_faults(model)
     if cfg.trainer.max_steps < 1:
         faults.append(f"trainer.max_steps={cfg.trainer.max_steps}: at least 1 step is needed")
     if cfg.trainer.accumulate_grad_batches != 1:
@@ -108,6 +109,31 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
         )
     if faults:
         raise ValueError("the run cannot start:\n  " + "\n  ".join(fault.replace("\n", "\n  ") for fault in faults))
+
+
+def _learning_rate_faults(model: DictConfig) -> list[str]:
+    """A rate that would rise to its minimum: an exit's own lr or min_lr beside the run's other one."""
+    optim = model.get("optim") or {}
+    sched = optim.get("sched") or {}
+    if (sched.get("name") or "Constant") == "Constant":
+        return []
+    run_lr, run_min = optim.get("lr") or 0.0, sched.get("min_lr") or 0.0
+    if run_min > run_lr:
+        return [f"model.optim.sched.min_lr={run_min:g} is above model.optim.lr={run_lr:g}; lower it"]
+    faults = []
+    for index, entry in enumerate((model.get("early_exit") or {}).get("exits") or []):
+        lr, min_lr = (entry.get(key) if hasattr(entry, "get") else None for key in ("lr", "min_lr"))
+        if isinstance(lr, int | float) and min_lr is None and lr < run_min:
+            faults.append(
+                f"model.early_exit.exits[{index}].lr={lr:g} is below model.optim.sched.min_lr={run_min:g}, to which "
+                "it would rise; give the exit a min_lr of its own"
+            )
+        if isinstance(min_lr, int | float) and lr is None and min_lr > run_lr:
+            faults.append(
+                f"model.early_exit.exits[{index}].min_lr={min_lr:g} is above model.optim.lr={run_lr:g}, which the "
+                "exit takes; give the exit an lr of its own"
+            )
+    return faults
 
 
 def _data_faults(data: DictConfig) -> list[str]:

@@ -148,6 +148,8 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": "90,10,0"})
     _run(tmp_path, data={"data_prefix": ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]})
     _run(tmp_path, early_exit={**BLOCK, "exits": [{"layer": 4, "architecture": "layer"}]})
+    low = {**BLOCK, "exits": [{"layer": 4, "lr": 1e-5}]}
+    _run(tmp_path, early_exit=low, optim={"name": "adamw", "lr": 1e-3, "sched": {"name": "Constant", "min_lr": 1e-4}})
 
 
 FAULTS = {
@@ -193,6 +195,22 @@ FAULTS = {
         ["fp8=True", "global_batch_size=4 is not a multiple of micro_batch_size=3"],
     ),
     "fp16": ({}, {"trainer": {"precision": "16-mixed"}}, ["trainer.precision=16-mixed: fp16 tuning is not supported"]),
+    "rates that would rise": (
+        {
+            "optim": {"lr": 1e-3, "sched": {"name": "LinearAnnealing", "min_lr": 1e-4}},
+            "early_exit": {**BLOCK, "exits": [{"layer": 1, "lr": 1e-5}, {"layer": 2, "min_lr": 1e-2}, {"layer": 3}]},
+        },
+        {},
+        [
+            "exits[0].lr=1e-05 is below model.optim.sched.min_lr=0.0001, to which it would rise; give the exit a min",
+            "exits[1].min_lr=0.01 is above model.optim.lr=0.001, which the exit takes",
+        ],
+    ),
+    "a run's rate that would rise": (
+        {"optim": {"lr": 1e-3, "sched": {"name": "CosineAnnealing", "min_lr": 1e-2}}},
+        {},
+        ["model.optim.sched.min_lr=0.01 is above model.optim.lr=0.001; lower it"],
+    ),
     "ranks": ({"tensor_model_parallel_size": 2}, {}, ["tensor_model_parallel_size=2", "number of ranks (1)"]),
 }
 
