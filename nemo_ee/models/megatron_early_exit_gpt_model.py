@@ -40,7 +40,7 @@ from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
-from nemo_ee.models.datasets import give_each_sample_its_own_mask
+from nemo_ee.models.datasets import prepare_dataset
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
 from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
@@ -346,9 +346,9 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self.link.drain()
 
     def build_train_valid_test_datasets(self):
-        """NeMo's data sets, whose samples no longer share one loss mask."""
-        for dataset in super().build_train_valid_test_datasets():
-            give_each_sample_its_own_mask(dataset)
+        """NeMo's data sets, whose samples have a loss mask each: one that counts only answers for chat data."""
+        built = super().build_train_valid_test_datasets()
+        self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
     def initialize_last_rank_embeddings(self) -> None:
         """Nothing: tied weights are read from the checkpoint on every stage that needs them."""

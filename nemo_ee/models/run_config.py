@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A script's `model` block laid over the config stored in a `.nemo`.
 
-May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported.
+May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported, nemo_ee.models.datasets.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
+from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 
 # Read by the scripts, not by the model.
@@ -77,7 +78,8 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
     Raises:
         ValueError: lists every fault.
     """
-    faults = _data_faults(model.data) + _model_faults(cfg, model)
+    faults = _data_faults(model.data)
+    faults = (faults or _amount_faults(model)) + _model_faults(cfg, model)
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
         faults.append(
@@ -136,6 +138,38 @@ def _learning_rate_faults(model: DictConfig) -> list[str]:
     return faults
 
 
+def _amount_faults(model: DictConfig) -> list[str]:
+    """Training data that is not enough for one step, which Megatron would repeat without a word.
+
+    The files are there. Every token but the first is a label once, so a step needs batch x length + 1.
+    """
+    prefixes = model.data.get("data_prefix")
+    prefixes = prefixes.get("train") if OmegaConf.is_dict(prefixes) else prefixes
+    batch, length = model.get("global_batch_size"), model.data.get("seq_length") or model.get("encoder_seq_length")
+    if model.data.get("data_impl") == "mock" or not batch or not length:
+        return []
+    documents = tokens = 0
+    for prefix in prefixes:
+        if not _is_weight(prefix):
+            try:
+                more = documents_and_tokens(prefix)
+            except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
+                return [f"model.data.data_prefix, train: {prefix}.idx cannot be read ({error}); make the data anew"]
+            documents, tokens = documents + more[0], tokens + more[1]
+    if tokens > batch * length:
+        return []
+    return [
+        f"the training data holds {documents:,} documents with {tokens:,} tokens, and one step needs "
+        f"{batch * length + 1:,} (global_batch_size={batch} x encoder_seq_length={length} + 1); take more data, or a "
+        "smaller batch or length"
+    ]
+
+
+def _is_weight(prefix: Any) -> bool:
+    """Weights stand between prefixes."""
+    return not isinstance(prefix, str) or prefix.replace(".", "", 1).isdigit()
+
+
 def _data_faults(data: DictConfig) -> list[str]:
     if data.get("data_impl") == "mock":
         return []
@@ -158,7 +192,7 @@ def _data_faults(data: DictConfig) -> list[str]:
         faults += [
             f"model.data.{what}: {prefix}{ending} does not exist; make it with scripts/data/preprocess_text.py"
             for prefix in values
-            if isinstance(prefix, str) and not prefix.replace(".", "", 1).isdigit()  # weights stand between prefixes
+            if not _is_weight(prefix)
             for ending in (".bin", ".idx")
             if not Path(prefix + ending).is_file()
         ]
