@@ -17,15 +17,18 @@ May import: torch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, irecv, isend
+from torch.distributed import ProcessGroup, Work, get_group_rank, irecv, isend
 
 
 class StageLink:
     """The two ends of a pipeline stage: where hidden states come from and where they go.
+
+    A transfer that fails or times out raises a RuntimeError that names the stage and the rank at its other end.
 
     Args:
         group: pipeline-parallel group; None for a pipeline of one stage.
@@ -50,22 +53,49 @@ class StageLink:
         if self.previous_rank is None:
             return None
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        return irecv(buffer, src=self.previous_rank, group=self.group), buffer
+        with self._talking_to(self.previous_rank):
+            return irecv(buffer, src=self.previous_rank, group=self.group), buffer
+
+    def receive(self, pending: tuple[Work, Tensor]) -> Tensor:
+        """Wait for the hidden state that `expect` posted."""
+        with self._talking_to(self.previous_rank):
+            pending[0].wait()
+        return pending[1]
 
     def send(self, hidden: Tensor) -> None:
         """Start sending; waits only when `max_in_flight` earlier sends are outstanding. Nothing on the last stage."""
         if self.next_rank is None:
             return
-        while len(self._sent) >= self.max_in_flight:
-            self._sent.popleft()[0].wait()
+        self._wait_for_sends(self.max_in_flight - 1)
         hidden = hidden.contiguous()
         # The tensor is kept until its transfer is done: a tap on the stage's last layer shares its memory.
-        self._sent.append((isend(hidden, dst=self.next_rank, group=self.group), hidden))
+        with self._talking_to(self.next_rank):
+            self._sent.append((isend(hidden, dst=self.next_rank, group=self.group), hidden))
 
     def drain(self) -> None:
         """Wait for every outstanding send (before validation, saving and at the end)."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        self._wait_for_sends(0)
+
+    def _wait_for_sends(self, allowed: int) -> None:
+        while len(self._sent) > allowed:
+            work, hidden = self._sent.popleft()  # the tensor lives until its transfer is done
+            with self._talking_to(self.next_rank):
+                work.wait()
+            del hidden
+
+    @contextmanager
+    def _talking_to(self, rank: int | None) -> Iterator[None]:
+        """Say who was at the other end when a transfer fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            us = torch.distributed.get_rank()
+            does = "sends hidden states to" if rank == self.next_rank else "waits for hidden states of"
+            raise RuntimeError(
+                f"pipeline stage {get_group_rank(self.group, us)} (rank {us}) {does} stage "
+                f"{get_group_rank(self.group, rank)} (rank {rank}), which has ended, is stuck or cannot be reached; "
+                f"look at the end of rank {rank}'s own output. The same command resumes from the last checkpoint"
+            ) from error
 
 
 def run_stage(
@@ -95,8 +125,7 @@ def run_stage(
     for index in range(num_microbatches):
         received = None
         if pending is not None:
-            pending[0].wait()
-            received = pending[1]
+            received = link.receive(pending)
             # The next receive is posted before this microbatch's layers run, so that the transfer overlaps with them.
             pending = link.expect(shape, dtype, device) if index + 1 < num_microbatches else None
         link.send(forward(index, received))

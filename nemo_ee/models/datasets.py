@@ -6,17 +6,51 @@ Megatron-core 0.13 computes one loss mask, hands it out for every sample and cle
 where any sample's label is the padding token. Where padding and end-of-document are one token, as in most tokenizers,
 the tokens that count dwindle sample by sample, differently on every rank; and the token itself is replaced by id 0.
 
-May import: megatron.core.
+Chat data (scripts/data/preprocess_chat.py) is `<prefix>.bin/.idx` with the tokens and `<prefix>.mask.bin/.idx` with 1
+for every token of an answer and 0 for the others. Where the second pair is there, only answers count:
+
+    loss_mask[t] = megatron's loss_mask[t] * mask[t + 1]        position t predicts token t + 1
+
+The masks are read through the very sample, document and shuffle indices of the tokens, so order, resuming and data
+parallelism are Megatron's own.
+
+May import: torch, numpy, megatron.core.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
 
 # No token has this id: only what Megatron pads itself is padding, and it masks that and maps it to id 0.
 _NO_TOKEN = -1
+MASK_SUFFIX = ".mask"  # added to the data's prefix
+
+
+def prepare_dataset(dataset: Any) -> Any:
+    """A data set as training wants it: a loss mask of its own for every sample, answers only where the data says so.
+
+    Args:
+        dataset: blended or plain; None and other kinds come back as they are.
+
+    Returns:
+        The data set, or one around it.
+
+    Raises:
+        ValueError: a mask beside the data that does not belong to it.
+    """
+    give_each_sample_its_own_mask(dataset)
+    return _with_answer_masks(dataset)
 
 
 def give_each_sample_its_own_mask(dataset: Any) -> None:
@@ -27,3 +61,65 @@ def give_each_sample_its_own_mask(dataset: Any) -> None:
             part._pad_token_id = _NO_TOKEN
         elif part is not dataset:
             give_each_sample_its_own_mask(part)
+
+
+def _with_answer_masks(dataset: Any) -> Any:
+    if isinstance(dataset, GPTDataset):
+        mask = find_mask(dataset.dataset_path, dataset.dataset)
+        return dataset if mask is None else AnswersOnly(dataset, mask)
+    if getattr(dataset, "datasets", None):
+        dataset.datasets = [_with_answer_masks(part) for part in dataset.datasets]
+    return dataset
+
+
+def find_mask(prefix: str, tokens: IndexedDataset) -> IndexedDataset | None:
+    """The mask beside `<prefix>.bin/.idx`, or None where there is none.
+
+    Raises:
+        ValueError: half a mask, or one of other documents.
+    """
+    files = [Path(f"{prefix}{MASK_SUFFIX}{ending}") for ending in (".bin", ".idx")]
+    found = [file.is_file() for file in files]
+    if not any(found):
+        return None
+    way_out = "make both with scripts/data/preprocess_chat.py, or remove the mask to train on every token"
+    if not all(found):
+        raise ValueError(f"{files[found.index(True)]} is there, {files[found.index(False)]} is not; {way_out}")
+    mask = IndexedDataset(prefix + MASK_SUFFIX)
+    if not numpy.array_equal(mask.sequence_lengths, tokens.sequence_lengths):
+        raise ValueError(f"{prefix}{MASK_SUFFIX}.idx belongs to other documents than {prefix}.idx; {way_out}")
+    logger.info("%s: only the answers count in the loss (%s%s.bin)", prefix, prefix, MASK_SUFFIX)
+    return mask
+
+
+def documents_and_tokens(prefix: str) -> tuple[int, int]:
+    """How many documents and tokens a data set on disk holds."""
+    dataset = IndexedDataset(prefix)
+    lengths = dataset.sequence_lengths  # memory of `dataset`, which has to live as long
+    counts = len(lengths), int(lengths.sum(dtype=numpy.int64))
+    del lengths, dataset
+    return counts
+
+
+class AnswersOnly(Dataset):
+    """A GPT data set in whose samples only the tokens of answers count.
+
+    Args:
+        tokens: the data set.
+        mask: the same documents with 1 for an answer's token and 0 for any other.
+    """
+
+    def __init__(self, tokens: GPTDataset, mask: IndexedDataset) -> None:
+        self.tokens = tokens
+        self._mask = copy.copy(tokens)  # the same indices over other values
+        self._mask.dataset = mask
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
+        """Megatron's sample; None is a sample that pads a batch."""
+        sample = self.tokens[index]
+        counts, _ = self._mask._query_document_sample_shuffle_indices(index or 0)  # [s + 1], or [s]
+        of_labels = numpy.append(counts[1:] > 0, False)[: len(sample["labels"])]
+        return {**sample, "loss_mask": sample["loss_mask"] * torch.from_numpy(of_labels)}

@@ -7,6 +7,9 @@ every exit's numbers on every rank. Only log, validation and save steps call `re
 
     exit/<name>/loss            training loss of the exit's objective per token since the last log step, nats
     exit/<name>/cross_entropy   the label's cross-entropy, where that is not the loss
+    exit/<name>/lr              learning rate of the step (exits that train something)
+    exit/<name>/grad_norm       norm of the step's gradients before clipping (exits that train something)
+    exit/<name>/loss_weight     weight of the loss in the step
     val/exit/<name>/loss        validation loss per token: the label's cross-entropy, whatever the objective
     .../perplexity              exp of the cross-entropy
     .../kl                      divergence from the final exit at the run's temperature, for exits that learn from it
@@ -21,7 +24,7 @@ May import: torch, megatron.core, nemo_ee levels 0-1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -30,6 +33,7 @@ from torch import Tensor
 from nemo_ee.megatron.linear_cross_entropy import TokenSums
 
 FULL_MODEL = "full_model"
+STEP_VALUES = ("lr", "grad_norm", "loss_weight")
 # (sum, what it is divided by); the first column is what gradients are divided by.
 _MEANS = {
     "loss": ("loss", "weight"),
@@ -89,29 +93,50 @@ class ExitSums:
         for column, value in (("agreed", agreed), ("compared", compared)):
             self.sums[self.rows[name], _COLUMNS.index(column)] += value
 
-    def reduce(self, *, over_data: bool = True) -> dict[str, dict[str, float]]:
+    def reduce(
+        self, *, over_data: bool = True, step_values: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, dict[str, float]]:
         """Sums over the data-parallel group (unless already done) and the pipeline; then their means.
 
         Every rank must call it. The sums start anew afterwards.
 
+        Args:
+            over_data: sum over the data-parallel group too.
+            step_values: this stage's exits -> some of `STEP_VALUES`, the same on its tensor- and data-parallel ranks.
+                They travel with the sums. All ranks give it or none does.
+
         Returns:
-            name -> {"loss", "cross_entropy", "perplexity", ...}; only exits with tokens, and only what was measured.
+            name -> {"loss", "cross_entropy", "perplexity", ...} and the step's values; only exits with tokens or
+            values, and only what was measured.
         """
         total = self.sums.clone()
         self.sums.zero_()
         if over_data and parallel_state.get_data_parallel_world_size() > 1:
             torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        if step_values is not None:
+            total = torch.cat((total, self._step_rows(step_values)), dim=1)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         result: dict[str, dict[str, float]] = {}
         for name, row in zip(self.rows, total.tolist(), strict=True):
-            values = dict(zip(_COLUMNS, row, strict=True))
+            values, steps = dict(zip(_COLUMNS, row[: len(_COLUMNS)], strict=True)), row[len(_COLUMNS) :]
             means = {key: values[top] / values[count] for key, (top, count) in _MEANS.items() if values[count]}
             if "cross_entropy" in means:
                 means["perplexity"] = math.exp(min(means["cross_entropy"], 80.0))
+            for key, value, given in zip(STEP_VALUES, steps[::2], steps[1::2], strict=False):
+                if given:
+                    means[key] = value
             if means:
                 result[name] = means
         return result
+
+    def _step_rows(self, step_values: Mapping[str, Mapping[str, float]]) -> Tensor:
+        """[rows, 2 len(STEP_VALUES)]: each value, and 1 where the exit's stage has one."""
+        rows = torch.zeros(len(self.rows), len(STEP_VALUES), 2, dtype=torch.float64)
+        for name, values in step_values.items():
+            for key, value in values.items():
+                rows[self.rows[name], STEP_VALUES.index(key)] = torch.tensor((value, 1.0), dtype=torch.float64)
+        return rows.flatten(1).to(self.sums.device)
 
 
 def metric_name(exit_name: str, metric: str, *, validation: bool) -> str:

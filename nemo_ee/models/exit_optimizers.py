@@ -104,6 +104,7 @@ class ExitOptimizers(torch.optim.Optimizer):
         self.exits = list(exits)
         self.max_norm = max_norm
         self.grad_norms: dict[str, float] = {}  # of the last step, before clipping
+        self._clipped = False
         # torch refuses an empty list, NeMo reads param_groups[0]["lr"]; both are satisfied on stages without exits.
         groups = [group for exit in self.exits for group in exit.optimizer.param_groups]
         super().__init__(groups or [{"params": [Parameter(torch.zeros(0))], "lr": 0.0}], {})
@@ -119,6 +120,30 @@ class ExitOptimizers(torch.optim.Optimizer):
         for exit in self.exits:
             exit.optimizer.zero_grad(set_to_none=set_to_none)
 
+    def clip_gradients(self) -> None:
+        """Clip each exit's gradients; `step` does it unless it has been done since the last step."""
+        if not self._clipped:
+            self.grad_norms = {exit.name: exit.clip_gradients(self.max_norm) for exit in self.exits}
+        self._clipped = True
+
+    def step_values(self, loss_weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """What the step that is about to be made does to each exit of the stage; clips the gradients.
+
+        Args:
+            loss_weights: of all the stage's exits, those with nothing to train too.
+
+        Returns:
+            exit name -> {"loss_weight", "lr", "grad_norm"}, the last two only for exits that train something.
+        """
+        self.clip_gradients()
+        values: dict[str, dict[str, float]] = {name: {"loss_weight": value} for name, value in loss_weights.items()}
+        for exit in self.exits:
+            values[exit.name] |= {
+                "lr": exit.optimizer.param_groups[0]["lr"],
+                "grad_norm": self.grad_norms[exit.name],
+            }
+        return values
+
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Run the closure (which fills the gradients), clip each exit's gradients, step each exit.
 
@@ -128,8 +153,10 @@ class ExitOptimizers(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.clip_gradients()
+        self._clipped = False
         for exit in self.exits:
-            norm = self.grad_norms[exit.name] = exit.clip_gradients(self.max_norm)
+            norm = self.grad_norms[exit.name]
             if math.isfinite(norm):
                 exit.optimizer.step()
             else:  # every rank that holds a part of the exit sees the same norm
@@ -235,8 +262,8 @@ def exit_parameter_groups(head: ExitHead, optim: Mapping[str, Any]) -> list[dict
     """
     exit, sched = head.exit, optim.get("sched") or {}
     lr = optim["lr"] if exit.lr is None else exit.lr
-    min_lr = sched.get("min_lr", 0.0) if exit.min_lr is None else exit.min_lr
-    decay = optim.get("weight_decay", 0.0) if exit.weight_decay is None else exit.weight_decay
+    min_lr = (sched.get("min_lr") or 0.0) if exit.min_lr is None else exit.min_lr
+    decay = (optim.get("weight_decay") or 0.0) if exit.weight_decay is None else exit.weight_decay
     common = {"lr": lr, "max_lr": lr, "min_lr": min_lr, "exit": exit.name}
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     groups = []

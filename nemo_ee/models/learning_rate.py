@@ -63,11 +63,14 @@ class LearningRateSchedule:
 class ExitLearningRates(LRScheduler):
     """Sets every exit's learning rate from its own `lr` and `min_lr`. Its state is the step alone.
 
-    Stored base learning rates would be those of rank 0's exits; here they always come from the config.
+    Stored base learning rates would be those of rank 0's exits; here they always come from the config. `optim` is
+    `model.optim`.
     """
 
-    def __init__(self, optimizer: ExitOptimizers, schedule: LearningRateSchedule) -> None:
-        self.schedule = schedule
+    def __init__(
+        self, optimizer: ExitOptimizers, schedule: LearningRateSchedule, optim: Mapping[str, Any] | None = None
+    ) -> None:
+        self.schedule, self.optim = schedule, optim or {"lr": 0.0}
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
@@ -76,6 +79,12 @@ class ExitLearningRates(LRScheduler):
             self.schedule.learning_rate(self.last_epoch, lr=group.get("max_lr", 0.0), min_lr=group.get("min_lr", 0.0))
             for group in self.optimizer.param_groups
         ]
+
+    @property
+    def common_lr(self) -> float:
+        """What an exit without settings of its own has in this step, on every stage: `model.optim`'s."""
+        min_lr = (self.optim.get("sched") or {}).get("min_lr") or 0.0
+        return self.schedule.learning_rate(self.last_epoch, lr=self.optim["lr"], min_lr=min_lr)
 
     def state_dict(self) -> dict:
         """{"last_epoch": steps taken}."""

@@ -42,7 +42,7 @@ from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
-from nemo_ee.models.datasets import give_each_sample_its_own_mask
+from nemo_ee.models.datasets import prepare_dataset
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
 from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
 from nemo_ee.models.layer_split import choose_placements, read_layer_split
@@ -244,7 +244,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
         self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm)
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
-        self._scheduler = ExitLearningRates(self._optimizer, schedule)
+        self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
 
     def configure_gradient_clipping(self, *args, **kwargs) -> None:
@@ -291,9 +291,10 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             autocast=self._autocast_dtype,
         )
         if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
-            self._log_exits(self._train_sums.reduce(over_data=False), validation=False)
+            values = self._optimizer.step_values(weights)
+            self._log_exits(self._train_sums.reduce(over_data=False, step_values=values), validation=False)
         for name, value in (
-            ("lr", self._optimizer.param_groups[0]["lr"]),
+            ("lr", self._scheduler.common_lr),
             ("global_step", float(step)),
             ("consumed_samples", float(self._compute_consumed_samples_after_training_step())),
         ):
@@ -365,9 +366,9 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self._drain()
 
     def build_train_valid_test_datasets(self):
-        """NeMo's data sets, whose samples no longer share one loss mask."""
-        for dataset in super().build_train_valid_test_datasets():
-            give_each_sample_its_own_mask(dataset)
+        """NeMo's data sets, whose samples have a loss mask each: one that counts only answers for chat data."""
+        built = super().build_train_valid_test_datasets()
+        self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
     def initialize_last_rank_embeddings(self) -> None:
         """Nothing: tied weights are read from the checkpoint on every stage that needs them."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A script's `model` block laid over the config stored in a `.nemo`.
 
-May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported.
+May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported, nemo_ee.models.datasets.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.layer_split import LayerSplitConfig
 from nemo_ee.exits.placement import place_exits
+from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 
 # Read by the scripts, not by the model.
@@ -79,7 +80,8 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
     Raises:
         ValueError: lists every fault.
     """
-    faults = _data_faults(model.data) + _model_faults(cfg, model)
+    faults = _data_faults(model.data)
+    faults = (faults or _amount_faults(model)) + _model_faults(cfg, model)
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
         faults.append(
@@ -101,6 +103,7 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
             "model.data.reset_attention_mask=True is ignored while the attention mask is the built-in causal one; set "
             "model.get_attention_mask_from_fusion=False too"
         )
+    faults += _learning_rate_faults(model)
     if cfg.trainer.max_steps < 1:
         faults.append(f"trainer.max_steps={cfg.trainer.max_steps}: at least 1 step is needed")
     if cfg.trainer.accumulate_grad_batches != 1:
@@ -110,6 +113,63 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
         )
     if faults:
         raise ValueError("the run cannot start:\n  " + "\n  ".join(fault.replace("\n", "\n  ") for fault in faults))
+
+
+def _learning_rate_faults(model: DictConfig) -> list[str]:
+    """A rate that would rise to its minimum: an exit's own lr or min_lr beside the run's other one."""
+    optim = model.get("optim") or {}
+    sched = optim.get("sched") or {}
+    if (sched.get("name") or "Constant") == "Constant":
+        return []
+    run_lr, run_min = optim.get("lr") or 0.0, sched.get("min_lr") or 0.0
+    if run_min > run_lr:
+        return [f"model.optim.sched.min_lr={run_min:g} is above model.optim.lr={run_lr:g}; lower it"]
+    faults = []
+    for index, entry in enumerate((model.get("early_exit") or {}).get("exits") or []):
+        lr, min_lr = (entry.get(key) if hasattr(entry, "get") else None for key in ("lr", "min_lr"))
+        if isinstance(lr, int | float) and min_lr is None and lr < run_min:
+            faults.append(
+                f"model.early_exit.exits[{index}].lr={lr:g} is below model.optim.sched.min_lr={run_min:g}, to which "
+                "it would rise; give the exit a min_lr of its own"
+            )
+        if isinstance(min_lr, int | float) and lr is None and min_lr > run_lr:
+            faults.append(
+                f"model.early_exit.exits[{index}].min_lr={min_lr:g} is above model.optim.lr={run_lr:g}, which the "
+                "exit takes; give the exit an lr of its own"
+            )
+    return faults
+
+
+def _amount_faults(model: DictConfig) -> list[str]:
+    """Training data that is not enough for one step, which Megatron would repeat without a word.
+
+    The files are there. Every token but the first is a label once, so a step needs batch x length + 1.
+    """
+    prefixes = model.data.get("data_prefix")
+    prefixes = prefixes.get("train") if OmegaConf.is_dict(prefixes) else prefixes
+    batch, length = model.get("global_batch_size"), model.data.get("seq_length") or model.get("encoder_seq_length")
+    if model.data.get("data_impl") == "mock" or not batch or not length:
+        return []
+    documents = tokens = 0
+    for prefix in prefixes:
+        if not _is_weight(prefix):
+            try:
+                more = documents_and_tokens(prefix)
+            except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
+                return [f"model.data.data_prefix, train: {prefix}.idx cannot be read ({error}); make the data anew"]
+            documents, tokens = documents + more[0], tokens + more[1]
+    if tokens > batch * length:
+        return []
+    return [
+        f"the training data holds {documents:,} documents with {tokens:,} tokens, and one step needs "
+        f"{batch * length + 1:,} (global_batch_size={batch} x encoder_seq_length={length} + 1); take more data, or a "
+        "smaller batch or length"
+    ]
+
+
+def _is_weight(prefix: Any) -> bool:
+    """Weights stand between prefixes."""
+    return not isinstance(prefix, str) or prefix.replace(".", "", 1).isdigit()
 
 
 def _data_faults(data: DictConfig) -> list[str]:
@@ -134,7 +194,7 @@ def _data_faults(data: DictConfig) -> list[str]:
         faults += [
             f"model.data.{what}: {prefix}{ending} does not exist; make it with scripts/data/preprocess_text.py"
             for prefix in values
-            if isinstance(prefix, str) and not prefix.replace(".", "", 1).isdigit()  # weights stand between prefixes
+            if not _is_weight(prefix)
             for ending in (".bin", ".idx")
             if not Path(prefix + ending).is_file()
         ]

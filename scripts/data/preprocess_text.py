@@ -19,7 +19,8 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
 _MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
-_DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
+DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
 
 
 class PreprocessError(ValueError):
@@ -81,8 +82,8 @@ class PreprocessConfig:
         faults = []
         if not config.input:
             faults.append("input: empty list; name at least one file or directory")
-        if config.dtype != "auto" and config.dtype not in _DTYPES:
-            faults.append(f"dtype: {config.dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+        if config.dtype != "auto" and config.dtype not in DTYPES:
+            faults.append(f"dtype: {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
         limit = config.max_documents
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             faults.append(f"max_documents: {limit!r} must be a whole number from 1, or null for all")
@@ -129,7 +130,8 @@ def find_files(config: PreprocessConfig) -> tuple[list[Path], list[str]]:
         elif not path.exists():
             faults.append(f"input: {name} does not exist")
         elif _ending(path) not in known:
-            faults.append(f"input: {name} has an unknown ending ({rule}); see text_extensions and jsonl_extensions")
+            settings = "text_extensions and jsonl_extensions" if config.text_extensions else "jsonl_extensions"
+            faults.append(f"input: {name} has an unknown ending ({rule}); see {settings}")
         else:
             files.append(path)
     return files, faults
@@ -161,7 +163,7 @@ def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
     if name == "auto":
         # 65500, not 65536: the limit Megatron-core itself draws.
         return ("uint16" if vocab_size < 65500 else "int32"), []
-    largest = int(numpy.iinfo(_DTYPES[name]).max)
+    largest = int(numpy.iinfo(DTYPES[name]).max)
     if vocab_size - 1 > largest:
         return name, [f"dtype: {name} holds ids to {largest}, the tokenizer has {vocab_size - 1}; use int32 or auto"]
     return name, []
@@ -176,47 +178,75 @@ def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar:
         faults: grows.
         bar: moves on by bytes read from disk.
     """
-    with open(path, "rb") as raw:
-        stream: BinaryIO = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
-        seen = 0
-        number = 0
-        try:
-            if _ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
-                for number, line in enumerate(stream, start=1):
-                    bar.update(raw.tell() - seen)
-                    seen = raw.tell()
-                    if not line.strip():
-                        continue
-                    text, fault = _parse(line, config.text_key)
-                    if fault:
-                        faults.append(f"{path}:{number}: {fault}")
-                    else:
-                        yield text
+    if _ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
+        fields = read_fields(path, config.text_key, str, "text_key", faults, bar)
+        yield from (text for _, text in fields)
+        return
+    with _reading(path, faults, bar) as (stream, _):
+        yield stream.read().decode("utf-8")
+
+
+def read_fields(
+    path: Path, key: str, kind: type, setting: str, faults: list[str], bar: tqdm
+) -> Iterator[tuple[str, Any]]:
+    """(file:line, value of one field) of every line of a JSONL file; what cannot be read is added to `faults`.
+
+    Args:
+        path: the file, possibly .gz.
+        key, kind: the field and its type.
+        setting: what names the field in the settings.
+        faults: grows.
+        bar: moves on by bytes read from disk.
+    """
+    with _reading(path, faults, bar) as (stream, moved):
+        for number, line in enumerate(stream, start=1):
+            moved(number)
+            if not line.strip():
+                continue
+            value, fault = _parse(line, key, kind, setting)
+            if fault:
+                faults.append(f"{path}:{number}: {fault}")
             else:
-                yield stream.read().decode("utf-8")
+                yield f"{path}:{number}", value
+
+
+@contextmanager
+def _reading(path: Path, faults: list[str], bar: tqdm) -> Iterator[tuple[BinaryIO, Callable[[int], None]]]:
+    """A file's content, unpacked, and what to call with the number of every line read."""
+    seen, line = 0, 0
+
+    def moved(number: int) -> None:
+        nonlocal seen, line
+        bar.update(raw.tell() - seen)
+        seen, line = raw.tell(), number
+
+    with open(path, "rb") as raw:
+        try:
+            yield gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw, moved
         except UnicodeDecodeError as error:
             faults.append(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")
         except (EOFError, zlib.error, OSError) as error:
-            faults.append(f"{path}:{number + 1}: cannot be read: {error}")
+            faults.append(f"{path}:{line + 1}: cannot be read: {error}")
         bar.update(path.stat().st_size - seen)
 
 
-def _parse(line: bytes, text_key: str) -> tuple[str, str | None]:
-    """The document in a JSONL line, or what is wrong with the line."""
+def _parse(line: bytes, key: str, kind: type, setting: str) -> tuple[Any, str | None]:
+    """The field in a JSONL line, or what is wrong with the line."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
+        return None, f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
     except json.JSONDecodeError as error:
-        return "", f"not JSON ({error.msg} at column {error.colno})"
+        return None, f"not JSON ({error.msg} at column {error.colno})"
     if not isinstance(record, dict):
-        return "", f"a JSON {type(record).__name__}, not an object with the field {text_key!r}"
-    if text_key not in record:
+        return None, f"a JSON {type(record).__name__}, not an object with the field {key!r}"
+    if key not in record:
         fields = ", ".join(sorted(map(repr, record))) or "none"
-        return "", f"no field {text_key!r} (it has {fields}); name the field with text_key"
-    if not isinstance(record[text_key], str):
-        return "", f"field {text_key!r} is a JSON {type(record[text_key]).__name__}, not a string"
-    return record[text_key], None
+        return None, f"no field {key!r} (it has {fields}); name the field with {setting}"
+    if not isinstance(record[key], kind):
+        wanted = {str: "a string", list: "a list"}[kind]
+        return None, f"field {key!r} is a JSON {type(record[key]).__name__}, not {wanted}"
+    return record[key], None
 
 
 def _batches(
@@ -259,9 +289,11 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     """
     files, faults = find_files(config)
     finished = [Path(config.output + suffix) for suffix in (".bin", ".idx")]
-    existing = [str(path) for path in finished if path.exists()]
-    if existing and not config.overwrite:
-        faults.append(f"output: {' and '.join(existing)} exist already; choose another prefix or set overwrite=True")
+    if not config.overwrite:
+        faults += existing_faults(finished)
+    mask = Path(config.output + ".mask.idx")
+    if mask.exists():
+        faults.append(f"output: {mask} belongs to chat data and would be taken for this text's; choose another prefix")
     tokenizer, eod, dtype = None, None, config.dtype
     try:
         tokenizer = load_tokenizer(config.tokenizer)
@@ -276,18 +308,36 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     if faults:
         raise PreprocessError(faults)
 
+    with replacing(finished) as partial:
+        return _write(config, files, tokenizer, eod, dtype, partial)
+
+
+def existing_faults(finished: list[Path]) -> list[str]:
+    """What is wrong with writing to these files when none may be replaced."""
+    existing = [str(path) for path in finished if path.exists()]
+    if not existing:
+        return []
+    return [f"output: {' and '.join(existing)} exist already; choose another prefix or set overwrite=True"]
+
+
+@contextmanager
+def replacing(finished: list[Path]) -> Iterator[list[Path]]:
+    """Temporary names, which become those of `finished` together when the block succeeds, and vanish otherwise.
+
+    Args:
+        finished: data and index files in turn, the index that is read first at the end.
+    """
     finished[0].parent.mkdir(parents=True, exist_ok=True)
     partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finished]
     try:
-        result = _write(config, files, tokenizer, eod, dtype, partial)
+        yield partial
         # The index goes first and comes last: nobody finds an index that belongs to other data.
-        finished[1].unlink(missing_ok=True)
+        finished[-1].unlink(missing_ok=True)
         for source, target in zip(partial, finished, strict=True):
             os.replace(source, target)
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
-    return result
 
 
 def _write(
@@ -296,7 +346,7 @@ def _write(
     """Tokenize all documents into `targets` (data, index); raises PreprocessError for faults in the data."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(targets[0]), dtype=_DTYPES[dtype])
+    builder = IndexedDatasetBuilder(str(targets[0]), dtype=DTYPES[dtype])
     faults: list[str] = []
     counts = {"documents": 0, "tokens": 0, "empty": 0}
     end = [] if eod is None else [eod]

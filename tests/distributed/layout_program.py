@@ -75,8 +75,8 @@ def model_config(folder: Path, tp: int, pp: int, sequence_parallel: bool, **opti
     }
 
 
-def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), **model):
-    """A trainer without logger; returns (trainer, recorded losses by step)."""
+def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), settings: dict | None = None, **model):
+    """A trainer without logger; returns (trainer, recorded losses by step). `settings` are laid over the trainer's."""
     from lightning.pytorch.callbacks import Callback
     from omegaconf import OmegaConf
 
@@ -118,6 +118,7 @@ def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), **mode
                 "logger": False,
                 "enable_checkpointing": False,
                 "use_distributed_sampler": False,
+                **(settings or {}),
             },
             "model": {"mcore_gpt": True, **model},
         }

@@ -211,6 +211,37 @@ def test_bf16_mixed_runs_and_keeps_fp32_weights(start: SimpleNamespace) -> None:
     assert {p.dtype for p in model.model.exits.parameters()} == {torch.float32}
 
 
+def test_a_sweep_begins_from_the_backbone_of_an_early_exit_file(start: SimpleNamespace) -> None:
+    """Nine new exits on one layer; copied norm and mlp exits begin with the same loss as their lora twins."""
+    with script_config("megatron_gpt_early_exit_sweep", ["layer=2"]) as cfg:
+        block = OmegaConf.to_container(cfg.model.early_exit, resolve=True)
+    _, model, losses = tune(start, 3, early_exit=block)
+    assert len(model.early_exit.names) == len(losses[0]) == 9 and len(model.model.decoder.layers) == 2
+    for architecture in ("norm", "mlp", "layer"):
+        assert losses[0][f"copy-{architecture}"] == pytest.approx(losses[0][f"lora-{architecture}"], rel=1e-6)
+        assert losses[0][f"copy-{architecture}"] != pytest.approx(losses[0][f"random-{architecture}"], rel=1e-3)
+        assert losses[2][f"copy-{architecture}"] < losses[0][f"copy-{architecture}"]
+
+
+def test_chat_data_is_learnt_from_answers_only(start: SimpleNamespace) -> None:
+    """The loss of a step is that of the tokens the mask counts, and no other; computed anew from plain logits."""
+    circle = [5, 9, 2, 77, 131, 40, 8]
+    documents = [(circle * 30)[shift : shift + 90] for shift in range(40)]
+    prefix = write_data(start.folder / "chat", documents)
+    write_data(start.folder / "chat.mask", [[int(token in (77, 8)) for token in document] for document in documents])
+    data = {**model_block(start)["data"], "data_prefix": {"train": [str(prefix)], "validation": [str(prefix)]}}
+    data["data_prefix"]["test"] = None
+    _, model, losses = tune(start, 1, data=data)
+    samples = [model._train_ds[index] for index in range(GLOBAL_BATCH)]
+    tokens, labels, mask = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask"))
+    assert torch.equal(mask.bool(), (labels == 77) | (labels == 8))
+    logits = exit_logits(restore(start.path), tokens)
+    for name, ours in losses[0].items():
+        each = torch.nn.functional.cross_entropy(logits[name].flatten(0, 1), labels.flatten(), reduction="none")
+        assert ours == pytest.approx((each * mask.flatten()).sum().item() / mask.sum().item(), rel=1e-5), name
+        assert ours != pytest.approx(each.mean().item(), rel=1e-3), "control: all tokens give another loss"
+
+
 # -- the script -----------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +275,14 @@ def test_the_script_as_a_user_runs_it(start: SimpleNamespace, tmp_path: Path) ->
     tags = set(events.Tags()["scalars"])
     for exit in EXITS:
         assert {f"exit/{exit['name']}/loss", f"val/exit/{exit['name']}/agreement"} <= tags
+        trains = exit["name"] != NOTHING_TO_TRAIN
+        assert {f"exit/{exit['name']}/{metric}" in tags for metric in ("lr", "grad_norm")} == {trains}
     assert {"val/full_model/loss", "val_loss", "lr"} <= tags
     assert [event.step for event in events.Scalars(f"exit/{EXITS[0]['name']}/loss")] == [1, 3]
+
+    numbers, settings = _script("scripts/plot_tuning.py").read_run(tmp_path / "outputs")
+    assert list(settings) == [exit["name"] for exit in EXITS] and settings[EXITS[1]["name"]]["init"] == "lora"
+    assert [step for step, _ in numbers[f"exit/{EXITS[0]['name']}/loss"]] == [1, 3]
 
     model, begun = restore(tmp_path / "tuned.nemo"), restore(start.path)
     tokens = random_tokens(model)
@@ -253,8 +290,8 @@ def test_the_script_as_a_user_runs_it(start: SimpleNamespace, tmp_path: Path) ->
     assert {name for name in ours if torch.equal(ours[name], theirs[name])} == {NOTHING_TO_TRAIN}
 
 
-def _script():
-    spec = importlib.util.spec_from_file_location(SCRIPT, ROOT / "examples" / f"{SCRIPT}.py")
+def _script(path: str = f"examples/{SCRIPT}.py"):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script

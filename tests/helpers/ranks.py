@@ -26,7 +26,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(function: Callable[[int], None], world_size: int, *, timeout: float, log: str) -> None:
+def run_ranks(
+    function: Callable[[int], None], world_size: int, *, timeout: float, log: str, wait_for_all: bool = False
+) -> None:
     """Call `function(rank)` on `world_size` forked ranks with the environment of one node.
 
     Args:
@@ -34,6 +36,7 @@ def run_ranks(function: Callable[[int], None], world_size: int, *, timeout: floa
         world_size: number of ranks.
         timeout: seconds after which every rank is killed.
         log: path prefix; rank r writes its output to `<log>.rank<r>.log`.
+        wait_for_all: let the others go on when a rank has failed; otherwise they are killed at once.
 
     Raises:
         RuntimeError: a rank failed or timed out; the message ends with its last lines.
@@ -47,7 +50,7 @@ def run_ranks(function: Callable[[int], None], world_size: int, *, timeout: floa
     try:
         while any(process.is_alive() for process in ranks):
             failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
-            if failed or time.monotonic() > deadline:
+            if (failed and not wait_for_all) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
     finally:

@@ -27,6 +27,8 @@ from nemo_ee.exits.config import BLOCK_KEYS, DistillationConfig, EarlyExitConfig
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf").glob("*.yaml"))
 STEMS = [file.stem for file in FILES]
+# Settings laid over another yaml, started with that one's script and --config-name.
+VARIANTS = {"megatron_gpt_early_exit_sweep": "megatron_gpt_early_exit_tune"}
 # NeMo's readers of what is not read by this package itself.
 NEMO_READERS = (
     "collections/nlp/models/language_modeling/megatron_gpt_model.py",
@@ -60,11 +62,17 @@ def test_it_loads_and_has_a_script(stem: str) -> None:
     scripts = [
         path for folder in ("examples", "scripts", "benchmarks") for path in (ROOT / folder).rglob(f"{stem}.py")
     ]
+    if stem in VARIANTS:
+        assert not scripts and VARIANTS[stem] in STEMS
+        return
     assert len(scripts) == 1, f"one script of the same name, not {scripts}"
     assert f'config_name="{stem}"' in scripts[0].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if "early_exit" in (load(stem).get("model") or {})])
+WITH_EXITS = [stem for stem in STEMS if stem not in VARIANTS and "early_exit" in (load(stem).get("model") or {})]
+
+
+@pytest.mark.parametrize("stem", WITH_EXITS)
 def test_the_exits_block_is_the_config_s_own(stem: str) -> None:
     """Key for key, in order, with the defaults of the dataclasses; reading it back gives the same config."""
     block = load(stem)["model"]["early_exit"]
@@ -83,7 +91,7 @@ def test_the_exits_block_is_the_config_s_own(stem: str) -> None:
 
 
 def test_two_blocks_that_are_the_same_everywhere() -> None:
-    blocks = [load(stem)["model"]["early_exit"] for stem in STEMS if "early_exit" in (load(stem).get("model") or {})]
+    blocks = [load(stem)["model"]["early_exit"] for stem in WITH_EXITS]
     assert len(blocks) >= 2 and all(block == blocks[0] for block in blocks)
 
 
@@ -97,8 +105,33 @@ def _source() -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
+@pytest.mark.parametrize("stem", VARIANTS)
+def test_a_variant_changes_what_it_says_and_nothing_else(stem: str) -> None:
+    base, variant = dict(leaves(load(VARIANTS[stem]))), dict(leaves(load(stem)))
+    own = set(OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{stem}.yaml")))
+    changed = {key for key in variant if key not in base or variant[key] != base[key]}
+    assert changed and {key.split(".")[0] for key in changed} <= own and base.keys() <= variant.keys()
+
+
+def test_the_sweep_is_nine_exits_on_one_layer() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+        rates = ["model.optim.lr=2e-3", "model.optim.sched.min_lr=0"]
+        cfg = compose("megatron_gpt_early_exit_sweep", ["layer=5", *rates])
+    block = OmegaConf.to_container(cfg.model.early_exit, resolve=True)
+    exits = EarlyExitConfig.from_mapping(block, num_layers=8).exits
+    pairs = {(exit.init, exit.architecture) for exit in exits}
+    assert pairs == {(init, shape) for init in ("copy", "random", "lora") for shape in ("norm", "mlp", "layer")}
+    assert all(exit.name == f"{exit.init}-{exit.architecture}" and exit.layer == 5 for exit in exits)
+    for exit in exits:
+        assert (exit.lr, exit.min_lr) == ((pytest.approx(6e-3), 0) if exit.init == "lora" else (None, None))
+
+
 def _is_read(key: str) -> bool:
-    """Whether the last part of a dotted key occurs as an attribute, a quoted key or a name of an argument."""
+    """Whether the last part of a dotted key occurs as an attribute, a quoted key or a name of an argument; or whether
+    a yaml takes the value over from there."""
+    if any(f"${{{key}}}" in file.read_text(encoding="utf-8") for file in FILES):
+        return True
     name = re.escape(key.split(".")[-1])
     return re.search(rf"""\.{name}\b|["']{name}["']|\b{name}\s*[:=]""", _source()) is not None
 
@@ -147,6 +180,7 @@ def test_every_line_is_explained_and_the_header_has_the_command(file: Path) -> N
     text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
     header = "\n".join(lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))])
-    assert re.search(rf"#\s+(python|torchrun)\b.*{file.stem}\.py", header)
+    started = f"--config-name {file.stem} " if file.stem in VARIANTS else rf"{file.stem}\.py"
+    assert re.search(rf"#\s+(python|torchrun)\b.*{started}", header)
     bare = [line for line in lines if re.match(r"\s*[\w.]+:\s*[^\s#]", line) and not re.search(r"\s#\s*\S", line)]
     assert not bare

@@ -78,6 +78,16 @@ def test_a_huge_loss_keeps_a_finite_perplexity() -> None:
     assert result["cross_entropy"] == 5000.0 and math.isfinite(result["perplexity"])
 
 
+def test_values_of_a_step_travel_beside_the_sums() -> None:
+    sums = ExitSums(["a", "b"], torch.device("cpu"))
+    sums.add_row("a", _row(loss=4.0, weight=2.0))
+    values = {"a": {"lr": 0.0, "grad_norm": math.inf, "loss_weight": 0.5}, "b": {"loss_weight": 0.0}}
+    result = sums.reduce(step_values=values)
+    assert result["a"] == {"loss": 2.0, **values["a"]}
+    assert result["b"] == {"loss_weight": 0.0}, "zero is a value; what is not given is not logged"
+    assert sums.reduce(step_values={}) == {}, "a stage without exits"
+
+
 def test_names() -> None:
     """Dashboards depend on them."""
     assert metric_name("layer2-mlp", "loss", validation=False) == "exit/layer2-mlp/loss"

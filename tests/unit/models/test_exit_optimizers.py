@@ -103,6 +103,28 @@ def test_each_exit_is_clipped_to_its_own_norm(model) -> None:
     assert before["l2-norm-copy-own"] < 2.0 < before["l1-mlp-copy-own"], "control: one below, one above the limit"
 
 
+def test_what_a_step_will_do_is_known_before_it_and_changes_nothing_of_it(model, folder: Path) -> None:
+    """Asking for the norms clips; the step does not clip a second time and ends where an unasked one does, bitwise."""
+    other = tiny_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
+    asked, unasked = _optimizers(model, max_norm=2.0), _optimizers(other, max_norm=2.0)
+    scale = {"l2-norm-copy-own": 1e-3}
+    weights = {**dict.fromkeys(TRAINABLE, 1.0), "l2-embedding-copy-shared": 0.5}
+    for seed in range(2):
+        _fill_gradients(asked, seed, scale)
+        _fill_gradients(unasked, seed, scale)
+        norms = {exit.name: _norm(exit) for exit in asked.exits}
+        values = asked.step_values(weights)
+        assert values.keys() == weights.keys()
+        assert values["l2-embedding-copy-shared"] == {"loss_weight": 0.5}, "nothing to train"
+        assert values["l2-norm-copy-own"]["lr"] == 0.5
+        for name in TRAINABLE:
+            assert values[name]["grad_norm"] == pytest.approx(norms[name], rel=1e-5), "before clipping"
+        asked.step()
+        unasked.step()
+        assert asked.grad_norms == unasked.grad_norms
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_no_limit_clips_nothing(model) -> None:
     optimizers = _optimizers(model, max_norm=0.0)
     _fill_gradients(optimizers, scale=dict.fromkeys(TRAINABLE, 1e6))

@@ -7,7 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
@@ -110,9 +113,17 @@ def test_a_malformed_entry_is_left_for_the_config_to_refuse() -> None:
 # -- check_run --------------------------------------------------------------------------------------------------------
 
 
+def _write_data(prefix: Path, lengths: list[int]) -> str:
+    """A data set of documents of these lengths; returns the prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for length in lengths:
+        builder.add_document(torch.ones(length), [length])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
 def _run(tmp_path: Path, *, changes: dict[str, Any] | None = None, **model: Any) -> None:
-    for ending in (".bin", ".idx"):
-        (tmp_path / f"data{ending}").touch()
+    _write_data(tmp_path / "data", [600, 400])
     settings = {
         "restore_from_path": "ee.nemo",
         "data": {
@@ -151,6 +162,8 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     two = {"max_steps": 1, "devices": 2, "num_nodes": 1, "precision": 32, "accumulate_grad_batches": 1}
     split = {"layers": None, "cost": "measured", "costs": {"exits": {"layer1-mlp": 4.0}}}
     _run(tmp_path, changes={"trainer": two}, pipeline_model_parallel_size=2, layer_split=split)
+    low = {**BLOCK, "exits": [{"layer": 4, "lr": 1e-5}]}
+    _run(tmp_path, early_exit=low, optim={"name": "adamw", "lr": 1e-3, "sched": {"name": "Constant", "min_lr": 1e-4}})
 
 
 FAULTS = {
@@ -210,8 +223,38 @@ FAULTS = {
             "costs.exits.x = 1.0: is not a key of this block",
         ],
     ),
+    "rates that would rise": (
+        {
+            "optim": {"lr": 1e-3, "sched": {"name": "LinearAnnealing", "min_lr": 1e-4}},
+            "early_exit": {**BLOCK, "exits": [{"layer": 1, "lr": 1e-5}, {"layer": 2, "min_lr": 1e-2}, {"layer": 3}]},
+        },
+        {},
+        [
+            "exits[0].lr=1e-05 is below model.optim.sched.min_lr=0.0001, to which it would rise; give the exit a min",
+            "exits[1].min_lr=0.01 is above model.optim.lr=0.001, which the exit takes",
+        ],
+    ),
+    "a run's rate that would rise": (
+        {"optim": {"lr": 1e-3, "sched": {"name": "CosineAnnealing", "min_lr": 1e-2}}},
+        {},
+        ["model.optim.sched.min_lr=0.01 is above model.optim.lr=0.001; lower it"],
+    ),
     "ranks": ({"tensor_model_parallel_size": 2}, {}, ["tensor_model_parallel_size=2", "number of ranks (1)"]),
 }
+
+
+def test_data_that_is_not_enough_for_one_step_is_refused(tmp_path: Path) -> None:
+    """2 x 64 labels need 129 tokens, over all the prefixes together; validation may be smaller."""
+    short = [_write_data(tmp_path / "a", [40]), _write_data(tmp_path / "b", [40, 48])]
+    data = {"data_prefix": {"train": ["0.3", short[0], "0.7", short[1]], "validation": [short[0]], "test": None}}
+    batch = {"micro_batch_size": 1, "global_batch_size": 2}
+    with pytest.raises(ValueError, match=r"3 documents with 128 tokens, and one step needs 129 \(global_batch_size=2"):
+        _run(tmp_path, data=data, **batch)
+    _run(tmp_path, data=data, **batch, encoder_seq_length=63)
+    _run(tmp_path, data={"data_prefix": [_write_data(tmp_path / "c", [129])]}, **batch)
+    (tmp_path / "c.idx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"train: .*/c.idx cannot be read .*; make the data anew"):
+        _run(tmp_path, data={"data_prefix": [str(tmp_path / "c")]}, **batch)
 
 
 @pytest.mark.parametrize("what", FAULTS)

@@ -1,0 +1,324 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Turn JSONL conversations into Megatron's indexed datasets: the tokens, and beside them which of them are answers.
+
+python scripts/data/preprocess_chat.py input=chats.jsonl output=data/chat tokenizer=<Hugging Face directory>
+
+A line is {"messages": [{"role": ..., "content": ...}, ...]}. The tokenizer's chat template writes the conversation;
+`<output>.bin/.idx` get its tokens, `<output>.mask.bin/.idx` 1 for every token of an assistant's answer and 0 for the
+others. Tuning finds the mask beside the tokens (nemo_ee/models/datasets.py) and takes its loss on answers only.
+
+Where an answer lies: a template with {% generation %} marks says so itself. With any other, answer i is what
+
+    template(messages[:i + 1])  has more than  template(messages[:i], add_generation_prompt=True)
+
+and a template for which these are not beginnings of the whole conversation is refused.
+
+Options: conf/preprocess_chat.yaml. Faults are collected and reported as in preprocess_text.py; nothing half-written
+stays behind.
+
+May import: anything; needs transformers and megatron.core, not NeMo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hydra
+import numpy
+from omegaconf import DictConfig, OmegaConf
+from preprocess_text import (
+    DTYPES,
+    PreprocessError,
+    choose_dtype,
+    existing_faults,
+    find_files,
+    load_tokenizer,
+    read_fields,
+    replacing,
+)
+from tqdm import tqdm
+
+from nemo_ee.command import command
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant", "tool")
+ANSWERS = "assistant"
+# As transformers looks for it.
+_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """The settings of conf/preprocess_chat.yaml, one field per key."""
+
+    input: tuple[str, ...]
+    output: str
+    tokenizer: str
+    jsonl_extensions: tuple[str, ...]
+    messages_key: str
+    chat_template: str | None
+    append_eod: bool
+    pad_to: int | None
+    dtype: str
+    overwrite: bool
+
+    text_extensions: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any]) -> ChatConfig:
+        """Read the settings.
+
+        Raises:
+            PreprocessError: values of the wrong kind.
+        """
+        values = dict(mapping)
+        if isinstance(values["input"], str):
+            values["input"] = [values["input"]]
+        for key in ("input", "jsonl_extensions"):
+            values[key] = tuple(str(value) for value in values[key] or ())
+        for key in ("output", "tokenizer", "messages_key", "dtype"):
+            values[key] = str(values[key])
+        config = cls(**values)
+        faults = []
+        if not config.input:
+            faults.append("input: empty list; name at least one file or directory")
+        if config.dtype != "auto" and config.dtype not in DTYPES:
+            faults.append(f"dtype: {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        length = config.pad_to
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
+            faults.append(f"pad_to: {length!r} must be a whole number of tokens from 2, or null")
+        for key in ("append_eod", "overwrite"):
+            if not isinstance(getattr(config, key), bool):
+                faults.append(f"{key}: {getattr(config, key)!r} must be True or False")
+        if faults:
+            raise PreprocessError(faults)
+        return config
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was written."""
+
+    conversations: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    cut: int = 0  # longer than pad_to, and written
+    left_out: int = 0  # nothing of an answer within pad_to
+
+
+class ChatTokenizer:
+    """A tokenizer and its chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.marks_answers = bool(_MARKS_ANSWERS.search(tokenizer.get_chat_template()))
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them belong to an assistant's answer.
+
+        Raises:
+            ValueError: the template refuses the conversation, or answers cannot be told from the rest.
+        """
+        if self.marks_answers:
+            encoded = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            ids, counts = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+        else:
+            text = self._apply(messages, tokenize=False)
+            spans = self._spans(messages, text)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids = list(encoded["input_ids"])
+            counts = [
+                any(begin < end_of_answer and end > start_of_answer for start_of_answer, end_of_answer in spans)
+                for begin, end in encoded["offset_mapping"]
+            ]
+        if not any(counts):
+            raise ValueError("no token of an answer is left by the template; look at what it writes for an assistant")
+        return ids, counts
+
+    def _spans(self, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
+        """Where in the template's text the answers are."""
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != ANSWERS:
+                continue
+            before = self._apply(messages[:index], tokenize=False, add_generation_prompt=True)
+            after = self._apply(messages[: index + 1], tokenize=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"the chat template writes what comes before messages[{index}] differently when more messages "
+                    "follow, so the answer cannot be told from the rest; use a template with {% generation %} marks "
+                    "(chat_template=...), or conversations that end with their only answer"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def _apply(self, messages: Sequence[dict[str, str]], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **options)
+        except Exception as error:  # a template is a program of its own and may fail in any way
+            raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+def message_fault(messages: list[Any]) -> str | None:
+    """What is wrong with a conversation whatever the template, or None."""
+    if not messages:
+        return "no messages"
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"messages[{index}] is a JSON {type(message).__name__}, not an object with role and content"
+        missing = [key for key in ("role", "content") if key not in message]
+        if missing:
+            return f"messages[{index}] has no {' and no '.join(missing)}"
+        if message["role"] not in ROLES:
+            return f"messages[{index}].role = {message['role']!r} is not one of {', '.join(ROLES)}; rename it"
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            return f"messages[{index}].content is a JSON {kind}, not a string; only text is supported"
+    if not any(message["role"] == ANSWERS and message["content"] for message in messages):
+        return f"no message of the {ANSWERS}, so nothing would count in the loss; leave the conversation out"
+    return None
+
+
+def load_chat_tokenizer(config: ChatConfig) -> ChatTokenizer:
+    """The tokenizer with its template, or with that of the file `chat_template`.
+
+    Raises:
+        PreprocessError: no tokenizer, no template, or one that cannot say where in a text its tokens are.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    faults = []
+    if config.chat_template is not None:
+        if Path(config.chat_template).is_file():
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        else:
+            faults.append(f"chat_template: {config.chat_template} is not a file; null takes the tokenizer's own")
+    elif not tokenizer.chat_template:
+        faults.append(
+            f"tokenizer: {config.tokenizer} has no chat template; give a file with one (Jinja), chat_template=..."
+        )
+    if not tokenizer.is_fast:
+        faults.append(f"tokenizer: {config.tokenizer} has no tokenizer.json, without which tokens cannot be located")
+    if (config.append_eod or config.pad_to) and tokenizer.eos_token_id is None:
+        faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod and pad_to; set False and null")
+    if faults:
+        raise PreprocessError(faults)
+    return ChatTokenizer(tokenizer)
+
+
+def preprocess(config: ChatConfig) -> Counts:
+    """Write `<output>.bin/.idx` and `<output>.mask.bin/.idx`.
+
+    Raises:
+        PreprocessError: every fault of the settings, or every fault in the data. Nothing is left behind then.
+    """
+    files, faults = find_files(config)
+    finished = [Path(config.output + suffix) for suffix in (".mask.bin", ".mask.idx", ".bin", ".idx")]
+    if not config.overwrite:
+        faults += existing_faults(finished)
+    chat, dtype = None, config.dtype
+    try:
+        chat = load_chat_tokenizer(config)
+    except PreprocessError as error:
+        faults += error.faults
+    else:
+        dtype, problems = choose_dtype(config.dtype, max(chat.tokenizer.get_vocab().values()) + 1)
+        faults += problems
+    if faults:
+        raise PreprocessError(faults)
+    with replacing(finished) as partial:
+        return _write(config, files, chat, dtype, partial)
+
+
+def conversations(
+    files: Sequence[Path], config: ChatConfig, chat: ChatTokenizer, faults: list[str], bar: tqdm
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids and answers of every conversation; what is wrong with one is added to `faults` as file:line."""
+    for path in files:
+        found, known = 0, len(faults)
+        for place, messages in read_fields(path, config.messages_key, list, "messages_key", faults, bar):
+            found += 1
+            fault = message_fault(messages)
+            if fault is None:
+                try:
+                    yield chat.encode(messages)
+                except ValueError as error:
+                    fault = str(error)
+            if fault is not None:
+                faults.append(f"{place}: {fault}")
+        if not found and len(faults) == known:
+            faults.append(f"{path}: holds no conversation")
+
+
+def _write(
+    config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: str, targets: Sequence[Path]
+) -> Counts:
+    """Write into `targets` (mask, its index, data, its index); raises PreprocessError for faults in the data."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    masks = IndexedDatasetBuilder(str(targets[0]), dtype=numpy.uint8)
+    tokens = IndexedDatasetBuilder(str(targets[2]), dtype=DTYPES[dtype])
+    faults: list[str] = []
+    counts = Counts()
+    end = chat.tokenizer.eos_token_id
+    try:
+        with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="read") as bar:
+            for ids, answers in conversations(files, config, chat, faults, bar):
+                if faults:  # the rest is only read for its faults
+                    continue
+                if config.append_eod and ids[-1] != end:
+                    ids, answers = [*ids, end], [*answers, False]
+                if config.pad_to is not None:
+                    if not any(answers[: config.pad_to]):
+                        counts.left_out += 1
+                        continue
+                    counts.cut += len(ids) > config.pad_to
+                    missing = max(0, config.pad_to - len(ids))
+                    ids = ids[: config.pad_to] + [end] * missing
+                    answers = answers[: config.pad_to] + [False] * missing
+                tokens.add_document(ids, [len(ids)])
+                masks.add_document([int(answer) for answer in answers], [len(ids)])
+                counts.conversations += 1
+                counts.tokens += len(ids)
+                counts.answer_tokens += sum(answers)
+                bar.set_postfix(conversations=counts.conversations, refresh=False)
+    finally:
+        masks.data_file.close()
+        tokens.data_file.close()
+    if not faults and not counts.conversations:
+        faults.append(f"input: none of the {counts.left_out} conversations has an answer within pad_to; raise it")
+    if faults:
+        raise PreprocessError(faults)
+    masks.finalize(str(targets[1]))
+    tokens.finalize(str(targets[3]))
+    return counts
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_chat")
+def main(cfg: DictConfig) -> None:
+    """Run with the options of conf/preprocess_chat.yaml."""
+    with command(cfg):
+        counts = preprocess(ChatConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+        logger.info(
+            "%s: %d conversations, %d tokens, %d of them in answers; %d cut at pad_to, %d left out",
+            cfg.output,
+            counts.conversations,
+            counts.tokens,
+            counts.answer_tokens,
+            counts.cut,
+            counts.left_out,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Draw what a tuning run logged of every exit. See conf/plot_tuning.yaml.
+
+python scripts/plot_tuning.py run=outputs/megatron_gpt_early_exit_sweep output=sweep.png
+
+May import: anything; needs tensorboard, not NeMo.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.command import command
+from nemo_ee.evaluation.tuning_curves import Curve, draw_tuning_curves
+
+logger = logging.getLogger(__name__)
+
+
+def read_run(folder: str | Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict]]:
+    """What TensorBoard holds of a run: (tag -> [(step, value)], exit name -> settings).
+
+    Of a run that was resumed, the later start's numbers count where two starts made the same step.
+
+    Raises:
+        ValueError: no logs, or none of exit tuning.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = sorted(Path(folder).rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise ValueError(
+            f"run={folder} has no TensorBoard logs below it; name the run's folder, "
+            "and tune with exp_manager.create_tensorboard_logger=True"
+        )
+    numbers: dict[str, dict[int, float]] = {}
+    exits: dict[str, dict] = {}
+    for file in files:
+        settings = file.parent / "hparams.yaml"
+        if settings.is_file():
+            model = OmegaConf.load(settings).get("cfg") or {}
+            block = OmegaConf.to_container(model).get("early_exit") or {} if OmegaConf.is_config(model) else {}
+            exits |= _settings_of(block, model)
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            numbers.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
+    logged = {tag.split("/")[1] for tag in numbers if tag.startswith("exit/")}
+    if not logged & exits.keys():
+        raise ValueError(f"run={folder}: its logs hold no numbers of exits, or hparams.yaml beside them is missing")
+    return {tag: sorted(values.items()) for tag, values in numbers.items()}, exits
+
+
+def _settings_of(block: dict, model: DictConfig) -> dict[str, dict]:
+    from nemo_ee.exits.config import EarlyExitConfig
+
+    config = EarlyExitConfig.from_mapping(block, num_layers=model.num_layers)
+    return {entry["name"]: entry for entry in config.to_mapping()["exits"]}
+
+
+def of_metric(numbers: dict[str, list[tuple[int, float]]], prefix: str, metric: str) -> dict[str, Curve]:
+    """Exit name -> curve of the tags `<prefix>exit/<name>/<metric>`."""
+    parts = {tag: tag.removeprefix(prefix).split("/") for tag in numbers if tag.startswith(f"{prefix}exit/")}
+    return {name: numbers[tag] for tag, (_, name, last) in parts.items() if last == metric}
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="plot_tuning")
+def main(cfg: DictConfig) -> None:
+    """Read, draw, and say where every exit ended."""
+    with command(cfg):
+        numbers, exits = read_run(cfg.run)
+        curves = of_metric(numbers, "", cfg.metric)
+        if not curves:
+            known = sorted({tag.split("/")[2] for tag in numbers if tag.startswith("exit/")})
+            raise ValueError(f"metric={cfg.metric!r} is not logged; the run has {', '.join(known)}")
+        validation = of_metric(numbers, "val/", cfg.metric) if cfg.validation else {}
+        draw_tuning_curves(
+            cfg.output, curves, exits, validation=validation, panels=cfg.panels, colours=cfg.colours,
+            styles=cfg.styles, quantity=cfg.quantity or cfg.metric, title=cfg.title, caption=cfg.caption,
+        )  # fmt: skip
+        for name in (name for name in exits if name in curves):
+            step, value = curves[name][-1]
+            logger.info("%-32s %s %.4f after step %d", name, cfg.metric, value, step)
+        logger.info("drawn: %s", cfg.output)
+
+
+if __name__ == "__main__":
+    main()
