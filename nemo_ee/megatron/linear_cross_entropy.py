@@ -99,39 +99,34 @@ def linear_cross_entropy(
         dtype: dtype of the matrix products (autocast); default that of the inputs.
         chunk_bytes: size of one chunk of fp32 logits.
     """
-    num_tokens, rows = inputs[0].shape[0], weights[0].shape[0]
+    num_tokens = inputs[0].shape[0]
     dtype = dtype or inputs[0].dtype
-    chunk = max(1, min(num_tokens, chunk_bytes // (4 * rows)))
+    chunk = max(1, min(num_tokens, chunk_bytes // (4 * weights[0].shape[0])))
     mask = mask.float()
     cast = [weight.detach().to(dtype) for weight in weights]
     wanted = grad_scale is not None
     input_grads = [torch.zeros_like(x) if wanted and x.requires_grad else None for x in inputs]
+    weight_grads = [_own_gradient(weight) if wanted and weight.requires_grad else None for weight in weights]
     loss_sum = torch.zeros((), dtype=torch.float32, device=mask.device)
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     for start in range(0, num_tokens, chunk):
         part = slice(start, min(start + chunk, num_tokens))
-        logits = _chunk_logits(inputs, cast, part, dtype, vocabulary)
+        logits = chunk_logits(inputs, cast, part, dtype, vocabulary)
         peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)  # [c]
         if argmax is not None:
             argmax[part] = _argmax(logits, peak, vocabulary)
-        logits.sub_(peak.unsqueeze(-1))
-        local = labels[part] - vocabulary.start
-        here = (local >= 0) & (local < vocabulary.num_valid)
-        local = local.clamp(0, rows - 1).unsqueeze(-1)
-        target = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
-        logits.exp_()
-        total, target = vocabulary.reduce(torch.stack((logits.sum(dim=-1), target)))  # [c] each
+        total, target, local, here = exponentials_(logits, peak, labels[part], vocabulary)
         loss_sum += ((total.log() - target) * mask[part]).sum()
         if not wanted:
             continue
         factor = mask[part] * grad_scale
         logits.mul_((factor / total).unsqueeze(-1))
         logits.scatter_add_(-1, local, -(factor * here).unsqueeze(-1))
-        _add_gradients(logits.to(dtype), inputs, weights, cast, input_grads, part)
+        add_gradients(logits.to(dtype), inputs, cast, input_grads, weight_grads, part)
     return LinearCrossEntropy(loss_sum, mask.sum(), tuple(input_grads) if wanted else (), argmax)
 
 
-def _chunk_logits(
+def chunk_logits(
     inputs: Sequence[Tensor], weights: Sequence[Tensor], part: slice, dtype: torch.dtype, vocabulary: VocabularyShard
 ) -> Tensor:
     """[c, v/tp] fp32 logits of the tokens in `part`; padded rows are minus infinity (finite, so that 0 * it is 0)."""
@@ -152,22 +147,59 @@ def _argmax(logits: Tensor, peak: Tensor, vocabulary: VocabularyShard) -> Tensor
     return vocabulary.reduce(candidate, ReduceOp.MIN)
 
 
-def _add_gradients(
+def _own_gradient(weight: Tensor) -> Tensor:
+    """The weight's `.grad`, made of zeros when there is none yet."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+def labels_in_shard(labels: Tensor, vocabulary: VocabularyShard, rows: int) -> tuple[Tensor, Tensor]:
+    """([c, 1] row of each label [c] in this shard, [c] whether it lies here at all; elsewhere the row means
+    nothing)."""
+    local = labels - vocabulary.start
+    here = (local >= 0) & (local < vocabulary.num_valid)
+    return local.clamp(0, rows - 1).unsqueeze(-1), here
+
+
+def exponentials_(
+    logits: Tensor, peak: Tensor, labels: Tensor, vocabulary: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits z [c, v/tp] become exp(z - peak), in place, peak [c] being the largest over all shards.
+
+    Returns:
+        ([c] their sum over all shards, [c] z - peak of the label, then what `labels_in_shard` returns).
+    """
+    logits.sub_(peak.unsqueeze(-1))
+    local, here = labels_in_shard(labels, vocabulary, logits.shape[-1])
+    target = logits.gather(-1, local).squeeze(-1).masked_fill(~here, 0.0)
+    logits.exp_()
+    total, target = vocabulary.reduce(torch.stack((logits.sum(dim=-1), target)))  # [c] each
+    return total, target, local, here
+
+
+def add_gradients(
     grad: Tensor,
     inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
     cast: Sequence[Tensor],
-    input_grads: list[Tensor | None],
+    input_grads: Sequence[Tensor | None],
+    weight_grads: Sequence[Tensor | None],
     part: slice,
 ) -> None:
-    """Products of one chunk's logit gradients [c, v/tp] with the weights and the inputs."""
-    for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-        if input_grads[index] is not None:
-            input_grads[index][part] = grad @ cast[index]
-        if weight.requires_grad:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            if weight.grad.dtype == grad.dtype:
-                weight.grad.addmm_(grad.t(), x[part].to(grad.dtype))
-            else:
-                weight.grad += grad.t() @ x[part].to(grad.dtype)
+    """Products of one chunk's logit gradients [c, v/tp] with the weights and the inputs, into the given tensors.
+
+    Args:
+        grad: gradients of the logits of the tokens in `part`.
+        inputs, cast: the terms' inputs [n, m_t] and weights [v/tp, m_t], the latter in the dtype of `grad`.
+        input_grads: rows `part` are set; None where no gradient is wanted.
+        weight_grads: added to; None where no gradient is wanted.
+    """
+    for x, weight, input_grad, weight_grad in zip(inputs, cast, input_grads, weight_grads, strict=True):
+        if input_grad is not None:
+            input_grad[part] = grad @ weight
+        if weight_grad is None:
+            continue
+        if weight_grad.dtype == grad.dtype:
+            weight_grad.addmm_(grad.t(), x[part].to(grad.dtype))
+        else:
+            weight_grad += grad.t() @ x[part].to(grad.dtype)
