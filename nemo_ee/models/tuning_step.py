@@ -66,16 +66,34 @@ def tune_global_batch(
             counted[head.exit.name] += torch.stack((result.count, result.loss_sum))
 
     run_microbatches(model, batches, link=link, work=work, autocast=autocast)
-    total = torch.zeros((), device=device)
+    return finish_gradients(optimizers, counted, nominal=nominal, sums=sums)
+
+
+def finish_gradients(
+    optimizers: ExitOptimizers, counted: Mapping[str, Tensor], *, nominal: float, sums: ExitSums
+) -> Tensor:
+    """Reduce every entry's gradients and numbers over data parallelism, make them means per token, keep the numbers.
+
+    Args:
+        optimizers: this stage's.
+        counted: name -> [tokens, loss sum] of this rank, in the same order on all data-parallel ranks.
+        nominal: the factor 1/nominal that the gradients already carry.
+        sums: training sums, added to.
+
+    Returns:
+        fp32 scalar, sum of the losses per token.
+    """
     reduced = {exit.name for exit in optimizers.exits}
     for exit in optimizers.exits:
         exit.reduce_gradients(counted[exit.name], nominal=nominal)
-    for name, values in counted.items():  # in the config's order, which every data-parallel rank shares
+    total = torch.zeros((), device=sums.sums.device)
+    for name, values in counted.items():
         if name not in reduced:  # an exit with nothing to train: only its numbers
             torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
     for name, (count, loss_sum) in counted.items():
-        sums.add(name, loss_sum=loss_sum, count=count)
-        total += loss_sum / count.clamp(min=1.0)
+        if name in sums.rows:
+            sums.add(name, loss_sum=loss_sum, count=count)
+            total += loss_sum / count.clamp(min=1.0)
     return total
 
 

@@ -41,7 +41,7 @@ def test_empty_block_is_the_dataclass_defaults():
 def test_keys_are_the_yaml_block():
     assert BLOCK_KEYS == (
         *("exits", "every", "architecture", "init", "output", "train"),
-        *("objective", "distillation", "token_weights"),
+        *("lora", "objective", "distillation", "token_weights"),
     )
     assert tuple(EarlyExitConfig().to_mapping()) == BLOCK_KEYS
 
