@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from nemo_ee.exits.config import EarlyExitConfig
@@ -129,17 +130,32 @@ class SharedOutputWeight:
         if model.share_embeddings_and_output_weights:
             stages.add(0)
         self._weight: Parameter | None = None
-        self._group = None
-        if model.placement.stage not in stages or len(stages) == 1:
+        self._group: ProcessGroup | None = None
+        if len(stages) == 1:
             return
-        self._weight = model.backbone_output_weight()
-        self._weight.shared = model.placement.stage != min(stages)  # Megatron's mark: counted once in norms
-        ranks = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        members = [ranks[stage] for stage in sorted(stages)]
-        self._group = torch.distributed.new_group(members, use_local_synchronization=True)
+        group = _stages_group(sorted(stages))
+        if model.placement.stage in stages:
+            self._group, self._weight = group, model.backbone_output_weight()
+            self._weight.shared = model.placement.stage != min(stages)  # Megatron's mark: counted once in norms
 
     def sum_gradients(self) -> None:
         """Every copy gets the sum of all copies' gradients. Every rank calls it once a step, after the backward
         passes."""
         if self._weight is not None and self._weight.requires_grad:
             torch.distributed.all_reduce(self._weight.grad, group=self._group)
+
+
+def _stages_group(stages: list[int]) -> ProcessGroup | None:
+    """The ranks of this rank's pipeline that are these stages; None on other stages. Every rank must call it."""
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if len(stages) == pipeline.size():
+        return pipeline
+    columns: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(columns, torch.distributed.get_process_group_ranks(pipeline))
+    own = torch.distributed.get_rank()
+    found = None
+    for column in sorted({tuple(column) for column in columns}):  # a group is made by all ranks, in one order
+        members = [column[stage] for stage in stages]
+        group = torch.distributed.new_group(members)
+        found = group if own in members else found
+    return found
