@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-STEPS = 3
+STEPS, SAVED_AT = 4, 3
 # A shared exit on the first and one on a middle stage: copies of the output weight that have to stay one weight.
 EXITS = [
     {"layer": 1, "architecture": "mlp", "loss_weight": 0.5},
@@ -68,46 +68,61 @@ def settings(folder: Path, layout: tuple[int, int, int, int], mode: str, **optio
 
 
 def run_case(folder: Path, layout: tuple[int, int, int, int], case: str) -> dict:
-    """Train one case; losses, gradient norms of every step and sums over the trained weights."""
+    """Train one case, then resume it at step 3 from what the first layout saved there."""
     import torch
-    from lightning.pytorch.callbacks import Callback
-    from megatron.core import parallel_state
 
     from tests.distributed.layout_program import restore, trainer_for
+    from tests.helpers.megatron_models import reset_batch_sizes
 
     name, mode, options = CASES[case]
     world_size = layout[0] * layout[1] * layout[2]
-    steps: list[dict[str, float]] = []
+    checkpoint = folder / f"{case.replace(' ', '-')}--step={SAVED_AT}-consumed_samples={4 * SAVED_AT}.0"
+    config = settings(folder, layout, mode, **options)
 
-    class Norms(Callback):
-        """Keeps losses and gradient norms."""
+    def fit(resume: bool) -> tuple[list[dict[str, float]], dict[str, float], object]:
+        reset_batch_sizes()
+        recorder = _recorder(world_size, None if resume or checkpoint.exists() else checkpoint)
+        trainer, validation = trainer_for(world_size, max_steps=STEPS, callbacks=[recorder], **config)
+        trainer.val_check_interval = STEPS
+        model = restore(folder / f"{name}.nemo", trainer, config)
+        trainer.ckpt_path = str(checkpoint) if resume else None  # as NeMo's exp_manager does
+        trainer.fit(model)
+        return recorder.steps, validation.validation, model
+
+    steps, validation, model = fit(resume=False)
+    result = {"steps": steps, "validation": validation, "copies": 0.0}
+    weight = model._joint.output_weight
+    if weight._group is not None:  # the copies of the output weight, after all steps
+        low, high = weight._weight.detach().clone(), weight._weight.detach().clone()
+        torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=weight._group)
+        torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=weight._group)
+        result["copies"] = float((high - low).abs().max())
+    model.save_to(str(folder / f"{''.join(map(str, layout))}-{case.replace(' ', '-')}.nemo"))
+    result["resumed"] = fit(resume=True)[0]
+    return result
+
+
+def _recorder(world_size: int, checkpoint: Path | None):
+    """A callback that keeps losses and gradient norms of every step and saves once."""
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    class Recorder(Callback):
+        """See above."""
+
+        def __init__(self) -> None:
+            self.steps: list[dict[str, float]] = []
 
         def on_train_batch_end(self, trainer, module, *args) -> None:
             metrics = trainer.callback_metrics
             losses = {k: float(v) for k, v in metrics.items() if k.endswith("/loss") and not k.startswith("val/")}
-            norms = [None] * world_size
+            norms: list = [None] * world_size
             torch.distributed.all_gather_object(norms, dict(module._optimizer.grad_norms))
-            merged = {f"norm {key}": value for rank in norms for key, value in rank.items()}
-            steps.append(losses | merged)
+            self.steps.append(losses | {f"norm {key}": value for rank in norms for key, value in rank.items()})
+            if checkpoint is not None and trainer.global_step == SAVED_AT:
+                trainer.save_checkpoint(str(checkpoint) + ".ckpt")
 
-    config = settings(folder, layout, mode, **options)
-    trainer, recorder = trainer_for(world_size, max_steps=STEPS, callbacks=[Norms()], **config)
-    trainer.val_check_interval = STEPS
-    model = restore(folder / f"{name}.nemo", trainer, config)
-    trainer.fit(model)
-    label = "".join(map(str, layout)) + "-" + case.replace(" ", "-")
-    model.save_to(str(folder / f"{label}.nemo"))
-    trainer.save_checkpoint(str(folder / f"{label}.ckpt"))
-    result = {"steps": steps, "validation": recorder.validation, "copies": 0.0}
-    weight = model._joint.output_weight
-    if weight._group is not None:  # the copies of the output weight, after three steps
-        ours = weight._weight.detach().clone()
-        low, high = ours.clone(), ours.clone()
-        torch.distributed.all_reduce(low, op=torch.distributed.ReduceOp.MIN, group=weight._group)
-        torch.distributed.all_reduce(high, op=torch.distributed.ReduceOp.MAX, group=weight._group)
-        result["copies"] = float((high - low).abs().max())
-    result["stages"] = parallel_state.get_pipeline_model_parallel_world_size()
-    return result
+    return Recorder()
 
 
 def main(folder: Path, layouts: list[tuple[int, int, int, int]]) -> None:
@@ -121,13 +136,8 @@ def main(folder: Path, layouts: list[tuple[int, int, int, int]]) -> None:
     def run(rank: int, layout: tuple[int, int, int, int]) -> None:
         import torch
 
-        from tests.helpers.megatron_models import reset_batch_sizes
-
         torch.set_num_threads(1)
-        results = {}
-        for case in CASES:
-            reset_batch_sizes()
-            results[case] = run_case(folder, layout, case)
+        results = {case: run_case(folder, layout, case) for case in CASES}
         if rank == 0:
             (folder / f"{''.join(map(str, layout))}.json").write_text(json.dumps(results))
 
