@@ -175,5 +175,7 @@ def _place(model: DictConfig) -> None:
             exits,
             num_layers=model.num_layers,
             num_stages=model.get("pipeline_model_parallel_size", 1),
-            full_depth=bool(model.get("val_agreement") or model.get("full_depth") or block.get("train") != "exits"),
+            full_depth=bool(
+                model.get("val_agreement") or model.get("full_depth") or block.get("train") in ("joint", "lora")
+            ),
         )

@@ -149,6 +149,28 @@ def test_recomputation_changes_nothing(case: SimpleNamespace, settings: tuple[st
                 assert torch.equal(parameter.grad, wanted[name]), name
 
 
+def test_recomputation_drops_out_the_same(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout on, a recomputed layer sees the random numbers of its first run: losses and gradients stay."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    gpt = case.model.model
+    for layer in gpt.decoder.layers:
+        monkeypatch.setattr(layer, "hidden_dropout", 0.3)
+
+    def run(granularity: str | None) -> tuple[dict, torch.Tensor]:
+        torch.manual_seed(5)
+        model_parallel_cuda_manual_seed(5)
+        monkeypatch.setattr(gpt.config, "recompute_granularity", granularity)
+        monkeypatch.setattr(gpt.config, "recompute_method", granularity and "uniform")
+        monkeypatch.setattr(gpt.config, "recompute_num_layers", granularity and 1)
+        losses = train_once(case.model, case.batches).losses
+        return losses, gpt.embedding.word_embeddings.weight.grad.clone()
+
+    (plain, gradient), (again, recomputed) = run(None), run("full")
+    assert plain == again != case.losses
+    torch.testing.assert_close(recomputed, gradient, rtol=1e-5, atol=1e-7)
+
+
 def test_a_weight_on_an_exit_s_loss_shows_in_the_backbone(case: SimpleNamespace, monkeypatch) -> None:
     """Control: with another weight of one exit most gradients leave the tolerance, those of deeper layers do not."""
     monkeypatch.setitem(WEIGHTS, EXITS[0]["name"], 1.0)

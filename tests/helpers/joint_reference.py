@@ -120,4 +120,4 @@ class JointReference:
                 for target, source in zip(written.parameters(), model.parameters(), strict=True):
                     target.copy_(torch.zeros_like(source) if source.grad is None else source.grad)
             written.save_pretrained(folder / name)
-        return {name: float(loss) for name, loss in sums.items()}
+        return {name: loss.item() for name, loss in sums.items()}

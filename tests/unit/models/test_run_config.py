@@ -148,6 +148,8 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": "90,10,0"})
     _run(tmp_path, data={"data_prefix": ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]})
     _run(tmp_path, early_exit={**BLOCK, "exits": [{"layer": 4, "architecture": "layer"}]})
+    beside = {**BLOCK, "train": "lora", "lora": {"merge": False}}
+    _run(tmp_path, early_exit=beside, changes={"save_to": "x.nemo", "exits_only": True})
 
 
 FAULTS = {
@@ -191,6 +193,16 @@ FAULTS = {
         {"fp8": True, "micro_batch_size": 3, "global_batch_size": 4},
         {},
         ["fp8=True", "global_batch_size=4 is not a multiple of micro_batch_size=3"],
+    ),
+    "exits only of a joint run": (
+        {"early_exit": {**BLOCK, "train": "joint"}},
+        {"save_to": "x.nemo", "exits_only": True},
+        ["exits_only=True with model.early_exit.train=joint", "set exits_only=False"],
+    ),
+    "exits only of a merged backbone": (
+        {"early_exit": {**BLOCK, "train": "lora"}},
+        {"save_to": "x.nemo", "exits_only": True},
+        ["exits_only=True with model.early_exit.lora.merge=True", "or model.early_exit.lora.merge=False"],
     ),
     "fp16": ({}, {"trainer": {"precision": "16-mixed"}}, ["trainer.precision=16-mixed: fp16 tuning is not supported"]),
     "ranks": ({"tensor_model_parallel_size": 2}, {}, ["tensor_model_parallel_size=2", "number of ranks (1)"]),
