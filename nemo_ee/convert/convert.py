@@ -71,6 +71,9 @@ def convert(cfg: DictConfig) -> Conversion:
     faults = _check_paths(cfg, source, output)
     base: dict = {}
     config: EarlyExitConfig | None = None
+    train = cfg.model.early_exit.get("train")
+    if train in ("joint", "lora"):
+        faults.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
     if source.exists():
         try:
             base = _base_config(cfg, source)
@@ -142,9 +145,6 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
 
 def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:
     """What the model refuses when it is built, seen before its weights are unpacked."""
-    train = cfg.model.early_exit.get("train")
-    if train not in (None, "exits"):
-        raise ValueError(f"model.early_exit.train={train}: a conversion trains nothing; give it to the tune script")
     settings = {**base, "early_exit": OmegaConf.to_container(cfg.model.early_exit, resolve=True)}
     config = OmegaConf.create(settings)
     refuse_unsupported(config, world_size=planned_ranks(cfg.trainer, config), precision=cfg.trainer.precision)
