@@ -71,6 +71,9 @@ def convert(cfg: DictConfig) -> Conversion:
     faults = _check_paths(cfg, source, output)
     base: dict = {}
     config: EarlyExitConfig | None = None
+    train = cfg.model.early_exit.get("train")
+    if train in ("joint", "lora"):
+        faults.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
     if source.exists():
         try:
             base = _base_config(cfg, source)

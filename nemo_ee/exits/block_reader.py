@@ -61,6 +61,13 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
     return check
 
 
+def boolean(value: Any) -> bool:
+    """True or False."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError("must be True or False")
+
+
 def reads_as_number(text: str) -> bool:
     """Whether a text is a number to Python."""
     try:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_ee.exits.block_reader import BlockReader, close_match, integer, keys_of, number, one_of
+from nemo_ee.exits.block_reader import BlockReader, boolean, close_match, integer, keys_of, number, one_of
 
 ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
 INITS = ("copy", "random", "lora")
@@ -28,7 +28,8 @@ LOSS_WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
 
 BLOCK = "model.early_exit"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
-RESERVED_NAMES = ("final",)  # reports and statistics call the original output layer so
+# Reports and statistics call the original output layer so, and its metrics; optimizers the trained backbone.
+RESERVED_NAMES = ("final", "full_model", "backbone")
 
 _EVERY_PATTERN = re.compile(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*")
 
@@ -96,6 +97,19 @@ class DistillationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The backbone's low-rank updates with `train: lora` (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        rank: of every update.
+        merge: saving folds the updates into the backbone's weights; False stores them beside it.
+    """
+
+    rank: int = 16
+    merge: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class EarlyExitConfig:
     """The whole block. `architecture`, `init` and `output` are the defaults that `exits` were resolved with."""
 
@@ -104,6 +118,7 @@ class EarlyExitConfig:
     init: str = "copy"
     output: str = "own"
     train: str = "exits"
+    lora: LoraConfig = LoraConfig()
     objective: str = "cross_entropy"
     distillation: DistillationConfig = DistillationConfig()
     token_weights: str = "none"
@@ -126,6 +141,7 @@ class EarlyExitConfig:
         written = {
             "exits": [dataclasses.asdict(exit) for exit in self.exits],
             "every": None,
+            "lora": dataclasses.asdict(self.lora),
             "distillation": dataclasses.asdict(self.distillation),
         }
         return {key: written[key] if key in written else getattr(self, key) for key in BLOCK_KEYS}
@@ -145,9 +161,19 @@ class EarlyExitConfig:
         return self.exit(name).objective or self.objective
 
     @property
-    def needs_final_exit(self) -> bool:
-        """Whether some exit learns from the final exit, so that tuning runs the whole model."""
+    def has_teacher(self) -> bool:
+        """Whether some exit learns from the final exit."""
         return any(self.objective_of(name) != "cross_entropy" for name in self.names)
+
+    @property
+    def needs_final_exit(self) -> bool:
+        """Whether a training step runs the whole model: an exit learns from the final exit, or that trains itself."""
+        return self.has_teacher or self.train != "exits"
+
+    @property
+    def trains(self) -> str:
+        """What a run trains, in words; a training checkpoint resumes only what it was made with."""
+        return f"lora of rank {self.lora.rank}" if self.train == "lora" else self.train
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -175,7 +201,7 @@ def _exit_name(value: Any) -> str:
             "_ and -, 41 characters at most; leave it out to get layer<k>-<architecture>"
         )
     if value in RESERVED_NAMES:
-        raise ValueError(f"is reserved for the model's original output; choose another name, e.g. {value}-1")
+        raise ValueError(f"is reserved for the model's own parts; choose another name, e.g. {value}-1")
     return value
 
 
@@ -191,6 +217,7 @@ def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExit
         init=reader.read("init", one_of(INITS), base.init),
         output=reader.read("output", one_of(OUTPUTS), base.output),
         train=reader.read("train", one_of(TRAIN_MODES), base.train),
+        lora=_read_lora(reader, base.lora),
         objective=reader.read("objective", one_of(OBJECTIVES), base.objective),
         distillation=_read_distillation(reader, base.distillation),
         token_weights=reader.read("token_weights", one_of(TOKEN_WEIGHTS), base.token_weights),
@@ -201,15 +228,28 @@ def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExit
     return dataclasses.replace(block, exits=exits)
 
 
-def _read_distillation(reader: BlockReader, base: DistillationConfig) -> DistillationConfig:
-    value = reader.given("distillation")
+def _inner_block(reader: BlockReader, key: str, dataclass: type) -> BlockReader | None:
+    """A reader of the block under `key`; None where there is none or it is no block."""
+    value, keys = reader.given(key), keys_of(dataclass)
     if value is None:
-        return base
-    keys = keys_of(DistillationConfig)
+        return None
     if not isinstance(value, Mapping):
-        reader.fault("distillation", f"must be a mapping with the keys {', '.join(keys)}")
+        reader.fault(key, f"must be a mapping with the keys {', '.join(keys)}")
+        return None
+    return BlockReader(value, f"{reader.path}.{key}", keys, reader.faults)
+
+
+def _read_lora(reader: BlockReader, base: LoraConfig) -> LoraConfig:
+    inner = _inner_block(reader, "lora", LoraConfig)
+    if inner is None:
         return base
-    inner = BlockReader(value, f"{reader.path}.distillation", keys, reader.faults)
+    return LoraConfig(rank=inner.read("rank", integer(1), base.rank), merge=inner.read("merge", boolean, base.merge))
+
+
+def _read_distillation(reader: BlockReader, base: DistillationConfig) -> DistillationConfig:
+    inner = _inner_block(reader, "distillation", DistillationConfig)
+    if inner is None:
+        return base
     return DistillationConfig(
         temperature=inner.read("temperature", number(above=True), base.temperature),
         top_k=inner.read("top_k", integer(1, way_out="; null uses the whole vocabulary"), base.top_k),

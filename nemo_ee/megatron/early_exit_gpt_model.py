@@ -114,6 +114,7 @@ class EarlyExitGPTModel(GPTModel):
                 for exit in placement.exits
             ],
         )
+        self.trains_backbone = False
         self.freeze_backbone()
         self.eval()
 
@@ -139,8 +140,11 @@ class EarlyExitGPTModel(GPTModel):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> EarlyExitGPTModel:
-        """Always evaluation mode: dropout in a frozen backbone would only add noise to what the exits learn."""
-        return super().train(False)
+        """Evaluation mode unless the backbone trains: dropout in a frozen one would only add noise to what the exits
+        learn. Exits always run as they serve."""
+        super().train(mode and self.trains_backbone)
+        self.exits.eval()
+        return self
 
     def vocabulary(self) -> VocabularyShard:
         """This rank's part of the vocabulary."""
@@ -181,7 +185,7 @@ class EarlyExitGPTModel(GPTModel):
         return StageOutput(hidden, taps, rotary)
 
     def backbone_sharded_state_dict(self) -> dict:
-        """Sharded tensors of the backbone under canonical keys, without the exits and without TE's extra states.
+        """Sharded tensors of the backbone under canonical keys, without exits, low-rank updates and TE's extra states.
 
         A stage that only keeps a copy of the output weight lists it under the key it is stored at.
         """
@@ -191,7 +195,8 @@ class EarlyExitGPTModel(GPTModel):
             source = "embedding.word_embeddings" if self.share_embeddings_and_output_weights else "output_layer"
             for key, shard in self.backbone_output.sharded_state_dict("backbone_output.").items():
                 sharded[key] = replace(shard, key=f"{source}.weight")
-        return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
+        own = ("_extra_state", "low_rank_a", "low_rank_b")  # no part of what a backbone is read from
+        return {key: value for key, value in sharded.items() if not key.endswith(own)}
 
     def sharded_backbone_to_save(self, prefix: str) -> dict:
         """Sharded state of the whole backbone as Megatron's own GPT stores it, for a checkpoint of its own.

@@ -123,11 +123,16 @@ def _random_chunk(
         scale = 1.0 / math.sqrt(global_shape[-1])
     elif "linear_fc2." in key or "linear_proj." in key:
         scale = std / math.sqrt(2.0 * exit_layer)
-    digest = hashlib.sha256(f"{seed}/{name}/{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    whole = torch.randn(global_shape, generator=generator) * scale
+    whole = seeded_normal(global_shape, f"{seed}/{name}/{key}") * scale
     rows, columns = (slice(start, start + length) for start, length in zip(offset, local_shape, strict=True))
     chunk = torch.zeros(local_shape)
     part = whole[rows, columns]
     chunk[: part.shape[0], : part.shape[1]] = part
     return chunk
+
+
+def seeded_normal(shape: list[int], seed: str) -> Tensor:
+    """A whole N(0, 1) matrix from a generator of its own: every rank draws the same one and slices it."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator)

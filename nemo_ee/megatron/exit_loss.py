@@ -9,6 +9,7 @@ May import: torch, megatron.core, nemo_ee.exits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,18 @@ class MicroBatch:
     loss_mask: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor | None], device: torch.device) -> MicroBatch:
+        """From a batch of Megatron's GPT data sets, moved to `device`."""
+        moved = {k: None if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
+        return cls(
+            moved["tokens"],
+            moved["labels"],
+            moved["loss_mask"].float(),
+            moved["position_ids"],
+            moved["attention_mask"],
+        )
 
     def flat_labels(self) -> tuple[Tensor, Tensor]:
         """Labels and mask in the order of [s, b] hidden states, each [s * b]."""

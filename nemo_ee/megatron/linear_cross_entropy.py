@@ -28,6 +28,7 @@ from nemo_ee.megatron.teacher import Teacher, TeacherChunk
 from nemo_ee.megatron.vocab_parallel import (
     DEFAULT_CHUNK_BYTES,
     VocabularyShard,
+    add_gradients,
     argmax_over_shards,
     chunk_logits,
     token_chunks,
@@ -115,6 +116,8 @@ def linear_cross_entropy(
     cast_bias = None if bias is None else bias.detach().to(dtype)
     wanted = grad_scale is not None
     input_grads = [torch.zeros_like(x) if wanted and x.requires_grad else None for x in inputs]
+    weight_grads = [gradient_of(weight) if wanted and weight.requires_grad else None for weight in weights]
+    bias_grad = gradient_of(bias) if wanted and bias is not None and bias.requires_grad else None
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     softened = teacher is not None and objective.temperature != 1.0
     buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
@@ -131,8 +134,10 @@ def linear_cross_entropy(
         chunk.normalise(want_entropy=want_entropy)
         rows_of_sums += chunk.sums()
         if wanted:
-            gradient = chunk.gradient(grad_scale)
-            _add_gradients(gradient.to(dtype), inputs, weights, cast, bias, input_grads, part)
+            gradient = chunk.gradient(grad_scale).to(dtype)
+            add_gradients(gradient, inputs, cast, input_grads, weight_grads, part)
+            if bias_grad is not None:
+                bias_grad += gradient.sum(dim=0)
     sums = TokenSums(**dict(zip(_SUMS, rows_of_sums.unbind(), strict=True)))
     return LinearCrossEntropy(sums, tuple(input_grads) if wanted else (), argmax)
 
@@ -213,30 +218,6 @@ class _Chunk:
         if label:
             grad.scatter_add_(-1, self.rows, -(label * factor * self.here).unsqueeze(-1))
         return grad
-
-
-def _add_gradients(
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    cast: Sequence[Tensor],
-    bias: Tensor | None,
-    input_grads: list[Tensor | None],
-    part: slice,
-) -> None:
-    """Products of one chunk's logit gradients [c, v/tp] with the weights and the inputs."""
-    for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-        if input_grads[index] is not None:
-            input_grads[index][part] = grad @ cast[index]
-        if not weight.requires_grad:
-            continue
-        total = gradient_of(weight)
-        if total.dtype == grad.dtype:
-            total.addmm_(grad.t(), x[part].to(grad.dtype))
-        else:
-            total += grad.t() @ x[part].to(grad.dtype)
-    if bias is not None and bias.requires_grad:
-        gradient_of(bias).add_(grad.sum(dim=0))
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

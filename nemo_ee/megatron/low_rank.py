@@ -94,6 +94,11 @@ class LowRankLinear(MegatronModule):
             update = tensor_parallel.reduce_from_tensor_model_parallel_region(update)
         return output + linear(update, self.low_rank_b), bias
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + B A, this rank's shard: the whole inner dimension r lies on every rank."""
+        return self.base.weight + self.low_rank_b @ self.low_rank_a
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The base's keys unchanged, and `low_rank_a`, `low_rank_b` beside them."""
         sharded = self.base.sharded_state_dict(prefix, sharded_offsets, metadata)

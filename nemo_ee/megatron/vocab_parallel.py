@@ -92,3 +92,30 @@ def argmax_over_shards(logits: Tensor, peak: Tensor, vocabulary: VocabularyShard
     best = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
     candidate = torch.where(best == peak, local + vocabulary.start, torch.iinfo(torch.long).max)
     return vocabulary.reduce(candidate, ReduceOp.MIN)
+
+
+def add_gradients(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    cast: Sequence[Tensor],
+    input_grads: Sequence[Tensor | None],
+    weight_grads: Sequence[Tensor | None],
+    part: slice,
+) -> None:
+    """Products of one chunk's logit gradients [c, v/tp] with the weights and the inputs, into the given tensors.
+
+    Args:
+        grad: gradients of the logits of the tokens in `part`.
+        inputs, cast: the terms' inputs [n, m_t] and weights [v/tp, m_t], the latter in the dtype of `grad`.
+        input_grads: rows `part` are set; None where no gradient is wanted.
+        weight_grads: added to; None where no gradient is wanted.
+    """
+    for x, weight, input_grad, weight_grad in zip(inputs, cast, input_grads, weight_grads, strict=True):
+        if input_grad is not None:
+            input_grad[part] = grad @ weight
+        if weight_grad is None:
+            continue
+        if weight_grad.dtype == grad.dtype:
+            weight_grad.addmm_(grad.t(), x[part].to(grad.dtype))
+        else:
+            weight_grad += grad.t() @ x[part].to(grad.dtype)

@@ -5,6 +5,8 @@
     complete      model_config.yaml, tokenizer/ and other artifacts, model_weights/ (the source's, byte for byte),
                   exit_weights/ (a distributed checkpoint of its own)
     exits-only    the same without model_weights/; `backbone_path` in the config names the base
+    with low-rank updates (`train: lora`, not merged): lora_weights/ beside model_weights/, which stays the source's;
+                  read as W + B A unless the run trains them on
     base          any plain GPT `.nemo`: its exits, if the config asks for some, start as their `init` says
 
 Weights are read chunk by chunk under any layout. Nothing in a file is executed: the config's `target` is not imported,
@@ -30,10 +32,12 @@ from yaml import YAMLError
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
+from nemo_ee.checkpoint.low_rank_weights import MergedSource
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.megatron.backbone_training import low_rank_shards, merged_backbone_to_save
 
-BACKBONE, EXITS, CONFIG = "model_weights", "exit_weights", "model_config.yaml"
+BACKBONE, EXITS, LORA, CONFIG = "model_weights", "exit_weights", "lora_weights", "model_config.yaml"
 _RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision", "layer_split")
 
 
@@ -117,7 +121,10 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 calling_cls._set_model_restore_state(is_being_restored=False)
             self._check_backbone(instance, source, backbone_path, expected=expected, found=found)
             exits = ChunkReader(folder / EXITS, prefix="exits.") if (folder / EXITS).is_dir() else None
-            instance.load_weights(source, exits)
+            updates = ChunkReader(folder / LORA, prefix="") if (folder / LORA).is_dir() else None
+            if updates is not None and instance.early_exit.train != "lora":
+                source = MergedSource(source, updates)
+            instance.load_weights(source, exits, updates=updates)
         instance.backbone_path = str(backbone_path.resolve())
         instance.restored_path = str(Path(restore_path).resolve())
         if map_location is None and torch.cuda.is_available():
@@ -139,20 +146,32 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             model.cfg.backbone_fingerprint = found
 
     def save_to(self, model, save_path: str) -> None:
-        """Write a `.nemo`. Every rank must call it; the file appears under its name only when it is whole."""
+        """Write a `.nemo`. Every rank must call it; the file appears under its name only when it is whole.
+
+        Raises:
+            ValueError: an exits-only file is asked for of a model whose backbone was trained.
+        """
         output = Path(save_path)
+        changed = _backbone_changed(model)
+        if self.exits_only and changed:
+            raise ValueError(
+                f"{output}: the backbone was trained with the exits and is in no other file, so an exits-only file "
+                "would name the wrong one; save with exits_only=False"
+            )
+        source = None if changed else getattr(model, "backbone_path", None)
         work = output.with_name(output.name + ".weights.partial")
         if is_global_rank_zero():
             shutil.rmtree(work, ignore_errors=True)
-            (work / EXITS).mkdir(parents=True)
-            (work / BACKBONE).mkdir()
+            for folder in (EXITS, BACKBONE, LORA):
+                (work / folder).mkdir(parents=True)
         _barrier()
         try:
             # Placement by stage: all ranks write the shards they own into one directory.
             dist_checkpointing.save(model.model.exit_sharded_state_dict(), work / EXITS)
-            source = getattr(model, "backbone_path", None)
+            if _keeps_updates(model):
+                dist_checkpointing.save(low_rank_shards(model.model), work / LORA)
             if source is None and not self.exits_only:
-                backbone = model.model.sharded_backbone_to_save("model.")
+                backbone = merged_backbone_to_save(model.model, "model.")
                 _cast(backbone, getattr(model, "backbone_dtype", None))
                 dist_checkpointing.save(backbone, work / BACKBONE)
             _barrier()
@@ -167,12 +186,14 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         config = OmegaConf.create(model.config_to_store)
         for key in _RUN_ONLY:
             config.pop(key, None)
-        fingerprint = model.cfg.get("backbone_fingerprint")
+        fingerprint = None if _backbone_changed(model) else model.cfg.get("backbone_fingerprint")
         config.backbone_fingerprint = fingerprint or backbone_fingerprint(
             ChunkReader(work / BACKBONE), vocab_size=model.vocab_size
         )
-        config.early_exit = model.early_exit.to_mapping()
+        config.early_exit = {**model.early_exit.to_mapping(), "train": "exits"}  # how a run trains is the run's affair
         entries: dict = {EXITS: work / EXITS}
+        if _keeps_updates(model):
+            entries[LORA] = work / LORA
         with ExitStack() as stack:
             if not self.exits_only:
                 entries[BACKBONE] = stack.enter_context(NemoArchive(source)) if source else work / BACKBONE
@@ -182,7 +203,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             restored = getattr(model, "restored_path", None)
             if restored is not None:
                 archive = stack.enter_context(NemoArchive(restored))
-                own = (CONFIG, f"{BACKBONE}/", f"{EXITS}/")
+                own = (CONFIG, f"{BACKBONE}/", f"{EXITS}/", *((f"{LORA}/",) if model.trains_backbone else ()))
                 entries.update({name: archive for name in archive.members() if not name.startswith(own)})
                 tokenizer = OmegaConf.create(archive.config_text()).get("tokenizer")
                 if tokenizer is not None:
@@ -191,6 +212,16 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             entries[CONFIG] = OmegaConf.to_yaml(config)
             write_nemo(output, entries)
         logging.info(f"wrote {output}")
+
+
+def _keeps_updates(model) -> bool:
+    """Whether a model's low-rank updates are saved beside the backbone."""
+    return model.early_exit.train == "lora" and not model.early_exit.lora.merge
+
+
+def _backbone_changed(model) -> bool:
+    """Whether a saved backbone is another than the one the model was restored with."""
+    return model.trains_backbone and not _keeps_updates(model)
 
 
 def _refuse_other_backbone(expected: str | None, found: str | None, path: Path) -> None:

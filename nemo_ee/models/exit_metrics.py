@@ -24,12 +24,13 @@ May import: torch, megatron.core, nemo_ee levels 0-1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
 from nemo_ee.megatron.linear_cross_entropy import TokenSums
 
 FULL_MODEL = "full_model"
@@ -39,7 +40,7 @@ _MEANS = {
     "loss": ("loss", "weight"),
     "cross_entropy": ("cross_entropy", "tokens"),
     "kl": ("kl", "kl_tokens"),
-    "confidence": ("confidence", "tokens"),
+    "confidence": ("confidence", "confidence_tokens"),
     "entropy": ("entropy", "entropy_tokens"),
     "agreement": ("agreed", "compared"),
 }
@@ -55,10 +56,20 @@ def row_of(sums: TokenSums, *, taught: bool = False, entropy: bool = False) -> T
         taught: there was a teacher, so `kl` means something.
         entropy: the entropy was asked for.
     """
-    zero = torch.zeros_like(sums.tokens)
-    counts = {"kl_tokens": sums.tokens if taught else zero, "entropy_tokens": sums.tokens if entropy else zero}
-    values = {**vars(sums), **counts, "agreed": zero, "compared": zero}
-    return torch.stack([values[column] for column in _COLUMNS])
+    values = {**vars(sums), "confidence_tokens": sums.tokens}
+    values |= {"kl_tokens": sums.tokens} if taught else {}
+    values |= {"entropy_tokens": sums.tokens} if entropy else {}
+    return _row(values)
+
+
+def label_row(loss: Tensor, tokens: Tensor) -> Tensor:
+    """A row of the label's cross-entropy alone, both fp32 scalars summed over the tokens that count."""
+    return _row({"loss": loss, "weight": tokens, "cross_entropy": loss, "tokens": tokens})
+
+
+def _row(values: Mapping[str, Tensor]) -> Tensor:
+    zero = torch.zeros_like(values["tokens"])
+    return torch.stack([values.get(column, zero) for column in _COLUMNS])
 
 
 def empty_row(device: torch.device) -> Tensor:
@@ -143,3 +154,28 @@ def metric_name(exit_name: str, metric: str, *, validation: bool) -> str:
     """The stable name a metric is logged under."""
     row = FULL_MODEL if exit_name == FULL_MODEL else f"exit/{exit_name}"
     return f"{'val/' if validation else ''}{row}/{metric}"
+
+
+def named_metrics(
+    results: Mapping[str, Mapping[str, float]], objectives: Mapping[str, Objective], *, validation: bool
+) -> Iterator[tuple[str, float]]:
+    """(name to log under, value) of what `ExitSums.reduce` returned.
+
+    Args:
+        results: exit name -> metric -> value.
+        objectives: exit name -> objective; a training loss that is the label's cross-entropy is not named twice.
+        validation: of validation, whose loss always is the label's cross-entropy.
+    """
+    for name, result in results.items():
+        plain = validation or objectives.get(name, CROSS_ENTROPY) == CROSS_ENTROPY
+        for metric, value in result.items():
+            if not (plain and metric == "cross_entropy"):
+                yield metric_name(name, metric, validation=validation), value
+
+
+def mean_loss(results: Mapping[str, Mapping[str, float]], *, full_model: bool) -> float:
+    """Mean of the exits' losses, the full model's among them if asked for; 0 where there is none."""
+    losses = [
+        result["loss"] for name, result in results.items() if "loss" in result and (full_model or name != FULL_MODEL)
+    ]
+    return sum(losses) / max(1, len(losses))

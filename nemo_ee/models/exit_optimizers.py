@@ -24,7 +24,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from nemo_ee.megatron.exit_head import ExitHead
@@ -32,6 +34,7 @@ from nemo_ee.megatron.exit_head import ExitHead
 logger = logging.getLogger(__name__)
 
 _SCALARS = ("lr", "weight_decay", "step")  # of each exit, stored as one small tensor under its name
+_BUCKET_BYTES = 512 * 2**20  # of gradients copied for one collective
 
 
 @dataclass
@@ -47,6 +50,18 @@ class ExitOptimizer:
     name: str
     parameters: dict[str, Parameter]
     optimizer: torch.optim.Optimizer
+
+    def holders(self) -> ProcessGroup:
+        """The ranks that hold a part of this entry, one data-parallel replica of it: the tensor-parallel group."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def rank_of_scalars(self) -> tuple[int, ...]:
+        """Replica id of what is stored once for the whole entry."""
+        return (
+            0,
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        )
 
     def reduce_gradients(self, counted: Tensor, *, nominal: float) -> None:
         """Sum gradients over data parallelism (and, for replicated parameters, sequence parallelism); make a mean.
@@ -68,12 +83,13 @@ class ExitOptimizer:
             gradient.mul_(scale)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients so that their norm over the tensor-parallel group is at most `max_norm`; returns the
-        norm."""
+        """Scale the gradients so that their norm over all ranks that hold a part of the entry is at most `max_norm`;
+        returns the norm."""
         parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        counted_once = [p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p)]
-        group = parallel_state.get_tensor_model_parallel_group()
-        norm = get_grad_norm_fp32(counted_once, grad_stats_parallel_group=group)
+        counted_once = [
+            p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p) and param_is_not_shared(p)
+        ]
+        norm = get_grad_norm_fp32(counted_once, grad_stats_parallel_group=self.holders())
         if max_norm > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm, norm)
         return norm
@@ -84,11 +100,20 @@ def _sees_part_of_sequence(parameter: Parameter) -> bool:
     return partial and parallel_state.get_tensor_model_parallel_world_size() > 1
 
 
-def _all_reduce_flat(tensors: list[Tensor], group) -> None:
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    torch.distributed.all_reduce(flat, group=group)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+def _all_reduce_flat(tensors: list[Tensor], group: ProcessGroup) -> None:
+    """Sum over the group in place, many tensors in one collective: as many as make up `_BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
+    size = 0
+    for index, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        if size < _BUCKET_BYTES and index + 1 < len(tensors):
+            continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        torch.distributed.all_reduce(flat, group=group)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        bucket, size = [], 0
 
 
 class ExitOptimizers(torch.optim.Optimizer):
@@ -138,6 +163,8 @@ class ExitOptimizers(torch.optim.Optimizer):
         self.clip_gradients()
         values: dict[str, dict[str, float]] = {name: {"loss_weight": value} for name, value in loss_weights.items()}
         for exit in self.exits:
+            if exit.name not in values:  # the backbone
+                continue
             values[exit.name] |= {
                 "lr": exit.optimizer.param_groups[0]["lr"],
                 "grad_norm": self.grad_norms[exit.name],
@@ -184,14 +211,8 @@ class ExitOptimizers(torch.optim.Optimizer):
         group = next((group for group in groups if group.get("decays", True)), groups[0])
         steps = [_step_of(exit.optimizer, parameter) for parameter in exit.parameters.values()]
         scalars = torch.tensor([group["lr"], group["weight_decay"], max(steps, default=0.0)], dtype=torch.float64)
-        replica = (
-            0,
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        )
-        state: dict = {
-            "scalars": ShardedTensor.from_rank_offsets(f"optimizer.{exit.name}.scalars", scalars, replica_id=replica)
-        }
+        key = f"optimizer.{exit.name}.scalars"
+        state: dict = {"scalars": ShardedTensor.from_rank_offsets(key, scalars, replica_id=exit.rank_of_scalars())}
         for key, parameter in exit.parameters.items():
             values = exit.optimizer.state[parameter]
             state[key] = {
@@ -264,14 +285,27 @@ def exit_parameter_groups(head: ExitHead, optim: Mapping[str, Any]) -> list[dict
     lr = optim["lr"] if exit.lr is None else exit.lr
     min_lr = (sched.get("min_lr") or 0.0) if exit.min_lr is None else exit.min_lr
     decay = (optim.get("weight_decay") or 0.0) if exit.weight_decay is None else exit.weight_decay
-    common = {"lr": lr, "max_lr": lr, "min_lr": min_lr, "exit": exit.name}
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return parameter_groups(exit.name, trainable, lr=lr, min_lr=min_lr, weight_decay=decay)
+
+
+def parameter_groups(
+    name: str, parameters: Iterable[Parameter], *, lr: float, min_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for torch.optim: matrices, which decay, and the rest, which does not; empty ones left out."""
+    parameters = list(parameters)
     groups = []
     for decays in (True, False):
-        parameters = [parameter for parameter in trainable if (parameter.dim() > 1) == decays]
-        if parameters:
-            groups.append({"params": parameters, "weight_decay": decay if decays else 0.0, "decays": decays, **common})
+        of_kind = [parameter for parameter in parameters if (parameter.dim() > 1) == decays]
+        settings = {"lr": lr, "max_lr": lr, "min_lr": min_lr, "exit": name, "decays": decays}
+        if of_kind:
+            groups.append({"params": of_kind, "weight_decay": weight_decay if decays else 0.0, **settings})
     return groups
+
+
+def optimizer_options(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `model.optim` reaches the optimizer itself."""
+    return {key: optim[key] for key in ("betas", "eps", "lr", "weight_decay") if optim.get(key) is not None}
 
 
 def build_exit_optimizers(
@@ -280,6 +314,7 @@ def build_exit_optimizers(
     *,
     make: Callable[..., torch.optim.Optimizer],
     max_norm: float,
+    more: Iterable[ExitOptimizer] = (),
 ) -> ExitOptimizers:
     """One optimizer per exit that has something to train.
 
@@ -288,8 +323,8 @@ def build_exit_optimizers(
         optim: `model.optim`; betas, eps, lr and weight_decay reach the optimizer.
         make: the optimizer's class or factory.
         max_norm: gradient clipping per exit, 0 for none.
+        more: further entries, stepped after the exits.
     """
-    options = {key: optim[key] for key in ("betas", "eps", "lr", "weight_decay") if optim.get(key) is not None}
     exits = []
     for head in heads:
         shards = head.sharded_state_dict(f"exits.{head.exit.name}.")
@@ -297,5 +332,5 @@ def build_exit_optimizers(
         groups = exit_parameter_groups(head, optim)
         parameters = {keys[id(parameter)]: parameter for group in groups for parameter in group["params"]}
         if parameters:
-            exits.append(ExitOptimizer(head.exit.name, parameters, make(groups, **options)))
-    return ExitOptimizers(exits, max_norm=max_norm)
+            exits.append(ExitOptimizer(head.exit.name, parameters, make(groups, **optimizer_options(optim))))
+    return ExitOptimizers([*exits, *more], max_norm=max_norm)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +31,36 @@ from torch import Tensor
 
 from nemo_ee import cpu_host
 from nemo_ee.checkpoint.chunk_reader import WeightSource
-from nemo_ee.checkpoint.module_weights import load_shards
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weight_at
-from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
+from nemo_ee.exits.objective import Objective
 from nemo_ee.exits.placement import StagePlacement
+from nemo_ee.megatron.backbone_training import prepare_backbone, trained_backbone_shards
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
-from nemo_ee.megatron.exit_head_init import initialise_exit_head
 from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink
+from nemo_ee.models.backbone_optimizer import build_backbone_optimizer
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import prepare_dataset
-from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
+from nemo_ee.models.exit_metrics import ExitSums, mean_loss, named_metrics
 from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
+from nemo_ee.models.first_weights import fill_stage
+from nemo_ee.models.joint_training import JointTraining
 from nemo_ee.models.layer_split import choose_placements, read_layer_split
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
 from nemo_ee.models.supported import needs_full_depth, refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
+from nemo_ee.models.what_trains import what_trains
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
 class MegatronEarlyExitGPTModel(MegatronGPTModel):
-    """A Megatron GPT with early-exit heads, whose backbone stays frozen.
+    """A Megatron GPT with early-exit heads, whose backbone stays frozen unless `early_exit.train` says otherwise.
 
     Args:
         cfg: NeMo's GPT model config with an `early_exit` block (DESIGN: `nemo_ee.exits.config`). Further keys:
@@ -84,10 +88,12 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             OmegaConf.to_container(cfg.early_exit, resolve=True), num_layers=cfg.num_layers
         )
         self.objectives = {name: Objective.of(self.early_exit, name) for name in self.early_exit.names}
+        self.trains_backbone = self.early_exit.train != "exits"
         self.full_depth = needs_full_depth(cfg, self.early_exit)
         self.layer_split = read_layer_split(self, cfg)
         super().__init__(cfg, trainer=trainer)
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
+        self._joint: JointTraining | None = None
         self._link: StageLink | None = None
         self._channel: TeacherChannel | None = None
         self._train_sums: ExitSums | None = None
@@ -130,11 +136,10 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
                 parallel_state.is_pipeline_last_stage(),
             )
         cfg = self.cfg
+        transformer_engine = bool(cfg.get("transformer_engine", False)) and self.early_exit.train != "lora"
         model = EarlyExitGPTModel(
             self.transformer_config,
-            specs=backbone_specs(
-                self.transformer_config, transformer_engine=bool(cfg.get("transformer_engine", False))
-            ),
+            specs=backbone_specs(self.transformer_config, transformer_engine=transformer_engine),
             placement=self.placement,
             full_depth=self.full_depth or not self.early_exit.exits,
             vocab_size=self.vocab_size,
@@ -150,6 +155,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             seq_len_interpolation_factor=cfg.get("seq_len_interpolation_factor", None),
         )
         mcore_model_customize(cfg, model)
+        if self.trains_backbone:
+            prepare_backbone(model, self.early_exit)
         return model
 
     def set_up_process_groups(self) -> None:
@@ -189,28 +196,23 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             tensor_model_parallel_size=self.cfg.get("tensor_model_parallel_size", 1),
         )
 
-    def load_weights(self, backbone: WeightSource, exits: WeightSource | None, *, logged: bool = True) -> None:
+    def load_weights(
+        self,
+        backbone: WeightSource,
+        exits: WeightSource | None,
+        *,
+        updates: WeightSource | None = None,
+        logged: bool = True,
+    ) -> None:
         """Fill backbone and exits from checkpoints; exits that `exits` does not hold start as their `init` says.
 
         Args:
             backbone: the backbone's tensors under canonical keys.
             exits: tuned exits, keys `<exit name>.<parameter>`, or None.
+            updates: low-rank updates of the backbone to train on, read with `train: lora`; None starts new ones.
         """
-        load_shards(self.model.backbone_sharded_state_dict(), backbone)
-        stored = {key.split(".", 1)[0] for key in exits.keys()} if exits is not None else set()
-        for head in self.model.exits:
-            if head.exit.name in stored:
-                load_shards(head.sharded_state_dict(f"{head.exit.name}."), exits)
-                continue
-            initialise_exit_head(
-                head,
-                lambda key, offset, shape: backbone.read(key, offset, shape, allow_missing_rows=True),
-                num_layers=self.cfg.num_layers,
-                vocab_size=self.vocab_size,
-                tied=self.cfg.get("share_embeddings_and_output_weights", True),
-                std=self.cfg.get("init_method_std", 0.02),
-                seed=self.cfg.get("seed", 1234),
-            )
+        low_rank = self.early_exit.train == "lora"
+        fill_stage(self.model, self.cfg, backbone=backbone, exits=exits, updates=updates, low_rank=low_rank)
         if logged:
             self.log_what_trains()
 
@@ -227,22 +229,16 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         """Log, once per stage, how many parameters train and how many are frozen."""
         if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
             return
-        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-        trains = {h.exit.name: sum(p.numel() for p in h.parameters() if p.requires_grad) for h in self.model.exits}
-        place = self.placement
-        logging.info(
-            f"stage {place.stage}: layers {place.first_layer}-{place.last_layer}, frozen {frozen:,} parameters "
-            f"on this "
-            f"rank, trains {sum(trains.values()):,}: "
-            + (", ".join(f"{k} {v:,}" for k, v in trains.items()) or "nothing")
-        )
+        logging.info(what_trains(self.model))
 
     def configure_optimizers(self):
-        """One optimizer per exit, handed to Lightning as one."""
+        """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
         make = get_optimizer(optim["name"])
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
-        self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm)
+        more = [build_backbone_optimizer(self.model, optim, make=make)] if self.trains_backbone else []
+        self._joint = JointTraining(self.model, self.placements) if self.trains_backbone else None
+        self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm, more=more)
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
@@ -279,15 +275,14 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         }
         if self._train_sums is None:
             self._train_sums = ExitSums(self.early_exit.names, self.device)
-        loss = tune_global_batch(
-            self.model,
+        exits_only = partial(
+            tune_global_batch, self.model, link=self.link, objectives=self.objectives, channel=self.channel
+        )
+        loss = (self._joint.train_global_batch if self._joint else exits_only)(
             [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
             optimizers=self._optimizer,
             sums=self._train_sums,
-            link=self.link,
             loss_weights=weights,
-            objectives=self.objectives,
-            channel=self.channel,
             autocast=self._autocast_dtype,
         )
         if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
@@ -311,14 +306,14 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
             sums=self._val_sums,
             link=self.link,
-            agreement=self.full_depth and bool(self.cfg.get("val_agreement", False)),
+            agreement=self.trains_backbone or (self.full_depth and bool(self.cfg.get("val_agreement", False))),
             objectives=self.objectives,
             channel=self.channel,
             autocast=self._autocast_dtype,
         )
 
     def on_validation_epoch_end(self) -> Tensor | None:
-        """Log every exit's validation loss from every stage; `val_loss` is their mean.
+        """Log every exit's validation loss from every stage; `val_loss` is their mean, a trained backbone's included.
 
         Every rank logs the same numbers, so callbacks that stop or save on one agree everywhere.
         """
@@ -326,30 +321,17 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             return None
         results = self._val_sums.reduce()
         self._log_exits(results, validation=True)
-        losses = [result["loss"] for name, result in results.items() if name != FULL_MODEL and "loss" in result]
-        mean = torch.tensor(sum(losses) / max(1, len(losses)), dtype=torch.float32)
+        mean = torch.tensor(mean_loss(results, full_model=self.trains_backbone), dtype=torch.float32)
         self.log("val_loss", mean, prog_bar=True, batch_size=1)
         return mean
 
     def _log_exits(self, results: dict[str, dict[str, float]], *, validation: bool) -> None:
-        for name, result in results.items():
-            # Where the label's cross-entropy is the loss it is not logged twice.
-            plain = validation or self.objectives[name] == CROSS_ENTROPY
-            for metric, value in result.items():
-                if plain and metric == "cross_entropy":
-                    continue
-                self.log(metric_name(name, metric, validation=validation), value, batch_size=1)
+        for name, value in named_metrics(results, self.objectives, validation=validation):
+            self.log(name, value, batch_size=1)
 
     def _microbatch(self, dataloader_iter: Iterator) -> MicroBatch:
         batch = self.get_batch(dataloader_iter, tuning=False)
-        moved = {k: None if v is None else v.to(self.device, non_blocking=True) for k, v in batch.items()}
-        return MicroBatch(
-            moved["tokens"],
-            moved["labels"],
-            moved["loss_mask"].float(),
-            moved["position_ids"],
-            moved["attention_mask"],
-        )
+        return MicroBatch.of(batch, self.device)
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
@@ -381,18 +363,20 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         return count, count
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """Training checkpoints hold the exits; the frozen backbone is in the `.nemo` it came from."""
-        return self.model.exit_sharded_state_dict(f"{prefix}exits.")
+        """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""
+        backbone = trained_backbone_shards(self.model) if self.trains_backbone else {}
+        return {**self.model.exit_sharded_state_dict(f"{prefix}exits."), **backbone}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Exits' shards and the backbone's fingerprint."""
+        """What trains, in shards, and the fingerprint of the backbone that the run began with."""
         self._drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
+        checkpoint["trains"] = self.early_exit.trains
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Copy the loaded exits in place; refuse those of another backbone."""
+        """Copy what was loaded in place; refuse those of another backbone."""
         saved, ours = checkpoint.get("backbone_fingerprint"), self.cfg.get("backbone_fingerprint")
         if saved != ours:
             raise ValueError(

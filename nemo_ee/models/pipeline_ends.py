@@ -40,7 +40,7 @@ def teacher_channel(
     timeout_minutes: int,
 ) -> TeacherChannel | None:
     """The way back of the final exit's distributions; None if no exit learns from it. Every rank must call it."""
-    if not early_exit.needs_final_exit:
+    if not early_exit.has_teacher:
         return None
     return TeacherChannel(
         model,

@@ -95,6 +95,16 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
         faults.append(f"save_to={cfg.save_to} must end in .nemo")
     if cfg.get("exits_only") and not cfg.save_to:
         faults.append("exits_only=True says what save_to writes, and save_to is not given; add save_to=tuned.nemo")
+    if cfg.get("exits_only") and block.get("train") == "joint":
+        faults.append(
+            "exits_only=True with model.early_exit.train=joint: the exits belong to the backbone that was trained "
+            "with them, which only a complete file holds; set exits_only=False"
+        )
+    if cfg.get("exits_only") and block.get("train") == "lora" and (block.get("lora") or {}).get("merge", True):
+        faults.append(
+            "exits_only=True with model.early_exit.lora.merge=True: the merged backbone is in no other file; set "
+            "exits_only=False or model.early_exit.lora.merge=False"
+        )
     length, longest = model.get("encoder_seq_length"), model.get("max_position_embeddings")
     if length and longest and length > longest:
         faults.append(f"model.encoder_seq_length={length} is longer than the model's {longest} positions; shorten it")

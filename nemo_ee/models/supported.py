@@ -41,7 +41,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value not in (None, "huggingface", "sentencepiece", "megatron", "byte-level", "tiktoken"),
         "its files can run code when they are read; use huggingface, sentencepiece, megatron, byte-level or tiktoken",
     ),
-    "early_exit.train": (lambda value: value not in (None, "exits"), "not available yet; use exits"),
 }
 
 
@@ -50,10 +49,59 @@ def needs_full_depth(cfg: DictConfig, early_exit: EarlyExitConfig) -> bool:
 
     `full_depth` in the config says so; null: if an objective or a metric needs the final exit.
     """
+    if early_exit.needs_final_exit:
+        return True
     wanted = cfg.get("full_depth")
-    if wanted is not None and (wanted or not early_exit.needs_final_exit):
-        return bool(wanted)
-    return bool(cfg.get("val_agreement")) or early_exit.needs_final_exit
+    return bool(cfg.get("val_agreement") if wanted is None else wanted)
+
+
+# The same, for runs that train the backbone or low-rank updates of it.
+_JOINT_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "defer_embedding_wgrad_compute": (bool, "not supported; set it to False"),
+    "full_depth": (lambda value: value is False, "the final exit's loss needs all layers; set it to null"),
+    "activations_checkpoint_granularity": (
+        lambda value: value not in (None, "full", "selective"),
+        "use full, selective or null",
+    ),
+}
+
+
+def _joint_faults(cfg: DictConfig) -> list[str]:
+    train = OmegaConf.select(cfg, "early_exit.train")
+    if train not in ("joint", "lora"):
+        return []
+    faults = []
+    for key, (refused, reason) in _JOINT_RULES.items():
+        value = OmegaConf.select(cfg, key)
+        if refused(value):
+            faults.append(f"  {key}={value!r} with early_exit.train={train}: {reason}")
+    block = cfg.early_exit
+    objectives = {"early_exit.objective": block.get("objective")} | {
+        f"early_exit.exits[{index}].objective": exit.get("objective")
+        for index, exit in enumerate(block.get("exits") or [])
+        if OmegaConf.is_dict(exit)
+    }
+    faults += [
+        f"  {key}={value!r} with early_exit.train={train}: distillation learns from a final exit that stays as it is, "
+        "here it trains too; use cross_entropy"
+        for key, value in objectives.items()
+        if value not in (None, "cross_entropy")
+    ]
+    if block.get("token_weights") not in (None, "none"):
+        faults.append(
+            f"  early_exit.token_weights={block.token_weights!r} with early_exit.train={train}: every token counts "
+            "the same in the joint objective; use none"
+        )
+    if cfg.get("activations_checkpoint_granularity") == "full":
+        method, layers = cfg.get("activations_checkpoint_method"), cfg.get("activations_checkpoint_num_layers")
+        if method not in ("uniform", "block"):
+            faults.append(f"  activations_checkpoint_method={method!r} with granularity full: use uniform or block")
+        if not isinstance(layers, int) or layers < 1:
+            faults.append(
+                f"  activations_checkpoint_num_layers={layers!r} with granularity full: give the number of layers, "
+                "e.g. 1"
+            )
+    return faults
 
 
 def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
@@ -89,6 +137,7 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
         faults.append(
             f"  early_exit.distillation.top_k={top_k} is more than the vocabulary's {vocabulary} tokens; null uses all"
         )
+    faults += _joint_faults(cfg)
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
     if world_size % (tp * pp):
         faults.append(

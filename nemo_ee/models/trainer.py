@@ -30,18 +30,25 @@ class EarlyExitStrategy(NLPDDPStrategy):
         self._model = self.model
 
     def optimizer_sharded_state_dict(self, unsharded_optim_state: Any = None, is_loading: bool = False) -> dict:
-        """The exits' optimizer states, keyed by exit name."""
+        """The optimizer states, keyed by exit name."""
         optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
         return optimizer.sharded_state_dict(self.lightning_module.sharded_state_dict())
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
-        """Load a training checkpoint: exits, their optimizers, and Lightning's loop state."""
+        """Load a training checkpoint: what trains, its optimizers, and Lightning's loop state."""
         if not Path(checkpoint_path).is_dir():
             raise ValueError(
                 f"training checkpoint {checkpoint_path} is not a directory: exit tuning writes Megatron's distributed "
                 "checkpoints (directories); point at one of those, or start anew: exp_manager.resume_if_exists=False"
             )
-        saved = dist_checkpointing.load_common_state_dict(str(checkpoint_path)).get("exit_names")
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint_path))
+        trains, ours = common.get("trains", "exits"), self.lightning_module.early_exit.trains
+        if trains != ours:
+            raise ValueError(
+                f"training checkpoint {checkpoint_path} was made by a run that trains {trains}, this one {ours} "
+                "(model.early_exit.train); resume as it began, or start anew: exp_manager.resume_if_exists=False"
+            )
+        saved = common.get("exit_names")
         names = list(self.lightning_module.early_exit.names)
         if saved is not None and sorted(saved) != sorted(names):
             raise ValueError(
@@ -54,7 +61,7 @@ class EarlyExitStrategy(NLPDDPStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=wanted)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: the model takes its exits in `on_load_checkpoint`."""
+        """Nothing: the model takes what it trains in `on_load_checkpoint`."""
 
 
 def check_accelerator(cfg: DictConfig) -> None:

@@ -80,16 +80,34 @@ def tune_global_batch(
             counted[head.exit.name] += row_of(result.sums, taught=taught is not None)
 
     run_microbatches(model, batches, link=link, channel=channel, work=work, autocast=autocast)
-    total = torch.zeros((), device=device)
+    return finish_gradients(optimizers, counted, nominal=nominal, sums=sums)
+
+
+def finish_gradients(
+    optimizers: ExitOptimizers, counted: Mapping[str, Tensor], *, nominal: float, sums: ExitSums
+) -> Tensor:
+    """Reduce every entry's gradients and numbers over data parallelism, make them means per token, keep the numbers.
+
+    Args:
+        optimizers: this stage's.
+        counted: name -> row (see `exit_metrics`) of this rank, in the same order on all data-parallel ranks.
+        nominal: the factor 1/nominal that the gradients already carry.
+        sums: training sums, added to.
+
+    Returns:
+        fp32 scalar, sum of the losses per token.
+    """
     reduced = {exit.name for exit in optimizers.exits}
     for exit in optimizers.exits:
         exit.reduce_gradients(counted[exit.name], nominal=nominal)
-    for name, values in counted.items():  # in the config's order, which every data-parallel rank shares
+    total = torch.zeros((), device=sums.sums.device)
+    for name, values in counted.items():
         if name not in reduced:  # an exit with nothing to train: only its numbers
             torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
     for name, row in counted.items():
-        sums.add_row(name, row)
-        total += sums.mean_loss(row)
+        if name in sums.rows:
+            sums.add_row(name, row)
+            total += sums.mean_loss(row)
     return total
 
 

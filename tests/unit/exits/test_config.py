@@ -19,6 +19,7 @@ from nemo_ee.exits.config import (
     EarlyExitConfig,
     EarlyExitConfigError,
     ExitConfig,
+    LoraConfig,
 )
 
 
@@ -41,7 +42,7 @@ def test_empty_block_is_the_dataclass_defaults():
 def test_keys_are_the_yaml_block():
     assert BLOCK_KEYS == (
         *("exits", "every", "architecture", "init", "output", "train"),
-        *("objective", "distillation", "token_weights"),
+        *("lora", "objective", "distillation", "token_weights"),
     )
     assert tuple(EarlyExitConfig().to_mapping()) == BLOCK_KEYS
 
@@ -141,6 +142,7 @@ FULL = {
     "init": "random",
     "output": "shared",
     "train": "joint",
+    "lora": {"rank": 4, "merge": False},
     "objective": "distillation",
     "distillation": {"temperature": 2, "top_k": 50, "weight": 1.0},
     "token_weights": "confidence",
@@ -165,6 +167,27 @@ def test_every_field_survives_reading():
             assert mapping[key] == FULL[key]
     assert {field.name for field in dataclasses.fields(ExitConfig)} == set(FULL["exits"][0])
     assert {field.name for field in dataclasses.fields(DistillationConfig)} == set(FULL["distillation"])
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == set(FULL["lora"])
+
+
+@pytest.mark.parametrize(
+    "lora, fault",
+    [
+        ({"rank": 0}, "model.early_exit.lora.rank = 0: must be an integer of at least 1"),
+        ({"merge": "no"}, "model.early_exit.lora.merge = 'no': must be True or False"),
+        ({"alpha": 8}, "model.early_exit.lora.alpha = 8: is not a key of this block"),
+        (16, "model.early_exit.lora = 16: must be a mapping with the keys rank, merge"),
+    ],
+)
+def test_faults_of_the_lora_block(lora, fault):
+    (found,) = faults_of({"lora": lora})
+    assert found.startswith(fault)
+
+
+@pytest.mark.parametrize("name", ["final", "full_model", "backbone"])
+def test_names_of_the_model_s_own_parts_are_reserved(name):
+    (fault,) = faults_of({"exits": [{"layer": 1, "name": name}]})
+    assert f"name = {name!r}: is reserved for the model's own parts" in fault
 
 
 def test_objective_of_follows_the_block_unless_the_exit_has_its_own():

@@ -164,6 +164,8 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     _run(tmp_path, changes={"trainer": two}, pipeline_model_parallel_size=2, layer_split=split)
     low = {**BLOCK, "exits": [{"layer": 4, "lr": 1e-5}]}
     _run(tmp_path, early_exit=low, optim={"name": "adamw", "lr": 1e-3, "sched": {"name": "Constant", "min_lr": 1e-4}})
+    beside = {**BLOCK, "train": "lora", "lora": {"merge": False}}
+    _run(tmp_path, early_exit=beside, changes={"save_to": "x.nemo", "exits_only": True})
 
 
 FAULTS = {
@@ -207,6 +209,16 @@ FAULTS = {
         {"fp8": True, "micro_batch_size": 3, "global_batch_size": 4},
         {},
         ["fp8=True", "global_batch_size=4 is not a multiple of micro_batch_size=3"],
+    ),
+    "exits only of a joint run": (
+        {"early_exit": {**BLOCK, "train": "joint"}},
+        {"save_to": "x.nemo", "exits_only": True},
+        ["exits_only=True with model.early_exit.train=joint", "set exits_only=False"],
+    ),
+    "exits only of a merged backbone": (
+        {"early_exit": {**BLOCK, "train": "lora"}},
+        {"save_to": "x.nemo", "exits_only": True},
+        ["exits_only=True with model.early_exit.lora.merge=True", "or model.early_exit.lora.merge=False"],
     ),
     "fp16": ({}, {"trainer": {"precision": "16-mixed"}}, ["trainer.precision=16-mixed: fp16 tuning is not supported"]),
     "a layer split that does not fit": (

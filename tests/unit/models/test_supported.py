@@ -41,7 +41,6 @@ REFUSED = {
     "rampup_batch_size": ([2, 2, 100], "set it to null"),
     "optim.name": ("mcore_distributed_optim", "use adamw"),
     "data.legacy_dataset": (True, "set it to False"),
-    "early_exit.train": ("joint", "use exits"),
     "early_exit.distillation.top_k": (5000, "null uses all"),
 }
 
@@ -80,6 +79,38 @@ def test_each_setting_is_refused_with_value_and_way_out(key: str) -> None:
     lines = _message(_config(**{key: value})).splitlines()[1:]
     assert len(lines) == 1, lines
     assert f"{key}={value!r}" in lines[0] and way_out in lines[0]
+
+
+# Settings that only a run that trains the backbone, or low-rank updates of it, cannot have.
+REFUSED_IN_JOINT = {
+    "early_exit.token_weights": ("confidence", "use none"),
+    "early_exit.objective": ("mixed", "use cross_entropy"),
+    "full_depth": (False, "set it to null"),
+    "defer_embedding_wgrad_compute": (True, "set it to False"),
+    "activations_checkpoint_granularity": ("all", "use full, selective or null"),
+}
+
+
+@pytest.mark.parametrize("train", ["joint", "lora"])
+def test_joint_training_is_supported_and_has_rules_of_its_own(train: str) -> None:
+    full = {"activations_checkpoint_granularity": "full", "early_exit.train": train}
+    whole = {**full, "activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1}
+    for good in ({"early_exit.train": train}, whole, {**full, "activations_checkpoint_granularity": "selective"}):
+        refuse_unsupported(_config(**good), world_size=4, precision="bf16-mixed")
+    for key, (value, way_out) in REFUSED_IN_JOINT.items():
+        message = _message(_config(**{"early_exit.train": train, key: value}))
+        assert f"{key}={value!r} with early_exit.train={train}" in message and way_out in message
+    message = _message(_config(**full, activations_checkpoint_num_layers=0))
+    assert "activations_checkpoint_method=None" in message and "activations_checkpoint_num_layers=0" in message
+    objectives = _config(**{"early_exit.train": train})
+    objectives.early_exit.exits = [{"layer": 1, "objective": "distillation"}]
+    assert f"exits[0].objective='distillation' with early_exit.train={train}" in _message(objectives)
+
+
+def test_a_frozen_backbone_does_not_know_those_rules() -> None:
+    """Control: nothing is recomputed there, and the layers past the deepest exit need not exist."""
+    settings = {"full_depth": False, "activations_checkpoint_granularity": "all"}
+    refuse_unsupported(_config(**settings), world_size=4, precision="bf16-mixed")
 
 
 @pytest.mark.parametrize("precision", [16, "16", "16-mixed", "16-true"])
