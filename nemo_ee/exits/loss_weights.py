@@ -11,8 +11,17 @@ May import: the standard library and `nemo_ee.exits.config`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from nemo_ee.exits.config import LOSS_WEIGHT_SCHEDULES
+from nemo_ee.exits.config import LOSS_WEIGHT_SCHEDULES, ExitConfig
+
+
+def loss_weights_at(exits: Iterable[ExitConfig], *, step: int, num_steps: int) -> dict[str, float]:
+    """Exit name -> weight of its loss at one step; see `loss_weight_at`."""
+    return {
+        exit.name: loss_weight_at(exit.loss_weight_schedule, exit.loss_weight, step=step, num_steps=num_steps)
+        for exit in exits
+    }
 
 
 def loss_weight_at(schedule: str, loss_weight: float, *, step: int, num_steps: int) -> float:

@@ -203,7 +203,7 @@ class _Chunk:
             loss = loss + objective.teacher_weight * objective.temperature**2 * kl
         entropy = torch.zeros_like(kl) if self.entropy is None else self.entropy
         reported = [values * mask for values in (cross_entropy, kl, confidence, entropy)]
-        return torch.stack([loss * self.weight, self.weight, *reported, mask]).sum(dim=-1)
+        return torch.stack([values.sum() for values in (loss * self.weight, self.weight, *reported, mask)])
 
     def gradient(self, grad_scale: float) -> Tensor:
         """[c, v/tp] gradient of grad_scale * weighted loss for the logits, in the logits' own memory."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from nemo_ee import cpu_host
 from nemo_ee.checkpoint.chunk_reader import WeightSource
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.exits.loss_weights import loss_weight_at
+from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
 from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.backbone_training import prepare_backbone, trained_backbone_shards
@@ -258,27 +258,21 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         """The way back of the final exit's distributions; every rank must ask for it at the same time."""
         if self._channel is None:
             minutes = self.cfg.get("distributed_timeout_minutes", 30)
-            self._channel = teacher_channel(
-                self.model, self.early_exit, self.placements, autocast=self._autocast_dtype, timeout_minutes=minutes
-            )
+            options = {"autocast": self._autocast_dtype, "timeout_minutes": minutes}
+            self._channel = teacher_channel(self.model, self.early_exit, self.placements, **options)
         return self._channel
 
     def training_step(self, dataloader_iter: Iterator) -> Tensor:
         """One global batch on this stage: gradients of its exits, averaged over tokens and data-parallel ranks."""
         self._optimizer.zero_grad()
         step = self.trainer.global_step
-        weights = {
-            exit.name: loss_weight_at(
-                exit.loss_weight_schedule, exit.loss_weight, step=step, num_steps=max(1, self.trainer.max_steps)
-            )
-            for exit in self.placement.exits
-        }
+        weights = loss_weights_at(self.placement.exits, step=step, num_steps=max(1, self.trainer.max_steps))
         if self._train_sums is None:
             self._train_sums = ExitSums(self.early_exit.names, self.device)
-        exits_only = partial(
+        tuned = partial(
             tune_global_batch, self.model, link=self.link, objectives=self.objectives, channel=self.channel
         )
-        loss = (self._joint.train_global_batch if self._joint else exits_only)(
+        loss = (self._joint.train_global_batch if self._joint else tuned)(
             [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
             optimizers=self._optimizer,
             sums=self._train_sums,

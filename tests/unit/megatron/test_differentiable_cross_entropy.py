@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nemo_ee.megatron.differentiable_cross_entropy import differentiable_cross_entropy
-from nemo_ee.megatron.linear_cross_entropy import VocabularyShard, linear_cross_entropy
+from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.vocab_parallel import VocabularyShard
 
 TOKENS, VOCABULARY, PADDED = 23, 13, 16
 WHOLE = VocabularyShard.of(vocab_size=VOCABULARY, padded_vocab_size=PADDED, rank=0, size=1, group=None)
@@ -68,7 +69,7 @@ def test_equals_the_fused_one_bitwise() -> None:
     loss = differentiable_cross_entropy(inputs, weights, labels, mask, vocabulary=WHOLE)
     gradients = torch.autograd.grad(loss, [*inputs, *weights])
     fused = linear_cross_entropy(inputs, weights, labels, mask, vocabulary=WHOLE, grad_scale=1.0)
-    assert torch.equal(loss, fused.loss_sum)
+    assert torch.equal(loss, fused.sums.loss)
     for ours, theirs in zip(gradients, [*fused.input_grads, *(w.grad for w in weights)], strict=True):
         assert torch.equal(ours, theirs)
 

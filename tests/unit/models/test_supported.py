@@ -24,7 +24,7 @@ GOOD = {
     "optim": {"name": "adamw"},
     "data": {"legacy_dataset": False},
     "vocab_size": 4096,
-    "early_exit": {"exits": [{"layer": 1, "objective": "distillation"}], "objective": "cross_entropy"},
+    "early_exit": {"exits": [{"layer": 1, "objective": "cross_entropy"}], "objective": "cross_entropy"},
 }
 
 # dotted key -> (refused value, what the message must say)
@@ -71,6 +71,8 @@ def test_a_supported_config_passes() -> None:
     for precision in (32, "32", "32-true", "bf16", "bf16-mixed", None):
         refuse_unsupported(_config(**off), world_size=8, precision=precision)
     refuse_unsupported(OmegaConf.create({"mcore_gpt": True}), world_size=1, precision=32)
+    taught = {"early_exit.objective": "distillation", "early_exit.token_weights": "confidence"}
+    refuse_unsupported(_config(**taught), world_size=4, precision=32)
 
 
 @pytest.mark.parametrize("key", REFUSED)
