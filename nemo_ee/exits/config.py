@@ -161,6 +161,11 @@ class EarlyExitConfig:
         return self.exit(name).objective or self.objective
 
     @property
+    def trains(self) -> str:
+        """What a run trains, in words; a training checkpoint resumes only what it was made with."""
+        return f"lora of rank {self.lora.rank}" if self.train == "lora" else self.train
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Exit names in the block's order."""
         return tuple(exit.name for exit in self.exits)

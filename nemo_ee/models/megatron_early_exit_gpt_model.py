@@ -366,7 +366,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self.link.drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
-        checkpoint["train"] = self.early_exit.train
+        checkpoint["trains"] = self.early_exit.trains
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

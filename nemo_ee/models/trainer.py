@@ -42,11 +42,12 @@ class EarlyExitStrategy(NLPDDPStrategy):
                 "checkpoints (directories); point at one of those, or start anew: exp_manager.resume_if_exists=False"
             )
         common = dist_checkpointing.load_common_state_dict(str(checkpoint_path))
-        train, ours = common.get("train", "exits"), self.lightning_module.early_exit.train
-        if train != ours:
+        trains, ours = common.get("trains", "exits"), self.lightning_module.early_exit.trains
+        if trains != ours:
             raise ValueError(
-                f"training checkpoint {checkpoint_path} was made with model.early_exit.train={train}, this run has "
-                f"{ours}; resume as it began, or start anew: exp_manager.resume_if_exists=False"
+                f"training checkpoint {checkpoint_path} was made by a run that trains {trains}, this one trains "
+                f"{ours} (model.early_exit.train); resume as it began, or start anew: "
+                "exp_manager.resume_if_exists=False"
             )
         saved = common.get("exit_names")
         names = list(self.lightning_module.early_exit.names)

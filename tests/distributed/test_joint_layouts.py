@@ -18,7 +18,7 @@ from tests.distributed.test_layouts import relative_difference, run_module
 # The module's fixture does the work of all its tests.
 pytestmark = pytest.mark.timeout(1200)
 
-REFERENCE, *OTHERS = ("1110", "1310", "2111", "1220")
+REFERENCE, *OTHERS = ("1110", "1310", "2111", "1120", "2210")
 
 
 @pytest.fixture(scope="module")

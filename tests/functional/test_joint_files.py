@@ -156,6 +156,19 @@ def test_bf16_mixed_keeps_fp32_weights(start: SimpleNamespace, joint: SimpleName
     assert losses[0] != joint.losses[0], "control: the products were in bf16"
 
 
+def test_a_run_resumes_only_what_it_trained(start: SimpleNamespace, tmp_path: Path) -> None:
+    _, model, _ = tune(start, 1, early_exit=LORA)
+    model.trainer.save_checkpoint(str(tmp_path / "lora.ckpt"))
+    for block, ours in (
+        ({"train": "joint"}, "this one trains joint"),
+        ({"train": "exits"}, "this one trains exits"),
+        ({"train": "lora", "lora": {"rank": 8}}, "this one trains lora of rank 8"),
+    ):
+        _, other, _ = tune(start, 1, early_exit=block)
+        with pytest.raises(ValueError, match=f"trains lora of rank 4, {ours} .*resume as it began"):
+            other.trainer.strategy.load_checkpoint(tmp_path / "lora")
+
+
 # -- lora -----------------------------------------------------------------------------------------------------------
 
 
