@@ -45,8 +45,9 @@ class EarlyExitStrategy(NLPDDPStrategy):
         trains, ours = common.get("trains", "exits"), self.lightning_module.early_exit.trains
         if trains != ours:
             raise ValueError(
-                f"training checkpoint {checkpoint_path} was made by a run that trains {trains}, this one {ours} "
-                "(model.early_exit.train); resume as it began, or start anew: exp_manager.resume_if_exists=False"
+                f"training checkpoint {checkpoint_path} was made by a run that trains {trains}, this one trains "
+                f"{ours} (model.early_exit.train); resume as it began, or start anew: "
+                "exp_manager.resume_if_exists=False"
             )
         saved = common.get("exit_names")
         names = list(self.lightning_module.early_exit.names)

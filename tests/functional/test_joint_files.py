@@ -160,9 +160,9 @@ def test_a_run_resumes_only_what_it_trained(start: SimpleNamespace, tmp_path: Pa
     _, model, _ = tune(start, 1, early_exit=LORA)
     model.trainer.save_checkpoint(str(tmp_path / "lora.ckpt"))
     for block, ours in (
-        ({"train": "joint"}, "this one joint"),
-        ({"train": "exits"}, "this one exits"),
-        ({"train": "lora", "lora": {"rank": 8}}, "this one lora of rank 8"),
+        ({"train": "joint"}, "this one trains joint"),
+        ({"train": "exits"}, "this one trains exits"),
+        ({"train": "lora", "lora": {"rank": 8}}, "this one trains lora of rank 8"),
     ):
         _, other, _ = tune(start, 1, early_exit=block)
         with pytest.raises(ValueError, match=f"trains lora of rank 4, {ours} .*resume as it began"):
