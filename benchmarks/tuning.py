@@ -140,12 +140,13 @@ def runs(sizes: Sizes, folder: Path) -> dict[str, Callable[[], dict[str, float]]
     }
 
 
-def line(name: str, found: dict[str, float]) -> str:
+def line(name: str, found: dict[str, float], *, meaningful: bool = True) -> str:
     """One line of the report: the number, its target, and the numbers on both sides of the ratio."""
     measure = MEASURES[name]
+    verdict = measure.verdict(found[name]) if meaningful else "tiny sizes, no result"
     prefix = "memory." if name.startswith("memory") else f"{name}."
     sides = ", ".join(f"{key.removeprefix(prefix)} {value:.4g}" for key, value in found.items() if prefix in key)
-    return f"{name:29s} {found[name]:7.3f}  {measure.verdict(found[name])}; {measure.text} ({sides})"
+    return f"{name:29s} {found[name]:7.3f}  {verdict}; {measure.text} ({sides})"
 
 
 def heading(result: Mapping[str, str | int | float]) -> str:
@@ -161,7 +162,7 @@ def heading(result: Mapping[str, str | int | float]) -> str:
     ).format(**result)
 
 
-def report(names: Sequence[str], sizes: Sizes) -> dict[str, str | int | float]:
+def report(names: Sequence[str], sizes: Sizes, *, quick: bool = False) -> dict[str, str | int | float]:
     """Measure, print as it goes, and return the flat object of `--json`."""
     result: dict[str, str | int | float] = {**provenance(), **dataclasses.asdict(sizes)}
     print(heading(result), flush=True)
@@ -173,7 +174,7 @@ def report(names: Sequence[str], sizes: Sizes) -> dict[str, str | int | float]:
             result.update(found)
             for name in names:
                 if MEASURES[name].run == run:
-                    print(line(name, found), flush=True)
+                    print(line(name, found, meaningful=not quick), flush=True)
     result["total_s"] = round(time.monotonic() - start, 1)
     print(f"{result['total_s']:.0f} s")
     return result
@@ -197,7 +198,7 @@ def main() -> None:
     import nemo_ee.models  # noqa: F401 -- answers NeMo's Apex guards; imported once, before the forks
     from benchmarks.workload import QUICK, Sizes
 
-    result = report(options.only or list(MEASURES), QUICK if options.quick else Sizes())
+    result = report(options.only or list(MEASURES), QUICK if options.quick else Sizes(), quick=options.quick)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

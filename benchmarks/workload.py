@@ -202,6 +202,8 @@ class BareStep:
             sums=self.sums,
             link=self.model.link,
             loss_weights={exit.name: exit.loss_weight for exit in self.model.placement.exits},
+            objectives=self.model.objectives,
+            channel=self.model.channel,
             autocast=None,
         )
         optimizers.step()
