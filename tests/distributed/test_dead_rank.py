@@ -100,4 +100,7 @@ def test_ranks_that_the_script_started_itself_leave_nobody_behind(folder: Path, 
         for left in processes_of(str(tmp_path)):
             os.kill(left, signal.SIGKILL)
         process.wait()
-    assert f"RuntimeError: {SAYS['last' if victim == 'child' else 'first']}" in output.read_text(errors="replace")
+    # Where a child dies, Lightning's launcher watches it too and may end the parent before its own message is out.
+    said = output.read_text(errors="replace")
+    ours = f"RuntimeError: {SAYS['last' if victim == 'child' else 'first']}"
+    assert ours in said or (victim == "child" and f"Child process with PID {child} terminated with code -9" in said)
