@@ -29,6 +29,7 @@ RUNTIME = [
     "numpy>=1.26,<2",
     "tqdm>=4.41.0",
     "matplotlib>=3.3.2",
+    "tensorboard",
 ]
 
 # What `nemo.collections.nlp` imports when it loads a Megatron GPT model and does not declare outside its extra `nlp`,

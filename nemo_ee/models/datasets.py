@@ -14,13 +14,12 @@ for every token of an answer and 0 for the others. Where the second pair is ther
 The masks are read through the very sample, document and shuffle indices of the tokens, so order, resuming and data
 parallelism are Megatron's own.
 
-May import: torch, numpy, megatron.core.
+May import: torch, numpy, megatron.core, nemo.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ import numpy
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from nemo.utils import logging
 from torch.utils.data import Dataset
-
-logger = logging.getLogger(__name__)
 
 # No token has this id: only what Megatron pads itself is padding, and it masks that and maps it to id 0.
 _NO_TOKEN = -1
@@ -88,7 +86,7 @@ def find_mask(prefix: str, tokens: IndexedDataset) -> IndexedDataset | None:
     mask = IndexedDataset(prefix + MASK_SUFFIX)
     if not numpy.array_equal(mask.sequence_lengths, tokens.sequence_lengths):
         raise ValueError(f"{prefix}{MASK_SUFFIX}.idx belongs to other documents than {prefix}.idx; {way_out}")
-    logger.info("%s: only the answers count in the loss (%s%s.bin)", prefix, prefix, MASK_SUFFIX)
+    logging.info(f"{prefix}: only the answers count in the loss, as {prefix}{MASK_SUFFIX}.bin says")
     return mask
 
 

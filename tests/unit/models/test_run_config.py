@@ -255,6 +255,8 @@ FAULTS = {
 }
 
 
+# Megatron's reader complains once more when a half-made one is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_data_that_is_not_enough_for_one_step_is_refused(tmp_path: Path) -> None:
     """2 x 64 labels need 129 tokens, over all the prefixes together; validation may be smaller."""
     short = [_write_data(tmp_path / "a", [40]), _write_data(tmp_path / "b", [40, 48])]
