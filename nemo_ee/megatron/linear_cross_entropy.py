@@ -90,7 +90,8 @@ def linear_cross_entropy(
 
     Args:
         inputs: terms' inputs, each [n, m_t]; the same on every tensor-parallel rank.
-        weights: terms' weights, each [v/tp, m_t]. Gradients of those that require them are added to `.grad`.
+        weights: terms' weights, each [v/tp, m_t]. Gradients of those that require them are added to `.main_grad`
+            where there is one (Megatron's gradient buffers), else to `.grad`.
         labels: [n] int64 token ids; read only where `mask` is not zero.
         mask: [n] float weights of the tokens.
         vocabulary: this rank's part of the vocabulary.
@@ -165,9 +166,10 @@ def _add_gradients(
         if input_grads[index] is not None:
             input_grads[index][part] = grad @ cast[index]
         if weight.requires_grad:
-            if weight.grad is None:
+            if weight.grad is None and not hasattr(weight, "main_grad"):
                 weight.grad = torch.zeros_like(weight)
-            if weight.grad.dtype == grad.dtype:
-                weight.grad.addmm_(grad.t(), x[part].to(grad.dtype))
+            total = getattr(weight, "main_grad", weight.grad)
+            if total.dtype == grad.dtype:
+                total.addmm_(grad.t(), x[part].to(grad.dtype))
             else:
-                weight.grad += grad.t() @ x[part].to(grad.dtype)
+                total += grad.t() @ x[part].to(grad.dtype)

@@ -23,7 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
-from nemo.core.optim import get_optimizer
 from nemo.utils import AppState, logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
@@ -42,16 +41,18 @@ from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import give_each_sample_its_own_mask
 from nemo_ee.models.exit_metrics import FULL_MODEL, ExitSums, metric_name
-from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
+from nemo_ee.models.exit_optimizers import exit_parameter_groups
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
+from nemo_ee.models.optimizer_choice import exit_optimizers_for
 from nemo_ee.models.supported import refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
+from nemo_ee.models.whole_model_hooks import WholeModelHooks
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
-class MegatronEarlyExitGPTModel(MegatronGPTModel):
+class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
     """A Megatron GPT with early-exit heads, whose backbone stays frozen.
 
     Args:
@@ -87,7 +88,10 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
             num_stages=cfg.get("pipeline_model_parallel_size", 1),
             full_depth=self.full_depth or not self.early_exit.exits,
         )
+        self.main_weights = bool(cfg.get("megatron_amp_O2", False))
         super().__init__(cfg, trainer=trainer)
+        if isinstance(self.model, list):  # NeMo's distributed optimizer wraps a list; ours wraps the exits
+            self.model = self.model[0]
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
         self._link: StageLink | None = None
         self._train_sums: ExitSums | None = None
@@ -237,9 +241,10 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def configure_optimizers(self):
         """One optimizer per exit, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
-        make = get_optimizer(optim["name"])
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
-        self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm)
+        self._optimizer = exit_optimizers_for(
+            self.model.exits, optim, main_weights=self.main_weights, max_norm=max_norm
+        )
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
@@ -337,7 +342,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.torch_dtype is torch.bfloat16 else None
+        mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
+        return torch.bfloat16 if mixed else None
 
     def on_train_end(self) -> None:
         """Let the last transfers finish before the process groups go away."""
@@ -349,16 +355,6 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         for dataset in super().build_train_valid_test_datasets():
             give_each_sample_its_own_mask(dataset)
 
-    def initialize_last_rank_embeddings(self) -> None:
-        """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
-
-    def setup_transformer_engine_cp_groups(self) -> None:
-        """Nothing: there is no context parallelism."""
-
-    def _get_total_params_across_model_parallel_groups_gpt_bert(self) -> tuple[int, int]:
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        return count, count
-
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold the exits; the frozen backbone is in the `.nemo` it came from."""
         return self.model.exit_sharded_state_dict(f"{prefix}exits.")
@@ -368,6 +364,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self.link.drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
+        checkpoint["main_weights"] = self.main_weights
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
