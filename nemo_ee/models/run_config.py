@@ -32,13 +32,25 @@ def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
     """
     given = OmegaConf.to_container(overrides, resolve=True)
     given = {key: value for key, value in given.items() if key not in _SCRIPT_KEYS}
-    merged = _overlay(OmegaConf.to_container(stored, resolve=True), given)
+    merged = _overlay(OmegaConf.to_container(without_training_setup(stored), resolve=True), given)
     block, old = given.get("early_exit"), OmegaConf.to_container(stored, resolve=True).get("early_exit") or {}
     if block is not None:
         merged["early_exit"] = _merge_exits(block, old.get("exits") or [])
     if merged.get("encoder_seq_length") and (merged.get("data") or {}).get("seq_length", 0) is None:
         merged["data"]["seq_length"] = merged["encoder_seq_length"]
     return OmegaConf.create(merged)
+
+
+def without_training_setup(stored: DictConfig) -> DictConfig:
+    """A copy of a `.nemo`'s config that forces no optimizer and no bf16 parameters on whoever loads it.
+
+    How a model was trained is not what it is: NeMo would build it for the distributed optimizer, Apex or fp32 copies.
+    """
+    config = OmegaConf.create(OmegaConf.to_container(stored, resolve=True))
+    config.pop("megatron_amp_O2", None)
+    if OmegaConf.is_dict(config.get("optim")):
+        config.optim.name = "adamw"
+    return config
 
 
 def _overlay(base: dict, given: dict) -> dict:

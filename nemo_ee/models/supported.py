@@ -71,8 +71,8 @@ def _optimizer_faults(cfg: DictConfig, precision: str) -> list[str]:
     faults = []
     if cfg.get("megatron_amp_O2") and precision not in ("bf16", "bf16-mixed"):
         faults.append(
-            f"  megatron_amp_O2=True with trainer.precision={precision}: it keeps bf16 parameters with fp32 copies; set "
-            "trainer.precision=bf16, or megatron_amp_O2=False"
+            f"  megatron_amp_O2=True with trainer.precision={precision}: it keeps bf16 parameters with fp32 copies; "
+            "set trainer.precision=bf16, or megatron_amp_O2=False"
         )
     if OmegaConf.select(cfg, "optim.name") == "fused_adam":
         missing = [] if find_spec("apex") else ["Apex, which is not installed"]

@@ -63,7 +63,7 @@ def model_config(folder: Path, tp: int, pp: int, sequence_parallel: bool, **opti
     }
 
 
-def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), **model):
+def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), precision: int | str = 32, **model):
     """A trainer without logger; returns (trainer, recorded losses by step)."""
     from lightning.pytorch.callbacks import Callback
     from omegaconf import OmegaConf
@@ -94,7 +94,7 @@ def trainer_for(world_size: int, *, max_steps: int = STEPS, callbacks=(), **mode
                 "accelerator": "cpu",
                 "devices": world_size,
                 "num_nodes": 1,
-                "precision": 32,
+                "precision": precision,
                 "max_steps": max_steps,
                 "max_epochs": -1,
                 "log_every_n_steps": 1,
