@@ -18,6 +18,8 @@ from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
+# Of a stored `optim` block; the rest (overlap, buckets, data types) belongs to the optimizer it was trained with.
+_OPTIM_KEYS = ("lr", "betas", "eps", "weight_decay", "sched")
 
 
 def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
@@ -49,7 +51,7 @@ def without_training_setup(stored: DictConfig) -> DictConfig:
     config = OmegaConf.create(OmegaConf.to_container(stored, resolve=True))
     config.pop("megatron_amp_O2", None)
     if OmegaConf.is_dict(config.get("optim")):
-        config.optim.name = "adamw"
+        config.optim = {"name": "adamw", **{key: config.optim[key] for key in _OPTIM_KEYS if key in config.optim}}
     return config
 
 
