@@ -36,6 +36,7 @@ from nemo_ee.checkpoint.low_rank_weights import MergedSource
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.megatron.backbone_training import low_rank_shards, merged_backbone_to_save
+from nemo_ee.models.run_config import without_training_setup
 
 BACKBONE, EXITS, LORA, CONFIG = "model_weights", "exit_weights", "lora_weights", "model_config.yaml"
 _RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision", "layer_split")
@@ -90,7 +91,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             ValueError: the file is damaged or unsafe, or the exits belong to another backbone.
         """
         stored = read_config(restore_path)
-        conf = stored if override_config_path is None else override_config_path
+        conf = without_training_setup(stored) if override_config_path is None else override_config_path
         conf = OmegaConf.load(conf) if isinstance(conf, str) else conf
         conf = conf.model if "model" in conf else conf
         if return_config:
@@ -183,7 +184,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         _barrier()
 
     def _write(self, model, output: Path, work: Path, source: str | None) -> None:
-        config = OmegaConf.create(model.config_to_store)
+        config = without_training_setup(OmegaConf.create(model.config_to_store))
         for key in _RUN_ONLY:
             config.pop(key, None)
         fingerprint = None if _backbone_changed(model) else model.cfg.get("backbone_fingerprint")

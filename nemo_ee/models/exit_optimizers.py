@@ -7,6 +7,9 @@ together gives what tuning them alone gives, and no collective joins two pipelin
 saved is keyed by the exit's name, so it survives any change of layout; Megatron stores optimizer groups by their index
 on rank 0, which a stage with other exits could not read back.
 
+`ExitOptimizer` steps fp32 parameters. fp32 copies of bf16 parameters, and state that data-parallel ranks share out,
+are in `megatron_exit_optimizer`; what is saved has the same keys and shapes.
+
 May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
 """
 
@@ -20,7 +23,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
@@ -44,7 +47,8 @@ class ExitOptimizer:
     Attributes:
         name: the exit's name.
         parameters: trainable parameters by their key in the exit's sharded state dict.
-        optimizer: any torch optimizer whose per-parameter state consists of tensors.
+        optimizer: any torch optimizer whose per-parameter state consists of tensors; it counts its steps for each
+            parameter, as torch's do, or for each group, as Apex's do.
     """
 
     name: str
@@ -63,6 +67,10 @@ class ExitOptimizer:
             parallel_state.get_data_parallel_rank(with_context_parallel=True),
         )
 
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
     def reduce_gradients(self, counted: Tensor, *, nominal: float) -> None:
         """Sum gradients over data parallelism (and, for replicated parameters, sequence parallelism); make a mean.
 
@@ -72,13 +80,12 @@ class ExitOptimizer:
             nominal: the factor 1/nominal that the gradients already carry.
         """
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        split = [p.grad for p in self.parameters.values() if p.grad is not None and _sees_part_of_sequence(p)]
+        split = [p.grad for p in self.parameters.values() if p.grad is not None and sees_part_of_sequence(p)]
         if split:
-            _all_reduce_flat(split, group=parallel_state.get_tensor_model_parallel_group())
+            all_reduce_flat(split, group=parallel_state.get_tensor_model_parallel_group())
         if parallel_state.get_data_parallel_world_size() > 1:
-            _all_reduce_flat([*gradients, counted], group=parallel_state.get_data_parallel_group())
-        weight = counted[0]
-        scale = torch.where(weight > 0, nominal / weight, torch.zeros_like(weight))
+            all_reduce_flat([*gradients, counted], group=parallel_state.get_data_parallel_group())
+        scale = mean_scale(counted, nominal)
         for gradient in gradients:
             gradient.mul_(scale)
 
@@ -94,13 +101,41 @@ class ExitOptimizer:
             clip_grad_by_total_norm_fp32(parameters, max_norm, norm)
         return norm
 
+    def step(self) -> None:
+        """Step the parameters with the gradients as they are."""
+        self.optimizer.step()
 
-def _sees_part_of_sequence(parameter: Parameter) -> bool:
+    def whole_state(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank saves: parameter key -> {name: tensor of the parameter's shape on this rank}.
+
+        Every data-parallel rank of the exit must call it.
+        """
+        return {key: tensor_state(self.optimizer, parameter) for key, parameter in self.parameters.items()}
+
+    def load_whole_state(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `whole_state` gave. Every data-parallel rank of the exit must call it."""
+        for key, values in self.whole_state().items():
+            for name, value in values.items():
+                value.copy_(saved[key][name])
+
+    def shard_to_save(self, shard: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
+        """How a parameter's shard says who saves its optimizer state: as the parameter's own, by default."""
+        return shard
+
+
+def mean_scale(counted: Tensor, nominal: float) -> Tensor:
+    """Factor that makes gradients scaled by 1/nominal those of a mean over the summed weights; 0 of no weight."""
+    weight = counted[0]
+    return torch.where(weight > 0, nominal / weight, torch.zeros_like(weight))
+
+
+def sees_part_of_sequence(parameter: Parameter) -> bool:
+    """Whether a replicated parameter's gradient on this rank is only a part of the sum over tensor parallelism."""
     partial = getattr(parameter, "sequence_parallel", False) or getattr(parameter, "sees_part_of_heads", False)
     return partial and parallel_state.get_tensor_model_parallel_world_size() > 1
 
 
-def _all_reduce_flat(tensors: list[Tensor], group: ProcessGroup) -> None:
+def all_reduce_flat(tensors: list[Tensor], group: ProcessGroup) -> None:
     """Sum over the group in place, many tensors in one collective: as many as make up `_BUCKET_BYTES`."""
     bucket: list[Tensor] = []
     size = 0
@@ -143,7 +178,7 @@ class ExitOptimizers(torch.optim.Optimizer):
         temporaries, which made peak memory grow with the number of exits.
         """
         for exit in self.exits:
-            exit.optimizer.zero_grad(set_to_none=set_to_none)
+            exit.zero_grad(set_to_none=set_to_none)
 
     def clip_gradients(self) -> None:
         """Clip each exit's gradients; `step` does it unless it has been done since the last step."""
@@ -185,7 +220,7 @@ class ExitOptimizers(torch.optim.Optimizer):
         for exit in self.exits:
             norm = self.grad_norms[exit.name]
             if math.isfinite(norm):
-                exit.optimizer.step()
+                exit.step()
             else:  # every rank that holds a part of the exit sees the same norm
                 logger.warning("exit %s: gradient norm %s, its step is left out", exit.name, norm)
         return loss
@@ -206,19 +241,18 @@ class ExitOptimizers(torch.optim.Optimizer):
         return {"exits": {exit.name: self._sharded_exit(exit, exit_shards) for exit in self.exits}}
 
     def _sharded_exit(self, exit: ExitOptimizer, exit_shards: Mapping[str, object]) -> dict:
-        _fill_state(exit.optimizer)
+        fill_state(exit.optimizer)
         groups = exit.optimizer.param_groups
         group = next((group for group in groups if group.get("decays", True)), groups[0])
-        steps = [_step_of(exit.optimizer, parameter) for parameter in exit.parameters.values()]
-        scalars = torch.tensor([group["lr"], group["weight_decay"], max(steps, default=0.0)], dtype=torch.float64)
+        steps = _steps_of(exit.optimizer)
+        scalars = torch.tensor([group["lr"], group["weight_decay"], steps], dtype=torch.float64)
         key = f"optimizer.{exit.name}.scalars"
         state: dict = {"scalars": ShardedTensor.from_rank_offsets(key, scalars, replica_id=exit.rank_of_scalars())}
-        for key, parameter in exit.parameters.items():
-            values = exit.optimizer.state[parameter]
+        for key, values in exit.whole_state().items():
+            shard = exit.shard_to_save(exit_shards[key])
             state[key] = {
-                name: make_sharded_optimizer_tensor(exit_shards[key], value, prefix=f"optimizer.{name}")
+                name: make_sharded_optimizer_tensor(shard, value, prefix=f"optimizer.{name}")
                 for name, value in values.items()
-                if name != "step"
             }
         return state
 
@@ -235,20 +269,21 @@ class ExitOptimizers(torch.optim.Optimizer):
                 exit.optimizer.load_state_dict(saved)
                 continue
             scalars = dict(zip(_SCALARS, saved["scalars"].tolist(), strict=True))
-            _fill_state(exit.optimizer)
+            fill_state(exit.optimizer)
             for group in exit.optimizer.param_groups:
                 group["lr"] = scalars["lr"]
                 if group.get("decays", True):
                     group["weight_decay"] = scalars["weight_decay"]
-            for key, parameter in exit.parameters.items():
-                values = exit.optimizer.state[parameter]
-                for name, value in saved[key].items():
-                    values[name].copy_(value)
-                if "step" in values:
-                    values["step"] = torch.full_like(torch.as_tensor(values["step"]), scalars["step"])
+            exit.load_whole_state(saved)
+            _set_steps(exit.optimizer, scalars["step"])
 
 
-def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+def tensor_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's tensors of one parameter, its step count left out."""
+    return {name: value for name, value in optimizer.state[parameter].items() if name != "step"}
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer allocate its state without moving a weight: one step with lr 0 and no decay, then undone."""
     if all(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
         return
@@ -263,15 +298,24 @@ def _fill_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"], group["weight_decay"] = lr, weight_decay
         for parameter in group["params"]:
             parameter.grad = gradients[parameter]
-            for name, value in optimizer.state[parameter].items():
+            for value in optimizer.state[parameter].values():
                 if isinstance(value, Tensor):
                     value.zero_()
-                elif name == "step":
-                    optimizer.state[parameter][name] = 0
+    _set_steps(optimizer, 0.0)
 
 
-def _step_of(optimizer: torch.optim.Optimizer, parameter: Parameter) -> float:
-    return float(optimizer.state[parameter].get("step", 0.0))
+def _steps_of(optimizer: torch.optim.Optimizer) -> float:
+    """Steps taken, which an optimizer counts for each parameter or for each group."""
+    counts = [float(values["step"]) for values in optimizer.state.values() if "step" in values]
+    counts += [float(group["step"]) for group in optimizer.param_groups if "step" in group]
+    return max(counts, default=0.0)
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, steps: float) -> None:
+    for holder in [*optimizer.state.values(), *optimizer.param_groups]:
+        if "step" in holder:
+            old = holder["step"]
+            holder["step"] = torch.full_like(old, steps) if isinstance(old, Tensor) else type(old)(steps)
 
 
 def exit_parameter_groups(head: ExitHead, optim: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -315,6 +359,7 @@ def build_exit_optimizers(
     make: Callable[..., torch.optim.Optimizer],
     max_norm: float,
     more: Iterable[ExitOptimizer] = (),
+    wrap: Callable[[ExitHead, dict[str, Parameter], torch.optim.Optimizer], ExitOptimizer] | None = None,
 ) -> ExitOptimizers:
     """One optimizer per exit that has something to train.
 
@@ -324,6 +369,7 @@ def build_exit_optimizers(
         make: the optimizer's class or factory.
         max_norm: gradient clipping per exit, 0 for none.
         more: further entries, stepped after the exits.
+        wrap: makes the exit's optimizer of (exit, its parameters by key, torch optimizer); default `ExitOptimizer`.
     """
     exits = []
     for head in heads:
@@ -332,5 +378,8 @@ def build_exit_optimizers(
         groups = exit_parameter_groups(head, optim)
         parameters = {keys[id(parameter)]: parameter for group in groups for parameter in group["params"]}
         if parameters:
-            exits.append(ExitOptimizer(head.exit.name, parameters, make(groups, **optimizer_options(optim))))
+            optimizer = make(groups, **optimizer_options(optim))
+            exits.append(
+                wrap(head, parameters, optimizer) if wrap else ExitOptimizer(head.exit.name, parameters, optimizer)
+            )
     return ExitOptimizers([*exits, *more], max_norm=max_norm)

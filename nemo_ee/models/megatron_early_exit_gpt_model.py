@@ -24,7 +24,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
-from nemo.core.optim import get_optimizer
 from nemo.utils import AppState, logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
@@ -41,25 +40,26 @@ from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink
-from nemo_ee.models.backbone_optimizer import build_backbone_optimizer
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import prepare_dataset
 from nemo_ee.models.exit_metrics import ExitSums, mean_loss, named_metrics
-from nemo_ee.models.exit_optimizers import build_exit_optimizers, exit_parameter_groups
+from nemo_ee.models.exit_optimizers import exit_parameter_groups
 from nemo_ee.models.first_weights import fill_stage
 from nemo_ee.models.joint_training import JointTraining
 from nemo_ee.models.layer_split import choose_placements, read_layer_split
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
+from nemo_ee.models.optimizer_choice import exit_optimizers_for
 from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
 from nemo_ee.models.supported import needs_full_depth, refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.what_trains import what_trains
+from nemo_ee.models.whole_model_hooks import WholeModelHooks
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
-class MegatronEarlyExitGPTModel(MegatronGPTModel):
+class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
     """A Megatron GPT with early-exit heads, whose backbone stays frozen unless `early_exit.train` says otherwise.
 
     Args:
@@ -91,7 +91,10 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         self.trains_backbone = self.early_exit.train != "exits"
         self.full_depth = needs_full_depth(cfg, self.early_exit)
         self.layer_split = read_layer_split(self, cfg)
+        self.main_weights = bool(cfg.get("megatron_amp_O2", False))
         super().__init__(cfg, trainer=trainer)
+        if isinstance(self.model, list):  # NeMo's distributed optimizer wraps a list; ours wraps the exits
+            self.model = self.model[0]
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
         self._joint: JointTraining | None = None
         self._link: StageLink | None = None
@@ -234,11 +237,15 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
     def configure_optimizers(self):
         """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
-        make = get_optimizer(optim["name"])
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
-        more = [build_backbone_optimizer(self.model, optim, make=make)] if self.trains_backbone else []
         self._joint = JointTraining(self.model, self.placements) if self.trains_backbone else None
-        self._optimizer = build_exit_optimizers(self.model.exits, optim, make=make, max_norm=max_norm, more=more)
+        self._optimizer = exit_optimizers_for(
+            self.model.exits,
+            optim,
+            main_weights=self.main_weights,
+            max_norm=max_norm,
+            backbone=self.model if self.trains_backbone else None,
+        )
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
@@ -329,7 +336,8 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.torch_dtype is torch.bfloat16 else None
+        mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
+        return torch.bfloat16 if mixed else None
 
     def _drain(self) -> None:
         self.link.drain()
@@ -346,16 +354,6 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         built = super().build_train_valid_test_datasets()
         self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
-    def initialize_last_rank_embeddings(self) -> None:
-        """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
-
-    def setup_transformer_engine_cp_groups(self) -> None:
-        """Nothing: there is no context parallelism."""
-
-    def _get_total_params_across_model_parallel_groups_gpt_bert(self) -> tuple[int, int]:
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        return count, count
-
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""
         backbone = trained_backbone_shards(self.model) if self.trains_backbone else {}
@@ -367,6 +365,7 @@ class MegatronEarlyExitGPTModel(MegatronGPTModel):
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
         checkpoint["trains"] = self.early_exit.trains
+        checkpoint["main_weights"] = self.main_weights
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_uns
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
+# Of a stored `optim` block; the rest (overlap, buckets, data types) belongs to the optimizer it was trained with.
+_OPTIM_KEYS = ("lr", "betas", "eps", "weight_decay", "sched")
 
 
 def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
@@ -35,13 +37,25 @@ def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
     """
     given = OmegaConf.to_container(overrides, resolve=True)
     given = {key: value for key, value in given.items() if key not in _SCRIPT_KEYS}
-    merged = _overlay(OmegaConf.to_container(stored, resolve=True), given)
+    merged = _overlay(OmegaConf.to_container(without_training_setup(stored), resolve=True), given)
     block, old = given.get("early_exit"), OmegaConf.to_container(stored, resolve=True).get("early_exit") or {}
     if block is not None:
         merged["early_exit"] = _merge_exits(block, old.get("exits") or [])
     if merged.get("encoder_seq_length") and (merged.get("data") or {}).get("seq_length", 0) is None:
         merged["data"]["seq_length"] = merged["encoder_seq_length"]
     return OmegaConf.create(merged)
+
+
+def without_training_setup(stored: DictConfig) -> DictConfig:
+    """A copy of a `.nemo`'s config that forces no optimizer and no bf16 parameters on whoever loads it.
+
+    How a model was trained is not what it is: NeMo would build it for the distributed optimizer, Apex or fp32 copies.
+    """
+    config = OmegaConf.create(OmegaConf.to_container(stored, resolve=True))
+    config.pop("megatron_amp_O2", None)
+    if OmegaConf.is_dict(config.get("optim")):
+        config.optim = {"name": "adamw", **{key: config.optim[key] for key in _OPTIM_KEYS if key in config.optim}}
+    return config
 
 
 def _overlay(base: dict, given: dict) -> dict:

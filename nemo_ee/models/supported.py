@@ -2,16 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the stock `MegatronGPTModel` accepts and the early-exit model does not: refused at once, all in one message.
 
-May import: omegaconf, nemo_ee.exits.
+May import: omegaconf, nemo_ee.cpu_host, nemo_ee.exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee import cpu_host
 from nemo_ee.exits.config import EarlyExitConfig
 
 
@@ -28,14 +30,20 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_moe_experts": (bool, "mixture-of-experts models are not supported"),
     "fp8": (bool, "not supported; set it to False and tune in bf16-mixed"),
     "fsdp": (bool, "not supported; use tensor and pipeline parallelism"),
-    "megatron_amp_O2": (bool, "not supported; use trainer.precision=bf16-mixed"),
     "apply_query_key_layer_scaling": (bool, "not supported; set it to False"),
     "mcore_customization_config.final_logit_softcapping": (bool, "capped logits (Gemma 2) are not supported"),
     "rampup_batch_size": (bool, "not supported; set it to null"),
     "data.legacy_dataset": (bool, "not supported; set it to False"),
     "optim.name": (
-        ("distributed_fused_adam", "mcore_distributed_optim", "megatron_fused_adam", "fused_adam").__contains__,
-        "not available yet; use adamw",
+        lambda value: value not in (None, "adamw", "adam", "fused_adam", "mcore_distributed_optim"),
+        "not supported; use adamw, adam, fused_adam or mcore_distributed_optim",
+    ),
+    "optim.overlap_grad_sync": (bool, "not supported; set it to False (gradients are summed when the step ends)"),
+    "optim.overlap_param_sync": (bool, "not supported; set it to False (weights are gathered when the step ends)"),
+    "optim.overlap_param_gather_with_optimizer_step": (bool, "not supported; set it to False"),
+    "optim.grad_sync_dtype": (
+        lambda value: str(value) not in ("None", "32", "fp32", "torch.float32"),
+        "not supported; leave it out (gradients are summed in fp32)",
     ),
     "tokenizer.library": (
         lambda value: value not in (None, "huggingface", "sentencepiece", "megatron", "byte-level", "tiktoken"),
@@ -58,6 +66,8 @@ def needs_full_depth(cfg: DictConfig, early_exit: EarlyExitConfig) -> bool:
 # The same, for runs that train the backbone or low-rank updates of it.
 _JOINT_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "defer_embedding_wgrad_compute": (bool, "not supported; set it to False"),
+    "megatron_amp_O2": (bool, "not supported; use trainer.precision=bf16-mixed"),
+    "optim.name": ("mcore_distributed_optim".__eq__, "not supported; use adamw"),
     "full_depth": (lambda value: value is False, "the final exit's loss needs all layers; set it to null"),
     "activations_checkpoint_granularity": (
         lambda value: value not in (None, "full", "selective"),
@@ -114,6 +124,21 @@ def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
     return model.get("tensor_model_parallel_size", 1) * model.get("pipeline_model_parallel_size", 1)
 
 
+def _optimizer_faults(cfg: DictConfig, precision: str) -> list[str]:
+    faults = []
+    if cfg.get("megatron_amp_O2") and precision not in ("bf16", "bf16-mixed"):
+        faults.append(
+            f"  megatron_amp_O2=True with trainer.precision={precision}: it keeps bf16 parameters with fp32 copies; "
+            "set trainer.precision=bf16, or megatron_amp_O2=False"
+        )
+    if OmegaConf.select(cfg, "optim.name") == "fused_adam":
+        missing = [] if find_spec("apex") else ["Apex, which is not installed"]
+        missing += ["a GPU, and this run is on the CPU host"] if cpu_host.enabled() else []
+        if missing:
+            faults.append(f"  optim.name='fused_adam' needs {' and '.join(missing)}; use adamw (one kernel too)")
+    return faults
+
+
 def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int | None) -> None:
     """Check a model config before anything is built.
 
@@ -137,7 +162,7 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
         faults.append(
             f"  early_exit.distillation.top_k={top_k} is more than the vocabulary's {vocabulary} tokens; null uses all"
         )
-    faults += _joint_faults(cfg)
+    faults += _optimizer_faults(cfg, str(precision)) + _joint_faults(cfg)
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
     if world_size % (tp * pp):
         faults.append(

@@ -16,7 +16,12 @@ import torch
 from lightning.pytorch import Trainer
 from megatron.core import dist_checkpointing
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar, NLPDDPStrategy
+from nemo.collections.nlp.parts.nlp_overrides import (
+    CustomProgressBar,
+    MegatronHalfPrecisionPlugin,
+    NLPDDPStrategy,
+    PipelineMixedPrecisionPlugin,
+)
 from omegaconf import DictConfig
 
 from nemo_ee import cpu_host
@@ -56,6 +61,12 @@ class EarlyExitStrategy(NLPDDPStrategy):
                 f"training checkpoint {checkpoint_path} holds the exits {', '.join(saved)}, this run tunes "
                 f"{', '.join(names)}; tune the same exits, or start anew: exp_manager.resume_if_exists=False"
             )
+        main_weights = self.lightning_module.main_weights
+        if common.get("main_weights", False) != main_weights:
+            raise ValueError(
+                f"training checkpoint {checkpoint_path} was saved with model.megatron_amp_O2={not main_weights}, this "
+                f"run has {main_weights}; resume with the same, or start anew: exp_manager.resume_if_exists=False"
+            )
         wanted: dict[str, Any] = {"state_dict": self.lightning_module.sharded_state_dict()}
         if load_optimizer_states:
             wanted["optimizer_states"] = [self.optimizer_sharded_state_dict(is_loading=True)]
@@ -89,7 +100,7 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
         )
 
     def _plugins(self) -> list:
-        plugins = super()._plugins()
+        plugins = [_without_nemo_main_weights(plugin) for plugin in super()._plugins()]
         if cpu_host.enabled():
             for plugin in plugins:
                 if getattr(plugin, "device", None) == "cuda":
@@ -102,6 +113,13 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
         if self.cfg.trainer.get("enable_progress_bar", True):
             callbacks.append(CustomProgressBar())
         return callbacks
+
+
+def _without_nemo_main_weights(plugin: Any) -> Any:
+    """Under `megatron_amp_O2` NeMo's plugin wants NeMo's own optimizer wrapper; here each exit has one."""
+    if not isinstance(plugin, MegatronHalfPrecisionPlugin):
+        return plugin
+    return PipelineMixedPrecisionPlugin(precision=plugin.precision, device="cuda", scaler=plugin.scaler)
 
 
 def single_run_trainer(cfg: DictConfig) -> Trainer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,11 @@ NAMES = ["".join(map(str, layout)) for layout in LAYOUTS]
 
 def run_module(*arguments: str, timeout: float) -> None:
     """`python -m <arguments>` from the repository's root; its output is shown when it fails."""
+    ours = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # of a test in this process
     result = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=Path(__file__).parents[2],
+        env={key: value for key, value in os.environ.items() if key not in ours},
         timeout=timeout,
         capture_output=True,
         text=True,

@@ -324,3 +324,22 @@ def test_the_script_tells_every_fault_at_once(
     for text in expected:
         assert text in message, message
     assert list(tmp_path.iterdir()) == [], "nothing was made before the faults were told"
+
+
+def test_bf16_weights_with_fp32_copies_end_to_end(start: SimpleNamespace) -> None:
+    """`megatron_amp_O2`: exits learn, the backbone stays, validation runs, and the file is read in fp32 again."""
+    settings = {"megatron_amp_O2": True, "val_agreement": True}
+    before, model, losses = tune(start, 10, trainer={"precision": "bf16", "limit_val_batches": 1}, **settings)
+    after = snapshot(model.model)
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.bfloat16}
+    trains = {name for name, parameter in model.model.named_parameters() if parameter.requires_grad}
+    assert all(torch.equal(value, before[name]) == (name not in trains) for name, value in after.items())
+    for name in losses[0]:
+        assert name == NOTHING_TO_TRAIN or losses[-1][name] < 0.8 * losses[0][name], name
+    assert 0.0 < float(model.trainer.callback_metrics["val/full_model/loss"]) < 10.0
+    model.save_to(str(start.folder / "half.nemo"))
+    loaded = restore(start.folder / "half.nemo")
+    assert not loaded.main_weights and loaded.cfg.get("megatron_amp_O2") is None
+    for name, parameter in loaded.model.exits.named_parameters():
+        assert parameter.dtype is torch.float32
+        assert torch.equal(parameter.detach(), after[f"exits.{name}"].float()), name

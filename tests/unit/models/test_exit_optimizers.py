@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.adamw import adamw
 
 pytest.importorskip("nemo", reason="models are built by NeMo")
 
 from nemo_ee.models.exit_optimizers import ExitOptimizers, build_exit_optimizers, exit_parameter_groups
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
+from nemo_ee.models.optimizer_choice import optimizer_factory
 from tests.helpers.megatron_models import exit_entry, microbatch, random_tokens, snapshot, tiny_pair
 
 OPTIM = {"lr": 1e-2, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.3, "sched": {"min_lr": 1e-3}}
@@ -178,7 +180,82 @@ def test_gradients_become_those_of_the_mean_loss_per_token(model) -> None:
 # -- state ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam], ids=["AdamW", "Adam"])
+class GroupStepAdam(torch.optim.Optimizer):
+    """Stands in for Apex's FusedAdam, whose kernel is missing here: torch's AdamW, the step kept in the group."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [torch.tensor(group["step"] - 1.0) for _ in parameters],
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def test_the_stand_in_is_adamw(model) -> None:
+    """Bitwise torch's own, or the tests with it would show nothing."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.ones(7, 5).requires_grad_() for _ in range(2))
+    optimizers = GroupStepAdam([ours], weight_decay=0.1), torch.optim.AdamW([theirs], weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        ours.grad = torch.randn(7, 5)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs) and optimizers[0].param_groups[0]["step"] == 3
+
+
+def test_a_step_kept_in_the_group_is_saved_and_restored_by_name(model) -> None:
+    """Two exits whose counts differ, because one exit's step was left out."""
+    optimizers = _optimizers(model, make=GroupStepAdam)
+    for seed in range(2):
+        _fill_gradients(optimizers, seed)
+        if seed:
+            next(iter(optimizers.exits[0].parameters.values())).grad.view(-1)[0] = math.nan
+        optimizers.step()
+    state = optimizers.sharded_state_dict(model.sharded_state_dict())["exits"]
+    assert [state[name]["scalars"].data[2].item() for name in TRAINABLE] == [1.0, 2.0, 2.0]
+    fresh = _optimizers(model, make=GroupStepAdam)
+    fresh.load_state_dict(
+        {
+            "exits": {
+                name: {
+                    key: value.data if key == "scalars" else {n: shard.data for n, shard in value.items()}
+                    for key, value in exit.items()
+                }
+                for name, exit in state.items()
+            }
+        }
+    )
+    steps = [{group["step"] for group in exit.optimizer.param_groups} for exit in fresh.exits]
+    assert steps == [{1}, {2}, {2}] and all(isinstance(step, int) for one in steps for step in one)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.AdamW, torch.optim.Adam, optimizer_factory("adamw"), GroupStepAdam],
+    ids=["AdamW", "Adam", "fused AdamW", "step in the group"],
+)
 def test_state_survives_a_distributed_checkpoint(folder: Path, tmp_path: Path, make) -> None:
     """Save after three steps, load into a fresh model: further steps are bitwise those of the run that went on."""
     from megatron.core import dist_checkpointing

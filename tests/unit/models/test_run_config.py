@@ -46,13 +46,25 @@ def test_settings_win_and_null_leaves_what_is_stored() -> None:
         optim={"lr": 1.0, "betas": None, "sched": {"name": "Constant"}},
     )  # fmt: skip
     assert merged.micro_batch_size == 2 and merged.brand_new == 7 and merged.encoder_seq_length == 64
-    assert merged.optim == {"name": "fused_adam", "lr": 1.0, "betas": [0.9, 0.98], "sched": {"name": "Constant"}}
+    assert merged.optim == {"name": "adamw", "lr": 1.0, "betas": [0.9, 0.98], "sched": {"name": "Constant"}}
     assert merged.tokenizer.type == "somewhere" and merged.hidden_size == 32
     assert "restore_from_path" not in merged and "verify" not in merged, "the script's own"
     assert "unset" in merged and merged.unset is None
     assert OmegaConf.to_container(OmegaConf.create(STORED))["micro_batch_size"] == 1, (
         "the stored config is not touched"
     )
+
+
+def test_how_a_model_was_trained_is_forced_on_nobody() -> None:
+    optim = {**STORED["optim"], "overlap_grad_sync": True, "contiguous_grad_buffer": True}
+    stored = OmegaConf.create({**STORED, "megatron_amp_O2": True, "optim": optim})
+    merged = merge_model_config(stored, OmegaConf.create({}))
+    assert "megatron_amp_O2" not in merged and merged.optim == {"name": "adamw", "lr": 0.5, "betas": [0.9, 0.98]}
+    asked = merge_model_config(
+        stored, OmegaConf.create({"megatron_amp_O2": True, "optim": {"name": "mcore_distributed_optim"}})
+    )
+    assert asked.megatron_amp_O2 is True and asked.optim.name == "mcore_distributed_optim", "the script's own counts"
+    assert stored.megatron_amp_O2 is True and stored.optim.name == "fused_adam", "the stored config is not touched"
 
 
 def test_data_prefixes_are_replaced_as_a_whole() -> None:

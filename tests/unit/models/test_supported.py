@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.models import supported
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 
 GOOD = {
@@ -36,10 +37,13 @@ REFUSED = {
     "num_moe_experts": (8, "mixture-of-experts"),
     "fp8": (True, "tune in bf16-mixed"),
     "fsdp": (True, "use tensor and pipeline parallelism"),
-    "megatron_amp_O2": (True, "use trainer.precision=bf16-mixed"),
     "apply_query_key_layer_scaling": (True, "set it to False"),
     "rampup_batch_size": ([2, 2, 100], "set it to null"),
-    "optim.name": ("mcore_distributed_optim", "use adamw"),
+    "optim.name": ("distributed_fused_adam", "fused_adam or mcore_distributed_optim"),
+    "optim.overlap_grad_sync": (True, "set it to False"),
+    "optim.overlap_param_sync": (True, "set it to False"),
+    "optim.overlap_param_gather_with_optimizer_step": (True, "set it to False"),
+    "optim.grad_sync_dtype": ("bf16", "leave it out"),
     "data.legacy_dataset": (True, "set it to False"),
     "early_exit.distillation.top_k": (5000, "null uses all"),
 }
@@ -88,6 +92,8 @@ REFUSED_IN_JOINT = {
     "early_exit.token_weights": ("confidence", "use none"),
     "early_exit.objective": ("mixed", "use cross_entropy"),
     "full_depth": (False, "set it to null"),
+    "megatron_amp_O2": (True, "use trainer.precision=bf16-mixed"),
+    "optim.name": ("mcore_distributed_optim", "use adamw"),
     "defer_embedding_wgrad_compute": (True, "set it to False"),
     "activations_checkpoint_granularity": ("all", "use full, selective or null"),
 }
@@ -132,6 +138,30 @@ def test_what_needs_the_final_exit(full_depth, val_agreement, objective, needed)
     block = {"exits": [{"layer": 1}, {"layer": 2, "objective": objective}]}
     config = OmegaConf.create({"full_depth": full_depth, "val_agreement": val_agreement})
     assert needs_full_depth(config, EarlyExitConfig.from_mapping(block, num_layers=4)) is needed
+def test_main_weights_need_half_parameters() -> None:
+    for precision in ("bf16", "bf16-mixed"):
+        refuse_unsupported(_config(megatron_amp_O2=True), world_size=4, precision=precision)
+    for precision in (32, "32-true"):
+        message = _message(_config(megatron_amp_O2=True), precision=precision)
+        assert f"megatron_amp_O2=True with trainer.precision={precision}" in message
+        assert "set trainer.precision=bf16, or megatron_amp_O2=False" in message
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "mcore_distributed_optim"])
+def test_optimizers_that_need_nothing_installed(name: str) -> None:
+    refuse_unsupported(_config(**{"optim.name": name}), world_size=4, precision="bf16-mixed")
+
+
+def test_fused_adam_needs_its_kernel(monkeypatch) -> None:
+    config = _config(**{"optim.name": "fused_adam"})
+    monkeypatch.setattr(supported, "find_spec", lambda name: None)
+    assert "optim.name='fused_adam' needs Apex, which is not installed" in _message(config)
+    monkeypatch.setattr(supported, "find_spec", lambda name: name)
+    monkeypatch.setattr(supported.cpu_host, "enabled", lambda: True)
+    message = _message(config)
+    assert "needs a GPU, and this run is on the CPU host; use adamw" in message and "not installed" not in message
+    monkeypatch.setattr(supported.cpu_host, "enabled", lambda: False)
+    refuse_unsupported(config, world_size=4, precision="bf16-mixed")
 
 
 def test_sizes_that_do_not_divide() -> None:
