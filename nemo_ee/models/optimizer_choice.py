@@ -7,7 +7,7 @@ May import: torch, megatron.core, nemo, nemo_ee.models.exit_optimizers, nemo_ee.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 

@@ -117,6 +117,8 @@ def test_gradients_of_two_microbatches_add_up_in_fp32(folder: Path, name: str) -
             sums=ExitSums(model.early_exit.names, torch.device("cpu")),
             link=model.link,
             loss_weights=dict.fromkeys(model.early_exit.names, 1.0),
+            objectives=model.objectives,
+            channel=None,
             autocast=model._autocast_dtype,
         )
         assert model._autocast_dtype is None, "bf16 parameters need no autocast"
