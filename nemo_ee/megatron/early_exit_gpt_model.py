@@ -47,6 +47,28 @@ class StageOutput:
     rotary_pos_emb: Tensor | None
 
 
+class Taps:
+    """Hidden states of a stage's taps, side by side in one piece of memory.
+
+    Kept where they are made, they would lie between the layers' temporaries and leave holes that nothing fits into:
+    peak memory would grow with the number of exits by more than their taps.
+
+    Args:
+        stops: the taps' depths in half layers.
+        like: [s, b, h] hidden state in front of the layers.
+    """
+
+    def __init__(self, stops: set[int], like: Tensor) -> None:
+        self.kept: dict[int, Tensor] = {}
+        self._memory = iter(like.new_empty(len(stops), *like.shape))
+        self._stops = stops
+
+    def keep(self, stop: int, hidden: Tensor) -> None:
+        """Copy a hidden state [s, b, h] if `stop` is a tap."""
+        if stop in self._stops:
+            self.kept[stop] = next(self._memory).copy_(hidden)
+
+
 def set_layer_split(config: TransformerConfig, placements: Iterable[StagePlacement]) -> None:
     """Tell Megatron which layers each stage holds; it numbers layers and names their weights by this."""
     stages = [["decoder"] * placement.num_layers for placement in placements]
@@ -169,20 +191,17 @@ class EarlyExitGPTModel(GPTModel):
         hidden, rotary, *_ = self._preprocess(batch.tokens, batch.position_ids)
         if received is not None:
             hidden = received
-        wanted = {exit.stop for exit in self.placement.exits}
-        taps: dict[int, Tensor] = {}
+        taps = Taps({exit.stop for exit in self.placement.exits}, hidden)
         for layer in self.decoder.layers:
             hidden, _ = layer._forward_attention(hidden, batch.attention_mask, rotary_pos_emb=rotary)
-            if 2 * layer.layer_number - 1 in wanted:
-                taps[2 * layer.layer_number - 1] = hidden
+            taps.keep(2 * layer.layer_number - 1, hidden)
             if self.placement.skip_last_mlp and layer is self.decoder.layers[-1]:
                 break
             hidden = layer._forward_mlp(hidden)
-            if 2 * layer.layer_number in wanted:
-                taps[2 * layer.layer_number] = hidden
+            taps.keep(2 * layer.layer_number, hidden)
         if self.decoder.final_layernorm is not None:
             hidden = self.decoder.final_layernorm(hidden)
-        return StageOutput(hidden, taps, rotary)
+        return StageOutput(hidden, taps.kept, rotary)
 
     def backbone_sharded_state_dict(self) -> dict:
         """Sharded tensors of the backbone under canonical keys, without exits, low-rank updates and TE's extra states.

@@ -122,8 +122,11 @@ def linear_cross_entropy(
     softened = teacher is not None and objective.temperature != 1.0
     buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
     rows_of_sums = torch.zeros(len(_SUMS), dtype=torch.float32, device=mask.device)
+    memory = None
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
-        logits = chunk_logits(inputs, cast, part, dtype, vocabulary, cast_bias)
+        if memory is None:  # of the first chunk's size, the largest
+            memory = torch.empty(part.stop - part.start, rows, dtype=dtype, device=mask.device)
+        logits = chunk_logits(inputs, cast, part, dtype, vocabulary, cast_bias, memory)
         peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)  # [c]
         if argmax is not None:
             argmax[part] = argmax_over_shards(logits, peak, vocabulary)

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, ge
 from torch.nn.functional import linear
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
+_ROWS_OF_MIXED_PRODUCTS = 8192
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,22 @@ def chunk_logits(
     dtype: torch.dtype,
     vocabulary: VocabularyShard,
     bias: Tensor | None = None,
+    memory: Tensor | None = None,
 ) -> Tensor:
-    """[c, v/tp] fp32 logits of the tokens in `part`; padded rows hold the lowest finite number, so 0 * it is 0."""
-    logits = linear(inputs[0][part].to(dtype), weights[0], bias)
+    """[c, v/tp] fp32 logits of the tokens in `part`; padded rows hold the lowest finite number, so 0 * it is 0.
+
+    `memory`, [at least c, v/tp] of `dtype`, is overwritten with the products: chunk after chunk in the same place, no
+    two of them alive at once, and no fresh pages to touch for each.
+    """
+    x = inputs[0][part].to(dtype)
+    if memory is None:
+        logits = linear(x, weights[0], bias)
+    elif bias is None:
+        logits = torch.mm(x, weights[0].t(), out=memory[: x.shape[0]])
+    else:
+        logits = torch.addmm(bias, x, weights[0].t(), out=memory[: x.shape[0]])
     for x, weight in zip(inputs[1:], weights[1:], strict=True):
-        logits = logits + linear(x[part].to(dtype), weight)
+        logits.addmm_(x[part].to(dtype), weight.t())
     logits = logits.float()
     logits[:, vocabulary.num_valid :] = torch.finfo(torch.float32).min
     return logits
@@ -117,5 +129,8 @@ def add_gradients(
             continue
         if weight_grad.dtype == grad.dtype:
             weight_grad.addmm_(grad.t(), x[part].to(grad.dtype))
-        else:
-            weight_grad += grad.t() @ x[part].to(grad.dtype)
+        else:  # a product of the weight's whole size in the other dtype would be larger than the chunk
+            rows = x[part].to(grad.dtype)
+            for start in range(0, weight_grad.shape[0], _ROWS_OF_MIXED_PRODUCTS):
+                block = slice(start, start + _ROWS_OF_MIXED_PRODUCTS)
+                weight_grad[block] += grad[:, block].t() @ rows

@@ -25,12 +25,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_
 
 from nemo_ee.megatron.exit_head import ExitHead
 
@@ -97,8 +98,7 @@ class ExitOptimizer:
             p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p) and param_is_not_shared(p)
         ]
         norm = get_grad_norm_fp32(counted_once, grad_stats_parallel_group=self.holders())
-        if max_norm > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm, norm)
+        scale_down(parameters, max_norm, norm)
         return norm
 
     def step(self) -> None:
@@ -127,6 +127,15 @@ def mean_scale(counted: Tensor, nominal: float) -> Tensor:
     """Factor that makes gradients scaled by 1/nominal those of a mean over the summed weights; 0 of no weight."""
     weight = counted[0]
     return torch.where(weight > 0, nominal / weight, torch.zeros_like(weight))
+
+
+def scale_down(parameters: Iterable[Tensor], max_norm: float, norm: float) -> None:
+    """Scale `.grad` in place so that a total norm of `norm` becomes at most `max_norm`; 0 scales nothing.
+
+    torch's, because Megatron's makes a copy of every gradient where Apex and Transformer Engine are absent.
+    """
+    if max_norm > 0 and norm > max_norm:
+        clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
 
 
 def sees_part_of_sequence(parameter: Parameter) -> bool:

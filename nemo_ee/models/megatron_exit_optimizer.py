@@ -25,7 +25,6 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
@@ -36,6 +35,7 @@ from nemo_ee.models.exit_optimizers import (
     ExitOptimizer,
     all_reduce_flat,
     mean_scale,
+    scale_down,
     sees_part_of_sequence,
     tensor_state,
 )
@@ -101,9 +101,7 @@ class MegatronExitOptimizer(ExitOptimizer):
         """As `ExitOptimizer.clip_gradients`; with `sharded` the norm is summed over data parallelism too."""
         self.megatron.prepare_grads()
         norm = self.megatron.get_grad_norm()
-        stepped = self.megatron.get_parameters()
-        if max_norm > 0 and stepped:
-            clip_grad_by_total_norm_fp32(stepped, max_norm, norm)
+        scale_down(self.megatron.get_parameters(), max_norm, norm)
         return norm
 
     def step(self) -> None:
