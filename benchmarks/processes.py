@@ -72,8 +72,11 @@ def _collect(ranks: list, logs: list, deadline: float) -> list[Any]:
             if rank in results:
                 continue
             with contextlib.suppress(EOFError):  # it ended without a result: seen below
-                if ours.poll(0.05):
+                ended = process.exitcode is not None  # looked at first: what it sent before it ended is in the pipe
+                if ours.poll(0.0 if ended else 0.05):
                     results[rank] = ours.recv()
+                    continue
+                if not ended and time.monotonic() <= deadline:
                     continue
             if process.exitcode is not None or time.monotonic() > deadline:
                 why = f"ended with code {process.exitcode}" if process.exitcode is not None else "ran out of time"

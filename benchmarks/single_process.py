@@ -80,7 +80,7 @@ def step_against_floor(sizes: Sizes, folder: Path) -> dict[str, float]:
     batches = workload.random_batches(sizes, sizes.microbatches, vocabulary=workload.REFERENCE_VOCABULARY)
     watch = StepAgainstFloor(batches)
     steps = WARMUP_STEPS + sizes.rounds
-    trainer = workload.trainer(folder, steps=steps, callbacks=[watch])
+    trainer = workload.trainer(folder, steps=steps, log_every=1, callbacks=[watch])
     settings = workload.model_settings(sizes, REFERENCE_EXITS, data=workload.data_settings(folder, sizes))
     model = workload.reference_model(settings, trainer)
     trainer.fit(model)

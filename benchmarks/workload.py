@@ -51,6 +51,7 @@ class Sizes:
         hidden, ffn, layers: shape of the wide model.
         exits: exits of the wide model, evenly over its depth, the last one at its full depth.
         rounds: interleaved repetitions.
+        processes: fresh processes for each point of memory.
         steps: steps of a block in a pipeline.
         threads: of a process that has the machine to itself; ranks of a pipeline have one each.
     """
@@ -66,13 +67,14 @@ class Sizes:
     layers: int = 16
     exits: int = 8
     rounds: int = 5
+    processes: int = 3
     steps: int = 10
     threads: int = 2
 
 
 QUICK = Sizes(
     batch=1, length=16, microbatches=2, vocabulary=512, large_vocabulary=1024, hidden=64, ffn=128, layers=8, rounds=1,
-    steps=3, threads=1,
+    processes=1, steps=3, threads=1,
 )  # fmt: skip
 
 

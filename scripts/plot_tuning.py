@@ -19,6 +19,7 @@ from nemo_ee.command import command
 from nemo_ee.evaluation.tuning_curves import Curve, draw_tuning_curves
 
 logger = logging.getLogger(__name__)
+_LOSS = "loss in nats per token, lower is better"
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict]]:
@@ -43,8 +44,8 @@ def read_run(folder: str | Path) -> tuple[dict[str, list[tuple[int, float]]], di
         settings = file.parent / "hparams.yaml"
         if settings.is_file():
             model = OmegaConf.load(settings).get("cfg") or {}
-            block = OmegaConf.to_container(model).get("early_exit") or {} if OmegaConf.is_config(model) else {}
-            exits |= _settings_of(block, model)
+            if OmegaConf.is_config(model) and model.get("num_layers"):  # another program's otherwise
+                exits |= _settings_of(OmegaConf.to_container(model).get("early_exit") or {}, model)
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
@@ -73,14 +74,16 @@ def main(cfg: DictConfig) -> None:
     """Read, draw, and say where every exit ended."""
     with command(cfg):
         numbers, exits = read_run(cfg.run)
-        curves = of_metric(numbers, "", cfg.metric)
+        trained, validated = of_metric(numbers, "", cfg.metric), of_metric(numbers, "val/", cfg.metric)
+        curves = trained or validated  # agreement and entropy are of validation only
         if not curves:
-            known = sorted({tag.split("/")[2] for tag in numbers if tag.startswith("exit/")})
+            known = sorted({tag.split("/")[-1] for tag in numbers if tag.startswith(("exit/", "val/exit/"))})
             raise ValueError(f"metric={cfg.metric!r} is not logged; the run has {', '.join(known)}")
-        validation = of_metric(numbers, "val/", cfg.metric) if cfg.validation else {}
+        validation = validated if cfg.validation and trained else {}
+        quantity = cfg.quantity or (_LOSS if cfg.metric == "loss" else cfg.metric)
         draw_tuning_curves(
             cfg.output, curves, exits, validation=validation, panels=cfg.panels, colours=cfg.colours,
-            styles=cfg.styles, quantity=cfg.quantity or cfg.metric, title=cfg.title, caption=cfg.caption,
+            styles=cfg.styles, quantity=quantity, title=cfg.title, caption=cfg.caption,
         )  # fmt: skip
         for name in (name for name in exits if name in curves):
             step, value = curves[name][-1]

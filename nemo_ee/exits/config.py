@@ -76,6 +76,12 @@ class ExitConfig:
     seed: int | None = None
 
     @property
+    def trains(self) -> bool:
+        """Whether it has a parameter of its own to train: a frozen copy of everything has none."""
+        bare = self.architecture == "embedding" or (self.architecture == "norm" and self.init == "lora")
+        return not (bare and self.output == "shared")
+
+    @property
     def stop(self) -> int:
         """The half-layer coordinate of the tap: 2k-1 (between attention and MLP of layer k) for `mlp`, else 2k."""
         return 2 * self.layer - 1 if self.architecture == "mlp" else 2 * self.layer

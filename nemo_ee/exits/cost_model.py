@@ -20,7 +20,7 @@ Shapes are those of one tensor-parallel rank. May import: the standard library, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from nemo_ee.exits.config import ExitConfig
 
@@ -173,8 +173,17 @@ def mlp_operations(shape: ModelShape, *, backward: bool = False, trained: bool =
     ]
 
 
-def exit_operations(shape: ModelShape, exit: ExitConfig) -> list[Operation]:
-    """Forward, loss and backward of one exit on one microbatch."""
+def exit_operations(
+    shape: ModelShape, exit: ExitConfig, *, taught: bool = False, again: bool = False
+) -> list[Operation]:
+    """Forward, loss and backward of one exit on one microbatch.
+
+    Args:
+        shape: the model's sizes.
+        exit: the exit.
+        taught: it forms the final exit's whole distribution beside its own.
+        again: its logits are formed once more in the backward pass, as where the backbone trains too.
+    """
     lora = exit.init == "lora"
     operations: list[Operation] = []
     if exit.architecture == "layer":
@@ -187,7 +196,7 @@ def exit_operations(shape: ModelShape, exit: ExitConfig) -> list[Operation]:
         operations.append(Pointwise("norm", shape.tokens, shape.hidden, backward=not lora))
     # Whether a gradient is wanted in front of the output projection.
     reaches = exit.architecture in ("mlp", "layer") or (exit.architecture == "norm" and not lora)
-    return operations + _output_operations(shape, exit, reaches)
+    return operations + _output_operations(shape, exit, reaches) + (taught + again) * _logits(shape)
 
 
 def _without_first_gradient(operations: list[Operation]) -> list[Operation]:
@@ -225,15 +234,22 @@ def _output_operations(shape: ModelShape, exit: ExitConfig, reaches: bool) -> li
     return [*operations, Pointwise("loss", tokens, rows, backward=True, rows_at_once=chunk)]
 
 
-def final_exit_operations(shape: ModelShape) -> list[Operation]:
-    """The final norm, and the backbone's output with its loss, forward only."""
+def _logits(shape: ModelShape, **gradients: bool) -> list[Operation]:
+    """One product with an output matrix and the softmax of it."""
     rows, tokens = shape.vocabulary // shape.tensor_parallel, shape.tokens
     chunk = max(1, min(tokens, shape.chunk_bytes // (4 * rows)))
     return [
-        Pointwise("norm", tokens, shape.hidden),
-        Product(tokens, shape.hidden, rows, rows_at_once=chunk),
-        Pointwise("loss", tokens, rows, rows_at_once=chunk),
+        Product(tokens, shape.hidden, rows, rows_at_once=chunk, **gradients),
+        Pointwise("loss", tokens, rows, rows_at_once=chunk, backward=bool(gradients)),
     ]
+
+
+def final_exit_operations(shape: ModelShape, *, train: str = "exits") -> list[Operation]:
+    """The final norm, and the backbone's output with its loss: forward only, or with what trains the backbone."""
+    norm = Pointwise("norm", shape.tokens, shape.hidden, backward=train != "exits")
+    if train == "exits":
+        return [norm, *_logits(shape)]
+    return [norm, *_logits(shape, input_gradient=True, weight_gradient=train == "joint"), *_logits(shape)]
 
 
 def embedding_operations(shape: ModelShape) -> list[Operation]:
@@ -279,7 +295,15 @@ class StageCosts:
     exits: Mapping[str, float]
 
     @classmethod
-    def of(cls, shape: ModelShape, exits: Sequence[ExitConfig], price: Price, *, train: str = "exits") -> StageCosts:
+    def of(
+        cls,
+        shape: ModelShape,
+        exits: Sequence[ExitConfig],
+        price: Price,
+        *,
+        train: str = "exits",
+        taught: Collection[str] = (),
+    ) -> StageCosts:
         """Price every entry.
 
         Args:
@@ -287,6 +311,7 @@ class StageCosts:
             exits: its exits.
             price: cost of an operation in any unit, e.g. `count_flops`.
             train: `exits`, `joint` (the backbone's backward runs too) or `lora` (the same without its weights).
+            taught: names of exits that form the final exit's whole distribution.
         """
 
         def total(operations: Sequence[Operation]) -> float:
@@ -298,8 +323,12 @@ class StageCosts:
             layer=total(layer_operations(shape, **backbone)) / unit,
             layer_without_mlp=total(layer_operations(shape, mlp=False, **backbone)) / unit,
             embedding=total(embedding_operations(shape)) / unit,
-            final_exit=total(final_exit_operations(shape)) / unit,
-            exits={exit.name: total(exit_operations(shape, exit)) / unit for exit in exits},
+            final_exit=total(final_exit_operations(shape, train=train)) / unit,
+            exits={
+                exit.name: total(exit_operations(shape, exit, taught=exit.name in taught, again=train != "exits"))
+                / unit
+                for exit in exits
+            },
         )
 
     def per_layer(

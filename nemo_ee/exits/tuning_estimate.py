@@ -152,7 +152,13 @@ class Estimate:
 
 
 def mlp_exits(model: ModelSizes, count: int) -> tuple[ExitConfig, ...]:
-    """The paper's exits: one at a quarter of the depth, or `count` at equal steps down to the full depth."""
+    """The paper's exits: one at a quarter of the depth, or `count` at equal steps down to the full depth.
+
+    Raises:
+        ValueError: more exits than layers.
+    """
+    if not 1 <= count <= model.layers:
+        raise ValueError(f"exits = {count} must be in 1..{model.layers}, the model's layers")
     shares = [0.25] if count == 1 else [(index + 1) / count for index in range(count)]
     layers = [max(1, round(share * model.layers)) for share in shares]
     return tuple(ExitConfig(f"layer{layer}-mlp", layer, "mlp", "copy", "own") for layer in layers)

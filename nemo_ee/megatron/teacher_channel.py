@@ -26,6 +26,7 @@ from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
 from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.low_rank import spread_over_tensor_parallel
 from nemo_ee.megatron.teacher import FullTeacher, Teacher, TopKTeacher
+from nemo_ee.megatron.tuning_schedule import talking_to
 
 
 class TeacherChannel:
@@ -59,7 +60,7 @@ class TeacherChannel:
         # One microbatch more than the pipeline needs to come back: a slow moment of a later stage stops nobody.
         self.delay = self.num_stages - stage if self.listens and not self.is_source else 0
         self.dtype = autocast or model.config.params_dtype
-        self._sent: deque[tuple[Work, Tensor]] = deque()
+        self._sent: deque[tuple[int, Work, Tensor]] = deque()
 
     def after_forward(self, stage: StageOutput, batch: MicroBatch) -> Callable[[], Teacher] | None:
         """Send the teacher on the last stage, post its receive on stages that listen.
@@ -77,16 +78,16 @@ class TeacherChannel:
         works = [irecv(buffer, src=self._source, group=self.group) for buffer in buffers]
 
         def received() -> Teacher:
-            for work in works:
-                work.wait()
+            with talking_to(self.group, self._source, "waits for the final exit's distributions of"):
+                for work in works:
+                    work.wait()
             return self._teacher(buffers)
 
         return received
 
     def drain(self) -> None:
         """Wait for every outstanding send."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        self._wait_for_sends(0)
 
     def _payload(self, hidden: Tensor) -> list[Tensor]:
         if self.top_k is None:
@@ -118,10 +119,15 @@ class TeacherChannel:
 
     def _send(self, payload: Sequence[Tensor]) -> None:
         # The listeners posted their receives before this microbatch's state left them: no send waits for long.
-        while len(self._sent) > 2 * len(payload) * len(self._targets):
-            self._sent.popleft()[0].wait()
+        self._wait_for_sends(2 * len(payload) * len(self._targets))
         for rank in self._targets:
-            self._sent += [(isend(tensor, dst=rank, group=self.group), tensor) for tensor in payload]
+            self._sent += [(rank, isend(tensor, dst=rank, group=self.group), tensor) for tensor in payload]
+
+    def _wait_for_sends(self, allowed: int) -> None:
+        while len(self._sent) > allowed:
+            rank, work, _ = self._sent.popleft()
+            with talking_to(self.group, rank, "sends the final exit's distributions to"):
+                work.wait()
 
 
 def new_pipeline_group(timeout: timedelta) -> ProcessGroup:

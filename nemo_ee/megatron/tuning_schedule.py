@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -83,19 +83,29 @@ class StageLink:
                 work.wait()
             del hidden
 
-    @contextmanager
-    def _talking_to(self, rank: int | None) -> Iterator[None]:
-        """Say who was at the other end when a transfer fails."""
-        try:
-            yield
-        except RuntimeError as error:
-            us = torch.distributed.get_rank()
-            does = "sends hidden states to" if rank == self.next_rank else "waits for hidden states of"
-            raise RuntimeError(
-                f"pipeline stage {get_group_rank(self.group, us)} (rank {us}) {does} stage "
-                f"{get_group_rank(self.group, rank)} (rank {rank}), which has ended, is stuck or cannot be reached; "
-                f"look at the end of rank {rank}'s own output. The same command resumes from the last checkpoint"
-            ) from error
+    def _talking_to(self, rank: int | None) -> AbstractContextManager[None]:
+        does = "sends hidden states to" if rank == self.next_rank else "waits for hidden states of"
+        return talking_to(self.group, rank, does)
+
+
+@contextmanager
+def talking_to(group: ProcessGroup | None, rank: int | None, does: str) -> Iterator[None]:
+    """Say who was at the other end when a transfer of a pipeline's group fails.
+
+    Args:
+        group: the transfer's group, whose ranks are the stages in order.
+        rank: global rank at the other end.
+        does: what this stage does, up to the other stage's name.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        us = torch.distributed.get_rank()
+        raise RuntimeError(
+            f"pipeline stage {get_group_rank(group, us)} (rank {us}) {does} stage "
+            f"{get_group_rank(group, rank)} (rank {rank}), which has ended, is stuck or cannot be reached; "
+            f"look at the end of rank {rank}'s own output. The same command resumes from the last checkpoint"
+        ) from error
 
 
 def run_stage(

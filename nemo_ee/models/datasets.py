@@ -90,11 +90,17 @@ def find_mask(prefix: str, tokens: IndexedDataset) -> IndexedDataset | None:
     return mask
 
 
-def documents_and_tokens(prefix: str) -> tuple[int, int]:
-    """How many documents and tokens a data set on disk holds."""
+def documents_and_tokens(prefix: str, share: tuple[float, float] = (0.0, 1.0)) -> tuple[int, int]:
+    """How many documents and tokens of a data set on disk lie between two shares of its documents, as Megatron splits.
+
+    Raises:
+        ValueError: a mask beside the data that does not belong to it.
+    """
     dataset = IndexedDataset(prefix)
+    find_mask(prefix, dataset)
     lengths = dataset.sequence_lengths  # memory of `dataset`, which has to live as long
-    counts = len(lengths), int(lengths.sum(dtype=numpy.int64))
+    begin, end = (int(round(bound * len(lengths))) for bound in share)
+    counts = end - begin, int(lengths[begin:end].sum(dtype=numpy.int64))
     del lengths, dataset
     return counts
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.cost_measurement import stopwatch
 from nemo_ee.exits.cost_model import ModelShape, StageCosts, count_flops
 from nemo_ee.exits.layer_split import LayerSplitConfig, describe_split, layers_per_stage
@@ -97,16 +98,25 @@ def _layer_costs(model: MegatronEarlyExitGPTModel, config: TransformerConfig, *,
     costs = _measured_costs(model, shape) if measured else _costs(model, shape, count_flops)
     layers_to_run = layers_that_run(exits, num_layers=cfg.num_layers, full_depth=full_depth)
     # Depth that only validation asks for runs the last layers in every step, but the final output only then.
+    final_exit = bool(cfg.get("full_depth")) or not exits or _step_runs_final_exit(model.early_exit)
     return split.costs.over(costs).per_layer(
         exits,
         layers_to_run=layers_to_run,
         skip_last_mlp=skips_last_mlp(exits, layers_to_run=layers_to_run, full_depth=full_depth),
-        final_exit=full_depth and (bool(cfg.get("full_depth")) or model.early_exit.needs_final_exit or not exits),
+        final_exit=full_depth and final_exit,
     )
 
 
+def _step_runs_final_exit(early_exit: EarlyExitConfig) -> bool:
+    """Whether a training step forms the final exit's logits on the last stage: to train it, or for its top-k."""
+    return early_exit.train != "exits" or (early_exit.has_teacher and early_exit.distillation.top_k is not None)
+
+
 def _costs(model: MegatronEarlyExitGPTModel, shape: ModelShape, price) -> StageCosts:
-    return StageCosts.of(shape, model.early_exit.exits, price, train=model.early_exit.train)
+    early_exit = model.early_exit
+    whole = early_exit.has_teacher and early_exit.distillation.top_k is None
+    taught = [name for name in early_exit.names if whole and early_exit.objective_of(name) != "cross_entropy"]
+    return StageCosts.of(shape, early_exit.exits, price, train=early_exit.train, taught=taught)
 
 
 def _measured_costs(model: MegatronEarlyExitGPTModel, shape: ModelShape) -> StageCosts:

@@ -2,15 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A script's `model` block laid over the config stored in a `.nemo`.
 
-May import: omegaconf, nemo_ee.exits, nemo_ee.models.supported, nemo_ee.models.datasets.
+May import: omegaconf, megatron.core, nemo_ee.exits, nemo_ee.models.supported, nemo_ee.models.datasets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
@@ -165,30 +169,46 @@ def _learning_rate_faults(model: DictConfig) -> list[str]:
 
 
 def _amount_faults(model: DictConfig) -> list[str]:
-    """Training data that is not enough for one step, which Megatron would repeat without a word.
+    """Data that cannot be read, splits without a document (on which Megatron counts epochs for ever), and training
+    data that is not enough for one step, which Megatron would repeat without a word.
 
     The files are there. Every token but the first is a label once, so a step needs batch x length + 1.
     """
-    prefixes = model.data.get("data_prefix")
-    prefixes = prefixes.get("train") if OmegaConf.is_dict(prefixes) else prefixes
+    if model.data.get("data_impl") == "mock":
+        return []
+    faults, documents, tokens = [], 0, 0
+    for split, prefix, share in _parts_of_splits(model.data):
+        try:
+            found, counted = documents_and_tokens(prefix, share)
+        except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
+            return [f"model.data.data_prefix, {split}: {prefix}.idx cannot be read ({error}); make the data anew"]
+        if not found or not counted:
+            faults.append(
+                f"the {split} data takes {found} documents with {counted} tokens of {prefix}; give it more data, or "
+                "another share in model.data.splits_string"
+            )
+        if split == "train":
+            documents, tokens = documents + found, tokens + counted
     batch, length = model.get("global_batch_size"), model.data.get("seq_length") or model.get("encoder_seq_length")
-    if model.data.get("data_impl") == "mock" or not batch or not length:
-        return []
-    documents = tokens = 0
-    for prefix in prefixes:
-        if not _is_weight(prefix):
-            try:
-                more = documents_and_tokens(prefix)
-            except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
-                return [f"model.data.data_prefix, train: {prefix}.idx cannot be read ({error}); make the data anew"]
-            documents, tokens = documents + more[0], tokens + more[1]
-    if tokens > batch * length:
-        return []
+    if faults or not batch or not length or tokens > batch * length:
+        return faults
     return [
         f"the training data holds {documents:,} documents with {tokens:,} tokens, and one step needs "
         f"{batch * length + 1:,} (global_batch_size={batch} x encoder_seq_length={length} + 1); take more data, or a "
         "smaller batch or length"
     ]
+
+
+def _parts_of_splits(data: DictConfig) -> Iterator[tuple[str, str, tuple[float, float]]]:
+    """(split, prefix, from which to which share of its documents) of everything that is read."""
+    prefixes, splits = data.get("data_prefix"), ("train", "validation", "test")
+    if OmegaConf.is_dict(prefixes):
+        parts = [(split, prefix, (0.0, 1.0)) for split in splits for prefix in prefixes.get(split) or []]
+    else:
+        bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(data.splits_string))
+        shares = [(split, share) for split, share in zip(splits, bounds, strict=True) if share is not None]
+        parts = [(split, prefix, share) for split, share in shares for prefix in prefixes]
+    yield from (part for part in parts if not _is_weight(part[1]))
 
 
 def _is_weight(prefix: Any) -> bool:
@@ -208,6 +228,11 @@ def _data_faults(data: DictConfig) -> list[str]:
     else:
         listed = {"data_prefix": prefixes}
     faults = []
+    if isinstance(prefixes, list) and not data.get("splits_string"):
+        faults.append(
+            "model.data.splits_string is needed with a plain list of prefixes: the shares of training, validation and "
+            "test, e.g. 99,1,0"
+        )
     for what, values in listed.items():
         if not isinstance(values, list) or not values:
             faults.append(
@@ -238,6 +263,11 @@ def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
         return [*faults, str(fault)]
     if not (exits := early_exit.exits):
         return faults
+    if early_exit.train == "exits" and not any(exit.trains for exit in exits):
+        faults.append(
+            f"nothing would train: {', '.join(early_exit.names)} are frozen copies of the backbone's modules; use "
+            "output: own or low_rank, or another architecture or init"
+        )
     stages = model.get("pipeline_model_parallel_size", 1)
     full_depth = needs_full_depth(model, early_exit)
     sizes = {"num_layers": model.num_layers, "num_stages": stages, "full_depth": full_depth}

@@ -156,7 +156,10 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
         if refused(value):
             faults.append(f"  {key}={value!r}: {reason}")
     if str(precision) in ("16", "16-mixed", "16-true"):
-        faults.append(f"  trainer.precision={precision}: fp16 tuning is not supported; use bf16-mixed or 32")
+        faults.append(
+            f"  trainer.precision={precision}: fp16 tuning is not supported: each exit runs a backward of its own, "
+            "which no loss scale reaches; use bf16-mixed or 32"
+        )
     top_k, vocabulary = OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.get("vocab_size")
     if isinstance(top_k, int) and vocabulary and top_k > vocabulary:
         faults.append(

@@ -165,6 +165,8 @@ class ChatTokenizer:
 
     def _apply(self, messages: Sequence[dict[str, str]], **options: Any) -> Any:
         try:
+            if not messages:  # transformers looks at the first message, unless several conversations are given
+                return self.tokenizer.apply_chat_template([[]], **options)[0]
             return self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # a template is a program of its own and may fail in any way
             raise ValueError(f"the chat template refuses it: {error}") from error

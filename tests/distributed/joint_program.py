@@ -90,7 +90,7 @@ def run_case(folder: Path, layout: tuple[int, int, int, int], case: str) -> dict
         return recorder.steps, validation.validation, model
 
     steps, validation, model = fit(resume=False)
-    result = {"steps": steps, "validation": validation, "copies": 0.0}
+    result = {"steps": steps, "validation": validation, "copies": None}
     weight = model._joint.output_weight
     if weight._group is not None:  # the copies of the output weight, after all steps
         low, high = weight._weight.detach().clone(), weight._weight.detach().clone()

@@ -58,7 +58,9 @@ def test_validation_agrees(results, name: str, case: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_copies_of_the_output_weight_stay_one(results, name: str, case: str) -> None:
     """Bitwise, after all steps."""
-    assert results[name][case]["copies"] == 0.0
+    copies = results[name][case]["copies"]  # of the first rank; None where its stage shares no weight with another
+    assert copies in (0.0, None)
+    assert copies == 0.0 or case != "gpt2 joint recomputed" or name[1] == "1", "tied weights: first and last stage"
 
 
 @pytest.mark.parametrize("case", CASES)

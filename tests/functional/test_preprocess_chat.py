@@ -125,6 +125,16 @@ def test_the_prefix_method_finds_what_marks_would_say(script: ModuleType, tokeni
         assert mask[:-1] == expected["assistant_masks"]
 
 
+def test_a_conversation_may_begin_with_the_assistant(script: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """transformers looks at the first message of what stands before the answer, and there is none."""
+    record = {"messages": [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "who?"},
+                           {"role": "assistant", "content": "me"}]}  # fmt: skip
+    run(script, tmp_path, [record], PLAIN)
+    ids, masks = read_back(tmp_path / "chat")
+    assert ids[0][:-1] == tokenizer.apply_chat_template(record["messages"], chat_template=PLAIN)
+    assert sum(masks[0]) > 0 and not all(masks[0])
+
+
 def test_the_tokens_that_count_spell_the_answers(script: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
     run(script, tmp_path, CHATS, TIGHT)
     tokens, masks = read_back(tmp_path / "chat")

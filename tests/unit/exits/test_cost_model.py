@@ -111,6 +111,22 @@ def test_a_backbone_that_trains_costs_its_backward() -> None:
     assert joint.layer == 3.0 and 2.0 < lora.layer < 3.0  # attention itself trains nothing in either
 
 
+def test_the_final_exit_of_a_backbone_that_trains_costs_four_products() -> None:
+    """Logits, once more in the backward pass, and two gradients; without the weight's three."""
+    once = StageCosts.of(SHAPE, (), count_flops).final_exit
+    assert StageCosts.of(SHAPE, (), count_flops, train="joint").final_exit == pytest.approx(4 * once)
+    assert StageCosts.of(SHAPE, (), count_flops, train="lora").final_exit == pytest.approx(3 * once)
+    exits = (exit_of("norm"),)
+    alone, beside = (StageCosts.of(SHAPE, exits, count_flops, train=t).exits["e"] for t in ("exits", "joint"))
+    assert beside == pytest.approx(alone + once)
+
+
+def test_a_taught_exit_forms_the_teacher_s_logits_too() -> None:
+    exits = (exit_of("norm"), dataclasses.replace(exit_of("norm"), name="n"))
+    costs = StageCosts.of(SHAPE, exits, count_flops, taught=["n"])
+    assert costs.exits["n"] == pytest.approx(costs.exits["e"] + costs.final_exit) and costs.final_exit > 0
+
+
 def test_at_7b_an_mlp_exit_costs_about_four_layers() -> None:
     shape = shape_of(LLAMA_2["7B"], Layout(1, 1, 1), Assumptions())
     assert StageCosts.of(shape, (exit_of("mlp"),), count_flops).exits["e"] == pytest.approx(4.0, abs=0.25)

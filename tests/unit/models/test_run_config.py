@@ -166,10 +166,18 @@ def _run(tmp_path: Path, *, changes: dict[str, Any] | None = None, **model: Any)
     check_run(config, merge_model_config(OmegaConf.create(STORED), config.model))
 
 
+@pytest.mark.parametrize(("shares", "split"), [("1000,1,0", "validation"), ("1,1000,0", "train")])
+def test_a_share_without_documents_is_refused(tmp_path: Path, shares: str, split: str) -> None:
+    """Megatron would count epochs of nothing for ever."""
+    with pytest.raises(ValueError, match=rf"the {split} data takes 0 documents with 0 tokens of .*splits_string"):
+        _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": shares})
+
+
 def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     _run(tmp_path)
-    _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": "90,10,0"})
-    _run(tmp_path, data={"data_prefix": ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]})
+    _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": "50,50,0"})
+    weighted = ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]
+    _run(tmp_path, data={"data_prefix": weighted, "splits_string": "1,1,0"})
     _run(tmp_path, early_exit={**BLOCK, "exits": [{"layer": 4, "architecture": "layer"}]})
     two = {"max_steps": 1, "devices": 2, "num_nodes": 1, "precision": 32, "accumulate_grad_batches": 1}
     split = {"layers": None, "cost": "measured", "costs": {"exits": {"layer1-mlp": 4.0}}}
@@ -181,6 +189,12 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
 
 
 FAULTS = {
+    "no shares": ({"data": {"data_prefix": ["x"]}}, {}, ["model.data.splits_string is needed with a plain list"]),
+    "nothing to train": (
+        {"early_exit": {**BLOCK, "exits": [{"layer": 2, "architecture": "embedding", "output": "shared"}]}},
+        {},
+        ["nothing would train: layer2-embedding are frozen copies", "use output: own or low_rank"],
+    ),
     "no such data": (
         {"data": {"data_prefix": {"train": ["nowhere/x"], "test": ["0.2", "nowhere/y"]}}},
         {},
@@ -277,10 +291,11 @@ def test_data_that_is_not_enough_for_one_step_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"3 documents with 128 tokens, and one step needs 129 \(global_batch_size=2"):
         _run(tmp_path, data=data, **batch)
     _run(tmp_path, data=data, **batch, encoder_seq_length=63)
-    _run(tmp_path, data={"data_prefix": [_write_data(tmp_path / "c", [129])]}, **batch)
+    whole = {"data_prefix": [_write_data(tmp_path / "c", [129])], "splits_string": "1,0,0"}
+    _run(tmp_path, data=whole, **batch)
     (tmp_path / "c.idx").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"train: .*/c.idx cannot be read .*; make the data anew"):
-        _run(tmp_path, data={"data_prefix": [str(tmp_path / "c")]}, **batch)
+        _run(tmp_path, data=whole, **batch)
 
 
 @pytest.mark.parametrize("what", FAULTS)
