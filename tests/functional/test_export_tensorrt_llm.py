@@ -58,18 +58,21 @@ EXITS = [
 DRAFTS = [exit["name"] for exit in EXITS if exit["architecture"] != "embedding"]
 
 
+def moved(model) -> None:
+    """Every trainable parameter as tuning would leave it; what starts at zero no longer is."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 class Made:
     """A tiny model as transformers', as NeMo's and as a `.nemo`."""
 
     def __init__(self, folder: Path, name: str, exits: Sequence[dict] = EXITS, **settings: Any) -> None:
-        self.reference, self.model = tiny_pair(
-            folder / "hf", name, exits, changes=FAMILIES[name][0], **settings
-        )
-        generator = torch.Generator().manual_seed(4)
-        with torch.no_grad():  # as tuning would leave them; what starts at zero no longer is
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        self.reference, self.model = tiny_pair(folder / "hf", name, exits, changes=FAMILIES[name][0], **settings)
+        moved(self.model)
         self.path = folder / f"{name}.nemo"
         self.model.save_to(str(self.path))
         self.tokens = random_tokens(self.model, length=12)
@@ -290,13 +293,15 @@ def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Pat
         assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
 
 
-def test_low_rank_updates_of_the_backbone_are_merged(tmp_path: Path) -> None:
+def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> None:
     from nemo_ee.models.full_model import full_model_logits
+    from tests.functional.test_convert import restore
 
-    exits = [exit_entry(2, "mlp")]
-    block = {"exits": exits, "train": "lora", "lora": {"rank": 2, "merge": False}}
-    one = Made(tmp_path, "llama", exits, early_exit=block)
-    ours = full_model_logits(one.model, one.tokens)
-    folder = export(one.path, tmp_path / "out") / "trtllm_ckpt"
+    one = made("llama")
+    model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
+    moved(model)
+    model.save_to(str(tmp_path / "lora.nemo"))
+    ours = full_model_logits(model, one.tokens)
+    folder = export(tmp_path / "lora.nemo", tmp_path / "out", tensor_parallel=2, drafts=()) / "trtllm_ckpt"
     assert relative_difference(reference_logits(folder, one.tokens), ours) <= TOLERANCE
     assert relative_difference(ours, one.logits) > 100 * TOLERANCE, "control: the updates do something"
