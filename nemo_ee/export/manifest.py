@@ -1,0 +1,84 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`manifest.json` of an export: what is in it, sha256 of every file, where it came from, what was verified.
+
+Written last, so a directory with a manifest was written to the end.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_BLOCK = 4 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Hash every file below `directory` and write the manifest.
+
+    Args:
+        facts: further top-level entries, plain JSON values.
+
+    Returns:
+        What was written.
+    """
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"schema_version": SCHEMA_VERSION, **facts, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of an export.
+
+    Raises:
+        ValueError: absent, damaged, or of another schema version.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{directory}: no {MANIFEST}, so this is no finished export; give the output of an export")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise ValueError(f"{path}: damaged ({fault!r}); export again") from fault
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema version {version!r}, this code reads {SCHEMA_VERSION}; export again")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in entries):
+        raise ValueError(f"{path}: refused, a file name lies outside of the export")
+    return manifest
+
+
+def file_faults(directory: str | Path, manifest: dict[str, Any]) -> list[str]:
+    """Files that are missing, changed, or not in the manifest."""
+    directory, faults = Path(directory), []
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+        elif sha256_of(path) != entry["sha256"]:
+            faults.append(f"{name} has another sha256 than the manifest says")
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    return faults + [f"{name} is not in the manifest" for name in sorted(found - {*manifest["files"], MANIFEST})]

@@ -1,0 +1,132 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Check an export: hashes, config fields, names, shapes and shards; with its `.nemo`, every number.
+
+Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for, not one that was loaded.
+
+May import: torch, safetensors, nemo_ee.export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
+from nemo_ee.export.manifest import file_faults, read_manifest
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES
+from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, part_of
+from nemo_ee.export.tensorrt_llm_config import Architecture, architecture_of
+from nemo_ee.export.tensorrt_llm_layout import Reading, draft_model, full_model, rank_shapes, readings
+
+
+def verify_export(
+    directory: str | Path, checkpoint: str | Path | None = None, backbone: str | Path | None = None
+) -> list[str]:
+    """Every fault found, none for a good export.
+
+    Args:
+        directory: output of an export.
+        checkpoint: the `.nemo` it was made from, to compare the weights with.
+        backbone: see `EarlyExitSource`.
+
+    Raises:
+        ValueError: no manifest, or the `.nemo` cannot be read.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    faults = file_faults(directory, manifest)
+    with ExitStack() as stack:
+        source = None
+        if checkpoint is not None:
+            source = stack.enter_context(EarlyExitSource(checkpoint, backbone))
+            made_of = manifest.get("source", {}).get("backbone_fingerprint")
+            if None not in (made_of, source.fingerprint) and made_of != source.fingerprint:
+                faults.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
+        for artefact in manifest.get("artefacts", []):
+            name = str(artefact.get("directory"))
+            try:
+                faults += [f"{name}: {fault}" for fault in _artefact_faults(directory / name, artefact, source)]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
+                faults.append(f"{name}: cannot be read ({fault!r})")
+    return faults
+
+
+def _artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture, sizes = architecture_of(config), config["mapping"]
+    tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
+    if sizes["world_size"] != tp * pp:
+        return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
+    plan = _plan(architecture, config, artefact, tp * pp, pp)
+    faults = []
+    for rank, shapes in enumerate(rank_shapes(plan, tp, pp)):
+        path = folder / f"rank{rank}.safetensors"
+        if not path.is_file():
+            faults.append(f"{path.name} is missing")
+            continue
+        faults += [f"{path.name}: {fault}" for fault in _header_faults(path, shapes, dtype)]
+    if source is not None and not faults:
+        faults += _weight_faults(folder, plan, source, dtype, tp, pp)
+    return faults
+
+
+def _plan(
+    architecture: Architecture, config: dict[str, Any], artefact: dict[str, Any], world_size: int, pp: int
+) -> list[Reading]:
+    """The readings of the checkpoint that a config.json describes; the origins are those of its export."""
+    table = (config.get("early_exit") or {}).get("exits", [])
+    exits = [
+        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
+    ]
+    if artefact["exit"] is None:
+        write_output = not architecture.tied or world_size > 1
+        return readings(architecture, full_model(architecture, exits, write_output=write_output), pp)
+    layers, shape = architecture.num_layers, artefact["architecture"]
+    exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
+    return readings(architecture, draft_model(exit), pp)
+
+
+def _header_faults(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[str]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        found = set(file.keys())
+        yield from (f"{name} is missing" for name in shapes if name not in found)
+        yield from (f"{name} does not belong there" for name in sorted(found - shapes.keys()))
+        for name, shape in shapes.items():
+            if name not in found:
+                continue
+            stored = file.get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                yield f"{name} has shape {stored.get_shape()}, must be {list(shape)}"
+            if stored.get_dtype() != DTYPE_NAMES[dtype]:
+                yield f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"
+
+
+def _weight_faults(
+    folder: Path, plan: list[Reading], source: EarlyExitSource, dtype: torch.dtype, tp: int, pp: int
+) -> Iterator[str]:
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(folder / f"rank{rank}.safetensors", framework="pt", device="cpu"))
+            for rank in range(tp * pp)
+        ]
+        for reading in plan:
+            if source.shape(reading.origin) is None:
+                yield f"{_where(reading.origin)} is not in the .nemo"
+                continue
+            tensor = source.read(reading.origin, reading.shape, dtype)
+            for rank, name, part in reading.parts(tp):
+                expected = torch.cat(list(part_of(tensor, part)))
+                if not torch.equal(files[rank].get_tensor(name), expected):
+                    yield f"rank{rank}.safetensors: {name} differs from {_where(reading.origin)} of the .nemo"
+
+
+def _where(origin: Origin) -> str:
+    return origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"

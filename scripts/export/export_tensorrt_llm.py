@@ -1,0 +1,42 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Write a `.nemo` as TensorRT-LLM unified checkpoints. See conf/export_tensorrt_llm.yaml.
+
+python scripts/export/export_tensorrt_llm.py checkpoint=tuned.nemo output=export tensor_parallel=2
+
+Needs neither a GPU, nor NeMo, nor TensorRT-LLM.
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_ee.command import command
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="export_tensorrt_llm")
+def main(cfg: DictConfig) -> None:
+    """Export."""
+    with command(cfg):
+        from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
+
+        export_checkpoint(
+            ExportSettings(
+                checkpoint=Path(cfg.checkpoint),
+                output=Path(cfg.output),
+                backbone=None if cfg.backbone is None else Path(cfg.backbone),
+                tensor_parallel=cfg.tensor_parallel,
+                pipeline_parallel=cfg.pipeline_parallel,
+                draft_tensor_parallel=cfg.draft_tensor_parallel,
+                dtype=cfg.dtype,
+                exits=None if cfg.exits is None else tuple(cfg.exits),
+                drafts=None if cfg.drafts is None else tuple(cfg.drafts),
+                max_position_embeddings=cfg.max_position_embeddings,
+                progress=cfg.progress,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

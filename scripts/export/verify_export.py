@@ -1,0 +1,41 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Check an export against its manifest, its format and, when given, the `.nemo` it was made from.
+
+    python scripts/export/verify_export.py export
+    python scripts/export/verify_export.py export --checkpoint tuned.nemo     # compares every number
+
+Ends with 0 when there is no fault, otherwise with 1, or with 2 when there is nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nemo_ee.export.tensorrt_llm_checkpoint import NOT_RUN
+from nemo_ee.export.tensorrt_llm_verify import verify_export
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the faults, one a line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="output of an export")
+    parser.add_argument("--checkpoint", type=Path, help="the .nemo it was made from")
+    parser.add_argument("--backbone", type=Path, help="the base model's .nemo of an exits-only checkpoint")
+    options = parser.parse_args(arguments)
+    try:
+        faults = verify_export(options.directory, options.checkpoint, options.backbone)
+    except ValueError as fault:
+        sys.stderr.write(f"error: {fault}\n")
+        return 2
+    for fault in faults:
+        print(fault)
+    compared = "hashes, names, shapes and shards" + (" and every number" if options.checkpoint else "")
+    print(f"{len(faults)} faults in {compared}; {NOT_RUN}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
