@@ -216,8 +216,12 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
 
 
 def _keeps_updates(model) -> bool:
-    """Whether a model's low-rank updates are saved beside the backbone."""
-    return model.early_exit.train == "lora" and not model.early_exit.lora.merge
+    """Whether a model's low-rank updates are saved beside the backbone: beside a stored one, whose weights are copied.
+
+    A backbone that was never in a `.nemo` is written from the model, with its updates folded in.
+    """
+    stored = getattr(model, "backbone_path", None) is not None
+    return stored and model.early_exit.train == "lora" and not model.early_exit.lora.merge
 
 
 def _backbone_changed(model) -> bool:
