@@ -61,6 +61,22 @@ class TeacherChannel:
         self.delay = self.num_stages - stage if self.listens and not self.is_source else 0
         self.dtype = autocast or model.config.params_dtype
         self._sent: deque[tuple[int, Work, Tensor]] = deque()
+        self._connect()
+
+    def _connect(self) -> None:
+        """One element to every stage that listens, before the first microbatch.
+
+        NCCL connects two ranks in their first transfer and blocks the host until both are there; a listener posts its
+        first receive before it sends the state that the last stage would have to wait for.
+        """
+        one = torch.zeros(1, device=next(self.model.parameters()).device)
+        if self.is_source:
+            for rank in self._targets:
+                with talking_to(self.group, rank, "connects to"):
+                    isend(one, dst=rank, group=self.group).wait()
+        elif self.listens:
+            with talking_to(self.group, self._source, "connects to"):
+                irecv(one, src=self._source, group=self.group).wait()
 
     def after_forward(self, stage: StageOutput, batch: MicroBatch) -> Callable[[], Teacher] | None:
         """Send the teacher on the last stage, post its receive on stages that listen.

@@ -70,7 +70,11 @@ class ExitOptimizer:
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         """Drop the gradients."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        for parameter in self.parameters.values():  # not the optimizer's own: Apex's takes no argument
+            if set_to_none or parameter.grad is None:
+                parameter.grad = None
+            else:
+                parameter.grad.zero_()
 
     def reduce_gradients(self, counted: Tensor, *, nominal: float) -> None:
         """Sum gradients over data parallelism (and, for replicated parameters, sequence parallelism); make a mean.

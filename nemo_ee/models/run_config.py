@@ -57,6 +57,7 @@ def without_training_setup(stored: DictConfig) -> DictConfig:
     """
     config = OmegaConf.create(OmegaConf.to_container(stored, resolve=True))
     config.pop("megatron_amp_O2", None)
+    config.pop("precision", None)  # NeMo writes it into every config; trainer.precision says what a run computes in
     if OmegaConf.is_dict(config.get("optim")):
         config.optim = {"name": "adamw", **{key: config.optim[key] for key in _OPTIM_KEYS if key in config.optim}}
     return config
