@@ -1,0 +1,216 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama-like model with exits on one device, as the decoding engine wants it (`DecodingModel`).
+
+    x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_down (silu(W_gate norm(x')) * W_up norm(x'))
+
+Few operations per token are what makes it fast: query, key and value are one product, gate and up another, residuals
+are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention runs in
+fp32 on the CPU whatever the weights' dtype is, which is both exact and faster there.
+
+Shapes: n items, h hidden, H query heads, K key-value heads, d their size, v vocabulary.
+May import: torch, nemo_ee.generation, nemo_ee.runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import LongTensor, Tensor
+
+from nemo_ee.generation.items import Items
+from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """An MLP with the norm in front of it. `gate_up`: `[2f, h]`, gate's rows first; `down`: `[f, h]`, transposed."""
+
+    norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A transformer layer. `qkv`: `[(H + 2K) d, h]`, pairs of rotary dimensions together; `proj`: `[H d, h]`."""
+
+    norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    mlp: MlpWeights
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """An exit head, or the final exit: what runs, in this order, on the hidden state at its tap."""
+
+    layer: LayerWeights | None
+    mlp: MlpWeights | None
+    norm: Tensor | None
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All of a model. `heads`: by exit name, the final exit under None."""
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    heads: dict[str | None, HeadWeights]
+
+
+class RuntimeCache:
+    """Keys and values by position: per slot (a layer, or an exit that attends) `[sequences, 2K, max_length, d]`."""
+
+    def __init__(
+        self, slots: list[Hashable], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.slabs = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
+
+
+class RuntimeModel:
+    """A `DecodingModel` over loaded weights; made by `nemo_ee.runtime.loader.load_model`.
+
+    Attributes:
+        config: what it is.
+        num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
+    """
+
+    def __init__(self, config: RuntimeConfig, weights: Weights) -> None:
+        self.config, self.weights = config, weights
+        self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
+        self.max_positions = config.max_positions
+        self.exits = tuple(exit.point for exit in config.exits)
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        self._rotary = RotaryTable(
+            inverse_frequencies(config.rope, config.head_dim),
+            config.num_heads + config.num_kv_heads,
+            config.num_kv_heads,
+            self.device,
+        )
+        self._scale = config.head_dim**-0.5
+
+    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> RuntimeCache:
+        """Room for every layer (slots 0..L-1) and every active `layer` exit (slot = its name)."""
+        own = [name for name in active_exits if self.weights.heads[name].layer is not None]
+        shape = (num_sequences, 2 * self.config.num_kv_heads, max_length, self.config.head_dim)
+        return RuntimeCache([*range(self.num_layers), *own], shape, self._cache_dtype, self.device)
+
+    @torch.inference_mode()
+    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
+        """Word embeddings. Returns `[n, h]`."""
+        return F.embedding(tokens, self.weights.embedding)
+
+    @torch.inference_mode()
+    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
+        """Run the half layers (start, stop]; odd ones are attention, even ones MLPs. `hidden`: `[n, h]`."""
+        rotation = self._rotation(items)
+        for half in range(start, stop):
+            layer = self.weights.layers[half >> 1]
+            if half & 1:
+                hidden = self._mlp(layer.mlp, hidden)
+            else:
+                hidden = self._attention(layer, hidden, items, rotation, cache.slabs[half >> 1])
+        return hidden
+
+    @torch.inference_mode()
+    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: RuntimeCache) -> None:
+        """A `layer` exit writes its keys and values; other exits do nothing. `hidden`: `[n, h]`."""
+        layer = self.weights.heads[name].layer
+        if layer is None:
+            return
+        skipped = self.config.num_heads * self.config.head_dim
+        bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped:]
+        heads = F.linear(self._norm(hidden, layer.norm), layer.qkv[skipped:], bias)
+        turned = self._turn(heads, self._rotation(items)[:, self.config.num_heads :])
+        self._write(turned, items, cache.slabs[name])
+
+    @torch.inference_mode()
+    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
+        """Logits of an exit, or of the final exit (None). `hidden`: `[n, h]`. Returns `[n, v]`, fp32."""
+        head = self.weights.heads[name]
+        if head.layer is not None:
+            hidden = self._attention(head.layer, hidden, items, self._rotation(items), cache.slabs[name])
+            hidden = self._mlp(head.layer.mlp, hidden)
+        if head.mlp is not None:
+            hidden = self._mlp(head.mlp, hidden)
+        if head.norm is not None:
+            hidden = self._norm(hidden, head.norm)
+        return F.linear(hidden, head.output).float()
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self.config.norm_epsilon)
+
+    def _mlp(self, mlp: MlpWeights, hidden: Tensor) -> Tensor:
+        gate, up = F.linear(self._norm(hidden, mlp.norm), mlp.gate_up, mlp.gate_up_bias).chunk(2, dim=-1)
+        result = torch.addmm(hidden, F.silu(gate).mul_(up), mlp.down)
+        return result if mlp.down_bias is None else result.add_(mlp.down_bias)
+
+    def _rotation(self, items: Items) -> Tensor:
+        """Factors for all heads at the items' positions, `[n, H + 2K, d/2]`."""
+        groups = items.groups
+        if len(groups) == 1 and isinstance(groups[0].positions, range):
+            return self._rotary.at(groups[0].positions)
+        return self._rotary.at_items(items.position, max(group.length for group in groups) - 1)
+
+    def _turn(self, heads: Tensor, rotation: Tensor) -> Tensor:
+        """`[n, heads * d]` -> `[n, heads, d]` in the cache's dtype, queries and keys turned to their positions."""
+        pairs = torch.view_as_complex(heads.float().view(*rotation.shape, 2))
+        return torch.view_as_real(pairs * rotation).flatten(-2).to(self._cache_dtype)
+
+    def _attention(self, layer: LayerWeights, hidden: Tensor, items: Items, rotation: Tensor, slab: Tensor) -> Tensor:
+        """A layer's attention and residual. `hidden`: `[n, h]`, as is the result."""
+        heads = self._turn(F.linear(self._norm(hidden, layer.norm), layer.qkv, layer.qkv_bias), rotation)
+        queries = heads[:, : self.config.num_heads]
+        self._write(heads[:, self.config.num_heads :], items, slab)
+        attended = self._attend(queries, items, slab).to(hidden.dtype)
+        result = torch.addmm(hidden, attended, layer.proj)
+        return result if layer.proj_bias is None else result.add_(layer.proj_bias)
+
+    def _write(self, keys_values: Tensor, items: Items, slab: Tensor) -> None:
+        """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
+        groups = items.groups
+        if len(groups) == 1 and isinstance(groups[0].positions, range):
+            sequence, _, _, length, positions = groups[0]
+            slab[sequence, :, positions.start : length] = keys_values.transpose(0, 1)
+        else:
+            # Advanced indices on both sides of a slice put the items' axis first: [n, 2K, d].
+            slab[items.sequence, :, items.position] = keys_values
+
+    def _attend(self, queries: Tensor, items: Items, slab: Tensor) -> Tensor:
+        """`queries`: `[n, H, d]`; every item sees its sequence up to itself. Returns `[n, H d]`."""
+        outputs = [
+            self._attend_one(queries[first : last + 1], slab[sequence], positions, length)
+            for sequence, first, last, length, positions in items.groups
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_one(self, queries: Tensor, slab: Tensor, positions: range | tuple[int, ...], length: int) -> Tensor:
+        """One sequence. `queries`: `[m, H, d]`; `slab`: `[2K, max_length, d]`. Returns `[m, H d]`."""
+        count, num_kv = queries.shape[0], self.config.num_kv_heads
+        keys, values = slab[None, :num_kv, :length], slab[None, num_kv:, :length]
+        if count == 1:
+            # [1, H, d] -> [1, K, H/K, d]: the query heads of a key-value head are rows of one product.
+            rows = queries.view(1, num_kv, -1, self.config.head_dim)
+            return F.scaled_dot_product_attention(rows, keys, values, scale=self._scale).view(1, -1)
+        # [m, H, d] -> [1, H, m, d]
+        rows = queries.transpose(0, 1)[None]
+        mask = None
+        whole = isinstance(positions, range) and positions.start == 0
+        if not whole:
+            own = torch.tensor(positions, device=queries.device)
+            mask = torch.arange(length, device=queries.device) <= own[:, None]  # [m, length]
+        attended = F.scaled_dot_product_attention(
+            rows, keys, values, attn_mask=mask, is_causal=whole, scale=self._scale, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1).reshape(count, -1)
