@@ -15,13 +15,10 @@ May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,6 +32,7 @@ from tqdm import tqdm
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
+from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
 from nemo_ee.export.tensorrt_llm_config import Architecture, checkpoint_config, read_architecture
 from nemo_ee.export.tensorrt_llm_layout import (
@@ -125,14 +123,7 @@ def _setting_faults(settings: ExportSettings) -> list[str]:
     faults = []
     if not settings.checkpoint.exists():
         faults.append(f"checkpoint={settings.checkpoint} does not exist; give an early-exit .nemo")
-    output = settings.output
-    if output.is_dir() and any(output.iterdir()):
-        faults.append(f"output={output} is not empty; name a new directory")
-    elif output.exists() and not output.is_dir():
-        faults.append(f"output={output} is a file; name a new directory")
-    above = next(parent for parent in output.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        faults.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
+    faults += output_faults(settings.output)
     for name in ("tensor_parallel", "pipeline_parallel", "draft_tensor_parallel", "max_position_embeddings"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -183,7 +174,7 @@ def plan_artefacts(
     tp, pp = settings.tensor_parallel, settings.pipeline_parallel
     tied = architecture.tied
     heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
-    model = full_model(architecture, heads, write_output=not tied or tp * pp > 1)
+    model = full_model(architecture.num_layers, heads, tied=tied, write_output=not tied or tp * pp > 1)
     artefacts = [Artefact(CHECKPOINT, model, readings(architecture, model, pp), tp, pp, tied)]
     for exit in source.exits.exits:
         wanted = exit in exits if settings.drafts is None else exit.name in settings.drafts
@@ -228,17 +219,10 @@ def _write(
     exits: Sequence[ExitConfig],
     dtype: torch.dtype,
 ) -> None:
-    output = settings.output.absolute()
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
-        free = shutil.disk_usage(partial).free
-        if total > free:
-            raise ValueError(f"output={output} needs {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+    total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
+    with whole_directory(settings.output, total) as partial:
         table = _exit_table(settings, architecture, artefacts, exits)
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=output.name, disable=not settings.progress)
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
             for artefact in artefacts:
                 is_draft = artefact.exit is not None
@@ -250,17 +234,6 @@ def _write(
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
         copy_tokenizer(source, partial / "tokenizer")
         write_manifest(partial, _manifest_facts(settings, source, artefacts, table, dtype))
-        _sync(partial)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(partial, output)
-        _sync_directory(output.parent)
-    except OSError as fault:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ValueError(f"output={output} could not be written ({fault}); nothing was left there") from fault
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _shapes(artefact: Artefact) -> list[dict[str, tuple[int, ...]]]:
@@ -358,23 +331,3 @@ def _manifest_facts(
         "artefacts": described,
         "verified": {"tensorrt_llm": None, "note": NOT_RUN},
     }
-
-
-def _sync(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_directory(path)
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Makes names durable. Not every file system lets a directory be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

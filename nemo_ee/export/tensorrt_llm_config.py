@@ -55,7 +55,9 @@ class Architecture:
         return not self.learned_positions
 
 
-def read_architecture(config: Mapping[str, Any], *, stored_rows: int, max_positions: int | None) -> Architecture:
+def read_architecture(
+    config: Mapping[str, Any], *, stored_rows: int, max_positions: int | None, erf_gelu: bool = False
+) -> Architecture:
     """Read a `.nemo`'s model config.
 
     Args:
@@ -63,6 +65,8 @@ def read_architecture(config: Mapping[str, Any], *, stored_rows: int, max_positi
         stored_rows: rows of the stored word embeddings; the vocabulary size where the config has none, as NeMo's own
             exporter has it.
         max_positions: overrides the config's `max_position_embeddings`.
+        erf_gelu: the exact GELU can be computed where this goes, and is called `gelu_erf`; TensorRT-LLM has only the
+            tanh approximation.
 
     Raises:
         ValueError: what no stock class computes, all in one message.
@@ -84,7 +88,7 @@ def read_architecture(config: Mapping[str, Any], *, stored_rows: int, max_positi
             "class is known for this; supported are (rmsnorm, swiglu, rope) and (layernorm, gelu or relu, "
             "learned_absolute)"
         )
-    if gpt_like and activation == "gelu" and not tanh_gelu:
+    if gpt_like and activation == "gelu" and not tanh_gelu and not erf_gelu:
         faults.append("activation=gelu without openai_gelu: TensorRT-LLM's GELU is the tanh approximation, not this")
     if gpt_like and get("qkv_bias") and not get("bias", True):
         faults.append("qkv_bias without bias: GPTForCausalLM has one switch for all biases")
@@ -98,7 +102,7 @@ def read_architecture(config: Mapping[str, Any], *, stored_rows: int, max_positi
     bias = bool(get("bias", True))
     qkv_bias = bool(get("qkv_bias", False)) or bias
     length = max_positions or get("max_position_embeddings") or get("encoder_seq_length")
-    act = "silu" if llama_like else ("relu" if activation == "relu" else "gelu")
+    act = "silu" if llama_like else "relu" if activation == "relu" else "gelu" if tanh_gelu else "gelu_erf"
     return Architecture(
         name=_class_name(llama_like, act, bias, qkv_bias),
         num_layers=int(config["num_layers"]),

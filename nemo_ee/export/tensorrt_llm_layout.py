@@ -90,16 +90,19 @@ class Model:
     exits: tuple[tuple[ExitConfig, Origin | None], ...] = ()
 
 
-def full_model(architecture: Architecture, exits: Sequence[tuple[ExitConfig, bool]], *, write_output: bool) -> Model:
+def full_model(
+    num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tied: bool, write_output: bool
+) -> Model:
     """The backbone with exit heads beside it.
 
     Args:
         exits: (exit, whether its output projection is a matrix of its own).
+        tied: the output projection is the word embeddings.
         write_output: False leaves out an output projection that is the word embeddings.
     """
-    output = Origin("backbone", EMBEDDING if architecture.tied else OUTPUT)
+    output = Origin("backbone", EMBEDDING if tied else OUTPUT)
     return Model(
-        layers=tuple(_backbone_layer(index) for index in range(architecture.num_layers)),
+        layers=tuple(_backbone_layer(index) for index in range(num_layers)),
         final_norm=lambda kind: Origin("backbone", f"{_FINAL_NORM}{kind}"),
         output=output if write_output else None,
         exits=tuple((exit, Origin("output", exit.name) if own else None) for exit, own in exits),

@@ -88,7 +88,8 @@ def _plan(
     ]
     if artefact["exit"] is None:
         write_output = not architecture.tied or world_size > 1
-        return readings(architecture, full_model(architecture, exits, write_output=write_output), pp)
+        layers, tied = architecture.num_layers, architecture.tied
+        return readings(architecture, full_model(layers, exits, tied=tied, write_output=write_output), pp)
     layers, shape = architecture.num_layers, artefact["architecture"]
     exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
     return readings(architecture, draft_model(exit), pp)
