@@ -1,0 +1,151 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""An exported directory decodes as the NeMo model does, and exits in transformers' assisted generation are lossless.
+
+Tokens, exit layers and finish reasons are compared exactly, confidences within 1e-5; fp32 on the CPU. Positions at
+which a decision hangs on less than 1e-4 would be excused, but with these seeds there are none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nemo")
+
+from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry
+
+import torch  # isort: skip  # after the CPU host is on
+from nemo_ee.exits.confidence import CRITERIA, confidence
+from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
+from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.sampling import GREEDY, SamplingParams
+from nemo_ee.runtime.loader import load_model
+from tests.functional.test_export_huggingface import ON_RUNTIME, Made, export, stock
+
+EXITS = [
+    exit_entry(1, "norm", "copy", "low_rank", rank=3),
+    exit_entry(1, "mlp", "copy", "shared"),
+    exit_entry(1, "layer", "lora", rank=2),
+    exit_entry(2, "mlp", "random"),
+    exit_entry(2, "embedding"),
+    exit_entry(2, "layer", "copy"),
+]
+PROMPTS = [[5, 71, 13, 9, 0, 44], [3], [100, 99, 98, 97, 96, 95, 94, 93, 92, 91, 90], [7, 8]]
+NEW_TOKENS = 18
+VARIED = SamplingParams(greedy=False, temperature=2.0, seed=3)
+
+
+class Pair:
+    """The same model as NeMo's, behind its adapter, and as an exported directory's in the runtime."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+
+        self.one = Made(folder, name, EXITS)
+        self.output = export(self.one.path, folder / "out")
+        self.nemo = EarlyExitEngine(MegatronDecodingModel(self.one.model.model))
+        self.runtime = EarlyExitEngine(load_model(self.output / "hf_early_exit"))
+
+    def thresholds(self, criterion: str, quantile: float) -> dict[str, float]:
+        """Per exit the value that this share of its confidences on random text lies below."""
+        return {
+            name: confidence(logits, criterion).flatten().quantile(quantile).item()
+            for name, logits in self.one.exits.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory):
+    """name -> `Pair`, each made once."""
+    kept: dict[str, Pair] = {}
+
+    def of(name: str) -> Pair:
+        if name not in kept:
+            kept[name] = Pair(tmp_path_factory.mktemp(name), name)
+        return kept[name]
+
+    return of
+
+
+def assert_same(ours: GenerationResult, theirs: GenerationResult) -> None:
+    assert ours.tokens == theirs.tokens and ours.finish_reasons == theirs.finish_reasons
+    assert [event.exit for event in ours.events] == [event.exit for event in theirs.events]
+    assert ours.stats.computed_layers == theirs.stats.computed_layers and ours.stats.asked == theirs.stats.asked
+    for own, other in zip(ours.events, theirs.events, strict=True):
+        assert own.confidence == pytest.approx(other.confidence, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ON_RUNTIME)
+def test_tokens_and_exit_layers_are_the_nemo_model_s(name: str, criterion: str, pair) -> None:
+    """A ragged batch, greedy and sampled, thresholds from never to nearly always, with a cap on waiting tokens."""
+    both = pair(name)
+    depths = []
+    for quantile in (0.1, 0.5, 0.9):
+        policy = ExitPolicy(both.thresholds(criterion, quantile), criterion, max_waiting=4)
+        for sampling in (GREEDY, VARIED):
+            call = {"max_new_tokens": NEW_TOKENS, "policy": policy, "sampling": sampling}
+            ours = both.runtime.generate(PROMPTS, **call)
+            assert_same(ours, both.nemo.generate(PROMPTS, **call))
+            alone = both.runtime.generate([PROMPTS[2]], **call)
+            assert alone.tokens[0] == ours.tokens[2], "a batch gives each sequence what it gets alone"
+            depths.append(ours.stats.mean_depth)
+    assert len(set(depths)) > 3 and min(depths) < both.one.model.cfg.num_layers, "control: thresholds change depths"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_one_exit_at_a_time(name: str, pair) -> None:
+    both = pair(name)
+    for exit, threshold in both.thresholds("max_probability", 0.4).items():
+        policy = ExitPolicy(threshold, active=(exit,))
+        call = {"max_new_tokens": NEW_TOKENS, "policy": policy, "sampling": VARIED}
+        ours = both.runtime.generate(PROMPTS, **call)
+        assert_same(ours, both.nemo.generate(PROMPTS, **call))
+        assert {event.exit for event in ours.events} == {exit, None}, "control: some leave there, some do not"
+
+
+def greedy(model, prompt: list[int], new_tokens: int, **settings) -> list[int]:
+    """New tokens of transformers' `generate`."""
+    tokens = torch.tensor([prompt])
+    output = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, do_sample=False,
+        eos_token_id=None, pad_token_id=1, **settings,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ON_RUNTIME)
+def test_thresholds_that_are_never_met_give_generate_s_tokens(name: str, pair) -> None:
+    both = pair(name)
+    reference = stock(both.output / "hf_full")
+    never = ExitPolicy(1.0 - 1e-7)  # asked all the same, unlike 1.0
+    asked = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, policy=never)
+    full = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, mode="full")
+    assert asked.tokens == full.tokens and all(event.exit is None for event in asked.events)
+    assert asked.stats.asked[EXITS[0]["name"]] > 0
+    assert [list(own) for own in full.tokens] == [greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "opt"])
+def test_assisted_generation_with_an_exit_is_lossless(name: str, pair, tmp_path: Path) -> None:
+    output = pair(name).output if name in ON_RUNTIME else export(Made(tmp_path, name, EXITS).path, tmp_path / "out")
+    reference, drafts = stock(output / "hf_full"), sorted(output.glob("hf_exit_*"))
+    assert len(drafts) == len(EXITS) - (name != "opt")
+    expected = [greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
+    for folder in drafts:
+        draft = stock(folder)
+        assisted = [greedy(reference, prompt, NEW_TOKENS, assistant_model=draft) for prompt in PROMPTS[:3]]
+        assert assisted == expected, folder.name
+        alone = [greedy(draft, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
+        assert alone != expected, "control: the draft alone says something else"
+
+
+def test_the_reference_model_s_tokens_are_generate_s() -> None:
+    """A trained model: a stock directory, sharded or not, is a model without exits."""
+    prompt = [17, 300, 45, 2900, 8]
+    engine = EarlyExitEngine(load_model(REFERENCE_MODEL, dtype="float32"))
+    assert engine.model.exits == ()
+    ours = engine.generate([prompt], max_new_tokens=40, mode="full")
+    assert list(ours.tokens[0]) == greedy(stock(REFERENCE_MODEL), prompt, 40)
