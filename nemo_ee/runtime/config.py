@@ -20,6 +20,9 @@ from nemo_ee.exits.config import ARCHITECTURES
 from nemo_ee.generation.items import ExitPoint
 
 FAMILIES = ("llama", "mistral", "qwen2")
+_SIZES = (
+    "hidden_size num_attention_heads num_hidden_layers intermediate_size vocab_size max_position_embeddings".split()
+)
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -82,13 +85,14 @@ def read_config(directory: str | Path) -> RuntimeConfig:
         assert isinstance(values, dict)
     except (ValueError, AssertionError) as fault:
         raise ValueError(f"{path}: damaged ({fault}); export again") from fault
-    faults = list(_faults(values))
-    if faults:
-        raise ValueError(f"{path}: cannot be run. {'; '.join(faults)}")
     try:
-        return _config(values)
-    except (KeyError, TypeError, ValueError) as fault:
+        faults = _faults(values)
+        config = None if faults else _config(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise ValueError(f"{path}: damaged, {fault!r}; export again") from fault
+    if config is None:
+        raise ValueError(f"{path}: cannot be run. {'; '.join(faults)}")
+    return config
 
 
 def _faults(values: Mapping[str, Any]) -> list[str]:
@@ -103,6 +107,10 @@ def _faults(values: Mapping[str, Any]) -> list[str]:
     if values.get("quantization_config"):
         faults.append("quantization_config: quantised weights are not read; give the unquantised model")
     layers = values.get("num_hidden_layers")
+    for name in _SIZES:
+        size = values.get(name)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            faults.append(f"{name}={size!r} must be a whole number of at least 1")
     for entry in _entries(values):
         if entry.get("architecture") not in ARCHITECTURES or not 1 <= int(entry.get("layer", 0)) <= int(layers or 0):
             faults.append(f"early_exit.exits: {entry} is no exit of a model of {layers} layers")
