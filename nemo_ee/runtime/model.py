@@ -1,8 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama-like model with exits on one device, as the decoding engine wants it (`DecodingModel`).
+"""A GPT with exits on one device, as the decoding engine wants it (`DecodingModel`).
 
-    x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_down (silu(W_gate norm(x')) * W_up norm(x'))
+    x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_2 act(W_1 norm(x'))
+
+with RMSNorm, gated SiLU and rotary positions, or LayerNorm, GELU or ReLU and learned positions.
 
 Few operations per token are what makes it fast: query, key and value are one product, gate and up another, residuals
 are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention runs in
@@ -14,8 +16,9 @@ May import: torch, nemo_ee.generation, nemo_ee.runtime.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +29,43 @@ from nemo_ee.runtime.config import RuntimeConfig
 from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
 
 
+def _gated_silu(inner: Tensor) -> Tensor:
+    gate, up = inner.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": _gated_silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """RMSNorm has a weight, LayerNorm weight and bias, or neither. `[h]`."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 @dataclass(frozen=True)
 class MlpWeights:
-    """An MLP with the norm in front of it. `gate_up`: `[2f, h]`, gate's rows first; `down`: `[f, h]`, transposed."""
+    """An MLP with the norm in front of it. `fc1`: `[2f, h]`, gate's rows first, or `[f, h]`; `fc2`: `[f, h]`."""
 
-    norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    norm: NormWeights
+    fc1: Tensor
+    fc1_bias: Tensor | None
+    fc2: Tensor
+    fc2_bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """A transformer layer. `qkv`: `[(H + 2K) d, h]`, pairs of rotary dimensions together; `proj`: `[H d, h]`."""
 
-    norm: Tensor
+    norm: NormWeights
     qkv: Tensor
     qkv_bias: Tensor | None
     proj: Tensor
@@ -55,15 +79,16 @@ class HeadWeights:
 
     layer: LayerWeights | None
     mlp: MlpWeights | None
-    norm: Tensor | None
+    norm: NormWeights | None
     output: Tensor
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a model. `heads`: by exit name, the final exit under None."""
+    """All of a model. `positions`: learned ones; `heads`: by exit name, the final exit under None."""
 
     embedding: Tensor
+    positions: Tensor | None
     layers: tuple[LayerWeights, ...]
     heads: dict[str | None, HeadWeights]
 
@@ -92,12 +117,12 @@ class RuntimeModel:
         self.exits = tuple(exit.point for exit in config.exits)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        self._rotary = RotaryTable(
-            inverse_frequencies(config.rope, config.head_dim),
-            config.num_heads + config.num_kv_heads,
-            config.num_kv_heads,
-            self.device,
-        )
+        self._rotary = None
+        if config.rope is not None:
+            frequencies = inverse_frequencies(config.rope, config.head_dim)
+            num_turned = config.num_heads + config.num_kv_heads
+            self._rotary = RotaryTable(frequencies, num_turned, config.num_kv_heads, self.device)
+        self._activate = ACTIVATIONS[config.activation]
         self._scale = config.head_dim**-0.5
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> RuntimeCache:
@@ -108,8 +133,11 @@ class RuntimeModel:
 
     @torch.inference_mode()
     def embed(self, tokens: LongTensor, items: Items) -> Tensor:
-        """Word embeddings. Returns `[n, h]`."""
-        return F.embedding(tokens, self.weights.embedding)
+        """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
+        hidden, positions = F.embedding(tokens, self.weights.embedding), self.weights.positions
+        if positions is None:
+            return hidden
+        return hidden + F.embedding(items.position + self.config.position_offset, positions)
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
@@ -132,8 +160,9 @@ class RuntimeModel:
         skipped = self.config.num_heads * self.config.head_dim
         bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped:]
         heads = F.linear(self._norm(hidden, layer.norm), layer.qkv[skipped:], bias)
-        turned = self._turn(heads, self._rotation(items)[:, self.config.num_heads :])
-        self._write(turned, items, cache.slabs[name])
+        rotation = self._rotation(items)
+        rotation = None if rotation is None else rotation[:, self.config.num_heads :]
+        self._write(self._turn(heads, rotation), items, cache.slabs[name])
 
     @torch.inference_mode()
     def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
@@ -148,27 +177,35 @@ class RuntimeModel:
             hidden = self._norm(hidden, head.norm)
         return F.linear(hidden, head.output).float()
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.config.norm_epsilon)
+    def _norm(self, hidden: Tensor, norm: NormWeights) -> Tensor:
+        if self.config.layer_norm:
+            return F.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, self.config.norm_epsilon)
+        return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, self.config.norm_epsilon)
 
     def _mlp(self, mlp: MlpWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(self._norm(hidden, mlp.norm), mlp.gate_up, mlp.gate_up_bias).chunk(2, dim=-1)
-        result = torch.addmm(hidden, F.silu(gate).mul_(up), mlp.down)
-        return result if mlp.down_bias is None else result.add_(mlp.down_bias)
+        inner = self._activate(F.linear(self._norm(hidden, mlp.norm), mlp.fc1, mlp.fc1_bias))
+        result = torch.addmm(hidden, inner, mlp.fc2)
+        return result if mlp.fc2_bias is None else result.add_(mlp.fc2_bias)
 
-    def _rotation(self, items: Items) -> Tensor:
-        """Factors for all heads at the items' positions, `[n, H + 2K, d/2]`."""
+    def _rotation(self, items: Items) -> Tensor | None:
+        """Factors for all heads at the items' positions, `[n, H + 2K, d/2]`; None without rotary positions."""
+        if self._rotary is None:
+            return None
         groups = items.groups
         if len(groups) == 1 and isinstance(groups[0].positions, range):
             return self._rotary.at(groups[0].positions)
         return self._rotary.at_items(items.position, max(group.length for group in groups) - 1)
 
-    def _turn(self, heads: Tensor, rotation: Tensor) -> Tensor:
+    def _turn(self, heads: Tensor, rotation: Tensor | None) -> Tensor:
         """`[n, heads * d]` -> `[n, heads, d]` in the cache's dtype, queries and keys turned to their positions."""
+        if rotation is None:
+            return heads.view(heads.shape[0], -1, self.config.head_dim).to(self._cache_dtype)
         pairs = torch.view_as_complex(heads.float().view(*rotation.shape, 2))
         return torch.view_as_real(pairs * rotation).flatten(-2).to(self._cache_dtype)
 
-    def _attention(self, layer: LayerWeights, hidden: Tensor, items: Items, rotation: Tensor, slab: Tensor) -> Tensor:
+    def _attention(
+        self, layer: LayerWeights, hidden: Tensor, items: Items, rotation: Tensor | None, slab: Tensor
+    ) -> Tensor:
         """A layer's attention and residual. `hidden`: `[n, h]`, as is the result."""
         heads = self._turn(F.linear(self._norm(hidden, layer.norm), layer.qkv, layer.qkv_bias), rotation)
         queries = heads[:, : self.config.num_heads]
