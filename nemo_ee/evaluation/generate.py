@@ -27,7 +27,8 @@ from nemo_ee.evaluation.token_view import Detokenizer, TokenText
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
-from nemo_ee.generation.session import Request
+from nemo_ee.generation.policy import course_of
+from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent
 from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
@@ -196,7 +197,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
     """
     faults: list[str] = []
     block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
-    if request.mode == "early_exit":
+    if request.mode != "full":
         if not block.get("exits") and not block.get("every"):
             faults.append(
                 f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py, "
@@ -206,7 +207,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
             exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
             points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
             try:
-                request.policy.asked_exits(points)
+                course_of(request.mode, request.policy, points, stored.num_layers)
             except ValueError as fault:
                 faults.append(str(fault))
     tokenizer = _stored_tokenizer(request.path, stored)

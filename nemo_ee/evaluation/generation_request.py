@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.generation.engine import LATER_MODES, MODES
-from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 
 COLOURS = ("auto", "always", "never")
@@ -28,8 +27,8 @@ class GenerationRequest:
     Attributes:
         path: the `.nemo`.
         prompts: texts, at least one.
-        mode: `early_exit` or `full`.
-        policy: when a token may leave; its criterion is reported in mode `full` too.
+        mode: one of `MODES`.
+        policy: when a token may leave; its criterion is reported in every mode.
         sampling: how tokens are chosen.
         min_new_tokens, max_new_tokens: bounds on the length of every answer.
         add_bos: put the begin-of-text token in front; None = as the tokenizer itself does.
@@ -63,9 +62,7 @@ class GenerationRequest:
             ValueError: every fault, in one message.
         """
         faults: list[str] = []
-        if config["mode"] in LATER_MODES:
-            faults.append(f"mode={config['mode']} is not available yet; use one of {', '.join(MODES)}")
-        elif config["mode"] not in MODES:
+        if config["mode"] not in MODES:
             faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
         if config["colour"] not in COLOURS:
             faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")

@@ -57,8 +57,7 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"mode": "fast"}, ["mode='fast' is unknown", "early_exit, full"]),
-        ({"mode": "self_speculative"}, ["self_speculative is not available yet"]),
+        ({"mode": "fast"}, ["mode='fast' is unknown", "early_exit, self_speculative, static_depth, full"]),
         ({"criterion": "surest"}, ["'surest' is unknown", "max_probability, margin, entropy"]),
         ({"threshold": 1.5}, ["1.5", "0..1"]),
         ({"threshold": "0.5"}, ["'0.5'", "must be a number"]),
