@@ -67,10 +67,14 @@ class Reading:
 
 @dataclasses.dataclass(eq=False)
 class Rows:
-    """Hidden states at one depth: each slot's positions (both ascending) and `[n, h]` in that order."""
+    """Hidden states at one depth: each slot's positions (both ascending) and `[n, h]` in that order.
+
+    `items` says the same to the model. It is made when it is needed, and kept while the rows stay together.
+    """
 
     positions: dict[int, list[int]]
     hidden: Tensor
+    items: Items | None = None
 
     def chunks(self) -> dict[int, Tensor]:
         """Each slot's hidden states, `[m, h]`."""
@@ -180,8 +184,9 @@ class Descent:
         for stop in self._stops:
             rows = self._take_along(rows, depth, flying)
             if rows is not None:
-                items = self.items_of(rows.positions)
-                rows = Rows(rows.positions, self.model.run(rows.hidden, items, depth, stop, self.cache))
+                items = self.items_of(rows.positions) if rows.items is None else rows.items
+                hidden = self.model.run(rows.hidden, items, depth, stop, self.cache)
+                rows = Rows(rows.positions, hidden, items)
                 self.computed_half_layers += len(items) * (stop - depth)
                 left = self._ask(rows, items, stop, asking)
                 gone = {one.slot for one in left}
@@ -213,7 +218,8 @@ class Descent:
         if not positions:
             return None
         flat = torch.tensor([token for feed in feeds.values() for token in feed.tokens], dtype=torch.long)
-        return Rows(positions, self.model.embed(flat.to(self.device), self.items_of(positions)))
+        items = self.items_of(positions)
+        return Rows(positions, self.model.embed(flat.to(self.device), items), items)
 
     def items_of(self, positions: Mapping[int, Sequence[int]]) -> Items:
         """Items on the model's device."""
@@ -325,10 +331,10 @@ class Descent:
         go on."""
         staying = [slot for slot in rows.positions if slot not in gone and slot not in ended]
         keeping = gone if stop != self._bottom else ()
-        chunks = rows.chunks() if staying or keeping else {}
+        chunks = rows.chunks() if len(rows.positions) > 1 else {}
         for slot in keeping:
             # A copy: a view would keep the whole batch's hidden states alive for as long as this one waits.
-            own = chunks[slot].clone() if len(rows.positions) > 1 else rows.hidden
+            own = rows.hidden if len(rows.positions) == 1 else chunks[slot].clone()
             part = Rows({slot: rows.positions[slot]}, own)
             earlier = self._waiting[stop].get(slot)
             self._waiting[stop][slot] = part if earlier is None else Rows.merge([earlier, part])

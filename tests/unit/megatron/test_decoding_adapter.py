@@ -391,6 +391,7 @@ def test_two_tensor_parallel_ranks_decode_what_one_does(directory, tmp_path):
     one_rank = build(path, exits, drawn=False)
     request = {
         "exits": exits,
+        "modes": ["early_exit", "self_speculative"],
         "prompts": some_prompts(133),
         "max_new_tokens": 12,
         "thresholds": often_met(one_rank, [exit["name"] for exit in EXITS]).thresholds,
