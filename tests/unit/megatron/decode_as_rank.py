@@ -14,8 +14,7 @@ from typing import Any
 
 
 def decode(directory: Path, request: dict[str, Any]) -> list[list[Any]]:
-    """[sequence, position, token, exit, confidence] of every token, mode after mode, on the tensor-parallel size that is
-    set up."""
+    """[sequence, position, token, exit, confidence] of every token, mode after mode, on the layout that is set up."""
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.generation.sampling import SamplingParams
     from tests.unit.megatron.test_decoding_adapter import build, engine_of
