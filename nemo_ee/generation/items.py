@@ -57,9 +57,9 @@ class Items:
         sequence = [index for index, own in positions.items() for _ in own]
         position = [value for own in positions.values() for value in own]
         on_host = torch.tensor([sequence, position], dtype=torch.long)
-        items = cls(*on_host.to(device))
+        items = cls(*on_host.to(device).unbind())
         # Kept beside the device's copy so that grouping by sequence never waits for the device.
-        items.__dict__["on_host"] = tuple(on_host)
+        items.__dict__["on_host"] = on_host.unbind()
         return items
 
     def __len__(self) -> int:
@@ -107,6 +107,8 @@ class DecodingModel(Protocol):
 
     Implementations return for each row what they would return for it alone: rows only meet in attention, and only
     within their sequence. An implementation may have an attribute `device`; without it the engine uses the CPU.
+    Its cache may have `truncate(sequence, length)`: keep the first `length` positions of one sequence, everywhere.
+    Mode `self_speculative` and sessions that use a sequence's place twice need it.
     """
 
     num_layers: int
