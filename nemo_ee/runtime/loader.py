@@ -10,7 +10,7 @@ May import: torch, safetensors, transformers (inside functions), nemo_ee.runtime
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_ee.runtime.config import ExitEntry, RuntimeConfig, read_config
-from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, NormWeights, RuntimeModel, Weights
+from nemo_ee.runtime.model import (
+    HeadWeights,
+    LayerWeights,
+    Linear,
+    MlpWeights,
+    NormWeights,
+    RuntimeModel,
+    Weights,
+)
 from nemo_ee.runtime.names import NAMES
 from nemo_ee.runtime.rotary import pairs_together
 
@@ -108,40 +116,42 @@ class _Tensors:
         Raises:
             ValueError: missing, or of another shape.
         """
-        stem, _, kind = name.rpartition(".")
-        return self.below((stem,), kind, *shape)
+        return self.below([name], *shape)
 
     def below(
         self,
-        names: tuple[str, ...],
-        kind: str,
+        names: Sequence[str],
         height: int,
         width: int | None = None,
+        *,
         turned: Mapping[str, int] = MappingProxyType({}),
+        columns: bool = False,
         transposed: bool = False,
     ) -> Tensor:
         """Tensors one below the other as one.
 
         Args:
-            names: without `.weight` or `.bias`, which is `kind`.
             height, width: of the result; a vector has no width.
             turned: name -> head size, for rows whose rotary pairs are put together.
+            columns: it multiplies vectors, so it is laid out as that is fastest.
             transposed: each is stored as its transpose.
         """
-        shape = (height,) if width is None else (height, width)
-        result, top = torch.empty(shape, dtype=self.dtype, device=self.device), 0
-        for stem in names:
-            name = f"{stem}.{kind}"
+        # In fp32 the CPU's product with one row is up to three times faster on the transpose.
+        if columns and self.dtype is torch.float32 and self.device.type == "cpu":
+            result = torch.empty((width, height), dtype=self.dtype).t()
+        else:
+            result = torch.empty((height,) if width is None else (height, width), dtype=self.dtype, device=self.device)
+        top = 0
+        for name in names:
             if name not in self._files:
                 raise ValueError(f"{self.directory}: {name} is missing; export again")
             part = self._files[name].get_tensor(name)
-            part = part.t() if transposed and width is not None else part
+            part = part.t() if transposed else part
             stop = top + part.shape[0]
             if part.shape[1:] != result.shape[1:] or stop > height or (len(names) == 1 and stop != height):
-                raise ValueError(
-                    f"{self.directory}: {name} has shape {list(part.shape)}, which does not fit config.json"
-                )
-            result[top:stop] = pairs_together(part, turned[stem]) if stem in turned else part
+                shape = list(part.t().shape if transposed else part.shape)
+                raise ValueError(f"{self.directory}: {name} has shape {shape}, which does not fit config.json")
+            result[top:stop] = pairs_together(part, turned[name]) if name in turned else part
             top = stop
         if top != height:
             raise ValueError(f"{self.directory}: {name} has too few rows for config.json; export again")
@@ -160,59 +170,63 @@ class _Reader:
         positions = None
         if names.positions is not None:
             positions = read(names.positions, config.max_positions + config.position_offset, config.hidden_size)
-        output = embedding if config.tied else read("lm_head.weight", config.vocab_size, config.hidden_size)
+        output = Linear(embedding.t()) if config.tied else self._output("lm_head")
         heads: dict[str | None, HeadWeights] = {None: HeadWeights(None, None, self._norm(names.final_norm), output)}
         for exit in config.exits:
             heads[exit.name] = self._head(exit, output)
         layers = tuple(self._layer(names.layer.format(index)) for index in range(config.num_layers))
         return Weights(embedding, positions, layers, heads)
 
-    def _head(self, exit: ExitEntry, shared: Tensor) -> HeadWeights:
-        prefix, config = f"exit_heads.{exit.name}.", self.config
-        own = (f"{prefix}unembed.weight", config.vocab_size, config.hidden_size)
+    def _head(self, exit: ExitEntry, shared: Linear) -> HeadWeights:
+        prefix = f"exit_heads.{exit.name}."
         return HeadWeights(
             layer=self._layer(f"{prefix}layer.") if exit.architecture == "layer" else None,
             mlp=self._mlp(prefix) if exit.architecture == "mlp" else None,
             norm=None if exit.architecture == "embedding" else self._norm(f"{prefix}norm"),
-            output=self.tensors.read(*own) if exit.own_output else shared,
+            output=self._output(f"{prefix}unembed") if exit.own_output else shared,
         )
 
     def _layer(self, prefix: str) -> LayerWeights:
         config, names = self.config, self.names
         size, heads = config.head_dim, config.num_heads
         height = (heads + 2 * config.num_kv_heads) * size
+        qkv = [f"{prefix}{name}" for name in names.qkv]
         # Rotary pairs are put together in query and key, which then are two separate tensors.
-        turned = {} if config.rope is None else {f"{prefix}{name}": size for name in names.qkv[:2]}
-        linear = tuple(f"{prefix}{name}" for name in names.qkv)
-        qkv = self.tensors.below(linear, "weight", height, config.hidden_size, turned, names.transposed)
-        proj = self.tensors.below((f"{prefix}{names.proj}",), "weight", config.hidden_size, heads * size, {},
-                                  names.transposed)  # fmt: skip
+        turned = {} if config.rope is None else dict.fromkeys(qkv[:2], size)
         return LayerWeights(
             norm=self._norm(f"{prefix}{names.attention_norm}"),
-            qkv=qkv,
-            qkv_bias=self.tensors.below(linear, "bias", height, None, turned) if config.qkv_bias else None,
-            proj=proj.t(),
-            proj_bias=self._bias(f"{prefix}{names.proj}", config.hidden_size, config.proj_bias),
+            qkv=self._linear(qkv, height, config.hidden_size, config.qkv_bias, turned),
+            proj=self._linear([f"{prefix}{names.proj}"], config.hidden_size, heads * size, config.proj_bias),
             mlp=self._mlp(prefix),
         )
 
     def _mlp(self, prefix: str) -> MlpWeights:
         config, names = self.config, self.names
-        height, linear = len(names.fc1) * config.ffn_hidden_size, tuple(f"{prefix}{name}" for name in names.fc1)
-        fc2 = self.tensors.below((f"{prefix}{names.fc2}",), "weight", config.hidden_size, config.ffn_hidden_size, {},
-                                 names.transposed)  # fmt: skip
+        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.mlp_bias
         return MlpWeights(
             norm=self._norm(f"{prefix}{names.mlp_norm}"),
-            fc1=self.tensors.below(linear, "weight", height, config.hidden_size, {}, names.transposed),
-            fc1_bias=self.tensors.below(linear, "bias", height) if config.mlp_bias else None,
-            fc2=fc2.t(),
-            fc2_bias=self._bias(f"{prefix}{names.fc2}", config.hidden_size, config.mlp_bias),
+            fc1=self._linear([f"{prefix}{name}" for name in names.fc1], len(names.fc1) * ffn, hidden, bias),
+            fc2=self._linear([f"{prefix}{names.fc2}"], hidden, ffn, bias),
         )
 
     def _norm(self, name: str) -> NormWeights:
-        weight = self._bias(name, self.config.hidden_size, self.config.norm_affine, "weight")
-        bias = self._bias(name, self.config.hidden_size, self.config.norm_affine and self.config.layer_norm)
-        return NormWeights(weight, bias)
+        config, read = self.config, self.tensors.read
+        weight = read(f"{name}.weight", config.hidden_size) if config.norm_affine else None
+        has_bias = config.norm_affine and config.layer_norm
+        return NormWeights(weight, read(f"{name}.bias", config.hidden_size) if has_bias else None)
 
-    def _bias(self, name: str, size: int, present: bool, kind: str = "bias") -> Tensor | None:
-        return self.tensors.read(f"{name}.{kind}", size) if present else None
+    def _output(self, name: str) -> Linear:
+        matrix = self.tensors.below([f"{name}.weight"], self.config.vocab_size, self.config.hidden_size, columns=True)
+        return Linear(matrix.t())
+
+    def _linear(
+        self, names: list[str], height: int, width: int, bias: bool, turned: Mapping[str, int] | None = None
+    ) -> Linear:
+        """Linears that read the same input as one, `width` to `height`. `turned`: see `_Tensors.below`."""
+
+        def of(kind: str, *shape: int, **layout: bool) -> Tensor:
+            heads = {f"{name}.{kind}": size for name, size in (turned or {}).items()}
+            return self.tensors.below([f"{name}.{kind}" for name in names], *shape, turned=heads, **layout)
+
+        weight = of("weight", height, width, columns=True, transposed=self.names.transposed)
+        return Linear(weight.t(), of("bias", height) if bias else None)

@@ -51,25 +51,38 @@ class NormWeights:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """`weight`: `[in, out]`, contiguous along whichever axis is faster; `bias`: `[out]`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """`[n, in]` -> `[n, out]`."""
+        return torch.mm(inputs, self.weight) if self.bias is None else torch.addmm(self.bias, inputs, self.weight)
+
+    def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """`residual` + the product, in one operation but for the bias. `[n, out]`, `[n, in]` -> `[n, out]`."""
+        result = torch.addmm(residual, inputs, self.weight)
+        return result if self.bias is None else result.add_(self.bias)
+
+
+@dataclass(frozen=True)
 class MlpWeights:
-    """An MLP with the norm in front of it. `fc1`: `[2f, h]`, gate's rows first, or `[f, h]`; `fc2`: `[f, h]`."""
+    """An MLP with the norm in front of it. `fc1`: h to 2f, gate's columns first, or to f; `fc2`: f to h."""
 
     norm: NormWeights
-    fc1: Tensor
-    fc1_bias: Tensor | None
-    fc2: Tensor
-    fc2_bias: Tensor | None
+    fc1: Linear
+    fc2: Linear
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A transformer layer. `qkv`: `[(H + 2K) d, h]`, pairs of rotary dimensions together; `proj`: `[H d, h]`."""
+    """A transformer layer. `qkv`: h to (H + 2K) d, pairs of rotary dimensions together; `proj`: H d to h."""
 
     norm: NormWeights
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    proj: Tensor
-    proj_bias: Tensor | None
+    qkv: Linear
+    proj: Linear
     mlp: MlpWeights
 
 
@@ -80,7 +93,7 @@ class HeadWeights:
     layer: LayerWeights | None
     mlp: MlpWeights | None
     norm: NormWeights | None
-    output: Tensor
+    output: Linear
 
 
 @dataclass(frozen=True)
@@ -158,8 +171,8 @@ class RuntimeModel:
         if layer is None:
             return
         skipped = self.config.num_heads * self.config.head_dim
-        bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped:]
-        heads = F.linear(self._norm(hidden, layer.norm), layer.qkv[skipped:], bias)
+        bias = None if layer.qkv.bias is None else layer.qkv.bias[skipped:]
+        heads = Linear(layer.qkv.weight[:, skipped:], bias)(self._norm(hidden, layer.norm))
         rotation = self._rotation(items)
         rotation = None if rotation is None else rotation[:, self.config.num_heads :]
         self._write(self._turn(heads, rotation), items, cache.slabs[name])
@@ -175,7 +188,7 @@ class RuntimeModel:
             hidden = self._mlp(head.mlp, hidden)
         if head.norm is not None:
             hidden = self._norm(hidden, head.norm)
-        return F.linear(hidden, head.output).float()
+        return head.output(hidden).float()
 
     def _norm(self, hidden: Tensor, norm: NormWeights) -> Tensor:
         if self.config.layer_norm:
@@ -183,9 +196,7 @@ class RuntimeModel:
         return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, self.config.norm_epsilon)
 
     def _mlp(self, mlp: MlpWeights, hidden: Tensor) -> Tensor:
-        inner = self._activate(F.linear(self._norm(hidden, mlp.norm), mlp.fc1, mlp.fc1_bias))
-        result = torch.addmm(hidden, inner, mlp.fc2)
-        return result if mlp.fc2_bias is None else result.add_(mlp.fc2_bias)
+        return mlp.fc2.added_to(hidden, self._activate(mlp.fc1(self._norm(hidden, mlp.norm))))
 
     def _rotation(self, items: Items) -> Tensor | None:
         """Factors for all heads at the items' positions, `[n, H + 2K, d/2]`; None without rotary positions."""
@@ -207,12 +218,11 @@ class RuntimeModel:
         self, layer: LayerWeights, hidden: Tensor, items: Items, rotation: Tensor | None, slab: Tensor
     ) -> Tensor:
         """A layer's attention and residual. `hidden`: `[n, h]`, as is the result."""
-        heads = self._turn(F.linear(self._norm(hidden, layer.norm), layer.qkv, layer.qkv_bias), rotation)
+        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), rotation)
         queries = heads[:, : self.config.num_heads]
         self._write(heads[:, self.config.num_heads :], items, slab)
         attended = self._attend(queries, items, slab).to(hidden.dtype)
-        result = torch.addmm(hidden, attended, layer.proj)
-        return result if layer.proj_bias is None else result.add_(layer.proj_bias)
+        return layer.proj.added_to(hidden, attended)
 
     def _write(self, keys_values: Tensor, items: Items, slab: Tensor) -> None:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
