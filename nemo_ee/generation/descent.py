@@ -113,6 +113,7 @@ class Descent:
         self.device = getattr(model, "device", torch.device("cpu"))
         self._bottom = 2 * model.num_layers
         self._courses: dict[int, Course] = {}
+        self._thresholds: dict[int, dict[str, float]] = {}  # slot -> exit -> threshold
         self._held: dict[int, tuple[int, list[int]]] = {}
         # stop -> slot -> its rows there, in the order of their positions
         self._waiting: dict[int, dict[int, Rows]] = defaultdict(dict)
@@ -133,6 +134,10 @@ class Descent:
         for rows in self._waiting.values():
             rows.pop(slot, None)
         self._courses[slot] = course
+        # In fp32, as confidences are.
+        numbers = torch.tensor([exit.threshold for exit in course.exits], dtype=torch.float32).tolist()
+        names = [exit.point.name for exit in course.exits]
+        self._thresholds[slot] = dict(zip(names, numbers, strict=True))
         self._held.pop(slot, None)
         if held is not None:
             self._held[slot] = (held[0], sorted(held[1]))
@@ -141,10 +146,9 @@ class Descent:
     def _plan(self) -> None:
         ends = {self._bottom if course.end is None else course.end.stop for course in self._courses.values()}
         asked: dict[str, dict[int, float]] = defaultdict(dict)
-        for slot, course in self._courses.items():
-            for point, threshold in course.exits:
-                # In fp32, as confidences are.
-                asked[point.name][slot] = torch.tensor(threshold, dtype=torch.float32).item()
+        for slot, thresholds in self._thresholds.items():
+            for name, threshold in thresholds.items():
+                asked[name][slot] = threshold
         self._exits_at = defaultdict(list)
         for point in self.model.exits:
             if point.name in asked:

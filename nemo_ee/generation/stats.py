@@ -82,10 +82,16 @@ class DecodingStats:
         """Drafted tokens that stayed, per check; 0.0 without checks."""
         return self.accepted / self.checks if self.checks else 0.0
 
+    @property
+    def computed_depth(self) -> float:
+        """Layers run for each token of prompt and answer, on average; above `num_layers` where much is thrown away."""
+        tokens = self.num_prompt_tokens + self.num_tokens
+        return self.computed_layers / tokens if tokens else 0.0
+
     def to_mapping(self) -> dict[str, Any]:
         """Plain numbers for a report."""
-        rates = {"acceptance_rate": self.acceptance_rate, "mean_accepted_length": self.mean_accepted_length}
-        return dataclasses.asdict(self) | rates
+        rates = ("acceptance_rate", "mean_accepted_length", "computed_depth")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in rates}
 
 
 def exit_histogram(events: Iterable[TokenEvent], exits: Sequence[ExitPoint]) -> dict[str, int]:

@@ -171,6 +171,26 @@ def test_self_speculation_writes_what_the_full_model_does(generate):
     assert generate(**sampled)[1] == generate(**sampled)[1]
 
 
+def test_an_end_string_ends_where_transformers_ends(generate, model):
+    """Against `generate(stop_strings=...)`, with a string of the second prompt's own answer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    _, free = generate(mode="full")
+    string = "".join(token["text"] for token in free[1]["tokens"][3:6])
+    assert len(string) > 1
+    for mode in ("full", "self_speculative"):
+        _, lines = generate(mode=mode, threshold=0.0, max_waiting=3, end_strings=[string])
+        for prompt, line in zip(PROMPTS, lines, strict=True):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            expected = model.reference.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=0,
+                stop_strings=string, tokenizer=tokenizer,
+            )[0, ids.shape[1] :].tolist()  # fmt: skip
+            assert [token["id"] for token in line["tokens"]] == expected
+        assert lines[1]["finish_reason"] == "stop" and len(lines[1]["tokens"]) <= 6
+
+
 def test_static_depth_reads_from_one_exit(generate):
     printed, lines = generate(mode="static_depth", exits=["two-layer"])
     assert {token["exit"] for line in lines for token in line["tokens"]} == {"two-layer"}

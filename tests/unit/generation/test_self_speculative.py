@@ -287,6 +287,27 @@ def test_a_repetition_penalty_is_applied_to_draft_and_check_alike():
     assert theirs != [event.token for event in plain]
 
 
+@pytest.mark.parametrize("criterion", ["max_probability", "margin", "entropy"])
+def test_every_criterion_drafts(criterion):
+    """A threshold in the middle of the criterion's range; the output is the full model's."""
+    model, _, prompts, _ = agreeing_case(3)
+    requests = [Request(tuple(p), 15) for p in prompts]
+    policy = ExitPolicy(2.0 if criterion == "entropy" else 0.1, criterion=criterion)
+    events, _, session = decode(model, requests, policy)
+    full, _, _ = decode(model, requests, policy, "full")
+    tokens = [sorted((e.sequence, e.position, e.token) for e in own) for own in (events, full)]
+    assert tokens[0] == tokens[1] and session.stats(events).drafted > 0
+
+
+def test_scores_are_the_full_models():
+    model = TinyTransformer(ALL_KINDS, seed=1)
+    scores = [
+        EarlyExitEngine(model).score([[1, 2, 3, 4, 5]], 2, mode=mode, policy=ExitPolicy(0.0)).logprobs
+        for mode in ("self_speculative", "full", "early_exit")
+    ]
+    assert scores[0] == scores[1] != scores[2]
+
+
 def test_a_check_that_keeps_everything_is_noticed(monkeypatch):
     """The control: without the check the output is not the full model's."""
 
