@@ -27,6 +27,7 @@ class Request:
         min_new_tokens: before so many new tokens no exit gives a stop token any probability.
         ends: from the new tokens so far to whether they end the sequence, e.g. with a stop string. It must depend on
             nothing else: a drafted token may be asked about more than once, or be thrown away.
+        num_top: report this many most likely tokens beside each token, from 0.
         mode, policy: its own; None = the session's. A mode without a policy keeps the session's policy.
     """
 
@@ -36,6 +37,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     min_new_tokens: int = 0
     ends: Callable[[Sequence[int]], bool] | None = None
+    num_top: int = 0
     mode: str | None = None
     policy: ExitPolicy | None = None
 
