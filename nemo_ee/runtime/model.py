@@ -115,8 +115,8 @@ class RuntimeCache:
         self.slabs = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` positions of a sequence. Nothing to do: attention reads up to an item's own position,
-        and what lies behind is written before it is read again."""
+        """Keep the first `length` positions of a sequence. Nothing to do: attention reads up to an item's own
+        position, and what lies behind is written before it is read again."""
 
 
 class RuntimeModel:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What /metrics says, in Prometheus' text format.
 
-Rates are left to Prometheus: tokens per second of decoding = rate(nemo_ee_tokens_total) / rate(nemo_ee_busy_seconds_total).
+Rates are left to Prometheus: tokens per second of decoding =
+sum(rate(nemo_ee_tokens_total[1m])) / rate(nemo_ee_busy_seconds_total[1m]).
 
 May import: the standard library, prometheus_client, nemo_ee.generation.
 """

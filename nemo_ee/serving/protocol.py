@@ -232,7 +232,7 @@ def _messages(fields: _Fields) -> tuple[dict[str, str], ...]:
                      for part in content]  # fmt: skip
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if not isinstance(content, str):
-            fields.fault(where, f"{where}.content must be a text, or parts of type text; images and audio are not read")
+            fields.fault(where, f"{where}.content must be a text, or parts of type text; nothing else is read")
         messages.append({"role": "system" if role == "developer" else role, "content": content})
     return tuple(messages)
 
@@ -277,7 +277,7 @@ def _include_usage(fields: _Fields) -> bool:
     if options is None:
         return False
     if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
-        fields.fault("stream_options", f"stream_options = {shown(options)} must be an object like {{include_usage: true}}")
+        fields.fault("stream_options", f"stream_options = {shown(options)} must be {{include_usage: true | false}}")
         return False
     if fields.body.get("stream") is not True:
         fields.fault("stream_options", "stream_options is given without stream = true; leave it out")

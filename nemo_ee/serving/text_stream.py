@@ -16,7 +16,7 @@ from typing import NamedTuple
 from nemo_ee.evaluation.token_view import Detokenizer
 from nemo_ee.generation.stats import TokenEvent
 
-# A character has at most four bytes. Tokens that make none for longer than this are not text; they are shown as they are.
+# A character has at most four bytes. Tokens that make none for longer than this are not text and are shown as such.
 _LONGEST_WAIT = 8
 
 
