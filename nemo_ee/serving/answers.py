@@ -16,7 +16,6 @@ from typing import Any
 
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.stats import FINAL
-from nemo_ee.package_info import __version__
 from nemo_ee.serving.protocol import Call
 from nemo_ee.serving.text_stream import Piece
 
@@ -56,7 +55,7 @@ class Answers:
             "object": f"{kind}.chunk" if call.chat and call.stream else kind,
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": f"nemo_ee-{__version__}",
+            "system_fingerprint": "nemo_ee",
         }
 
     @property
