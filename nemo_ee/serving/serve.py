@@ -8,6 +8,7 @@ May import: torch, uvicorn, nemo_ee.runtime, nemo_ee.serving.
 from __future__ import annotations
 
 import logging
+import signal
 
 import torch
 import uvicorn
@@ -52,12 +53,15 @@ def make_server(settings: ServerSettings) -> Server:
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve; returns after a graceful end."""
+    """Serve; returns after a graceful end. Call it from the main thread: it takes over SIGINT and SIGTERM."""
     server = make_server(settings)
     http = settings.http
     model = server.model.model
     exits = ", ".join(f"{point.name} ({point.layer})" for point in model.exits) or "none"
     _LOG.info("serving %s: %d layers, exits %s", settings.name, model.num_layers, exits)
+    # After its own graceful end uvicorn hands the signal on; this process has then done what it was told to.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     uvicorn.run(
         server.app(),
         host=http.host,

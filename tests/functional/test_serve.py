@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+
+import openai
 
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
@@ -54,7 +56,9 @@ def client(url: str):
         yield own
 
 
-def directly(server, prompt: str, new_tokens: int, *, mode="early_exit", threshold=THRESHOLD, sampling=GREEDY, **policy):
+def directly(
+    server, prompt: str, new_tokens: int, *, mode="early_exit", threshold=THRESHOLD, sampling=GREEDY, **policy
+):
     """The engine's own answer to one prompt, alone."""
     ids = server.model.tokenizer(prompt)["input_ids"]
     return EarlyExitEngine(server.model.model).generate(
@@ -327,8 +331,8 @@ def test_metrics_and_health(url: str, client) -> None:
     assert tokens() == before + 5
     assert json.loads(fetch("/health")) == {"status": "ok"}
     text = fetch("/metrics")
-    for name in ("waiting_tokens", "acceptance_rate", "busy_seconds_total", "request_seconds_bucket", "queued_sequences",
-                 "first_token_seconds_bucket", "token_depth_layers_bucket"):  # fmt: skip
+    for name in ("waiting_tokens", "acceptance_rate", "busy_seconds_total", "request_seconds_bucket",
+                 "queued_sequences", "first_token_seconds_bucket", "token_depth_layers_bucket"):  # fmt: skip
         assert f"nemo_ee_{name}" in text
 
 

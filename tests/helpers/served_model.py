@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model to serve in tests, made without NeMo, and a server around it that runs in this process.
 
-The model is the reference model with `mlp` exits at layers 3, 6 and 9 as conversion makes them: the layer's own MLP, the
-final norm, the final output layer. Nothing is tuned, so low thresholds are needed for tokens to leave.
+The model is the reference model with `mlp` exits at layers 3, 6 and 9 as conversion makes them: the layer's own MLP,
+the final norm, the final output layer. Nothing is tuned, so low thresholds are needed for tokens to leave.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def write_exported_model(directory: Path) -> Path:
     return directory
 
 
-def serve_config(model: Path, **changes: Any) -> dict[str, Any]:
+def serve_config(path: Path, **changes: Any) -> dict[str, Any]:
     """conf/megatron_gpt_early_exit_serve.yaml as plain containers, with these changes."""
     config = yaml.safe_load((ROOT / "conf" / "megatron_gpt_early_exit_serve.yaml").read_text(encoding="utf-8"))
-    return {**config, "model": str(model), "name": "demo", "port": 0, "num_threads": 1, **changes}
+    return {**config, "model": str(path), "name": "demo", "port": 0, "num_threads": 1, **changes}
 
 
 @contextlib.contextmanager
