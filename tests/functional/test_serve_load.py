@@ -1,7 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""200 requests from 16 clients at once, streamed and not, some cancelled, some malformed: none is lost, and each answer
-is what the engine gives to that request alone. Also the script itself: it starts, refuses, and ends gracefully.
+"""200 requests from 16 clients at once, streamed and not, some cancelled, some malformed: none is lost, and each
+answer is what the engine gives to that request alone. Also the script itself: it starts, refuses, and ends gracefully.
 
 Tokens and exits are compared exactly; where two answers part, the decision must have hung on less than 1e-4 (batches
 round differently), and at most one answer in a hundred may do so.
@@ -37,7 +37,7 @@ from nemo_ee.serving.settings import ServerSettings
 from tests.helpers.served_model import ROOT, running, serve_config, write_exported_model
 
 NUM_REQUESTS, NUM_CLIENTS = 200, 16
-PROMPTS = ("def test_add(self):\n", "import os", "class A:\n    def __init__(self, x", "for i in range(", "x = [1, 2, ")
+PROMPTS = ("def test_add(self):\n", "import os", "class A:\n    def __init__(self, x", "for i in range(", "x = [1, ")
 MODES = ("early_exit", "early_exit", "self_speculative", "full", "static_depth")
 
 
@@ -169,7 +169,8 @@ def test_200_requests_from_16_clients(tmp_path: Path, capsys) -> None:
         while server.metrics.registry.get_sample_value("nemo_ee_running_sequences"):
             assert time.monotonic() < end, "a cancelled sequence still runs"
             time.sleep(0.01)
-    assert clients.outcomes.total() == NUM_REQUESTS and clients.outcomes["cancelled"] == clients.outcomes["refused"] == 20
+    assert clients.outcomes.total() == NUM_REQUESTS
+    assert clients.outcomes["cancelled"] == clients.outcomes["refused"] == 20
     assert clients.outcomes["close"] <= NUM_REQUESTS // 100
     value = server.metrics.registry.get_sample_value
     good = value("nemo_ee_requests_total", {"endpoint": "completions", "status": "200"})
