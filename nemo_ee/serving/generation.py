@@ -87,7 +87,7 @@ class Generation:
                 message = "the answer took longer than this server allows; ask for fewer tokens"
                 raise ApiError(504, message, code="timeout") from None
             if update.error is not None:
-                raise ApiError(503 if "stopping" in update.error else 500, update.error)
+                raise update.error
             if waited:
                 self._metrics.first_token.observe(time.monotonic() - self._started)
                 waited = False

@@ -6,7 +6,7 @@
 
 Sequences join and leave between steps; what one of them gets does not depend on the others (see `DecodingSession`).
 
-May import: the standard library, nemo_ee.generation, nemo_ee.serving.{metrics,text_stream}.
+May import: the standard library, nemo_ee.generation, nemo_ee.serving.{errors,metrics,text_stream}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
+from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.text_stream import Piece, TextStream
 
@@ -46,7 +47,7 @@ class Update:
 
     pieces: tuple[Piece, ...] = ()
     finish_reason: str | None = None
-    error: str | None = None
+    error: ApiError | None = None
 
 
 @dataclass(eq=False)
@@ -128,16 +129,19 @@ class Scheduler:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._take_in():
-            if not self._running:
-                continue
-            try:
-                self._step()
-            except Exception as error:  # the next request deserves a session that is whole
-                _LOG.exception("a decoding step failed")
-                self._fail(f"decoding failed: {error}")
-                self._session = self._start_session()
-        self._fail("the server is stopping")
+        try:
+            while self._take_in():
+                if not self._running:
+                    continue
+                try:
+                    self._step()
+                except Exception as error:  # the next request deserves a session that is whole
+                    _LOG.exception("a decoding step failed")
+                    self._fail(ApiError(500, f"decoding failed: {error}"))
+                    self._session = self._start_session()
+        finally:  # also when no new session could be made: nobody may wait for a thread that has ended
+            self._stopping = True
+            self._fail(ApiError(503, "the server is stopping; try again later"))
 
     def _take_in(self) -> bool:
         """Wait for work, drop what was cancelled, fill free slots. Returns False when it is time to stop."""
@@ -155,7 +159,7 @@ class Scheduler:
                 self._running[self._session.add(sequence.request)] = sequence
                 self._metrics.prompt_tokens.inc(len(sequence.request.prompt))
             except ValueError as fault:
-                sequence.deliver(Update(error=str(fault)))
+                sequence.deliver(Update(error=ApiError(400, str(fault))))
         self._metrics.running.set(len(self._running))
         return True
 
@@ -172,18 +176,21 @@ class Scheduler:
             # A check may bring several tokens; those behind a stop string are nobody's.
             if sequence is not None and sequence.text.finish_reason is None:
                 pieces.setdefault(event.sequence, []).extend(sequence.text.push(event))
+        news = []
         for index, own in pieces.items():
             sequence = self._running[index]
-            reason = sequence.text.finish_reason
-            if not sequence.cancelled and (own or reason):
-                sequence.deliver(Update(tuple(own), reason))
-            if reason is not None:
+            news.append((sequence, Update(tuple(own), sequence.text.finish_reason)))
+            if sequence.text.finish_reason is not None:
                 self._end(index)
+        # Counted before it is told, so that whoever has an answer finds it in the metrics.
         waiting = sum(self._session.waiting(index) for index in self._running)
         self._metrics.step(events, self._session.stats(()), waiting, time.perf_counter() - started)
         self._metrics.running.set(len(self._running))
+        for sequence, update in news:
+            if not sequence.cancelled and (update.pieces or update.finish_reason):
+                sequence.deliver(update)
 
-    def _fail(self, error: str) -> None:
+    def _fail(self, error: ApiError) -> None:
         """End everything with an error; when stopping, what waits too."""
         lost = list(self._running.values())
         self._running.clear()

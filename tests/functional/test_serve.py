@@ -25,7 +25,14 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.serving.serve import make_server
 from nemo_ee.serving.settings import ServerSettings
-from tests.helpers.served_model import CHAT_TEMPLATE, EXITS, running, serve_config, write_exported_model
+from tests.helpers.served_model import (
+    CHAT_TEMPLATE,
+    EXITS,
+    REFERENCE_MODEL,
+    running,
+    serve_config,
+    write_exported_model,
+)
 
 PROMPT = "def test_add(self):\n"
 THRESHOLD = 0.1
@@ -168,6 +175,7 @@ def test_chat_is_its_template_s_completion(client) -> None:
 
 def test_several_prompts_and_answers(client) -> None:
     """Two prompts with three answers each: six different ones, each what its seed gives again."""
+
     def ask(n: int, prompt):
         return client.completions.create(model="demo", prompt=prompt, max_tokens=8, n=n, seed=11, temperature=1.5)
 
@@ -366,6 +374,47 @@ def test_time_is_limited_and_running_answers_are_told_of_the_end(model_path: Pat
             with pytest.raises(openai.APIError, match="took longer"):
                 list(client.completions.create(**long, stream=True))
         assert post(url, GOOD)[0] == 200
+
+
+def test_a_model_without_exits_is_served_too() -> None:
+    settings = ServerSettings.from_config(serve_config(REFERENCE_MODEL))
+    with running(make_server(settings)) as url:
+        assert post(url, GOOD)[1]["usage"]["early_exit"]["tokens_per_exit"] == {"final": 2}
+        status, answer = post(url, {**GOOD, "early_exit": {"exits": ["layer3-mlp"]}})
+        assert status == 400 and "this model's exits are none" in answer["error"]["message"]
+
+
+def test_what_does_not_fit_the_model_is_refused_at_start(model_path: Path) -> None:
+    for changes, words in (
+        ({"max_length": 2000}, "more than the model's 1024 positions"),
+        ({"exits": ["layer4-mlp"]}, "does not have"),
+        ({"mode": "static_depth"}, "reads from one exit"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_server(ServerSettings.from_config(serve_config(model_path, **changes)))
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(model_path: Path, monkeypatch) -> None:
+    """A step fails, and so does the making of a new session: everyone is told, and /health says so."""
+    from nemo_ee.generation.session import DecodingSession
+
+    server = make_server(ServerSettings.from_config(serve_config(model_path, num_slots=1)))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(DecodingSession, "step", fail)
+    monkeypatch.setattr(server.scheduler, "_start_session", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with running(server) as url:
+        status, answer = post(url, {**GOOD, "n": 2})
+        assert status == 500 and "out of memory" in answer["error"]["message"]
+        assert post(url, GOOD)[0] == 503
+        with pytest.raises(Exception, match="503"):
+            import urllib.request
+
+            urllib.request.urlopen(f"{url}/health")
 
 
 def test_a_step_that_fails_ends_its_requests_and_nothing_else(model_path: Path, monkeypatch) -> None:
