@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
             import prometheus_client  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as missing:
-            raise ValueError(f"{missing.name} is not installed; pip install -e '.[serving]' in the repository") from missing
+            raise ValueError(f"{missing.name} is not installed; run pip install -e '.[serving]'") from missing
         from nemo_ee.serving.settings import ServerSettings
 
         settings = ServerSettings.from_config(OmegaConf.to_container(cfg, resolve=True))

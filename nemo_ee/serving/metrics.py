@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What /metrics says, in Prometheus' text format.
 
-Rates are left to Prometheus: tokens per second of decoding =
+Tokens per second over a time of one's own choice:
 sum(rate(nemo_ee_tokens_total[1m])) / rate(nemo_ee_busy_seconds_total[1m]).
 
 May import: the standard library, prometheus_client, nemo_ee.generation.
@@ -10,7 +10,8 @@ May import: the standard library, prometheus_client, nemo_ee.generation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,6 +19,7 @@ from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SPEED_SECONDS = 5
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
@@ -53,6 +55,12 @@ class Metrics:
         self._drafted = Gauge("nemo_ee_drafted_tokens", "Drafts checked in this session.", registry=registry)
         self._accepted = Gauge("nemo_ee_accepted_tokens", "Drafts that stayed in this session.", registry=registry)
         self._acceptance = Gauge("nemo_ee_acceptance_rate", "Share of drafts that stayed.", registry=registry)
+        self._speed = Gauge(
+            "nemo_ee_tokens_per_second",
+            f"Tokens of all sequences per second of decoding, over about its last {_SPEED_SECONDS} s.",
+            registry=registry,
+        )
+        self._recent = (0.0, 0.0)  # tokens and seconds, older ones counting ever less
         self._busy = Counter("nemo_ee_busy_seconds", "Time spent in decoding steps.", registry=registry)
         self.latency = Histogram(
             "nemo_ee_request_seconds",
@@ -67,15 +75,18 @@ class Metrics:
         for name in [*(point.name for point in exits), FINAL]:
             self._tokens.labels(name)  # shown with 0 from the start
 
-    def step(self, events: Iterable[TokenEvent], stats: DecodingStats, waiting: int, seconds: float) -> None:
+    def step(self, events: Sequence[TokenEvent], stats: DecodingStats, waiting: int, seconds: float) -> None:
         """A decoding step. Called by the model's thread only.
 
         Args:
             events: its tokens.
             stats: of the session so far.
             waiting: tokens that wait now.
-            seconds: it took.
+            seconds: it took, above 0.
         """
+        decay = math.exp(-seconds / _SPEED_SECONDS)
+        self._recent = (self._recent[0] * decay + len(events), self._recent[1] * decay + seconds)
+        self._speed.set(self._recent[0] / self._recent[1])
         for event in events:
             self._tokens.labels(FINAL if event.exit is None else event.exit).inc()
             self._depth.observe(event.layer)
