@@ -121,6 +121,7 @@ def linear_cross_entropy(
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     softened = teacher is not None and objective.temperature != 1.0
     buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
+    buffers += dtype is not torch.float32  # the products and their gradient in half precision beside the fp32 logits
     rows_of_sums = torch.zeros(len(_SUMS), dtype=torch.float32, device=mask.device)
     memory = None
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):

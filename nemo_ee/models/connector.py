@@ -106,6 +106,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         _refuse_changed_exits(stored, conf, restore_path)
         with NemoArchive(restore_path) as archive:
             complete = archive.has(BACKBONE)
+            if archive.has(LORA):
+                _refuse_other_rank(stored, conf, restore_path)
         backbone_path = Path(restore_path) if complete else _backbone_of(conf, restore_path)
         expected = stored.get("backbone_fingerprint")
         found = expected if complete else read_config(backbone_path).get("backbone_fingerprint")
@@ -261,6 +263,16 @@ def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> No
         raise ValueError(
             f"{path} holds other exits under these names; leave the settings out to keep an exit as it is, or give "
             "the exit another name to start a new one:\n  " + "\n  ".join(faults)
+        )
+
+
+def _refuse_other_rank(stored: DictConfig, conf: DictConfig, path: str) -> None:
+    """Stored low-rank updates of the backbone go on training only with the rank they have."""
+    kept, wanted = (OmegaConf.select(c, "early_exit.lora.rank") for c in (stored, conf))
+    if conf.early_exit.get("train") == "lora" and None not in (kept, wanted) and kept != wanted:
+        raise ValueError(
+            f"{path} holds low-rank updates of rank {kept} and model.early_exit.lora.rank={wanted} asks for another; "
+            f"set model.early_exit.lora.rank={kept}"
         )
 
 
