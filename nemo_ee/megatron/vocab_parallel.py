@@ -74,6 +74,12 @@ def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int =
         yield slice(start, min(start + size, num_tokens))
 
 
+def num_buffers(dtype: torch.dtype) -> int:
+    """fp32 buffers of a chunk's size that its logits take, and two of half that size where products are in half
+    precision: the products, and the gradient in their dtype."""
+    return 1 + (dtype is not torch.float32)
+
+
 def chunk_logits(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
