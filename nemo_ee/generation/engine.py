@@ -134,8 +134,8 @@ class EarlyExitEngine:
         Args:
             requests: may be empty where `num_slots` is given.
             mode, policy: of requests that do not say.
-            exits: names of the exits that later requests may use; None = those that these requests and the session's
-                mode and policy use.
+            exits: names of the exits that later requests may use, beside those of these requests; None = those of the
+                session's mode and policy.
             num_slots: most sequences at a time; None = as many as there are requests.
             max_length: most tokens of a sequence, prompt included; None = of these requests, or the model's positions
                 where there are none.
@@ -148,35 +148,36 @@ class EarlyExitEngine:
         for index, own in enumerate(requests):
             faults += request_faults(self.model, f"prompt {index}", own)
             courses.append(resolve(self.model, own, mode, policy, faults))
-        if not requests and num_slots is None:
-            faults.append("no prompts were given; give at least one, or num_slots for sequences to come")
-        if num_slots is not None and (not is_whole(num_slots) or num_slots < max(1, len(requests))):
-            faults.append(
-                f"num_slots = {num_slots!r} must be a whole number from 1 and not below the {len(requests)} requests"
-            )
+        if exits is None and (policy is not None or not requests):
+            courses.append(resolve(self.model, Request((), 1), mode, policy, faults))
+        faults += self._room_faults(requests, exits, num_slots)
         raise_all(faults)
         needed = max((len(own.prompt) + own.max_new_tokens for own in requests), default=1)
         if max_length is None:
             max_length = needed if requests else self.model.max_positions
-        known = [point.name for point in self.model.exits]
-        if not is_whole(max_length) or not needed <= max_length <= self.model.max_positions:
-            faults.append(
-                f"max_length = {max_length!r} must be at least what the requests need ({needed}) and at "
-                f"most the model's {self.model.max_positions} positions"
+        elif not is_whole(max_length) or not needed <= max_length <= self.model.max_positions:
+            raise ValueError(
+                f"max_length = {max_length!r} must be at least what the requests need ({needed}) and at most the "
+                f"model's {self.model.max_positions} positions"
             )
-        faults += [
-            f"exits names {name!r}, which the model does not have; its exits are {', '.join(known) or 'none'}"
-            for name in exits or ()
-            if name not in known
-        ]
-        if exits is None and not requests:
-            courses.append(resolve(self.model, Request((), 1), mode, policy, faults))
-        raise_all(faults)
         names = {name for course in courses for name in course.exit_names} | set(exits or ())
         session = DecodingSession(self.model, mode, policy, names, num_slots or len(requests), max_length)
         for own, course in zip(requests, courses, strict=False):
             session.admit(own, course)
         return session
+
+    def _room_faults(
+        self, requests: Sequence[Request], exits: Sequence[str] | None, num_slots: int | None
+    ) -> Iterator[str]:
+        if not requests and num_slots is None:
+            yield "no prompts were given; give at least one, or num_slots for sequences to come"
+        if num_slots is not None and (not is_whole(num_slots) or num_slots < max(1, len(requests))):
+            yield f"num_slots = {num_slots!r} must be a whole number from 1 and not below the {len(requests)} requests"
+        known = [point.name for point in self.model.exits]
+        for name in exits or ():
+            if name not in known:
+                its_own = ", ".join(known) or "none"
+                yield f"exits names {name!r}, which the model does not have; its exits are {its_own}"
 
     def score(
         self,
