@@ -332,5 +332,7 @@ def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list
 
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
     """ln p of a token in each row. `logits`: `[n, v]`."""
-    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    return (chosen - logits.logsumexp(dim=1)).tolist()
+    logprobs = logits.log_softmax(dim=1)
+    if len(tokens) == 1:
+        return [logprobs[0, tokens[0]].item()]
+    return logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
