@@ -278,7 +278,7 @@ class Descent:
         criteria = [self._courses[slot].criterion for slot in slots]
         if len(set(criteria)) == 1:
             return confidence(logits, criteria[0]).tolist()
-        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in set(criteria)}
+        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in dict.fromkeys(criteria)}
         return [by_criterion[criterion][row] for row, criterion in enumerate(criteria)]
 
     def _observe(
@@ -314,7 +314,8 @@ class Descent:
 
     def _read_ends(self, rows: Rows, items: Items, ended: Sequence[int], feeds: Mapping[int, Feed]) -> list[Reading]:
         """Read sequences that have reached their ends, each from its static exit or from the final one."""
-        ends = {self._courses[slot].end for slot in ended}
+        # Not a set: exits are asked in the same order on every rank, whatever its hash seed.
+        ends = list(dict.fromkeys(self._courses[slot].end for slot in ended))
         if len(ends) > 1:
             by_end = ([slot for slot in ended if self._courses[slot].end == end] for end in ends)
             return [one for slots in by_end for one in self._read_ends(rows, items, slots, feeds)]
