@@ -23,37 +23,42 @@ from nemo_ee.generation.descent import Descent, Feed, Reading
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import Course, ExitPolicy
 from nemo_ee.generation.request import Request, resolve
-from nemo_ee.generation.sampling import sample
+from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.speculation import Draft, check
 from nemo_ee.generation.stats import DecodingStats, TokenEvent, exit_histogram, mean_depth
 
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A sequence that has not ended. `tokens`: prompt and new ones; `drafts` follow them and wait to be checked."""
+    """A sequence that has not ended. `answer`: its new tokens; the last of them are the `drafts`, which wait to be
+    checked."""
 
     index: int
     slot: int
     request: Request
     course: Course
-    tokens: list[int]
+    answer: list[int] = dataclasses.field(default_factory=list)
     drafts: list[Draft] = dataclasses.field(default_factory=list)
     has_begun: bool = False
     must_check: bool = False  # a draft would end the sequence
 
     @property
     def length(self) -> int:
-        """Tokens, with the drafted ones."""
-        return len(self.tokens) + len(self.drafts)
+        """Tokens of prompt and answer, the drafted ones too."""
+        return len(self.request.prompt) + len(self.answer)
 
-    def finish_reason(self, tokens: Sequence[int]) -> str | None:
+    def previous(self) -> Sequence[int]:
+        """What its repetition penalty looks at; nothing without one, as it would be a copy of the whole text."""
+        return () if self.request.sampling.repetition_penalty == 1.0 else [*self.request.prompt, *self.answer]
+
+    def finish_reason(self) -> str | None:
         """Why a sequence of these tokens has ended; None = it has not."""
-        request, new = self.request, len(tokens) - len(self.request.prompt)
-        if tokens[-1] in request.stop_tokens:
+        request = self.request
+        if self.answer[-1] in request.stop_tokens:
             return "stop"
-        if request.ends is not None and request.ends(tokens[len(request.prompt) :]):
+        if request.ends is not None and request.ends(self.answer):
             return "stop"
-        return "length" if new >= request.max_new_tokens else None
+        return "length" if len(self.answer) >= request.max_new_tokens else None
 
 
 class DecodingSession:
@@ -154,7 +159,7 @@ class DecodingSession:
         self._num_added += 1
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
-        self._running[index] = _Sequence(index, slot, request, course, list(request.prompt))
+        self._running[index] = _Sequence(index, slot, request, course)
         return index
 
     def _needs_truncate(self, what: str) -> None:
@@ -207,30 +212,30 @@ class DecodingSession:
         """What a sequence sends down next."""
         course = sequence.course
         if not sequence.has_begun:
-            return Feed(0, sequence.tokens)
+            return Feed(0, sequence.request.prompt)
         position = sequence.length - 1
         if sequence.must_check:
             return Feed(position, (), read_all=True)
-        newest = sequence.drafts[-1].token if sequence.drafts else sequence.tokens[-1]
         cap = course.max_waiting
         may_leave = bool(course.exits) and (cap is None or self._descent.waiting(sequence.slot) < cap)
         if course.checks:
             request = sequence.request
             # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
             may_leave = may_leave and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
-        return Feed(position, (newest,), may_leave, read_all=course.checks)
+        return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
 
     def _check(
         self, sequence: _Sequence, reading: Reading, events: list[TokenEvent]
     ) -> list[tuple[_Sequence, Reading]]:
         """Keep the drafts that stand. Returns the reading of the token after them, if one is to be chosen."""
-        drafts, first = sequence.drafts, len(sequence.tokens)
+        drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
         rows = reading.logits[: len(drafts)]
         params = sequence.request.sampling
         sequence.drafts, sequence.must_check = [], False
+        del sequence.answer[-len(drafts) :]
         self._drafted += len(drafts)
         self._checks += 1
-        checked = list(check(rows, drafts, params, sequence.tokens))
+        checked = list(check(rows, drafts, params, first, sequence.previous()))
         logprobs = _logprobs(rows[: len(checked)], [token for token, _ in checked])
         all_stay = checked[-1][1]
         if not all_stay and reading.logits.shape[0] > len(checked):
@@ -252,13 +257,12 @@ class DecodingSession:
         certain: list[tuple[_Sequence, Reading]] = []
         for one in readings:
             (drafted if one[0].course.checks and one[1].exit is not None else certain).append(one)
-        for (sequence, reading), token in zip(drafted, _sample(drafted, "draft"), strict=True):
-            logits = None if sequence.request.sampling.greedy else reading.logits[0].clone()
-            sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], logits))
-            text = [*sequence.tokens, *(draft.token for draft in sequence.drafts)]
-            sequence.must_check = sequence.finish_reason(text) is not None
+        for (sequence, reading), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
+            sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], shaped))
+            sequence.answer.append(token)
+            sequence.must_check = sequence.finish_reason() is not None
         if certain:
-            tokens = _sample(certain, "token")
+            tokens = [choice.token for choice in _sample(certain, "token")]
             logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
             for (sequence, reading), token, logprob in zip(certain, tokens, _logprobs(logits, tokens), strict=True):
                 events.append(self._event(sequence, token, logprob, reading, 0, None))
@@ -268,14 +272,14 @@ class DecodingSession:
         self, sequence: _Sequence, token: int, logprob: float, reading: Reading, row: int, draft: Draft | None
     ) -> TokenEvent:
         """Record a token that is certain. `draft`: what it was before, if it was one."""
-        position = len(sequence.tokens)
+        position = sequence.length
         if math.isnan(logprob):
             source = "the final exit" if reading.exit is None else f"exit {reading.exit!r}"
             raise RuntimeError(
                 f"sequence {sequence.index}: the logits for position {position} from {source} are not numbers "
                 "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16"
             )
-        sequence.tokens.append(token)
+        sequence.answer.append(token)
         return TokenEvent(
             sequence=sequence.index,
             position=position,
@@ -284,7 +288,7 @@ class DecodingSession:
             layer=reading.layer if draft is None else draft.layer,
             confidence=reading.confidence[row] if draft is None else draft.confidence,
             logprob=logprob,
-            finish_reason=sequence.finish_reason(sequence.tokens),
+            finish_reason=sequence.finish_reason(),
         )
 
     @torch.inference_mode()
@@ -316,16 +320,16 @@ class DecodingSession:
         )
 
 
-def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list[int]:
+def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list[Choice]:
     """The next token of each, drafts included in what came before."""
     if not readings:
         return []
     logits = readings[0][1].logits if len(readings) == 1 else torch.cat([reading.logits for _, reading in readings])
-    return sample(
+    return choose(
         logits,
         [sequence.request.sampling for sequence, _ in readings],
         [sequence.length for sequence, _ in readings],
-        [[*sequence.tokens, *(draft.token for draft in sequence.drafts)] for sequence, _ in readings],
+        [sequence.previous() for sequence, _ in readings],
         purpose,
     )
 
