@@ -168,8 +168,8 @@ class Descent:
         self.cache.truncate(slot, length)
 
     def flush(self, leaving: Collection[int] = ()) -> None:
-        """Run everything that waits to full depth, but of the slots in `leaving`; afterwards the cache is that of a
-        full-depth run."""
+        """Run what waits, except in the slots of `leaving`, to full depth; the cache is then that of a full-depth
+        run."""
         slots = {slot for rows in self._waiting.values() for slot in rows} - set(leaving)
         if slots:
             self.step({slot: Feed(0, ()) for slot in sorted(slots)}, reading=False)

@@ -25,7 +25,7 @@ from nemo_ee.generation.policy import Course, ExitPolicy
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.speculation import Draft, check
-from nemo_ee.generation.stats import DecodingStats, TokenEvent, exit_histogram, mean_depth
+from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, exit_histogram, mean_depth
 
 
 @dataclasses.dataclass(eq=False)
@@ -178,21 +178,19 @@ class DecodingSession:
         self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
-    def step(self) -> tuple[TokenEvent, ...]:
+    def step(self) -> tuple[TokenEvent | Failure, ...]:
         """Send the newest token of every running sequence down the stack.
 
         Returns:
             The tokens that are certain after it, in the order of the sequences: one of each sequence; in mode
-            `self_speculative` none while a sequence only drafts, then all that its check left.
-
-        Raises:
-            RuntimeError: the model returned logits that are not numbers.
+            `self_speculative` none while a sequence only drafts, then all that its check left. A sequence whose
+            logits are not numbers, or whose `ends` raises, ends with a `Failure`; the others do not notice.
         """
         if not self._running:
             return ()
         by_slot = {own.slot: own for own in self._running.values()}
         readings = self._descent.step({slot: self._feed(by_slot[slot]) for slot in sorted(by_slot)})
-        events: list[TokenEvent] = []
+        events: list[TokenEvent | Failure] = []
         singles: list[tuple[_Sequence, Reading]] = []
         for reading in readings:
             sequence = by_slot[reading.slot]
@@ -225,7 +223,7 @@ class DecodingSession:
         return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
 
     def _check(
-        self, sequence: _Sequence, reading: Reading, events: list[TokenEvent]
+        self, sequence: _Sequence, reading: Reading, events: list[TokenEvent | Failure]
     ) -> list[tuple[_Sequence, Reading]]:
         """Keep the drafts that stand. Returns the reading of the token after them, if one is to be chosen."""
         drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
@@ -243,16 +241,18 @@ class DecodingSession:
             self._descent.truncate(sequence.slot, first - 1 + len(checked))
         for row, ((token, stays), draft) in enumerate(zip(checked, drafts, strict=False)):
             source = draft if stays else None
+            events += self._events(sequence, token, logprobs[row], reading, row, source)
+            if isinstance(events[-1], Failure):
+                return []
             self._accepted += stays
-            events.append(self._event(sequence, token, logprobs[row], reading, row, source))
         if not all_stay or reading.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
             return []
         newest = dataclasses.replace(reading, confidence=reading.confidence[-1:], logits=reading.logits[-1:])
         return [(sequence, newest)]
 
-    def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent]:
+    def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent | Failure]:
         """A token from each reading of one row; those of early exits that are to be checked become drafts."""
-        events: list[TokenEvent] = []
+        events: list[TokenEvent | Failure] = []
         drafted: list[tuple[_Sequence, Reading]] = []
         certain: list[tuple[_Sequence, Reading]] = []
         for one in readings:
@@ -260,27 +260,37 @@ class DecodingSession:
         for (sequence, reading), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
             sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], shaped))
             sequence.answer.append(token)
-            sequence.must_check = sequence.finish_reason() is not None
+            try:
+                sequence.must_check = sequence.finish_reason() is not None
+            except Exception:  # of the caller's `ends`: it counts if the draft stays, and is asked again then
+                sequence.must_check = True
         if certain:
             tokens = [choice.token for choice in _sample(certain, "token")]
             logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
             for (sequence, reading), token, logprob in zip(certain, tokens, _logprobs(logits, tokens), strict=True):
-                events.append(self._event(sequence, token, logprob, reading, 0, None))
+                events += self._events(sequence, token, logprob, reading, 0, None)
         return events
 
-    def _event(
+    def _events(
         self, sequence: _Sequence, token: int, logprob: float, reading: Reading, row: int, draft: Draft | None
-    ) -> TokenEvent:
+    ) -> list[TokenEvent | Failure]:
         """Record a token that is certain. `draft`: what it was before, if it was one."""
-        position = sequence.length
+        position, what = sequence.length, f"sequence {sequence.index}"
         if math.isnan(logprob):
             source = "the final exit" if reading.exit is None else f"exit {reading.exit!r}"
-            raise RuntimeError(
-                f"sequence {sequence.index}: the logits for position {position} from {source} are not numbers "
+            message = (
+                f"{what}: the logits for position {position} from {source} are not numbers "
                 "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16"
             )
+            return [Failure(sequence.index, position, message)]
         sequence.answer.append(token)
-        return TokenEvent(
+        finish_reason, failures = None, []
+        try:
+            finish_reason = sequence.finish_reason()
+        except Exception as error:  # of the caller's `ends`
+            message = f"{what}: its `ends` failed at position {position}: {type(error).__name__}: {error}"
+            failures = [Failure(sequence.index, position, message, error)]
+        event = TokenEvent(
             sequence=sequence.index,
             position=position,
             token=token,
@@ -288,12 +298,13 @@ class DecodingSession:
             layer=reading.layer if draft is None else draft.layer,
             confidence=reading.confidence[row] if draft is None else draft.confidence,
             logprob=logprob,
-            finish_reason=sequence.finish_reason(),
+            finish_reason=finish_reason,
         )
+        return [event, *failures]
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Run everything that waits, of ended sequences too, to full depth; but not what drafts still need checked.
+        """Run everything that waits, of ended sequences too, to full depth, except drafts still to be checked.
 
         Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
         """
@@ -304,8 +315,9 @@ class DecodingSession:
         slot = self._slots.get(sequence)
         return 0 if slot is None else self._descent.waiting(slot)
 
-    def stats(self, events: Sequence[TokenEvent]) -> DecodingStats:
-        """Sums over these events and over the work done so far."""
+    def stats(self, events: Sequence[TokenEvent | Failure]) -> DecodingStats:
+        """Sums over these events, failures left out, and over the work done so far."""
+        events = [event for event in events if isinstance(event, TokenEvent)]
         return DecodingStats(
             num_prompt_tokens=self._num_prompt_tokens,
             num_tokens=len(events),
