@@ -78,6 +78,8 @@ class Rows:
 
     def chunks(self) -> dict[int, Tensor]:
         """Each slot's hidden states, `[m, h]`."""
+        if len(self.positions) == 1:
+            return dict.fromkeys(self.positions, self.hidden)
         sizes = [len(own) for own in self.positions.values()]
         return dict(zip(self.positions, self.hidden.split(sizes), strict=True))
 
@@ -115,8 +117,9 @@ class Descent:
         self._courses: dict[int, Course] = {}
         self._thresholds: dict[int, dict[str, float]] = {}  # slot -> exit -> threshold
         self._held: dict[int, tuple[int, list[int]]] = {}
-        # stop -> slot -> its rows there, in the order of their positions
-        self._waiting: dict[int, dict[int, Rows]] = defaultdict(dict)
+        # stop -> slot -> its rows there, a part for each flight that left some, in the order of their positions
+        self._waiting: dict[int, dict[int, list[Rows]]] = defaultdict(dict)
+        self._num_waiting: dict[int, int] = defaultdict(int)
         self._stops: list[int] = []
         # stop -> exits there in the model's order, each with the threshold of every slot that asks it
         self._exits_at: dict[int, list[tuple[ExitPoint, dict[int, float]]]] = {}
@@ -133,6 +136,7 @@ class Descent:
         """
         for rows in self._waiting.values():
             rows.pop(slot, None)
+        self._num_waiting[slot] = 0
         self._courses[slot] = course
         # In fp32, as confidences are.
         numbers = torch.tensor([exit.threshold for exit in course.exits], dtype=torch.float32).tolist()
@@ -149,23 +153,23 @@ class Descent:
         for slot, thresholds in self._thresholds.items():
             for name, threshold in thresholds.items():
                 asked[name][slot] = threshold
-        self._exits_at = defaultdict(list)
+        self._exits_at = {}
         for point in self.model.exits:
             if point.name in asked:
-                self._exits_at[point.stop].append((point, asked[point.name]))
+                self._exits_at.setdefault(point.stop, []).append((point, asked[point.name]))
         self._stops = sorted(ends | set(self._exits_at))
 
     def waiting(self, slot: int) -> int:
         """How many tokens of the slot's sequence wait for deeper layers."""
-        return sum(len(rows[slot].positions[slot]) for rows in self._waiting.values() if slot in rows)
+        return self._num_waiting[slot]
 
     def truncate(self, slot: int, length: int) -> None:
         """Throw away what was computed for a sequence's positions from `length` on; none of them may wait."""
         self.cache.truncate(slot, length)
 
     def flush(self, leaving: Collection[int] = ()) -> None:
-        """Run everything that waits to full depth, but of the slots in `leaving`; afterwards the cache is that of a
-        full-depth run."""
+        """Run what waits, except in the slots of `leaving`, to full depth; the cache is then that of a full-depth
+        run."""
         slots = {slot for rows in self._waiting.values() for slot in rows} - set(leaving)
         if slots:
             self.step({slot: Feed(0, ()) for slot in sorted(slots)}, reading=False)
@@ -221,9 +225,9 @@ class Descent:
         }
         if not positions:
             return None
-        flat = torch.tensor([token for feed in feeds.values() for token in feed.tokens], dtype=torch.long)
-        items = self.items_of(positions)
-        return Rows(positions, self.model.embed(flat.to(self.device), items), items)
+        flat = [token for feed in feeds.values() for token in feed.tokens]
+        items, tokens = Items.with_tokens(positions, flat, self.device)
+        return Rows(positions, self.model.embed(tokens, items), items)
 
     def items_of(self, positions: Mapping[int, Sequence[int]]) -> Items:
         """Items on the model's device."""
@@ -234,7 +238,11 @@ class Descent:
         waiting = self._waiting.get(depth)
         if not waiting:
             return rows
-        parts = [waiting.pop(slot) for slot in sorted(waiting) if slot in slots]
+        parts = []
+        for slot in [own for own in waiting if own in slots]:
+            own_parts = waiting.pop(slot)
+            self._num_waiting[slot] -= sum(len(part.positions[slot]) for part in own_parts)
+            parts += own_parts
         if not parts:
             return rows
         return Rows.merge(parts if rows is None else [*parts, rows])
@@ -246,9 +254,11 @@ class Descent:
         a question, or by `observe_exit`, which comes first because a question may attend to it.
         """
         readings: list[Reading] = []
-        last_rows = rows.last_rows() if stop in self._exits_at else {}
+        if stop not in self._exits_at:
+            return readings
+        last_rows = rows.last_rows()
         undecided = [slot for slot in rows.positions if slot in asking]
-        for point, thresholds in self._exits_at.get(stop, ()):
+        for point, thresholds in self._exits_at[stop]:
             slots = [slot for slot in undecided if slot in thresholds]
             questions = [last_rows[slot] for slot in slots]
             self._observe(point.name, rows, items, thresholds, questions)
@@ -266,9 +276,9 @@ class Descent:
     def _confidence(self, logits: Tensor, slots: Sequence[int]) -> list[float]:
         """The confidence of each row by the criterion of its slot's course."""
         criteria = [self._courses[slot].criterion for slot in slots]
-        if all(criterion == criteria[0] for criterion in criteria):
+        if len(set(criteria)) == 1:
             return confidence(logits, criteria[0]).tolist()
-        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in set(criteria)}
+        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in dict.fromkeys(criteria)}
         return [by_criterion[criterion][row] for row, criterion in enumerate(criteria)]
 
     def _observe(
@@ -303,31 +313,32 @@ class Descent:
         return logits.masked_fill(held.to(logits.device), float("-inf"))
 
     def _read_ends(self, rows: Rows, items: Items, ended: Sequence[int], feeds: Mapping[int, Feed]) -> list[Reading]:
-        """Read sequences that have reached their ends: each from its static exit, or from the final one."""
-        readings: list[Reading] = []
+        """Read sequences that have reached their ends, each from its static exit or from the final one."""
+        # Not a set: exits are asked in the same order on every rank, whatever its hash seed.
+        ends = list(dict.fromkeys(self._courses[slot].end for slot in ended))
+        if len(ends) > 1:
+            by_end = ([slot for slot in ended if self._courses[slot].end == end] for end in ends)
+            return [one for slots in by_end for one in self._read_ends(rows, items, slots, feeds)]
+        (end,) = ends
         last_rows = rows.last_rows()
-        slots_of: dict[ExitPoint | None, list[int]] = defaultdict(list)
-        for slot in ended:
-            slots_of[self._courses[slot].end].append(slot)
-        for end, slots in slots_of.items():
-            counts = [len(rows.positions[slot]) if feeds[slot].read_all else 1 for slot in slots]
-            questions = [
-                row
-                for slot, count in zip(slots, counts, strict=True)
-                for row in range(last_rows[slot] + 1 - count, last_rows[slot] + 1)
-            ]
-            name = None if end is None else end.name
-            if name is not None:
-                self._observe(name, rows, items, slots, questions)
-            logits = self._read(name, rows.hidden, items, questions)
-            owners = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
-            certainty = self._confidence(logits, owners)
-            layer = self.model.num_layers if end is None else end.layer
-            first = 0
-            for slot, count in zip(slots, counts, strict=True):
-                own = slice(first, first + count)
-                readings.append(Reading(slot, name, layer, certainty[own], logits[own]))
-                first += count
+        counts = [len(rows.positions[slot]) if feeds[slot].read_all else 1 for slot in ended]
+        questions: list[int] = []
+        owners: list[int] = []
+        for slot, count in zip(ended, counts, strict=True):
+            questions += range(last_rows[slot] + 1 - count, last_rows[slot] + 1)
+            owners += [slot] * count
+        name, layer = (None, self.model.num_layers) if end is None else (end.name, end.layer)
+        if name is not None:
+            self._observe(name, rows, items, ended, questions)
+        logits = self._read(name, rows.hidden, items, questions)
+        certainty = self._confidence(logits, owners)
+        if len(ended) == 1:
+            return [Reading(ended[0], name, layer, certainty, logits)]
+        readings, first = [], 0
+        for slot, count in zip(ended, counts, strict=True):
+            own = slice(first, first + count)
+            readings.append(Reading(slot, name, layer, certainty[own], logits[own]))
+            first += count
         return readings
 
     def _leave(self, rows: Rows, stop: int, gone: Collection[int], ended: Collection[int]) -> Rows | None:
@@ -335,13 +346,14 @@ class Descent:
         go on."""
         staying = [slot for slot in rows.positions if slot not in gone and slot not in ended]
         keeping = gone if stop != self._bottom else ()
+        if not staying and not keeping:
+            return None
         chunks = rows.chunks() if len(rows.positions) > 1 else {}
         for slot in keeping:
             # A copy: a view would keep the whole batch's hidden states alive for as long as this one waits.
             own = rows.hidden if len(rows.positions) == 1 else chunks[slot].clone()
-            part = Rows({slot: rows.positions[slot]}, own)
-            earlier = self._waiting[stop].get(slot)
-            self._waiting[stop][slot] = part if earlier is None else Rows.merge([earlier, part])
+            self._waiting[stop].setdefault(slot, []).append(Rows({slot: rows.positions[slot]}, own))
+            self._num_waiting[slot] += len(rows.positions[slot])
         if not staying:
             return None
         hidden = torch.cat([chunks[slot] for slot in staying])

@@ -7,8 +7,9 @@
     static_depth       every token is read from one exit, and nothing below it ever runs
     full               every token is read from the final exit
 
-But in `static_depth` the prompt runs at full depth and the first new token comes from the final exit. Every sequence
-of a batch gets what it would get alone: decisions, random numbers and stops are its own.
+The prompt runs at full depth and the first new token comes from the final exit, except in `static_depth`, where both
+end at the one exit. Every sequence of a batch gets what it would get alone: decisions, random numbers and stops are
+its own.
 
 May import: `nemo_ee.exits` and `nemo_ee.generation`.
 """
@@ -25,7 +26,7 @@ from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.generation.stats import DecodingStats, TokenEvent
+from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, raise_failures
 
 __all__ = ["MODES", "EarlyExitEngine", "GenerationResult", "Request"]
 
@@ -80,19 +81,21 @@ class EarlyExitEngine:
             prompts: token ids of each sequence, ragged.
             max_new_tokens: for all, or one per prompt.
             mode: one of `MODES`.
-            policy: where tokens may leave; needed by every mode but `full`. `full` and `static_depth` ignore its
+            policy: where tokens may leave; needed by every mode except `full`. `full` and `static_depth` ignore its
                 thresholds, `static_depth` takes its one active exit.
             sampling: for all, or one per prompt.
             stop_tokens: ids that end a sequence.
 
         Raises:
             ValueError: with every fault of the call, before anything runs.
+            RuntimeError: with every sequence whose logits are not numbers, after all have ended.
         """
         requests = self._requests(prompts, max_new_tokens, sampling, stop_tokens)
         session = self.start(requests, mode=mode, policy=policy)
         events: list[TokenEvent] = []
         while not session.finished:
             events += session.step()
+        raise_failures(events)
         tokens: list[list[int]] = [[] for _ in requests]
         reasons = [""] * len(requests)
         for event in events:
@@ -117,7 +120,7 @@ class EarlyExitEngine:
     ) -> Iterator[TokenEvent]:
         """`generate`, token by token: an iterator over the events as they come. The call is checked at once."""
         session = self.start(self._requests(prompts, max_new_tokens, sampling, stop_tokens), mode=mode, policy=policy)
-        return (event for _ in iter(lambda: session.finished, True) for event in session.step())
+        return _events_of(session)
 
     def start(
         self,
@@ -134,8 +137,8 @@ class EarlyExitEngine:
         Args:
             requests: may be empty where `num_slots` is given.
             mode, policy: of requests that do not say.
-            exits: names of the exits that later requests may use; None = those that these requests and the session's
-                mode and policy use.
+            exits: names of the exits that later requests may use, beside those of these requests; None = those of the
+                session's mode and policy.
             num_slots: most sequences at a time; None = as many as there are requests.
             max_length: most tokens of a sequence, prompt included; None = of these requests, or the model's positions
                 where there are none.
@@ -148,35 +151,36 @@ class EarlyExitEngine:
         for index, own in enumerate(requests):
             faults += request_faults(self.model, f"prompt {index}", own)
             courses.append(resolve(self.model, own, mode, policy, faults))
-        if not requests and num_slots is None:
-            faults.append("no prompts were given; give at least one, or num_slots for sequences to come")
-        if num_slots is not None and (not is_whole(num_slots) or num_slots < max(1, len(requests))):
-            faults.append(
-                f"num_slots = {num_slots!r} must be a whole number from 1 and not below the {len(requests)} requests"
-            )
+        if exits is None and (policy is not None or not requests):
+            courses.append(resolve(self.model, Request((), 1), mode, policy, faults))
+        faults += self._room_faults(requests, exits, num_slots)
         raise_all(faults)
         needed = max((len(own.prompt) + own.max_new_tokens for own in requests), default=1)
         if max_length is None:
             max_length = needed if requests else self.model.max_positions
-        known = [point.name for point in self.model.exits]
-        if not is_whole(max_length) or not needed <= max_length <= self.model.max_positions:
-            faults.append(
-                f"max_length = {max_length!r} must be at least what the requests need ({needed}) and at "
-                f"most the model's {self.model.max_positions} positions"
+        elif not is_whole(max_length) or not needed <= max_length <= self.model.max_positions:
+            raise ValueError(
+                f"max_length = {max_length!r} must be at least what the requests need ({needed}) and at most the "
+                f"model's {self.model.max_positions} positions"
             )
-        faults += [
-            f"exits names {name!r}, which the model does not have; its exits are {', '.join(known) or 'none'}"
-            for name in exits or ()
-            if name not in known
-        ]
-        if exits is None and not requests:
-            courses.append(resolve(self.model, Request((), 1), mode, policy, faults))
-        raise_all(faults)
         names = {name for course in courses for name in course.exit_names} | set(exits or ())
         session = DecodingSession(self.model, mode, policy, names, num_slots or len(requests), max_length)
         for own, course in zip(requests, courses, strict=False):
             session.admit(own, course)
         return session
+
+    def _room_faults(
+        self, requests: Sequence[Request], exits: Sequence[str] | None, num_slots: int | None
+    ) -> Iterator[str]:
+        if not requests and num_slots is None:
+            yield "no prompts were given; give at least one, or num_slots for sequences to come"
+        if num_slots is not None and (not is_whole(num_slots) or num_slots < max(1, len(requests))):
+            yield f"num_slots = {num_slots!r} must be a whole number from 1 and not below the {len(requests)} requests"
+        known = [point.name for point in self.model.exits]
+        for name in exits or ():
+            if name not in known:
+                its_own = ", ".join(known) or "none"
+                yield f"exits names {name!r}, which the model does not have; its exits are {its_own}"
 
     def score(
         self,
@@ -188,7 +192,8 @@ class EarlyExitEngine:
     ) -> ScoreResult:
         """Score known text: each token after the context at the exit it would leave at.
 
-        The first scored token is read from the final exit, as the first generated one is (but in `static_depth`).
+        The first scored token is read from the final exit, as the first generated one is; in `static_depth` from the
+        one exit, as every token.
 
         Args:
             tokens: token ids of each sequence, ragged, context included.
@@ -237,3 +242,15 @@ class EarlyExitEngine:
             Request(tuple(prompt), length, own, stops)
             for prompt, length, own in zip(prompts, lengths, params, strict=True)
         ]
+
+
+def _events_of(session: DecodingSession) -> Iterator[TokenEvent]:
+    """The tokens of a session as they come; what failed is raised when the others have ended."""
+    failures: list[Failure] = []
+    while not session.finished:
+        for event in session.step():
+            if isinstance(event, Failure):
+                failures.append(event)
+            else:
+                yield event
+    raise_failures(failures)

@@ -13,7 +13,7 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
-from tests.helpers.stub_models import ScriptedModel, TinyTransformer, exit_points
+from tests.helpers.stub_models import ScriptedCache, ScriptedModel, TinyTransformer, exit_points
 from tests.unit.generation.test_against_reference import ALL_KINDS
 
 NAMES = tuple(exit.name for exit in ALL_KINDS)
@@ -190,3 +190,20 @@ def test_a_cache_without_truncate_can_do_what_does_not_need_it():
     session.step()
     with pytest.raises(ValueError, match="a slot that is used again needs a model whose cache can be truncated"):
         session.add(Request((1,), 1))
+
+
+@pytest.mark.parametrize("mode", ["early_exit", "self_speculative"])
+def test_a_cache_that_forgets_nothing_is_noticed(mode, monkeypatch):
+    """The control: a second sequence in a slot, and what follows a mismatch, would be computed twice."""
+    monkeypatch.setattr(ScriptedCache, "truncate", lambda self, sequence, length: None)
+
+    def script(name, token, position):
+        return (token + (name is None)) % 50, 0.9
+
+    engine = EarlyExitEngine(ScriptedModel(6, EXITS, script))
+    session = engine.start([Request((1, 2), 4)], mode=mode, policy=ExitPolicy(0.5, max_waiting=2))
+    with pytest.raises(AssertionError, match="computed twice"):
+        for _ in range(20):
+            if session.finished:
+                session.add(Request((1, 2), 4))
+            session.step()
