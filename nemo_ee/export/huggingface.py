@@ -40,6 +40,7 @@ from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
 from nemo_ee.export.huggingface_verify import FORMAT
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.remote_code import auto_map, remote_code
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
 from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, tensor_faults
 from nemo_ee.export.tensorrt_llm_layout import draft_model, full_model
@@ -252,7 +253,9 @@ def _write(
 def _write_config(folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype) -> None:
     values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
     if artefact.table is not None:
-        values["early_exit"] = {"exits": artefact.table}
+        values |= {"early_exit": {"exits": artefact.table}, "auto_map": auto_map()}
+        for name, text in remote_code(artefact.stock.family).items():
+            (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", values)
     generation = read_bundled(source.tokenizer, "generation_config.json")
     if generation is None:
