@@ -115,6 +115,9 @@ class RuntimeCache:
         # Zeros, because positions past a sequence's end are read, and masked, when sequences are attended to together.
         self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` positions of one sequence: nothing to do, a place is written before it is read."""
+
 
 class RuntimeModel:
     """A `DecodingModel` over loaded weights; made by `nemo_ee.runtime.loader.load_model`.
