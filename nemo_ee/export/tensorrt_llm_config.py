@@ -72,9 +72,7 @@ def checkpoint_config(
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
     if a.learned_positions:
-        config |= (
-            {"do_layer_norm_before": True} if name.startswith("OPT") else {"gpt_variant": "gpt2", "bias": a.bias}
-        )
+        config |= {"do_layer_norm_before": True} if name.startswith("OPT") else {"gpt_variant": "gpt2", "bias": a.bias}
     else:
         config |= {"rotary_base": a.rotary_base, "rotary_scaling": a.rotary_scaling}
         config |= {"attn_bias": a.qkv_bias, "mlp_bias": a.bias}

@@ -154,6 +154,7 @@ def test_an_exit_s_logits_in_transformers(name: str, made, tmp_path: Path) -> No
 
 # -- backbone and exits in one --------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_runtime_s_logits(name: str, made, tmp_path: Path) -> None:
     from nemo_ee.generation.items import Items
