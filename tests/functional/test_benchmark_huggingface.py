@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("nemo")
 
+from nemo_ee.runtime.loader import load_tokenizer
+from tests.functional.test_export_huggingface import export
 from tests.helpers.megatron_models import (
     REFERENCE_MODEL,
     ROOT,
@@ -23,9 +25,6 @@ from tests.helpers.megatron_models import (
     model_from_hugging_face,
     user_environment,
 )
-
-from nemo_ee.runtime.loader import load_tokenizer
-from tests.functional.test_export_huggingface import export
 
 EXIT = exit_entry(9, "mlp")
 
