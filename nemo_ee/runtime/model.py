@@ -26,6 +26,7 @@ from torch import LongTensor, Tensor
 
 from nemo_ee.generation.items import Items
 from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.linear import Linear
 from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
 
 
@@ -48,23 +49,6 @@ class NormWeights:
 
     weight: Tensor | None
     bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`weight`: `[in, out]`, contiguous along whichever axis is faster; `bias`: `[out]`."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """`[n, in]` -> `[n, out]`."""
-        return torch.mm(inputs, self.weight) if self.bias is None else torch.addmm(self.bias, inputs, self.weight)
-
-    def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        """`residual` + the product, in one operation but for the bias. `[n, out]`, `[n, in]` -> `[n, out]`."""
-        result = torch.addmm(residual, inputs, self.weight)
-        return result if self.bias is None else result.add_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -127,12 +111,12 @@ class RuntimeModel:
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
     """
 
-    def __init__(self, config: RuntimeConfig, weights: Weights) -> None:
+    def __init__(self, config: RuntimeConfig, weights: Weights, dtype: torch.dtype) -> None:
         self.config, self.weights = config, weights
         self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
         self.max_positions = config.max_positions
         self.exits = tuple(exit.point for exit in config.exits)
-        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.device, self.dtype = weights.embedding.device, dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None
         if config.rope is not None:
@@ -151,7 +135,7 @@ class RuntimeModel:
     @torch.inference_mode()
     def embed(self, tokens: LongTensor, items: Items) -> Tensor:
         """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
-        hidden, positions = F.embedding(tokens, self.weights.embedding), self.weights.positions
+        hidden, positions = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
         if positions is None:
             return hidden
         return hidden + F.embedding(items.position + self.config.position_offset, positions)
@@ -174,12 +158,8 @@ class RuntimeModel:
         layer = self.weights.heads[name].layer
         if layer is None:
             return
-        skipped = self.config.num_heads * self.config.head_dim
-        bias = None if layer.qkv.bias is None else layer.qkv.bias[skipped:]
-        heads = Linear(layer.qkv.weight[:, skipped:], bias)(self._norm(hidden, layer.norm))
-        rotation = self._rotation(items)
-        rotation = None if rotation is None else rotation[:, self.config.num_heads :]
-        self._write(self._turn(heads, rotation), items, cache.slabs[name])
+        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), self._rotation(items))
+        self._write(heads[:, self.config.num_heads :], items, cache.slabs[name])
 
     @torch.inference_mode()
     def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
