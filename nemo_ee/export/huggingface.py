@@ -39,10 +39,10 @@ from nemo_ee.export.huggingface_config import (
 from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
 from nemo_ee.export.huggingface_verify import FORMAT
 from nemo_ee.export.manifest import write_manifest
+from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
-from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, tensor_faults
-from nemo_ee.export.tensorrt_llm_layout import draft_model, full_model
+from nemo_ee.export.remote_code import auto_map, remote_code
+from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
         faults.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
     if faults:
         raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    faults = tensor_faults(source, [full, *artefacts])
+    faults = tensor_faults(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
     if faults:
         raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
     return artefacts
@@ -252,7 +252,9 @@ def _write(
 def _write_config(folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype) -> None:
     values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
     if artefact.table is not None:
-        values["early_exit"] = {"exits": artefact.table}
+        values |= {"early_exit": {"exits": artefact.table}, "auto_map": auto_map()}
+        for name, text in remote_code(artefact.stock.family).items():
+            (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", values)
     generation = read_bundled(source.tokenizer, "generation_config.json")
     if generation is None:

@@ -26,6 +26,7 @@ from torch import LongTensor, Tensor
 
 from nemo_ee.generation.items import Items
 from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.linear import Linear
 from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
 
 
@@ -48,23 +49,6 @@ class NormWeights:
 
     weight: Tensor | None
     bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`weight`: `[in, out]`, contiguous along whichever axis is faster; `bias`: `[out]`."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """`[n, in]` -> `[n, out]`."""
-        return torch.mm(inputs, self.weight) if self.bias is None else torch.addmm(self.bias, inputs, self.weight)
-
-    def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        """`residual` + the product, in one operation but for the bias. `[n, out]`, `[n, in]` -> `[n, out]`."""
-        result = torch.addmm(residual, inputs, self.weight)
-        return result if self.bias is None else result.add_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -112,11 +96,11 @@ class RuntimeCache:
     def __init__(
         self, slots: list[Hashable], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.slabs = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
+        # Zeros, because positions past a sequence's end are read, and masked, when sequences are attended to together.
+        self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` positions of a sequence. Nothing to do: attention reads up to an item's own
-        position, and what lies behind is written before it is read again."""
+        """Keep the first `length` positions of one sequence: nothing to do, a place is written before it is read."""
 
 
 class RuntimeModel:
@@ -127,12 +111,12 @@ class RuntimeModel:
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
     """
 
-    def __init__(self, config: RuntimeConfig, weights: Weights) -> None:
+    def __init__(self, config: RuntimeConfig, weights: Weights, dtype: torch.dtype) -> None:
         self.config, self.weights = config, weights
         self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
         self.max_positions = config.max_positions
         self.exits = tuple(exit.point for exit in config.exits)
-        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.device, self.dtype = weights.embedding.device, dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None
         if config.rope is not None:
@@ -151,7 +135,7 @@ class RuntimeModel:
     @torch.inference_mode()
     def embed(self, tokens: LongTensor, items: Items) -> Tensor:
         """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
-        hidden, positions = F.embedding(tokens, self.weights.embedding), self.weights.positions
+        hidden, positions = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
         if positions is None:
             return hidden
         return hidden + F.embedding(items.position + self.config.position_offset, positions)
@@ -174,12 +158,8 @@ class RuntimeModel:
         layer = self.weights.heads[name].layer
         if layer is None:
             return
-        skipped = self.config.num_heads * self.config.head_dim
-        bias = None if layer.qkv.bias is None else layer.qkv.bias[skipped:]
-        heads = Linear(layer.qkv.weight[:, skipped:], bias)(self._norm(hidden, layer.norm))
-        rotation = self._rotation(items)
-        rotation = None if rotation is None else rotation[:, self.config.num_heads :]
-        self._write(self._turn(heads, rotation), items, cache.slabs[name])
+        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), self._rotation(items))
+        self._write(heads[:, self.config.num_heads :], items, cache.slabs[name])
 
     @torch.inference_mode()
     def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
@@ -240,11 +220,27 @@ class RuntimeModel:
 
     def _attend(self, queries: Tensor, items: Items, slab: Tensor) -> Tensor:
         """`queries`: `[n, H, d]`; every item sees its sequence up to itself. Returns `[n, H d]`."""
+        groups = items.groups
+        first, last = groups[0].sequence, groups[-1].sequence
+        if len(groups) > 1 and len(groups) == len(items) == last + 1 - first:
+            return self._attend_each(queries, items, slab[first : last + 1])
         outputs = [
             self._attend_one(queries[first : last + 1], slab[sequence], positions, length)
-            for sequence, first, last, length, positions in items.groups
+            for sequence, first, last, length, positions in groups
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_each(self, queries: Tensor, items: Items, slab: Tensor) -> Tensor:
+        """One item of each of n neighbouring sequences. `slab`: `[n, 2K, max_length, d]`. Returns `[n, H d]`."""
+        count, num_kv = queries.shape[0], self.config.num_kv_heads
+        longest = max(group.length for group in items.groups)
+        # [n, 1, 1, longest]
+        mask = torch.arange(longest, device=queries.device) <= items.position[:, None, None, None]
+        # [n, H, d] -> [n, K, H/K, d]: the query heads of a key-value head are rows of one product.
+        rows = queries.reshape(count, num_kv, -1, self.config.head_dim)
+        keys, values = slab[:, :num_kv, :longest], slab[:, num_kv:, :longest]
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=self._scale)
+        return attended.reshape(count, -1)
 
     def _attend_one(self, queries: Tensor, slab: Tensor, positions: range | tuple[int, ...], length: int) -> Tensor:
         """One sequence. `queries`: `[m, H, d]`; `slab`: `[2K, max_length, d]`. Returns `[m, H d]`."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
+from nemo_ee.generation.stats import Failure, TokenEvent
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.text_stream import Piece, TextStream
@@ -171,23 +172,27 @@ class Scheduler:
         started = time.perf_counter()
         events = self._session.step()
         pieces: dict[int, list[Piece]] = {}
+        failed: dict[int, ApiError] = {}
         for event in events:
-            sequence = self._running.get(event.sequence)
+            own = pieces.setdefault(event.sequence, [])
+            if isinstance(event, Failure):
+                failed[event.sequence] = ApiError(500, f"decoding failed: {event.message}")
             # A check may bring several tokens; those behind a stop string are nobody's.
-            if sequence is not None and sequence.text.finish_reason is None:
-                pieces.setdefault(event.sequence, []).extend(sequence.text.push(event))
+            elif self._running[event.sequence].text.finish_reason is None:
+                own.extend(self._running[event.sequence].text.push(event))
         news = []
         for index, own in pieces.items():
             sequence = self._running[index]
-            news.append((sequence, Update(tuple(own), sequence.text.finish_reason)))
-            if sequence.text.finish_reason is not None:
+            news.append((sequence, Update(tuple(own), sequence.text.finish_reason, failed.get(index))))
+            if sequence.text.finish_reason is not None or index in failed:
                 self._end(index)
         # Counted before it is told, so that whoever has an answer finds it in the metrics.
         waiting = sum(self._session.waiting(index) for index in self._running)
-        self._metrics.step(events, self._session.stats(()), waiting, time.perf_counter() - started)
+        tokens = [event for event in events if isinstance(event, TokenEvent)]
+        self._metrics.step(tokens, self._session.stats(()), waiting, time.perf_counter() - started)
         self._metrics.running.set(len(self._running))
         for sequence, update in news:
-            if not sequence.cancelled and (update.pieces or update.finish_reason):
+            if not sequence.cancelled and (update.pieces or update.finish_reason or update.error):
                 sequence.deliver(update)
 
     def _fail(self, error: ApiError) -> None:

@@ -418,6 +418,32 @@ def test_a_thread_that_ends_leaves_nobody_waiting(model_path: Path, monkeypatch)
             urllib.request.urlopen(f"{url}/health")
 
 
+def test_a_sequence_that_fails_ends_alone(model_path: Path, monkeypatch) -> None:
+    """Logits of one prompt are made NaN: it gets an error, the one beside it what it gets alone."""
+    import torch
+
+    server = make_server(ServerSettings.from_config(serve_config(model_path)))
+    model, tokenizer = server.model.model, server.model.tokenizer
+    bad, good = tokenizer("import os")["input_ids"], tokenizer(PROMPT)["input_ids"]
+    alone = EarlyExitEngine(model).generate([good], max_new_tokens=20, mode="full").tokens[0]
+    real = model.embed
+
+    def poisoned(tokens, items):
+        hidden = real(tokens, items)
+        rows = torch.isin(items.sequence, items.sequence[tokens == bad[-1]])
+        return hidden.masked_fill(rows[:, None], torch.nan)
+
+    monkeypatch.setattr(model, "embed", poisoned)
+    with running(server) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        kind = {"model": "demo", "temperature": 0, "extra_body": {"early_exit": {"mode": "full"}}}
+        stream = client.completions.create(prompt=good, max_tokens=20, stream=True, **kind)
+        told = records(next(iter(stream)).choices[0])
+        with pytest.raises(openai.InternalServerError, match="not numbers"):
+            client.completions.create(prompt=bad, max_tokens=20, **kind)
+        told += [one for chunk in stream for one in records(chunk.choices[0])]
+    assert [one["id"] for one in told] == list(alone)
+
+
 def test_a_step_that_fails_ends_its_requests_and_nothing_else(model_path: Path, monkeypatch) -> None:
     from nemo_ee.generation.session import DecodingSession
 
