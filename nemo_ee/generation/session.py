@@ -175,6 +175,7 @@ class DecodingSession:
 
     def _release(self, sequence: _Sequence) -> None:
         del self._running[sequence.index]
+        self._descent.release(sequence.slot)
         self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
