@@ -26,13 +26,9 @@ class Request:
         stop_tokens: ids that end it; the one that does is its last token.
         min_new_tokens: before so many new tokens no exit gives a stop token any probability.
         ends: from the new tokens so far to whether they end the sequence, e.g. with a stop string. It must depend on
-<<<<<<< HEAD
-            nothing else: a drafted token may be asked about more than once, or be thrown away.
-        num_top: report this many most likely tokens beside each token, from 0.
-=======
             nothing else: a drafted token may be asked about more than once, or be thrown away. The list is the
             session's own and goes on growing: read it, keep a copy of what is to be kept.
->>>>>>> engine
+        num_top: report this many most likely tokens beside each token, from 0.
         mode, policy: its own; None = the session's. A mode without a policy keeps the session's policy.
     """
 

@@ -40,6 +40,7 @@ from nemo_ee.serving.settings import HttpSettings
 _LOG = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
 _BODY_SECONDS = 30  # a body that takes longer is not coming
+_UNREAD_SECONDS = 10  # that a client may lag behind at the end of a stream
 _CLIENT_GONE = 499  # nobody sees it; the word that proxies use for it
 
 
@@ -119,7 +120,7 @@ class Server:
         endpoint, started, status, streams = "chat" if chat else "completions", time.monotonic(), 500, False
         try:
             response = await self._answer(request, chat, started)
-            status, streams = response.status_code, isinstance(response, _TokenStream)
+            status, streams = response.status_code, isinstance(response, TokenStream)
         except ApiError as error:
             status = error.status
             raise
@@ -143,11 +144,13 @@ class Server:
         )  # fmt: skip
         generation = Generation(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
         if call.stream:
-            return _TokenStream(
+            return TokenStream(
                 self._stream(call, answers, generation),
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache"},
                 at_end=lambda: self._end_stream(call, answers, generation, started),
+                # The generation has its own, shorter limit and says so in the stream.
+                seconds=self.settings.request_timeout + _UNREAD_SECONDS,
             )
         try:
             return await self._whole(request, answers, generation)
@@ -227,16 +230,25 @@ class Server:
         self.metrics.latency.labels(endpoint).observe(time.monotonic() - started)
 
 
-class _TokenStream(StreamingResponse):
-    """A stream that says when it is over, also when nobody has read any of it."""
+class TokenStream(StreamingResponse):
+    """A stream that says when it is over, also when nobody reads it.
 
-    def __init__(self, *args: Any, at_end: Callable[[], None], **kwargs: Any) -> None:
+    Args:
+        at_end: called once, whatever happens.
+        seconds: it may take; a client that stops reading is cut off then.
+        args, kwargs: StreamingResponse's.
+    """
+
+    def __init__(self, *args: Any, at_end: Callable[[], None], seconds: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._at_end = at_end
+        self._at_end, self._seconds = at_end, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+        except asyncio.TimeoutError:
+            _LOG.info("a client did not read its answer in time and was cut off")
         finally:
             self._at_end()
 

@@ -418,6 +418,29 @@ def test_a_thread_that_ends_leaves_nobody_waiting(model_path: Path, monkeypatch)
             urllib.request.urlopen(f"{url}/health")
 
 
+def test_a_client_that_stops_reading_is_cut_off() -> None:
+    """A stream into a connection that takes nothing any more ends, and says that it has."""
+    import asyncio
+
+    from nemo_ee.serving.http_server import TokenStream
+
+    ended = []
+
+    async def tokens():
+        while True:
+            yield "x"
+
+    async def stuck(_message) -> None:
+        await asyncio.sleep(3600)
+
+    async def connected():
+        await asyncio.sleep(3600)
+
+    stream = TokenStream(tokens(), at_end=lambda: ended.append(True), seconds=0.05)
+    asyncio.run(asyncio.wait_for(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, connected, stuck), 10))
+    assert ended == [True]
+
+
 def test_a_sequence_that_fails_ends_alone(model_path: Path, monkeypatch) -> None:
     """Logits of one prompt are made NaN: it gets an error, the one beside it what it gets alone."""
     import torch
