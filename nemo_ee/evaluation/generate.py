@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.evaluation.end_strings import EndStrings
-from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.evaluation.token_view import Detokenizer, TokenText
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.checks import request_faults
@@ -75,7 +75,9 @@ class Generated:
             for token, event in zip(self.tokens, self.events, strict=True)
         ]
         line = {"prompt": self.prompt, "text": self.text, "finish_reason": self.finish_reason, "tokens": tokens}
-        return line if self.error is None else {**line, "error": self.error}
+        line |= {} if self.error is None else {"error": self.error}
+        assert line.keys() <= set(OUTPUT_KEYS), "a prompt's own keys must not be written over"
+        return line
 
 
 class TextGenerator:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from nemo_ee.generation.checks import is_whole, per_sequence, raise_all, request_faults, token_faults
 from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
+from nemo_ee.generation.policy import MODES, ExitPolicy, course_of, unknown_mode
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
@@ -151,8 +151,11 @@ class EarlyExitEngine:
         for index, own in enumerate(requests):
             faults += request_faults(self.model, f"prompt {index}", own)
             courses.append(resolve(self.model, own, mode, policy, faults))
-        if exits is None and (policy is not None or not requests):
-            courses.append(resolve(self.model, Request((), 1), mode, policy, faults))
+        if policy is not None or (exits is None and not requests):
+            course = resolve(self.model, Request((), 1), mode, policy, faults)
+            courses += [course] if exits is None else []
+        elif mode not in MODES:
+            faults.append(unknown_mode(mode))
         faults += self._room_faults(requests, exits, num_slots)
         raise_all(faults)
         needed = max((len(own.prompt) + own.max_new_tokens for own in requests), default=1)

@@ -47,7 +47,7 @@ def resolve(model: DecodingModel, request: Request, mode: str, policy: ExitPolic
     """The course of a request in a session of this mode and policy; what is wrong with it is appended to `faults`."""
     try:
         own_policy = policy if request.policy is None else request.policy
-        return course_of(request.mode or mode, own_policy, model.exits, model.num_layers)
+        return course_of(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
     except ValueError as error:
         faults.append(str(error))
         return Course()
