@@ -47,7 +47,7 @@ class EarlyExitCausalLM:
         Args:
             directory: `hf_early_exit/` of an export.
             config: given by transformers.
-            settings: `torch_dtype` or `dtype` (a dtype, its name, or "auto", the default: fp32 on the CPU, elsewhere as
+            settings: `torch_dtype` or `dtype` (a dtype, its name, or "auto", the default: fp32 on the CPU, else as
                 stored) and `device_map` or `device` (one device).
 
         Raises:

@@ -20,7 +20,7 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
-from nemo_ee.runtime.linear import HalfLinear, PlainLinear, packs_half_weights, make_linear
+from nemo_ee.runtime.linear import HalfLinear, PlainLinear, make_linear, packs_half_weights
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.runtime.rotary import inverse_frequencies, pairs_together
