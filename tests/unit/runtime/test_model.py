@@ -20,7 +20,7 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
-from nemo_ee.runtime.linear import HalfLinear, PlainLinear, _packs, make_linear
+from nemo_ee.runtime.linear import HalfLinear, PlainLinear, make_linear, packs_half_weights
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.runtime.rotary import inverse_frequencies, pairs_together
@@ -163,7 +163,7 @@ def test_weights_stored_in_half_precision_are_computed_in_fp32(name: str, dtype:
 
 def test_the_products_of_half_precision_weights() -> None:
     """Small, large and too large numbers; against fp64."""
-    if not _packs():
+    if not packs_half_weights():
         pytest.skip("this PyTorch has no fp16 products")
     generator = torch.Generator().manual_seed(1)
     inputs, bias = torch.randn(5, 64, generator=generator), torch.randn(48, generator=generator)
