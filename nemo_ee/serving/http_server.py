@@ -24,15 +24,16 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from nemo_ee.serving.answers import STREAM_END, Answers, server_sent
 from nemo_ee.serving.errors import ApiError
-from nemo_ee.serving.generation import Generation
 from nemo_ee.serving.guard import Guard
 from nemo_ee.serving.json_body import parse
 from nemo_ee.serving.metrics import CONTENT_TYPE, Metrics
 from nemo_ee.serving.protocol import Call, parse_call
+from nemo_ee.serving.request_in_flight import RequestInFlight
 from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import ServedModel
 from nemo_ee.serving.settings import HttpSettings
@@ -142,26 +143,26 @@ class Server:
             call, self.model.name, prepared.mode, prepared.num_prompt_tokens, model.exits, model.num_layers,
             self.model.decode,
         )  # fmt: skip
-        generation = Generation(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
+        in_flight = RequestInFlight(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
         if call.stream:
             return TokenStream(
-                self._stream(call, answers, generation),
+                self._stream(call, answers, in_flight),
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache"},
-                at_end=lambda: self._end_stream(call, answers, generation, started),
-                # The generation has its own, shorter limit and says so in the stream.
+                at_end=lambda: self._end_stream(call, answers, in_flight, started),
+                # The request has its own, shorter limit and says so in the stream.
                 seconds=self.settings.request_timeout + _UNREAD_SECONDS,
             )
         try:
-            return await self._whole(request, answers, generation)
+            return await self._whole(request, answers, in_flight)
         finally:
-            generation.cancel()
+            in_flight.cancel()
 
     async def _body(self, request: Request) -> bytes:
         """The body, counted as it comes.
 
         Raises:
-            ApiError: 413 it is larger than allowed, 408 it does not come.
+            ApiError: 413 it is larger than allowed, 408 it does not come, 499 nobody sends it any more.
         """
         limit = self.settings.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {limit} bytes; send less")
@@ -182,13 +183,15 @@ class Server:
             await asyncio.wait_for(read(), _BODY_SECONDS)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body did not come within {_BODY_SECONDS} s") from None
+        except ClientDisconnect:
+            raise ApiError(_CLIENT_GONE, "the client went away before its body was here") from None
         return b"".join(chunks)
 
-    async def _whole(self, request: Request, answers: Answers, generation: Generation) -> Response:
+    async def _whole(self, request: Request, answers: Answers, in_flight: RequestInFlight) -> Response:
         """Wait for all of it, or for the client to go away."""
 
         async def collect() -> None:
-            async for index, update in generation.updates():
+            async for index, update in in_flight.updates():
                 answers.add(index, update.pieces, update.finish_reason)
 
         async def gone() -> None:
@@ -207,12 +210,12 @@ class Server:
         collecting.result()
         return JSONResponse(answers.whole())
 
-    async def _stream(self, call: Call, answers: Answers, generation: Generation) -> AsyncIterator[str]:
+    async def _stream(self, call: Call, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
         """Events as the tokens come."""
         try:
             for chunk in answers.opening():
                 yield server_sent(chunk)
-            async for index, update in generation.updates():
+            async for index, update in in_flight.updates():
                 answers.add(index, update.pieces, update.finish_reason)
                 yield server_sent(answers.chunk(index, update.pieces))
             if call.include_usage:
@@ -221,9 +224,9 @@ class Server:
         except ApiError as error:  # the status is sent already: the stream says it
             yield server_sent(error.to_mapping())
 
-    def _end_stream(self, call: Call, answers: Answers, generation: Generation, started: float) -> None:
+    def _end_stream(self, call: Call, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
         """After the last chunk, or when the client has gone away."""
-        generation.cancel()
+        in_flight.cancel()
         if not answers.ended:
             self.metrics.cancelled.inc()
         endpoint = "chat" if call.chat else "completions"

@@ -323,6 +323,20 @@ def test_a_full_queue_says_429_and_a_client_that_leaves_frees_its_slots(url: str
     assert post(url, GOOD)[0] == 200
 
 
+def test_a_client_that_leaves_while_it_sends(url: str, server) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    kind = {"endpoint": "completions", "status": "499"}
+    before = server.metrics.registry.get_sample_value("nemo_ee_requests_total", kind) or 0
+    with socket.create_connection((host, int(port))) as own:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        own.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
+        time.sleep(0.1)
+    end = time.monotonic() + 10
+    while (server.metrics.registry.get_sample_value("nemo_ee_requests_total", kind) or 0) == before:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_metrics_and_health(url: str, client) -> None:
     import urllib.request
 

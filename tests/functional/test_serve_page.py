@@ -3,7 +3,8 @@
 """The page in a real, headless Chromium, driven over its debugging pipe: what a person sees after pressing Run.
 
 The text on the page is compared with the server's own answer; a page of hostile text shows that none of it is markup.
-`NEMO_EE_SCREENSHOTS=<folder>` keeps pictures of wide, dark and narrow windows.
+`NEMO_EE_SCREENSHOTS=<folder>` keeps pictures of wide, dark and narrow windows, `NEMO_EE_SERVED_MODEL=<directory>` serves a
+tuned model instead of the untuned one.
 """
 
 from __future__ import annotations
@@ -114,11 +115,19 @@ class Browser:
         os.close(self._write)
 
 
+TUNED_MODEL = os.environ.get("NEMO_EE_SERVED_MODEL")  # makes better pictures
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory):
-    path = os.environ.get("NEMO_EE_SERVED_MODEL")  # a tuned one makes better pictures
-    model = Path(path) if path else write_exported_model(tmp_path_factory.mktemp("served") / "hf_early_exit")
-    threshold = 0.6 if path else 0.1
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if TUNED_MODEL:
+        return Path(TUNED_MODEL)
+    return write_exported_model(tmp_path_factory.mktemp("served") / "hf_early_exit")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path):
+    threshold = 0.6 if TUNED_MODEL else 0.1
     return make_server(ServerSettings.from_config(serve_config(model, name="reference-model", threshold=threshold)))
 
 
@@ -215,6 +224,22 @@ def test_modes_errors_and_stop(url: str, server, browser: Browser) -> None:
     while value("nemo_ee_running_sequences"):
         assert time.monotonic() < end, "stopped on the page, but it still runs"
         time.sleep(0.02)
+
+
+def test_a_key_is_asked_for(model: Path, browser: Browser, monkeypatch) -> None:
+    key = "a-key-of-sixteen-characters"
+    monkeypatch.setenv("NEMO_EE_API_KEYS", key)
+    guarded = make_server(ServerSettings.from_config(serve_config(model)))
+    with running(guarded) as url:
+        browser.call("Page.navigate", url=url)
+        browser.until("document.getElementById('card')?.textContent.includes('asks for an API key')")
+        browser.run("document.getElementById('key').focus()")
+        browser.call("Input.insertText", text=key)
+        browser.run("document.getElementById('key').blur()")
+        browser.until(IDLE)
+        browser.run("document.getElementById('tokens').value = 2")
+        browser.run("document.getElementById('run').click()")
+        browser.until(f"{TOKENS}.length == 2 && {IDLE}")
 
 
 def test_text_of_a_model_is_never_markup(url: str, server, browser: Browser, monkeypatch) -> None:

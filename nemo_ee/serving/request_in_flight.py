@@ -19,7 +19,7 @@ from nemo_ee.serving.served_model import Prepared, ServedModel
 from nemo_ee.serving.text_stream import TextStream
 
 
-class Generation:
+class RequestInFlight:
     """The sequences of one request, queued when this is made; whoever makes it calls `cancel` in the end.
 
     Made and used in the event loop.
