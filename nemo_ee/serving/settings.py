@@ -158,6 +158,8 @@ def _path(config: Mapping[str, Any], faults: list[str]) -> Path:
             f"model={path} is a NeMo checkpoint, which is not served as it is; run scripts/export/"
             f"export_huggingface.py checkpoint={path} output=export and give export/hf_early_exit"
         )
+    elif (path / "hf_early_exit").is_dir():
+        faults.append(f"model={path} is a whole export; give {path / 'hf_early_exit'}")
     elif not path.is_dir():
         faults.append(f"model={path} is not a directory; give hf_early_exit/ of an export")
     return path

@@ -3,8 +3,8 @@
 """The page in a real, headless Chromium, driven over its debugging pipe: what a person sees after pressing Run.
 
 The text on the page is compared with the server's own answer; a page of hostile text shows that none of it is markup.
-`NEMO_EE_SCREENSHOTS=<folder>` keeps pictures of wide, dark and narrow windows, `NEMO_EE_SERVED_MODEL=<directory>` serves a
-tuned model instead of the untuned one.
+`NEMO_EE_SCREENSHOTS=<folder>` keeps pictures of wide, dark and narrow windows, `NEMO_EE_SERVED_MODEL=<directory>`
+serves a tuned model instead of the untuned one.
 """
 
 from __future__ import annotations

@@ -74,6 +74,12 @@ def test_what_cannot_be_is_refused(changes: dict, words: str, tmp_path: Path) ->
     assert words in str(caught.value)
 
 
+def test_a_whole_export_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "hf_early_exit").mkdir()
+    with pytest.raises(ValueError, match="is a whole export; give .*hf_early_exit"):
+        ServerSettings.from_config(serve_config(tmp_path))
+
+
 def test_all_faults_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         ServerSettings.from_config(serve_config(tmp_path, port=-1, mode="x", host="0.0.0.0"))
