@@ -147,7 +147,14 @@ def make_prompts(
     return CalibrationPrompts(
         ids=tuple(ids for ids, _ in found),
         answers=tuple(answer for _, answer in found),
-        facts={**facts, "num_prompts": len(found), "cut": cut, "seed": seed, "documents_too_short": short},
+        facts={
+            **facts,
+            "num_prompts": len(found),
+            "cut": cut,
+            "independent": not documents or prompts_per_document == 1,
+            "seed": seed,
+            "documents_too_short": short,
+        },
     )
 
 

@@ -96,6 +96,8 @@ def summary(report: Mapping[str, Any]) -> str:
             f"{promise}, tested on {report['num_tested']} prompts",
             f"mean depth {one['mean_depth']:.2f} of {report['num_layers']} layers",
         ]
+    if not report["certificate"]["data"]["independent"]:
+        lines.append("prompts of one document are not independent: the true confidence is lower than the stated one")
     free = report["free_running"]
     if free is not None:
         lines.append(

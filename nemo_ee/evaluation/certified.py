@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_certificate
+from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive, open_nemo
@@ -115,10 +115,30 @@ def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
             f"tokens_to_generate={asked.tokens_to_generate}, certified for continuations of at most "
             f"{certified.tokens_to_generate} tokens"
         )
-    for key in dict.fromkeys([*certified.sampling, *asked.sampling]):
-        ours, theirs = asked.sampling.get(key), certified.sampling.get(key)
-        if ours != theirs:
-            yield f"{key}={ours}, certified {key}={theirs}"
+    ours, theirs = asked.sampling, certified.sampling
+    # Greedy settings say nothing about the shape of a distribution.
+    for key in ("greedy", *(key for key in ours if key in theirs and key != "greedy")):
+        if ours.get(key) != theirs.get(key):
+            yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
+
+
+def valid_certificates(path: str | Path) -> list[Certificate]:
+    """The certificates of a `.nemo` that are about its present weights and tokenizer; others are warned of.
+
+    Raises:
+        ValueError: the file or a certificate is damaged.
+    """
+    with NemoArchive(path) as archive:
+        found = read_certificates(archive)
+    identity = identify(path) if found else None
+    valid = []
+    for certificate in found.values():
+        faults = list(model_faults(certificate, identity))
+        if faults:
+            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(faults))
+        else:
+            valid.append(certificate)
+    return valid
 
 
 def with_certificate(config: Mapping[str, Any]) -> dict[str, Any]:
