@@ -159,6 +159,9 @@ def with_certificate(config: Mapping[str, Any]) -> dict[str, Any]:
     certificate = find_certificate(path, wanted)
     faults = list(model_faults(certificate, identify(path)))
     outside = list(setting_faults(certificate, setting_of(config)))
+    for key, certified in (("min_tokens_to_generate", 0), ("end_strings", [])):
+        if config[key] != certified:
+            outside.append(f"{key}={config[key]}, certified {key}={certified}")
     if outside and not config["allow_other_setting"]:
         way_out = "change it, or set allow_other_setting=True to run without the guarantee"
         faults += [f"{one}; {way_out}" for one in outside]

@@ -151,7 +151,7 @@ def no_weights(monkeypatch):
 def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, caplog):
     other = {
         "model.restore_from_path": str(certified.path), "certificate": "default", "tokens_to_generate": 7,
-        "greedy": False, "trainer.precision": "bf16",
+        "greedy": False, "trainer.precision": "bf16", "end_strings": ["x"],
     }  # fmt: skip
     with pytest.raises(ValueError) as caught:
         generate(**other)
@@ -161,6 +161,7 @@ def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, 
         "tokens_to_generate=7, certified for continuations of at most 6",
         "greedy=False, certified greedy=True",
         "precision=bf16, certified precision=32",
+        "end_strings=['x'], certified end_strings=[]",
     ):
         assert part in message
     with pytest.raises(AssertionError, match="weights are loaded"):
@@ -272,6 +273,25 @@ def test_an_exits_only_file_is_calibrated_in_place(start, certified, tmp_path):
     assert certificate.setting.sampling["temperature"] == 0.7 and report["free_running"] is None
     with NemoArchive(before) as old, NemoArchive(own) as new:
         assert new.members().keys() - old.members().keys() == {"certificates/mine.json"}
+
+
+def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog):
+    import yaml
+
+    from nemo_ee.checkpoint.nemo_archive import NemoArchive
+    from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
+
+    with NemoArchive(certified.path) as archive:
+        archive.extract(tmp_path / "other")
+    config = tmp_path / "other" / "model_config.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"backbone_fingerprint": "0" * 64}))
+    listed = []
+    for name, checkpoint in (("own", certified.path), ("changed", tmp_path / "other")):
+        output = tmp_path / name
+        export_checkpoint(ExportSettings(checkpoint=checkpoint, output=output, drafts=(), progress=False))
+        listed.append(json.loads((output / "manifest.json").read_text())["certificates"])
+    assert listed == [[certified.report["certificate"]], []]
+    assert "is void: the backbone is another" in caplog.text
 
 
 def test_the_task_risk_decodes_and_stops_at_the_first_failure(start, tmp_path):
