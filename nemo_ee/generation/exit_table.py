@@ -7,7 +7,7 @@ full-depth run. So at a position of a known text an exit's distribution does not
 and one full-depth pass that asks every exit at every position holds all that any policy would see there. Only the cap
 on waiting tokens looks back; it is replayed.
 
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{descent,items,sampling}`.
+May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{descent,items,sampling,scoring}`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from nemo_ee.exits.confidence import confidence, leaves
 from nemo_ee.generation.descent import pick_rows
 from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
-
-# Rows of logits asked for at a time: at most this many numbers, 64 MiB in fp32.
-LOGITS_PER_QUESTION = 2**24
+from nemo_ee.generation.scoring import LOGITS_PER_QUESTION
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
