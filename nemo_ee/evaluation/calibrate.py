@@ -38,7 +38,7 @@ from nemo_ee.evaluation.calibration_data import CalibrationPrompts, make_prompts
 from nemo_ee.evaluation.calibration_report import draw_calibration
 from nemo_ee.evaluation.calibration_request import CalibrationRequest
 from nemo_ee.evaluation.certified import identify
-from nemo_ee.evaluation.generate import decode, prompt_ids
+from nemo_ee.evaluation.generate import decode, prompt_ids, stored_tokenizer
 from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.confidence import NEVER_LEAVES
 from nemo_ee.exits.config import EarlyExitConfig
@@ -70,7 +70,8 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
         What calibration.json holds.
 
     Raises:
-        ValueError: every fault that the file's config shows before weights are loaded; faults of the prompts after.
+        ValueError: every fault that the file's config shows, and those of the prompts, before weights are loaded (of
+            prompts after that where the file's tokenizer is no Hugging Face one).
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
@@ -78,6 +79,8 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
     positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
     _check_model(request, stored, positions)
+    tokenizer = stored_tokenizer(request.path, stored)
+    prompts = None if tokenizer is None else _prompts(request, tokenizer, positions)  # faults before weights are read
     identity = identify(request.path)
     trainer = single_run_trainer(cfg)
     model = MegatronEarlyExitGPTModel.restore_from(
@@ -88,7 +91,7 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     )
     if request.setting.precision == "bf16":
         model.model.bfloat16()
-    prompts = _prompts(request, model.tokenizer, positions)
+    prompts = prompts or _prompts(request, model.tokenizer, positions)
     calibrator = Calibrator(MegatronDecodingModel(model.model), model.tokenizer, request, prompts)
     report = calibrator.run()
     certificate = _certificate(request, report, identity, prompts)

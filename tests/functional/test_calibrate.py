@@ -322,5 +322,7 @@ def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):
         calibrate(**settings(start, tmp_path, epsilon=1.5, risk="loss"))
     with pytest.raises(ValueError, match=r"'one-mpl', which the model does not have \(did you mean one-mlp\?\)"):
         calibrate(**settings(start, tmp_path, exits=["one-mpl"]))
+    with pytest.raises(ValueError, match="num_prompts=70, but the data gives 60 prompts"):
+        calibrate(**settings(start, tmp_path, num_prompts=70))
     with pytest.raises(ValueError, match=r'risk=task needs an "answer" in every line'):
         calibrate(**settings(start, tmp_path, risk="task", data=str(start.documents)))
