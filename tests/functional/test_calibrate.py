@@ -137,6 +137,16 @@ def test_generation_under_a_certificate_is_generation_with_its_thresholds(start,
     assert any(token["exit"] != "final" for line in lines for token in line["tokens"])
 
 
+def test_where_nothing_is_safe_enough_the_certificate_says_full_depth(start, tmp_path):
+    calibrate(**settings(start, tmp_path, grid=[0.0], epsilon=0.1, num_prompts=30))
+    report = report_of(tmp_path)
+    assert not any(one["chosen"] for one in report["policies"]) and report["free_running"] is None
+    assert report["certificate"]["thresholds"] == {} and report["certificate"]["guarantee"]["mean_depth"] == 3
+    output, path = tmp_path / "a.jsonl", str(tmp_path / "certified.nemo")
+    generate(**{"model.restore_from_path": path, "tokens_to_generate": 6, "certificate": True, "output": str(output)})
+    assert {token["exit"] for token in json.loads(output.read_text())["tokens"]} == {"final"}
+
+
 @pytest.fixture
 def no_weights(monkeypatch):
     """Restoring a model fails the test: the fault must be seen before."""
