@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> None:
         from nemo_ee.evaluation.generate import open_generator
 
         generator = open_generator(cfg, request)
+        generator.check(request.prompts)  # once more with the loaded tokenizer, all before the first answer
         if is_global_rank_zero():
             show(generator, request)
         else:

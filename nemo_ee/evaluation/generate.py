@@ -195,8 +195,8 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
         request: made from the same config.
 
     Raises:
-        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded;
-            those that only the loaded tokenizer and model show, before anything is generated.
+        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
+            `TextGenerator.check` has those that only the loaded tokenizer shows.
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
@@ -212,9 +212,7 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     )
     if str(cfg.trainer.precision).startswith("bf16"):
         model.model.bfloat16()
-    generator = TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
-    generator.check(request.prompts)
-    return generator
+    return TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
 
 
 def check_request(request: GenerationRequest, stored: DictConfig) -> None:
