@@ -195,8 +195,8 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
         request: made from the same config.
 
     Raises:
-        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded;
-            those that only the loaded tokenizer and model show, before anything is generated.
+        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
+            `TextGenerator.check` has those that only the loaded tokenizer shows.
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
@@ -212,9 +212,7 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     )
     if str(cfg.trainer.precision).startswith("bf16"):
         model.model.bfloat16()
-    generator = TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
-    generator.check(request.prompts)
-    return generator
+    return TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
 
 
 def check_request(request: GenerationRequest, stored: DictConfig) -> None:
@@ -238,7 +236,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
                 course_of(request.mode, request.policy, points, stored.num_layers)
             except ValueError as fault:
                 faults.append(str(fault))
-    tokenizer = _stored_tokenizer(request.path, stored)
+    tokenizer = stored_tokenizer(request.path, stored)
     if tokenizer is not None:
         positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
         faults += _prompt_faults(request, request.prompts, tokenizer, positions)
@@ -271,7 +269,7 @@ def _prompt_faults(
             )
 
 
-def _stored_tokenizer(path: Path, stored: DictConfig) -> Any:
+def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
     """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before restoring,
     then the prompts are checked after it."""
     if stored.tokenizer.library != "huggingface":

@@ -162,6 +162,17 @@ def choose(
     ]
 
 
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    previous: Sequence[Sequence[int]],
+    purpose: str = "token",
+) -> list[int]:
+    """The tokens of `choose` alone."""
+    return [choice.token for choice in choose(logits, params, positions, previous, purpose)]
+
+
 def _choose_one(
     logits: Tensor, params: SamplingParams, position: int, previous: Sequence[int], purpose: str
 ) -> Choice:

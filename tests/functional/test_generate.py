@@ -381,7 +381,7 @@ def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(c
     """Without a stored tokenizer: both faults, with the prompts' own numbers, before anything is generated."""
     from nemo_ee.evaluation import generate as module
 
-    monkeypatch.setattr(module, "_stored_tokenizer", lambda path, stored: None)
+    monkeypatch.setattr(module, "stored_tokenizer", lambda path, stored: None)
     with pytest.raises(ValueError) as caught:
         generate(prompts=["x", "", "y", "z " * 40], colour=colour)
     assert "prompt 1 ('') has no tokens" in str(caught.value) and "prompt 3: " in str(caught.value)

@@ -9,14 +9,10 @@ import math
 import pytest
 import torch
 
-from nemo_ee.generation.sampling import GREEDY, SamplingParams, choose, distribution, draw, uniform
+from nemo_ee.generation.sampling import GREEDY, SamplingParams, choose, distribution, draw, sample, uniform
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
 PREVIOUS = [[1, 2, 3], [], [39, 39], [5], [0, 7]]
-
-
-def sample(*call):
-    return [choice.token for choice in choose(*call)]
 
 
 @pytest.mark.parametrize(
