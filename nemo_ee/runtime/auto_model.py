@@ -121,6 +121,7 @@ class EarlyExitCausalLM:
         Raises:
             ValueError: every fault of the call.
         """
+        others.pop("token_type_ids", None)  # some tokenizers give them unasked; these models have one kind
         if others:
             raise ValueError(f"{', '.join(sorted(others))}: not supported here; use the stock class for it")
         sampling = SamplingParams(
