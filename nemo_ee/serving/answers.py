@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers in OpenAI's shapes, whole or chunk by chunk, each with the exit of every token beside its text.
 
-May import: the standard library, nemo_ee.generation, nemo_ee.serving.{protocol,text_stream}.
+May import: the standard library, nemo_ee.generation, nemo_ee.serving.{certified,exit_choice,protocol,text_stream}.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.stats import FINAL
+from nemo_ee.serving.certified import promise
+from nemo_ee.serving.exit_choice import ExitChoice
 from nemo_ee.serving.protocol import Call
 from nemo_ee.serving.text_stream import Piece
 
@@ -26,7 +28,7 @@ class Answers:
     Args:
         call: the request.
         model: name to report.
-        mode: how the tokens leave.
+        choice: how the tokens leave.
         num_prompt_tokens: of all its prompts.
         exits: the model's.
         num_layers: the model's.
@@ -37,13 +39,13 @@ class Answers:
         self,
         call: Call,
         model: str,
-        mode: str,
+        choice: ExitChoice,
         num_prompt_tokens: int,
         exits: Sequence[ExitPoint],
         num_layers: int,
         decode: Callable[[list[int]], str],
     ) -> None:
-        self._call, self._mode, self._num_layers, self._decode = call, mode, num_layers, decode
+        self._call, self._choice_of_exits, self._num_layers, self._decode = call, choice, num_layers, decode
         self._exits = [point.name for point in exits]
         self._num_prompt_tokens = num_prompt_tokens
         self.pieces: list[list[Piece]] = [[] for _ in range(max(1, len(call.prompts)) * call.num_answers)]
@@ -99,16 +101,18 @@ class Answers:
         """Token counts, and where the tokens came from."""
         events = [piece.event for own in self.pieces for piece in own]
         counts = Counter(FINAL if event.exit is None else event.exit for event in events)
+        certificate = self._choice_of_exits.certificate
         depth = sum(event.layer for event in events) / len(events) if events else 0.0
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": len(events),
             "total_tokens": self._num_prompt_tokens + len(events),
             "early_exit": {
-                "mode": self._mode,
+                "mode": self._choice_of_exits.mode,
                 "tokens_per_exit": {name: counts[name] for name in [*self._exits, FINAL]},
                 "mean_depth": round(depth, 4),
                 "num_layers": self._num_layers,
+                **({} if certificate is None else {"certificate": promise(certificate)}),
             },
         }
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request's `early_exit` field and the server's defaults to a mode and a policy for the engine.
 
-May import: the standard library, nemo_ee.exits, nemo_ee.generation, nemo_ee.serving.errors.
+May import: the standard library, nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.serving.{certified,errors}.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_ee.checkpoint.certificate import Certificate
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
+from nemo_ee.serving.certified import find_certificate
 from nemo_ee.serving.errors import ApiError, shown
 
 # What a mode does not look at is refused, so that nobody believes it was.
@@ -26,45 +28,42 @@ _UNUSED = {
 
 @dataclass(frozen=True)
 class ExitChoice:
-    """How a request's tokens leave."""
+    """How a request's tokens leave, and the certificate that says so, if one does."""
 
     mode: str
     policy: ExitPolicy
+    certificate: Certificate | None = None
 
 
-def certified_policy(model: DecodingModel, certificate: object) -> ExitPolicy:
-    """The policy of one of the model's certificates.
-
-    Raises:
-        ApiError: 400, the model has no such certificate. No exported model carries one yet.
-    """
-    raise ApiError(
-        400,
-        f"early_exit.certificate = {shown(certificate)}: this model carries no certificate; give a threshold",
-        param="early_exit",
-    )
-
-
-def exit_choice(given: Mapping[str, Any] | None, model: DecodingModel, default: ExitChoice) -> ExitChoice:
+def exit_choice(
+    given: Mapping[str, Any] | None,
+    model: DecodingModel,
+    default: ExitChoice,
+    certificates: Mapping[str, Certificate],
+) -> ExitChoice:
     """Check the field against the model.
 
     Args:
         given: the request's `early_exit`, keys known, values not; None or {} = the server's defaults.
         model: whose exits are meant.
         default: the server's; also for keys that are not given.
+        certificates: the model's, by name.
 
     Raises:
         ApiError: 400, with every fault.
     """
     if not given:
         return default
-    # Someone who names a threshold wants early exit, also where the server's own mode is another.
-    mode = given.get("mode", default.mode if default.mode in ("early_exit", "self_speculative") else "early_exit")
+    # Someone who names a threshold or a certificate wants early exit, also where the server's own mode is another.
+    keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in given
+    mode = given.get("mode", default.mode if keeps else "early_exit")
     faults = list(_faults(given, mode, [point.name for point in model.exits]))
     if faults:
         raise ApiError(400, "; ".join(faults), param="early_exit")
     if "certificate" in given:
-        return ExitChoice(mode, certified_policy(model, given["certificate"]))
+        certificate = find_certificate(certificates, given["certificate"])
+        # Without thresholds only full depth was certified.
+        return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:
         policy = ExitPolicy(
             given.get("threshold", default.policy.thresholds),
@@ -85,8 +84,10 @@ def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
     unused = [key for key in _UNUSED[mode] if key in given]
     if unused:
         yield f"early_exit: mode {mode!r} does not look at {', '.join(unused)}; leave that out or use another mode"
-    if "certificate" in given and "threshold" in given:
-        yield "early_exit: threshold and certificate are both given; leave one out"
+    if "certificate" in given:
+        other = [key for key in ("threshold", "exits", "criterion", "max_waiting") if key in given]
+        if other:
+            yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
     exits = given.get("exits")
     if exits is not None:
         if not isinstance(exits, list) or any(not isinstance(name, str) for name in exits):

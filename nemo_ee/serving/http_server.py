@@ -140,7 +140,7 @@ class Server:
         prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.prepare, call)
         model = self.model.model
         answers = Answers(
-            call, self.model.name, prepared.mode, prepared.num_prompt_tokens, model.exits, model.num_layers,
+            call, self.model.name, prepared.choice, prepared.num_prompt_tokens, model.exits, model.num_layers,
             self.model.decode,
         )  # fmt: skip
         in_flight = RequestInFlight(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)

@@ -14,6 +14,8 @@ import torch
 import uvicorn
 
 from nemo_ee.runtime.loader import load_model, load_tokenizer
+from nemo_ee.runtime.model import RuntimeModel
+from nemo_ee.serving.certified import certificates_of
 from nemo_ee.serving.http_server import Server
 from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.scheduler import Scheduler
@@ -46,10 +48,19 @@ def make_server(settings: ServerSettings) -> Server:
         stops,
         settings.max_length,
         settings.http.limits.max_new_tokens,
+        certificates_of(settings.path),
+        precision_of(model),
     )
     metrics = Metrics(model.exits, model.num_layers)
     scheduler = Scheduler(lambda: served.start_session(settings.num_slots), settings.max_queue, metrics)
     return Server(served, scheduler, metrics, settings.http)
+
+
+def precision_of(model: RuntimeModel) -> str:
+    """What certificates call the way this model computes: `32`, `bf16`, or a word that none of them has."""
+    if model.dtype == torch.float32 and model.config.dtype != "float32":
+        return f"32 on weights in {model.config.dtype}"
+    return {torch.float32: "32", torch.bfloat16: "bf16"}.get(model.dtype, str(model.dtype))
 
 
 def serve(settings: ServerSettings) -> None:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model that is served: weights, tokenizer, chat template, and requests of the engine made from requests of users.
 
-May import: torch, transformers (through the runtime), nemo_ee.generation, nemo_ee.runtime, nemo_ee.serving.
+May import: torch, transformers (through the runtime), nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.runtime,
+nemo_ee.serving.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from nemo_ee.checkpoint.certificate import Certificate
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, course_of
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
+from nemo_ee.serving.certified import check_setting, promise
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.protocol import Call
@@ -25,10 +29,10 @@ from nemo_ee.serving.protocol import Call
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call as the engine takes it: the requests in the order of the answers, and the mode they are decoded in."""
+    """A call as the engine takes it: the requests in the order of the answers, and how their tokens leave."""
 
     requests: tuple[Request, ...]
-    mode: str
+    choice: ExitChoice
     num_prompt_tokens: int
 
 
@@ -43,6 +47,8 @@ class ServedModel:
         stop_tokens: ids that end every answer.
         max_length: most tokens of a sequence, prompt included; None = the model's positions.
         max_new_tokens: most new ones.
+        certificates: of these weights, by name.
+        precision: of the weights, in the words of certificates: `32` or `bf16`.
 
     Raises:
         ValueError: the defaults do not fit the model.
@@ -57,9 +63,12 @@ class ServedModel:
         stop_tokens: frozenset[int],
         max_length: int | None,
         max_new_tokens: int,
+        certificates: Mapping[str, Certificate] = MappingProxyType({}),
+        precision: str = "32",
     ) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.default, self.stop_tokens, self.max_new_tokens = default, stop_tokens, max_new_tokens
+        self.certificates, self.precision = certificates, precision
         self.max_length = model.max_positions if max_length is None else max_length
         if self.max_length > model.max_positions:
             raise ValueError(
@@ -100,7 +109,7 @@ class ServedModel:
                 param="model",
                 code="model_not_found",
             )
-        choice = exit_choice(call.early_exit, self.model, self.default)
+        choice = exit_choice(call.early_exit, self.model, self.default, self.certificates)
         prompts = [self._chat_ids(call.messages)] if call.chat else [self._ids(prompt) for prompt in call.prompts]
         requests = []
         for prompt in prompts:
@@ -116,7 +125,9 @@ class ServedModel:
                         policy=choice.policy,
                     )
                 )
-        return Prepared(tuple(requests), choice.mode, sum(map(len, prompts)))
+        if choice.certificate is not None:
+            check_setting(choice.certificate, call, requests, self.precision)
+        return Prepared(tuple(requests), choice, sum(map(len, prompts)))
 
     def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -180,6 +191,7 @@ class ServedModel:
                 "num_layers": model.num_layers,
                 "exits": [{"name": point.name, "layer": point.layer} for point in model.exits],
                 "modes": list(MODES) if model.exits else ["full"],
+                "certificates": [promise(one) for one in self.certificates.values()],
                 "default": {
                     "mode": default.mode,
                     "threshold": default.policy.thresholds,

@@ -266,7 +266,7 @@ GOOD = {"model": "demo", "prompt": "import", "max_tokens": 2}
         ({**GOOD, "early_exit": {"mode": "static_depth"}}, 400, "reads from one exit"),
         ({**GOOD, "early_exit": {"max_waiting": -1}}, 400, "max_waiting"),
         ({**GOOD, "early_exit": {"mode": "full", "threshold": 0.5}}, 400, "does not look at threshold"),
-        ({**GOOD, "early_exit": {"threshold": 0.5, "certificate": "a"}}, 400, "both given"),
+        ({**GOOD, "early_exit": {"threshold": 0.5, "certificate": "a"}}, 400, "a certificate says it all"),
         ({**GOOD, "early_exit": {"certificate": "a"}}, 400, "carries no certificate"),
         ({**GOOD, "temperature": -1, "n": 0}, 400, "n = 0 must be a whole number from 1 to 16; temperature = -1 must"),
     ],

@@ -35,7 +35,7 @@ def write_exported_model(directory: Path) -> Path:
     directory.mkdir(parents=True)
     for path in REFERENCE_MODEL.glob("*.json"):
         shutil.copy(path, directory)
-    tensors = load_file(REFERENCE_MODEL / "model.safetensors")
+    tensors = {name: tensor.float() for name, tensor in load_file(REFERENCE_MODEL / "model.safetensors").items()}
     exits = []
     for layer, name in zip(EXIT_LAYERS, EXITS, strict=True):
         exits.append({"name": name, "layer": layer, "architecture": "mlp", "output": "shared"})
@@ -44,7 +44,7 @@ def write_exported_model(directory: Path) -> Path:
             tensors[f"exit_heads.{name}.{part}.weight"] = own
         tensors[f"exit_heads.{name}.norm.weight"] = tensors["model.norm.weight"].clone()
     config = json.loads((REFERENCE_MODEL / "config.json").read_text(encoding="utf-8"))
-    config["early_exit"] = {"exits": exits}
+    config |= {"early_exit": {"exits": exits}, "torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, directory / "model.safetensors")
     return directory
