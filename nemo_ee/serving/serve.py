@@ -59,7 +59,7 @@ def make_server(settings: ServerSettings) -> Server:
 def precision_of(model: RuntimeModel) -> str:
     """What certificates call the way this model computes: `32`, `bf16`, or a word that none of them has."""
     if model.dtype == torch.float32 and model.config.dtype != "float32":
-        return f"32 on weights in {model.config.dtype}"
+        return f"32 on weights rounded to {model.config.dtype} (export with dtype=float32)"
     return {torch.float32: "32", torch.bfloat16: "bf16"}.get(model.dtype, str(model.dtype))
 
 
