@@ -127,13 +127,14 @@ class RuntimeModel:
     def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: RuntimeCache) -> None:
         """A `layer` exit writes its keys and values; other exits do nothing. `hidden`: `[n, h]`."""
         layer = self.weights.heads[name].layer
-        if layer is None:
-            return
-        skipped = self.config.num_heads * self.config.head_dim
-        bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped:]
-        heads = F.linear(self._norm(hidden, layer.norm), layer.qkv[skipped:], bias)
-        turned = self._turn(heads, self._rotation(items)[:, self.config.num_heads :])
-        self._write(turned, items, cache.slabs[name])
+        if layer is not None:
+            self._remember(layer, hidden, items, cache.slabs[name])
+
+    @torch.inference_mode()
+    def propagate(self, hidden: Tensor, items: Items, stop: int, cache: RuntimeCache) -> None:
+        """Write keys and values of all layers past `stop` as if `hidden` `[n, h]` came in (`runtime.propagation`)."""
+        for index in range((stop + 1) // 2, self.num_layers):
+            self._remember(self.weights.layers[index], hidden, items, cache.slabs[index])
 
     @torch.inference_mode()
     def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
@@ -176,6 +177,14 @@ class RuntimeModel:
         attended = self._attend(queries, items, slab).to(hidden.dtype)
         result = torch.addmm(hidden, attended, layer.proj)
         return result if layer.proj_bias is None else result.add_(layer.proj_bias)
+
+    def _remember(self, layer: LayerWeights, hidden: Tensor, items: Items, slab: Tensor) -> None:
+        """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
+        skipped = self.config.num_heads * self.config.head_dim
+        bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped:]
+        heads = F.linear(self._norm(hidden, layer.norm), layer.qkv[skipped:], bias)
+        turned = self._turn(heads, self._rotation(items)[:, self.config.num_heads :])
+        self._write(turned, items, slab)
 
     def _write(self, keys_values: Tensor, items: Items, slab: Tensor) -> None:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
