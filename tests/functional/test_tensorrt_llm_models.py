@@ -24,12 +24,12 @@ from tests.helpers.megatron_models import exit_entry
 
 import torch  # isort: skip  # after the CPU host is on
 
-from nemo_ee.exits.confidence import confidence
+from nemo_ee.exits.confidence import CRITERIA, confidence
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import PropagatingBatch, generate_propagating
 from tests.functional import test_export_huggingface, test_export_tensorrt_llm
-from tests.helpers import tensorrt_llm_stand_in
+from tests.helpers import tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
 from tests.helpers.huggingface_models import change_config
 
 EXITS = [
@@ -71,6 +71,13 @@ class Exported:
         module = SourceFileLoader("models", str(model_file("tensorrt_llm_model"))).load_module()
         return tensorrt_llm_stand_in.Session(getattr(module, self.engine_class), folder)
 
+    def torch_session(self, *, mapping: dict | None = None, **early_exit: Any) -> tensorrt_llm_torch_stand_in.Session:
+        """As --custom_module_dirs does it: import a package, which registers its classes; load the directory."""
+        set_early_exit(self.hf / "hf_early_exit", **early_exit)
+        spec = importlib.util.spec_from_file_location("early_exit_trtllm", model_file("tensorrt_llm_pytorch_model"))
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        return tensorrt_llm_torch_stand_in.Session(self.hf / "hf_early_exit", **mapping or {})
+
 
 def model_file(name: str) -> Path:
     return Path(importlib.util.find_spec(f"nemo_ee.export.{name}").origin)
@@ -101,6 +108,13 @@ def stand_in() -> Iterator[Any]:
     with tensorrt_llm_stand_in.installed():
         tensorrt_llm_stand_in.counts.clear()
         yield tensorrt_llm_stand_in
+
+
+@pytest.fixture
+def torch_stand_in() -> Iterator[Any]:
+    with tensorrt_llm_torch_stand_in.installed():
+        tensorrt_llm_torch_stand_in.counts.clear()
+        yield tensorrt_llm_torch_stand_in
 
 
 def serve(step: Any, names: list[str]) -> tuple[list[list[int]], list[list[str | None]]]:
@@ -232,3 +246,86 @@ def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand
             one.engine_session()
     finally:
         one.engine_class = ENGINE_CLASSES["llama"]
+
+
+# -- PyTorch backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ENGINE_CLASSES)
+def test_the_pytorch_file_gives_the_tokens_and_exits_of_the_runtime(
+    name: str, criterion: str, exported, torch_stand_in
+) -> None:
+    one, used = exported(name), set()
+    for quantile in (0.1, 0.4, 0.7, 0.9):
+        thresholds, names = one.thresholds(criterion, quantile), in_order(one)
+        session = one.torch_session(thresholds=thresholds, criterion=criterion)
+        model = session.model
+
+        def step(feed: Any, session=session, model=model, names=names) -> tuple[int, torch.Tensor]:
+            before = model.steps_left_at.copy()
+            logits = session.step(feed)
+            left = [*(model.steps_left_at - before)]
+            return (names.index(left[0]) if left and left != ["final"] else len(names)), logits
+
+        policy = ExitPolicy(thresholds, criterion, active=tuple(ASKED))
+        expected = generate_propagating(one.model, PROMPTS, max_new_tokens=NEW_TOKENS, policy=policy)
+        tokens, exits = serve(step, names)
+        assert [tuple(own) for own in tokens] == list(expected.tokens)
+        assert [tuple(own) for own in exits] == list(expected.exits)
+        used |= {exit for own in exits for exit in own}
+    assert len(used) >= 2 and None in used, "control: some steps leave and some do not"
+
+
+def test_pytorch_skipped_layers_run_attention_alone(exported, torch_stand_in) -> None:
+    one, name = exported("llama"), ASKED[0]
+    session = one.torch_session(thresholds={name: 0.0})
+    session.step({0: (0, PROMPTS[0])})
+    torch_stand_in.counts.clear()
+    session.step({0: (6, [4])})
+    assert torch_stand_in.counts == {"mlp": 1, "attention": 3}  # the exit's own MLP
+    torch_stand_in.counts.clear()
+    session.step({0: (7, [4]), 1: (0, [1, 2])})
+    assert torch_stand_in.counts["stock"] == 1 and session.model.steps_left_at == {name: 1}, "a prompt in the step"
+    torch_stand_in.counts.clear()
+    session.model.steps_left_at[name] = 998
+    session.step({0: (8, [4])})
+    session.step({0: (9, [4])})
+    assert torch_stand_in.counts["logged"] == 1
+
+
+def test_a_directory_without_thresholds_is_served_by_the_stock_class(exported, torch_stand_in) -> None:
+    one = exported("mistral")
+    session = one.torch_session()
+    session.step({0: (0, PROMPTS[0])})
+    logits = session.step({0: (6, [3])})
+    assert torch_stand_in.counts["stock"] == 2
+    batch = PropagatingBatch(one.model, (), "max_probability", 1, 16)
+    batch.feed({0: (0, PROMPTS[0])}, asking=False)
+    expected = batch.feed({0: (6, [3])}, asking=False)[1]
+    assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in) -> None:
+    one = exported("llama")
+    attends = EXITS[-1]["name"]
+    with pytest.raises(ValueError, match=f"{attends}.*no place in the cache.*names 'nowhere'.*pipeline parallelism"):
+        one.torch_session(thresholds={attends: 0.5, "nowhere": 0.5}, mapping={"pp_size": 2})
+    session = one.torch_session(thresholds={ASKED[0]: 0.0})
+    session.step({0: (0, [1, 2])})
+    with pytest.raises(RuntimeError, match="set cuda_graph_config to null"):
+        session.step({0: (2, [1])}, is_cuda_graph=True)
+    torch_stand_in.MODEL_CLASS_MAPPING.pop("Qwen2ForCausalLM")
+    with pytest.raises(RuntimeError, match=r"no class is registered for Qwen2ForCausalLM.*1\.0 to 1\.2"):
+        one.torch_session()
+
+
+def test_both_files_import_without_tensorrt_llm() -> None:
+    """As one file each, with nothing of nemo_ee: what is copied beside an export stands alone."""
+    for name in ("tensorrt_llm_model", "tensorrt_llm_pytorch_model"):
+        spec = importlib.util.spec_from_file_location("copied", model_file(name))
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        assert "nemo_ee" not in {line.split()[1].split(".")[0] for line in model_file(name).read_text().splitlines()
+                                 if line.strip().startswith(("import ", "from "))}  # fmt: skip
+    with pytest.raises(ImportError):
+        importlib.import_module("nemo_ee.export.tensorrt_llm_model").EarlyExitLlamaForCausalLM  # noqa: B018
