@@ -37,6 +37,7 @@ from nemo_ee.export.huggingface_config import (
     stock_configs,
 )
 from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
+from nemo_ee.export.huggingface_verify import FORMAT
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
@@ -46,6 +47,7 @@ from nemo_ee.export.tensorrt_llm_layout import draft_model, full_model
 logger = logging.getLogger(__name__)
 
 TARGETS = ("full", "exits", "early_exit")
+NOT_LOADED = "nothing was loaded into transformers"
 POSITIONS = "embedding.position_embeddings.weight"
 # Files beside the tokenizer that are written anew, or are none of a model directory's.
 _NOT_COPIED = ("config.json", "generation_config.json")
@@ -336,11 +338,12 @@ def _manifest_facts(
         "targets": ["Hugging Face transformers"],
         "source": {"checkpoint": settings.checkpoint.name, "backbone_fingerprint": source.fingerprint},
         "dtype": str(dtype).removeprefix("torch."),
+        "verified": {"transformers": None, "note": NOT_LOADED},
         "exits": [exit_entry(source, family, exit) for exit in source.exits.exits],
         "artefacts": [
             {
                 "directory": artefact.directory,
-                "format": "huggingface",
+                "format": FORMAT,
                 "kind": artefact.kind,
                 "use": _USES[artefact.kind],
                 "class": artefact.stock.values["architectures"][0],

@@ -132,23 +132,24 @@ def _candidates(
     config: Mapping[str, Any], wanted: Architecture, bundled: Mapping[str, Any] | None
 ) -> Iterator[dict[str, Any]]:
     carried: dict[str, Any] = {}
-    if bundled is not None and bundled.get("model_type") in CLASSES:
+    family = None if bundled is None else bundled.get("model_type")
+    if family in CLASSES:
         values = {key: value for key, value in bundled.items() if key not in _LEFT_OUT}
         if wanted.learned_positions:
-            values["n_positions" if bundled["model_type"] == "gpt2" else "max_position_embeddings"] = (
-                wanted.max_position_embeddings
-            )
-        yield {**values, "vocab_size": wanted.vocab_size, "architectures": [CLASSES[bundled["model_type"]]]}
+            positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
+            values[positions] = wanted.max_position_embeddings
+        yield {**values, "vocab_size": wanted.vocab_size, "architectures": [CLASSES[family]]}
         carried = {key: bundled[key] for key in _TOKEN_IDS if key in bundled}
-    yield {**carried, **_derived(wanted), "initializer_range": float(config.get("init_method_std") or 0.02)}
+    yield {**carried, **_derived(wanted, family), "initializer_range": float(config.get("init_method_std") or 0.02)}
 
 
-def _derived(a: Architecture) -> dict[str, Any]:
+def _derived(a: Architecture, family: str | None) -> dict[str, Any]:
+    """A config with a tensor for every parameter; `family`: the original model's, kept where it can be."""
     if not a.layer_norm:
         return _derived_llama_like(a)
     act = {"relu": "relu", "gelu": "gelu_new", "gelu_erf": "gelu"}[a.hidden_act]
     shared = {"vocab_size": a.vocab_size, "activation_function": act, "tie_word_embeddings": a.tied}
-    if not a.bias or (a.hidden_act == "relu" and a.norm_epsilon == 1e-5):
+    if not a.bias or (a.norm_epsilon == 1e-5 and (family == "opt" or (family is None and a.hidden_act == "relu"))):
         return _named("opt") | shared | {
             "hidden_size": a.hidden_size, "word_embed_proj_dim": a.hidden_size, "ffn_dim": a.ffn_hidden_size,
             "num_hidden_layers": a.num_layers, "num_attention_heads": a.num_attention_heads,

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of an exported directory (or of any stock Llama, Mistral or Qwen2), read and checked once.
+"""config.json of an exported directory (or of a stock Llama, Mistral, Qwen2, GPT-2 or OPT), read and checked once.
 
 The table of exits is `early_exit.exits` in it; a directory without one is a model without exits. Absent optional keys
 mean what they mean in the transformers library.
@@ -19,8 +19,18 @@ from typing import Any
 from nemo_ee.exits.config import ARCHITECTURES
 from nemo_ee.generation.items import ExitPoint
 
-FAMILIES = ("llama", "mistral", "qwen2")
+# Family -> the keys of hidden size, heads, layers, MLP size and positions; all but GPT-2's MLP size are needed.
+_SIZES = {
+    "llama": "hidden_size num_attention_heads num_hidden_layers intermediate_size max_position_embeddings",
+    "gpt2": "n_embd n_head n_layer n_inner n_positions",
+    "opt": "hidden_size num_attention_heads num_hidden_layers ffn_dim max_position_embeddings",
+}
+_SIZES |= dict.fromkeys(("mistral", "qwen2"), _SIZES["llama"])
+FAMILIES = tuple(sorted(_SIZES))
 _ROPE_TYPES = ("default", "linear", "llama3")
+_GATED = {"silu": "silu", "swish": "silu"}
+_PLAIN = {"relu": "relu", **dict.fromkeys(("gelu", "gelu_python"), "gelu")}
+_PLAIN |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh")
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,14 @@ class ExitEntry:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """What the model is. `rope` holds transformers' own numbers: base, type and those of the type."""
+    """What the model is.
+
+    Attributes:
+        activation: `silu` of a gated MLP; `relu`, `gelu` or `gelu_tanh` of a plain one.
+        layer_norm: LayerNorm instead of RMSNorm; `norm_affine`: with weight and bias.
+        rope: transformers' own numbers (base, type and those of the type); None = learned positions.
+        position_offset: learned position p is row p + this.
+    """
 
     family: str
     num_layers: int
@@ -56,12 +73,16 @@ class RuntimeConfig:
     head_dim: int
     vocab_size: int
     max_positions: int
+    activation: str
+    layer_norm: bool
+    norm_affine: bool
     norm_epsilon: float
     qkv_bias: bool
     proj_bias: bool
     mlp_bias: bool
     tied: bool
-    rope: dict[str, Any]
+    rope: dict[str, Any] | None
+    position_offset: int
     dtype: str
     exits: tuple[ExitEntry, ...]
 
@@ -74,35 +95,41 @@ def read_config(directory: str | Path) -> RuntimeConfig:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(
-            f"{directory}: no config.json; give a directory that scripts/export/export_huggingface.py made"
-        )
+        raise ValueError(f"{directory}: no config.json; give a directory that export_huggingface.py made")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(values, dict)
-    except (ValueError, AssertionError) as fault:
-        raise ValueError(f"{path}: damaged ({fault}); export again") from fault
-    faults = list(_faults(values))
-    if faults:
-        raise ValueError(f"{path}: cannot be run. {'; '.join(faults)}")
-    try:
-        return _config(values)
-    except (KeyError, TypeError, ValueError) as fault:
+        faults = _faults(values)
+        config = None if faults else _config(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise ValueError(f"{path}: damaged, {fault!r}; export again") from fault
+    if config is None:
+        raise ValueError(f"{path}: cannot be run. {'; '.join(faults)}")
+    return config
 
 
 def _faults(values: Mapping[str, Any]) -> list[str]:
     family, faults = values.get("model_type"), []
     if family not in FAMILIES:
         return [f"model_type={family!r} is not run here; supported are {', '.join(FAMILIES)}; use transformers"]
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        faults.append(f"hidden_act={values['hidden_act']!r}, supported are silu and swish")
+    for name in (*_SIZES[family].split(), "vocab_size"):
+        size = values.get(name)
+        optional = name == "n_inner" and size is None
+        if not optional and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            faults.append(f"{name}={size!r} must be a whole number of at least 1")
+    act, known = _activation(values)
+    if act not in known:
+        faults.append(f"activation {act!r}, supported are {', '.join(known)}")
     rope_type = _rope(values)["rope_type"]
     if rope_type not in _ROPE_TYPES:
         faults.append(f"rope type {rope_type!r}, supported are {', '.join(_ROPE_TYPES)}")
     if values.get("quantization_config"):
         faults.append("quantization_config: quantised weights are not read; give the unquantised model")
-    layers = values.get("num_hidden_layers")
+    for name in ("_remove_final_layer_norm", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+        if values.get(name):
+            faults.append(f"{name}: not computed here; use transformers")
+    if not values.get("do_layer_norm_before", True):
+        faults.append("do_layer_norm_before=False: norms after the residual are not computed here")
+    layers = values.get(_SIZES[family].split()[2])
     for entry in _entries(values):
         if entry.get("architecture") not in ARCHITECTURES or not 1 <= int(entry.get("layer", 0)) <= int(layers or 0):
             faults.append(f"early_exit.exits: {entry} is no exit of a model of {layers} layers")
@@ -111,6 +138,13 @@ def _faults(values: Mapping[str, Any]) -> list[str]:
 
 def _entries(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return (values.get("early_exit") or {}).get("exits", [])
+
+
+def _activation(values: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The MLP's activation by transformers' name, and the names that are known for the family."""
+    if values["model_type"] in ("gpt2", "opt"):
+        return values.get("activation_function", "gelu_new" if values["model_type"] == "gpt2" else "relu"), _PLAIN
+    return values.get("hidden_act", "silu"), _GATED
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,36 +157,52 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(values: Mapping[str, Any]) -> RuntimeConfig:
     get, family = values.get, values["model_type"]
-    hidden, heads, layers = values["hidden_size"], values["num_attention_heads"], values["num_hidden_layers"]
-    llama = family == "llama"
+    hidden, heads, layers, ffn, positions = (values.get(name) for name in _SIZES[family].split())
     exits = tuple(
         ExitEntry(entry["name"], int(entry["layer"]), entry["architecture"], entry["output"] == "own")
         for entry in _entries(values)
     )
+    act, known = _activation(values)
+    layer_norm = family in ("gpt2", "opt")
     return RuntimeConfig(
         family=family,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=values["intermediate_size"],
+        ffn_hidden_size=ffn or 4 * hidden,
         num_heads=heads,
-        num_kv_heads=get("num_key_value_heads") or {"mistral": 8, "qwen2": 32}.get(family, heads),
+        num_kv_heads=heads if layer_norm else get("num_key_value_heads") or _DEFAULT_GROUPS.get(family, heads),
         head_dim=get("head_dim") or hidden // heads,
         vocab_size=values["vocab_size"],
-        max_positions=min(values["max_position_embeddings"], _window(values)),
-        norm_epsilon=float(get("rms_norm_eps", 1e-6)),
-        qkv_bias=bool(get("attention_bias", False)) if llama else family == "qwen2",
-        proj_bias=bool(get("attention_bias", False)) if llama else False,
-        mlp_bias=bool(get("mlp_bias", False)) if llama else False,
-        tied=bool(get("tie_word_embeddings", False)),
-        rope=_rope(values),
+        max_positions=min(positions, _window(values)),
+        activation=known[act],
+        layer_norm=layer_norm,
+        norm_affine=family != "opt" or bool(get("layer_norm_elementwise_affine", True)),
+        norm_epsilon=float(get("layer_norm_epsilon", 1e-5) if layer_norm else get("rms_norm_eps", 1e-6)),
+        tied=bool(get("tie_word_embeddings", layer_norm)),
+        rope=None if layer_norm else _rope(values),
+        position_offset=2 if family == "opt" else 0,
         dtype=get("torch_dtype") or get("dtype") or "float32",
         exits=tuple(sorted(exits, key=lambda exit: exit.point.stop)),
+        **_biases(values),
     )
+
+
+_DEFAULT_GROUPS = {"mistral": 8, "qwen2": 32}
+
+
+def _biases(values: Mapping[str, Any]) -> dict[str, bool]:
+    family = values["model_type"]
+    if family in ("gpt2", "opt"):
+        all_of_them = family == "gpt2" or bool(values.get("enable_bias", True))
+        return {"qkv_bias": all_of_them, "proj_bias": all_of_them, "mlp_bias": all_of_them}
+    attention = family == "llama" and bool(values.get("attention_bias", False))
+    mlp = family == "llama" and bool(values.get("mlp_bias", False))
+    return {"qkv_bias": attention or family == "qwen2", "proj_bias": attention, "mlp_bias": mlp}
 
 
 def _window(values: Mapping[str, Any]) -> int:
     """Positions up to which sliding-window attention sees everything."""
     family, window, everything = values["model_type"], values.get("sliding_window", 4096), 1 << 30
-    if family == "llama" or (family == "qwen2" and not values.get("use_sliding_window", False)):
+    if family not in ("mistral", "qwen2") or (family == "qwen2" and not values.get("use_sliding_window", False)):
         return everything
     return window or everything

@@ -1,8 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama-like model with exits on one device, as the decoding engine wants it (`DecodingModel`).
+"""A GPT with exits on one device, as the decoding engine wants it (`DecodingModel`).
 
-    x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_down (silu(W_gate norm(x')) * W_up norm(x'))
+    x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_2 act(W_1 norm(x'))
+
+with RMSNorm, gated SiLU and rotary positions, or LayerNorm, GELU or ReLU and learned positions.
 
 Few operations per token are what makes it fast: query, key and value are one product, gate and up another, residuals
 are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention runs in
@@ -14,8 +16,9 @@ May import: torch, nemo_ee.generation, nemo_ee.runtime.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +29,60 @@ from nemo_ee.runtime.config import RuntimeConfig
 from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
 
 
+def _gated_silu(inner: Tensor) -> Tensor:
+    gate, up = inner.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": _gated_silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """RMSNorm has a weight, LayerNorm weight and bias, or neither. `[h]`."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`weight`: `[in, out]`, contiguous along whichever axis is faster; `bias`: `[out]`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """`[n, in]` -> `[n, out]`."""
+        return torch.mm(inputs, self.weight) if self.bias is None else torch.addmm(self.bias, inputs, self.weight)
+
+    def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
+        """`residual` + the product, in one operation but for the bias. `[n, out]`, `[n, in]` -> `[n, out]`."""
+        result = torch.addmm(residual, inputs, self.weight)
+        return result if self.bias is None else result.add_(self.bias)
+
+
 @dataclass(frozen=True)
 class MlpWeights:
-    """An MLP with the norm in front of it. `gate_up`: `[2f, h]`, gate's rows first; `down`: `[f, h]`, transposed."""
+    """An MLP with the norm in front of it. `fc1`: h to 2f, gate's columns first, or to f; `fc2`: f to h."""
 
-    norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    norm: NormWeights
+    fc1: Linear
+    fc2: Linear
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A transformer layer. `qkv`: `[(H + 2K) d, h]`, pairs of rotary dimensions together; `proj`: `[H d, h]`."""
+    """A transformer layer. `qkv`: h to (H + 2K) d, pairs of rotary dimensions together; `proj`: H d to h."""
 
-    norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    proj: Tensor
-    proj_bias: Tensor | None
+    norm: NormWeights
+    qkv: Linear
+    proj: Linear
     mlp: MlpWeights
 
 
@@ -55,15 +92,16 @@ class HeadWeights:
 
     layer: LayerWeights | None
     mlp: MlpWeights | None
-    norm: Tensor | None
-    output: Tensor
+    norm: NormWeights | None
+    output: Linear
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a model. `heads`: by exit name, the final exit under None."""
+    """All of a model. `positions`: learned ones; `heads`: by exit name, the final exit under None."""
 
     embedding: Tensor
+    positions: Tensor | None
     layers: tuple[LayerWeights, ...]
     heads: dict[str | None, HeadWeights]
 
@@ -92,12 +130,12 @@ class RuntimeModel:
         self.exits = tuple(exit.point for exit in config.exits)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        self._rotary = RotaryTable(
-            inverse_frequencies(config.rope, config.head_dim),
-            config.num_heads + config.num_kv_heads,
-            config.num_kv_heads,
-            self.device,
-        )
+        self._rotary = None
+        if config.rope is not None:
+            frequencies = inverse_frequencies(config.rope, config.head_dim)
+            num_turned = config.num_heads + config.num_kv_heads
+            self._rotary = RotaryTable(frequencies, num_turned, config.num_kv_heads, self.device)
+        self._activate = ACTIVATIONS[config.activation]
         self._scale = config.head_dim**-0.5
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> RuntimeCache:
@@ -108,8 +146,11 @@ class RuntimeModel:
 
     @torch.inference_mode()
     def embed(self, tokens: LongTensor, items: Items) -> Tensor:
-        """Word embeddings. Returns `[n, h]`."""
-        return F.embedding(tokens, self.weights.embedding)
+        """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
+        hidden, positions = F.embedding(tokens, self.weights.embedding), self.weights.positions
+        if positions is None:
+            return hidden
+        return hidden + F.embedding(items.position + self.config.position_offset, positions)
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
@@ -147,44 +188,50 @@ class RuntimeModel:
             hidden = self._mlp(head.mlp, hidden)
         if head.norm is not None:
             hidden = self._norm(hidden, head.norm)
-        return F.linear(hidden, head.output).float()
+        return head.output(hidden).float()
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.config.norm_epsilon)
+    def _norm(self, hidden: Tensor, norm: NormWeights) -> Tensor:
+        if self.config.layer_norm:
+            return F.layer_norm(hidden, hidden.shape[-1:], norm.weight, norm.bias, self.config.norm_epsilon)
+        return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, self.config.norm_epsilon)
 
     def _mlp(self, mlp: MlpWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(self._norm(hidden, mlp.norm), mlp.gate_up, mlp.gate_up_bias).chunk(2, dim=-1)
-        result = torch.addmm(hidden, F.silu(gate).mul_(up), mlp.down)
-        return result if mlp.down_bias is None else result.add_(mlp.down_bias)
+        return mlp.fc2.added_to(hidden, self._activate(mlp.fc1(self._norm(hidden, mlp.norm))))
 
-    def _rotation(self, items: Items) -> Tensor:
-        """Factors for all heads at the items' positions, `[n, H + 2K, d/2]`."""
+    def _rotation(self, items: Items) -> Tensor | None:
+        """Factors for all heads at the items' positions, `[n, H + 2K, d/2]`; None without rotary positions."""
+        if self._rotary is None:
+            return None
         groups = items.groups
         if len(groups) == 1 and isinstance(groups[0].positions, range):
             return self._rotary.at(groups[0].positions)
         return self._rotary.at_items(items.position, max(group.length for group in groups) - 1)
 
-    def _turn(self, heads: Tensor, rotation: Tensor) -> Tensor:
+    def _turn(self, heads: Tensor, rotation: Tensor | None) -> Tensor:
         """`[n, heads * d]` -> `[n, heads, d]` in the cache's dtype, queries and keys turned to their positions."""
+        if rotation is None:
+            return heads.view(heads.shape[0], -1, self.config.head_dim).to(self._cache_dtype)
         pairs = torch.view_as_complex(heads.float().view(*rotation.shape, 2))
         return torch.view_as_real(pairs * rotation).flatten(-2).to(self._cache_dtype)
 
-    def _attention(self, layer: LayerWeights, hidden: Tensor, items: Items, rotation: Tensor, slab: Tensor) -> Tensor:
+    def _attention(
+        self, layer: LayerWeights, hidden: Tensor, items: Items, rotation: Tensor | None, slab: Tensor
+    ) -> Tensor:
         """A layer's attention and residual. `hidden`: `[n, h]`, as is the result."""
-        heads = self._turn(F.linear(self._norm(hidden, layer.norm), layer.qkv, layer.qkv_bias), rotation)
+        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), rotation)
         queries = heads[:, : self.config.num_heads]
         self._write(heads[:, self.config.num_heads :], items, slab)
         attended = self._attend(queries, items, slab).to(hidden.dtype)
-        result = torch.addmm(hidden, attended, layer.proj)
-        return result if layer.proj_bias is None else result.add_(layer.proj_bias)
+        return layer.proj.added_to(hidden, attended)
 
     def _remember(self, layer: LayerWeights, hidden: Tensor, items: Items, slab: Tensor) -> None:
         """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
         skipped = self.config.num_heads * self.config.head_dim
-        bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped:]
-        heads = F.linear(self._norm(hidden, layer.norm), layer.qkv[skipped:], bias)
-        turned = self._turn(heads, self._rotation(items)[:, self.config.num_heads :])
-        self._write(turned, items, slab)
+        bias = None if layer.qkv.bias is None else layer.qkv.bias[skipped:]
+        heads = Linear(layer.qkv.weight[:, skipped:], bias)(self._norm(hidden, layer.norm))
+        rotation = self._rotation(items)
+        rotation = None if rotation is None else rotation[:, self.config.num_heads :]
+        self._write(self._turn(heads, rotation), items, slab)
 
     def _write(self, keys_values: Tensor, items: Items, slab: Tensor) -> None:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""

@@ -22,7 +22,8 @@ from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.runtime.loader import load_model
-from tests.functional.test_export_huggingface import ON_RUNTIME, Made, export, stock
+from tests.functional.test_export_huggingface import Made, export, stock
+from tests.helpers.huggingface_models import TINY_MODELS
 
 EXITS = [
     exit_entry(1, "norm", "copy", "low_rank", rank=3),
@@ -77,8 +78,9 @@ def assert_same(ours: GenerationResult, theirs: GenerationResult) -> None:
         assert own.confidence == pytest.approx(other.confidence, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", ON_RUNTIME)
+@pytest.mark.parametrize(
+    ("name", "criterion"), [*((name, CRITERIA[0]) for name in TINY_MODELS), *(("llama", own) for own in CRITERIA[1:])]
+)
 def test_tokens_and_exit_layers_are_the_nemo_model_s(name: str, criterion: str, pair) -> None:
     """A ragged batch, greedy and sampled, thresholds from never to nearly always, with a cap on waiting tokens."""
     both = pair(name)
@@ -116,7 +118,7 @@ def greedy(model, prompt: list[int], new_tokens: int, **settings) -> list[int]:
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ON_RUNTIME)
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_thresholds_that_are_never_met_give_generate_s_tokens(name: str, pair) -> None:
     both = pair(name)
     reference = stock(both.output / "hf_full")
@@ -129,8 +131,8 @@ def test_thresholds_that_are_never_met_give_generate_s_tokens(name: str, pair) -
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "opt"])
-def test_assisted_generation_with_an_exit_is_lossless(name: str, pair, tmp_path: Path) -> None:
-    output = pair(name).output if name in ON_RUNTIME else export(Made(tmp_path, name, EXITS).path, tmp_path / "out")
+def test_assisted_generation_with_an_exit_is_lossless(name: str, pair) -> None:
+    output = pair(name).output
     reference, drafts = stock(output / "hf_full"), sorted(output.glob("hf_exit_*"))
     assert len(drafts) == len(EXITS) - (name != "opt")
     expected = [greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
