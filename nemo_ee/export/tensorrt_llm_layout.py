@@ -90,9 +90,7 @@ class Model:
     exits: tuple[tuple[ExitConfig, Origin | None], ...] = ()
 
 
-def full_model(
-    num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tied: bool, write_output: bool
-) -> Model:
+def full_model(num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tied: bool, write_output: bool) -> Model:
     """The backbone with exit heads beside it.
 
     Args:

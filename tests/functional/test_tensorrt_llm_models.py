@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -29,6 +30,7 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import PropagatingBatch, generate_propagating
 from tests.functional import test_export_huggingface, test_export_tensorrt_llm
+from tests.functional.test_export_faults import run_script
 from tests.helpers import tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
 from tests.helpers.huggingface_models import change_config
 
@@ -55,6 +57,7 @@ class Exported:
 
     def __init__(self, folder: Path, name: str) -> None:
         one = test_export_huggingface.Made(folder, name, EXITS)
+        self.path = one.path
         self.trt = test_export_tensorrt_llm.export(one.path, folder / "trt", drafts=())
         self.hf = test_export_huggingface.export(one.path, folder / "hf_out", targets=("early_exit",))
         self.model = load_model(self.hf / "hf_early_exit")
@@ -68,14 +71,18 @@ class Exported:
         """As trtllm-build does it: run the file under the name `models`, take the class, load the checkpoint."""
         folder = self.trt / "trtllm_ckpt"
         set_early_exit(folder, mark_exit_index=True, **early_exit)
-        module = SourceFileLoader("models", str(model_file("tensorrt_llm_model"))).load_module()
+        module = SourceFileLoader("models", str(self.trt / "tensorrt_llm_model.py")).load_module()
         return tensorrt_llm_stand_in.Session(getattr(module, self.engine_class), folder)
 
     def torch_session(self, *, mapping: dict | None = None, **early_exit: Any) -> tensorrt_llm_torch_stand_in.Session:
         """As --custom_module_dirs does it: import a package, which registers its classes; load the directory."""
         set_early_exit(self.hf / "hf_early_exit", **early_exit)
-        spec = importlib.util.spec_from_file_location("early_exit_trtllm", model_file("tensorrt_llm_pytorch_model"))
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        sys.path.insert(0, str(self.hf / "hf_early_exit"))
+        try:
+            sys.modules.pop("early_exit_trtllm", None)
+            importlib.import_module("early_exit_trtllm")
+        finally:
+            sys.path.pop(0)
         return tensorrt_llm_torch_stand_in.Session(self.hf / "hf_early_exit", **mapping or {})
 
 
@@ -329,3 +336,55 @@ def test_both_files_import_without_tensorrt_llm() -> None:
                                  if line.strip().startswith(("import ", "from "))}  # fmt: skip
     with pytest.raises(ImportError):
         importlib.import_module("nemo_ee.export.tensorrt_llm_model").EarlyExitLlamaForCausalLM  # noqa: B018
+
+
+# -- what an export carries ----------------------------------------------------------------------------------------
+
+
+def test_exports_carry_the_files_and_the_thresholds(tmp_path: Path) -> None:
+    from nemo_ee.export.verify import verify_export
+
+    one = test_export_huggingface.Made(tmp_path, "llama", EXITS)
+    for script, name in (("export_tensorrt_llm", "trt"), ("export_huggingface", "exported")):
+        arguments = [f"checkpoint={one.path}", f"output={tmp_path / name}", "progress=False", "criterion=entropy"]
+        arguments += ["dtype=null", f"thresholds={{{ASKED[0]}:1.5,{ASKED[3]}:2}}"]
+        done = run_script(f"{script}.py", *arguments)
+        assert done.returncode == 0, done.stderr
+    folders = {"trt": tmp_path / "trt" / "trtllm_ckpt", "hf": tmp_path / "exported" / "hf_early_exit"}
+    files = {"trt": folders["trt"].parent / "tensorrt_llm_model.py",
+             "hf": folders["hf"] / "early_exit_trtllm" / "__init__.py"}  # fmt: skip
+    for kind, folder in folders.items():
+        block = json.loads((folder / "config.json").read_text())["early_exit"]
+        assert block["criterion"] == "entropy" and block["thresholds"] == {ASKED[0]: 1.5, ASKED[3]: 2.0}
+        module = {"trt": "tensorrt_llm_model", "hf": "tensorrt_llm_pytorch_model"}[kind]
+        assert files[kind].read_bytes() == model_file(module).read_bytes()
+        assert verify_export(folder.parent) == []
+        entry = json.loads((folder.parent / "manifest.json").read_text())["early_exit_models"][0]
+        assert entry["file"] == files[kind].relative_to(folder.parent).as_posix()
+        assert entry["kv"] == "propagate" and entry["lossless"] is False
+        assert "no real TensorRT-LLM" in entry["verified"]
+
+
+@pytest.mark.parametrize(
+    ("export", "settings", "message"),
+    [
+        (test_export_tensorrt_llm.export, {"thresholds": 0.5, "criterion": "margin"}, "an engine has max_probability"),
+        (test_export_tensorrt_llm.export, {"thresholds": {EXITS[-1]["name"]: 0.5}}, "no cache for the attention"),
+        (test_export_huggingface.export, {"thresholds": {"nowhere": 0.5}}, "exit 'nowhere', which the model does not"),
+        (test_export_huggingface.export, {"thresholds": 1.5}, r"threshold = 1.5 must be a number in 0..1"),
+    ],
+)
+def test_thresholds_that_do_not_fit_are_refused(
+    export: Any, settings: dict, message: str, exported, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(exported("llama").path, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_families_without_a_model_file_are_exported_without(tmp_path: Path) -> None:
+    path = test_export_huggingface.Made(tmp_path, "gpt2", EXITS[1:2]).path
+    for export, name in ((test_export_tensorrt_llm.export, "trt"), (test_export_huggingface.export, "exported")):
+        output = export(path, tmp_path / name)
+        assert json.loads((output / "manifest.json").read_text())["early_exit_models"] == []
+        assert not [*output.rglob("*.py")]
