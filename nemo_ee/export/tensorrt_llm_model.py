@@ -257,16 +257,20 @@ def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]
     from tensorrt_llm._common import default_net
 
     plugins, faults = default_net().plugin_config, []
-    for option, wanted in (
-        ("remove_input_padding", True), ("paged_kv_cache", True), ("reduce_fusion", False), ("user_buffer", False),
-        ("norm_quant_fusion", False), ("pp_reduce_scatter", False),
-    ):  # fmt: skip
+    for option, wanted, way_out in (
+        ("remove_input_padding", True, "--remove_input_padding enable"),
+        ("paged_kv_cache", True, "--kv_cache_type paged"),
+        ("reduce_fusion", False, "--reduce_fusion disable"),
+        ("user_buffer", False, "--user_buffer disable"),
+        ("norm_quant_fusion", False, "--norm_quant_fusion disable"),
+        ("pp_reduce_scatter", False, "--pp_reduce_scatter disable"),
+    ):
         if bool(getattr(plugins, option, wanted)) != wanted:
-            faults.append(f"--{option} must be {'enable' if wanted else 'disable'}")
+            faults.append(f"needs {way_out}")
     if last_token_ids is None:
         faults.append("--gather_context_logits is not supported")
     if not use_cache:
-        faults.append("--kv_cache_type must be paged")
+        faults.append("needs a cache")
     faults += [f"{name} is not supported" for name, value in others.items() if value is not None]
     if faults:
         raise ValueError(f"early exit in an engine: {'; '.join(faults)}; change the options of trtllm-build")

@@ -245,7 +245,7 @@ def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand
     session = one.engine_session()
     monkeypatch.setattr(stand_in.plugins, "reduce_fusion", True)
     monkeypatch.setattr(stand_in.plugins, "paged_kv_cache", False)
-    with pytest.raises(ValueError, match="--paged_kv_cache must be enable; --reduce_fusion must be disable"):
+    with pytest.raises(ValueError, match="needs --kv_cache_type paged; needs --reduce_fusion disable"):
         session.step({0: (0, [1, 2])})
     one.engine_class = "EarlyExitQwen2ForCausalLM"
     try:
@@ -363,6 +363,25 @@ def test_exports_carry_the_files_and_the_thresholds(tmp_path: Path) -> None:
         assert entry["file"] == files[kind].relative_to(folder.parent).as_posix()
         assert entry["kv"] == "propagate" and entry["lossless"] is False
         assert "no real TensorRT-LLM" in entry["verified"]
+    tried = run_script("try_tensorrt_llm.py", "engine", str(tmp_path / "trt"), "--dry-run")
+    assert tried.returncode == 0 and "--model_cls_name EarlyExitLlamaForCausalLM" in tried.stdout, tried.stderr
+    tried = run_script("try_tensorrt_llm.py", "pytorch", str(folders["hf"]), "--dry-run")
+    assert tried.returncode == 0 and "hf_early_exit/early_exit_trtllm --extra" in tried.stdout, tried.stderr
+
+
+def test_the_script_to_try_it_has_the_runtime_s_tokens_to_compare_with(exported, capsys) -> None:
+    """What of it runs without TensorRT-LLM."""
+    one, folder = exported("llama"), exported("llama").hf / "hf_early_exit"
+    set_early_exit(folder, thresholds=one.thresholds("margin", 0.3), criterion="margin")
+    script = SourceFileLoader("try_it", str(Path(__file__).parents[2] / "scripts/export/try_tensorrt_llm.py"))
+    script = script.load_module()
+    prompts = script.prompts_of(folder)
+    tokens = script.reference_tokens(folder, prompts, 8)
+    policy = ExitPolicy(one.thresholds("margin", 0.3), "margin", active=tuple(ASKED))
+    expected = generate_propagating(one.model, prompts, max_new_tokens=[8] * len(prompts), policy=policy)
+    assert [tuple(own) for own in tokens] == list(expected.tokens)
+    script.compare([[1, 2, 3]], [[1, 2, 4]], "the runtime")
+    assert "the first 2 of 3 tokens are the runtime's" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
