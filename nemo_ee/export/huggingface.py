@@ -41,6 +41,7 @@ from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
 from nemo_ee.export.huggingface_verify import FORMAT
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.remote_code import auto_map, remote_code
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
 from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, tensor_faults
 from nemo_ee.export.tensorrt_llm_early_exit import copy_pytorch_package, threshold_block, threshold_faults
@@ -268,7 +269,9 @@ def _write_config(
 ) -> None:
     values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
     if artefact.table is not None:
-        values["early_exit"] = {"exits": artefact.table, **thresholds}
+        values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
+        for name, text in remote_code(artefact.stock.family).items():
+            (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", values)
     generation = read_bundled(source.tokenizer, "generation_config.json")
     if generation is None:

@@ -25,6 +25,8 @@ from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES
 from nemo_ee.export.tensorrt_llm_layout import draft_model, full_model
 
 FORMAT = "huggingface"
+# What the importer's reader refuses in a source, and an export says of itself.
+_NOT_READ = ("_remove_final_layer_norm", "auto_map")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -63,7 +65,7 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
 
 def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
-    values = {key: value for key, value in config.items() if key != "_remove_final_layer_norm"}
+    values = {key: value for key, value in config.items() if key not in _NOT_READ}
     # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
     backbone = backbone_from_config(values, 1)
     layers, tied = backbone.num_layers, backbone.share_embeddings_and_output_weights

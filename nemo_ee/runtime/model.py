@@ -112,7 +112,8 @@ class RuntimeCache:
     def __init__(
         self, slots: list[Hashable], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.slabs = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
+        # Zeros, because positions past a sequence's end are read, and masked, when sequences are attended to together.
+        self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
 
 
 class RuntimeModel:
@@ -245,11 +246,27 @@ class RuntimeModel:
 
     def _attend(self, queries: Tensor, items: Items, slab: Tensor) -> Tensor:
         """`queries`: `[n, H, d]`; every item sees its sequence up to itself. Returns `[n, H d]`."""
+        groups = items.groups
+        first, last = groups[0].sequence, groups[-1].sequence
+        if len(groups) > 1 and len(groups) == len(items) == last + 1 - first:
+            return self._attend_each(queries, items, slab[first : last + 1])
         outputs = [
             self._attend_one(queries[first : last + 1], slab[sequence], positions, length)
-            for sequence, first, last, length, positions in items.groups
+            for sequence, first, last, length, positions in groups
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_each(self, queries: Tensor, items: Items, slab: Tensor) -> Tensor:
+        """One item of each of n neighbouring sequences. `slab`: `[n, 2K, max_length, d]`. Returns `[n, H d]`."""
+        count, num_kv = queries.shape[0], self.config.num_kv_heads
+        longest = max(group.length for group in items.groups)
+        # [n, 1, 1, longest]
+        mask = torch.arange(longest, device=queries.device) <= items.position[:, None, None, None]
+        # [n, H, d] -> [n, K, H/K, d]: the query heads of a key-value head are rows of one product.
+        rows = queries.reshape(count, num_kv, -1, self.config.head_dim)
+        keys, values = slab[:, :num_kv, :longest], slab[:, num_kv:, :longest]
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=self._scale)
+        return attended.reshape(count, -1)
 
     def _attend_one(self, queries: Tensor, slab: Tensor, positions: range | tuple[int, ...], length: int) -> Tensor:
         """One sequence. `queries`: `[m, H, d]`; `slab`: `[2K, max_length, d]`. Returns `[m, H d]`."""

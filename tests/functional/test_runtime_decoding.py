@@ -8,13 +8,16 @@ which a decision hangs on less than 1e-4 would be excused, but with these seeds 
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nemo")
 
-from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry
+from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_environment
 
 import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.exits.confidence import CRITERIA, confidence
@@ -151,3 +154,62 @@ def test_the_reference_model_s_tokens_are_generate_s() -> None:
     assert engine.model.exits == ()
     ours = engine.generate([prompt], max_new_tokens=40, mode="full")
     assert list(ours.tokens[0]) == greedy(stock(REFERENCE_MODEL), prompt, 40)
+
+
+# -- the directory's own code in transformers -----------------------------------------------------------------------
+
+REMOTE = """
+import json, sys
+sys.modules["nemo_ee"] = None  # as if it were not installed
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+call = json.loads(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_early_exit", trust_remote_code=True)
+ids, mask = torch.tensor(call["ids"]), torch.tensor(call["mask"])
+settings = {"max_new_tokens": call["new"], "eos_token_id": [], "pad_token_id": 1}
+tokens, result = model.generate(ids, mask, early_exit_threshold=call["thresholds"], return_result=True, **settings)
+full = model.generate(input_ids=ids[:1, 2:], **settings)
+faults = []
+for wrong in ({"num_beams": 2}, {"early_exit_threshold": 2.0}, {"early_exit_threshold": 0.5, "early_exits": ["x"]}):
+    try:
+        model.generate(ids, mask, **wrong)
+    except ValueError as fault:
+        faults.append(str(fault))
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_early_exit", trust_remote_code=True, device_map="auto")
+except ValueError as fault:
+    faults.append(str(fault))
+stock = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_full")
+plain = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_early_exit")
+print(json.dumps({
+    "tokens": tokens.tolist(), "exits": [event.exit for event in result.events], "full": full.tolist(),
+    "classes": [type(m).__name__ for m in (model, stock, plain)], "faults": faults,
+    "logits": (model(ids[:1]) - stock(ids[:1]).logits).abs().max().item() / model(ids[:1]).abs().max().item(),
+    "same": torch.equal(plain(ids[:1]).logits, stock(ids[:1]).logits),
+}))
+"""
+
+
+@pytest.mark.parametrize(("name", "stock_class"), [("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")])
+def test_the_directory_s_own_code(name: str, stock_class: str, pair, tmp_path: Path) -> None:
+    """In a process of its own without nemo_ee: the runtime's tokens; other models of the family stay stock."""
+    both = pair(name)
+    thresholds = both.thresholds("max_probability", 0.5)
+    call = {"ids": [[1, 1, 5, 71, 13], [3, 4, 5, 6, 7]], "mask": [[0, 0, 1, 1, 1], [1] * 5], "new": 12}
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(both.output), json.dumps(call | {"thresholds": thresholds})],
+        env={**user_environment(), "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    prompts = [[5, 71, 13], [3, 4, 5, 6, 7]]
+    ours = both.runtime.generate(prompts, max_new_tokens=12, policy=ExitPolicy(thresholds))
+    assert [row[5:] for row in found["tokens"]] == [list(own) for own in ours.tokens]
+    assert found["exits"] == [event.exit for event in ours.events] and len(set(found["exits"])) > 1
+    full = both.runtime.generate(prompts[:1], max_new_tokens=12, mode="full")
+    assert found["full"] == [prompts[0] + list(full.tokens[0])]
+    assert found["classes"] == ["EarlyExitForCausalLM", stock_class, stock_class]
+    assert found["logits"] < 1e-5 and found["same"]
+    words = ("num_beams: not supported", "threshold = 2.0 must be", "active names the exit 'x'", "runs on one device")
+    assert all(word in fault for word, fault in zip(words, found["faults"], strict=True)), found["faults"]
