@@ -25,7 +25,7 @@ from typing import Any
 from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.tensorrt_llm_config import Architecture, read_architecture
+from nemo_ee.export.architecture import Architecture, read_architecture
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -196,8 +196,8 @@ def _sequence_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> in
 def _differences(wanted: Architecture, made: Architecture) -> Iterator[str]:
     for field in dataclasses.fields(Architecture):
         ours, theirs = getattr(wanted, field.name), getattr(made, field.name)
-        # The class name is TensorRT-LLM's; a rotary model may be used at another length than it was trained with.
-        if field.name == "name" or (field.name == "max_position_embeddings" and not wanted.learned_positions):
+        # A rotary model may be used at another length than it was trained with.
+        if field.name == "max_position_embeddings" and not wanted.learned_positions:
             continue
         if ours != theirs:
             yield f"{field.name} is {ours!r}, the nearest class ({made.name}) has {theirs!r}"

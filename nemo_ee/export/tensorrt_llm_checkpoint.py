@@ -31,11 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_config import Architecture, checkpoint_config, read_architecture
+from nemo_ee.export.tensorrt_llm_config import checkpoint_config
 from nemo_ee.export.tensorrt_llm_early_exit import (
     ENGINE_CRITERIA,
     copy_engine_file,

@@ -13,7 +13,7 @@ Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renum
 With fewer key-value heads than ranks, tp / heads ranks hold the same one. An exit's tensors are `exit_heads.<name>.*`
 on the stage of its layer; stock classes do not ask for them. None is called `lm_head`, which stock code looks for.
 
-May import: nemo_ee.exits, nemo_ee.export.early_exit_source, nemo_ee.export.tensorrt_llm_config.
+May import: nemo_ee.exits, nemo_ee.export.architecture, nemo_ee.export.early_exit_source.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.architecture import Architecture
 from nemo_ee.export.early_exit_source import EMBEDDING, OUTPUT, Origin
-from nemo_ee.export.tensorrt_llm_config import Architecture
 
 _LAYERS = "decoder.layers."
 _POSITIONS = "embedding.position_embeddings.weight"
