@@ -130,7 +130,7 @@ def all_sure(logits: Any, exit: Exit, criterion: str, vocab_size: int) -> Any:
     if criterion == "max_probability":
         return gt(min(max(probabilities, dim=-1), dim=0, keepdim=True), exit.threshold)
     # p ln p is 0 at p = 0; the clamp only keeps the logarithm finite there.
-    entropy = sum(probabilities * log(maximum(probabilities, 1e-38)), dim=-1) * -1.0
+    entropy = sum(probabilities * log(maximum(probabilities, 1e-30)), dim=-1) * -1.0
     return lt(max(entropy, dim=0, keepdim=True), exit.threshold)
 
 
