@@ -104,6 +104,21 @@ def test_thresholds_never_met_give_the_engine_s_tokens(made) -> None:
     assert ours.tokens == exact.tokens and {exit for own in ours.exits for exit in own} == {None}
 
 
+def test_the_benchmark_s_two_ways_agree_where_nothing_leaves(made) -> None:
+    """Perplexity within 1e-5, batches of two and a rest of one; a control where tokens leave."""
+    from benchmarks.propagation import carried, propagated
+
+    _, _, model = made
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(0, model.vocab_size, (3, 12), generator=generator).tolist()
+    never, always = ExitPolicy(1 - 1e-7), ExitPolicy(0.0)
+    exact = carried(model, texts, 5, never)
+    ours = propagated(model, texts, 5, never, 2)
+    assert ours.perplexity == pytest.approx(exact.perplexity, rel=1e-5)
+    assert ours.mean_depth == exact.mean_depth == 4
+    assert propagated(model, texts, 5, always, 2).mean_depth == carried(model, texts, 5, always).mean_depth < 2
+
+
 def test_a_stop_token_ends_a_sequence(made) -> None:
     _, _, model = made
     policy = ExitPolicy(1 - 1e-7)
