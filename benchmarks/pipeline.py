@@ -86,7 +86,7 @@ def fit(
 def decoupled_against_drained(sizes: Sizes, folder: Path, *, microbatches: int) -> dict[str, float]:
     """`decoupled_over_drained_mb<n>`: one mlp exit at layer 10, eight layers before two and the exit."""
     blocks = Blocks(["decoupled", "drained"], sizes.steps)
-    fit(
+    model = fit(
         sizes, folder, [{"layer": 10}], blocks=blocks, rounds=sizes.rounds, split={"layers": [8, 2]},
         microbatches=microbatches,
     )  # fmt: skip
@@ -96,6 +96,7 @@ def decoupled_against_drained(sizes: Sizes, folder: Path, *, microbatches: int) 
         name: median_of_ratios(drained, decoupled),
         f"{name}.decoupled_s": statistics.median(decoupled),
         f"{name}.drained_s": statistics.median(drained),
+        **own_times(model, sizes, name=name, microbatches=microbatches),
     }
 
 
@@ -123,21 +124,15 @@ class _Done:
         pass
 
 
-def decoupled_against_bound(sizes: Sizes, folder: Path) -> dict[str, float]:
-    """`decoupled_over_bound`: exits 3, 6, 9. The bound is the slower stage's own step, timed while it runs alone.
+def own_times(model, sizes: Sizes, *, name: str, microbatches: int) -> dict[str, float]:
+    """`<name>.stage<i>_own_s`: seconds of each stage's own step, timed while it runs alone.
 
-    A stage's own step is its layers, its exits' work and their optimizers, without pipeline, loop and data, the other
-    rank idle: nothing in it but what the stage cannot do without.
+    Its layers, its exits' work and their optimizers, without pipeline, loop and data, the other rank idle: nothing in
+    it but what the stage cannot do without. The model's link is replaced.
     """
-    exits = [{"layer": layer} for layer in (3, 6, 9)]
-    blocks = Blocks(["decoupled"], sizes.steps)
-    model = fit(
-        sizes, folder, exits, blocks=blocks, rounds=sizes.rounds, split={"layers": None},
-        microbatches=sizes.pipeline_microbatches,
-    )  # fmt: skip
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model._link = Unlinked(stage)
-    batches = workload.random_batches(sizes, sizes.pipeline_microbatches, vocabulary=workload.REFERENCE_VOCABULARY)
+    batches = workload.random_batches(sizes, microbatches, vocabulary=workload.REFERENCE_VOCABULARY)
     step = BareStep(model)
     own = torch.zeros(RANKS, dtype=torch.float64)
     for turn in range(RANKS):
@@ -146,11 +141,23 @@ def decoupled_against_bound(sizes: Sizes, folder: Path) -> dict[str, float]:
             step(batches)
             own[stage] = statistics.median(seconds(lambda: step(batches)) for _ in range(sizes.rounds))
     torch.distributed.all_reduce(own, group=parallel_state.get_pipeline_model_parallel_group())
+    return {f"{name}.stage{index}_own_s": value for index, value in enumerate(own.tolist())}
+
+
+def decoupled_against_bound(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """`decoupled_over_bound`: exits 3, 6, 9. The bound is the slower stage's own step (see `own_times`)."""
+    exits = [{"layer": layer} for layer in (3, 6, 9)]
+    blocks = Blocks(["decoupled"], sizes.steps)
+    model = fit(
+        sizes, folder, exits, blocks=blocks, rounds=sizes.rounds, split={"layers": None},
+        microbatches=sizes.pipeline_microbatches,
+    )  # fmt: skip
+    own = own_times(model, sizes, name="decoupled_over_bound", microbatches=sizes.pipeline_microbatches)
     measured = statistics.median(blocks.times["decoupled"])
     return {
-        "decoupled_over_bound": own.max().item() / measured,
+        "decoupled_over_bound": max(own.values()) / measured,
         "decoupled_over_bound.step_s": measured,
-        **{f"decoupled_over_bound.stage{index}_own_s": value for index, value in enumerate(own.tolist())},
+        **own,
     }
 
 

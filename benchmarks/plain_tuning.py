@@ -13,6 +13,7 @@ May import: torch, nemo_ee.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class PlainTuning:
         self.model, self.max_norm = model, max_norm
         self.parameters = [p for p in model.exits.parameters() if p.requires_grad]
         options = {key: optim[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        self.optimizer = torch.optim.AdamW(self.parameters, **options)
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)  # one kernel, as ours
 
     def __call__(self, batches: Sequence[MicroBatch]) -> float:
         """One step; returns the sum of the exits' losses per token."""
@@ -53,8 +54,9 @@ class PlainTuning:
         total = torch.zeros(())
         for head in self.model.exits:
             hidden = head(stage.taps[head.exit.stop], rotary_pos_emb=stage.rotary_pos_emb)
-            logits = sum(linear(inputs, weight) for inputs, weight in head.output_terms(hidden))
-            total = total + _mean_loss(logits, batch)
+            terms = [linear(inputs, weight) for inputs, weight in head.output_terms(hidden)]
+            total = total + _mean_loss(reduce(torch.add, terms), batch)
+            del terms
         total = total * scale
         total.backward()
         return total.item()

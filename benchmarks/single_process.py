@@ -62,6 +62,7 @@ class StepAgainstFloor(Callback):
         """Seconds of the parts, in the order of a step: what a microbatch leaves in the caches counts alike."""
         vocabulary, total = gpt.vocabulary(), 0.0
         for batch in self.batches:
+            stage = tap = None  # nothing of the last microbatch is alive in a step either
             start = time.perf_counter()
             stage = gpt.forward_to_taps(batch)
             total += time.perf_counter() - start

@@ -51,7 +51,7 @@ class Sizes:
         hidden, ffn, layers: shape of the wide model.
         exits: exits of the wide model, evenly over its depth, the last one at its full depth.
         rounds: interleaved repetitions.
-        processes: fresh processes for each point of memory.
+        processes: fresh processes for the memory of our own step with all exits and with one.
         steps: steps of a block in a pipeline.
         threads: of a process that has the machine to itself; ranks of a pipeline have one each.
     """

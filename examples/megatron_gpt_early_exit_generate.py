@@ -46,13 +46,14 @@ def show(generator, request) -> None:
     colour = wanted if request.colour == "auto" else request.colour == "always"
     legend = ExitLegend(generator.model.exits)
     with open(request.output or os.devnull, "w", encoding="utf-8") as output:
-        for answer in stream(generator, request, legend) if colour else generator.generate(request.prompts):
+        answers = stream(generator, request, legend) if colour else generator.generate(request.prompts)
+        for label, answer in zip(request.labels, answers, strict=True):
             if not colour:
                 print(marked_text(answer.prompt, answer.tokens, legend, width=shutil.get_terminal_size().columns - 1))
             elif request.batch_size > 1:
                 print(coloured_text(answer.prompt, answer.tokens, legend), end="")
             print("\n" if colour else "", flush=True)
-            output.write(json.dumps(answer.to_mapping(), ensure_ascii=False) + "\n")
+            output.write(json.dumps({**label, **answer.to_mapping()}, ensure_ascii=False) + "\n")
             output.flush()
     table = exit_table(
         generator.stats, generator.model.exits, seconds=generator.seconds, legend=legend if colour else None

@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.evaluation.end_strings import EndStrings
 from nemo_ee.evaluation.generation_request import GenerationRequest
 from nemo_ee.evaluation.token_view import Detokenizer, TokenText
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
-from nemo_ee.generation.session import Request
+from nemo_ee.generation.items import DecodingModel, ExitPoint
+from nemo_ee.generation.policy import course_of
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.session import DecodingSession
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent
 from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
@@ -90,75 +91,70 @@ class TextGenerator:
     def generate(
         self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None = None
     ) -> Iterator[Generated]:
-        """Answers in the order of the prompts, `batch_size` of them decoded together.
+        """Answers in the order of the prompts; `batch_size` prompts are decoded at a time, the next one as soon as one
+        of them ends.
 
         Args:
             prompts: texts.
             on_token: called with every token as it comes, for a display.
         """
-        for first in range(0, len(prompts), self.request.batch_size):
-            yield from self._batch(prompts[first : first + self.request.batch_size], on_token)
-
-    def _batch(self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None) -> list[Generated]:
         asked = self.request
         ids = [prompt_ids(self.tokenizer, prompt, asked.add_bos) for prompt in prompts]
-        eos = self.tokenizer.eos_id
-        stops = frozenset([eos] if asked.stop_on_eos and eos is not None else [])
-        requests = [Request(tuple(own), asked.max_new_tokens, asked.sampling, stops) for own in ids]
-        model = self.model
-        if asked.min_new_tokens and stops:
-            model = _HeldStops(model, stops, [len(own) + asked.min_new_tokens for own in ids])
+        requests = [self._request(own) for own in ids]
+        session = self._start(requests)
         texts: list[list[TokenText]] = [[] for _ in prompts]
+        events: list[list[TokenEvent]] = [[] for _ in prompts]
         detokenizers = [Detokenizer(self.decode, own) for own in ids]
-        events: list[TokenEvent] = []
+        to_come = iter(requests)
+        given = 0
         started = time.perf_counter()
-        session = EarlyExitEngine(model).start(requests, mode=asked.mode, policy=asked.policy)
-        while not session.finished:
+        while given < len(prompts):
+            while session.num_free_slots and (request := next(to_come, None)) is not None:
+                session.add(request)
             for event in session.step():
-                events.append(event)
-                text = detokenizers[event.sequence].push(event.token, last=event.finish_reason is not None)
-                texts[event.sequence].append(TokenText(text, event.exit))
+                index = event.sequence
+                events[index].append(event)
+                text = detokenizers[index].push(event.token, last=event.finish_reason is not None)
+                texts[index].append(TokenText(text, event.exit))
                 if on_token is not None:
-                    on_token(texts[event.sequence][-1])
-        self.seconds += time.perf_counter() - started
-        stats = session.stats(events)
+                    on_token(texts[index][-1])
+            while given < len(prompts) and events[given] and events[given][-1].finish_reason is not None:
+                self.seconds += time.perf_counter() - started
+                reason = events[given][-1].finish_reason
+                yield Generated(prompts[given], tuple(texts[given]), tuple(events[given]), reason)
+                started = time.perf_counter()
+                given += 1
+        stats = session.stats([event for own in events for event in own])
         self.stats = stats if self.stats is None else _sum(self.stats, stats)
-        answers = []
-        for index, prompt in enumerate(prompts):
-            own = tuple(event for event in events if event.sequence == index)
-            answers.append(Generated(prompt, tuple(texts[index]), own, own[-1].finish_reason or ""))
-        return answers
+
+    def _request(self, ids: Sequence[int]) -> Request:
+        asked, eos = self.request, self.tokenizer.eos_id
+        return Request(
+            tuple(ids),
+            asked.max_new_tokens,
+            asked.sampling,
+            stop_tokens=frozenset([eos] if asked.stop_on_eos and eos is not None else []),
+            min_new_tokens=asked.min_new_tokens,
+            ends=EndStrings(self.decode, asked.end_strings) if asked.end_strings else None,
+        )
+
+    def _start(self, requests: Sequence[Request]) -> DecodingSession:
+        """An empty session in which each of these requests has room."""
+        asked, engine = self.request, EarlyExitEngine(self.model)
+        course = course_of(asked.mode, asked.policy, self.model.exits, self.model.num_layers)
+        longest = max(len(own.prompt) + own.max_new_tokens for own in requests)
+        return engine.start(
+            [],
+            mode=asked.mode,
+            policy=asked.policy,
+            exits=course.exit_names,
+            num_slots=min(asked.batch_size, len(requests)),
+            max_length=min(longest, self.model.max_positions),
+        )
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens included."""
         return decode(self.tokenizer, ids)
-
-
-class _HeldStops:
-    """A model that gives stop tokens no probability while an answer is shorter than it has to be.
-
-    Args:
-        model: the model.
-        stops: token ids.
-        first_positions: per sequence, the first position at which a stop token may stand.
-    """
-
-    def __init__(self, model: DecodingModel, stops: frozenset[int], first_positions: Sequence[int]) -> None:
-        self._model, self._stops, self._first_positions = model, sorted(stops), torch.tensor(first_positions)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: Any) -> Tensor:
-        """The model's own, with -inf for the stop tokens of answers that are too short."""
-        logits = self._model.exit_logits(name, hidden, items, cache)
-        sequence, position = items.on_host
-        too_early = position + 1 < self._first_positions[sequence]
-        if bool(too_early.any()):
-            held = torch.zeros(logits.shape, dtype=torch.bool)
-            held[:, self._stops] = too_early[:, None]
-            logits = logits.masked_fill(held.to(logits.device), float("-inf"))
-        return logits
 
 
 def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator:
@@ -196,7 +192,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
     """
     faults: list[str] = []
     block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
-    if request.mode == "early_exit":
+    if request.mode != "full":
         if not block.get("exits") and not block.get("every"):
             faults.append(
                 f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py, "
@@ -206,7 +202,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
             exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
             points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
             try:
-                request.policy.asked_exits(points)
+                course_of(request.mode, request.policy, points, stored.num_layers)
             except ValueError as fault:
                 faults.append(str(fault))
     tokenizer = _stored_tokenizer(request.path, stored)
@@ -285,6 +281,9 @@ def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
         mean_depth=depth / tokens if tokens else 0.0,
         num_layers=one.num_layers,
         computed_layers=one.computed_layers + other.computed_layers,
+        drafted=one.drafted + other.drafted,
+        accepted=one.accepted + other.accepted,
+        checks=one.checks + other.checks,
         asked={
             name: one.asked.get(name, 0) + other.asked.get(name, 0)
             for name in dict.fromkeys([*one.asked, *other.asked])

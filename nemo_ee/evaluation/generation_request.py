@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.generation.engine import LATER_MODES, MODES
-from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 
 COLOURS = ("auto", "always", "never")
@@ -28,12 +27,14 @@ class GenerationRequest:
     Attributes:
         path: the `.nemo`.
         prompts: texts, at least one.
-        mode: `early_exit` or `full`.
-        policy: when a token may leave; its criterion is reported in mode `full` too.
+        labels: of each prompt, what else its line of a `.jsonl` file says.
+        mode: one of `MODES`.
+        policy: when a token may leave; its criterion is reported in every mode.
         sampling: how tokens are chosen.
         min_new_tokens, max_new_tokens: bounds on the length of every answer.
         add_bos: put the begin-of-text token in front; None = as the tokenizer itself does.
         stop_on_eos: the end-of-text token ends an answer.
+        end_strings: texts that end an answer, too.
         batch_size: prompts decoded together.
         colour: `auto`, `always` or `never`.
         output: JSONL file to write, or None.
@@ -41,6 +42,7 @@ class GenerationRequest:
 
     path: Path
     prompts: tuple[str, ...]
+    labels: tuple[Mapping[str, Any], ...]
     mode: str
     policy: ExitPolicy
     sampling: SamplingParams
@@ -48,6 +50,7 @@ class GenerationRequest:
     max_new_tokens: int
     add_bos: bool | None
     stop_on_eos: bool
+    end_strings: tuple[str, ...]
     batch_size: int
     colour: str
     output: Path | None
@@ -63,9 +66,7 @@ class GenerationRequest:
             ValueError: every fault, in one message.
         """
         faults: list[str] = []
-        if config["mode"] in LATER_MODES:
-            faults.append(f"mode={config['mode']} is not available yet; use one of {', '.join(MODES)}")
-        elif config["mode"] not in MODES:
+        if config["mode"] not in MODES:
             faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
         if config["colour"] not in COLOURS:
             faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")
@@ -78,11 +79,13 @@ class GenerationRequest:
         sampling = _or_fault(faults, lambda: _sampling(config))
         _check_ranks(config, faults)
         path, output = _paths(config, faults)
-        prompts = _prompts(config, faults)
+        end_strings = _end_strings(config["end_strings"], faults)
+        prompts, labels = _prompts(config, faults)
         _raise(faults)
         return cls(
             path=path,
             prompts=prompts,
+            labels=labels,
             mode=config["mode"],
             policy=policy,
             sampling=sampling,
@@ -90,6 +93,7 @@ class GenerationRequest:
             max_new_tokens=config["tokens_to_generate"],
             add_bos=config["add_BOS"],
             stop_on_eos=config["stop_on_eos"],
+            end_strings=end_strings,
             batch_size=config["batch_size"],
             colour=config["colour"],
             output=output,
@@ -174,42 +178,54 @@ def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path | N
     return Path(str(path)), output
 
 
-def _prompts(config: Mapping[str, Any], faults: list[str]) -> tuple[str, ...]:
+def _end_strings(given: Any, faults: list[str]) -> tuple[str, ...]:
+    if not isinstance(given, list) or any(not isinstance(one, str) or not one for one in given):
+        faults.append(f"end_strings={given!r} must be a list of texts, none empty; write end_strings=['...']")
+        return ()
+    return tuple(given)
+
+
+_Prompts = tuple[tuple[str, ...], tuple[Mapping[str, Any], ...]]
+_NO_PROMPTS: _Prompts = ((), ())
+
+
+def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
+    """The prompts and what else their lines say."""
     given, file = config["prompts"], config["prompts_file"]
     if given and file is not None:
         faults.append("both prompts and prompts_file are given; leave one out")
-        return ()
+        return _NO_PROMPTS
     if file is not None:
         return _prompts_of_file(Path(str(file)), faults)
     if isinstance(given, str):
         faults.append(f"prompts={given!r} must be a list; write prompts=['...']")
-        return ()
+        return _NO_PROMPTS
     if not given:
         faults.append("no prompts are given; set prompts=['...'] or prompts_file=<.txt or .jsonl>")
-        return ()
+        return _NO_PROMPTS
     wrong = [one for one in given if not isinstance(one, str)]
     if wrong:
         faults.append(f"prompts holds {wrong[0]!r}, which is not a text; put it in quotes")
-    return tuple(given)
+    return tuple(given), ({},) * len(given)
 
 
-def _prompts_of_file(path: Path, faults: list[str]) -> tuple[str, ...]:
+def _prompts_of_file(path: Path, faults: list[str]) -> _Prompts:
     """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
     try:
         # Split at newlines alone: a text may hold other separators.
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except OSError as fault:
         faults.append(f"prompts_file={path} cannot be read ({fault.strerror}); check the name")
-        return ()
+        return _NO_PROMPTS
     except UnicodeDecodeError as fault:
         faults.append(f"prompts_file={path} is not UTF-8 ({fault.reason} at byte {fault.start}); convert it")
-        return ()
+        return _NO_PROMPTS
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         faults.append(f"prompts_file={path} holds no prompt; put one on each line")
     if path.suffix != ".jsonl":
-        return tuple(line for _, line in numbered)
-    prompts = []
+        return tuple(line for _, line in numbered), ({},) * len(numbered)
+    prompts, labels = [], []
     for number, line in numbered:
         try:
             value = json.loads(line)
@@ -217,7 +233,8 @@ def _prompts_of_file(path: Path, faults: list[str]) -> tuple[str, ...]:
             faults.append(f"{path}, line {number}: not JSON ({fault})")
             continue
         if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-            prompts.append(value["prompt"])
+            prompts.append(value.pop("prompt"))
+            labels.append(value)
         else:
             faults.append(f'{path}, line {number}: must be an object with a text under "prompt"')
-    return tuple(prompts)
+    return tuple(prompts), tuple(labels)

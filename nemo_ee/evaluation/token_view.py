@@ -187,4 +187,10 @@ def exit_table(
     total = f"{stats.num_tokens} tokens, mean depth {stats.mean_depth:.2f} of {stats.num_layers} layers"
     if seconds:
         total += f", {stats.num_tokens / seconds:.1f} tokens/s"
-    return "\n".join([*lines, total])
+    lines.append(total)
+    if stats.checks:
+        lines.append(
+            f"{stats.drafted} tokens drafted, {100 * stats.acceptance_rate:.1f} % accepted, "
+            f"{stats.mean_accepted_length:.2f} per check; {stats.computed_depth:.2f} layers run per token"
+        )
+    return "\n".join(lines)

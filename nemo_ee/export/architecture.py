@@ -1,14 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo`'s backbone as every export sees it: the model config of NeMo, read once, with NeMo's own defaults.
-
-    RMSNorm, gated SiLU, rotary positions, no bias or all biases    LlamaForCausalLM (Llama, Mistral)
-    the same with a bias on query, key and value alone              Qwen2ForCausalLM
-    LayerNorm, ReLU, learned positions, all biases                  OPTForCausalLM
-    LayerNorm, GELU or ReLU, learned positions                      GPTForCausalLM
-
-What none of these computes the same way is refused. The other direction, from a Hugging Face config to NeMo's, is
-`nemo_ee.checkpoint.huggingface_backbone`.
+"""A `.nemo`'s architecture, read once with NeMo's own defaults; what no stock class of any target computes is refused.
 
 May import: the standard library.
 """
@@ -45,21 +37,9 @@ class Architecture:
     tied: bool
 
     @property
-    def name(self) -> str:
-        """The stock class that computes it, in TensorRT-LLM's words."""
-        if not self.learned_positions:
-            return "Qwen2ForCausalLM" if self.qkv_bias and not self.bias else "LlamaForCausalLM"
-        return "OPTForCausalLM" if self.hidden_act == "relu" and self.bias else "GPTForCausalLM"
-
-    @property
     def gated(self) -> bool:
         """Whether the MLP has the two branches `fc` (activated) and `gate` (linear)."""
         return self.hidden_act == "silu"
-
-    @property
-    def drafts(self) -> bool:
-        """Whether exits are written as stand-alone draft models too."""
-        return not self.learned_positions
 
 
 def read_architecture(
@@ -146,7 +126,7 @@ def _faults_of_settings(get) -> list[str]:  # noqa: ANN001
 
 
 def _rotary_scaling(get) -> tuple[dict[str, Any] | None, list[str]]:  # noqa: ANN001
-    """TensorRT-LLM looks a scaling's kind up under `type`, then `rope_type`; its numbers have Hugging Face's names."""
+    """The scaling with Hugging Face's names; its kind under `type` and `rope_type`, since readers differ."""
     factor = get("seq_len_interpolation_factor")
     if factor is not None and get("scale_positional_embedding"):
         return None, ["seq_len_interpolation_factor and scale_positional_embedding: one of them only"]

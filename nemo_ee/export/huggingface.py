@@ -40,12 +40,11 @@ from nemo_ee.export.huggingface_config import (
 from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
 from nemo_ee.export.huggingface_verify import FORMAT
 from nemo_ee.export.manifest import write_manifest
+from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.remote_code import auto_map, remote_code
-from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, tensor_faults
+from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
 from nemo_ee.export.tensorrt_llm_early_exit import copy_pytorch_package, threshold_block, threshold_faults
-from nemo_ee.export.tensorrt_llm_layout import draft_model, full_model
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
         faults.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
     if faults:
         raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    faults = tensor_faults(source, [full, *artefacts])
+    faults = tensor_faults(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
     if faults:
         raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
     return artefacts

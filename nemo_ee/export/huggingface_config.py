@@ -200,4 +200,4 @@ def _differences(wanted: Architecture, made: Architecture) -> Iterator[str]:
         if field.name == "max_position_embeddings" and not wanted.learned_positions:
             continue
         if ours != theirs:
-            yield f"{field.name} is {ours!r}, the nearest class ({made.name}) has {theirs!r}"
+            yield f"{field.name} is {ours!r}, the nearest class has {theirs!r}"

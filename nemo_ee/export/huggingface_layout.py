@@ -22,7 +22,7 @@ from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import OUTPUT, Origin, row_blocks
-from nemo_ee.export.tensorrt_llm_layout import Model
+from nemo_ee.export.model_origins import Model
 
 _FINAL_NORM = "decoder.final_layernorm."
 _LAYER_PREFIX = re.compile(r"^.*\{layer\}\.")

@@ -20,9 +20,8 @@ from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES
-from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES
-from nemo_ee.export.tensorrt_llm_layout import draft_model, full_model
+from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 
 FORMAT = "huggingface"
 # What the importer's reader refuses in a source, and an export says of itself.

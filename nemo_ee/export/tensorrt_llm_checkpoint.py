@@ -34,9 +34,10 @@ from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
+from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
-from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_config import checkpoint_config
+from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
+from nemo_ee.export.tensorrt_llm_config import checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm_early_exit import (
     ENGINE_CRITERIA,
     copy_engine_file,
@@ -44,12 +45,9 @@ from nemo_ee.export.tensorrt_llm_early_exit import (
     threshold_faults,
 )
 from nemo_ee.export.tensorrt_llm_layout import (
-    Model,
     Part,
     Reading,
-    draft_model,
     draft_refusal,
-    full_model,
     parallel_faults,
     rank_shapes,
     readings,
@@ -58,7 +56,6 @@ from nemo_ee.export.tensorrt_llm_layout import (
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHECKPOINT = "trtllm_ckpt"
 TARGETS = ["TensorRT-LLM unified checkpoint, engine backend, 0.20.0 to 1.2.1"]
 NOT_RUN = "no real TensorRT-LLM has loaded these files"
@@ -120,7 +117,7 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         if not source.config.get("vocab_size"):
             architecture = dataclasses.replace(architecture, vocab_size=source.vocabulary_rows())
         artefacts = plan_artefacts(settings, source, architecture, exits)
-        faults = tensor_faults(source, artefacts)
+        faults = tensor_faults(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
         if faults:
             raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
         dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
@@ -199,29 +196,6 @@ def plan_artefacts(
     return artefacts
 
 
-def tensor_faults(source: EarlyExitSource, artefacts: Sequence[Artefact]) -> list[str]:
-    """Tensors that are missing or of another shape, and tensors of the backbone that nothing is written from."""
-    faults, read = [], set()
-    for reading in {reading.origin: reading for a in artefacts for reading in a.plan}.values():
-        origin, shape = reading.origin, source.shape(reading.origin)
-        where = f"{origin.key}" if origin.layer is None else f"{origin.key} of layer {origin.layer + 1}"
-        if origin.part == "backbone":
-            read.add(origin.key)
-        # Vocabulary matrices are padded, by rows that are not exported; exits and backbone may differ in it.
-        padded = origin.part == "output" or origin.key in ("embedding.word_embeddings.weight", "output_layer.weight")
-        if shape is None:
-            faults.append(f"{where} is missing")
-        elif shape != reading.shape and not (
-            padded and shape[1:] == reading.shape[1:] and shape[0] >= reading.shape[0]
-        ):
-            faults.append(f"{where} has shape {list(shape)}, must be {list(reading.shape)}")
-    tied_output = {"output_layer.weight"} if artefacts[0].tied else set()
-    unknown = sorted(source.backbone_names() - read - tied_output)
-    if unknown:
-        faults.append(f"the backbone holds tensors that no stock class has: {', '.join(unknown)}")
-    return faults
-
-
 def _write(
     settings: ExportSettings,
     source: EarlyExitSource,
@@ -246,7 +220,7 @@ def _write(
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
         copy_tokenizer(source, partial / "tokenizer")
         facts = _manifest_facts(settings, source, artefacts, table, dtype)
-        model = copy_engine_file(partial, architecture.name)
+        model = copy_engine_file(partial, stock_class(architecture))
         write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
 

@@ -1,8 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The config.json of a TensorRT-LLM unified checkpoint from an architecture, and back.
+"""A `.nemo`'s architecture in TensorRT-LLM's words: which stock class computes it, and the config.json of that class.
 
-Fields and classes: TensorRT-LLM 0.20 to 1.2.1.
+    RMSNorm, gated SiLU, rotary positions, no bias or all biases    LlamaForCausalLM (Llama, Mistral)
+    the same with a bias on query, key and value alone              Qwen2ForCausalLM
+    LayerNorm, ReLU, learned positions, all biases                  OPTForCausalLM
+    LayerNorm, tanh-GELU or ReLU, learned positions                 GPTForCausalLM
+
+Fields and classes: TensorRT-LLM 0.20 to 1.2.1. Anything that no stock class computes the same way is refused.
 
 May import: nemo_ee.export.architecture.
 """
@@ -13,6 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_ee.export.architecture import Architecture
+
+
+def stock_class(a: Architecture) -> str:
+    """TensorRT-LLM's class that computes an architecture."""
+    if a.layer_norm:
+        return "OPTForCausalLM" if a.hidden_act == "relu" and a.bias else "GPTForCausalLM"
+    return "Qwen2ForCausalLM" if a.qkv_bias and not a.bias else "LlamaForCausalLM"
 
 
 def checkpoint_config(
@@ -32,9 +44,9 @@ def checkpoint_config(
         tied: the output projection is the word embeddings.
         early_exit: table of the exits; stock classes keep unknown keys and do nothing with them.
     """
-    a = architecture
+    a, name = architecture, stock_class(architecture)
     config: dict[str, Any] = {
-        "architecture": a.name,
+        "architecture": name,
         "dtype": dtype,
         "logits_dtype": "float32",
         "vocab_size": a.vocab_size,
@@ -60,13 +72,11 @@ def checkpoint_config(
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
     if a.learned_positions:
-        config |= (
-            {"do_layer_norm_before": True} if a.name.startswith("OPT") else {"gpt_variant": "gpt2", "bias": a.bias}
-        )
+        config |= {"do_layer_norm_before": True} if name.startswith("OPT") else {"gpt_variant": "gpt2", "bias": a.bias}
     else:
         config |= {"rotary_base": a.rotary_base, "rotary_scaling": a.rotary_scaling}
         config |= {"attn_bias": a.qkv_bias, "mlp_bias": a.bias}
-        if a.name.startswith("Qwen2"):
+        if name.startswith("Qwen2"):
             config |= {"qwen_type": "qwen2"}
     if early_exit is not None:
         config["early_exit"] = dict(early_exit)

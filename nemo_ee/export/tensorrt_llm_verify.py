@@ -21,10 +21,11 @@ from safetensors import safe_open
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.architecture import Architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES
-from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, part_of
-from nemo_ee.export.tensorrt_llm_config import architecture_of
-from nemo_ee.export.tensorrt_llm_layout import Reading, draft_model, full_model, rank_shapes, readings
+from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+from nemo_ee.export.tensorrt_llm_checkpoint import part_of
+from nemo_ee.export.tensorrt_llm_config import architecture_of, stock_class
+from nemo_ee.export.tensorrt_llm_layout import Reading, rank_shapes, readings
 
 
 def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
@@ -42,8 +43,8 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
     tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
     if sizes["world_size"] != tp * pp:
         return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
-    if config["architecture"] != architecture.name:
-        return [f"architecture {config['architecture']!r} is not the class of the other fields, {architecture.name}"]
+    if config["architecture"] != stock_class(architecture):
+        return [f"architecture: {config['architecture']}, but {stock_class(architecture)} computes what is described"]
     plan = _plan(architecture, config, artefact, tp * pp, pp)
     faults = []
     for rank, shapes in enumerate(rank_shapes(plan, tp, pp)):

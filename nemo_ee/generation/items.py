@@ -14,10 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import LongTensor, Tensor
+
+_CPU = torch.device("cpu")
 
 
 class ItemGroup(NamedTuple):
@@ -49,18 +52,39 @@ class Items:
     position: LongTensor
 
     def __post_init__(self) -> None:
-        assert self.sequence.shape == self.position.shape and self.sequence.ndim == 1, "Items are two [n] tensors"
+        assert self.sequence.ndim == 1 and len(self.sequence) == len(self.position), "Items are two [n] tensors"
 
     @classmethod
     def of(cls, positions: Mapping[int, Sequence[int]], device: torch.device | str = "cpu") -> Items:
         """Items from each sequence's positions; sequences and their positions ascend."""
-        sequence = [index for index, own in positions.items() for _ in own]
-        position = [value for own in positions.values() for value in own]
-        on_host = torch.tensor([sequence, position], dtype=torch.long)
-        items = cls(*on_host.to(device))
+        return cls.with_tokens(positions, None, device)[0]
+
+    @classmethod
+    def with_tokens(
+        cls, positions: Mapping[int, Sequence[int]], tokens: Sequence[int] | None, device: torch.device | str = "cpu"
+    ) -> tuple[Items, LongTensor]:
+        """`of`, and the tokens of the items as a tensor `[n]` (of zeros without any) on the same way to the device."""
+        sequence: list[int] = []
+        position: list[int] = []
+        groups = []
+        for index, own in positions.items():
+            first, start, length = len(sequence), own[0], own[-1] + 1
+            consecutive = range(start, length)
+            if len(own) != length - start:
+                assert all(a < b for a, b in pairwise(own)), "Items ascend by sequence, then position"
+                consecutive = tuple(own)
+            sequence += [index] * len(own)
+            position += own
+            groups.append(ItemGroup(index, first, len(sequence) - 1, length, consecutive))
+        last = [0] * len(sequence) if tokens is None else tokens
+        on_host = torch.tensor([sequence, position, last], dtype=torch.long)
+        rows = on_host.unbind()
+        on_device = rows if device == _CPU or device == "cpu" else on_host.to(device).unbind()
+        items = cls(on_device[0], on_device[1])
         # Kept beside the device's copy so that grouping by sequence never waits for the device.
-        items.__dict__["on_host"] = tuple(on_host)
-        return items
+        items.__dict__["on_host"] = rows[:2]
+        items.__dict__["groups"] = tuple(groups)
+        return items, on_device[2]
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
@@ -81,7 +105,7 @@ class Items:
         """The sequences in row order."""
         sequences, positions = (side.tolist() for side in self.on_host)
         pairs = list(zip(sequences, positions, strict=True))
-        assert all(a < b for a, b in zip(pairs, pairs[1:], strict=False)), "Items ascend by sequence, then position"
+        assert all(a < b for a, b in pairwise(pairs)), "Items ascend by sequence, then position"
         last_rows = [row for row in range(len(pairs)) if row + 1 == len(pairs) or sequences[row + 1] != sequences[row]]
         first_rows = [0, *(row + 1 for row in last_rows[:-1])]
         groups = []
@@ -107,6 +131,8 @@ class DecodingModel(Protocol):
 
     Implementations return for each row what they would return for it alone: rows only meet in attention, and only
     within their sequence. An implementation may have an attribute `device`; without it the engine uses the CPU.
+    Its cache may have `truncate(sequence, length)`: keep the first `length` positions of one sequence, everywhere.
+    Mode `self_speculative` and sessions that use a sequence's place twice need it.
     """
 
     num_layers: int

@@ -124,10 +124,14 @@ class KVCache:
         """`[num_sequences, num_kv_heads, max_length, head_dim]`, the stored values, as `keys`."""
         return self._values[slot]
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` positions of one sequence in every slot; the rest may be written again."""
+        for written in self._written.values():
+            written[sequence][length:] = bytes(self.max_length - length)
+
     def forget(self, sequence: int) -> None:
         """Free every slot of one sequence for another one."""
-        for written in self._written.values():
-            written[sequence][:] = bytes(self.max_length)
+        self.truncate(sequence, 0)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:

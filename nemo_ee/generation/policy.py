@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a token may leave early: the criterion, the thresholds, the exits that are asked, the cap on waiting tokens.
 
+What a user asks for is a mode and an `ExitPolicy`; what the engine follows is the `Course` the two make on a model.
+
 May import: `nemo_ee.exits` and `nemo_ee.generation.items`.
 """
 
@@ -16,12 +18,38 @@ from typing import NamedTuple
 from nemo_ee.exits.confidence import CRITERIA, NEVER_LEAVES, can_leave
 from nemo_ee.generation.items import ExitPoint
 
+MODES = ("early_exit", "self_speculative", "static_depth", "full")
+
 
 class AskedExit(NamedTuple):
     """An exit that is asked, with the threshold to beat."""
 
     point: ExitPoint
     threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The way of one sequence's tokens through a model: a mode and a policy, resolved and checked.
+
+    Attributes:
+        exits: the exits to ask, in the model's order.
+        criterion: of every reported confidence.
+        max_waiting: most tokens of the sequence that may wait; None = no cap.
+        end: exit at which every token ends; nothing below it ever runs. None = the end of the stack.
+        checks: whether a token that leaves early is only a draft, to be checked against the final exit.
+    """
+
+    exits: tuple[AskedExit, ...] = ()
+    criterion: str = CRITERIA[0]
+    max_waiting: int | None = None
+    end: ExitPoint | None = None
+    checks: bool = False
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Every exit that is ever read from, but the final one."""
+        return tuple(exit.point.name for exit in self.exits) + (() if self.end is None else (self.end.name,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +64,9 @@ class ExitPolicy:
             penalties), so that the decision never depends on the sampled token.
         active: names of the exits that may be left at; None = all of the model's. The others cost nothing.
         max_waiting: most tokens of a sequence that may wait for their deeper layers; at the cap the next token goes
-            to full depth and takes them along. None = no cap.
+            to full depth and takes them along. None = no cap. In mode `self_speculative` this is the longest draft.
+
+    Mode `static_depth` reads every token from the one active exit and looks at no threshold.
 
     Raises:
         ValueError: with every fault that needs no model to be seen.
@@ -82,16 +112,7 @@ class ExitPolicy:
             ValueError: with every name the model does not have and every active exit without a threshold.
         """
         known = [point.name for point in exits]
-        faults = []
-        for key, names in (("active", self.active or ()), ("thresholds", self._names())):
-            for name in names:
-                if name not in known:
-                    close = difflib.get_close_matches(str(name), known, n=1)
-                    guess = f" (did you mean {close[0]}?)" if close else ""
-                    faults.append(
-                        f"{key} names the exit {name!r}, which the model does not have{guess}; "
-                        f"its exits are {', '.join(known) or 'none'}"
-                    )
+        faults = self._unknown_names(known)
         active = known if self.active is None else self.active
         if isinstance(self.thresholds, dict):
             missing = [name for name in known if name in active and name not in self.thresholds]
@@ -105,11 +126,69 @@ class ExitPolicy:
         asked = [AskedExit(point, self._threshold(point.name)) for point in exits if point.name in active]
         return tuple(exit for exit in asked if can_leave(exit.threshold, self.criterion))
 
+    def static_exit(self, exits: Sequence[ExitPoint]) -> ExitPoint:
+        """The one active exit, from which `static_depth` reads every token.
+
+        Raises:
+            ValueError: with every name the model does not have, or when not exactly one exit is active.
+        """
+        known = [point.name for point in exits]
+        faults = self._unknown_names(known)
+        active = known if self.active is None else list(self.active)
+        if len(active) != 1:
+            faults.append(
+                f"mode 'static_depth' reads from one exit, but {', '.join(active) or 'none'} "
+                f"{'is' if not active else 'are'} active; name one of {', '.join(known) or 'none'} under active"
+            )
+        if faults:
+            raise ValueError("exit policy: " + "; ".join(faults))
+        return next(point for point in exits if point.name == active[0])
+
+    def _unknown_names(self, known: Sequence[str]) -> list[str]:
+        faults = []
+        for key, names in (("active", self.active or ()), ("thresholds", self._names())):
+            for name in names:
+                if name not in known:
+                    close = difflib.get_close_matches(str(name), known, n=1)
+                    guess = f" (did you mean {close[0]}?)" if close else ""
+                    faults.append(
+                        f"{key} names the exit {name!r}, which the model does not have{guess}; "
+                        f"its exits are {', '.join(known) or 'none'}"
+                    )
+        return faults
+
     def _names(self) -> tuple[str, ...]:
         return tuple(self.thresholds) if isinstance(self.thresholds, dict) else ()
 
     def _threshold(self, name: str) -> float:
         return float(self.thresholds[name] if isinstance(self.thresholds, dict) else self.thresholds)
+
+
+def course_of(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint], num_layers: int) -> Course:
+    """What a mode and a policy mean on a model.
+
+    Args:
+        mode: one of `MODES`.
+        policy: needed by every mode but `full`, which takes only the criterion from it.
+        exits: the model's, in its order.
+        num_layers: the model's.
+
+    Raises:
+        ValueError: unknown mode, no policy where one is needed, or the policy's faults on this model.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode = {mode!r} is unknown; use one of {', '.join(MODES)}")
+    if mode == "full":
+        return Course() if policy is None else Course(criterion=policy.criterion)
+    if policy is None:
+        raise ValueError(f"mode = {mode!r} needs a policy; pass ExitPolicy(thresholds=...) or use mode='full'")
+    if mode == "static_depth":
+        return Course(criterion=policy.criterion, end=policy.static_exit(exits))
+    asked = policy.asked_exits(exits)
+    if mode == "self_speculative":
+        # A draft from the very end of the stack has nothing left to wait for, and so nothing to save.
+        asked = tuple(exit for exit in asked if exit.point.stop < 2 * num_layers)
+    return Course(asked, policy.criterion, policy.max_waiting, checks=mode == "self_speculative")
 
 
 def _threshold_fault(value: object, criterion: str) -> str | None:

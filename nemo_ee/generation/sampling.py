@@ -78,7 +78,8 @@ def uniform(seed: int, position: int, purpose: str) -> float:
     Args:
         seed: of the sequence.
         position: of the token that is decided, in its sequence.
-        purpose: what the number is for ("token", ...), so that two uses at one position are independent.
+        purpose: what the number is for ("token", "draft", "accept", "redraw"), so that two uses at one position are
+            independent.
     """
     digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
@@ -154,8 +155,13 @@ def _sample_one(logits: Tensor, params: SamplingParams, position: int, previous:
     return draw(distribution(logits, params, previous), uniform(params.seed, position, purpose))
 
 
+def accepts(probability: float, number: float) -> bool:
+    """Whether something of this probability happens at `number` in [0, 1)."""
+    return number < probability
+
+
 def draw(probabilities: Tensor, number: float) -> int:
-    """The token at `number` in [0, 1) of the cumulative distribution. `probabilities`: `[v]`, fp64."""
+    """The token at `number` in [0, 1) of the cumulative distribution. `probabilities`: `[v]`, fp64, of any sum."""
     cumulative: Tensor = probabilities.cumsum(0)
     threshold = torch.tensor([number], dtype=cumulative.dtype, device=cumulative.device) * cumulative[-1]
     index: LongTensor = torch.searchsorted(cumulative, threshold, right=True)

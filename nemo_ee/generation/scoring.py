@@ -22,7 +22,7 @@ from torch import Tensor
 from nemo_ee.exits.confidence import confidence, leaves
 from nemo_ee.generation.descent import pick_rows
 from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
-from nemo_ee.generation.policy import AskedExit
+from nemo_ee.generation.policy import Course
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
 
 # Rows of logits asked for at a time: at most this many numbers, 64 MiB in fp32.
@@ -63,17 +63,14 @@ class Scorer:
 
     Args:
         model: what to run.
-        exits: the exits to ask, in the model's order.
-        criterion: of the confidence.
-        max_waiting: as in `ExitPolicy`.
+        course: the exits to ask, or the one to read everything from.
     """
 
-    def __init__(
-        self, model: DecodingModel, exits: Sequence[AskedExit], criterion: str, max_waiting: int | None
-    ) -> None:
-        self.model, self.exits, self.criterion, self.max_waiting = model, tuple(exits), criterion, max_waiting
+    def __init__(self, model: DecodingModel, course: Course) -> None:
+        self.model, self.course = model, course
+        self.exits, self.criterion, self.max_waiting = course.exits, course.criterion, course.max_waiting
         self.device = getattr(model, "device", torch.device("cpu"))
-        self.asked = {exit.point.name: 0 for exit in exits} | {FINAL: 0}
+        self.asked = dict.fromkeys((*course.exit_names, FINAL), 0)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]], num_context: Sequence[int]) -> ScoreResult:
@@ -83,8 +80,7 @@ class Scorer:
         fed = [list(own[:-1]) for own in sequences]
         positions = {index: range(len(own)) for index, own in enumerate(fed)}
         items = Items.of(positions, self.device)
-        names = tuple(exit.point.name for exit in self.exits)
-        cache = model.new_cache(len(fed), max(len(own) for own in fed), names)
+        cache = model.new_cache(len(fed), max(len(own) for own in fed), self.course.exit_names)
         tokens = torch.tensor([token for own in fed for token in own], dtype=torch.long, device=self.device)
         targets = torch.tensor([token for own in sequences for token in own[1:]], dtype=torch.long)
         # A context's last row is read from the final exit, as after a prompt; the rows after it are asked.
@@ -97,23 +93,24 @@ class Scorer:
 
         hidden = model.embed(tokens, items)
         early: dict[int, _Answer] = {}
-        depth, end = 0, 2 * model.num_layers
+        static = self.course.end
+        depth, end = 0, 2 * model.num_layers if static is None else static.stop
         for stop in sorted({*(exit.point.stop for exit in self.exits), end}):
             hidden = model.run(hidden, items, depth, stop, cache)
             depth = stop
             for exit in self.exits:
                 if exit.point.stop == stop:
                     asked = [row for row in asking if row not in early]
-                    early |= self._ask(exit, hidden, items, targets, asked, cache)
+                    early |= self._ask(exit.point, exit.threshold, hidden, items, targets, asked, cache)
         final_rows = []
         for row, own, context in zip(first_rows, fed, num_context, strict=True):
             final_rows += self._read_from_final(row, context, len(own), early)
-        final = self._ask(None, hidden, items, targets, final_rows, cache)
+        final = self._ask(static, None, hidden, items, targets, final_rows, cache)
         answers = [
             [(early | final)[row + position] for position in range(context - 1, len(own))]
             for row, own, context in zip(first_rows, fed, num_context, strict=True)
         ]
-        return self._result(sequences, num_context, answers, len(items))
+        return self._result(sequences, num_context, answers, len(items) * end / 2)
 
     def _read_from_final(self, first_row: int, context: int, length: int, early: dict[int, _Answer]) -> list[int]:
         """Replay one sequence's decisions; those the cap forces to full depth lose their early answer."""
@@ -131,20 +128,22 @@ class Scorer:
 
     def _ask(
         self,
-        exit: AskedExit | None,
+        point: ExitPoint | None,
+        threshold: float | None,
         hidden: Tensor,
         items: Items,
         targets: Tensor,
         asked: Sequence[int],
         cache: object,
     ) -> dict[int, _Answer]:
-        """Ask an exit about these rows (ascending), a chunk at a time; keep the answers that are sure.
+        """Ask an exit about these rows (ascending), a chunk at a time; keep the answers that are sure, without a
+        threshold all.
 
         It is told of all other rows first: a `layer` exit's question attends to every position before its own.
         """
-        name = None if exit is None else exit.point.name
+        name = None if point is None else point.name
         rows_at_once = max(1, LOGITS_PER_QUESTION // self.model.vocab_size)
-        if exit is not None:
+        if name is not None:
             others = sorted(set(range(len(items))) - set(asked))
             if others:
                 self.model.observe_exit(name, *pick_rows(hidden, items, others), cache)
@@ -160,11 +159,11 @@ class Scorer:
                 logits.argmax(dim=1) == target,
             )
             sure = [True] * len(rows)
-            if exit is not None:
-                sure = leaves(columns[0], exit.threshold, self.criterion).tolist()
+            if threshold is not None:
+                sure = leaves(columns[0], threshold, self.criterion).tolist()
             for row, is_sure, *said in zip(rows, sure, *(column.tolist() for column in columns), strict=True):
                 if is_sure:
-                    answers[row] = _Answer(None if exit is None else exit.point, *said)
+                    answers[row] = _Answer(point, *said)
             self.asked[FINAL if name is None else name] += len(rows)
         return answers
 
@@ -173,7 +172,7 @@ class Scorer:
         sequences: Sequence[Sequence[int]],
         num_context: Sequence[int],
         answers: Sequence[Sequence[_Answer]],
-        num_items: int,
+        computed_layers: float,
     ) -> ScoreResult:
         per_sequence: dict[int, list[TokenEvent]] = defaultdict(list)
         for index, (own, context) in enumerate(zip(sequences, num_context, strict=True)):
@@ -203,7 +202,7 @@ class Scorer:
                 tokens_per_exit=exit_histogram(events, self.model.exits),
                 mean_depth=mean_depth(events),
                 num_layers=self.model.num_layers,
-                computed_layers=float(num_items * self.model.num_layers),
+                computed_layers=computed_layers,
                 asked={point.name: 0 for point in self.model.exits} | self.asked,
             ),
         )

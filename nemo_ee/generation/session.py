@@ -1,155 +1,338 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One batch being decoded: runs the prompts, feeds tokens, samples, stops each sequence on its own.
+"""Sequences being decoded together: runs prompts, feeds tokens, samples or checks, stops each sequence on its own.
 
-May import: torch and `nemo_ee.generation.{descent,items,policy,sampling,stats}`.
+A session has a fixed number of slots in the model's cache. Sequences come (`add`) and go (they end, or `cancel`) while
+others run; one that comes takes a slot that is free. Its prompt runs in the same flight as the others' next tokens.
+
+May import: torch and `nemo_ee.generation.{checks,descent,items,policy,request,sampling,speculation,stats}`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nemo_ee.generation.descent import Descent, Reading
+from nemo_ee.generation.checks import raise_all, request_faults
+from nemo_ee.generation.descent import Descent, Feed, Reading
 from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import AskedExit
-from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
+from nemo_ee.generation.policy import Course, ExitPolicy
+from nemo_ee.generation.request import Request, resolve
+from nemo_ee.generation.sampling import sample
+from nemo_ee.generation.speculation import Draft, check
 from nemo_ee.generation.stats import DecodingStats, TokenEvent, exit_histogram, mean_depth
 
 
-@dataclass(frozen=True)
-class Request:
-    """One sequence to generate.
+@dataclasses.dataclass(eq=False)
+class _Sequence:
+    """A sequence that has not ended. `tokens`: prompt and new ones; `drafts` follow them and wait to be checked."""
 
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: at least 1.
-        sampling: how its tokens are chosen.
-        stop_tokens: ids that end it; the one that does is its last token.
-    """
+    index: int
+    slot: int
+    request: Request
+    course: Course
+    tokens: list[int]
+    drafts: list[Draft] = dataclasses.field(default_factory=list)
+    has_begun: bool = False
+    must_check: bool = False  # a draft would end the sequence
 
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: SamplingParams = GREEDY
-    stop_tokens: frozenset[int] = frozenset()
+    @property
+    def length(self) -> int:
+        """Tokens, with the drafted ones."""
+        return len(self.tokens) + len(self.drafts)
+
+    def finish_reason(self, tokens: Sequence[int]) -> str | None:
+        """Why a sequence of these tokens has ended; None = it has not."""
+        request, new = self.request, len(tokens) - len(self.request.prompt)
+        if tokens[-1] in request.stop_tokens:
+            return "stop"
+        if request.ends is not None and request.ends(tokens[len(request.prompt) :]):
+            return "stop"
+        return "length" if new >= request.max_new_tokens else None
 
 
 class DecodingSession:
-    """Decoding of one batch, a step at a time. Made by `EarlyExitEngine.start`, which checks it.
+    """Decoding of some sequences, a step at a time. Made by `EarlyExitEngine.start`, which checks what it passes on.
+
+    Args:
+        model: what to run.
+        mode, policy: of requests that do not say.
+        exits: names of the exits that requests may use.
+        num_slots: most sequences at a time.
+        max_length: most tokens of a sequence, prompt included.
 
     Attributes:
-        cache: the model's key/value storage.
-        finished: whether every sequence has ended.
+        cache: the model's key/value storage; sequences of `start` stand in it in their order.
+        finished: whether no sequence is running. One may be added all the same.
+        num_free_slots: how many sequences can be added now.
     """
 
     def __init__(
         self,
         model: DecodingModel,
-        requests: Sequence[Request],
-        exits: Sequence[AskedExit],
-        criterion: str,
-        max_waiting: int | None,
+        mode: str,
+        policy: ExitPolicy | None,
+        exits: Collection[str],
+        num_slots: int,
+        max_length: int,
     ) -> None:
-        self.requests = tuple(requests)
-        max_length = max(len(own.prompt) + own.max_new_tokens for own in self.requests)
+        self._model, self._mode, self._policy = model, mode, policy
+        self._exits, self._max_length = tuple(point.name for point in model.exits if point.name in exits), max_length
         with torch.inference_mode():
-            self.cache: Any = model.new_cache(len(self.requests), max_length, tuple(exit.point.name for exit in exits))
-        self._model = model
-        self._descent = Descent(model, self.cache, exits, criterion, max_waiting)
-        self._tokens = [list(own.prompt) for own in self.requests]  # with the new ones
-        self._running = list(range(len(self.requests)))
-        self._prompts_have_run = False
+            self.cache: Any = model.new_cache(num_slots, max_length, self._exits)
+        self._descent = Descent(model, self.cache)
+        self._free = list(range(num_slots))
+        self._used: set[int] = set()
+        self._running: dict[int, _Sequence] = {}  # by index, ascending
+        self._slots: dict[int, int] = {}  # index -> slot, ended sequences too until their slot is used again
+        self._num_added = self._num_prompt_tokens = 0
+        self._drafted = self._accepted = self._checks = 0
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended."""
+        """Whether no sequence is running."""
         return not self._running
+
+    @property
+    def num_free_slots(self) -> int:
+        """How many sequences can be added now."""
+        return len(self._free)
+
+    def add(self, request: Request) -> int:
+        """Take in a sequence; its first token comes with the next step.
+
+        Returns:
+            Its index: the `sequence` of its events. Indices count up from 0 and are never used twice.
+
+        Raises:
+            ValueError: with every fault of the request.
+            RuntimeError: no slot is free.
+        """
+        what = f"sequence {self._num_added}"
+        faults = list(request_faults(self._model, what, request))
+        course = resolve(self._model, request, self._mode, self._policy, faults)
+        missing = [name for name in course.exit_names if name not in self._exits]
+        if missing:
+            faults.append(
+                f"{what}: exit {', '.join(missing)} is not one of the session's ({', '.join(self._exits) or 'none'}); "
+                "name it under exits when the session is started"
+            )
+        if not faults and len(request.prompt) + request.max_new_tokens > self._max_length:
+            faults.append(
+                f"{what}: {len(request.prompt)} prompt tokens + max_new_tokens = {request.max_new_tokens} are more "
+                f"than this session's {self._max_length} positions; shorten the prompt, ask for fewer tokens, or "
+                "start the session with a larger max_length"
+            )
+        raise_all(faults)
+        if not self._free:
+            raise RuntimeError(
+                "every slot of the session is taken; wait until a sequence ends, cancel one, or start the session "
+                "with more num_slots"
+            )
+        return self.admit(request, course)
+
+    def admit(self, request: Request, course: Course) -> int:
+        """`add` without its checks: a request that fits, on its course, with a slot free."""
+        slot = self._free[0]
+        if course.checks or slot in self._used:
+            self._needs_truncate("mode = 'self_speculative'" if course.checks else "a slot that is used again")
+        if slot in self._used:
+            self._descent.truncate(slot, 0)
+            self._slots = {index: own for index, own in self._slots.items() if own != slot}
+        del self._free[0]
+        self._used.add(slot)
+        held = None
+        if request.min_new_tokens and request.stop_tokens:
+            held = (len(request.prompt) + request.min_new_tokens, request.stop_tokens)
+        self._descent.admit(slot, course, held)
+        index = self._num_added
+        self._num_added += 1
+        self._num_prompt_tokens += len(request.prompt)
+        self._slots[index] = slot
+        self._running[index] = _Sequence(index, slot, request, course, list(request.prompt))
+        return index
+
+    def _needs_truncate(self, what: str) -> None:
+        if not hasattr(self.cache, "truncate"):
+            raise ValueError(f"{what} needs a model whose cache can be truncated, which this one's cannot be")
+
+    def cancel(self, index: int) -> None:
+        """End a sequence without another event; nothing happens when it has ended already."""
+        if not 0 <= index < self._num_added:
+            raise ValueError(f"sequence {index} is not one of this session's 0..{self._num_added - 1}")
+        if index in self._running:
+            self._release(self._running[index])
+
+    def _release(self, sequence: _Sequence) -> None:
+        del self._running[sequence.index]
+        self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
     def step(self) -> tuple[TokenEvent, ...]:
-        """The next token of every sequence that has not ended, in the order of the sequences.
+        """Send the newest token of every running sequence down the stack.
+
+        Returns:
+            The tokens that are certain after it, in the order of the sequences: one of each sequence; in mode
+            `self_speculative` none while a sequence only drafts, then all that its check left.
 
         Raises:
             RuntimeError: the model returned logits that are not numbers.
         """
-        if self.finished:
+        if not self._running:
             return ()
-        if self._prompts_have_run:
-            newest = {index: (len(self._tokens[index]) - 1, self._tokens[index][-1]) for index in self._running}
-            readings = self._descent.step(newest)
-        else:
-            readings = self._descent.prompt({index: self._tokens[index] for index in self._running})
-            self._prompts_have_run = True
-        events = self._choose(readings)
-        self._running = [event.sequence for event in events if event.finish_reason is None]
+        by_slot = {own.slot: own for own in self._running.values()}
+        readings = self._descent.step({slot: self._feed(by_slot[slot]) for slot in sorted(by_slot)})
+        events: list[TokenEvent] = []
+        singles: list[tuple[_Sequence, Reading]] = []
+        for reading in readings:
+            sequence = by_slot[reading.slot]
+            sequence.has_begun = True
+            if sequence.drafts and reading.exit is None:
+                singles += self._check(sequence, reading, events)
+            else:
+                singles.append((sequence, reading))
+        events += self._choose(singles)
+        for event in events:
+            if event.finish_reason is not None:
+                self._release(self._running[event.sequence])
+        events.sort(key=lambda event: event.sequence)
+        return tuple(events)
+
+    def _feed(self, sequence: _Sequence) -> Feed:
+        """What a sequence sends down next."""
+        course = sequence.course
+        if not sequence.has_begun:
+            return Feed(0, sequence.tokens)
+        position = sequence.length - 1
+        if sequence.must_check:
+            return Feed(position, (), read_all=True)
+        newest = sequence.drafts[-1].token if sequence.drafts else sequence.tokens[-1]
+        cap = course.max_waiting
+        may_leave = bool(course.exits) and (cap is None or self._descent.waiting(sequence.slot) < cap)
+        if course.checks:
+            request = sequence.request
+            # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
+            may_leave = may_leave and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
+        return Feed(position, (newest,), may_leave, read_all=course.checks)
+
+    def _check(
+        self, sequence: _Sequence, reading: Reading, events: list[TokenEvent]
+    ) -> list[tuple[_Sequence, Reading]]:
+        """Keep the drafts that stand. Returns the reading of the token after them, if one is to be chosen."""
+        drafts, first = sequence.drafts, len(sequence.tokens)
+        rows = reading.logits[: len(drafts)]
+        params = sequence.request.sampling
+        sequence.drafts, sequence.must_check = [], False
+        self._drafted += len(drafts)
+        self._checks += 1
+        checked = list(check(rows, drafts, params, sequence.tokens))
+        logprobs = _logprobs(rows[: len(checked)], [token for token, _ in checked])
+        all_stay = checked[-1][1]
+        if not all_stay and reading.logits.shape[0] > len(checked):
+            # Row i stands at position first - 1 + i; what was fed after the last row that was checked goes.
+            self._descent.truncate(sequence.slot, first - 1 + len(checked))
+        for row, ((token, stays), draft) in enumerate(zip(checked, drafts, strict=False)):
+            source = draft if stays else None
+            self._accepted += stays
+            events.append(self._event(sequence, token, logprobs[row], reading, row, source))
+        if not all_stay or reading.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
+            return []
+        newest = dataclasses.replace(reading, confidence=reading.confidence[-1:], logits=reading.logits[-1:])
+        return [(sequence, newest)]
+
+    def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent]:
+        """A token from each reading of one row; those of early exits that are to be checked become drafts."""
+        events: list[TokenEvent] = []
+        drafted: list[tuple[_Sequence, Reading]] = []
+        certain: list[tuple[_Sequence, Reading]] = []
+        for one in readings:
+            (drafted if one[0].course.checks and one[1].exit is not None else certain).append(one)
+        for (sequence, reading), token in zip(drafted, _sample(drafted, "draft"), strict=True):
+            logits = None if sequence.request.sampling.greedy else reading.logits[0].clone()
+            sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], logits))
+            text = [*sequence.tokens, *(draft.token for draft in sequence.drafts)]
+            sequence.must_check = sequence.finish_reason(text) is not None
+        if certain:
+            tokens = _sample(certain, "token")
+            logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
+            for (sequence, reading), token, logprob in zip(certain, tokens, _logprobs(logits, tokens), strict=True):
+                events.append(self._event(sequence, token, logprob, reading, 0, None))
         return events
+
+    def _event(
+        self, sequence: _Sequence, token: int, logprob: float, reading: Reading, row: int, draft: Draft | None
+    ) -> TokenEvent:
+        """Record a token that is certain. `draft`: what it was before, if it was one."""
+        position = len(sequence.tokens)
+        if math.isnan(logprob):
+            source = "the final exit" if reading.exit is None else f"exit {reading.exit!r}"
+            raise RuntimeError(
+                f"sequence {sequence.index}: the logits for position {position} from {source} are not numbers "
+                "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16"
+            )
+        sequence.tokens.append(token)
+        return TokenEvent(
+            sequence=sequence.index,
+            position=position,
+            token=token,
+            exit=reading.exit if draft is None else draft.exit,
+            layer=reading.layer if draft is None else draft.layer,
+            confidence=reading.confidence[row] if draft is None else draft.confidence,
+            logprob=logprob,
+            finish_reason=sequence.finish_reason(sequence.tokens),
+        )
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Run everything that waits, of ended sequences too, to full depth.
+        """Run everything that waits, of ended sequences too, to full depth; but not what drafts still need checked.
 
         Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
         """
-        self._descent.flush()
+        self._descent.flush(leaving=[own.slot for own in self._running.values() if own.drafts])
 
     def waiting(self, sequence: int) -> int:
         """How many tokens of the sequence wait for deeper layers."""
-        return self._descent.waiting(sequence)
+        slot = self._slots.get(sequence)
+        return 0 if slot is None else self._descent.waiting(slot)
 
     def stats(self, events: Sequence[TokenEvent]) -> DecodingStats:
         """Sums over these events and over the work done so far."""
         return DecodingStats(
-            num_prompt_tokens=sum(len(own.prompt) for own in self.requests),
+            num_prompt_tokens=self._num_prompt_tokens,
             num_tokens=len(events),
             tokens_per_exit=exit_histogram(events, self._model.exits),
             mean_depth=mean_depth(events),
             num_layers=self._model.num_layers,
             computed_layers=self._descent.computed_half_layers / 2,
-            asked={point.name: 0 for point in self._model.exits} | self._descent.asked,
+            asked=dict(self._descent.asked),
+            drafted=self._drafted,
+            accepted=self._accepted,
+            checks=self._checks,
         )
 
-    def _choose(self, readings: Sequence[Reading]) -> tuple[TokenEvent, ...]:
-        """Sample a token from each reading and record it."""
-        logits = torch.stack([reading.logits for reading in readings])
-        indices = [reading.sequence for reading in readings]
-        positions = [len(self._tokens[index]) for index in indices]
-        chosen = sample(
-            logits,
-            [self.requests[index].sampling for index in indices],
-            positions,
-            [self._tokens[index] for index in indices],
-        )
-        of_chosen = logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0]
-        logprobs = (of_chosen - logits.logsumexp(dim=1)).tolist()
-        events = []
-        for reading, position, token, logprob in zip(readings, positions, chosen, logprobs, strict=True):
-            if math.isnan(logprob):
-                source = "the final exit" if reading.exit is None else f"exit {reading.exit!r}"
-                raise RuntimeError(
-                    f"sequence {reading.sequence}: the logits for position {position} from {source} are not numbers "
-                    "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16"
-                )
-            self._tokens[reading.sequence].append(token)
-            events.append(
-                TokenEvent(
-                    sequence=reading.sequence,
-                    position=position,
-                    token=token,
-                    exit=reading.exit,
-                    layer=reading.layer,
-                    confidence=reading.confidence,
-                    logprob=logprob,
-                    finish_reason=self._finish_reason(reading.sequence),
-                )
-            )
-        return tuple(events)
 
-    def _finish_reason(self, index: int) -> str | None:
-        request, tokens = self.requests[index], self._tokens[index]
-        if tokens[-1] in request.stop_tokens:
-            return "stop"
-        return "length" if len(tokens) - len(request.prompt) >= request.max_new_tokens else None
+def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list[int]:
+    """The next token of each, drafts included in what came before."""
+    if not readings:
+        return []
+    logits = readings[0][1].logits if len(readings) == 1 else torch.cat([reading.logits for _, reading in readings])
+    return sample(
+        logits,
+        [sequence.request.sampling for sequence, _ in readings],
+        [sequence.length for sequence, _ in readings],
+        [[*sequence.tokens, *(draft.token for draft in sequence.drafts)] for sequence, _ in readings],
+        purpose,
+    )
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """ln p of a token in each row. `logits`: `[n, v]`."""
+    logprobs = logits.log_softmax(dim=1)
+    if len(tokens) == 1:
+        return [logprobs[0, tokens[0]].item()]
+    return logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()

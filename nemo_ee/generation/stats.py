@@ -24,11 +24,13 @@ class TokenEvent:
         sequence: index of the sequence in the call.
         position: of this token in its sequence, the prompt included, from 0.
         token: its id.
-        exit: name of the exit that produced it; None = the final exit.
+        exit: name of the exit that produced it, in mode `self_speculative` as a draft; None = the final exit.
         layer: how many layers that exit stands on.
         confidence: of that exit, by the policy's criterion.
-        logprob: ln of the token's probability at that exit, before temperature and penalties.
-        finish_reason: None while the sequence goes on; `stop` (a stop token) or `length` with its last token.
+        logprob: ln of the token's probability, before temperature and penalties, at that exit; in mode
+            `self_speculative` always at the final exit.
+        finish_reason: None while the sequence goes on; `stop` (a stop token, or the request's `ends`) or `length` with
+            its last token.
     """
 
     sequence: int
@@ -52,8 +54,11 @@ class DecodingStats:
         mean_depth: mean number of layers below the exits they came from.
         num_layers: of the model.
         computed_layers: sum over all positions of the layers that were really run for them (halves count), prompt
-            included; the work, where `mean_depth` is only where tokens left.
+            and thrown-away drafts included; the work, where `mean_depth` is only where tokens left.
         asked: how many times each exit of the model was asked, `final` included; the work of the heads.
+        drafted, accepted: tokens drafted and checked or thrown away, and those of them that stayed
+            (`self_speculative`).
+        checks: how many times drafts of a sequence were checked.
     """
 
     num_prompt_tokens: int
@@ -63,10 +68,30 @@ class DecodingStats:
     num_layers: int
     computed_layers: float
     asked: dict[str, int]
+    drafted: int = 0
+    accepted: int = 0
+    checks: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that stayed; 0.0 without drafts."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Drafted tokens that stayed, per check; 0.0 without checks."""
+        return self.accepted / self.checks if self.checks else 0.0
+
+    @property
+    def computed_depth(self) -> float:
+        """Layers run for each token of prompt and answer, on average; above `num_layers` where much is thrown away."""
+        tokens = self.num_prompt_tokens + self.num_tokens
+        return self.computed_layers / tokens if tokens else 0.0
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain numbers for a report."""
-        return dataclasses.asdict(self)
+        rates = ("acceptance_rate", "mean_accepted_length", "computed_depth")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in rates}
 
 
 def exit_histogram(events: Iterable[TokenEvent], exits: Sequence[ExitPoint]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.exit_head_init import global_chunk, local_shards, seeded_normal
 from nemo_ee.megatron.low_rank import LowRankLinear, add_low_rank_updates
+from nemo_ee.megatron.vocab_parallel import output_weight_key
 
 BACKBONE_PREFIX = "backbone."  # of the trained backbone's keys in training checkpoints
 _LOW_RANK = ("low_rank_a", "low_rank_b")
@@ -68,12 +69,12 @@ def trained_backbone_shards(model: EarlyExitGPTModel) -> dict:
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     sharded = model.sharded_backbone_to_save(BACKBONE_PREFIX)
     if model.backbone_output is not None:
-        source = "embedding.word_embeddings" if model.share_embeddings_and_output_weights else "output_layer"
+        stored = output_weight_key(model.share_embeddings_and_output_weights)
         shard = model.backbone_output.sharded_state_dict()["weight"]
         # Megatron numbers the copy on the last stage 1.
         replica = (2 + model.placement.stage, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
         sharded[f"{BACKBONE_PREFIX}backbone_output.weight"] = replace(
-            shard, key=f"{BACKBONE_PREFIX}{source}.weight", replica_id=replica
+            shard, key=f"{BACKBONE_PREFIX}{stored}", replica_id=replica
         )
     return {key: shard for key, shard in sharded.items() if id(getattr(shard, "data", None)) in trainable}
 

@@ -26,6 +26,7 @@ from nemo_ee.megatron.vocab_parallel import (
     VocabularyShard,
     add_gradients,
     chunk_logits,
+    num_buffers,
     token_chunks,
 )
 
@@ -81,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast = [weight.to(dtype) for weight in weights]
         peak, total = torch.empty_like(mask), torch.empty_like(mask)
         loss_sum = torch.zeros((), dtype=torch.float32, device=mask.device)
-        for part in token_chunks(len(mask), weights[0].shape[0], chunk_bytes):
+        for part in token_chunks(len(mask), weights[0].shape[0], chunk_bytes, buffers=num_buffers(dtype)):
             logits = chunk_logits(inputs, cast, part, dtype, vocabulary)
             peak[part] = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)
             logits.sub_(peak[part].unsqueeze(-1))
@@ -102,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[-len(terms) :]
         grads = [torch.zeros_like(term) if want else None for term, want in zip(terms, wanted, strict=True)]
         factor = mask * grad_loss
-        for part in token_chunks(len(mask), weights[0].shape[0], ctx.chunk_bytes):
+        for part in token_chunks(len(mask), weights[0].shape[0], ctx.chunk_bytes, buffers=num_buffers(ctx.dtype)):
             logits = chunk_logits(inputs, cast, part, ctx.dtype, ctx.vocabulary)
             rows, here = ctx.vocabulary.local_ids(labels[part])
             logits.sub_(peak[part].unsqueeze(-1)).exp_().mul_((factor[part] / total[part]).unsqueeze(-1))

@@ -28,7 +28,7 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.exit_head import ExitHead, ExitHeads, VocabularyOutput
 from nemo_ee.megatron.exit_loss import MicroBatch
 from nemo_ee.megatron.layer_spec import BackboneSpecs
-from nemo_ee.megatron.vocab_parallel import VocabularyShard
+from nemo_ee.megatron.vocab_parallel import VocabularyShard, output_weight_key
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ class EarlyExitGPTModel(GPTModel):
         sharded = super().sharded_state_dict()
         sharded = {key: value for key, value in sharded.items() if not key.startswith(("exits.", "backbone_output."))}
         if self.backbone_output is not None:
-            source = "embedding.word_embeddings" if self.share_embeddings_and_output_weights else "output_layer"
+            stored = output_weight_key(self.share_embeddings_and_output_weights)
             for key, shard in self.backbone_output.sharded_state_dict("backbone_output.").items():
-                sharded[key] = replace(shard, key=f"{source}.weight")
+                sharded[key] = replace(shard, key=stored)
         own = ("_extra_state", "low_rank_a", "low_rank_b")  # no part of what a backbone is read from
         return {key: value for key, value in sharded.items() if not key.endswith(own)}
 

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from nemo_ee.megatron.exit_head import ExitHead
+from nemo_ee.megatron.vocab_parallel import output_weight_key
 
 # (canonical key, offset, shape) -> that chunk of the backbone's tensor; vocabulary rows past the end read as zeros.
 ReadBackbone = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
@@ -45,7 +46,7 @@ def global_chunk(shard: ShardedTensor) -> tuple[tuple[int, ...], tuple[int, ...]
 def backbone_key(key: str, *, exit_layer: int, num_layers: int, tied: bool) -> tuple[str, int | None]:
     """Copy source of an exit's parameter: (canonical backbone key, layer index in the stacked tensor or None)."""
     if key == "output.weight":
-        return ("embedding.word_embeddings.weight" if tied else "output_layer.weight"), None
+        return output_weight_key(tied), None
     if key.startswith("norm."):
         return f"decoder.final_layernorm.{key[len('norm.') :]}", None
     if key.startswith("mlp."):

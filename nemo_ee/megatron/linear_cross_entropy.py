@@ -31,6 +31,7 @@ from nemo_ee.megatron.vocab_parallel import (
     add_gradients,
     argmax_over_shards,
     chunk_logits,
+    num_buffers,
     token_chunks,
 )
 
@@ -121,6 +122,7 @@ def linear_cross_entropy(
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     softened = teacher is not None and objective.temperature != 1.0
     buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
+    buffers += num_buffers(dtype) - 1
     rows_of_sums = torch.zeros(len(_SUMS), dtype=torch.float32, device=mask.device)
     memory = None
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
@@ -190,8 +192,8 @@ class _Chunk:
             self.excess = rest[0]
             self.soft_total = rest[1] if self.softened is not None else self.total
         if want_entropy:  # of p, whose largest is 1 / total: no term overflows
-            probabilities = self.logits / self.total.unsqueeze(-1)
-            self.entropy = self.vocabulary.reduce(torch.special.entr(probabilities).sum(dim=-1))
+            terms = self.logits / self.total.unsqueeze(-1)
+            self.entropy = self.vocabulary.reduce(torch.special.entr(terms, out=terms).sum(dim=-1))
 
     def sums(self) -> Tensor:
         """[len(_SUMS)] masked sums; fixes the tokens' weights for `gradient`."""

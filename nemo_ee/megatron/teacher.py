@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from nemo_ee.megatron.vocab_parallel import DEFAULT_CHUNK_BYTES, VocabularyShard, chunk_logits, token_chunks
+from nemo_ee.megatron.vocab_parallel import (
+    DEFAULT_CHUNK_BYTES,
+    VocabularyShard,
+    chunk_logits,
+    num_buffers,
+    token_chunks,
+)
 
 
 class TeacherChunk(Protocol):
@@ -142,7 +148,7 @@ class TopKTeacher:
         """
         rows = weight.shape[0]
         all_ids, all_logits = [], []
-        for part in token_chunks(hidden.shape[0], rows, chunk_bytes):
+        for part in token_chunks(hidden.shape[0], rows, chunk_bytes, buffers=num_buffers(weight.dtype)):
             logits = chunk_logits([hidden], [weight], part, weight.dtype, vocabulary)
             logits, local = logits.topk(min(top_k, rows), dim=-1)
             logits, ids = vocabulary.gather(logits), vocabulary.gather(local + vocabulary.start)

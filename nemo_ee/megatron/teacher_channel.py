@@ -91,10 +91,12 @@ class TeacherChannel:
         if not self.listens:
             return None
         buffers = [torch.empty(shape, dtype=dtype, device=batch.tokens.device) for shape, dtype in self._shapes(batch)]
-        works = [irecv(buffer, src=self._source, group=self.group) for buffer in buffers]
+        does = "waits for the final exit's distributions of"
+        with talking_to(self.group, self._source, does):
+            works = [irecv(buffer, src=self._source, group=self.group) for buffer in buffers]
 
         def received() -> Teacher:
-            with talking_to(self.group, self._source, "waits for the final exit's distributions of"):
+            with talking_to(self.group, self._source, does):
                 for work in works:
                     work.wait()
             return self._teacher(buffers)
@@ -137,7 +139,8 @@ class TeacherChannel:
         # The listeners posted their receives before this microbatch's state left them: no send waits for long.
         self._wait_for_sends(2 * len(payload) * len(self._targets))
         for rank in self._targets:
-            self._sent += [(rank, isend(tensor, dst=rank, group=self.group), tensor) for tensor in payload]
+            with talking_to(self.group, rank, "sends the final exit's distributions to"):
+                self._sent += [(rank, isend(tensor, dst=rank, group=self.group), tensor) for tensor in payload]
 
     def _wait_for_sends(self, allowed: int) -> None:
         while len(self._sent) > allowed:

@@ -28,7 +28,8 @@ from torch.distributed import ProcessGroup, Work, get_group_rank, irecv, isend
 class StageLink:
     """The two ends of a pipeline stage: where hidden states come from and where they go.
 
-    A transfer that fails or times out raises a RuntimeError that names the stage and the rank at its other end.
+    On gloo a transfer that fails or times out raises a RuntimeError that names stage and rank at its other end;
+    under NCCL, where waiting only orders streams, its watchdog ends the process.
 
     Args:
         group: pipeline-parallel group; None for a pipeline of one stage.

@@ -62,11 +62,22 @@ class VocabularyShard:
         return local.clamp(0, max(0, self.num_valid - 1)), (local >= 0) & (local < self.num_valid)
 
 
+def output_weight_key(tied: bool) -> str:
+    """Canonical key of the backbone's output weight, which a tied model stores as its embedding."""
+    return "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+
+
 def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int = 1) -> Iterator[slice]:
     """Slices of tokens whose fp32 logits, `buffers` times over, take about `chunk_bytes`; at least one token each."""
     size = max(1, min(num_tokens, chunk_bytes // (4 * rows * buffers)))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def num_buffers(dtype: torch.dtype) -> int:
+    """fp32 buffers of a chunk's size that its logits take, and two of half that size where products are in half
+    precision: the products, and the gradient in their dtype."""
+    return 1 + (dtype is not torch.float32)
 
 
 def chunk_logits(

@@ -18,6 +18,7 @@ May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-2
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -106,6 +107,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         _refuse_changed_exits(stored, conf, restore_path)
         with NemoArchive(restore_path) as archive:
             complete = archive.has(BACKBONE)
+            if archive.has(LORA):
+                _refuse_other_rank(stored, conf, restore_path)
         backbone_path = Path(restore_path) if complete else _backbone_of(conf, restore_path)
         expected = stored.get("backbone_fingerprint")
         found = expected if complete else read_config(backbone_path).get("backbone_fingerprint")
@@ -237,14 +240,19 @@ def _refuse_other_backbone(expected: str | None, found: str | None, path: Path) 
         )
 
 
+def _blocks(*configs: DictConfig) -> Iterator[EarlyExitConfig]:
+    """The `early_exit` block of each."""
+    for config in configs:
+        yield EarlyExitConfig.from_mapping(
+            OmegaConf.to_container(config.early_exit, resolve=True), num_layers=config.num_layers
+        )
+
+
 def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> None:
     """An exit whose weights are stored must be built as it was: its weights mean nothing elsewhere in the model."""
     if stored.get("early_exit") is None:
         return
-    kept, wanted = (
-        EarlyExitConfig.from_mapping(OmegaConf.to_container(c.early_exit, resolve=True), num_layers=c.num_layers)
-        for c in (stored, conf)
-    )
+    kept, wanted = _blocks(stored, conf)
     known = {exit.name: exit for exit in kept.exits}
     faults = []
     for exit in wanted.exits:
@@ -261,6 +269,17 @@ def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> No
         raise ValueError(
             f"{path} holds other exits under these names; leave the settings out to keep an exit as it is, or give "
             "the exit another name to start a new one:\n  " + "\n  ".join(faults)
+        )
+
+
+def _refuse_other_rank(stored: DictConfig, conf: DictConfig, path: str) -> None:
+    """Stored low-rank updates of the backbone go on training only with the rank they have."""
+    kept, wanted = _blocks(stored, conf)
+    train, kept, wanted = wanted.train, kept.lora.rank, wanted.lora.rank
+    if train == "lora" and kept != wanted:
+        raise ValueError(
+            f"{path} holds low-rank updates of rank {kept} and model.early_exit.lora.rank={wanted} asks for another; "
+            f"set model.early_exit.lora.rank={kept}"
         )
 
 

@@ -10,7 +10,7 @@ on rank 0, which a stage with other exits could not read back.
 `ExitOptimizer` steps fp32 parameters. fp32 copies of bf16 parameters, and state that data-parallel ranks share out,
 are in `megatron_exit_optimizer`; what is saved has the same keys and shapes.
 
-May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
+May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron, nemo_ee.models.exit_gradients.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 
 from nemo_ee.megatron.exit_head import ExitHead
+from nemo_ee.models.exit_gradients import (
+    all_reduce_flat,
+    counted_once,
+    gradient_norms,
+    mean_scale,
+    scale_down,
+    sees_part_of_sequence,
+)
 
 logger = logging.getLogger(__name__)
 
 _SCALARS = ("lr", "weight_decay", "step")  # of each exit, stored as one small tensor under its name
-_BUCKET_BYTES = 512 * 2**20  # of gradients copied for one collective
 
 
 @dataclass
@@ -94,16 +97,13 @@ class ExitOptimizer:
         for gradient in gradients:
             gradient.mul_(scale)
 
-    def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients so that their norm over all ranks that hold a part of the entry is at most `max_norm`;
-        returns the norm."""
-        parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        counted_once = [
-            p.grad for p in parameters if param_is_not_tensor_parallel_duplicate(p) and param_is_not_shared(p)
-        ]
-        norm = get_grad_norm_fp32(counted_once, grad_stats_parallel_group=self.holders())
-        scale_down(parameters, max_norm, norm)
-        return norm
+    def gradients_counted_once(self) -> list[Tensor]:
+        """This rank's gradients, ready to be stepped with, for the norm over `holders()`."""
+        return counted_once(self.parameters.values())
+
+    def scale_gradients(self, max_norm: float, norm: float) -> None:
+        """Scale the gradients so that their norm, which is `norm` over all holders, becomes at most `max_norm`."""
+        scale_down([parameter for parameter in self.parameters.values() if parameter.grad is not None], max_norm, norm)
 
     def step(self) -> None:
         """Step the parameters with the gradients as they are."""
@@ -125,43 +125,6 @@ class ExitOptimizer:
     def shard_to_save(self, shard: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
         """How a parameter's shard says who saves its optimizer state: as the parameter's own, by default."""
         return shard
-
-
-def mean_scale(counted: Tensor, nominal: float) -> Tensor:
-    """Factor that makes gradients scaled by 1/nominal those of a mean over the summed weights; 0 of no weight."""
-    weight = counted[0]
-    return torch.where(weight > 0, nominal / weight, torch.zeros_like(weight))
-
-
-def scale_down(parameters: Iterable[Tensor], max_norm: float, norm: float) -> None:
-    """Scale `.grad` in place so that a total norm of `norm` becomes at most `max_norm`; 0 scales nothing.
-
-    torch's, because Megatron's makes a copy of every gradient where Apex and Transformer Engine are absent.
-    """
-    if max_norm > 0 and norm > max_norm:
-        clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
-
-
-def sees_part_of_sequence(parameter: Parameter) -> bool:
-    """Whether a replicated parameter's gradient on this rank is only a part of the sum over tensor parallelism."""
-    partial = getattr(parameter, "sequence_parallel", False) or getattr(parameter, "sees_part_of_heads", False)
-    return partial and parallel_state.get_tensor_model_parallel_world_size() > 1
-
-
-def all_reduce_flat(tensors: list[Tensor], group: ProcessGroup) -> None:
-    """Sum over the group in place, many tensors in one collective: as many as make up `_BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
-    size = 0
-    for index, tensor in enumerate(tensors):
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
-        if size < _BUCKET_BYTES and index + 1 < len(tensors):
-            continue
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        torch.distributed.all_reduce(flat, group=group)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-        bucket, size = [], 0
 
 
 class ExitOptimizers(torch.optim.Optimizer):
@@ -196,7 +159,10 @@ class ExitOptimizers(torch.optim.Optimizer):
     def clip_gradients(self) -> None:
         """Clip each exit's gradients; `step` does it unless it has been done since the last step."""
         if not self._clipped:
-            self.grad_norms = {exit.name: exit.clip_gradients(self.max_norm) for exit in self.exits}
+            norms = gradient_norms([(exit.gradients_counted_once(), exit.holders()) for exit in self.exits])
+            self.grad_norms = {exit.name: norm for exit, norm in zip(self.exits, norms, strict=True)}
+            for exit, norm in zip(self.exits, norms, strict=True):
+                exit.scale_gradients(self.max_norm, norm)
         self._clipped = True
 
     def step_values(self, loss_weights: Mapping[str, float]) -> dict[str, dict[str, float]]:

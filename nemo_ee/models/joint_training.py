@@ -12,9 +12,11 @@ May import: torch, megatron.core, nemo_ee levels 0-2, nemo_ee.models.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -35,20 +37,21 @@ class JointTraining:
     Args:
         model: this stage.
         placements: all stages.
+        seed: of the run; the random numbers of a step follow from it and the step's number.
     """
 
-    def __init__(self, model: EarlyExitGPTModel, placements: Sequence[StagePlacement]) -> None:
-        self.model = model
+    def __init__(self, model: EarlyExitGPTModel, placements: Sequence[StagePlacement], *, seed: int) -> None:
+        self.model, self.seed = model, seed
         self.output_weight = SharedOutputWeight(model, placements)
         config = model.config
         config.enable_autocast = False  # done in the forward step, on the CPU too
         config.pipeline_dtype = config.params_dtype  # under autocast the residual stream stays in it
-        config.gradient_accumulation_fusion = False  # gradients are the parameters' own `.grad`
 
     def train_global_batch(
         self,
         batches: Sequence[MicroBatch],
         *,
+        step: int,
         optimizers: ExitOptimizers,
         sums: ExitSums,
         loss_weights: Mapping[str, float],
@@ -60,6 +63,7 @@ class JointTraining:
 
         Args:
             batches: this rank's microbatches, the same on every stage of its pipeline.
+            step: global batches trained so far.
             optimizers: the exits' and the backbone's.
             sums: training sums of exits and full model, added to.
             loss_weights: exit name -> weight of its loss in this step.
@@ -71,6 +75,7 @@ class JointTraining:
         # The true token count is known only after the batch; until then gradients are scaled by the largest it can be.
         nominal = float(sum(batch.labels.numel() for batch in batches)) or 1.0
         losses: dict[tuple[int, str], Tensor] = {}
+        seed_dropout(self.seed, step)
         self.model.train()
         try:
             self._run_schedule(
@@ -142,3 +147,16 @@ class JointTraining:
             name: label_row(sum((losses.get((index, row), missing) for index in range(len(batches))), missing), tokens)
             for name, row in rows.items()
         }
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Start the random numbers of a step anew, so that a resumed run draws what an undisturbed one does.
+
+    They differ between pipeline stages and data-parallel ranks. Tensor-parallel ranks share Megatron's default stream,
+    for dropout of what they all hold, and have one each for what they hold a part of.
+    """
+    stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    digest = hashlib.blake2b(f"{seed}/{step}/{stage}/{replica}".encode(), digest_size=4).digest()
+    own = int.from_bytes(digest, "big") >> 1  # positive as a 32-bit number, what every generator takes
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)

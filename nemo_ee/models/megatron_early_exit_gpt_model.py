@@ -50,7 +50,7 @@ from nemo_ee.models.layer_split import choose_placements, read_layer_split
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.models.optimizer_choice import exit_optimizers_for
 from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
-from nemo_ee.models.supported import needs_full_depth, refuse_unsupported
+from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.what_trains import what_trains
 from nemo_ee.models.whole_model_hooks import WholeModelHooks
@@ -193,6 +193,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
     def _build_vocab(self) -> None:
         """True and padded vocabulary size. The padding depends on the layout, the true size does not."""
         self.vocab_size = self.cfg.get("vocab_size") or self.tokenizer.vocab_size
+        refuse_large_top_k(self.early_exit.distillation.top_k, self.vocab_size)
         self.padded_vocab_size = self._vocab_size_with_padding(
             orig_vocab_size=self.vocab_size,
             make_vocab_size_divisible_by=self.cfg.get("make_vocab_size_divisible_by", 128),
@@ -238,7 +239,8 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
         """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
-        self._joint = JointTraining(self.model, self.placements) if self.trains_backbone else None
+        joint = partial(JointTraining, self.model, self.placements, seed=self.cfg.get("seed", 1234))
+        self._joint = joint() if self.trains_backbone else None
         self._optimizer = exit_optimizers_for(
             self.model.exits,
             optim,
@@ -279,7 +281,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
         tuned = partial(
             tune_global_batch, self.model, link=self.link, objectives=self.objectives, channel=self.channel
         )
-        loss = (self._joint.train_global_batch if self._joint else tuned)(
+        loss = (partial(self._joint.train_global_batch, step=step) if self._joint else tuned)(
             [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
             optimizers=self._optimizer,
             sums=self._train_sums,

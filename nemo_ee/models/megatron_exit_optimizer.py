@@ -11,7 +11,7 @@ One `DistributedDataParallel` and one Megatron optimizer per exit, so an exit's 
 data-parallel ranks only. Megatron saves such state by group index and flat ranges; here it is saved as whole
 parameters, each by one data-parallel rank, under the keys of an unsharded optimizer: any layout and either kind loads.
 
-May import: torch, megatron.core, nemo_ee.megatron, nemo_ee.models.exit_optimizers.
+May import: torch, megatron.core, nemo_ee.megatron, nemo_ee.models.{exit_gradients,exit_optimizers}.
 """
 
 from __future__ import annotations
@@ -28,17 +28,12 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from nemo_ee.megatron.exit_head import ExitHead
-from nemo_ee.models.exit_optimizers import (
-    ExitOptimizer,
-    all_reduce_flat,
-    mean_scale,
-    scale_down,
-    sees_part_of_sequence,
-    tensor_state,
-)
+from nemo_ee.models.exit_gradients import all_reduce_flat, mean_scale, scale_down, sees_part_of_sequence
+from nemo_ee.models.exit_optimizers import ExitOptimizer, tensor_state
 
 MAIN_WEIGHT = "fp32_param"  # name of the fp32 copy in checkpoints, Megatron's own
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")  # a rank that steps no element of a parameter has to know the names too
@@ -96,13 +91,22 @@ class MegatronExitOptimizer(ExitOptimizer):
         self.ddp.finish_grad_sync()
         self.ddp.scale_gradients(mean_scale(counted, nominal))
 
+    def holders(self) -> ProcessGroup:
+        """With `sharded` data-parallel ranks hold parts too."""
+        if self.sharded:
+            return parallel_state.get_tensor_and_data_parallel_group()
+        return super().holders()
+
     @torch.no_grad()
-    def clip_gradients(self, max_norm: float) -> float:
-        """As `ExitOptimizer.clip_gradients`; with `sharded` the norm is summed over data parallelism too."""
+    def gradients_counted_once(self) -> list[Tensor]:
+        """Gradients of the main weights or of this rank's shards, which are made here."""
         self.megatron.prepare_grads()
-        norm = self.megatron.get_grad_norm()
+        return self.megatron.get_main_grads_for_grad_norm()
+
+    @torch.no_grad()
+    def scale_gradients(self, max_norm: float, norm: float) -> None:
+        """As `ExitOptimizer.scale_gradients`, of the main weights or shards."""
         scale_down(self.megatron.get_parameters(), max_norm, norm)
-        return norm
 
     def step(self) -> None:
         """Step the main weights or this rank's shards, then bring the parameters up to date on every rank."""
@@ -178,9 +182,7 @@ class MegatronExitOptimizer(ExitOptimizer):
 
 
 def _half(optimizer: torch.optim.Optimizer, options: OptimizerConfig) -> Float16OptimizerWithFloat16Params:
-    megatron = Float16OptimizerWithFloat16Params(optimizer, options, None, lambda *_: None)
-    megatron.grad_stats_parallel_group = parallel_state.get_tensor_model_parallel_group()
-    return megatron
+    return Float16OptimizerWithFloat16Params(optimizer, options, None, lambda *_: None)
 
 
 def _distributed(
@@ -188,7 +190,7 @@ def _distributed(
 ) -> DistributedOptimizer:
     # Built without gradients, the shards are plain views; torch would warn of every look at their `grad` otherwise.
     with torch.no_grad():
-        megatron = DistributedOptimizer(
+        return DistributedOptimizer(
             optimizer,
             options,
             None,
@@ -200,5 +202,3 @@ def _distributed(
             data_parallel_group_idx=parallel_state.get_tensor_model_parallel_rank(),
             distributed_optimizer_instance_id=0,
         )
-    megatron.grad_stats_parallel_group = parallel_state.get_tensor_and_data_parallel_group()
-    return megatron

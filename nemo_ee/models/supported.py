@@ -139,6 +139,19 @@ def _optimizer_faults(cfg: DictConfig, precision: str) -> list[str]:
     return faults
 
 
+def _top_k_faults(top_k: Any, vocabulary: int) -> list[str]:
+    if not isinstance(top_k, int) or top_k <= vocabulary:
+        return []
+    more = f"is more than the vocabulary's {vocabulary} tokens; null uses all"
+    return [f"  early_exit.distillation.top_k={top_k} {more}"]
+
+
+def refuse_large_top_k(top_k: int | None, vocab_size: int) -> None:
+    """Raise ValueError where a teacher's distributions are to have more tokens than there are."""
+    if faults := _top_k_faults(top_k, vocab_size):
+        raise ValueError("the model config is not supported:\n" + faults[0])
+
+
 def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int | None) -> None:
     """Check a model config before anything is built.
 
@@ -160,11 +173,8 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
             f"  trainer.precision={precision}: fp16 tuning is not supported: each exit runs a backward of its own, "
             "which no loss scale reaches; use bf16-mixed or 32"
         )
-    top_k, vocabulary = OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.get("vocab_size")
-    if isinstance(top_k, int) and vocabulary and top_k > vocabulary:
-        faults.append(
-            f"  early_exit.distillation.top_k={top_k} is more than the vocabulary's {vocabulary} tokens; null uses all"
-        )
+    if cfg.get("vocab_size"):  # otherwise the tokenizer says it, when the model is built
+        faults += _top_k_faults(OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.vocab_size)
     faults += _optimizer_faults(cfg, str(precision)) + _joint_faults(cfg)
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
     if world_size % (tp * pp):

@@ -21,15 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_ee.runtime.config import ExitEntry, RuntimeConfig, read_config
-from nemo_ee.runtime.model import (
-    HeadWeights,
-    LayerWeights,
-    Linear,
-    MlpWeights,
-    NormWeights,
-    RuntimeModel,
-    Weights,
-)
+from nemo_ee.runtime.linear import Linear, make_linear
+from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, NormWeights, RuntimeModel, Weights
 from nemo_ee.runtime.names import NAMES
 from nemo_ee.runtime.rotary import pairs_together
 
@@ -44,7 +37,8 @@ def load_model(
     Args:
         directory: `hf_early_exit/` of an export; a stock directory of one of the families is a model without exits.
         device: where it runs.
-        dtype: to compute in, a torch dtype or its name; None = the stored one.
+        dtype: to compute in, a torch dtype or its name; None = fp32 on the CPU (where weights stored in half precision
+            stay so in memory), elsewhere the stored one.
 
     Raises:
         ValueError: a model that is not run here, or files that are missing, damaged or do not fit together.
@@ -52,13 +46,13 @@ def load_model(
     directory = Path(directory)
     config = read_config(directory)
     if isinstance(dtype, str) or dtype is None:
-        name = dtype or config.dtype
+        name = dtype or ("float32" if torch.device(device).type == "cpu" else config.dtype)
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[name]
     with _Tensors(directory, torch.device(device), dtype) as tensors:
         weights = _Reader(config, tensors).weights()
-    return RuntimeModel(config, weights)
+    return RuntimeModel(config, weights, dtype)
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -110,6 +104,11 @@ class _Tensors:
             raise ValueError(f"{index}: refused, it names files outside of the directory")
         return [self.directory / name for name in names]
 
+    def half(self, names: Sequence[str]) -> torch.dtype | None:
+        """The half-precision dtype these are stored in; None where they are not, or not in the same one."""
+        kinds = {self._files[name].get_slice(name).get_dtype() if name in self._files else None for name in names}
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop()) if len(kinds) == 1 else None
+
     def read(self, name: str, *shape: int) -> Tensor:
         """One tensor, converted and on the device.
 
@@ -125,23 +124,19 @@ class _Tensors:
         width: int | None = None,
         *,
         turned: Mapping[str, int] = MappingProxyType({}),
-        columns: bool = False,
         transposed: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Tensors one below the other as one.
 
         Args:
             height, width: of the result; a vector has no width.
             turned: name -> head size, for rows whose rotary pairs are put together.
-            columns: it multiplies vectors, so it is laid out as that is fastest.
             transposed: each is stored as its transpose.
+            dtype: of the result; None = the one to compute in.
         """
-        # In fp32 the CPU's product with one row is up to three times faster on the transpose.
-        if columns and self.dtype is torch.float32 and self.device.type == "cpu":
-            result = torch.empty((width, height), dtype=self.dtype).t()
-        else:
-            result = torch.empty((height,) if width is None else (height, width), dtype=self.dtype, device=self.device)
-        top = 0
+        shape, top = (height,) if width is None else (height, width), 0
+        result = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         for name in names:
             if name not in self._files:
                 raise ValueError(f"{self.directory}: {name} is missing; export again")
@@ -166,16 +161,26 @@ class _Reader:
 
     def weights(self) -> Weights:
         config, names, read = self.config, self.names, self.tensors.read
-        embedding = read(names.embedding, config.vocab_size, config.hidden_size)
+        embedding, half = self._embedding()
         positions = None
         if names.positions is not None:
             positions = read(names.positions, config.max_positions + config.position_offset, config.hidden_size)
-        output = Linear(embedding.t()) if config.tied else self._output("lm_head")
+        if config.tied:
+            output = make_linear(embedding.to(self.tensors.dtype), None, stored_in_half=half)
+        else:
+            output = self._output("lm_head")
         heads: dict[str | None, HeadWeights] = {None: HeadWeights(None, None, self._norm(names.final_norm), output)}
         for exit in config.exits:
             heads[exit.name] = self._head(exit, output)
         layers = tuple(self._layer(names.layer.format(index)) for index in range(config.num_layers))
         return Weights(embedding, positions, layers, heads)
+
+    def _embedding(self) -> tuple[Tensor, bool]:
+        """The word embeddings, and whether they are half-precision numbers; on the CPU they stay as they are stored."""
+        name, half = self.names.embedding, self.tensors.half([self.names.embedding])
+        dtype = half if self.tensors.device.type == "cpu" else None
+        matrix = (self.config.vocab_size, self.config.hidden_size)
+        return self.tensors.below([name], *matrix, dtype=dtype), half is not None
 
     def _head(self, exit: ExitEntry, shared: Linear) -> HeadWeights:
         prefix = f"exit_heads.{exit.name}."
@@ -216,8 +221,8 @@ class _Reader:
         return NormWeights(weight, read(f"{name}.bias", config.hidden_size) if has_bias else None)
 
     def _output(self, name: str) -> Linear:
-        matrix = self.tensors.below([f"{name}.weight"], self.config.vocab_size, self.config.hidden_size, columns=True)
-        return Linear(matrix.t())
+        weight = self.tensors.read(f"{name}.weight", self.config.vocab_size, self.config.hidden_size)
+        return make_linear(weight, None, stored_in_half=self.tensors.half([f"{name}.weight"]) is not None)
 
     def _linear(
         self, names: list[str], height: int, width: int, bias: bool, turned: Mapping[str, int] | None = None
@@ -228,5 +233,6 @@ class _Reader:
             heads = {f"{name}.{kind}": size for name, size in (turned or {}).items()}
             return self.tensors.below([f"{name}.{kind}" for name in names], *shape, turned=heads, **layout)
 
-        weight = of("weight", height, width, columns=True, transposed=self.names.transposed)
-        return Linear(weight.t(), of("bias", height) if bias else None)
+        weight = of("weight", height, width, transposed=self.names.transposed)
+        half = self.tensors.half([f"{name}.weight" for name in names]) is not None
+        return make_linear(weight, of("bias", height) if bias else None, stored_in_half=half)

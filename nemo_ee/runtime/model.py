@@ -26,6 +26,7 @@ from torch import LongTensor, Tensor
 
 from nemo_ee.generation.items import Items
 from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.linear import Linear
 from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
 
 
@@ -48,23 +49,6 @@ class NormWeights:
 
     weight: Tensor | None
     bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`weight`: `[in, out]`, contiguous along whichever axis is faster; `bias`: `[out]`."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """`[n, in]` -> `[n, out]`."""
-        return torch.mm(inputs, self.weight) if self.bias is None else torch.addmm(self.bias, inputs, self.weight)
-
-    def added_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        """`residual` + the product, in one operation but for the bias. `[n, out]`, `[n, in]` -> `[n, out]`."""
-        result = torch.addmm(residual, inputs, self.weight)
-        return result if self.bias is None else result.add_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -115,6 +99,9 @@ class RuntimeCache:
         # Zeros, because positions past a sequence's end are read, and masked, when sequences are attended to together.
         self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` positions of one sequence: nothing to do, a place is written before it is read."""
+
 
 class RuntimeModel:
     """A `DecodingModel` over loaded weights; made by `nemo_ee.runtime.loader.load_model`.
@@ -124,12 +111,12 @@ class RuntimeModel:
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
     """
 
-    def __init__(self, config: RuntimeConfig, weights: Weights) -> None:
+    def __init__(self, config: RuntimeConfig, weights: Weights, dtype: torch.dtype) -> None:
         self.config, self.weights = config, weights
         self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
         self.max_positions = config.max_positions
         self.exits = tuple(exit.point for exit in config.exits)
-        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.device, self.dtype = weights.embedding.device, dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None
         if config.rope is not None:
@@ -148,7 +135,7 @@ class RuntimeModel:
     @torch.inference_mode()
     def embed(self, tokens: LongTensor, items: Items) -> Tensor:
         """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
-        hidden, positions = F.embedding(tokens, self.weights.embedding), self.weights.positions
+        hidden, positions = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
         if positions is None:
             return hidden
         return hidden + F.embedding(items.position + self.config.position_offset, positions)
@@ -227,12 +214,8 @@ class RuntimeModel:
 
     def _remember(self, layer: LayerWeights, hidden: Tensor, items: Items, slab: Tensor) -> None:
         """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
-        skipped = self.config.num_heads * self.config.head_dim
-        bias = None if layer.qkv.bias is None else layer.qkv.bias[skipped:]
-        heads = Linear(layer.qkv.weight[:, skipped:], bias)(self._norm(hidden, layer.norm))
-        rotation = self._rotation(items)
-        rotation = None if rotation is None else rotation[:, self.config.num_heads :]
-        self._write(self._turn(heads, rotation), items, slab)
+        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), self._rotation(items))
+        self._write(heads[:, self.config.num_heads :], items, slab)
 
     def _write(self, keys_values: Tensor, items: Items, slab: Tensor) -> None:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""

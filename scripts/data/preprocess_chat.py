@@ -32,9 +32,8 @@ from typing import Any, ClassVar
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
+from preprocess_settings import DTYPES, PreprocessError, read_settings
 from preprocess_text import (
-    DTYPES,
-    PreprocessError,
     choose_dtype,
     existing_faults,
     find_files,
@@ -78,28 +77,8 @@ class ChatConfig:
         Raises:
             PreprocessError: values of the wrong kind.
         """
-        values = dict(mapping)
-        if isinstance(values["input"], str):
-            values["input"] = [values["input"]]
-        for key in ("input", "jsonl_extensions"):
-            values[key] = tuple(str(value) for value in values[key] or ())
-        for key in ("output", "tokenizer", "messages_key", "dtype"):
-            values[key] = str(values[key])
-        config = cls(**values)
-        faults = []
-        if not config.input:
-            faults.append("input: empty list; name at least one file or directory")
-        if config.dtype != "auto" and config.dtype not in DTYPES:
-            faults.append(f"dtype: {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
-        length = config.pad_to
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
-            faults.append(f"pad_to: {length!r} must be a whole number of tokens from 2, or null")
-        for key in ("append_eod", "overwrite"):
-            if not isinstance(getattr(config, key), bool):
-                faults.append(f"{key}: {getattr(config, key)!r} must be True or False")
-        if faults:
-            raise PreprocessError(faults)
-        return config
+        whole = {"pad_to": (2, "a whole number of tokens from 2, or null")}
+        return read_settings(cls, mapping, lists=("jsonl_extensions",), texts=("messages_key",), whole=whole)
 
 
 @dataclasses.dataclass
@@ -262,9 +241,7 @@ def conversations(
             faults.append(f"{path}: holds no conversation")
 
 
-def _write(
-    config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: str, targets: Sequence[Path]
-) -> Counts:
+def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: str, targets: Sequence[Path]) -> Counts:
     """Write into `targets` (mask, its index, data, its index); raises PreprocessError for faults in the data."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
+from preprocess_settings import DTYPES, PreprocessError, read_settings
 from tqdm import tqdm
 
 from nemo_ee.command import command
@@ -34,19 +35,6 @@ from nemo_ee.command import command
 logger = logging.getLogger(__name__)
 
 _BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
-_MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
-DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
-
-
-class PreprocessError(ValueError):
-    """What is wrong with the settings or the data, all in one message."""
-
-    def __init__(self, faults: list[str]) -> None:
-        shown = [f"  - {fault}" for fault in faults[:_MAX_FAULTS]]
-        if len(faults) > _MAX_FAULTS:
-            shown.append(f"  ... and {len(faults) - _MAX_FAULTS} more")
-        super().__init__("Nothing was written:\n" + "\n".join(shown))
-        self.faults = tuple(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,28 +59,10 @@ class PreprocessConfig:
         Raises:
             PreprocessError: values of the wrong kind.
         """
-        values = dict(mapping)
-        if isinstance(values["input"], str):
-            values["input"] = [values["input"]]
-        for key in ("input", "jsonl_extensions", "text_extensions"):
-            values[key] = tuple(str(value) for value in values[key] or ())
-        for key in ("output", "tokenizer", "text_key", "dtype"):
-            values[key] = str(values[key])
-        config = cls(**values)
-        faults = []
-        if not config.input:
-            faults.append("input: empty list; name at least one file or directory")
-        if config.dtype != "auto" and config.dtype not in DTYPES:
-            faults.append(f"dtype: {config.dtype!r} is not one of auto, {', '.join(DTYPES)}")
-        limit = config.max_documents
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            faults.append(f"max_documents: {limit!r} must be a whole number from 1, or null for all")
-        for key in ("append_eod", "overwrite"):
-            if not isinstance(getattr(config, key), bool):
-                faults.append(f"{key}: {getattr(config, key)!r} must be True or False")
-        if faults:
-            raise PreprocessError(faults)
-        return config
+        whole = {"max_documents": (1, "a whole number from 1, or null for all")}
+        return read_settings(
+            cls, mapping, lists=("jsonl_extensions", "text_extensions"), texts=("text_key",), whole=whole
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,10 @@
 
     python -m tests.distributed.decoupling_program <folder> <tp,pp,dp> [<tp,pp,dp> ...]
 
-Per layout one fork of the ranks, three runs each: `sparse` logs every 4 steps, validates and saves at step 6 and ends
-at `max_steps`; `every` logs at every step (the control); `early` is stopped by Lightning's EarlyStopping. Rank r
-writes `<layout>.rank<r>.json`. `<folder>/start.nemo` and the data are those of the layout tests.
+Per layout one fork of the ranks, four runs each: `sparse` logs every 4 steps, validates and saves at step 6 and ends
+at `max_steps`; `every` logs at every step (the control); `early` is stopped by Lightning's EarlyStopping; in `taught`
+every exit learns from the final one, whose distributions come back from the last stage. Rank r writes
+`<layout>.rank<r>.json`. `<folder>/start.nemo` and the data are those of the layout tests.
 """
 
 from __future__ import annotations
@@ -67,7 +68,18 @@ class Calls:
                 setattr(ProcessGroup, name, original)
 
 
-def fit(folder: Path, name: str, layout: tuple[int, int, int], *, manager: dict | None = None, **trainer) -> dict:
+TAUGHT = {"exits": [], "every": None, "objective": "distillation", "distillation": {"top_k": 4}}
+
+
+def fit(
+    folder: Path,
+    name: str,
+    layout: tuple[int, int, int],
+    *,
+    manager: dict | None = None,
+    model: dict | None = None,
+    **trainer,
+) -> dict:
     """One run of one rank; returns its calls, where it ended and what it measured."""
     from lightning.pytorch.callbacks import Callback
     from megatron.core import parallel_state
@@ -98,7 +110,7 @@ def fit(folder: Path, name: str, layout: tuple[int, int, int], *, manager: dict 
             calls.seen.append([calls.step, "validation", []])
 
     tp, pp, dp = layout
-    config = {**model_config(folder, tp, pp, False), "global_batch_size": 2 * dp}  # two microbatches a step
+    config = {**model_config(folder, tp, pp, False), "global_batch_size": 2 * dp, **(model or {})}  # two microbatches
     trainer = {"max_steps": STEPS, **trainer}
     lightning, recorder = trainer_for(tp * pp * dp, callbacks=[Steps()], settings=trainer, **config)
     if manager is not None:
@@ -114,7 +126,7 @@ def fit(folder: Path, name: str, layout: tuple[int, int, int], *, manager: dict 
 
 
 def run(folder: Path, layout: tuple[int, int, int], rank: int) -> None:
-    """The three runs of one rank under one layout."""
+    """The four runs of one rank under one layout."""
     import torch
 
     torch.set_num_threads(1)
@@ -133,6 +145,8 @@ def run(folder: Path, layout: tuple[int, int, int], rank: int) -> None:
         "sparse": fit(folder, f"sparse-{name}", layout, manager=saving, log_every_n_steps=LOG_EVERY,
                       val_check_interval=VALIDATE_EVERY, enable_progress_bar=True),
         "every": fit(folder, f"every-{name}", layout, log_every_n_steps=1, val_check_interval=STEPS, max_steps=8),
+        "taught": fit(folder, f"taught-{name}", layout, model={"early_exit": TAUGHT}, log_every_n_steps=LOG_EVERY,
+                      val_check_interval=STEPS, max_steps=8),
         "early": fit(folder, f"early-{name}", layout, manager=stopping, log_every_n_steps=50, val_check_interval=2,
                      max_steps=20),
     }  # fmt: skip

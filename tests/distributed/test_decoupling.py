@@ -62,6 +62,18 @@ def test_control_a_log_at_every_step_is_counted_at_every_step(results, layout: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_teacher_on_the_last_stage_joins_nothing_either(results, layout: str) -> None:
+    """With distillation only transfers are added: token ids and probabilities, back from the last stage."""
+    size = LAYOUTS[layout]
+    for rank, result in enumerate(results[layout]):
+        found = joining_stages(result["taught"], layout)
+        assert set(found) == {0, LOG_EVERY - 1, 8 - 1}, "and once at the start, to make the group of its traffic"
+        step = [operation for at, operation, _ in result["taught"]["calls"] if at == 1]
+        ways = (step.count("send"), step.count("recv"))
+        assert ways == ((2, 4) if rank < size // 2 else (4, 2)), "two microbatches of one state; of two tensors back"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_hidden_states_go_one_way_and_nothing_else_travels_between_stages(results, layout: str) -> None:
     """Two microbatches a step; gradients are summed within a stage, over data parallelism."""
     size = LAYOUTS[layout]

@@ -12,7 +12,7 @@ import json
 
 import pytest
 
-from tests.distributed.joint_program import CASES, SAVED_AT, STEPS
+from tests.distributed.joint_program import CASES, CASES_OF_ONE_RANK, DROPOUT, SAVED_AT, STEPS
 from tests.distributed.test_layouts import relative_difference, run_module
 
 # The module's fixture does the work of all its tests.
@@ -63,7 +63,7 @@ def test_copies_of_the_output_weight_stay_one(results, name: str, case: str) -> 
     assert copies == 0.0 or case != "gpt2 joint recomputed" or name[1] == "1", "tied weights: first and last stage"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES_OF_ONE_RANK)
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(results, case: str) -> None:
     whole = results[REFERENCE][case]
     assert whole["resumed"] == whole["steps"][SAVED_AT:] and len(whole["resumed"]) == STEPS - SAVED_AT
@@ -75,6 +75,12 @@ def test_a_run_resumes_under_another_layout(results, name: str, case: str) -> No
     """Weights, optimizer states and learning rates come from what one rank saved."""
     (resumed,), (wanted,) = results[name][case]["resumed"], results[REFERENCE][case]["resumed"]
     assert relative_difference(resumed, wanted) < 1e-5
+
+
+def test_dropout_was_on(results) -> None:
+    """Control of the resumed run with dropout."""
+    plain, dropped = results[REFERENCE]["llama joint"]["steps"], results[REFERENCE][DROPOUT]["steps"]
+    assert all(a["full_model/loss"] != b["full_model/loss"] for a, b in zip(plain, dropped, strict=True))
 
 
 def test_the_comparisons_can_fail(results) -> None:

@@ -21,6 +21,7 @@ from tests.helpers.megatron_models import exit_entry, exit_logits, random_tokens
 import torch  # isort: skip  # after the CPU host is on
 from safetensors.torch import load_file
 
+from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from tests.functional.test_export_tensorrt_llm import moved
 from tests.helpers.huggingface_models import TINY_MODELS
 from tests.helpers.huggingface_models import reference_logits as transformers_logits
@@ -119,6 +120,7 @@ def test_the_backbone_comes_back_bitwise(name: str, made, tmp_path: Path) -> Non
     generation, source = (json.loads((path / "generation_config.json").read_text()) for path in (folder, one.source))
     assert generation == source
     assert torch.equal(transformers_logits(stock(folder), one.tokens), one.logits)
+    HuggingFaceSource(folder)  # and the importer reads it without a fault
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -151,6 +153,7 @@ def test_an_exit_s_logits_in_transformers(name: str, made, tmp_path: Path) -> No
 
 
 # -- backbone and exits in one --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_runtime_s_logits(name: str, made, tmp_path: Path) -> None:

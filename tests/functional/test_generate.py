@@ -155,6 +155,48 @@ def test_only_the_exits_asked_for_are_used(generate):
     assert counts == {"one-mlp": 0, "two-layer": len(PROMPTS) * (NUM_NEW - 1), "final": len(PROMPTS)}
 
 
+def test_self_speculation_writes_what_the_full_model_does(generate):
+    """Greedy: the same tokens. Sampled: a token of every draft's check, and the same again with the same seed."""
+    _, full = generate(mode="full")
+    printed, lines = generate(mode="self_speculative", threshold=0.0, max_waiting=3, batch_size=2)
+    for one, other in zip(full, lines, strict=True):
+        assert [token["id"] for token in one["tokens"]] == [token["id"] for token in other["tokens"]]
+        assert [token["logprob"] for token in one["tokens"]] == pytest.approx(
+            [token["logprob"] for token in other["tokens"]], abs=1e-4
+        )
+    drafted, rate = re.search(r"(\d+) tokens drafted, ([\d.]+) % accepted, [\d.]+ per check", printed).groups()
+    accepted = sum(token["exit"] != "final" for line in lines for token in line["tokens"])
+    assert int(drafted) >= 3 * NUM_NEW // 2 and float(rate) == pytest.approx(100 * accepted / int(drafted), abs=0.06)
+    sampled = {"mode": "self_speculative", "threshold": 0.0, "max_waiting": 2, "greedy": False, "seed": 3}
+    assert generate(**sampled)[1] == generate(**sampled)[1]
+
+
+def test_an_end_string_ends_where_transformers_ends(generate, model):
+    """Against `generate(stop_strings=...)`, with a string of the second prompt's own answer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    _, free = generate(mode="full")
+    string = "".join(token["text"] for token in free[1]["tokens"][3:6])
+    assert len(string) > 1
+    for mode in ("full", "self_speculative"):
+        _, lines = generate(mode=mode, threshold=0.0, max_waiting=3, end_strings=[string])
+        for prompt, line in zip(PROMPTS, lines, strict=True):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            expected = model.reference.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=0,
+                stop_strings=string, tokenizer=tokenizer,
+            )[0, ids.shape[1] :].tolist()  # fmt: skip
+            assert [token["id"] for token in line["tokens"]] == expected
+        assert lines[1]["finish_reason"] == "stop" and len(lines[1]["tokens"]) <= 6
+
+
+def test_static_depth_reads_from_one_exit(generate):
+    printed, lines = generate(mode="static_depth", exits=["two-layer"])
+    assert {token["exit"] for line in lines for token in line["tokens"]} == {"two-layer"}
+    assert table_counts(printed) == {"one-mlp": 0, "two-layer": len(PROMPTS) * NUM_NEW, "final": 0}
+
+
 def test_colours_on_request(generate, often_met):
     for batch_size in (1, 3):
         printed, lines = generate(threshold=often_met, greedy=False, colour="always", batch_size=batch_size)
@@ -166,10 +208,10 @@ def test_colours_on_request(generate, often_met):
 
 def test_prompts_file_and_half_precision(generate, often_met, tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    file.write_text("".join(json.dumps({"id": i, "prompt": prompt}) + "\n" for i, prompt in enumerate(PROMPTS)))
     _, from_list = generate(threshold=often_met)
     _, from_file = generate(threshold=often_met, prompts=[], prompts_file=str(file))
-    assert from_file == from_list
+    assert from_file == [{"id": i, **line} for i, line in enumerate(from_list)]
     _, half = generate("trainer.precision=bf16", threshold=often_met)
     assert [len(line["tokens"]) for line in half] == [NUM_NEW] * 3
 
@@ -185,13 +227,15 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(MegatronEarlyExitGPTModel, "restore_from", restore)
 
 
-def test_faults_that_the_file_shows_come_before_its_weights_and_at_once(model, no_weights):
+@pytest.mark.parametrize("mode", ["early_exit", "static_depth"])
+def test_faults_that_the_file_shows_come_before_its_weights_and_at_once(mode, model, no_weights):
     with pytest.raises(ValueError) as caught:
         run_script(
             **{
                 "model.restore_from_path": str(model.path),
                 "prompts": ["", "x " * 40, "x"],
                 "exits": ["one-mpl"],
+                "mode": mode,
                 "tokens_to_generate": 20,
             }
         )
@@ -253,9 +297,9 @@ def scripted(**changes: Any):
 
     request = GenerationRequest(
         **{
-            "path": Path("x.nemo"), "prompts": (), "mode": "early_exit", "policy": ExitPolicy(0.5),
-            "sampling": GREEDY, "min_new_tokens": 0, "max_new_tokens": 6, "add_bos": None, "stop_on_eos": True,
-            "batch_size": 2, "colour": "never", "output": None, **changes,
+            "path": Path("x.nemo"), "prompts": (), "labels": (), "mode": "early_exit", "policy": ExitPolicy(0.5),
+            "sampling": GREEDY, "end_strings": (), "min_new_tokens": 0, "max_new_tokens": 6, "add_bos": None,
+            "stop_on_eos": True, "batch_size": 2, "colour": "never", "output": None, **changes,
         }
     )  # fmt: skip
     model = ScriptedModel(4, exit_points(("early", 2, 4)), lambda exit, token, position: (ord("$"), 0.9), 128)
@@ -276,10 +320,23 @@ def test_an_answer_is_not_shorter_than_asked_for():
         assert len(answer.events) == 5 and answer.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("mode", ["early_exit", "self_speculative", "static_depth", "full"])
+def test_an_end_string_ends_an_answer_which_keeps_it(mode):
+    """The model counts up: 'ab' goes on with 'cdef...'."""
+    generator = scripted(mode=mode, max_new_tokens=9, end_strings=("hi", "de"))
+    generator.model.script = lambda exit, token, position: (token + 1, 0.9)
+    answers = list(generator.generate(["ab", "c", "e"]))
+    assert [answer.text for answer in answers] == ["cde", "de", "fghi"]
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+
+
 def test_stats_are_summed_over_batches():
     generator = scripted(stop_on_eos=False)
     shown = []
-    answers = list(generator.generate(["ab", "c", "d"], on_token=shown.append))
+    answers = [
+        *generator.generate(["ab", "c"], on_token=shown.append),
+        *generator.generate(["d"], on_token=shown.append),
+    ]
     assert generator.stats.num_tokens == 18 == sum(len(answer.events) for answer in answers) == len(shown)
     assert generator.stats.tokens_per_exit == {"early": 15, "final": 3}
     assert generator.stats.mean_depth == pytest.approx((15 * 2 + 3 * 4) / 18)

@@ -53,8 +53,9 @@ def train_once(model, batches) -> SimpleNamespace:
     optimizers = build_exit_optimizers(model.model.exits, OPTIM, make=AdamW, max_norm=0.0, more=[backbone])
     optimizers.zero_grad()
     sums = ExitSums(model.early_exit.names, torch.device("cpu"))
-    JointTraining(model.model, model.placements).train_global_batch(
+    JointTraining(model.model, model.placements, seed=1).train_global_batch(
         [microbatch(tokens, labels=labels, mask=mask) for tokens, labels, mask in batches],
+        step=0,
         optimizers=optimizers,
         sums=sums,
         loss_weights=WEIGHTS,

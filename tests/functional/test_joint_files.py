@@ -216,6 +216,20 @@ def test_the_merged_file_is_complete_and_the_other_keeps_the_source_s_weights(
     assert prints[0] == prints[2] != prints[1]
 
 
+def test_updates_of_a_backbone_that_is_in_no_file_are_folded_in(
+    lora: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`merge: False` keeps updates beside a stored backbone; there is none to copy for a model built from a config."""
+    block = lora.model.early_exit
+    kept = dataclasses.replace(block, lora=dataclasses.replace(block.lora, merge=False))
+    monkeypatch.setattr(lora.model, "early_exit", kept)
+    monkeypatch.setattr(lora.model, "backbone_path", None)
+    lora.model.save_to(str(tmp_path / "built.nemo"))
+    assert not any(name.startswith("lora_weights/") for name in members(tmp_path / "built.nemo"))
+    again = restore(tmp_path / "built.nemo", verify="full")
+    assert relative_difference(logits(again, TOKENS, 4096), logits(lora.model, TOKENS, 4096)) < 1e-5
+
+
 def test_training_goes_on_from_stored_updates(lora: SimpleNamespace, start: SimpleNamespace) -> None:
     block = {**LORA, "lora": {"rank": 4, "merge": False}}
     before, model, _ = tune(start, 1, path=lora.beside, early_exit=block)

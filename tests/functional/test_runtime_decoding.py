@@ -21,7 +21,7 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_envi
 
 import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.exits.confidence import CRITERIA, confidence
-from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
+from nemo_ee.generation.engine import MODES, EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.runtime.loader import load_model
@@ -145,6 +145,30 @@ def test_assisted_generation_with_an_exit_is_lossless(name: str, pair) -> None:
         assert assisted == expected, folder.name
         alone = [greedy(draft, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
         assert alone != expected, "control: the draft alone says something else"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+@pytest.mark.skipif("static_depth" not in MODES, reason="the engine has no such mode yet")
+def test_a_static_depth_is_the_exit_s_own_model(name: str, pair) -> None:
+    both = pair(name)
+    for exit in EXITS:
+        folder = both.output / f"hf_exit_{exit['name']}"
+        if folder.exists():
+            policy = ExitPolicy(1.0, active=(exit["name"],))
+            ours = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, mode="static_depth", policy=policy)
+            expected = [greedy(stock(folder), prompt, NEW_TOKENS) for prompt in PROMPTS]
+            assert [list(own) for own in ours.tokens] == expected, exit["name"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+@pytest.mark.skipif("self_speculative" not in MODES, reason="the engine has no such mode yet")
+def test_self_speculation_gives_the_full_model_s_tokens(name: str, pair) -> None:
+    both = pair(name)
+    full = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, mode="full")
+    for quantile in (0.1, 0.5, 0.9):
+        policy = ExitPolicy(both.thresholds("max_probability", quantile))
+        ours = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, mode="self_speculative", policy=policy)
+        assert ours.tokens == full.tokens
 
 
 def test_the_reference_model_s_tokens_are_generate_s() -> None:

@@ -149,9 +149,15 @@ def test_a_stock_file_is_converted_with_unchanged_logits_and_weights(stock: Simp
 
 
 def test_a_stock_file_is_tuned_from_directly(stock: SimpleNamespace) -> None:
-    """Without a conversion: exits of the config start as their `init` says, the fingerprint is computed."""
+    """Without a conversion: exits of the config start as their `init` says, the fingerprint is computed.
+
+    The precision that NeMo stored is of the run that made the file.
+    """
+    from nemo_ee.models.connector import read_config
+
+    assert "precision" in read_config(stock.path), "control"
     model = restore(stock.path, early_exit={"exits": [exit_entry(3, "norm")]})
-    assert len(model.cfg.backbone_fingerprint) == 64
+    assert len(model.cfg.backbone_fingerprint) == 64 and "precision" not in model.config_to_store
     from tests.helpers.megatron_models import exit_logits
 
     ours = exit_logits(model, stock.tokens)["l3-norm-copy-own"]

@@ -106,3 +106,58 @@ def decode(
         exits.append(chosen)
         rows.append(row)
     return tokens[len(prompt) :], exits, rows
+
+
+def speculate(
+    model: TinyTransformer,
+    prompt: Sequence[int],
+    num_new_tokens: int,
+    *,
+    thresholds: Mapping[str, float],
+    criterion: str = "max_probability",
+    max_waiting: int | None = None,
+    stop: int | None = None,
+) -> tuple[list[int], list[str | None], list[tuple[int, int]]]:
+    """Greedy self-speculation of one sequence: drafts are collected, then each is held against the full model.
+
+    Returns:
+        New tokens, the exit that drafted each (None = the final exit's own), and (drafted, accepted) of every check.
+    """
+
+    def full(tokens):
+        return int(logits_at(model, None, hidden_by_stop(model, tokens))[-1].argmax())
+
+    def draft_of(tokens):
+        states = hidden_by_stop(model, tokens)
+        for point in model.exits:
+            if point.name in thresholds and point.stop < 2 * model.num_layers:
+                row = logits_at(model, point.name, states)[-1]
+                if sure(row, criterion, thresholds[point.name]):
+                    return int(row.argmax()), point.name
+        return None
+
+    tokens, exits, checks = [*prompt, full(prompt)], [None], []
+    drafts: list[tuple[int, str]] = []
+    while len(tokens) < len(prompt) + num_new_tokens and tokens[-1] != stop:
+        ahead = [*tokens, *(token for token, _ in drafts)]
+        at_stop = bool(drafts) and drafts[-1][0] == stop
+        is_last = len(ahead) + 1 == len(prompt) + num_new_tokens
+        at_cap = max_waiting is not None and len(drafts) >= max_waiting
+        draft = None if at_stop or is_last or at_cap else draft_of(ahead)
+        if draft is not None:
+            drafts.append(draft)
+            continue
+        accepted = 0
+        for token, name in drafts:
+            tokens.append(full(tokens))
+            exits.append(name if tokens[-1] == token else None)
+            if tokens[-1] != token:
+                break
+            accepted += 1
+        if accepted == len(drafts) and tokens[-1] != stop:
+            tokens.append(full(tokens))
+            exits.append(None)
+        if drafts:
+            checks.append((len(drafts), accepted))
+        drafts = []
+    return tokens[len(prompt) :], exits, checks

@@ -40,6 +40,15 @@ class ScriptedCache:
     heard: dict[str, set[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     asked: Counter = dataclasses.field(default_factory=Counter)
     rows_per_run: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # (start, stop, rows)
+    thrown_away: int = 0  # (sequence, position, half layer) triples that `truncate` took back
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget a sequence's positions from `length` on."""
+        for places in (self.computed, self.heard):
+            for key, done in places.items():
+                kept = {pair for pair in done if pair[0] != sequence or pair[1] < length}
+                self.thrown_away += (places is self.computed and key != 0) * (len(done) - len(kept))
+                places[key] = kept
 
 
 class ScriptedModel:

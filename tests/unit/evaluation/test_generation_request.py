@@ -57,8 +57,7 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"mode": "fast"}, ["mode='fast' is unknown", "early_exit, full"]),
-        ({"mode": "self_speculative"}, ["self_speculative is not available yet"]),
+        ({"mode": "fast"}, ["mode='fast' is unknown", "early_exit, self_speculative, static_depth, full"]),
         ({"criterion": "surest"}, ["'surest' is unknown", "max_probability, margin, entropy"]),
         ({"threshold": 1.5}, ["1.5", "0..1"]),
         ({"threshold": "0.5"}, ["'0.5'", "must be a number"]),
@@ -74,6 +73,8 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"tokens_to_generate": 2.5}, ["tokens_to_generate=2.5"]),
         ({"min_tokens_to_generate": 65}, ["min_tokens_to_generate=65 is more than tokens_to_generate=64"]),
         ({"batch_size": 0}, ["batch_size=0"]),
+        ({"end_strings": "x"}, ["end_strings='x' must be a list of texts"]),
+        ({"end_strings": ["x", ""]}, ["none empty"]),
         ({"colour": "pink"}, ["colour='pink'", "auto, always, never"]),
         ({"greedy": "yes"}, ["greedy='yes' must be True or False"]),
         ({"add_BOS": 1}, ["add_BOS=1 must be True or False or null"]),
@@ -123,7 +124,7 @@ def test_prompts_from_jsonl(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": ""}\n')
     request = GenerationRequest.from_config(config(tmp_path, prompts=[], prompts_file=str(file)))
-    assert request.prompts == ("a\nb", "")
+    assert request.prompts == ("a\nb", "") and request.labels == ({"id": 1}, {})
 
 
 def test_every_bad_line_of_a_jsonl_is_named(tmp_path):

@@ -32,9 +32,13 @@ GENERATE = [
     ({"sampling": []}, r"sampling = \[\] must be one SamplingParams, or a list"),
     ({"stop_tokens": [50]}, r"stop token 50 is not in the vocabulary 0\.\.49; remove it"),
     ({"stop_tokens": [None]}, "stop token None is not in the vocabulary"),
-    ({"mode": "fast"}, "mode = 'fast' is unknown; use one of early_exit, full"),
-    ({"mode": "self_speculative"}, "mode = 'self_speculative' is not available yet; use one of early_exit, full"),
-    ({"mode": "static_depth"}, "mode = 'static_depth' is not available yet"),
+    ({"mode": "fast"}, "mode = 'fast' is unknown; use one of early_exit, self_speculative, static_depth, full"),
+    ({"mode": "self_speculative", "policy": None}, "mode = 'self_speculative' needs a policy"),
+    (
+        {"mode": "static_depth", "policy": ExitPolicy(0.5, active=())},
+        "mode 'static_depth' reads from one exit, but none is active; name one of a under active",
+    ),
+    ({"mode": "static_depth", "policy": ExitPolicy(0.5, active=("b",))}, "active names the exit 'b', which the model"),
     ({"policy": None}, r"mode = 'early_exit' needs a policy; pass ExitPolicy\(thresholds=...\) or use mode='full'"),
     ({"policy": ExitPolicy({"b": 0.5}, active=("a",))}, "thresholds names the exit 'b', which the model does not"),
 ]
@@ -64,7 +68,7 @@ SCORE = [
     ({"num_context": 3}, "num_context = 3 must be at least 1 and leave one of its 3 tokens"),
     ({"num_context": [1, 1]}, r"num_context = \[1, 1\] must be one int, or a list with one for each of 1"),
     ({"tokens": [[1] * 65]}, "65 tokens are more than the model's 64 positions; shorten it or score it in windows"),
-    ({"mode": "static_depth"}, "not available yet"),
+    ({"mode": "static_depth", "policy": None}, "needs a policy"),
     ({"policy": None}, "needs a policy"),
 ]
 

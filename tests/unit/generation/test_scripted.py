@@ -12,6 +12,7 @@ import random
 import pytest
 import torch
 
+from nemo_ee.generation.descent import Feed
 from nemo_ee.generation.engine import EarlyExitEngine, Request
 from nemo_ee.generation.policy import ExitPolicy
 from tests.helpers.stub_models import ScriptedModel, exit_points
@@ -247,9 +248,9 @@ def test_the_scripted_model_does_detect_wrong_engines():
     session.step()
     descent = session._descent
     with pytest.raises(AssertionError, match="computed twice"):
-        descent.step({0: (1, 4)})
+        descent.step({0: Feed(1, (4,))})
     with pytest.raises(AssertionError, match=r"misses the positions \[2\]"):
-        descent.step({0: (3, 4)})
+        descent.step({0: Feed(3, (4,))})
     with pytest.raises(AssertionError, match="taken as depth"):
-        rows = descent.embed({0: (2, [4])})
+        rows = descent._embed({0: Feed(2, (4,))})
         model.run(rows.hidden, descent.items_of(rows.positions), 3, 8, model.cache)

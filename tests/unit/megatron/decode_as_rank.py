@@ -14,19 +14,23 @@ from typing import Any
 
 
 def decode(directory: Path, request: dict[str, Any]) -> list[list[Any]]:
-    """[sequence, position, token, exit, confidence] of every token, on the tensor-parallel size that is set up."""
+    """[sequence, position, token, exit, confidence] of every token, mode after mode, on the layout that is set up."""
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.generation.sampling import SamplingParams
     from tests.unit.megatron.test_decoding_adapter import build, engine_of
 
     engine = engine_of(build(directory, request["exits"], drawn=False))
-    result = engine.generate(
-        request["prompts"],
-        max_new_tokens=request["max_new_tokens"],
-        policy=ExitPolicy(request["thresholds"]),
-        sampling=SamplingParams(**request["sampling"]),
-    )
-    return [[one.sequence, one.position, one.token, one.exit, one.confidence] for one in result.events]
+    events = []
+    for mode in request["modes"]:
+        result = engine.generate(
+            request["prompts"],
+            max_new_tokens=request["max_new_tokens"],
+            mode=mode,
+            policy=ExitPolicy(request["thresholds"]),
+            sampling=SamplingParams(**request["sampling"]),
+        )
+        events += [[one.sequence, one.position, one.token, one.exit, one.confidence] for one in result.events]
+    return events
 
 
 def main(directory: str, request: str, output: str) -> None:

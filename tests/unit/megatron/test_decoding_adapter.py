@@ -24,8 +24,8 @@ from nemo_ee.exits.placement import place_exits
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
-from nemo_ee.generation.session import Request
 from tests.helpers.huggingface_models import TINY_MODELS, reference_logits, save_tiny_model
 from tests.unit.checkpoint.conftest import megatron  # noqa: F401  (fixture)
 from tests.unit.megatron import decode_as_rank
@@ -391,6 +391,7 @@ def test_two_tensor_parallel_ranks_decode_what_one_does(directory, tmp_path):
     one_rank = build(path, exits, drawn=False)
     request = {
         "exits": exits,
+        "modes": ["early_exit", "self_speculative"],
         "prompts": some_prompts(133),
         "max_new_tokens": 12,
         "thresholds": often_met(one_rank, [exit["name"] for exit in EXITS]).thresholds,

@@ -57,9 +57,10 @@ def test_settings_win_and_null_leaves_what_is_stored() -> None:
 
 def test_how_a_model_was_trained_is_forced_on_nobody() -> None:
     optim = {**STORED["optim"], "overlap_grad_sync": True, "contiguous_grad_buffer": True}
-    stored = OmegaConf.create({**STORED, "megatron_amp_O2": True, "optim": optim})
+    stored = OmegaConf.create({**STORED, "megatron_amp_O2": True, "precision": "bf16-mixed", "optim": optim})
     merged = merge_model_config(stored, OmegaConf.create({}))
-    assert "megatron_amp_O2" not in merged and merged.optim == {"name": "adamw", "lr": 0.5, "betas": [0.9, 0.98]}
+    assert "megatron_amp_O2" not in merged and "precision" not in merged
+    assert merged.optim == {"name": "adamw", "lr": 0.5, "betas": [0.9, 0.98]}
     asked = merge_model_config(
         stored, OmegaConf.create({"megatron_amp_O2": True, "optim": {"name": "mcore_distributed_optim"}})
     )

@@ -1,0 +1,189 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences that come and go while others run: each gets exactly what it gets alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.sampling import SamplingParams
+from tests.helpers.stub_models import ScriptedCache, ScriptedModel, TinyTransformer, exit_points
+from tests.unit.generation.test_against_reference import ALL_KINDS
+
+NAMES = tuple(exit.name for exit in ALL_KINDS)
+EXITS = exit_points(("a", 2, 3), ("b", 4, 8))
+
+
+def scripted():
+    def script(name, token, position):
+        sure = name is None or random.Random(f"{name}/{token}/{position}").random() < 0.5
+        return (token * 7 + position * 3 + 1) % 50, 0.9 if sure else 0.1
+
+    return ScriptedModel(6, EXITS, script)
+
+
+def random_request(rng):
+    """Any mode, policy, length and sampling."""
+    mode = rng.choice(["early_exit", "self_speculative", "static_depth", "full"])
+    criterion = rng.choice(["max_probability", "margin", "entropy"])
+    active = (rng.choice(NAMES),) if mode == "static_depth" else tuple(n for n in NAMES if rng.random() < 0.6)
+    threshold = rng.uniform(0.5, 2.5) if criterion == "entropy" else rng.uniform(0.05, 0.6)
+    return Request(
+        tuple(rng.randrange(37) for _ in range(rng.randint(1, 6))),
+        rng.randint(1, 12),
+        SamplingParams(greedy=rng.random() < 0.6, seed=rng.randrange(100), repetition_penalty=rng.choice([1.0, 1.3])),
+        frozenset({5}),
+        min_new_tokens=rng.choice([0, 1]),
+        mode=mode,
+        policy=ExitPolicy(threshold, criterion, active, rng.choice([None, 0, 1, 3])),
+    )
+
+
+def facts(events):
+    return [(e.position, e.token, e.exit, e.finish_reason) for e in events]
+
+
+def alone(engine, request):
+    session = engine.start([request])
+    events = []
+    while not session.finished:
+        events += session.step()
+    return facts(events)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sequence_added_later_gets_what_it_gets_alone(seed):
+    """Random arrivals and cancellations, every mode, policy and sampling side by side in three slots."""
+    rng = random.Random(seed)
+    engine = EarlyExitEngine(TinyTransformer(ALL_KINDS, seed=seed))
+    session = engine.start([], exits=NAMES, num_slots=3, max_length=20)
+    assert session.finished and session.step() == ()
+    to_come = [random_request(rng) for _ in range(9)]
+    added, cancelled, events = {}, set(), {}
+    while to_come or not session.finished:
+        while to_come and session.num_free_slots and rng.random() < 0.6:
+            request = to_come.pop(0)
+            added[session.add(request)] = request
+        if added and rng.random() < 0.1:
+            index = rng.choice(list(added))
+            if events.get(index, [None])[-1] is None or events[index][-1].finish_reason is None:
+                cancelled.add(index)
+            session.cancel(index)
+        for event in session.step():
+            assert event.sequence not in cancelled
+            events.setdefault(event.sequence, []).append(event)
+    assert session.num_free_slots == 3 and sorted(added) == list(range(9))
+    for index, request in added.items():
+        expected = alone(engine, request)
+        got = facts(events.get(index, []))
+        assert got == (expected[: len(got)] if index in cancelled else expected)
+
+
+def test_a_slot_is_used_again_and_its_old_sequence_leaves_nothing_behind():
+    """The scripted model fails when a position is computed twice or attends to what is not there."""
+    engine = EarlyExitEngine(scripted())
+    session = engine.start([Request((1, 2, 3, 4), 4)], policy=ExitPolicy(0.5), max_length=20)
+    while not session.finished:
+        session.step()
+    first = dict(session._slots)
+    index = session.add(Request((9,), 15))
+    assert (index, session.num_free_slots) == (1, 0) and session._slots == {1: first[0]}
+    with pytest.raises(RuntimeError, match="every slot of the session is taken; wait until a sequence ends, cancel"):
+        session.add(Request((9,), 15))
+    session.step()
+    session.cancel(index)
+    session.cancel(index)  # once is enough, twice does no harm
+    assert session.finished
+    events = []
+    session.add(Request((9,), 15))
+    while not session.finished:
+        events += session.step()
+    assert {event.sequence for event in events} == {2} and len(events) == 15
+    assert session.waiting(0) == session.waiting(1) == 0
+
+
+def test_a_prompt_runs_in_the_same_flight_as_the_others_tokens():
+    engine = EarlyExitEngine(scripted())
+    session = engine.start([Request((1, 2), 9)], mode="full", num_slots=2)
+    session.step()
+    session.add(Request((3, 4, 5), 6))
+    session.step()
+    assert engine.model.cache.rows_per_run[-1] == (0, 12, 1 + 3)
+
+
+def test_what_does_not_fit_a_session_is_refused():
+    session = EarlyExitEngine(scripted()).start([], mode="full", exits=("a",), num_slots=1, max_length=10)
+    with pytest.raises(ValueError) as caught:
+        session.add(Request((1, 99), 3, mode="early_exit", policy=ExitPolicy(0.5)))
+    assert "sequence 0: token 99 outside" in str(caught.value)
+    assert "sequence 0: exit b is not one of the session's (a); name it under exits" in str(caught.value)
+    with pytest.raises(ValueError, match="2 prompt tokens .* are more than this session's 10 positions; .*max_length"):
+        session.add(Request((1, 2), 9))
+    with pytest.raises(ValueError, match="mode = 'early_exit' needs a policy"):
+        session.add(Request((1, 2), 3, mode="early_exit"))
+    with pytest.raises(ValueError, match="min_new_tokens = 4 must be a whole number from 0 to max_new_tokens = 3"):
+        session.add(Request((1, 2), 3, min_new_tokens=4))
+    with pytest.raises(ValueError, match="sequence 0 is not one of this session's"):
+        session.cancel(0)
+    assert session.add(Request((1, 2), 8)) == 0, "nothing was taken by what was refused"
+
+
+STARTS = [
+    ({"num_slots": 0}, "num_slots = 0 must be a whole number from 1"),
+    ({"num_slots": None}, "no prompts were given; give at least one, or num_slots"),
+    ({"max_length": 65}, "max_length = 65 must be at least what the requests need .1. and at most the model's 64"),
+    ({"exits": ("x",)}, "exits names 'x', which the model does not have; its exits are a, b"),
+]
+
+
+@pytest.mark.parametrize("change, message", STARTS)
+def test_sessions_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyExitEngine(scripted()).start([], **({"mode": "full", "num_slots": 1} | change))
+
+
+def test_a_cache_without_truncate_can_do_what_does_not_need_it():
+    model = scripted()
+
+    @dataclasses.dataclass
+    class Plain:
+        inner: object
+
+        def __getattr__(self, name):
+            if name == "truncate":
+                raise AttributeError(name)
+            return getattr(self.inner, name)
+
+    make = model.new_cache
+    model.new_cache = lambda *args: Plain(make(*args))
+    engine, policy = EarlyExitEngine(model), ExitPolicy(0.5)
+    assert len(engine.generate([[1], [2]], max_new_tokens=5, policy=policy).events) == 10
+    with pytest.raises(ValueError, match="mode = 'self_speculative' needs a model whose cache can be truncated"):
+        engine.generate([[1]], max_new_tokens=5, mode="self_speculative", policy=policy)
+    session = engine.start([Request((1,), 1)], policy=policy)
+    session.step()
+    with pytest.raises(ValueError, match="a slot that is used again needs a model whose cache can be truncated"):
+        session.add(Request((1,), 1))
+
+
+@pytest.mark.parametrize("mode", ["early_exit", "self_speculative"])
+def test_a_cache_that_forgets_nothing_is_noticed(mode, monkeypatch):
+    """The control: a second sequence in a slot, and what follows a mismatch, would be computed twice."""
+    monkeypatch.setattr(ScriptedCache, "truncate", lambda self, sequence, length: None)
+
+    def script(name, token, position):
+        return (token + (name is None)) % 50, 0.9
+
+    engine = EarlyExitEngine(ScriptedModel(6, EXITS, script))
+    session = engine.start([Request((1, 2), 4)], mode=mode, policy=ExitPolicy(0.5, max_waiting=2))
+    with pytest.raises(AssertionError, match="computed twice"):
+        for _ in range(20):
+            if session.finished:
+                session.add(Request((1, 2), 4))
+            session.step()
