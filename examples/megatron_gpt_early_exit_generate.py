@@ -21,9 +21,10 @@ from nemo_ee.command import command
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
     with command(cfg, may_miss=True):
+        from nemo_ee.evaluation.certified import with_certificate
         from nemo_ee.evaluation.generation_request import GenerationRequest
 
-        request = GenerationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))
+        request = GenerationRequest.from_config(with_certificate(OmegaConf.to_container(cfg, resolve=True)))
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 

@@ -205,7 +205,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
                 course_of(request.mode, request.policy, points, stored.num_layers)
             except ValueError as fault:
                 faults.append(str(fault))
-    tokenizer = _stored_tokenizer(request.path, stored)
+    tokenizer = stored_tokenizer(request.path, stored)
     if tokenizer is not None:
         positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
         faults += _prompt_faults(request, tokenizer, positions)
@@ -231,7 +231,7 @@ def _prompt_faults(request: GenerationRequest, tokenizer: Any, positions: int) -
             )
 
 
-def _stored_tokenizer(path: Path, stored: DictConfig) -> Any:
+def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
     """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before restoring,
     then the engine checks the prompts."""
     if stored.tokenizer.library != "huggingface":

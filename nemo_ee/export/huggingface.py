@@ -358,6 +358,7 @@ def _manifest_facts(
         "dtype": str(dtype).removeprefix("torch."),
         "verified": {"transformers": None, "note": NOT_LOADED},
         "exits": [exit_entry(source, family, exit) for exit in source.exits.exits],
+        "certificates": source.certificates(),
         "artefacts": [
             {
                 "directory": artefact.directory,

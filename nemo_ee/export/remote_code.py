@@ -32,7 +32,7 @@ _TEMPLATE = '''# Copyright 2026 The nemo_ee authors.
 """A {family} with early exits for transformers. Written by nemo_ee's export, as are the files beside it.
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    model.generate(**tokenizer(text, return_tensors="pt"), early_exit_threshold=0.8, max_new_tokens=40)
+    model.generate(**tokenizer(text, return_tensors="pt"), early_exit_threshold=0.8)
 """
 
 from transformers import {stock}

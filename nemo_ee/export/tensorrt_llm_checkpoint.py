@@ -316,6 +316,7 @@ def _manifest_facts(
         "dtype": str(dtype).removeprefix("torch."),
         "max_position_embeddings": settings.max_position_embeddings,
         "exits": table,
+        "certificates": source.certificates(),
         "artefacts": described,
         "verified": {"tensorrt_llm": None, "note": NOT_RUN},
     }

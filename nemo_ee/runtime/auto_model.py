@@ -47,8 +47,8 @@ class EarlyExitCausalLM:
         Args:
             directory: `hf_early_exit/` of an export.
             config: given by transformers.
-            settings: `torch_dtype` or `dtype` (a dtype, its name or "auto", the default: as stored) and `device_map`
-                or `device` (one device).
+            settings: `torch_dtype` or `dtype` (a dtype, its name, or "auto", the default: fp32 on the CPU, else as
+                stored) and `device_map` or `device` (one device).
 
         Raises:
             ValueError: a setting that is not known, or a directory that cannot be loaded.
@@ -121,6 +121,7 @@ class EarlyExitCausalLM:
         Raises:
             ValueError: every fault of the call.
         """
+        others.pop("token_type_ids", None)  # some tokenizers give them unasked; these models have one kind
         if others:
             raise ValueError(f"{', '.join(sorted(others))}: not supported here; use the stock class for it")
         sampling = SamplingParams(

@@ -75,13 +75,13 @@ def make_linear(weight: Tensor, bias: Tensor | None, *, stored_in_half: bool) ->
     """
     if weight.device.type != "cpu" or weight.dtype is not torch.float32:
         return PlainLinear(weight.t(), bias)
-    if stored_in_half and _packs() and weight.abs().amax() <= _LARGEST_FP16:
+    if stored_in_half and packs_half_weights() and weight.abs().amax() <= _LARGEST_FP16:
         return HalfLinear(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias))
     # One row times the transpose is up to three times faster than times the matrix itself.
     return PlainLinear(weight.t().contiguous(), bias)
 
 
-def _packs() -> bool:
+def packs_half_weights() -> bool:
     """Whether this PyTorch has the fp16 products."""
     return (
         torch.backends.quantized.engine in ("fbgemm", "x86") and "fbgemm" in torch.backends.quantized.supported_engines

@@ -176,7 +176,7 @@ class _Reader:
         return Weights(embedding, positions, layers, heads)
 
     def _embedding(self) -> tuple[Tensor, bool]:
-        """The word embeddings, and whether they are half-precision numbers; on the CPU they stay as they are stored."""
+        """The word embeddings, and whether they are half-precision numbers, which stay so on the CPU."""
         name, half = self.names.embedding, self.tensors.half([self.names.embedding])
         dtype = half if self.tensors.device.type == "cpu" else None
         matrix = (self.config.vocab_size, self.config.hidden_size)

@@ -234,6 +234,16 @@ def test_an_interruption_leaves_nothing(
     assert list(tmp_path.iterdir()) == [] and len(calls) >= 40
 
 
+def test_what_a_killed_export_leaves_is_no_export_and_in_nobody_s_way(one: Made, tmp_path: Path) -> None:
+    left = tmp_path / "out.partial" / "hf_full"
+    left.mkdir(parents=True)
+    (left / "model.safetensors.partial").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="no finished export"):
+        verify_export(tmp_path / "out.partial")
+    output = export(one.path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and verify_export(output, one.path) == []
+
+
 def test_one_tensor_is_in_memory_at_a_time(one: Made, tmp_path: Path, monkeypatch) -> None:
     real, alive, count = EarlyExitSource.read, [], 0
 

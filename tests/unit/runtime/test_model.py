@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
+from nemo_ee.runtime.linear import HalfLinear, PlainLinear, make_linear, packs_half_weights
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.runtime.rotary import inverse_frequencies, pairs_together
@@ -141,3 +143,37 @@ def test_frequencies_are_transformers(name: str, tmp_path: Path) -> None:
     model = load_model(tmp_path)
     ours = inverse_frequencies(model.config.rope, model.config.head_dim)
     assert torch.allclose(ours, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_weights_stored_in_half_precision_are_computed_in_fp32(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """To fp32's tolerance what transformers gives for those weights in fp32, though they stay in half precision."""
+    reference = save_tiny_model(tmp_path, name, dtype=dtype)
+    tokens = random_tokens(reference.config.vocab_size)
+    rounded = reference_logits(reference, tokens)
+    # Loaded anew: a cast back to fp32 would keep rounded rotary frequencies.
+    in_fp32 = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32).eval()
+    expected = reference_logits(in_fp32, tokens)
+    model = load_model(tmp_path)
+    assert model.dtype is torch.float32 and model.weights.embedding.dtype is dtype
+    assert close(whole(model, tokens), expected)
+    assert not close(rounded, expected), "control: half-precision arithmetic is further away"
+
+
+def test_the_products_of_half_precision_weights() -> None:
+    """Small, large and too large numbers; against fp64."""
+    if not packs_half_weights():
+        pytest.skip("this PyTorch has no fp16 products")
+    generator = torch.Generator().manual_seed(1)
+    inputs, bias = torch.randn(5, 64, generator=generator), torch.randn(48, generator=generator)
+    for scale in (1e-6, 0.02, 900.0, 1e5):
+        weight = (scale * torch.randn(48, 64, generator=generator)).bfloat16().float()
+        linear = make_linear(weight, bias, stored_in_half=True)
+        assert isinstance(linear, PlainLinear if scale == 1e5 else HalfLinear)
+        expected = (inputs.double() @ weight.double().t() + bias).float()
+        assert close(linear(inputs), expected)
+        residual = torch.randn(5, 48, generator=generator)
+        before = residual.clone()
+        assert close(linear.added_to(residual, inputs), expected + residual) and torch.equal(residual, before)
+    assert isinstance(make_linear(weight, bias, stored_in_half=False), PlainLinear)
