@@ -17,6 +17,7 @@ that most agree, and that a threshold of 1.0 gives the tokens without exits. --d
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -110,8 +111,7 @@ def try_pytorch(options: argparse.Namespace) -> None:
         with LLM(model=str(full), **settings) as llm:
             print(f"without exits: {generate(llm, prompts, options.new_tokens)[1]:.1f} tokens/s")
     sys.path.insert(0, str(folder))
-    import early_exit_trtllm  # noqa: F401  registers the classes
-
+    importlib.import_module("early_exit_trtllm")  # registers the classes
     with LLM(model=str(folder), **settings) as llm:
         tokens, speed = generate(llm, prompts, options.new_tokens)
     print(f"with exits: {speed:.1f} tokens/s")
