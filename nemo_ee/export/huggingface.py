@@ -4,7 +4,8 @@
 
     hf_full/          the backbone in its family's stock class
     hf_exit_<name>/   an exit as a model of its own: k layers with the exit's MLP, norm and output, or k + 1
-    hf_early_exit/    the backbone with exit_heads.* beside it and the table of exits in config.json
+    hf_early_exit/    the backbone with exit_heads.* beside it and the table of exits in config.json; in it
+                      early_exit_trtllm/, with which TensorRT-LLM's PyTorch backend leaves early
     manifest.json     written last
 
 Tensor by tensor: read once per directory, low-rank updates folded in, never more than one in memory. All of it goes to
@@ -19,7 +20,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.remote_code import auto_map, remote_code
 from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
+from nemo_ee.export.tensorrt_llm_early_exit import copy_pytorch_package, threshold_block, threshold_faults
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class ExportSettings:
     exits: tuple[str, ...] | None = None
     dtype: str | None = None
     shard_gigabytes: float = 5.0
+    thresholds: float | Mapping[str, float] | None = None
+    criterion: str = "max_probability"
     progress: bool = True
 
 
@@ -134,11 +138,17 @@ def _setting_faults(settings: ExportSettings) -> list[str]:
 
 def _exit_faults(settings: ExportSettings, source: EarlyExitSource) -> list[str]:
     known = source.exits.names
-    return [
+    faults = [
         f"exits: no exit is called {name!r}; there are {', '.join(known) or 'none'}"
         for name in settings.exits or ()
         if name not in known
     ]
+    exits = _wanted_exits(settings, source)
+    return faults + threshold_faults(exits, settings.thresholds, settings.criterion)
+
+
+def _wanted_exits(settings: ExportSettings, source: EarlyExitSource) -> list[ExitConfig]:
+    return [exit for exit in source.exits.exits if settings.exits is None or exit.name in settings.exits]
 
 
 def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artefact]:
@@ -149,8 +159,7 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
             do not fit together.
     """
     stocks = _stocks(source)
-    names = source.exits.names if settings.exits is None else settings.exits
-    exits = [exit for exit in source.exits.exits if exit.name in names]
+    exits = _wanted_exits(settings, source)
     full, artefacts, faults = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), [], []
     if "full" in settings.targets:
         artefacts.append(full)
@@ -238,21 +247,28 @@ def _write(
 ) -> None:
     total = sum(_num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
     with whole_directory(settings.output, total) as partial:
+        thresholds = threshold_block(_wanted_exits(settings, source), settings.thresholds, settings.criterion)
+        models = []
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
             for artefact in artefacts:
                 folder = partial / artefact.directory
                 folder.mkdir()
-                _write_config(folder, artefact, source, dtype)
+                _write_config(folder, artefact, source, dtype, thresholds)
                 write_weights(folder, artefact.plan, source, dtype, settings.shard_gigabytes * 1e9, bar.update)
                 _copy_tokenizer(source, folder)
-        write_manifest(partial, _manifest_facts(settings, source, artefacts, dtype))
+                if artefact.table is not None:
+                    models.append(copy_pytorch_package(folder, artefact.stock.family))
+        facts = _manifest_facts(settings, source, artefacts, dtype)
+        write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
 
 
-def _write_config(folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype) -> None:
+def _write_config(
+    folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype, thresholds: dict[str, Any]
+) -> None:
     values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
     if artefact.table is not None:
-        values |= {"early_exit": {"exits": artefact.table}, "auto_map": auto_map()}
+        values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
         for name, text in remote_code(artefact.stock.family).items():
             (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", values)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An output directory that is whole or not there: written under another name, synced, renamed.
 
-May import: the standard library.
+May import: nemo_ee.checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from nemo_ee.checkpoint.nemo_archive import sync_directory
 
 
 def output_faults(output: Path) -> list[str]:
@@ -51,7 +53,7 @@ def whole_directory(output: Path, num_bytes: int) -> Iterator[Path]:
         if output.is_dir():
             output.rmdir()
         os.replace(partial, output)
-        _sync_directory(output.parent)
+        sync_directory(output.parent)
     except OSError as fault:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"output={output} could not be written ({fault}); nothing was left there") from fault
@@ -66,15 +68,5 @@ def _sync(directory: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         else:
-            _sync_directory(path)
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Makes names durable. Not every file system lets a directory be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            sync_directory(path)
+    sync_directory(directory)

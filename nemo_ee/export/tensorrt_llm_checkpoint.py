@@ -4,6 +4,7 @@
 
     trtllm_ckpt/      config.json, rank<r>.safetensors; a stock class builds it, exit_heads.* are carried along
     draft_<name>/     an exit as a stand-alone model, for draft-target decoding
+    tensorrt_llm_model.py   a class for trtllm-build with which an engine of trtllm_ckpt/ leaves early
     tokenizer/        the `.nemo`'s
     manifest.json     written last
 
@@ -19,7 +20,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,13 @@ from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_config import checkpoint_config
+from nemo_ee.export.tensorrt_llm_config import checkpoint_config, stock_class
+from nemo_ee.export.tensorrt_llm_early_exit import (
+    ENGINE_CRITERIA,
+    copy_engine_file,
+    threshold_block,
+    threshold_faults,
+)
 from nemo_ee.export.tensorrt_llm_layout import (
     Part,
     Reading,
@@ -68,6 +75,8 @@ class ExportSettings:
     exits: tuple[str, ...] | None = None
     drafts: tuple[str, ...] | None = None
     max_position_embeddings: int | None = None
+    thresholds: float | Mapping[str, float] | None = None
+    criterion: str = "max_probability"
     progress: bool = True
 
     @property
@@ -148,6 +157,7 @@ def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Archite
             faults.append(
                 f"exit {exit.name!r}: TensorRT-LLM treats tensors called lm_head apart; leave it out (exits=[...])"
             )
+    faults += threshold_faults(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
     try:
         architecture = read_architecture(source.config, stored_rows=1, max_positions=settings.max_position_embeddings)
     except ValueError as fault:
@@ -197,6 +207,7 @@ def _write(
     total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
     with whole_directory(settings.output, total) as partial:
         table = _exit_table(settings, architecture, artefacts, exits)
+        early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
             for artefact in artefacts:
@@ -204,11 +215,13 @@ def _write(
                 config = checkpoint_config(
                     architecture, num_layers=len(artefact.model.layers), tensor_parallel=artefact.tensor_parallel,
                     pipeline_parallel=artefact.pipeline_parallel, dtype=str(dtype).removeprefix("torch."),
-                    tied=artefact.tied, early_exit=None if is_draft else {"exits": table},
+                    tied=artefact.tied, early_exit=None if is_draft else early_exit,
                 )  # fmt: skip
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
         copy_tokenizer(source, partial / "tokenizer")
-        write_manifest(partial, _manifest_facts(settings, source, artefacts, table, dtype))
+        facts = _manifest_facts(settings, source, artefacts, table, dtype)
+        model = copy_engine_file(partial, stock_class(architecture))
+        write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
 
 def _shapes(artefact: Artefact) -> list[dict[str, tuple[int, ...]]]:

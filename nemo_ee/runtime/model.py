@@ -156,10 +156,14 @@ class RuntimeModel:
     def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: RuntimeCache) -> None:
         """A `layer` exit writes its keys and values; other exits do nothing. `hidden`: `[n, h]`."""
         layer = self.weights.heads[name].layer
-        if layer is None:
-            return
-        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), self._rotation(items))
-        self._write(heads[:, self.config.num_heads :], items, cache.slabs[name])
+        if layer is not None:
+            self._remember(layer, hidden, items, cache.slabs[name])
+
+    @torch.inference_mode()
+    def propagate(self, hidden: Tensor, items: Items, stop: int, cache: RuntimeCache) -> None:
+        """Write keys and values of all layers past `stop` as if `hidden` `[n, h]` came in (`runtime.propagation`)."""
+        for index in range((stop + 1) // 2, self.num_layers):
+            self._remember(self.weights.layers[index], hidden, items, cache.slabs[index])
 
     @torch.inference_mode()
     def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
@@ -207,6 +211,11 @@ class RuntimeModel:
         self._write(heads[:, self.config.num_heads :], items, slab)
         attended = self._attend(queries, items, slab).to(hidden.dtype)
         return layer.proj.added_to(hidden, attended)
+
+    def _remember(self, layer: LayerWeights, hidden: Tensor, items: Items, slab: Tensor) -> None:
+        """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
+        heads = self._turn(layer.qkv(self._norm(hidden, layer.norm)), self._rotation(items))
+        self._write(heads[:, self.config.num_heads :], items, slab)
 
     def _write(self, keys_values: Tensor, items: Items, slab: Tensor) -> None:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""

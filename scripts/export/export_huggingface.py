@@ -10,7 +10,7 @@ Needs neither a GPU nor NeMo.
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
 
@@ -30,6 +30,8 @@ def main(cfg: DictConfig) -> None:
                 exits=None if cfg.exits is None else tuple(cfg.exits),
                 dtype=cfg.dtype,
                 shard_gigabytes=cfg.shard_gigabytes,
+                thresholds=OmegaConf.to_container(cfg).get("thresholds"),
+                criterion=cfg.criterion,
                 progress=cfg.progress,
             )
         )
