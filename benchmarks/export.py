@@ -134,10 +134,12 @@ def measure(path: Path, target: str) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    output = export()
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    try:
+        output = export()
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
     largest = 2 * max(
         config["vocab_size"] * config["hidden_size"], 2 * config["ffn_hidden_size"] * config["hidden_size"]
     )
