@@ -30,11 +30,14 @@ def main(cfg: DictConfig) -> None:
         from nemo_ee.evaluation.generate import open_generator
 
         generator = open_generator(cfg, request)
-        if is_global_rank_zero():
-            show(generator, request)
-        else:
-            for _ in generator.generate(request.prompts):
-                pass
+        if generator is None:  # a later pipeline stage, and its work is done
+            return
+        with generator:
+            if is_global_rank_zero():
+                show(generator, request)
+            else:
+                for _ in generator.generate(request.prompts):
+                    pass
 
 
 def show(generator, request) -> None:

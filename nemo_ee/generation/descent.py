@@ -10,8 +10,8 @@ and values it needs. So
 * every (token, half layer) is computed at most once, with exactly the values of a full-depth run;
 * a sequence's depths never increase with position: what waits at a stop comes before everything that reaches it later.
 
-A model whose deeper half layers stand on other ranks may ask for its `fill_ahead`: a sequence's tokens are then sent on
-as soon as that many wait, and other ranks run them while this one goes on with the next token. Only the time at which
+A model whose deeper half layers stand on other ranks may have a `fill_ahead`: a sequence's tokens are then sent on as
+soon as that many wait, and other ranks run them while this one goes on with the next token. Only the time at which
 they run changes; the cap on waiting tokens counts them as if they still waited.
 
 (EE-LLM's "KV recomputation", arXiv 2312.04916, runs waiting tokens again from the first layer; here nothing is

@@ -143,7 +143,8 @@ class PipelinedDecodingModel(_Pipeline):
         """Keys and values on every stage."""
         while self._dropped:
             self._tell_all(Command(Op.DROP_CACHE, self._dropped.pop()))
-        cache = PipelineCache(self._num_caches, self.own.new_cache(num_sequences, max_length, active_exits), self.lines)
+        own = self.own.new_cache(num_sequences, max_length, active_exits)
+        cache = PipelineCache(self._num_caches, own, self.lines)
         self._num_caches += 1
         weakref.finalize(cache, self._dropped.append, cache.number)
         active = [self._number_of[name] for name in active_exits]

@@ -173,7 +173,7 @@ def main(directory: str, request: str, output: str) -> None:
     from nemo_ee import cpu_host
 
     cpu_host.enable()
-    import nemo_ee.megatron.pipelined_decoding
+    import nemo_ee.megatron.pipelined_decoding  # noqa: F401
     import tests.unit.megatron.test_decoding_adapter  # noqa: F401  (imported once, before the forks)
     from tests.helpers.ranks import run_ranks
 
