@@ -218,8 +218,9 @@ class Descent:
                 gone = {one.slot for one in left}
                 ended = [slot for slot in rows.positions if slot not in gone and self._end_stop(slot) == stop]
                 if ended and reading:
-                    self._num_ahead.update(dict.fromkeys(ended, 0))
                     left += self._read_ends(rows, items, ended, feeds)
+                if reading and stop == self._bottom:
+                    self._num_ahead.update(dict.fromkeys(rows.positions, 0))
                 if gone or ended:
                     readings += left
                     flying -= gone

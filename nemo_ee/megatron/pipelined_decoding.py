@@ -41,7 +41,7 @@ from nemo_ee.megatron.stage_lines import Command, Op, StageLines, items_of, numb
 
 # How many tokens of a sequence wait before they are sent on. More of them run in one batch and so cost later stages
 # (and the rest of the first one) less; fewer leave less to do when a token goes deep.
-FILL_AHEAD = 4
+FILL_AHEAD = 8
 _FINAL = -1  # the final exit's number in a command
 
 

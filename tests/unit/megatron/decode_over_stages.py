@@ -27,6 +27,8 @@ LAYOUTS = {
     "a stage raises": (1, [1, 2], "raises"),
     "the first stage dies": (1, [1, 2], "first dies"),
 }
+# How many tokens wait before they are sent on, where it is not the default.
+FILL_AHEAD = {"exits on both stages": 2, "three stages": 1, "tensor parallel": 3}
 
 
 def decode(engine: Any, calls: list[dict[str, Any]]) -> list[list[list[Any]]]:
@@ -106,6 +108,7 @@ def layout_program(directory: Path, request: dict[str, Any], output: Path, name:
             model.serve()
         caches = {layer: model.caches[max(model.caches)].own for layer in stage_layers(stage)} if not wrong else {}
     else:
+        model.fill_ahead = FILL_AHEAD.get(name, model.fill_ahead)
         with said_in(prefix), model:
             if name == "three stages":
                 time.sleep(8)
