@@ -134,10 +134,10 @@ class PipelinedDecodingModel(_Pipeline):
 
     def close(self) -> None:
         """Let the other stages go; nothing when that has happened, or when one of them is gone."""
-        if self._is_open:
+        if self._is_open and not self.lines.is_broken:
             self._tell_all(Command(Op.CLOSE))
             self.lines.drain()
-            self._is_open = False
+        self._is_open = False
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> PipelineCache:
         """Keys and values on every stage."""

@@ -66,9 +66,14 @@ class StageLines:
 
     Args:
         timeout: how long an answer may take.
+
+    Attributes:
+        stage, num_stages: this one, from 0, and how many there are.
+        is_broken: a transfer has failed; no other one will work.
     """
 
     def __init__(self, timeout: timedelta) -> None:
+        self.is_broken = False
         self._tensors = parallel_state.get_pipeline_model_parallel_group()
         self._ranks = torch.distributed.get_process_group_ranks(self._tensors)
         self.stage, self.num_stages = parallel_state.get_pipeline_model_parallel_rank(), len(self._ranks)
@@ -137,6 +142,7 @@ class StageLines:
         try:
             yield
         except RuntimeError as error:
+            self.is_broken = True
             us, them = self._ranks[self.stage], self._ranks[stage]
             raise RuntimeError(
                 f"decoding: pipeline stage {self.stage} (rank {us}) {does} stage {stage} (rank {them}), which has "

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_ee.generation.items import Items
 from tests.unit.checkpoint.conftest import megatron  # noqa: F401  (fixture)
 from tests.unit.megatron import decode_over_stages
 from tests.unit.megatron.test_decoding_adapter import (  # noqa: F401  (`directory` is a fixture)
@@ -48,6 +49,8 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     calls = [{**options, "prompts": prompts, "mode": mode} for prompts in (three, one) for mode in modes]
     calls += [{**calls[1], "thresholds": 0.0, "max_waiting": 2, "sampling": GREEDY}]
     calls += [{**calls[0], "max_waiting": 2}]
+    # Twelve sequences do not fit into a command's first message.
+    calls += [{**calls[0], "prompts": some_prompts(133, (1, 2, 3) * 4)}]
     calls += [{**calls[0], "mode": "static_depth", "active": [name]} for name in ("norm1", "layer2")]
     calls += [{**calls[0], "mode": "early_exit", "num_context": 1, "prompts": some_prompts(133, (9, 14))}]
     # A token that one of them says in the middle, and not at once, ends a sequence.
@@ -61,6 +64,26 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     expected = decode_over_stages.decode(engine, calls)
     broken = decode_over_stages.decode(engine, request["broken_calls"])
     return SimpleNamespace(folder=folder, expected=expected, broken=broken, calls=calls, reference=tiny.reference)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        {0: range(4)},
+        {2: range(5, 6), 7: range(3)},
+        {0: (1, 2, 5), 3: (0, 4, 6, 7)},
+        {n: range(n + 1) for n in range(12)},
+    ],
+)
+def test_items_arrive_as_they_left(positions):
+    from nemo_ee.megatron.stage_lines import items_of, numbers_of
+
+    items = Items.of(positions)
+    numbers = numbers_of(items)
+    found = items_of(numbers, torch.device("cpu"))
+    assert torch.equal(found.sequence, items.sequence) and torch.equal(found.position, items.position)
+    assert found.groups == items.groups
+    assert len(numbers) == 3 * sum(1 if isinstance(own, range) else 2 + (own[0] == 0) for own in positions.values())
 
 
 def said(ran: SimpleNamespace, layout: str, rank: int = 0) -> dict[str, Any]:
