@@ -43,7 +43,7 @@ def decode_on_stage(rank: int, options: argparse.Namespace) -> dict[str, Any]:
 
     overrides = [
         f"model.restore_from_path={options.model.resolve()}", "trainer.accelerator=cpu", "trainer.devices=2",
-        "model.pipeline_model_parallel_size=2", "prompts=[x]",
+        "model.pipeline_model_parallel_size=2", "prompts=[x]", f"tokens_to_generate={options.new_tokens}",
     ]  # fmt: skip
     if options.layers:
         overrides.append(f"model.layer_split.layers={options.layers}")
