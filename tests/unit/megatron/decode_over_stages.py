@@ -99,7 +99,7 @@ def layout_program(directory: Path, request: dict[str, Any], output: Path, name:
         exits, num_layers=sum(layers), num_stages=len(layers), full_depth=True, layers_per_stage=layers
     )
     # An answer may take this long; a stage may wait longer than that for its next command.
-    model = open_decoding_model(stage, placements, timeout_minutes=0.1 if name == "three stages" else 2)
+    model = open_decoding_model(stage, placements, timeout_minutes=0.2 if name == "three stages" else 2)
     rank = parallel_state.get_tensor_model_parallel_rank()
     prefix = output / f"{name}.{parallel_state.get_pipeline_model_parallel_rank()}.{rank}"
     if isinstance(model, DecodingStage):
@@ -111,7 +111,7 @@ def layout_program(directory: Path, request: dict[str, Any], output: Path, name:
         model.fill_ahead = FILL_AHEAD.get(name, model.fill_ahead)
         with said_in(prefix), model:
             if name == "three stages":
-                time.sleep(8)
+                time.sleep(13)
             engine = EarlyExitEngine(model)
             if wrong == "first dies":
                 break_first(model)
