@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A backbone's fingerprint: sha256 over its canonical names, global shapes, dtypes and contents.
+"""Fingerprints of a backbone and of exits: sha256 over canonical names, global shapes, dtypes and contents.
 
-It does not depend on how a checkpoint was sharded or in which format it is stored, so exits and certificates can
-name the backbone that they belong to. Padding rows of the vocabulary, whose number depends on the layout, are left
-out when the true vocabulary size is given.
+They do not depend on how a checkpoint was sharded or in which format it is stored, so exits can name the backbone that
+they belong to, and certificates both. Padding rows of the vocabulary, whose number depends on the layout, are left out
+when the true vocabulary size is given.
 
 May import: torch.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _STACKED = "decoder.layers."
 _BLOCK_BYTES = 256 << 20
 _FORMAT = b"nemo_ee backbone fingerprint 1\n"
+_EXITS_FORMAT = b"nemo_ee exits fingerprint 1\n"
+# An exit's matrices with a row per vocabulary entry.
+_EXIT_VOCABULARY_KEYS = (".output.weight", ".output_update.low_rank_b")
 
 
 def backbone_keys(source: WeightSource) -> dict[str, TensorInfo]:
@@ -58,9 +62,53 @@ def backbone_fingerprint(
     if not keys:
         raise ValueError("no backbone to fingerprint: the source holds none of embedding.*, decoder.*, output_layer.*")
     digest = hashlib.sha256(_FORMAT)
+    _hash_tensors(digest, source, keys, _VOCABULARY_KEYS, vocab_size, on_bytes)
+    return digest.hexdigest()
+
+
+def exits_fingerprint(
+    exits: WeightSource,
+    placement: Iterable[str],
+    *,
+    updates: WeightSource | None = None,
+    vocab_size: int | None = None,
+) -> str:
+    """Hashes where exits stand, every tensor of theirs, and low-rank updates that lie beside the backbone.
+
+    Args:
+        exits: their weights, named `<exit>.<parameter>`.
+        placement: a line per exit, in order, of what its weights do not say (layer, architecture, output).
+        updates: `lora_weights/`; None = there are none.
+        vocab_size: rows of the exits' vocabulary matrices that count; None for all that are stored.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: an exit has fewer rows than `vocab_size`.
+    """
+    digest = hashlib.sha256(_EXITS_FORMAT)
+    for line in placement:
+        digest.update(f"{line}\n".encode())
+    for source in (exits, updates):
+        digest.update(b"\n")
+        if source is not None:
+            keys = {key: info for key, info in sorted(source.keys().items()) if "_extra_state" not in key}
+            _hash_tensors(digest, source, keys, _EXIT_VOCABULARY_KEYS, vocab_size, None)
+    return digest.hexdigest()
+
+
+def _hash_tensors(
+    digest: Any,
+    source: WeightSource,
+    keys: dict[str, TensorInfo],
+    vocabulary_keys: tuple[str, ...],
+    vocab_size: int | None,
+    on_bytes: Callable[[int], object] | None,
+) -> None:
     for key, info in keys.items():
         shape = info.shape
-        if vocab_size is not None and key in _VOCABULARY_KEYS:
+        if vocab_size is not None and key.endswith(vocabulary_keys):
             if shape[0] < vocab_size:
                 raise ValueError(f"{key} has {shape[0]} rows, fewer than the vocabulary size {vocab_size}")
             shape = (vocab_size, *shape[1:])
@@ -71,7 +119,6 @@ def backbone_fingerprint(
             digest.update(content)
             if on_bytes is not None:
                 on_bytes(len(content))
-    return digest.hexdigest()
 
 
 def _blocks(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

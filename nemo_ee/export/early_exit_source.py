@@ -4,7 +4,7 @@
 
 Nothing is built and NeMo is not imported; one tensor of one layer is in memory at a time.
 
-May import: torch, yaml, nemo_ee.checkpoint, nemo_ee.exits.
+May import: torch, yaml, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.evaluation.certified.
 """
 
 from __future__ import annotations
@@ -113,6 +113,13 @@ class EarlyExitSource:
                 "give the base model they were tuned on (backbone=...)"
             )
         return Path(path)
+
+    def certificates(self) -> list[dict[str, Any]]:
+        """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
+        skipped layers are not `kv: carry`'s."""
+        from nemo_ee.evaluation.certified import valid_certificates  # imports omegaconf
+
+        return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""

@@ -365,3 +365,56 @@ def test_stats_are_summed_over_batches():
     assert generator.stats.tokens_per_exit == {"early": 15, "final": 3}
     assert generator.stats.mean_depth == pytest.approx((15 * 2 + 3 * 4) / 18)
     assert generator.stats.num_prompt_tokens == 4
+
+
+# -- what fails -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_answer_that_fails_does_not_end_the_others(batch_size):
+    """The model counts up from the prompt; after `z` its logits are not numbers."""
+    generator = scripted(batch_size=batch_size)
+    generator.model.script = lambda exit, token, position: (token + 1, float("nan") if token == ord("z") else 0.9)
+    answers = list(generator.generate(["ab", "x", "d"]))
+    assert [answer.text for answer in answers] == ["cdefgh", "yz", "efghij"]
+    assert [answer.finish_reason for answer in answers] == ["length", "error", "length"]
+    assert "the logits for position 3 from the final exit are not numbers" in answers[1].error
+    assert answers[1].to_mapping()["error"] == answers[1].error and "error" not in answers[0].to_mapping()
+    assert generator.num_failed == 1 and generator.stats.num_tokens == 14
+
+
+def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tmp_path):
+    from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+
+    plain = MegatronDecodingModel.exit_logits
+
+    def broken(self, name, hidden, items, cache):
+        logits = plain(self, name, hidden, items, cache)
+        logits[items.sequence == 1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(MegatronDecodingModel, "exit_logits", broken)
+    with pytest.raises(RuntimeError, match="1 of 3 answers failed, as said beside them"):
+        generate(batch_size=3)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [line["finish_reason"] for line in lines] == ["length", "error", "length"]
+
+
+@pytest.mark.parametrize("colour", ["never", "always"])
+def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(colour, generate, monkeypatch, capsys):
+    """Without a stored tokenizer: both faults, with the prompts' own numbers, before anything is generated."""
+    from nemo_ee.evaluation import generate as module
+
+    monkeypatch.setattr(module, "stored_tokenizer", lambda path, stored: None)
+    with pytest.raises(ValueError) as caught:
+        generate(prompts=["x", "", "y", "z " * 40], colour=colour)
+    assert "prompt 1 ('') has no tokens" in str(caught.value) and "prompt 3: " in str(caught.value)
+    assert "prompt 0" not in str(caught.value) and "mean depth" not in capsys.readouterr().out
+
+
+def test_tokens_the_model_does_not_have_are_refused_together():
+    generator, shown = scripted(), []
+    with pytest.raises(ValueError) as caught:
+        next(generator.generate(["ab", "é", "c", "€"], on_token=shown.append))
+    assert "prompt 1: token 233 outside the vocabulary 0..127" in str(caught.value) and not shown
+    assert "prompt 3: token 8364 outside" in str(caught.value)

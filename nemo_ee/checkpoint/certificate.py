@@ -1,0 +1,236 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Certificates: an exit policy, the risk that is promised for it, and the model and setting the promise is about.
+
+One JSON file per certificate, `certificates/<name>.json` of a `.nemo`; saving a restored model keeps it, exports list
+it in their manifest.
+
+May import: the standard library, `nemo_ee.exits`, `nemo_ee.generation.policy`, `nemo_ee.checkpoint.nemo_archive`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
+from nemo_ee.generation.policy import ExitPolicy
+
+FOLDER = "certificates"
+SCHEMA_VERSION = 1
+DEFAULT_NAME = "default"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Which model a certificate is about; sha256 of each part.
+
+    Attributes:
+        backbone, exits, tokenizer: fingerprints.
+    """
+
+    backbone: str
+    exits: str
+    tokenizer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How the model was run.
+
+    Attributes:
+        mode: `early_exit`.
+        kv: how keys and values of skipped layers come about: `carry` (exact).
+        precision: `32` or `bf16`.
+        tokens_to_generate: longest continuation.
+        stop_on_eos, add_BOS: as in the generation yaml.
+        sampling: greedy, temperature, top_k, top_p, repetition_penalty (no seed).
+    """
+
+    mode: str
+    kv: str
+    precision: str
+    tokens_to_generate: int
+    stop_on_eos: bool
+    add_BOS: bool | None
+    sampling: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guarantee:
+    """What is promised: with probability 1 - delta over the calibration prompts, the expected risk is at most epsilon.
+
+    Attributes:
+        risk: its name: `disagreement`, `nll_excess` or `task`.
+        definition: in words.
+        epsilon, delta: of the promise.
+        empirical_risk: mean over the calibration prompts.
+        p_value: of "the risk is greater than epsilon"; None where full depth was the answer.
+        mean_depth: layers per token on the calibration prompts.
+        num_layers: of the model.
+    """
+
+    risk: str
+    definition: str
+    epsilon: float
+    delta: float
+    empirical_risk: float
+    p_value: float | None
+    mean_depth: float
+    num_layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """See the module.
+
+    Attributes:
+        name: under which it is stored.
+        created: date, ISO 8601.
+        model: the fingerprints.
+        setting: how it was run.
+        criterion, thresholds, max_waiting: the policy; no thresholds = full depth.
+        guarantee: the promise.
+        data: sha256, num_prompts, and how the prompts came about.
+        free_running: measured, not promised.
+    """
+
+    name: str
+    created: str
+    model: Identity
+    setting: Setting
+    criterion: str
+    thresholds: Mapping[str, float]
+    max_waiting: int | None
+    guarantee: Guarantee
+    data: Mapping[str, Any]
+    free_running: Mapping[str, Any] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def policy(self) -> ExitPolicy:
+        """The certified policy; one that never leaves where only full depth was certified."""
+        return ExitPolicy(
+            dict(self.thresholds),
+            criterion=self.criterion,
+            active=tuple(self.thresholds),
+            max_waiting=self.max_waiting,
+        )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> Certificate:
+        """Read what `to_mapping` wrote.
+
+        Args:
+            source: named in errors.
+
+        Raises:
+            ValueError: damaged, or of another schema version.
+        """
+        version = values.get("schema_version") if isinstance(values, Mapping) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{source}: schema version {version!r}, this code reads {SCHEMA_VERSION}; calibrate again"
+            )
+        try:
+            known = dict(values)
+            for key, kind in (("model", Identity), ("setting", Setting), ("guarantee", Guarantee)):
+                known[key] = kind(**known[key])
+            result = cls(**known)
+            check_name(result.name)
+            result.policy()
+        except (TypeError, ValueError, AttributeError) as fault:
+            raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
+        return result
+
+
+def check_name(name: object) -> None:
+    """Raises ValueError unless this can name a certificate."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"certificate name {name!r} must match {_NAME.pattern}")
+
+
+def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
+    """All certificates of a `.nemo` by name.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    found = {}
+    for member in sorted(archive.members()):
+        if member.startswith(f"{FOLDER}/") and member.endswith(".json"):
+            source = f"{archive.path}: {member}"
+            with archive.open_member(member) as file:
+                try:
+                    values = json.loads(file.read().decode("utf-8"))
+                except ValueError as fault:
+                    raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
+            certificate = Certificate.from_mapping(values, source)
+            found[certificate.name] = certificate
+    return found
+
+
+def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
+    """A certificate of a `.nemo`.
+
+    Args:
+        wanted: its name; True = the only one, or the one named `default`.
+
+    Raises:
+        ValueError: there is none, or several and none is named.
+    """
+    with NemoArchive(path) as archive:
+        found = read_certificates(archive)
+    if wanted is True and len(found) == 1:
+        return next(iter(found.values()))
+    name = DEFAULT_NAME if wanted is True else wanted
+    if name not in found:
+        has = f"its certificates are {', '.join(found)}" if found else "it has none"
+        raise ValueError(
+            f"{path} has no certificate {name!r}, {has}; name one of them, or make one with "
+            "examples/megatron_gpt_early_exit_calibrate.py"
+        )
+    return found[name]
+
+
+def store_certificate(path: str | Path, certificate: Certificate, output: str | Path | None = None) -> Path:
+    """Put a certificate into a `.nemo`; one of the same name is replaced. Everything else is copied byte for byte.
+
+    Args:
+        path: the `.nemo`, or an extracted one.
+        output: where to write the whole file; None = `path` itself, which is replaced only when the new file is
+            whole.
+
+    Returns:
+        The file (or directory) that holds it now.
+    """
+    member = f"{FOLDER}/{certificate.name}.json"
+    text = certificate_text(certificate)
+    path = Path(path)
+    if output is None and path.is_dir():
+        target = path / member
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+        return path
+    with NemoArchive(path) as archive:
+        entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}
+        return write_nemo(output or path, {**entries, member: text})
+
+
+def certificate_text(certificate: Certificate) -> str:
+    """The JSON text. JSON has no infinities: a number that is not finite is refused."""
+    for value in (certificate.guarantee.empirical_risk, certificate.guarantee.mean_depth):
+        assert math.isfinite(value), value
+    return json.dumps(certificate.to_mapping(), indent=2, allow_nan=False) + "\n"

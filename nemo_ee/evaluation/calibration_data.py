@@ -1,0 +1,170 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts to calibrate on: lines of a JSONL, or pieces cut from documents.
+
+    {"prompt": ...}                    as it is
+    {"prompt": ..., "answer": ...}     with the answer that the task risk compares with
+    {"text": ...}                      a document: `prompt_tokens` tokens from a random place of it
+    any other file                     one document
+
+The guarantee counts independent prompts, so a document gives one unless the user wants more.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A line of the file. `is_document`: `text` is cut into prompts; otherwise it is one."""
+
+    text: str
+    answer: str | None
+    is_document: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationPrompts:
+    """What is calibrated on.
+
+    Attributes:
+        ids: token ids of each prompt.
+        answers: of each prompt, None where there is none.
+        facts: for the certificate: file, sha256, num_prompts, cut, seed.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    answers: tuple[str | None, ...]
+    facts: dict[str, Any]
+
+
+def read_entries(path: Path) -> tuple[list[Entry], str]:
+    """The entries of a file and its sha256. `.gz` is unpacked; `.jsonl` is read line by line.
+
+    Raises:
+        ValueError: every fault of the file, with line numbers.
+    """
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        text = content.decode("utf-8")
+    except (OSError, EOFError, zlib.error) as fault:
+        raise ValueError(f"data={path} cannot be read ({fault}); check the name") from fault
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"data={path} is not UTF-8 ({fault.reason} at byte {fault.start}); convert it") from fault
+    digest = hashlib.sha256(raw).hexdigest()
+    if ".jsonl" not in path.suffixes[-2:]:
+        return [Entry(text, None, True)], digest
+    entries, faults = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                entries.append(_entry(json.loads(line)))
+            except (ValueError, RecursionError) as fault:
+                faults.append(f"{path}, line {number}: {fault}")
+    if faults:
+        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+        raise ValueError("\n  ".join(faults[:10] + more))
+    if not entries:
+        raise ValueError(f"data={path} is empty; give a line per prompt or document")
+    return entries, digest
+
+
+def _entry(line: Any) -> Entry:
+    if isinstance(line, dict):
+        answer = line.get("answer")
+        if answer is not None and not isinstance(answer, str):
+            raise ValueError(f'"answer" is {answer!r}, not a text; put it in quotes')
+        for key in ("prompt", "text"):
+            if isinstance(line.get(key), str):
+                return Entry(line[key], answer, key == "text")
+    raise ValueError('must be an object with a text under "prompt", or a document under "text"')
+
+
+def make_prompts(
+    entries: Sequence[Entry],
+    to_ids: Callable[[str], Sequence[int]],
+    *,
+    bos: int | None,
+    prompt_tokens: int,
+    prompts_per_document: int,
+    num_prompts: int | None,
+    longest: int,
+    seed: int,
+    facts: dict[str, Any],
+) -> CalibrationPrompts:
+    """Tokenize, cut documents, choose.
+
+    Args:
+        to_ids: text -> token ids, the begin-of-text token included where it belongs.
+        bos: that token, put in front of pieces of documents too; None = none.
+        prompt_tokens, prompts_per_document: how documents are cut: a document's tokens are divided into equal spans,
+            and each span gives that many tokens from a random place. Documents that are too short are left out.
+        num_prompts: how many to take, at random; None = all.
+        longest: tokens a prompt may have.
+        seed: of the random choices.
+        facts: taken over into the result's.
+
+    Raises:
+        ValueError: a prompt is empty or too long, or there are none.
+    """
+    chance = random.Random(seed)
+    found: list[tuple[tuple[int, ...], str | None]] = []
+    faults, short = [], 0
+    for number, entry in enumerate(entries):
+        ids = list(to_ids(entry.text))
+        if entry.is_document:
+            pieces = _pieces(ids, bos, prompt_tokens, prompts_per_document, chance)
+            short += not pieces
+            found += [(tuple(piece), entry.answer) for piece in pieces]
+        elif 1 <= len(ids) <= longest:
+            found.append((tuple(ids), entry.answer))
+        else:
+            faults.append(f"prompt {number} has {len(ids)} tokens; it may have 1 to {longest}")
+    if faults:
+        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+        raise ValueError("\n  ".join(faults[:10] + more))
+    chance.shuffle(found)
+    if num_prompts is not None and num_prompts > len(found):
+        raise ValueError(
+            f"num_prompts={num_prompts}, but the data gives {len(found)} prompts ({short} documents are shorter than "
+            f"{prompt_tokens} tokens); lower it, or give more data"
+        )
+    found = found[:num_prompts]
+    documents = sum(entry.is_document for entry in entries)
+    cut = f"{prompts_per_document} x {prompt_tokens} tokens of each document" if documents else "a line each"
+    return CalibrationPrompts(
+        ids=tuple(ids for ids, _ in found),
+        answers=tuple(answer for _, answer in found),
+        facts={
+            **facts,
+            "num_prompts": len(found),
+            "cut": cut,
+            "independent": not documents or prompts_per_document == 1,
+            "seed": seed,
+            "documents_too_short": short,
+        },
+    )
+
+
+def _pieces(ids: list[int], bos: int | None, length: int, count: int, chance: random.Random) -> list[list[int]]:
+    if bos is not None and ids[:1] == [bos]:
+        ids, length = ids[1:], length - 1
+    else:
+        bos = None
+    span = len(ids) // count
+    if span < length or length < 1:
+        return []
+    starts = [index * span + chance.randrange(span - length + 1) for index in range(count)]
+    return [([] if bos is None else [bos]) + ids[start : start + length] for start in starts]

@@ -1,0 +1,182 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding under a certificate: is this the model, tokenizer and setting it is about?
+
+May import: omegaconf, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
+from nemo_ee.checkpoint.chunk_reader import ChunkReader
+from nemo_ee.checkpoint.fingerprint import exits_fingerprint
+from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.exits.config import EarlyExitConfig
+
+KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
+_LORA, _TOKENIZER = "lora_weights", "tokenizer"
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
+
+logger = logging.getLogger(__name__)
+
+
+def setting_of(config: Mapping[str, Any]) -> Setting:
+    """The setting that a script's config asks for; the keys are those of the generation and the calibration yaml.
+
+    Args:
+        config: plain containers.
+    """
+    greedy = config["greedy"]
+    shaping = {"temperature": float(config["temperature"]), "top_k": config["top_k"], "top_p": float(config["top_p"])}
+    sampling = {"greedy": greedy, "repetition_penalty": float(config["repetition_penalty"])}
+    return Setting(
+        mode=config["mode"],
+        kv=KV_POLICY,
+        precision="bf16" if str(config["trainer"]["precision"]).startswith("bf16") else "32",
+        tokens_to_generate=config["tokens_to_generate"],
+        stop_on_eos=config["stop_on_eos"],
+        add_BOS=config["add_BOS"],
+        sampling=sampling if greedy else {**sampling, **shaping},
+    )
+
+
+def identify(path: str | Path) -> Identity:
+    """Read and hash what a certificate of this `.nemo` depends on. The backbone's fingerprint is the stored one.
+
+    Raises:
+        ValueError: the file is damaged or has no exits.
+    """
+    with NemoArchive(path) as archive:
+        stored = OmegaConf.to_container(OmegaConf.create(archive.config_text()), resolve=True)
+        tokenizer = _tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
+        folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
+    block = stored.get("early_exit") or {}
+    if EXIT_WEIGHTS not in folders or not block.get("exits"):
+        raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+    exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
+    with open_nemo(path, folders) as folder:
+        fingerprint = exits_fingerprint(
+            ChunkReader(folder / EXIT_WEIGHTS, prefix="exits."),
+            [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
+            updates=ChunkReader(folder / _LORA, prefix="") if _LORA in folders else None,
+            vocab_size=stored.get("vocab_size"),
+        )
+    return Identity(str(stored.get("backbone_fingerprint")), fingerprint, tokenizer)
+
+
+def _tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str:
+    """sha256 over names and contents of the tokenizer's files, bundled or in a directory; else over its settings."""
+    digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 1\n")
+    bundled = sorted(name for name in archive.members() if name.startswith(f"{_TOKENIZER}/"))
+    folder = Path(str(block.get("type")))
+    if bundled:
+        contents = ((name.partition("/")[2], lambda name=name: archive.open_member(name)) for name in bundled)
+    elif folder.is_dir():
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+        contents = ((file.name, lambda file=file: open(file, "rb")) for file in files)
+    else:
+        digest.update(repr(sorted((key, str(value)) for key, value in block.items())).encode())
+        contents = ()
+    for name, opened in contents:
+        with opened() as file:
+            digest.update(f"{name} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:
+    """Why the certificate says nothing about this model."""
+    parts = {
+        "backbone": "the backbone is another",
+        "exits": "the exits (or low-rank updates) have been changed or tuned since",
+        "tokenizer": "the tokenizer is another",
+    }
+    for part, meaning in parts.items():
+        certified, ours = getattr(certificate.model, part), getattr(found, part)
+        if certified != ours:
+            yield f"{meaning}: certified {certified[:12]}..., found {ours[:12]}...; calibrate this model"
+
+
+def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
+    """Where a setting leaves what was certified. Shorter continuations than the certified ones are inside."""
+    certified = certificate.setting
+    for key in ("mode", "kv", "precision", "stop_on_eos", "add_BOS"):
+        if getattr(asked, key) != getattr(certified, key):
+            yield f"{key}={getattr(asked, key)}, certified {key}={getattr(certified, key)}"
+    if asked.tokens_to_generate > certified.tokens_to_generate:
+        yield (
+            f"tokens_to_generate={asked.tokens_to_generate}, certified for continuations of at most "
+            f"{certified.tokens_to_generate} tokens"
+        )
+    ours, theirs = asked.sampling, certified.sampling
+    # Greedy settings say nothing about the shape of a distribution.
+    for key in ("greedy", *(key for key in ours if key in theirs and key != "greedy")):
+        if ours.get(key) != theirs.get(key):
+            yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
+
+
+def valid_certificates(path: str | Path) -> list[Certificate]:
+    """The certificates of a `.nemo` that are about its present weights and tokenizer; others are warned of.
+
+    Raises:
+        ValueError: the file or a certificate is damaged.
+    """
+    with NemoArchive(path) as archive:
+        found = read_certificates(archive)
+    identity = identify(path) if found else None
+    valid = []
+    for certificate in found.values():
+        faults = list(model_faults(certificate, identity))
+        if faults:
+            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(faults))
+        else:
+            valid.append(certificate)
+    return valid
+
+
+def with_certificate(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A generation config whose policy is the certificate's, if it asks for one.
+
+    Args:
+        config: conf/megatron_gpt_early_exit_generate.yaml as plain containers; `certificate` and
+            `allow_other_setting` are read, `criterion`, `threshold`, `exits` and `max_waiting` replaced.
+
+    Raises:
+        ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
+            setting; all reasons in one message.
+    """
+    config = dict(config)
+    wanted, path = config["certificate"], config["model"]["restore_from_path"]
+    if wanted in (None, False) or path in (None, "???", "") or not Path(path).exists():
+        return config  # a path that is missing is the request's fault to report
+    certificate = find_certificate(path, wanted)
+    faults = list(model_faults(certificate, identify(path)))
+    outside = list(setting_faults(certificate, setting_of(config)))
+    for key, certified in (("min_tokens_to_generate", 0), ("end_strings", [])):
+        if config[key] != certified:
+            outside.append(f"{key}={config[key]}, certified {key}={certified}")
+    if outside and not config["allow_other_setting"]:
+        way_out = "change it, or set allow_other_setting=True to run without the guarantee"
+        faults += [f"{one}; {way_out}" for one in outside]
+    if faults:
+        listed = "\n".join(f"  {one}" for one in faults)
+        raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
+    for one in outside:
+        logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
+    config["criterion"], config["max_waiting"] = certificate.criterion, certificate.max_waiting
+    config["threshold"], config["exits"] = dict(certificate.thresholds), list(certificate.thresholds)
+    if not certificate.thresholds:
+        config["mode"] = "full"
+    promise = certificate.guarantee
+    logger.info(
+        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
+        1 - promise.delta, f"thresholds {config['threshold']}" if certificate.thresholds else "full depth",
+    )  # fmt: skip
+    return config
