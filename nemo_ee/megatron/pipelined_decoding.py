@@ -37,12 +37,11 @@ from nemo_ee.generation.items import ExitPoint, Items
 from nemo_ee.generation.kv_cache import KVCache
 from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
 from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel
-from nemo_ee.megatron.stage_lines import Command, Op, StageLines, items_of, numbers_of
+from nemo_ee.megatron.stage_lines import FINAL_EXIT, Command, Op, StageLines, items_of, numbers_of
 
 # How many tokens of a sequence wait before they are sent on. More of them run in one batch and so cost later stages
 # (and the rest of the first one) less; fewer leave less to do when a token goes deep.
 FILL_AHEAD = 8
-_FINAL = -1  # the final exit's number in a command
 
 
 def open_decoding_model(
@@ -119,7 +118,7 @@ class PipelinedDecodingModel(_Pipeline):
         super().__init__(own, placements, lines)
         self.num_layers, self.vocab_size, self.max_positions = own.num_layers, own.vocab_size, own.max_positions
         self._number_of: dict[str | None, int] = {point.name: index for index, point in enumerate(self.exits)}
-        self._number_of[None] = _FINAL
+        self._number_of[None] = FINAL_EXIT
         self._holder_of: dict[str | None, int] = {point.name: self.holder(point.stop) for point in self.exits}
         self._holder_of[None] = lines.num_stages - 1
         self._num_caches = 0
@@ -282,7 +281,7 @@ class DecodingStage(_Pipeline):
 
     def _ask(self, command: Command) -> None:
         cache, items = self.caches[command.cache], items_of(command.numbers, self.device)
-        name = None if command.first == _FINAL else self.exits[command.first].name
+        name = None if command.first == FINAL_EXIT else self.exits[command.first].name
         logits = self.own.exit_logits(name, self._states(cache, items), items, cache.own)
         # They were computed in the model's dtype: nothing is lost on the way.
         self.lines.send(0, logits.to(self.own.dtype))

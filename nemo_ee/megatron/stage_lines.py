@@ -23,17 +23,17 @@ from typing import NamedTuple
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import Work, irecv, isend
+from torch.distributed import ProcessGroup, Work, irecv, isend
 
 from nemo_ee.generation.items import Items
 
 # Whole numbers in a command's first message; what has no room follows in a second one.
 _MESSAGE_SIZE = 32
-_HEADER_SIZE = 5
 # Sends that may be outstanding: a stage runs at most this far ahead of the ones behind it.
 _MAX_OUTSTANDING = 32
 # A stage waits for its next command as long as the first one has nothing to do.
 _NO_LIMIT = timedelta(days=3650)
+FINAL_EXIT = -1
 
 
 class Op(IntEnum):
@@ -44,7 +44,7 @@ class Op(IntEnum):
     TRUNCATE = 2  # sequence first to its first `second` positions
     RUN = 3  # half layers (first, second]; numbers: items
     OBSERVE = 4  # exit first; numbers: items
-    ASK = 5  # exit first, _FINAL = the final one; numbers: items. Answers with logits
+    ASK = 5  # exit first, or FINAL_EXIT; numbers: items. Answers with logits
     CLOSE = 6
 
 
@@ -125,7 +125,7 @@ class StageLines:
         """Wait for everything that was sent."""
         self._wait_for_sends(0)
 
-    def _isend(self, stage: int, tensor: Tensor, group) -> None:
+    def _isend(self, stage: int, tensor: Tensor, group: ProcessGroup) -> None:
         self._wait_for_sends(_MAX_OUTSTANDING - 1)
         with self._talking_to(stage, "sends to"):
             # The tensor is kept until its transfer is done.
@@ -150,7 +150,7 @@ class StageLines:
             ) from error
 
 
-def _new_gloo_group(ranks: Sequence[int], timeout: timedelta):
+def _new_gloo_group(ranks: Sequence[int], timeout: timedelta) -> ProcessGroup:
     """A gloo group of this rank's pipeline. Every rank of the world must call it."""
     pipelines: list[Sequence[int]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(pipelines, list(ranks))
