@@ -28,6 +28,7 @@ class Request:
         ends: from the new tokens so far to whether they end the sequence, e.g. with a stop string. It must depend on
             nothing else: a drafted token may be asked about more than once, or be thrown away. The list is the
             session's own and goes on growing: read it, keep a copy of what is to be kept.
+        num_top: report this many most likely tokens beside each token, from 0.
         mode, policy: its own; None = the session's. A mode without a policy keeps the session's policy.
     """
 
@@ -37,6 +38,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     min_new_tokens: int = 0
     ends: Callable[[Sequence[int]], bool] | None = None
+    num_top: int = 0
     mode: str | None = None
     policy: ExitPolicy | None = None
 

@@ -300,6 +300,7 @@ class DecodingSession:
             confidence=reading.confidence[row] if draft is None else draft.confidence,
             logprob=logprob,
             finish_reason=finish_reason,
+            top=_most_likely(reading.logits[row], sequence.request.num_top),
         )
         return [event, *failures]
 
@@ -345,6 +346,14 @@ def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list
         [sequence.previous() for sequence, _ in readings],
         purpose,
     )
+
+
+def _most_likely(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """(token, ln p) of the most likely tokens. `logits`: `[v]`."""
+    if not count:
+        return ()
+    values, tokens = logits.log_softmax(dim=0).topk(min(count, logits.shape[0]))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:

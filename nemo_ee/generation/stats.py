@@ -31,6 +31,8 @@ class TokenEvent:
             `self_speculative` always at the final exit.
         finish_reason: None while the sequence goes on; `stop` (a stop token, or the request's `ends`) or `length` with
             its last token.
+        top: (token, ln p) of the request's `num_top` most likely tokens, the most likely first; from the
+            distribution of `logprob`.
     """
 
     sequence: int
@@ -41,6 +43,7 @@ class TokenEvent:
     confidence: float
     logprob: float
     finish_reason: str | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,6 +133,26 @@ def test_a_prompt_runs_in_the_same_flight_as_the_others_tokens():
     assert engine.model.cache.rows_per_run[-1] == (0, 12, 1 + 3)
 
 
+def test_most_likely_tokens_are_reported_where_asked_for():
+    """Of the distribution of `logprob`, whatever the exit; nothing by default. Exact up to 1e-5, fp32."""
+    model = TinyTransformer(ALL_KINDS)
+    session = EarlyExitEngine(model).start([], policy=ExitPolicy(0.05), num_slots=2, max_length=16)
+    session.add(Request((1, 2, 3), 6, num_top=4))
+    session.add(Request((1, 2, 3), 6))
+    seen = set()
+    while not session.finished:
+        for event in session.step():
+            assert len(event.top) == (4 if event.sequence == 0 else 0)
+            for token, logprob in event.top[:1]:
+                seen.add(event.exit)
+                assert token == event.token and logprob == pytest.approx(event.logprob, abs=1e-5)
+            values = [logprob for _, logprob in event.top]
+            assert values == sorted(values, reverse=True)
+    assert len(seen) > 1, "some from an early exit"
+    with pytest.raises(ValueError, match="num_top = -1 must be"):
+        session.add(Request((1,), 1, num_top=-1))
+
+
 def test_what_does_not_fit_a_session_is_refused():
     session = EarlyExitEngine(scripted()).start([], mode="full", exits=("a",), num_slots=1, max_length=10)
     with pytest.raises(ValueError) as caught:
