@@ -31,12 +31,15 @@ def main(cfg: DictConfig) -> None:
         from nemo_ee.evaluation.generate import open_generator
 
         generator = open_generator(cfg, request)
-        generator.check(request.prompts)  # once more with the loaded tokenizer, all before the first answer
-        if is_global_rank_zero():
-            show(generator, request)
-        else:
-            for _ in generator.generate(request.prompts):
-                pass
+        if generator is None:  # a later pipeline stage, and its work is done
+            return
+        with generator:
+            generator.check(request.prompts)  # once more with the loaded tokenizer, all before the first answer
+            if is_global_rank_zero():
+                show(generator, request)
+            else:
+                for _ in generator.generate(request.prompts):
+                    pass
         if generator.num_failed:
             raise RuntimeError(f"{generator.num_failed} of {len(request.prompts)} answers failed, as said beside them")
 

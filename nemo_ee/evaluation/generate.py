@@ -31,7 +31,7 @@ from nemo_ee.generation.policy import course_of
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
 from nemo_ee.generation.stats import FINAL, DecodingStats, Failure, TokenEvent
-from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+from nemo_ee.megatron.pipelined_decoding import DecodingStage, PipelinedDecodingModel, open_decoding_model
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
@@ -81,7 +81,7 @@ class Generated:
 
 
 class TextGenerator:
-    """Text in, text out, over a decoding engine.
+    """Text in, text out, over a decoding engine. Leave it as a context manager: that lets other pipeline stages go.
 
     Args:
         model: what decodes.
@@ -108,6 +108,13 @@ class TextGenerator:
                 faults += request_faults(self.model, f"prompt {index}", own)
         _raise(faults)
         return requests
+
+    def __enter__(self) -> TextGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self.model, PipelinedDecodingModel):
+            self.model.close()
 
     def generate(
         self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None = None
@@ -187,12 +194,16 @@ class TextGenerator:
         return decode(self.tokenizer, ids)
 
 
-def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator:
+def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator | None:
     """Load the model for a request. Every rank must call it.
 
     Args:
         cfg: the script's config; `trainer` and `model` are read.
         request: made from the same config.
+
+    Returns:
+        On the first pipeline stage the generator. Later stages do what it asks of them within this call, which returns
+        None when the generator is left.
 
     Raises:
         ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
@@ -200,8 +211,8 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
-    # The layers are those of one stage, all of them, whatever the file was tuned with.
-    model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
+    # All layers, however the file was tuned.
+    model_config.update({"full_depth": True, "sequence_parallel": False})
     check_request(request, stored)
     trainer = single_run_trainer(cfg)
     model = MegatronEarlyExitGPTModel.restore_from(
@@ -212,7 +223,12 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     )
     if str(cfg.trainer.precision).startswith("bf16"):
         model.model.bfloat16()
-    return TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
+    minutes = cfg.model.distributed_timeout_minutes
+    decoder = open_decoding_model(model.model, model.placements, timeout_minutes=minutes)
+    if isinstance(decoder, DecodingStage):
+        decoder.serve()
+        return None
+    return TextGenerator(decoder, model.tokenizer, request)
 
 
 def check_request(request: GenerationRequest, stored: DictConfig) -> None:

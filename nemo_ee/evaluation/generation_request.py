@@ -149,15 +149,11 @@ def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
     """Generation runs on the ranks of one model."""
     trainer, model = config["trainer"], config["model"]
     stages, tensor = model["pipeline_model_parallel_size"], model["tensor_model_parallel_size"]
-    if stages != 1:
-        faults.append(
-            f"model.pipeline_model_parallel_size={stages}: generation over pipeline stages is not available yet; "
-            "set it to 1 and share the layers with model.tensor_model_parallel_size"
-        )
-    elif trainer["devices"] * trainer["num_nodes"] != tensor:
+    if trainer["devices"] * trainer["num_nodes"] != tensor * stages:
         faults.append(
             f"trainer.devices={trainer['devices']} x trainer.num_nodes={trainer['num_nodes']} ranks, but "
-            f"model.tensor_model_parallel_size={tensor}: generation runs one model, make the two equal"
+            f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: generation "
+            "runs one model, make the two equal"
         )
     if str(trainer["precision"]) not in ("32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
         faults.append(f"trainer.precision={trainer['precision']!r} is not supported; use 32 or bf16")

@@ -10,6 +10,10 @@ and values it needs. So
 * every (token, half layer) is computed at most once, with exactly the values of a full-depth run;
 * a sequence's depths never increase with position: what waits at a stop comes before everything that reaches it later.
 
+A model whose deeper half layers stand on other ranks may have a `fill_ahead`: a sequence's tokens are then sent on as
+soon as that many wait, and other ranks run them while this one goes on with the next token. Only the time at which
+they run changes; the cap on waiting tokens counts them as if they still waited.
+
 (EE-LLM's "KV recomputation", arXiv 2312.04916, runs waiting tokens again from the first layer; here nothing is
 computed twice. What a rejected draft computed is thrown away: `truncate`.)
 
@@ -121,6 +125,8 @@ class Descent:
         # stop -> slot -> its rows there, a part for each flight that left some, in the order of their positions
         self._waiting: dict[int, dict[int, list[Rows]]] = defaultdict(dict)
         self._num_waiting: dict[int, int] = defaultdict(int)
+        self._fill_ahead: int | None = getattr(model, "fill_ahead", None)
+        self._num_ahead: dict[int, int] = defaultdict(int)  # sent on before a deeper token came for them
         self._released: set[int] = set()
         self._stops: list[int] = []
         # stop -> exits there in the model's order, each with the threshold of every slot that asks it
@@ -138,7 +144,7 @@ class Descent:
         """
         for rows in self._waiting.values():
             rows.pop(slot, None)
-        self._num_waiting[slot] = 0
+        self._num_waiting[slot] = self._num_ahead[slot] = 0
         self._released.discard(slot)
         self._courses[slot] = course
         # In fp32, as confidences are.
@@ -170,8 +176,8 @@ class Descent:
         self._stops = sorted(ends | set(self._exits_at))
 
     def waiting(self, slot: int) -> int:
-        """How many tokens of the slot's sequence wait for deeper layers."""
-        return self._num_waiting[slot]
+        """How many tokens of the slot's sequence wait for deeper layers, or would if they had not been sent ahead."""
+        return self._num_waiting[slot] + self._num_ahead[slot]
 
     def truncate(self, slot: int, length: int) -> None:
         """Throw away what was computed for a sequence's positions from `length` on; none of them may wait."""
@@ -180,11 +186,21 @@ class Descent:
     def flush(self, leaving: Collection[int] = ()) -> None:
         """Run what waits, except in the slots of `leaving`, to full depth; the cache is then that of a full-depth
         run."""
+        self._num_ahead.clear()
         slots = {slot for rows in self._waiting.values() for slot in rows} - set(leaving)
         if slots:
             self._plan(released=True)
             self.step({slot: Feed(0, ()) for slot in sorted(slots)}, reading=False)
             self._plan()
+
+    def _send_ahead(self, slots: Iterable[int]) -> None:
+        """Send on what waits of these slots where it is enough. Drafts stay: their check reads them at the end."""
+        enough = [slot for slot in slots if self._num_waiting[slot] >= self._fill_ahead]
+        enough = [slot for slot in enough if not self._courses[slot].checks]
+        for slot in enough:
+            self._num_ahead[slot] += self._num_waiting[slot]
+        if enough:
+            self.step({slot: Feed(0, ()) for slot in enough}, reading=False)
 
     def step(self, feeds: Mapping[int, Feed], *, reading: bool = True) -> list[Reading]:
         """Send tokens down until each has left or ended, with what waits of their sequences where they pass.
@@ -196,6 +212,8 @@ class Descent:
         Returns:
             Without `reading` nothing; with it a reading per slot, in order.
         """
+        if reading and self._fill_ahead is not None:
+            self._send_ahead(feeds)
         rows = self._embed(feeds)
         asking = {slot for slot, feed in feeds.items() if feed.may_leave}
         flying = set(feeds)
@@ -213,6 +231,8 @@ class Descent:
                 ended = [slot for slot in rows.positions if slot not in gone and self._end_stop(slot) == stop]
                 if ended and reading:
                     left += self._read_ends(rows, items, ended, feeds)
+                if reading and stop == self._bottom:
+                    self._num_ahead.update(dict.fromkeys(rows.positions, 0))
                 if gone or ended:
                     readings += left
                     flying -= gone

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config
+from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config, user_environment
 
 import torch  # isort: skip  # after the CPU host is on
 
@@ -141,6 +141,30 @@ def test_a_batch_changes_nothing(generate, often_met):
     for one, other in zip(alone, together, strict=True):
         for ours, theirs in zip(one["tokens"], other["tokens"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_two_pipeline_stages_print_and_write_what_one_does(generate, often_met, model, tmp_path):
+    """Exits on either stage; in fp32 up to rounding, in bf16 as many tokens."""
+    common = {"greedy": False, "temperature": 1.5, "seed": 5, "threshold": often_met, "batch_size": 2}
+    staged = {
+        "model.restore_from_path": str(model.path), "prompts": PROMPTS, "tokens_to_generate": NUM_NEW,
+        "trainer.devices": 2, "model.pipeline_model_parallel_size": 2, "model.layer_split.layers": [1, 2], **common,
+    }  # fmt: skip
+    runs = [{**staged, "output": str(tmp_path / "fp32.jsonl")}]
+    runs += [{**staged, "output": str(tmp_path / "bf16.jsonl"), "trainer.precision": "bf16"}]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "tests.functional.generate_program", str(tmp_path / "runs.json"), str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, env=user_environment(), capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    printed, expected = generate(**common)
+    assert all(table_counts(printed)[name] for name in ("one-mlp", "two-layer", "final"))
+    assert table_counts((tmp_path / "run0.rank0.log").read_text()) == table_counts(printed)
+    found, half = ([json.loads(line) for line in open(run["output"])] for run in runs)
+    for one, other in zip(found, expected, strict=True):
+        assert one["text"] == other["text"]
+        for ours, theirs in zip(one["tokens"], other["tokens"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+    assert [len(line["tokens"]) for line in half] == [len(line["tokens"]) for line in expected]
 
 
 def test_the_same_seed_gives_the_same_text(generate):

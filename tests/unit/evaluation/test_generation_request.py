@@ -81,7 +81,7 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"add_BOS": 1}, ["add_BOS=1 must be True or False or null"]),
         ({"model__restore_from_path": "???"}, ["restore_from_path is not set"]),
         ({"model__restore_from_path": "no.nemo"}, ["no.nemo does not exist"]),
-        ({"model__pipeline_model_parallel_size": 2}, ["pipeline_model_parallel_size=2", "set it to 1"]),
+        ({"model__pipeline_model_parallel_size": 2}, ["pipeline_model_parallel_size=2", "make the two equal"]),
         ({"model__tensor_model_parallel_size": 2}, ["tensor_model_parallel_size=2", "make the two equal"]),
         ({"trainer__precision": 16}, ["trainer.precision=16", "use 32 or bf16"]),
         ({"prompts": []}, ["no prompts are given"]),
