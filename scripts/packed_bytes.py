@@ -82,7 +82,9 @@ class PackedWindows:
         self._count = (len(self._stream) - 1) // length
         self._order: tuple[int, numpy.ndarray] | None = None
         if self._count < 1:
-            raise ValueError(f"{len(self._stream)} tokens of text are less than a window of {length + 1}; give more text")
+            raise ValueError(
+                f"{len(self._stream)} tokens of text are less than a window of {length + 1}; give more text"
+            )
 
     def __len__(self) -> int:
         """Windows in an epoch."""
