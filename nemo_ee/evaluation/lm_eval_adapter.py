@@ -281,7 +281,7 @@ class EarlyExitLM(TemplateLM):
         return Request(tuple(prompt), new, sampling, frozenset([self.eot_token_id])), list(wanted["until"])
 
     def _continue(self, asked: Sequence[tuple[Request, list[str]]]) -> list[str]:
-        """Texts of one batch. It ends when every text has ended; a text that met a stop text early just goes unread."""
+        """Texts of one batch, which ends when all have ended; what follows a stop text is generated and not read."""
         session = self._engine.start(
             [request for request, _ in asked], mode=self._request.mode, policy=self._request.policy
         )
