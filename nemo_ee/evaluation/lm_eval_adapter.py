@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_ee import cpu_host
-from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.evaluation.token_view import Detokenizer
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.sampling import SamplingParams
@@ -89,44 +89,22 @@ class EarlyExitLM(TemplateLM):
         if str(device).startswith("cpu"):
             cpu_host.enable()
         config = {
-            "prompts": ["x"],  # none are known yet; the engine checks every text when it comes
-            "prompts_file": None,
-            "output": None,
-            "overwrite": False,
-            "colour": "never",
             "mode": mode,
             "criterion": criterion,
             "threshold": _thresholds(threshold),
             "exits": exits.split("+") if isinstance(exits, str) else exits,
             "max_waiting": max_waiting,
-            "tokens_to_generate": 1,
-            "min_tokens_to_generate": 0,
-            "stop_on_eos": False,
             "add_BOS": add_bos,
             "batch_size": self.batch_size or 1,
-            "greedy": True,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-            "seed": seed,
             "trainer": {
                 "accelerator": "cpu" if cpu_host.enabled() else "gpu",
                 "devices": tensor_model_parallel_size,
                 "num_nodes": 1,
                 "precision": precision,
             },
-            "model": {
-                "restore_from_path": path,
-                "backbone_path": backbone_path,
-                "verify": "stored",
-                "tensor_model_parallel_size": tensor_model_parallel_size,
-                "pipeline_model_parallel_size": 1,
-                "transformer_engine": None,
-                "distributed_timeout_minutes": 30,
-            },
+            "model": model_settings(path, backbone_path, tensor_model_parallel_size),
         }
-        self._request = GenerationRequest.from_config(config)
+        self._request = scoring_request(config)
         # NeMo is imported only now: the CPU host has to be on before.
         from nemo_ee.evaluation.generate import open_generator
 

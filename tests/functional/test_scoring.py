@@ -1,10 +1,14 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's own evaluator on an early-exit `.nemo`, offline, against transformers on the same weights."""
+"""Known text on an early-exit `.nemo`, against transformers on the same weights: lm-eval's own evaluator, offline, and
+scripts/sweep_thresholds.py.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.megatron_models import REFERENCE_MODEL, reset_batch_sizes, script_config
+from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config
 
 import torch  # isort: skip  # after the CPU host is on
 
@@ -276,3 +280,53 @@ def test_the_command(
     results = json.loads(written.read_text(encoding="utf-8"))
     assert results["results"]["choose"]["acc,none"] == full["results"]["choose"]["acc,none"]
     assert results["config"]["mean_depth"] == 3.0 and results["config"]["tokens_per_exit"].keys() == {"final"}
+
+
+def sweep(model: SimpleNamespace, folder: Path, **changed: Any) -> dict[str, Any]:
+    """What scripts/sweep_thresholds.py reports."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    if not (folder / "text.idx").exists():
+        builder = IndexedDatasetBuilder(str(folder / "text.bin"), dtype=numpy.uint16)
+        ids = model.tokenizer.encode("".join(TEXTS))
+        builder.add_document(torch.tensor(ids), [len(ids)])
+        builder.finalize(str(folder / "text.idx"))
+    spec = importlib.util.spec_from_file_location("sweep_thresholds", ROOT / "scripts" / "sweep_thresholds.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    reset_batch_sizes()
+    with script_config("sweep_thresholds", [f"data={folder / 'text'}", "length=16"]) as cfg:
+        cfg.model.restore_from_path = str(model.path)
+        cfg.update(changed)
+        report = script.sweep(cfg)
+    assert len(script.table(report).splitlines()) == 2 + len(report["rows"])
+    return report
+
+
+def test_thresholds_are_swept(model: SimpleNamespace, tmp_path: Path) -> None:
+    """Full depth within 1e-4 of transformers; a threshold that nothing beats is full depth, bit for bit."""
+    report = sweep(model, tmp_path, thresholds=[1.0, 0.0])
+    ids = model.tokenizer.encode("".join(TEXTS))
+    logprobs = [reference_logprobs(model, ids[i : i + 16], 1)[0] for i in range(0, len(ids) - 1, 15)]
+    never, always = report["rows"]
+    assert report["tokens"] == len(ids) - 1
+    assert report["full"] == pytest.approx(math.exp(-sum(logprobs) / report["tokens"]), rel=1e-4)
+    assert never["perplexity"] == report["full"] and never["ratio"] == 1.0 and never["depth"] == 3.0
+    # The first token of every window is read from the final exit.
+    assert always["tokens_per_exit"]["final"] == len(logprobs) and always["tokens_per_exit"]["two-layer"] == 0
+    assert 1.0 < always["depth"] < 1.3 and abs(always["ratio"] - 1.0) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"thresholds": []}, "thresholds: empty list"),
+        ({"thresholds": [1.5]}, "threshold = 1.5"),
+        ({"length": 1}, "length=1 must be"),
+        ({"data": "/nowhere"}, "/nowhere.bin"),
+    ],
+)
+def test_faults_of_a_sweep_are_named(model: SimpleNamespace, tmp_path: Path, changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(model, tmp_path, **changed)
