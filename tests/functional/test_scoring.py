@@ -271,6 +271,8 @@ def test_the_command(
 ) -> None:
     from nemo_ee.evaluation.lm_eval_adapter import main
 
+    # lm-eval lists the environment into its results, with every package that pip knows: seconds.
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
     reset_batch_sizes()
     arguments = ["run", "--model", "nemo_ee", "--model_args", f"path={model.path},mode=full", "--tasks", "choose"]
     arguments += ["--include_path", str(tasks), "--batch_size", "2", "--device", "cpu", "--output_path", str(tmp_path)]
