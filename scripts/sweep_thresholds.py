@@ -6,7 +6,8 @@ python scripts/sweep_thresholds.py model.restore_from_path=tuned.nemo data=data/
 
 The text is cut into windows; in each, every token but the first is scored (`EarlyExitEngine.score`).
 
-    perplexity = exp(- sum of ln p / tokens),  depth = mean number of layers below the exits the tokens left at
+    perplexity = exp(- sum of ln p / tokens),  depth = mean number of layers below the exits the tokens left at,
+    asked = exits asked per token, the final one left out: the price of the decisions
 
 May import: anything.
 """
@@ -14,6 +15,7 @@ May import: anything.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import hydra
@@ -26,7 +28,8 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
     """Score the text at full depth and at every threshold. Every rank must call it.
 
     Returns:
-        {"tokens", "num_layers", "full": perplexity, "rows": [{threshold, perplexity, ratio, depth, tokens_per_exit}]}
+        {"tokens", "num_layers", "full": perplexity, "rows": [{"threshold", "perplexity", "ratio", "depth", "asked",
+        "tokens_per_exit", "asked_per_exit"}]}
 
     Raises:
         ValueError: every fault of the settings, before weights are loaded.
@@ -69,29 +72,40 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
     """Perplexity, depth and exits of all texts, the first token of each as context."""
     from tqdm import tqdm
 
-    total, depth, tokens, counts = 0.0, 0.0, 0, {}
+    from nemo_ee.generation.stats import FINAL
+
+    total, depth, tokens, counts, asked = 0.0, 0.0, 0, Counter(), Counter()
     name = "full model" if policy is None else f"threshold {policy.thresholds}"
     for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True):
         scored = engine.score(texts[first : first + batch_size], 1, mode=mode, policy=policy)
         total += sum(map(math.fsum, scored.logprobs))
         tokens += scored.stats.num_tokens
         depth += scored.stats.mean_depth * scored.stats.num_tokens
-        for exit, count in scored.stats.tokens_per_exit.items():
-            counts[exit] = counts.get(exit, 0) + count
-    return {"perplexity": math.exp(-total / tokens), "depth": depth / tokens, "tokens_per_exit": counts}
+        # `update` keeps the exits that no token left at; `+` would drop them.
+        counts.update(scored.stats.tokens_per_exit)
+        asked.update(scored.stats.asked)
+    return {
+        "perplexity": math.exp(-total / tokens),
+        "depth": depth / tokens,
+        "asked": (asked.total() - asked[FINAL]) / tokens,
+        "tokens_per_exit": dict(counts),
+        "asked_per_exit": dict(asked),
+    }
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    names = list(report["rows"][0]["tokens_per_exit"])
+    # Exits that were not to be left at have no column.
+    rows = report["rows"]
+    names = [name for name in rows[0]["asked_per_exit"] if any(row["asked_per_exit"][name] for row in rows)]
     lines = [
-        f"| threshold | perplexity | x full | mean depth of {report['num_layers']} | {' | '.join(names)} |",
-        "|---" * (4 + len(names)) + "|",
+        f"| threshold | perplexity | x full | depth of {report['num_layers']} | exits asked | {' | '.join(names)} |",
+        "|---" * (5 + len(names)) + "|",
     ]
-    for row in report["rows"]:
+    for row in rows:
         shares = [f"{row['tokens_per_exit'][name] / report['tokens']:.0%}" for name in names]
-        numbers = [str(row["threshold"]), f"{row['perplexity']:.3f}", f"{row['ratio']:.3f}", f"{row['depth']:.2f}"]
-        lines.append(f"| {' | '.join([*numbers, *shares])} |")
+        numbers = [f"{row['perplexity']:.3f}", f"{row['ratio']:.3f}", f"{row['depth']:.2f}", f"{row['asked']:.2f}"]
+        lines.append(f"| {' | '.join([str(row['threshold']), *numbers, *shares])} |")
     return "\n".join(lines)
 
 

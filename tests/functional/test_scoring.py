@@ -271,7 +271,9 @@ def test_the_command(
 ) -> None:
     from nemo_ee.evaluation.lm_eval_adapter import main
 
-    # lm-eval lists the environment into its results, with every package that pip knows: seconds.
+    # What takes lm-eval half a minute: the list of its thousands of tasks, and of the packages that pip knows.
+    own_tasks = lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **settings: own_tasks)
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
     reset_batch_sizes()
     arguments = ["run", "--model", "nemo_ee", "--model_args", f"path={model.path},mode=full", "--tasks", "choose"]
@@ -316,7 +318,9 @@ def test_thresholds_are_swept(model: SimpleNamespace, tmp_path: Path) -> None:
     assert report["full"] == pytest.approx(math.exp(-sum(logprobs) / report["tokens"]), rel=1e-4)
     assert never["perplexity"] == report["full"] and never["ratio"] == 1.0 and never["depth"] == 3.0
     # The first token of every window is read from the final exit.
-    assert always["tokens_per_exit"]["final"] == len(logprobs) and always["tokens_per_exit"]["two-layer"] == 0
+    counts = {"one-mlp": report["tokens"] - len(logprobs), "two-layer": 0, "final": len(logprobs)}
+    assert always["tokens_per_exit"] == always["asked_per_exit"] == counts
+    assert always["asked"] == pytest.approx(1 - len(logprobs) / report["tokens"]) and never["asked"] == 0.0
     assert 1.0 < always["depth"] < 1.3 and abs(always["ratio"] - 1.0) > 1e-3
 
 
