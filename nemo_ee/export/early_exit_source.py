@@ -9,7 +9,7 @@ May import: torch, yaml, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.evaluation.c
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
 from nemo_ee.exits.config import EarlyExitConfig
+
+logger = logging.getLogger(__name__)
 
 LORA_WEIGHTS = "lora_weights"
 TOKENIZER = "tokenizer"
@@ -207,11 +210,16 @@ def read_plain_config(path: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
-    """Copies the tokenizer's files, if the `.nemo` carries some."""
+    """Copies the tokenizer's own files, and nothing else, if the `.nemo` carries some.
+
+    Args:
+        to: a directory, made if need be.
+    """
     if source.tokenizer is None:
+        logger.info("%s: the .nemo has no tokenizer/ folder, so no tokenizer is written", to.name)
         return False
-    shutil.copytree(source.tokenizer, to)
-    return True
+    to.mkdir(exist_ok=True)
+    return bool(copy_tokenizer_files(source.tokenizer, to))
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, update: tuple[Tensor, Tensor] | None = None) -> Tensor:

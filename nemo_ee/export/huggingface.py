@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nemo_ee.checkpoint.tokenizer_files import SPECIAL_TOKENS, special_token_ids
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
+from nemo_ee.export.early_exit_source import EarlyExitSource, Origin, copy_tokenizer
 from nemo_ee.export.huggingface_config import (
     StockConfig,
     exit_config,
@@ -51,8 +51,6 @@ logger = logging.getLogger(__name__)
 TARGETS = ("full", "exits", "early_exit")
 NOT_LOADED = "nothing was loaded into transformers"
 POSITIONS = "embedding.position_embeddings.weight"
-# Files beside the tokenizer that are written anew, or are none of a model directory's.
-_NOT_COPIED = ("config.json", "generation_config.json")
 _USES = {
     "full": "the backbone in a stock class of transformers",
     "exit": "an exit in a stock class: static depth, or a draft model (assistant_model) for hf_full",
@@ -203,6 +201,7 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
         return stock_configs(
             source.config,
             read_bundled(source.tokenizer, "config.json"),
+            special_token_ids(source.tokenizer),
             stored_rows=source.vocabulary_rows(),
             position_rows=None if positions is None else positions[0],
         )
@@ -256,7 +255,7 @@ def _write(
                 folder.mkdir()
                 _write_config(folder, artefact, source, dtype, thresholds)
                 write_weights(folder, artefact.plan, source, dtype, settings.shard_gigabytes * 1e9, bar.update)
-                _copy_tokenizer(source, folder)
+                copy_tokenizer(source, folder)
                 if artefact.table is not None:
                     models.append(copy_pytorch_package(folder, artefact.stock.family))
         facts = _manifest_facts(settings, source, artefacts, dtype)
@@ -273,23 +272,15 @@ def _write_config(
             (folder / name).write_text(text, encoding="utf-8")
     _write_json(folder / "config.json", values)
     generation = read_bundled(source.tokenizer, "generation_config.json")
-    if generation is None:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        generation = {name: values[name] for name in names if values.get(name) is not None}
-    _write_json(folder / "generation_config.json", generation)
+    names = [f"{role}_token_id" for role in SPECIAL_TOKENS]
+    if generation is None and all(name in values for name in names):
+        generation = {name: values[name] for name in names}
+    if generation is not None:  # without the file transformers takes these from config.json and its class's defaults
+        _write_json(folder / "generation_config.json", generation)
 
 
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_tokenizer(source: EarlyExitSource, folder: Path) -> None:
-    if source.tokenizer is None:
-        logger.info("%s: the .nemo carries no tokenizer, so none is written", folder.name)
-        return
-    shutil.copytree(
-        source.tokenizer, folder, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n in _NOT_COPIED]
-    )
 
 
 def _num_bytes(reading: Reading, dtype: torch.dtype) -> int:
