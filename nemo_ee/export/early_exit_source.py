@@ -75,6 +75,7 @@ class EarlyExitSource:
             ]
         self._backbone_path = self.path if complete else self._base_of_exits(backbone)
         self._stack = ExitStack()
+        self._certificates: list[dict[str, Any]] | None = None
 
     def __enter__(self) -> EarlyExitSource:
         try:
@@ -119,10 +120,12 @@ class EarlyExitSource:
 
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
-        skipped layers are not `kv: carry`'s."""
+        skipped layers are not `kv: carry`'s. Read once; ask before anything is written, since they may be damaged."""
         from nemo_ee.evaluation.certified import valid_certificates  # imports omegaconf
 
-        return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
+        if self._certificates is None:
+            self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]
+        return self._certificates
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""

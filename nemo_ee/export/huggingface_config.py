@@ -27,6 +27,7 @@ from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.architecture import Architecture, read_architecture
 
+FORMAT = "huggingface"  # of a directory, in the manifest
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

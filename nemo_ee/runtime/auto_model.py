@@ -24,8 +24,8 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
 
-# What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for: the second line is about fetching
-# files from the Hub, and here they are in a local directory already.
+# What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
+# fetching files from the Hub, and here they are in a local directory already.
 _IGNORED = {"adapter_kwargs", "attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
 _IGNORED |= {"cache_dir", "code_revision", "force_download", "local_files_only", "revision", "token"}
 
@@ -125,7 +125,7 @@ class EarlyExitCausalLM:
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
             early_exit_criterion, early_exits, max_waiting: `criterion`, `active` and `max_waiting` of `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
-            eos_token_id: one or several that end a sequence; None = those of generation_config.json, else the config's.
+            eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's.
             pad_token_id: fills what ended earlier; None = likewise, else the end token.
             return_result: also return the engine's result: exits, layers, confidences.
 

@@ -170,9 +170,14 @@ def test_the_products_of_half_precision_weights() -> None:
     for scale in (1e-6, 0.02, 900.0, 1e5):
         weight = (scale * torch.randn(48, 64, generator=generator)).bfloat16().float()
         linear = make_linear(weight, bias, stored_in_half=True)
-        assert isinstance(linear, PlainLinear if scale == 1e5 else HalfLinear)
-        expected = (inputs.double() @ weight.double().t() + bias).float()
+        assert isinstance(linear, PlainLinear if scale in (1e-6, 1e5) else HalfLinear)
+        product = inputs.double() @ weight.double().t()
+        expected = (product + bias).float()
         assert close(linear(inputs), expected)
+        # Without the bias, beside which small products would not show.
+        assert close(make_linear(weight, None, stored_in_half=True)(inputs), product.float())
+        packed = HalfLinear(torch.ops.quantized.linear_prepack_fp16(weight, None))(inputs)
+        assert close(packed, product.float()) == (scale not in (1e-6, 1e5)), "control: what fp16 does not hold"
         residual = torch.randn(5, 48, generator=generator)
         before = residual.clone()
         assert close(linear.added_to(residual, inputs), expected + residual) and torch.equal(residual, before)
