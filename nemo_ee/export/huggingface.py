@@ -16,7 +16,6 @@ May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ from tqdm import tqdm
 
 from nemo_ee.checkpoint.tokenizer_files import SPECIAL_TOKENS, special_token_ids
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.content_digest import ContentDigest
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin, copy_tokenizer
 from nemo_ee.export.huggingface_config import (
     FORMAT,
@@ -39,12 +37,13 @@ from nemo_ee.export.huggingface_config import (
     read_bundled,
     stock_configs,
 )
-from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
+from nemo_ee.export.huggingface_layout import Reading, readings
+from nemo_ee.export.huggingface_weights import num_bytes, write_json, write_weights
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.remote_code import auto_map, remote_code
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES, SafetensorsWriter
+from nemo_ee.export.safetensors_writer import DTYPES
 from nemo_ee.export.tensorrt_llm_early_exit import copy_pytorch_package, threshold_block, threshold_faults
 
 logger = logging.getLogger(__name__)
@@ -255,7 +254,7 @@ def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
 def _write(
     settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
 ) -> None:
-    total = sum(_num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
+    total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
     with whole_directory(settings.output, total) as partial:
         thresholds = threshold_block(_wanted_exits(settings, source), settings.thresholds, settings.criterion)
         models, digests = [], []
@@ -281,13 +280,13 @@ def _write_config(
     if artefact.table is not None:
         for name, text in remote_code(artefact.stock.family).items():
             (folder / name).write_text(text, encoding="utf-8")
-    _write_json(folder / "config.json", values)
+    write_json(folder / "config.json", values)
     generation = read_bundled(source.tokenizer, "generation_config.json")
     names = [f"{role}_token_id" for role in SPECIAL_TOKENS]
     if generation is None and all(name in values for name in names):
         generation = {name: values[name] for name in names}
     if generation is not None:  # without the file transformers takes these from config.json and its class's defaults
-        _write_json(folder / "generation_config.json", generation)
+        write_json(folder / "generation_config.json", generation)
 
 
 def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,77 +295,6 @@ def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[st
     if artefact.table is not None:
         values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
     return values
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _num_bytes(reading: Reading, dtype: torch.dtype) -> int:
-    return sum(math.prod(piece.shape) for piece in reading.written) * dtype.itemsize
-
-
-def write_weights(
-    folder: Path,
-    plan: Sequence[Reading],
-    source: EarlyExitSource,
-    dtype: torch.dtype,
-    shard_bytes: float,
-    on_bytes: Callable[[int], Any],
-) -> str:
-    """Write `model.safetensors`, or several files and their index.
-
-    Args:
-        shard_bytes: about the largest size of one file.
-        on_bytes: called with the number of bytes written.
-
-    Returns:
-        The `ContentDigest` of the tensors.
-    """
-    shards: list[list[Reading]] = [[]]
-    filled = 0
-    for reading in plan:
-        size = _num_bytes(reading, dtype)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(reading)
-        filled += size
-    many = len(shards) > 1
-    weight_map: dict[str, str] = {}
-    digest = ContentDigest()
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        entries = {piece.name: (dtype, piece.shape) for reading in shard for piece in reading.written}
-        with SafetensorsWriter(folder / name, entries) as writer:
-            for reading in shard:
-                _write_reading(writer, reading, source, dtype, digest, on_bytes)
-        weight_map |= dict.fromkeys(entries, name)
-    if many:
-        total = sum(_num_bytes(reading, dtype) for reading in plan)
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    return digest.hexdigest()
-
-
-def _write_reading(
-    writer: SafetensorsWriter,
-    reading: Reading,
-    source: EarlyExitSource,
-    dtype: torch.dtype,
-    digest: ContentDigest,
-    on_bytes: Callable,
-) -> None:
-    if not reading.written:
-        return
-    tensor = source.read(reading.origin, reading.shape, dtype)
-    if dtype is torch.float16 and not all(torch.isfinite(block).all() for block in tensor.split(4096)):
-        raise ValueError(f"{reading.origin.key} has values beyond float16; use dtype=bfloat16 or float32")
-    for piece in reading.written:
-        parts = parts_of(tensor, piece)
-        writer.write(piece.name, digest.passing(piece.name, DTYPE_NAMES[dtype], piece.shape, parts))
-        on_bytes(math.prod(piece.shape) * dtype.itemsize)
 
 
 def _manifest_facts(

@@ -217,8 +217,9 @@ def test_an_interruption_leaves_nothing(
     fault: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
 ) -> None:
     from nemo_ee.export import huggingface as module
+    from nemo_ee.export import huggingface_weights as weights
 
-    real, calls = module.SafetensorsWriter.write, []
+    real, calls = weights.SafetensorsWriter.write, []
 
     def write(self, name, chunks) -> None:  # noqa: ANN001
         calls.append(name)
@@ -229,7 +230,7 @@ def test_an_interruption_leaves_nothing(
     def manifest(*arguments) -> None:  # noqa: ANN002
         raise fault
 
-    monkeypatch.setattr(module.SafetensorsWriter, "write", write)
+    monkeypatch.setattr(weights.SafetensorsWriter, "write", write)
     if place == "manifest":
         monkeypatch.setattr(module, "write_manifest", manifest)
     with pytest.raises((KeyboardInterrupt, ValueError)) as error:
