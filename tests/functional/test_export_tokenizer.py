@@ -129,6 +129,17 @@ def test_the_end_token_of_the_tokenizer_s_files_ends_a_text(one: Made, tmp_path:
     assert torch.equal(remote.generate(prompt, **call), free[:, :length])
 
 
+def test_an_original_without_generation_config_keeps_its_class_s_tokens(one: Made, tmp_path: Path) -> None:
+    """transformers makes the file's values from config.json then, with the class's default where that says nothing."""
+    values = json.loads((one.source / "config.json").read_text())
+    del values["eos_token_id"]
+    path = with_tokenizer(one, tmp_path / "one.nemo", {"config.json": json.dumps(values).encode()})
+    folder = export(path, tmp_path / "out", targets=("full",)) / "hf_full"
+    assert not (folder / "generation_config.json").exists()
+    model = stock(folder)
+    assert model.config.eos_token_id == 2 and model.generation_config.eos_token_id == 2
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
