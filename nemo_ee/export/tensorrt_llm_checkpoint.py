@@ -120,6 +120,7 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         faults = tensor_faults(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
         if faults:
             raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
+        source.certificates()  # a damaged one is a fault now, not after hours of writing
         dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
         _write(settings, source, architecture, artefacts, exits, dtype)
     logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artefacts), NOT_RUN)

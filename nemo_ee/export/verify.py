@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from nemo_ee.export import huggingface_verify, tensorrt_llm_verify
 from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.huggingface_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
 
 
@@ -44,7 +45,7 @@ def verify_export(
                 faults.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
         for artefact in manifest.get("artefacts", []):
             name, check = str(artefact.get("directory")), tensorrt_llm_verify.artefact_faults
-            if artefact.get("format") == huggingface_verify.FORMAT:
+            if artefact.get("format") == FORMAT:
                 check = huggingface_verify.artefact_faults
             try:
                 faults += [f"{name}: {fault}" for fault in check(directory / name, artefact, source)]
