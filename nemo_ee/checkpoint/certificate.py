@@ -49,7 +49,7 @@ class Setting:
         mode: `early_exit`.
         kv: how keys and values of skipped layers come about: `carry` (exact).
         precision: `32` or `bf16`.
-        tokens_to_generate: longest continuation.
+        tokens_to_generate: new tokens per prompt at most; losses are means over them.
         stop_on_eos, add_BOS: as in the generation yaml.
         sampling: greedy, temperature, top_k, top_p, repetition_penalty (no seed).
     """

@@ -168,7 +168,7 @@ def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, 
     message = str(caught.value)
     assert "certificate 'default' of" in message and "set allow_other_setting=True" in message
     for part in (
-        "tokens_to_generate=7, certified for continuations of at most 6",
+        "tokens_to_generate=7, certified tokens_to_generate=6",
         "greedy=False, certified greedy=True",
         "precision=bf16, certified precision=32",
         "end_strings=['x'], certified end_strings=[]",

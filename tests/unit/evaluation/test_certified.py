@@ -1,0 +1,60 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which settings a certificate is about, and what of a model it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, Setting
+from nemo_ee.evaluation.certified import setting_faults
+
+SAMPLED = {"greedy": False, "repetition_penalty": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
+SETTING = Setting("early_exit", "carry", "32", 64, True, None, SAMPLED)
+CERTIFICATE = Certificate(
+    name="default",
+    created="2026-11-24",
+    model=Identity("b" * 64, "e" * 64, "t" * 64),
+    setting=SETTING,
+    criterion="margin",
+    thresholds={"a": 0.5},
+    max_waiting=None,
+    guarantee=Guarantee("disagreement", "share", 0.1, 0.05, 0.03, 0.01, 9.5, 12),
+    data={},
+)
+
+
+def test_the_certified_setting_is_inside():
+    assert not list(setting_faults(CERTIFICATE, SETTING))
+    greedy = dataclasses.replace(SETTING, sampling={"greedy": True, "repetition_penalty": 1.0})
+    certificate = dataclasses.replace(CERTIFICATE, setting=greedy)
+    assert not list(setting_faults(certificate, greedy))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mode", "self_speculative"),
+        ("kv", "propagate"),
+        ("precision", "bf16"),
+        ("tokens_to_generate", 65),
+        ("tokens_to_generate", 63),  # a mean over 64 tokens does not bound that over the first 63
+        ("stop_on_eos", False),
+        ("add_BOS", True),
+        ("add_BOS", False),
+        ("greedy", True),
+        ("temperature", 0.8),
+        ("top_k", 5),
+        ("top_p", 0.9),
+        ("repetition_penalty", 1.1),
+    ],
+)
+def test_every_other_setting_is_outside(key, value):
+    if key in SAMPLED:
+        asked = dataclasses.replace(SETTING, sampling=SAMPLED | {key: value})
+    else:
+        asked = dataclasses.replace(SETTING, **{key: value})
+    certified = SAMPLED.get(key, getattr(SETTING, key, None))
+    assert list(setting_faults(CERTIFICATE, asked)) == [f"{key}={value}, certified {key}={certified}"]
