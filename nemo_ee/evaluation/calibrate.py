@@ -27,6 +27,7 @@ from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, sto
 from nemo_ee.evaluation.calibration import (
     Measure,
     PolicyResult,
+    candidate_faults,
     divergence,
     fastest,
     learn_then_test,
@@ -112,6 +113,9 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
             close = difflib.get_close_matches(name, names, n=1)
             guess = f" (did you mean {close[0]}?)" if close else ""
             faults.append(f"exits names {name!r}, which the model does not have{guess}; it has {', '.join(names)}")
+    if request.split:
+        asked = [name for name in names if request.exits is None or name in request.exits]
+        faults += candidate_faults(request.grid, len(asked), NEVER_LEAVES[request.criterion])
     longest = request.setting.tokens_to_generate
     if any(entry.is_document for entry in request.entries):
         longest += request.prompt_tokens
@@ -140,7 +144,12 @@ def _prompts(request: CalibrationRequest, tokenizer: Any, positions: int) -> Cal
         seed=request.seed,
         facts=request.data_facts,
     )
-    tested = len(prompts.ids) - round(request.split * len(prompts.ids))
+    set_aside = round(request.split * len(prompts.ids))
+    if request.split and not set_aside:
+        raise ValueError(
+            f"split={request.split} sets none of {len(prompts.ids)} prompts aside; raise it, or set split=0"
+        )
+    tested = len(prompts.ids) - set_aside
     fewest = fewest_prompts(request.epsilon, request.delta)
     if tested < fewest:
         raise ValueError(

@@ -332,6 +332,10 @@ def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):
         calibrate(**settings(start, tmp_path, epsilon=1.5, risk="loss"))
     with pytest.raises(ValueError, match=r"'one-mpl', which the model does not have \(did you mean one-mlp\?\)"):
         calibrate(**settings(start, tmp_path, exits=["one-mpl"]))
+    with pytest.raises(ValueError, match="for each of 2 exits are 5041 policies, more than 4096; .* at most 63"):
+        calibrate(**settings(start, tmp_path, split=0.5, grid=[share / 100 for share in range(70)]))
+    with pytest.raises(ValueError, match=r"split=0.005 sets none of 60 prompts aside; raise it, or set split=0"):
+        calibrate(**settings(start, tmp_path, split=0.005))
     with pytest.raises(ValueError, match="num_prompts=70, but the data gives 60 prompts"):
         calibrate(**settings(start, tmp_path, num_prompts=70))
     with pytest.raises(ValueError, match=r'risk=task needs an "answer" in every line'):
