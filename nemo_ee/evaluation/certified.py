@@ -23,6 +23,7 @@ from nemo_ee.exits.config import EarlyExitConfig
 
 KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
 _LORA, _TOKENIZER = "lora_weights", "tokenizer"
+_ARTIFACT, _ARTIFACT_KEYS = "nemo:", ("model", "vocab_file", "merge_file")  # NeMo's
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 
 logger = logging.getLogger(__name__)
@@ -49,18 +50,26 @@ def setting_of(config: Mapping[str, Any]) -> Setting:
 
 
 def identify(path: str | Path) -> Identity:
-    """Read and hash what a certificate of this `.nemo` depends on. The backbone's fingerprint is the stored one.
+    """Read and hash what a certificate of this `.nemo` depends on.
+
+    The backbone's fingerprint is the one that the file states; `model.verify=full` recomputes it when weights are
+    loaded. Exits and tokenizer are hashed here.
 
     Raises:
-        ValueError: the file is damaged or has no exits.
+        ValueError: the file is damaged, has no exits, or does not state its backbone's fingerprint.
     """
     with NemoArchive(path) as archive:
         stored = OmegaConf.to_container(OmegaConf.create(archive.config_text()), resolve=True)
-        tokenizer = _tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
+        tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
         folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
     block = stored.get("early_exit") or {}
     if EXIT_WEIGHTS not in folders or not block.get("exits"):
         raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+    if not stored.get("backbone_fingerprint"):
+        raise ValueError(
+            f"{path} does not state the fingerprint of its backbone, which a certificate names; write it anew with "
+            "examples/megatron_gpt_early_exit_convert.py, which computes one"
+        )
     exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
     with open_nemo(path, folders) as folder:
         fingerprint = exits_fingerprint(
@@ -69,12 +78,17 @@ def identify(path: str | Path) -> Identity:
             updates=ChunkReader(folder / _LORA, prefix="") if _LORA in folders else None,
             vocab_size=stored.get("vocab_size"),
         )
-    return Identity(str(stored.get("backbone_fingerprint")), fingerprint, tokenizer)
+    return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)
 
 
-def _tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str:
-    """sha256 over names and contents of the tokenizer's files, bundled or in a directory; else over its settings."""
-    digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 1\n")
+def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str:
+    """sha256 over names and contents of the tokenizer's files: bundled, or in a directory; else over its settings.
+
+    NeMo bundles single files, such as a SentencePiece model, under `nemo:<random>_<name>`: their contents count, not
+    a name that is another after each saving.
+    """
+    digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 2\n")
+    block = {key: _setting_or_content(archive, key, value) for key, value in block.items()}
     bundled = sorted(name for name in archive.members() if name.startswith(f"{_TOKENIZER}/"))
     folder = Path(str(block.get("type")))
     if bundled:
@@ -83,12 +97,26 @@ def _tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> st
         files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
         contents = ((file.name, lambda file=file: open(file, "rb")) for file in files)
     else:
-        digest.update(repr(sorted((key, str(value)) for key, value in block.items())).encode())
+        digest.update(repr(sorted(block.items())).encode())
         contents = ()
     for name, opened in contents:
         with opened() as file:
             digest.update(f"{name} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
+    """A tokenizer's setting; of a file the sha256 of what is in it."""
+    text = str(value)
+    member = text.removeprefix(_ARTIFACT)
+    if member != text and member in archive.members():
+        opened = archive.open_member(member)
+    elif key in _ARTIFACT_KEYS and Path(text).is_file():
+        opened = open(text, "rb")
+    else:
+        return text
+    with opened as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:

@@ -9,7 +9,8 @@ import dataclasses
 import pytest
 
 from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, Setting
-from nemo_ee.evaluation.certified import setting_faults
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
+from nemo_ee.evaluation.certified import identify, setting_faults, tokenizer_fingerprint
 
 SAMPLED = {"greedy": False, "repetition_penalty": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
 SETTING = Setting("early_exit", "carry", "32", 64, True, None, SAMPLED)
@@ -58,3 +59,34 @@ def test_every_other_setting_is_outside(key, value):
         asked = dataclasses.replace(SETTING, **{key: value})
     certified = SAMPLED.get(key, getattr(SETTING, key, None))
     assert list(setting_faults(CERTIFICATE, asked)) == [f"{key}={value}, certified {key}={certified}"]
+
+
+# -- the model ------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(path, block, **members):
+    with NemoArchive(write_nemo(path, {"model_config.yaml": "", **members})) as archive:
+        return tokenizer_fingerprint(archive, block)
+
+
+def test_a_tokenizer_is_what_its_files_hold_not_what_they_are_called(tmp_path):
+    """NeMo gives a SentencePiece model another name at each saving."""
+    block = {"library": "sentencepiece", "model": "nemo:0a_tokenizer.model", "vocab_file": None}
+    renamed = block | {"model": "nemo:1b_tokenizer.model"}
+    first = tokenizer_of(tmp_path / "a.nemo", block, **{"0a_tokenizer.model": b"pieces"})
+    assert tokenizer_of(tmp_path / "b.nemo", renamed, **{"1b_tokenizer.model": b"pieces"}) == first
+    assert tokenizer_of(tmp_path / "c.nemo", block, **{"0a_tokenizer.model": b"others"}) != first
+    local = tmp_path / "tokenizer.model"
+    local.write_bytes(b"pieces")
+    assert tokenizer_of(tmp_path / "d.nemo", block | {"model": str(local)}) == first
+    local.write_bytes(b"others")
+    assert tokenizer_of(tmp_path / "e.nemo", block | {"model": str(local)}) != first
+    other = block | {"library": "other"}
+    assert tokenizer_of(tmp_path / "f.nemo", other, **{"0a_tokenizer.model": b"pieces"}) != first
+
+
+def test_a_backbone_without_a_fingerprint_is_no_identity(tmp_path):
+    config = "num_layers: 2\nearly_exit: {exits: [{layer: 1, architecture: norm}]}\n"
+    path = write_nemo(tmp_path / "a.nemo", {"model_config.yaml": config, "exit_weights/x": b"x"})
+    with pytest.raises(ValueError, match="does not state the fingerprint of its backbone.*convert.py"):
+        identify(path)
