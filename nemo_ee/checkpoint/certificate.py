@@ -75,6 +75,7 @@ class Guarantee:
         p_value: of "the risk is greater than epsilon"; None where full depth was the answer.
         mean_depth: layers per token on the calibration prompts.
         num_layers: of the model.
+        answer_until: of the task risk: an answer is compared up to this text; None = whole.
     """
 
     risk: str
@@ -85,6 +86,7 @@ class Guarantee:
     p_value: float | None
     mean_depth: float
     num_layers: int
+    answer_until: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

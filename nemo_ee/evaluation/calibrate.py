@@ -266,7 +266,12 @@ class Calibrator:
     def _scores(self, results: Sequence[GenerationResult]) -> torch.Tensor:
         answers = [tokens for result in results for tokens in result.tokens]
         texts = [decode(self.tokenizer, [t for t in answer if t not in self._stops]) for answer in answers]
-        return torch.tensor([self.score(index, text) for index, text in enumerate(texts)], dtype=torch.float64)
+        scores = torch.tensor([self.score(index, text) for index, text in enumerate(texts)], dtype=torch.float64)
+        # A difference of scores would be clipped into 0..1 and look like a loss.
+        outside = scores[~((scores >= 0) & (scores <= 1))]
+        if outside.numel():
+            raise ValueError(f"scores must lie in 0..1, but one is {outside[0].item()}; scale them")
+        return scores
 
     def _exact_match(self, index: int, text: str) -> float:
         if self.request.answer_until is not None:
@@ -344,6 +349,7 @@ def _certificate(
         p_value=None if chosen is None else chosen["p_value"],
         mean_depth=float(report["num_layers"]) if chosen is None else chosen["mean_depth"],
         num_layers=report["num_layers"],
+        answer_until=request.answer_until if request.risk == "task" else None,
     )
     return Certificate(
         name=request.certificate or "not-stored",

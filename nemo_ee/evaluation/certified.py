@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding under a certificate: is this the model, tokenizer and setting it is about?
 
-May import: omegaconf, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.generation.
+May import: omegaconf, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.generation, nemo_ee.evaluation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.evaluation.generation_request import GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
 
 KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
@@ -33,10 +35,11 @@ def setting_of(config: Mapping[str, Any]) -> Setting:
     """The setting that a script's config asks for; the keys are those of the generation and the calibration yaml.
 
     Args:
-        config: plain containers.
+        config: plain containers, checked; top_k null and 0 both keep every token.
     """
     greedy = config["greedy"]
-    shaping = {"temperature": float(config["temperature"]), "top_k": config["top_k"], "top_p": float(config["top_p"])}
+    shaping = {"temperature": float(config["temperature"]), "top_p": float(config["top_p"])}
+    shaping["top_k"] = config["top_k"] or 0
     sampling = {"greedy": greedy, "repetition_penalty": float(config["repetition_penalty"])}
     return Setting(
         mode=config["mode"],
@@ -168,27 +171,24 @@ def valid_certificates(path: str | Path) -> list[Certificate]:
     return valid
 
 
-def with_certificate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A generation config whose policy is the certificate's, if it asks for one.
+def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> GenerationRequest:
+    """The request with the policy of a certificate, if its config asks for one.
 
     Args:
+        request: made from `config`, which is thereby checked.
         config: conf/megatron_gpt_early_exit_generate.yaml as plain containers; `certificate` and
-            `allow_other_setting` are read, `criterion`, `threshold`, `exits` and `max_waiting` replaced.
+            `allow_other_setting` are read.
 
     Raises:
         ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
             setting; all reasons in one message.
     """
-    config = dict(config)
-    wanted, path = config["certificate"], config["model"]["restore_from_path"]
-    if wanted in (None, False) or path in (None, "???", "") or not Path(path).exists():
-        return config  # a path that is missing is the request's fault to report
-    certificate = find_certificate(path, wanted)
+    if config["certificate"] in (None, False):
+        return request
+    path = request.path
+    certificate = find_certificate(path, config["certificate"])
     faults = list(model_faults(certificate, identify(path)))
-    outside = list(setting_faults(certificate, setting_of(config)))
-    for key, certified in (("min_tokens_to_generate", 0), ("end_strings", [])):
-        if config[key] != certified:
-            outside.append(f"{key}={config[key]}, certified {key}={certified}")
+    outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
     if outside and not config["allow_other_setting"]:
         way_out = "change it, or set allow_other_setting=True to run without the guarantee"
         faults += [f"{one}; {way_out}" for one in outside]
@@ -197,13 +197,20 @@ def with_certificate(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
     for one in outside:
         logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
-    config["criterion"], config["max_waiting"] = certificate.criterion, certificate.max_waiting
-    config["threshold"], config["exits"] = dict(certificate.thresholds), list(certificate.thresholds)
-    if not certificate.thresholds:
-        config["mode"] = "full"
-    promise = certificate.guarantee
+    promise, thresholds = certificate.guarantee, dict(certificate.thresholds)
     logger.info(
         "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
-        1 - promise.delta, f"thresholds {config['threshold']}" if certificate.thresholds else "full depth",
+        1 - promise.delta, f"thresholds {thresholds}" if thresholds else "full depth",
     )  # fmt: skip
-    return config
+    return dataclasses.replace(request, policy=certificate.policy(), mode=request.mode if thresholds else "full")
+
+
+def _length_faults(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
+    """Where answers end that ran on in calibration, or run on where they ended."""
+    if request.min_new_tokens:
+        yield f"min_tokens_to_generate={request.min_new_tokens}, certified min_tokens_to_generate=0"
+    # An answer that is compared up to a text may end there.
+    until = certificate.guarantee.answer_until
+    if request.end_strings and (until is None or request.end_strings != (until,)):
+        allowed = "[]" if until is None else f"[] or {[until]}"
+        yield f"end_strings={list(request.end_strings)}, certified end_strings={allowed}"

@@ -174,6 +174,11 @@ def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, 
         "end_strings=['x'], certified end_strings=[]",
     ):
         assert part in message
+    wrong = {"tokens_to_generate": "x", "temperature": None, "top_p": "hot", "allow_other_setting": "no"}
+    with pytest.raises(ValueError) as caught:
+        generate(**other | wrong)
+    for part in ("tokens_to_generate='x' must", "temperature = None must", "top_p = 'hot' must", "setting='no' must"):
+        assert part in str(caught.value)
     with pytest.raises(AssertionError, match="weights are loaded"):
         generate(allow_other_setting=True, **other)
     assert "its guarantee does not hold for this run" in caplog.text
@@ -306,10 +311,16 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
 
 def test_the_task_risk_decodes_and_stops_at_the_first_failure(start, tmp_path):
     """Every answer is wrong under the full model already, so nothing can be lost and everything is certified."""
-    calibrate(**settings(start, tmp_path, risk="task", certificate=None, save_to=None, num_prompts=20, epsilon=0.3))
+    calibrate(**settings(start, tmp_path, risk="task", answer_until=":", num_prompts=20, epsilon=0.3))
     report = report_of(tmp_path)
     assert all(one["risk"] == 0 and one["certified"] for one in report["policies"])
     assert report["policies"][-1]["chosen"] and report["certificate"]["guarantee"]["risk"] == "task"
+    common = {
+        "model.restore_from_path": str(tmp_path / "certified.nemo"), "certificate": True, "tokens_to_generate": 6
+    }  # fmt: skip
+    generate(end_strings=[":"], **common)  # where the comparison ended
+    with pytest.raises(ValueError, match=r"end_strings=\['='\], certified end_strings=\[\] or \[':'\]"):
+        generate(end_strings=["="], **common)
 
 
 def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, Setting
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
-from nemo_ee.evaluation.certified import identify, setting_faults, tokenizer_fingerprint
+from nemo_ee.evaluation.certified import identify, setting_faults, setting_of, tokenizer_fingerprint
 
 SAMPLED = {"greedy": False, "repetition_penalty": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
 SETTING = Setting("early_exit", "carry", "32", 64, True, None, SAMPLED)
@@ -32,6 +32,12 @@ def test_the_certified_setting_is_inside():
     greedy = dataclasses.replace(SETTING, sampling={"greedy": True, "repetition_penalty": 1.0})
     certificate = dataclasses.replace(CERTIFICATE, setting=greedy)
     assert not list(setting_faults(certificate, greedy))
+
+
+def test_top_k_null_and_0_are_one_setting():
+    config = {"mode": "early_exit", "tokens_to_generate": 4, "stop_on_eos": True, "add_BOS": None, **SAMPLED}
+    kept, asked = (setting_of({**config, "top_k": k, "trainer": {"precision": 32}}) for k in (0, None))
+    assert kept == asked
 
 
 @pytest.mark.parametrize(
