@@ -7,7 +7,8 @@ May import: the standard library, nemo_ee.exits, nemo_ee.generation, nemo_ee.che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,15 +215,19 @@ def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
 
 
 def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path, Path | None]:
-    path = config["model"]["restore_from_path"]
-    if path in (None, "???", ""):
+    given = config["model"]["restore_from_path"]
+    path = Path(str(given))
+    if given in (None, "???", ""):
         faults.append("model.restore_from_path is not set; give an early-exit .nemo")
-    elif not Path(path).exists():
+    elif not path.exists():
         faults.append(f"model.restore_from_path={path} does not exist")
     output = Path(str(config["output"]))
-    if output.exists() and not output.is_dir():
-        faults.append(f"output={output} is a file; give a directory")
     save_to = None if config["save_to"] is None else Path(str(config["save_to"]))
+    written = {"output": output}
+    if config["certificate"]:
+        in_place = {"model.restore_from_path": path if path.is_dir() else path.resolve().parent}
+        written |= in_place if save_to is None else {"save_to": save_to.parent}
+    faults += [fault for key, folder in written.items() for fault in _folder_faults(key, folder)]
     if save_to is not None and save_to.exists():
         faults.append(f"save_to={save_to} exists; give another name, or null to put the certificate into the model")
     if config["certificate"]:
@@ -232,7 +237,16 @@ def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path, Pa
             faults.append(str(fault))
     elif save_to is not None:
         faults.append("save_to is given, but certificate is null, so nothing would be stored; name the certificate")
-    return Path(str(path)), output, save_to
+    return path, output, save_to
+
+
+def _folder_faults(key: str, folder: Path) -> Iterator[str]:
+    """Why nothing can be written to a folder, which need not exist yet."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        yield f"{key}: {there} is a file, but files are to be written below it; give a directory"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{key}: {there} may not be written to; give another place, or ask for the right to write there"
 
 
 def _entries(config: Mapping[str, Any], faults: list[str]) -> tuple[tuple[Entry, ...], dict[str, Any]]:

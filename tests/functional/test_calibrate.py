@@ -323,7 +323,7 @@ def test_the_task_risk_decodes_and_stops_at_the_first_failure(start, tmp_path):
         generate(end_strings=["="], **common)
 
 
-def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):
+def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path, monkeypatch):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"promt": "y"}\n')
     with pytest.raises(ValueError) as caught:
@@ -337,6 +337,14 @@ def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):
         "threshold = 2.0 must be a number in 0..1",
     ):
         assert part in message
+    with pytest.raises(ValueError) as caught:
+        below_a_file = {"output": str(bad / "report"), "save_to": str(bad / "certified.nemo")}
+        calibrate(**settings(start, tmp_path, **below_a_file))
+    assert f"output: {bad} is a file" in str(caught.value) and f"save_to: {bad} is a file" in str(caught.value)
+    with monkeypatch.context() as nobody:
+        nobody.setattr("os.access", lambda *arguments: False)
+        with pytest.raises(ValueError, match="model.restore_from_path: .* may not be written to; give another place"):
+            calibrate(**settings(start, tmp_path, save_to=None))
     with pytest.raises(ValueError, match="num_prompts=5 leaves fewer than 22 prompts to test"):
         calibrate(**settings(start, tmp_path, num_prompts=5, epsilon=0.1))
     with pytest.raises(ValueError, match=r"epsilon=1.5 must be a number between 0 and 1\n  risk='loss' is unknown"):
