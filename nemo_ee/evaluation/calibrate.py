@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import difflib
 import logging
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from nemo_ee.evaluation.calibration import (
     measure_on,
     one_threshold_path,
     pareto_path,
+    split_prompts,
 )
 from nemo_ee.evaluation.calibration_data import CalibrationPrompts, make_prompts
 from nemo_ee.evaluation.calibration_report import draw_calibration
@@ -196,9 +196,7 @@ class Calibrator:
         else:
             table = self._table(full)
             if asked.split:
-                shuffled = random.Random(asked.seed).sample(tested, len(tested))
-                found_on = sorted(shuffled[: round(asked.split * len(tested))])
-                tested = sorted(shuffled[len(found_on) :])
+                found_on, tested = split_prompts(len(tested), asked.split, asked.seed)
                 path = pareto_path(
                     asked.grid, len(self.exits), NEVER_LEAVES[asked.criterion], self._simulate(table.select(found_on))
                 )

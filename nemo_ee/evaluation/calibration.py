@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -111,6 +112,13 @@ def measure_on(table: ExitTable, risk: str, clip_nats: float, max_waiting: int |
 def one_threshold_path(grid: Sequence[float], num_exits: int) -> list[tuple[float, ...]]:
     """The same threshold for every exit, along the grid."""
     return [(value,) * num_exits for value in grid]
+
+
+def split_prompts(num_prompts: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The prompts that find an order of policies, and the others, which test it; at random, both ascending."""
+    shuffled = random.Random(seed).sample(range(num_prompts), num_prompts)
+    set_aside = round(share * num_prompts)
+    return sorted(shuffled[:set_aside]), sorted(shuffled[set_aside:])
 
 
 def pareto_path(grid: Sequence[float], num_exits: int, never: float, measure: Measure) -> list[tuple[float, ...]]:
