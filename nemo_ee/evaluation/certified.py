@@ -183,10 +183,17 @@ def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> G
         ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
             setting; all reasons in one message.
     """
-    if config["certificate"] in (None, False):
+    wanted, path = config["certificate"], request.path
+    faults = []
+    if not isinstance(wanted, bool | str | None):
+        faults.append(f"certificate={wanted!r} must be True, a name, or null")
+    if not isinstance(config["allow_other_setting"], bool):
+        faults.append(f"allow_other_setting={config['allow_other_setting']!r} must be True or False")
+    if faults:
+        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults))
+    if wanted in (None, False):
         return request
-    path = request.path
-    certificate = find_certificate(path, config["certificate"])
+    certificate = find_certificate(path, wanted)
     faults = list(model_faults(certificate, identify(path)))
     outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
     if outside and not config["allow_other_setting"]:

@@ -70,12 +70,10 @@ class GenerationRequest:
             faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
         if config["colour"] not in COLOURS:
             faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")
-        switches = {"greedy": "", "stop_on_eos": "", "overwrite": "", "allow_other_setting": "", "add_BOS": " or null"}
+        switches = {"greedy": "", "stop_on_eos": "", "overwrite": "", "add_BOS": " or null"}
         for key, or_null in switches.items():
             if not isinstance(config[key], bool) and not (or_null and config[key] is None):
                 faults.append(f"{key}={config[key]!r} must be True or False{or_null}")
-        if not isinstance(config["certificate"], bool | str | None):
-            faults.append(f"certificate={config['certificate']!r} must be True, a name, or null")
         _check_numbers(config, faults)
         policy = _or_fault(faults, lambda: _policy(config))
         sampling = _or_fault(faults, lambda: _sampling(config))

@@ -60,6 +60,11 @@ class SamplingParams:
         if faults:
             raise ValueError("sampling: " + "; ".join(faults))
 
+    @property
+    def takes_the_most_likely(self) -> bool:
+        """Whether the token of the largest raw logit is chosen, whatever came before and whatever the seed."""
+        return self.greedy and self.repetition_penalty == 1.0
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -143,7 +148,7 @@ def sample(
     Returns:
         n token ids.
     """
-    if all(own.greedy and own.repetition_penalty == 1.0 for own in params):
+    if all(own.takes_the_most_likely for own in params):
         return logits.argmax(dim=-1).tolist()
     rows = zip(logits, params, positions, previous, strict=True)
     return [_sample_one(row, own, position, tokens, purpose) for row, own, position, tokens in rows]

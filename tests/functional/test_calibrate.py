@@ -174,11 +174,13 @@ def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, 
         "end_strings=['x'], certified end_strings=[]",
     ):
         assert part in message
-    wrong = {"tokens_to_generate": "x", "temperature": None, "top_p": "hot", "allow_other_setting": "no"}
+    wrong = {"tokens_to_generate": "x", "temperature": None, "top_p": "hot"}
     with pytest.raises(ValueError) as caught:
         generate(**other | wrong)
-    for part in ("tokens_to_generate='x' must", "temperature = None must", "top_p = 'hot' must", "setting='no' must"):
+    for part in ("tokens_to_generate='x' must", "temperature = None must", "top_p = 'hot' must"):
         assert part in str(caught.value)
+    with pytest.raises(ValueError, match=r"certificate=3 must be .*\n  allow_other_setting='no' must be True"):
+        generate(**other | {"certificate": 3, "allow_other_setting": "no"})
     with pytest.raises(AssertionError, match="weights are loaded"):
         generate(allow_other_setting=True, **other)
     assert "its guarantee does not hold for this run" in caplog.text

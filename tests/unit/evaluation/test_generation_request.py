@@ -57,8 +57,6 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"allow_other_setting": "yes"}, ["allow_other_setting='yes' must be True or False"]),
-        ({"certificate": 3}, ["certificate=3 must be True, a name, or null"]),
         ({"mode": "fast"}, ["mode='fast' is unknown", "early_exit, self_speculative, static_depth, full"]),
         ({"criterion": "surest"}, ["'surest' is unknown", "max_probability, margin, entropy"]),
         ({"threshold": 1.5}, ["1.5", "0..1"]),
