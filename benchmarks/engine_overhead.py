@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the decoding engine itself costs for a token: a model whose segments and heads return at once.
 
-    python benchmarks/engine_overhead.py --json engine.json       # about half a minute
+    python benchmarks/engine_overhead.py --json engine.json       # about a minute
 
 `<case>_us` is the microseconds of `DecodingSession.step` for each token of a sequence, one torch thread, vocabulary
-4096, median over the rounds; softmax, argmax and ln p of the logits are in it. Beside it stands its share of 3,300 us,
-what a plain PyTorch loop takes for a token of the reference model on one thread; target at most 10 %.
+4096; softmax, argmax and ln p of the logits are in it. `plain_loop_us` is the time of a token in a bare PyTorch loop
+over the reference model on the same thread, measured in turn with the cases; `<case>_share` is the ratio of the two.
+Medians over the rounds; target: a share of at most 0.10.
 
-May import: torch, `nemo_ee.generation`, `benchmarks.measure`.
+May import: torch, `nemo_ee.generation`, `benchmarks.measure`, `benchmarks.plain_decoding`.
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # isort: skip  # after the path is set
 
-from benchmarks.measure import provenance
+from benchmarks.measure import median_of_ratios, provenance
+from benchmarks.plain_decoding import PlainDecoder
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 
-VOCABULARY, TOKEN_US, TARGET = 4096, 3300.0, 0.10
+VOCABULARY, LONGEST, TARGET = 4096, 4096, 0.10
 EXITS = tuple(ExitPoint(f"layer{k}", k, 2 * k - 1) for k in (3, 6, 9))
 
 
 class Nothing:
     """A `DecodingModel` and its cache that compute nothing. `sure`: the exits that are."""
 
-    num_layers, vocab_size, max_positions, exits = 12, VOCABULARY, 4096, EXITS
+    num_layers, vocab_size, max_positions, exits = 12, VOCABULARY, LONGEST, EXITS
 
     def __init__(self, sure: frozenset[str | None]) -> None:
-        self.sure, self.hidden = sure, torch.zeros(256, 8)
-        self.unsure_logits = torch.randn(256, VOCABULARY, generator=torch.Generator().manual_seed(0))
+        self.sure, self.hidden = sure, torch.zeros(LONGEST, 8)
+        self.unsure_logits = torch.randn(16, VOCABULARY, generator=torch.Generator().manual_seed(0))
         self.sure_logits = self.unsure_logits.clone()
         self.sure_logits[:, 5] += 20.0
 
@@ -69,30 +71,45 @@ class Nothing:
         return (self.sure_logits if name in self.sure else self.unsure_logits)[: hidden.shape[0]]
 
 
-# name -> (exits that are sure, sequences together, how `start` is called)
-CASES: dict[str, tuple[tuple[str | None, ...], int, dict[str, Any]]] = {
-    "full": ((None,), 1, {"mode": "full"}),
-    "static_depth": (("layer6",), 1, {"mode": "static_depth", "policy": ExitPolicy(1.0, active=("layer6",))}),
-    "early_exit_never_sure": ((), 1, {"policy": ExitPolicy(0.9)}),
-    "early_exit_sure_at_first": ((None, "layer3"), 1, {"policy": ExitPolicy(0.9, max_waiting=8)}),
-    "early_exit_sure_at_last": ((None, "layer9"), 1, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+SHORT, LONG = (3,), (3500,)  # tokens of each sequence's prompt
+# name -> (exits that are sure, prompts, how `start` is called)
+CASES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...], dict[str, Any]]] = {
+    "full": ((None,), SHORT, {"mode": "full"}),
+    "static_depth": (("layer6",), SHORT, {"mode": "static_depth", "policy": ExitPolicy(1.0, active=("layer6",))}),
+    "early_exit_never_sure": ((), SHORT, {"policy": ExitPolicy(0.9)}),
+    "early_exit_sure_at_first": ((None, "layer3"), SHORT, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    "early_exit_sure_at_last": ((None, "layer9"), SHORT, {"policy": ExitPolicy(0.9, max_waiting=8)}),
     "self_speculative": (
-        (None, "layer3"), 1, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_waiting=4)},
+        (None, "layer3"), SHORT, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_waiting=4)},
     ),
-    "early_exit_batch_8": ((None, "layer3"), 8, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    "early_exit_batch_8": ((None, "layer3"), SHORT * 8, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    # Nothing may grow with the text that is there already.
+    "early_exit_long_context": ((None, "layer3"), LONG, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    "self_speculative_long_context": (
+        (None, "layer3"), LONG, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_waiting=4)},
+    ),
 }  # fmt: skip
 
 
 def microseconds(case: str, num_tokens: int) -> float:
     """Per token of a sequence, the prompt's step left out."""
-    sure, batch, call = CASES[case]
-    requests = [Request((1, 2, 3), num_tokens) for _ in range(batch)]
+    sure, prompts, call = CASES[case]
+    requests = [Request((1,) * own, num_tokens) for own in prompts]
     session = EarlyExitEngine(Nothing(frozenset(sure))).start(requests, **call)
     session.step()
     started, count = time.perf_counter(), 0
     while not session.finished:
         count += len(session.step())
     return (time.perf_counter() - started) / count * 1e6
+
+
+def plain_microseconds(decoder: PlainDecoder, num_tokens: int) -> float:
+    """Per token, after a prompt of three."""
+    token = decoder.next_token((1, 2, 3), 0)
+    started = time.perf_counter()
+    for position in range(3, 3 + num_tokens):
+        token = decoder.next_token((token,), position)
+    return (time.perf_counter() - started) / num_tokens * 1e6
 
 
 def main() -> None:
@@ -105,14 +122,19 @@ def main() -> None:
     rounds, num_tokens = (2, 8) if options.quick else (9, 400)
     result: dict[str, Any] = {**provenance(), "vocab_size": VOCABULARY, "new_tokens": num_tokens, "rounds": rounds}
     print(", ".join(f"{key}={value}" for key, value in result.items()), flush=True)
-    times: dict[str, list[float]] = {case: [] for case in CASES}
+    times: dict[str, list[float]] = {"plain_loop": []} | {case: [] for case in CASES}
+    decoder = PlainDecoder()
     for turn in range(rounds + 1):  # the first round warms up
         for case, own in times.items():
-            own += [microseconds(case, num_tokens)] * (turn > 0)
+            spent = microseconds(case, num_tokens) if case in CASES else plain_microseconds(decoder, num_tokens)
+            own += [spent] * (turn > 0)
     for case, own in times.items():
         result[f"{case}_us"] = round(statistics.median(own), 1)
-        share = result[f"{case}_us"] / TOKEN_US
-        print(f"{case}_us {result[f'{case}_us']:.1f} ({100 * share:.1f} % of {TOKEN_US:.0f} us, target {TARGET:.0%})")
+    print(f"plain_loop_us {result['plain_loop_us']:.1f}")
+    for case in CASES:
+        result[f"{case}_share"] = round(median_of_ratios(times[case], times["plain_loop"]), 4)
+        share = f"{100 * result[f'{case}_share']:.1f} % of plain_loop, target {TARGET:.0%}"
+        print(f"{case}_us {result[f'{case}_us']:.1f} ({share})")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -32,16 +32,22 @@ def main(cfg: DictConfig) -> None:
         from nemo_ee.evaluation.generate import open_generator
 
         generator = open_generator(cfg, request)
-        if is_global_rank_zero():
-            show(generator, request)
-        else:
-            for _ in generator.generate(request.prompts):
-                pass
+        if generator is None:  # a later pipeline stage, and its work is done
+            return
+        with generator:
+            generator.check(request.prompts)  # once more with the loaded tokenizer, all before the first answer
+            if is_global_rank_zero():
+                show(generator, request)
+            else:
+                for _ in generator.generate(request.prompts):
+                    pass
+        if generator.num_failed:
+            raise RuntimeError(f"{generator.num_failed} of {len(request.prompts)} answers failed, as said beside them")
 
 
 def show(generator, request) -> None:
     """Print every answer, then the table of exits used; write `output`."""
-    from nemo_ee.evaluation.token_view import ExitLegend, coloured_text, exit_table, marked_text
+    from nemo_ee.evaluation.token_view import ExitLegend, coloured_text, escape, exit_table, marked_text
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the run
     wanted = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -54,6 +60,8 @@ def show(generator, request) -> None:
                 print(marked_text(answer.prompt, answer.tokens, legend, width=shutil.get_terminal_size().columns - 1))
             elif request.batch_size > 1:
                 print(coloured_text(answer.prompt, answer.tokens, legend), end="")
+            if answer.error is not None:
+                print(f"\nfailed: {escape(answer.error)}", end="")
             print("\n" if colour else "", flush=True)
             output.write(json.dumps({**label, **answer.to_mapping()}, ensure_ascii=False) + "\n")
             output.flush()

@@ -57,7 +57,10 @@ BOUNDARIES = {
     "evaluation": _boundary(_LEVEL_4, _BELOW_4),
     "convert": _boundary(_LEVEL_4, _BELOW_4),
     # level 5
-    "serving": _boundary(f"{_LEVEL_4} fastapi starlette uvicorn pydantic", f"{_BELOW_4} evaluation convert"),
+    # siblings, only serving -> export is allowed (the manifest of what it serves)
+    "serving": _boundary(
+        f"{_LEVEL_4} fastapi starlette uvicorn prometheus_client", f"{_BELOW_4} evaluation convert export"
+    ),
     "export": _boundary(_LEVEL_4, f"{_BELOW_4} evaluation convert", only_lazily="tensorrt_llm"),
     # beside the levels
     "__init__": _boundary(),

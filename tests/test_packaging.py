@@ -26,7 +26,7 @@ CONTAINER_LIST = ROOT / "tests" / "data" / "ngc-nemo-25.07-packages.txt"
 # Distributions whose import name differs.
 IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": "megatron", "pyyaml": "yaml"}
 # Imported inside functions of serving/ and export/ only, and declared by those extras or by the container.
-OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "pydantic", "tensorrt_llm"}
+OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "prometheus_client", "tensorrt_llm"}
 
 
 @functools.cache

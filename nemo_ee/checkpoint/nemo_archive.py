@@ -222,7 +222,7 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_directory(output.parent)
+    sync_directory(output.parent)
     return output
 
 
@@ -348,8 +348,9 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
         raise ValueError(f"{what}: {copied} of {size} bytes are there; the file is truncated, fetch or save it again.")
 
 
-def _sync_directory(directory: Path) -> None:
-    # Makes the rename itself durable. Not every file system lets a directory be opened.
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, after a rename in it."""
+    # Not every file system lets a directory be opened.
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:

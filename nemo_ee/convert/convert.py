@@ -37,7 +37,7 @@ LOGIT_TOLERANCE = 1e-5
 _LOOSER_TOLERANCES = {"cuda": 5e-3, "bf16": 5e-2}
 _TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
-    "merges.txt vocab.txt chat_template.jinja chat_template.json"
+    "merges.txt vocab.txt chat_template.jinja chat_template.json generation_config.json"
 ).split()
 
 

@@ -21,16 +21,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.evaluation.end_strings import EndStrings
-from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.evaluation.token_view import Detokenizer, TokenText
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.generation.checks import request_faults
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel, ExitPoint
 from nemo_ee.generation.policy import course_of
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent
-from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+from nemo_ee.generation.stats import FINAL, DecodingStats, Failure, TokenEvent
+from nemo_ee.megatron.pipelined_decoding import DecodingStage, PipelinedDecodingModel, open_decoding_model
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
@@ -45,13 +46,15 @@ class Generated:
         prompt: the text.
         tokens: the text of each new token, with its exit.
         events: what the engine said about each new token.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length`, or `error` where the answer ends before its time.
+        error: what went wrong then.
     """
 
     prompt: str
     tokens: tuple[TokenText, ...]
     events: tuple[TokenEvent, ...]
     finish_reason: str
+    error: str | None = None
 
     @property
     def text(self) -> str:
@@ -71,11 +74,14 @@ class Generated:
             }
             for token, event in zip(self.tokens, self.events, strict=True)
         ]
-        return {"prompt": self.prompt, "text": self.text, "finish_reason": self.finish_reason, "tokens": tokens}
+        line = {"prompt": self.prompt, "text": self.text, "finish_reason": self.finish_reason, "tokens": tokens}
+        line |= {} if self.error is None else {"error": self.error}
+        assert line.keys() <= set(OUTPUT_KEYS), "a prompt's own keys must not be written over"
+        return line
 
 
 class TextGenerator:
-    """Text in, text out, over a decoding engine.
+    """Text in, text out, over a decoding engine. Leave it as a context manager: that lets other pipeline stages go.
 
     Args:
         model: what decodes.
@@ -87,24 +93,48 @@ class TextGenerator:
         self.model, self.tokenizer, self.request = model, tokenizer, request
         self.stats: DecodingStats | None = None
         self.seconds = 0.0
+        self.num_failed = 0
+
+    def check(self, prompts: Sequence[str]) -> list[Request]:
+        """What the engine is asked for these prompts.
+
+        Raises:
+            ValueError: every fault of every prompt, by its number.
+        """
+        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, self.model.max_positions))
+        if not faults:
+            requests = [self._request(prompt) for prompt in prompts]
+            for index, own in enumerate(requests):
+                faults += request_faults(self.model, f"prompt {index}", own)
+        _raise(faults)
+        return requests
+
+    def __enter__(self) -> TextGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self.model, PipelinedDecodingModel):
+            self.model.close()
 
     def generate(
         self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None = None
     ) -> Iterator[Generated]:
         """Answers in the order of the prompts; `batch_size` prompts are decoded at a time, the next one as soon as one
-        of them ends.
+        of them ends. An answer that fails is one of them, with its `error`; `num_failed` counts those.
 
         Args:
             prompts: texts.
             on_token: called with every token as it comes, for a display.
+
+        Raises:
+            ValueError: as `check`, before anything runs.
         """
-        asked = self.request
-        ids = [prompt_ids(self.tokenizer, prompt, asked.add_bos) for prompt in prompts]
-        requests = [self._request(own) for own in ids]
+        requests = self.check(prompts)
         session = self._start(requests)
         texts: list[list[TokenText]] = [[] for _ in prompts]
         events: list[list[TokenEvent]] = [[] for _ in prompts]
-        detokenizers = [Detokenizer(self.decode, own) for own in ids]
+        ends: dict[int, TokenEvent | Failure] = {}
+        detokenizers = [Detokenizer(self.decode, own.prompt) for own in requests]
         to_come = iter(requests)
         given = 0
         started = time.perf_counter()
@@ -113,29 +143,36 @@ class TextGenerator:
                 session.add(request)
             for event in session.step():
                 index = event.sequence
+                if event.finish_reason is not None:
+                    ends[index] = event
+                if isinstance(event, Failure):
+                    continue
                 events[index].append(event)
                 text = detokenizers[index].push(event.token, last=event.finish_reason is not None)
                 texts[index].append(TokenText(text, event.exit))
                 if on_token is not None:
                     on_token(texts[index][-1])
-            while given < len(prompts) and events[given] and events[given][-1].finish_reason is not None:
+            while given in ends:
                 self.seconds += time.perf_counter() - started
-                reason = events[given][-1].finish_reason
-                yield Generated(prompts[given], tuple(texts[given]), tuple(events[given]), reason)
+                end = ends.pop(given)
+                error = end.message if isinstance(end, Failure) else None
+                self.num_failed += error is not None
+                yield Generated(prompts[given], tuple(texts[given]), tuple(events[given]), end.finish_reason, error)
                 started = time.perf_counter()
                 given += 1
         stats = session.stats([event for own in events for event in own])
         self.stats = stats if self.stats is None else _sum(self.stats, stats)
 
-    def _request(self, ids: Sequence[int]) -> Request:
+    def _request(self, prompt: str) -> Request:
         asked, eos = self.request, self.tokenizer.eos_id
+        ids = prompt_ids(self.tokenizer, prompt, asked.add_bos)
         return Request(
             tuple(ids),
             asked.max_new_tokens,
             asked.sampling,
-            stop_tokens=frozenset([eos] if asked.stop_on_eos and eos is not None else []),
+            stop_tokens=frozenset([eos] if asked.stop_on_eos else []),
             min_new_tokens=asked.min_new_tokens,
-            ends=EndStrings(self.decode, asked.end_strings) if asked.end_strings else None,
+            ends=EndStrings(self.decode, asked.end_strings, ids) if asked.end_strings else None,
         )
 
     def _start(self, requests: Sequence[Request]) -> DecodingSession:
@@ -157,20 +194,25 @@ class TextGenerator:
         return decode(self.tokenizer, ids)
 
 
-def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator:
+def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator | None:
     """Load the model for a request. Every rank must call it.
 
     Args:
         cfg: the script's config; `trainer` and `model` are read.
         request: made from the same config.
 
+    Returns:
+        On the first pipeline stage the generator. Later stages do what it asks of them within this call, which returns
+        None when the generator is left.
+
     Raises:
         ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
+            `TextGenerator.check` has those that only the loaded tokenizer shows.
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
-    # The layers are those of one stage, all of them, whatever the file was tuned with.
-    model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
+    # All layers, however the file was tuned.
+    model_config.update({"full_depth": True, "sequence_parallel": False})
     check_request(request, stored)
     trainer = single_run_trainer(cfg)
     model = MegatronEarlyExitGPTModel.restore_from(
@@ -181,7 +223,12 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     )
     if str(cfg.trainer.precision).startswith("bf16"):
         model.model.bfloat16()
-    return TextGenerator(MegatronDecodingModel(model.model), model.tokenizer, request)
+    minutes = cfg.model.distributed_timeout_minutes
+    decoder = open_decoding_model(model.model, model.placements, timeout_minutes=minutes)
+    if isinstance(decoder, DecodingStage):
+        decoder.serve()
+        return None
+    return TextGenerator(decoder, model.tokenizer, request)
 
 
 def check_request(request: GenerationRequest, stored: DictConfig) -> None:
@@ -208,18 +255,25 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
     tokenizer = stored_tokenizer(request.path, stored)
     if tokenizer is not None:
         positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
-        faults += _prompt_faults(request, tokenizer, positions)
+        faults += _prompt_faults(request, request.prompts, tokenizer, positions)
+    _raise(faults)
+
+
+def _raise(faults: Sequence[str]) -> None:
     if faults:
-        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults))
+        lines = dict.fromkeys(f"  {one}" for one in faults)  # a fault that all prompts share is one
+        raise ValueError("nothing was generated:\n" + "\n".join(lines))
 
 
-def _prompt_faults(request: GenerationRequest, tokenizer: Any, positions: int) -> Iterator[str]:
+def _prompt_faults(
+    request: GenerationRequest, prompts: Sequence[str], tokenizer: Any, positions: int
+) -> Iterator[str]:
     if request.add_bos and tokenizer.bos_id is None:
         yield "add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False"
         return
     if request.stop_on_eos and tokenizer.eos_id is None:
         yield "stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False"
-    for index, prompt in enumerate(request.prompts):
+    for index, prompt in enumerate(prompts):
         length = len(prompt_ids(tokenizer, prompt, request.add_bos))
         if not length:
             yield f"prompt {index} ({prompt!r}) has no tokens; write something or set add_BOS=True"
@@ -233,7 +287,7 @@ def _prompt_faults(request: GenerationRequest, tokenizer: Any, positions: int) -
 
 def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
     """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before restoring,
-    then the engine checks the prompts."""
+    then the prompts are checked after it."""
     if stored.tokenizer.library != "huggingface":
         return None
     with NemoArchive(path) as archive, tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:

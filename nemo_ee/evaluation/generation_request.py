@@ -17,6 +17,8 @@ from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 
 COLOURS = ("auto", "always", "never")
+# Of a line of `output`, beside what the prompt's own line says.
+OUTPUT_KEYS = ("prompt", "text", "finish_reason", "tokens", "error")
 _SHOWN_FAULTS = 20
 
 
@@ -27,7 +29,7 @@ class GenerationRequest:
     Attributes:
         path: the `.nemo`.
         prompts: texts, at least one.
-        labels: of each prompt, what else its line of a `.jsonl` file says.
+        labels: of each prompt, what else its line of a `.jsonl` file says; none of `OUTPUT_KEYS`.
         mode: one of `MODES`.
         policy: when a token may leave; its criterion is reported in every mode.
         sampling: how tokens are chosen.
@@ -147,15 +149,11 @@ def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
     """Generation runs on the ranks of one model."""
     trainer, model = config["trainer"], config["model"]
     stages, tensor = model["pipeline_model_parallel_size"], model["tensor_model_parallel_size"]
-    if stages != 1:
-        faults.append(
-            f"model.pipeline_model_parallel_size={stages}: generation over pipeline stages is not available yet; "
-            "set it to 1 and share the layers with model.tensor_model_parallel_size"
-        )
-    elif trainer["devices"] * trainer["num_nodes"] != tensor:
+    if trainer["devices"] * trainer["num_nodes"] != tensor * stages:
         faults.append(
             f"trainer.devices={trainer['devices']} x trainer.num_nodes={trainer['num_nodes']} ranks, but "
-            f"model.tensor_model_parallel_size={tensor}: generation runs one model, make the two equal"
+            f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: generation "
+            "runs one model, make the two equal"
         )
     if str(trainer["precision"]) not in ("32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
         faults.append(f"trainer.precision={trainer['precision']!r} is not supported; use 32 or bf16")
@@ -203,9 +201,11 @@ def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
     if not given:
         faults.append("no prompts are given; set prompts=['...'] or prompts_file=<.txt or .jsonl>")
         return _NO_PROMPTS
-    wrong = [one for one in given if not isinstance(one, str)]
-    if wrong:
-        faults.append(f"prompts holds {wrong[0]!r}, which is not a text; put it in quotes")
+    for one in given:
+        if not isinstance(one, str):
+            faults.append(f"prompts holds {one!r}, which is not a text; put it in quotes")
+        elif not _is_writable(one):
+            faults.append(f"prompts holds {one!r}, with half of a surrogate pair in it; write the whole character")
     return tuple(given), ({},) * len(given)
 
 
@@ -232,9 +232,25 @@ def _prompts_of_file(path: Path, faults: list[str]) -> _Prompts:
         except ValueError as fault:
             faults.append(f"{path}, line {number}: not JSON ({fault})")
             continue
-        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            faults.append(f'{path}, line {number}: must be an object with a text under "prompt"')
+        elif not _is_writable(value):
+            faults.append(f"{path}, line {number}: holds half of a surrogate pair; write the whole character")
+        else:
             prompts.append(value.pop("prompt"))
             labels.append(value)
-        else:
-            faults.append(f'{path}, line {number}: must be an object with a text under "prompt"')
+            faults += (
+                f'{path}, line {number}: the key "{key}" is one that the output has itself; rename it or leave it out'
+                for key in value
+                if key in OUTPUT_KEYS
+            )
     return tuple(prompts), tuple(labels)
+
+
+def _is_writable(value: Any) -> bool:
+    """Whether UTF-8 can hold a text, or every text in a JSON value: lone surrogates are in no encoding."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

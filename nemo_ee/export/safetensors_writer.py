@@ -22,6 +22,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
+# What an export may be asked for, by name.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

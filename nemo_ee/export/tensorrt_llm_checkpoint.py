@@ -4,6 +4,7 @@
 
     trtllm_ckpt/      config.json, rank<r>.safetensors; a stock class builds it, exit_heads.* are carried along
     draft_<name>/     an exit as a stand-alone model, for draft-target decoding
+    tensorrt_llm_model.py   a class for trtllm-build with which an engine of trtllm_ckpt/ leaves early
     tokenizer/        the `.nemo`'s
     manifest.json     written last
 
@@ -15,14 +16,11 @@ May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +31,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
-from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_config import Architecture, checkpoint_config, read_architecture
+from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
+from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
+from nemo_ee.export.tensorrt_llm_config import checkpoint_config, stock_class
+from nemo_ee.export.tensorrt_llm_early_exit import (
+    ENGINE_CRITERIA,
+    copy_engine_file,
+    threshold_block,
+    threshold_faults,
+)
 from nemo_ee.export.tensorrt_llm_layout import (
-    Model,
     Part,
     Reading,
-    draft_model,
     draft_refusal,
-    full_model,
     parallel_faults,
     rank_shapes,
     readings,
@@ -52,7 +56,6 @@ from nemo_ee.export.tensorrt_llm_layout import (
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHECKPOINT = "trtllm_ckpt"
 TARGETS = ["TensorRT-LLM unified checkpoint, engine backend, 0.20.0 to 1.2.1"]
 NOT_RUN = "no real TensorRT-LLM has loaded these files"
@@ -72,6 +75,8 @@ class ExportSettings:
     exits: tuple[str, ...] | None = None
     drafts: tuple[str, ...] | None = None
     max_position_embeddings: int | None = None
+    thresholds: float | Mapping[str, float] | None = None
+    criterion: str = "max_probability"
     progress: bool = True
 
     @property
@@ -112,7 +117,7 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         if not source.config.get("vocab_size"):
             architecture = dataclasses.replace(architecture, vocab_size=source.vocabulary_rows())
         artefacts = plan_artefacts(settings, source, architecture, exits)
-        faults = tensor_faults(source, artefacts)
+        faults = tensor_faults(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
         if faults:
             raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
         dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
@@ -125,14 +130,7 @@ def _setting_faults(settings: ExportSettings) -> list[str]:
     faults = []
     if not settings.checkpoint.exists():
         faults.append(f"checkpoint={settings.checkpoint} does not exist; give an early-exit .nemo")
-    output = settings.output
-    if output.is_dir() and any(output.iterdir()):
-        faults.append(f"output={output} is not empty; name a new directory")
-    elif output.exists() and not output.is_dir():
-        faults.append(f"output={output} is a file; name a new directory")
-    above = next(parent for parent in output.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        faults.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
+    faults += output_faults(settings.output)
     for name in ("tensor_parallel", "pipeline_parallel", "draft_tensor_parallel", "max_position_embeddings"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -159,6 +157,7 @@ def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Archite
             faults.append(
                 f"exit {exit.name!r}: TensorRT-LLM treats tensors called lm_head apart; leave it out (exits=[...])"
             )
+    faults += threshold_faults(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
     try:
         architecture = read_architecture(source.config, stored_rows=1, max_positions=settings.max_position_embeddings)
     except ValueError as fault:
@@ -183,7 +182,7 @@ def plan_artefacts(
     tp, pp = settings.tensor_parallel, settings.pipeline_parallel
     tied = architecture.tied
     heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
-    model = full_model(architecture, heads, write_output=not tied or tp * pp > 1)
+    model = full_model(architecture.num_layers, heads, tied=tied, write_output=not tied or tp * pp > 1)
     artefacts = [Artefact(CHECKPOINT, model, readings(architecture, model, pp), tp, pp, tied)]
     for exit in source.exits.exits:
         wanted = exit in exits if settings.drafts is None else exit.name in settings.drafts
@@ -197,29 +196,6 @@ def plan_artefacts(
     return artefacts
 
 
-def tensor_faults(source: EarlyExitSource, artefacts: Sequence[Artefact]) -> list[str]:
-    """Tensors that are missing or of another shape, and tensors of the backbone that nothing is written from."""
-    faults, read = [], set()
-    for reading in {reading.origin: reading for a in artefacts for reading in a.plan}.values():
-        origin, shape = reading.origin, source.shape(reading.origin)
-        where = f"{origin.key}" if origin.layer is None else f"{origin.key} of layer {origin.layer + 1}"
-        if origin.part == "backbone":
-            read.add(origin.key)
-        # Vocabulary matrices are padded, by rows that are not exported; exits and backbone may differ in it.
-        padded = origin.part == "output" or origin.key in ("embedding.word_embeddings.weight", "output_layer.weight")
-        if shape is None:
-            faults.append(f"{where} is missing")
-        elif shape != reading.shape and not (
-            padded and shape[1:] == reading.shape[1:] and shape[0] >= reading.shape[0]
-        ):
-            faults.append(f"{where} has shape {list(shape)}, must be {list(reading.shape)}")
-    tied_output = {"output_layer.weight"} if artefacts[0].tied else set()
-    unknown = sorted(source.backbone_names() - read - tied_output)
-    if unknown:
-        faults.append(f"the backbone holds tensors that no stock class has: {', '.join(unknown)}")
-    return faults
-
-
 def _write(
     settings: ExportSettings,
     source: EarlyExitSource,
@@ -228,39 +204,24 @@ def _write(
     exits: Sequence[ExitConfig],
     dtype: torch.dtype,
 ) -> None:
-    output = settings.output.absolute()
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
-        free = shutil.disk_usage(partial).free
-        if total > free:
-            raise ValueError(f"output={output} needs {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+    total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
+    with whole_directory(settings.output, total) as partial:
         table = _exit_table(settings, architecture, artefacts, exits)
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=output.name, disable=not settings.progress)
+        early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
             for artefact in artefacts:
                 is_draft = artefact.exit is not None
                 config = checkpoint_config(
                     architecture, num_layers=len(artefact.model.layers), tensor_parallel=artefact.tensor_parallel,
                     pipeline_parallel=artefact.pipeline_parallel, dtype=str(dtype).removeprefix("torch."),
-                    tied=artefact.tied, early_exit=None if is_draft else {"exits": table},
+                    tied=artefact.tied, early_exit=None if is_draft else early_exit,
                 )  # fmt: skip
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
         copy_tokenizer(source, partial / "tokenizer")
-        write_manifest(partial, _manifest_facts(settings, source, artefacts, table, dtype))
-        _sync(partial)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(partial, output)
-        _sync_directory(output.parent)
-    except OSError as fault:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ValueError(f"output={output} could not be written ({fault}); nothing was left there") from fault
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        facts = _manifest_facts(settings, source, artefacts, table, dtype)
+        model = copy_engine_file(partial, stock_class(architecture))
+        write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
 
 def _shapes(artefact: Artefact) -> list[dict[str, tuple[int, ...]]]:
@@ -359,23 +320,3 @@ def _manifest_facts(
         "artefacts": described,
         "verified": {"tensorrt_llm": None, "note": NOT_RUN},
     }
-
-
-def _sync(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_directory(path)
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Makes names durable. Not every file system lets a directory be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -13,7 +13,7 @@ Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renum
 With fewer key-value heads than ranks, tp / heads ranks hold the same one. An exit's tensors are `exit_heads.<name>.*`
 on the stage of its layer; stock classes do not ask for them. None is called `lm_head`, which stock code looks for.
 
-May import: nemo_ee.exits, nemo_ee.export.early_exit_source, nemo_ee.export.tensorrt_llm_config.
+May import: nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EMBEDDING, OUTPUT, Origin
-from nemo_ee.export.tensorrt_llm_config import Architecture
+from nemo_ee.export.architecture import Architecture
+from nemo_ee.export.early_exit_source import EMBEDDING, Origin
+from nemo_ee.export.model_origins import Model
+from nemo_ee.export.tensorrt_llm_config import stock_class
 
-_LAYERS = "decoder.layers."
 _POSITIONS = "embedding.position_embeddings.weight"
-_FINAL_NORM = "decoder.final_layernorm."
 
 
 @dataclass(frozen=True)
@@ -73,57 +73,13 @@ class Reading:
                     yield stage * tensor_parallel + rank, name, split(self.shape, tensor_parallel, rank)
 
 
-@dataclass(frozen=True)
-class Model:
-    """What is written as one checkpoint: where every layer's tensors, the final norm and the output come from.
-
-    Attributes:
-        layers: per layer, canonical name within a layer -> origin.
-        final_norm: `weight` or `bias` -> origin.
-        output: the output projection; None where it is the word embeddings and left out.
-        exits: heads carried along: (exit, the output projection or None where it is the backbone's).
-    """
-
-    layers: tuple[Callable[[str], Origin], ...]
-    final_norm: Callable[[str], Origin]
-    output: Origin | None
-    exits: tuple[tuple[ExitConfig, Origin | None], ...] = ()
-
-
-def full_model(architecture: Architecture, exits: Sequence[tuple[ExitConfig, bool]], *, write_output: bool) -> Model:
-    """The backbone with exit heads beside it.
-
-    Args:
-        exits: (exit, whether its output projection is a matrix of its own).
-        write_output: False leaves out an output projection that is the word embeddings.
-    """
-    output = Origin("backbone", EMBEDDING if architecture.tied else OUTPUT)
-    return Model(
-        layers=tuple(_backbone_layer(index) for index in range(architecture.num_layers)),
-        final_norm=lambda kind: Origin("backbone", f"{_FINAL_NORM}{kind}"),
-        output=output if write_output else None,
-        exits=tuple((exit, Origin("output", exit.name) if own else None) for exit, own in exits),
-    )
-
-
 def draft_refusal(architecture: Architecture, exit: ExitConfig) -> str | None:
     """Why an exit cannot be a stand-alone model of a stock class; None where it can."""
     if exit.architecture == "embedding":
         return "an embedding exit has no norm, and no stock class can leave its final norm out"
-    if not architecture.drafts:
-        return f"draft models are written for Llama, Mistral and Qwen2, not for {architecture.name}"
+    if architecture.learned_positions:
+        return f"draft models are written for Llama, Mistral and Qwen2, not for {stock_class(architecture)}"
     return None
-
-
-def draft_model(exit: ExitConfig) -> Model:
-    """An exit as a model of its own: k layers, the last one with the exit's MLP, or k + 1; its norm and output."""
-    layers = [_backbone_layer(index) for index in range(exit.layer)]
-    if exit.architecture == "mlp":
-        attention = layers[-1]
-        layers[-1] = lambda key: Origin("exit", f"{exit.name}.{key}") if key.startswith("mlp.") else attention(key)
-    if exit.architecture == "layer":
-        layers.append(lambda key: Origin("exit", f"{exit.name}.layer.{key}"))
-    return Model(tuple(layers), lambda kind: Origin("exit", f"{exit.name}.norm.{kind}"), Origin("output", exit.name))
 
 
 def stage_of(layer: int, num_layers: int, pipeline_parallel: int) -> int:
@@ -172,10 +128,6 @@ def _exit_head(
         matrix = (a.vocab_size, a.hidden_size)
         result.append(Reading(output, matrix, ((f"{prefix}unembed.weight", _vocabulary),), stages))
     return result
-
-
-def _backbone_layer(index: int) -> Callable[[str], Origin]:
-    return lambda key: Origin("backbone", f"{_LAYERS}{key}", index)
 
 
 def _layer(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check an export: hashes, config fields, names, shapes and shards; with its `.nemo`, every number.
+"""Check one TensorRT-LLM checkpoint directory: config fields, names, shapes, shards; with its `.nemo`, every number.
 
 Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for, not one that was loaded.
 
@@ -16,55 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.architecture import Architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
-from nemo_ee.export.manifest import file_faults, read_manifest
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES
-from nemo_ee.export.tensorrt_llm_checkpoint import DTYPES, part_of
-from nemo_ee.export.tensorrt_llm_config import Architecture, architecture_of
-from nemo_ee.export.tensorrt_llm_layout import Reading, draft_model, full_model, rank_shapes, readings
+from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+from nemo_ee.export.tensorrt_llm_checkpoint import part_of
+from nemo_ee.export.tensorrt_llm_config import architecture_of, stock_class
+from nemo_ee.export.tensorrt_llm_layout import Reading, rank_shapes, readings
 
 
-def verify_export(
-    directory: str | Path, checkpoint: str | Path | None = None, backbone: str | Path | None = None
-) -> list[str]:
-    """Every fault found, none for a good export.
+def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
+    """Every fault of a checkpoint directory.
 
     Args:
-        directory: output of an export.
-        checkpoint: the `.nemo` it was made from, to compare the weights with.
-        backbone: see `EarlyExitSource`.
+        artefact: its entry in the manifest.
+        source: the opened `.nemo`, to compare the numbers with.
 
     Raises:
-        ValueError: no manifest, or the `.nemo` cannot be read.
+        OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
     """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    faults = file_faults(directory, manifest)
-    with ExitStack() as stack:
-        source = None
-        if checkpoint is not None:
-            source = stack.enter_context(EarlyExitSource(checkpoint, backbone))
-            made_of = manifest.get("source", {}).get("backbone_fingerprint")
-            if None not in (made_of, source.fingerprint) and made_of != source.fingerprint:
-                faults.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
-        for artefact in manifest.get("artefacts", []):
-            name = str(artefact.get("directory"))
-            try:
-                faults += [f"{name}: {fault}" for fault in _artefact_faults(directory / name, artefact, source)]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
-                faults.append(f"{name}: cannot be read ({fault!r})")
-    return faults
-
-
-def _artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture, sizes = architecture_of(config), config["mapping"]
     tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
     if sizes["world_size"] != tp * pp:
         return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
+    if config["architecture"] != stock_class(architecture):
+        return [f"architecture: {config['architecture']}, but {stock_class(architecture)} computes what is described"]
     plan = _plan(architecture, config, artefact, tp * pp, pp)
     faults = []
     for rank, shapes in enumerate(rank_shapes(plan, tp, pp)):
@@ -88,7 +68,8 @@ def _plan(
     ]
     if artefact["exit"] is None:
         write_output = not architecture.tied or world_size > 1
-        return readings(architecture, full_model(architecture, exits, write_output=write_output), pp)
+        layers, tied = architecture.num_layers, architecture.tied
+        return readings(architecture, full_model(layers, exits, tied=tied, write_output=write_output), pp)
     layers, shape = architecture.num_layers, artefact["architecture"]
     exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
     return readings(architecture, draft_model(exit), pp)

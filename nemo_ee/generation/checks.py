@@ -31,6 +31,8 @@ def request_faults(model: DecodingModel, what: str, request: Request) -> Iterato
         yield f"{what}: min_new_tokens = {least!r} must be a whole number from 0 to max_new_tokens = {new}"
     if least and len(request.stop_tokens) >= model.vocab_size:
         yield f"{what}: every token is a stop token, so min_new_tokens = {least} cannot be; leave some out"
+    if not is_whole(request.num_top) or request.num_top < 0:
+        yield f"{what}: num_top = {request.num_top!r} must be a whole number from 0"
     if len(request.prompt) + new > limit:
         yield (
             f"{what}: {len(request.prompt)} prompt tokens + max_new_tokens = {new} are more than the "

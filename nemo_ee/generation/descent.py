@@ -10,10 +10,14 @@ and values it needs. So
 * every (token, half layer) is computed at most once, with exactly the values of a full-depth run;
 * a sequence's depths never increase with position: what waits at a stop comes before everything that reaches it later.
 
+A model whose deeper half layers stand on other ranks may have a `fill_ahead`: a sequence's tokens are then sent on as
+soon as that many wait, and other ranks run them while this one goes on with the next token. Only the time at which
+they run changes; the cap on waiting tokens counts them as if they still waited.
+
 (EE-LLM's "KV recomputation", arXiv 2312.04916, runs waiting tokens again from the first layer; here nothing is
 computed twice. What a rejected draft computed is thrown away: `truncate`.)
 
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.items`, `policy`, `stats`.
+May import: torch, `nemo_ee.exits` and `nemo_ee.generation.held_tokens`, `items`, `policy`, `stats`.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
+from nemo_ee.generation.held_tokens import HeldTokens
 from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
 from nemo_ee.generation.policy import Course
 from nemo_ee.generation.stats import FINAL
@@ -116,10 +121,13 @@ class Descent:
         self._bottom = 2 * model.num_layers
         self._courses: dict[int, Course] = {}
         self._thresholds: dict[int, dict[str, float]] = {}  # slot -> exit -> threshold
-        self._held: dict[int, tuple[int, list[int]]] = {}
+        self._held = HeldTokens()
         # stop -> slot -> its rows there, a part for each flight that left some, in the order of their positions
         self._waiting: dict[int, dict[int, list[Rows]]] = defaultdict(dict)
         self._num_waiting: dict[int, int] = defaultdict(int)
+        self._fill_ahead: int | None = getattr(model, "fill_ahead", None)
+        self._num_ahead: dict[int, int] = defaultdict(int)  # sent on before a deeper token came for them
+        self._released: set[int] = set()
         self._stops: list[int] = []
         # stop -> exits there in the model's order, each with the threshold of every slot that asks it
         self._exits_at: dict[int, list[tuple[ExitPoint, dict[int, float]]]] = {}
@@ -136,22 +144,30 @@ class Descent:
         """
         for rows in self._waiting.values():
             rows.pop(slot, None)
-        self._num_waiting[slot] = 0
+        self._num_waiting[slot] = self._num_ahead[slot] = 0
+        self._released.discard(slot)
         self._courses[slot] = course
         # In fp32, as confidences are.
         numbers = torch.tensor([exit.threshold for exit in course.exits], dtype=torch.float32).tolist()
         names = [exit.point.name for exit in course.exits]
         self._thresholds[slot] = dict(zip(names, numbers, strict=True))
-        self._held.pop(slot, None)
         if held is not None:
-            self._held[slot] = (held[0], sorted(held[1]))
+            self._held.hold(slot, *held)
         self._plan()
 
-    def _plan(self) -> None:
-        ends = {self._bottom if course.end is None else course.end.stop for course in self._courses.values()}
+    def release(self, slot: int) -> None:
+        """A sequence has ended: its course cuts no flight any more. What waits of it waits on, for `flush`."""
+        self._released.add(slot)
+        self._held.release(slot)
+        self._plan()
+
+    def _plan(self, *, released: bool = False) -> None:
+        """Where flights stop; `released`: for the slots that were released too."""
+        slots = [slot for slot in self._courses if released or slot not in self._released]
+        ends = {self._end_stop(slot) for slot in slots}
         asked: dict[str, dict[int, float]] = defaultdict(dict)
-        for slot, thresholds in self._thresholds.items():
-            for name, threshold in thresholds.items():
+        for slot in slots:
+            for name, threshold in self._thresholds[slot].items():
                 asked[name][slot] = threshold
         self._exits_at = {}
         for point in self.model.exits:
@@ -160,19 +176,31 @@ class Descent:
         self._stops = sorted(ends | set(self._exits_at))
 
     def waiting(self, slot: int) -> int:
-        """How many tokens of the slot's sequence wait for deeper layers."""
-        return self._num_waiting[slot]
+        """How many tokens of the slot's sequence wait for deeper layers, or would if they had not been sent ahead."""
+        return self._num_waiting[slot] + self._num_ahead[slot]
 
     def truncate(self, slot: int, length: int) -> None:
         """Throw away what was computed for a sequence's positions from `length` on; none of them may wait."""
         self.cache.truncate(slot, length)
 
     def flush(self, leaving: Collection[int] = ()) -> None:
-        """Run everything that waits to full depth, but of the slots in `leaving`; afterwards the cache is that of a
-        full-depth run."""
+        """Run what waits, except in the slots of `leaving`, to full depth; the cache is then that of a full-depth
+        run."""
+        self._num_ahead.clear()
         slots = {slot for rows in self._waiting.values() for slot in rows} - set(leaving)
         if slots:
+            self._plan(released=True)
             self.step({slot: Feed(0, ()) for slot in sorted(slots)}, reading=False)
+            self._plan()
+
+    def _send_ahead(self, slots: Iterable[int]) -> None:
+        """Send on what waits of these slots where it is enough. Drafts stay: their check reads them at the end."""
+        enough = [slot for slot in slots if self._num_waiting[slot] >= self._fill_ahead]
+        enough = [slot for slot in enough if not self._courses[slot].checks]
+        for slot in enough:
+            self._num_ahead[slot] += self._num_waiting[slot]
+        if enough:
+            self.step({slot: Feed(0, ()) for slot in enough}, reading=False)
 
     def step(self, feeds: Mapping[int, Feed], *, reading: bool = True) -> list[Reading]:
         """Send tokens down until each has left or ended, with what waits of their sequences where they pass.
@@ -184,6 +212,8 @@ class Descent:
         Returns:
             Without `reading` nothing; with it a reading per slot, in order.
         """
+        if reading and self._fill_ahead is not None:
+            self._send_ahead(feeds)
         rows = self._embed(feeds)
         asking = {slot for slot, feed in feeds.items() if feed.may_leave}
         flying = set(feeds)
@@ -201,6 +231,8 @@ class Descent:
                 ended = [slot for slot in rows.positions if slot not in gone and self._end_stop(slot) == stop]
                 if ended and reading:
                     left += self._read_ends(rows, items, ended, feeds)
+                if reading and stop == self._bottom:
+                    self._num_ahead.update(dict.fromkeys(rows.positions, 0))
                 if gone or ended:
                     readings += left
                     flying -= gone
@@ -278,7 +310,7 @@ class Descent:
         criteria = [self._courses[slot].criterion for slot in slots]
         if len(set(criteria)) == 1:
             return confidence(logits, criteria[0]).tolist()
-        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in set(criteria)}
+        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in dict.fromkeys(criteria)}
         return [by_criterion[criterion][row] for row, criterion in enumerate(criteria)]
 
     def _observe(
@@ -301,20 +333,12 @@ class Descent:
         hidden, items = pick_rows(hidden, items, rows)
         logits = self.model.exit_logits(name, hidden, items, self.cache)
         assert logits.shape == (len(rows), self.model.vocab_size), f"exit {name}: logits {tuple(logits.shape)}"
-        return self._without_held(logits, items) if self._held else logits
-
-    def _without_held(self, logits: Tensor, items: Items) -> Tensor:
-        """`-inf` for the tokens that may not yet follow these items."""
-        held = torch.zeros(logits.shape, dtype=torch.bool)
-        for row, (slot, position) in enumerate(zip(*(side.tolist() for side in items.on_host), strict=True)):
-            first, tokens = self._held.get(slot, (0, []))
-            if position + 1 < first:
-                held[row, tokens] = True
-        return logits.masked_fill(held.to(logits.device), float("-inf"))
+        return self._held.without(logits, items) if self._held else logits
 
     def _read_ends(self, rows: Rows, items: Items, ended: Sequence[int], feeds: Mapping[int, Feed]) -> list[Reading]:
         """Read sequences that have reached their ends, each from its static exit or from the final one."""
-        ends = {self._courses[slot].end for slot in ended}
+        # Not a set: exits are asked in the same order on every rank, whatever its hash seed.
+        ends = list(dict.fromkeys(self._courses[slot].end for slot in ended))
         if len(ends) > 1:
             by_end = ([slot for slot in ended if self._courses[slot].end == end] for end in ends)
             return [one for slots in by_end for one in self._read_ends(rows, items, slots, feeds)]
@@ -330,6 +354,8 @@ class Descent:
         if name is not None:
             self._observe(name, rows, items, ended, questions)
         logits = self._read(name, rows.hidden, items, questions)
+        for slot, count in zip(ended, counts, strict=True):
+            self._held.release(slot, rows.positions[slot][-count])  # what is read later stands behind this row
         certainty = self._confidence(logits, owners)
         if len(ended) == 1:
             return [Reading(ended[0], name, layer, certainty, logits)]

@@ -7,8 +7,9 @@
     static_depth       every token is read from one exit, and nothing below it ever runs
     full               every token is read from the final exit
 
-But in `static_depth` the prompt runs at full depth and the first new token comes from the final exit. Every sequence
-of a batch gets what it would get alone: decisions, random numbers and stops are its own.
+The prompt runs at full depth and the first new token comes from the final exit, except in `static_depth`, where both
+end at the one exit. Every sequence of a batch gets what it would get alone: decisions, random numbers and stops are
+its own.
 
 May import: `nemo_ee.exits` and `nemo_ee.generation`.
 """
@@ -20,12 +21,12 @@ from dataclasses import dataclass
 
 from nemo_ee.generation.checks import is_whole, per_sequence, raise_all, request_faults, token_faults
 from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
+from nemo_ee.generation.policy import MODES, ExitPolicy, course_of, unknown_mode
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.generation.stats import DecodingStats, TokenEvent
+from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, raise_failures
 
 __all__ = ["MODES", "EarlyExitEngine", "GenerationResult", "Request"]
 
@@ -80,19 +81,21 @@ class EarlyExitEngine:
             prompts: token ids of each sequence, ragged.
             max_new_tokens: for all, or one per prompt.
             mode: one of `MODES`.
-            policy: where tokens may leave; needed by every mode but `full`. `full` and `static_depth` ignore its
+            policy: where tokens may leave; needed by every mode except `full`. `full` and `static_depth` ignore its
                 thresholds, `static_depth` takes its one active exit.
             sampling: for all, or one per prompt.
             stop_tokens: ids that end a sequence.
 
         Raises:
             ValueError: with every fault of the call, before anything runs.
+            RuntimeError: with every sequence whose logits are not numbers, after all have ended.
         """
         requests = self._requests(prompts, max_new_tokens, sampling, stop_tokens)
         session = self.start(requests, mode=mode, policy=policy)
         events: list[TokenEvent] = []
         while not session.finished:
             events += session.step()
+        raise_failures(events)
         tokens: list[list[int]] = [[] for _ in requests]
         reasons = [""] * len(requests)
         for event in events:
@@ -117,7 +120,7 @@ class EarlyExitEngine:
     ) -> Iterator[TokenEvent]:
         """`generate`, token by token: an iterator over the events as they come. The call is checked at once."""
         session = self.start(self._requests(prompts, max_new_tokens, sampling, stop_tokens), mode=mode, policy=policy)
-        return (event for _ in iter(lambda: session.finished, True) for event in session.step())
+        return _events_of(session)
 
     def start(
         self,
@@ -148,8 +151,11 @@ class EarlyExitEngine:
         for index, own in enumerate(requests):
             faults += request_faults(self.model, f"prompt {index}", own)
             courses.append(resolve(self.model, own, mode, policy, faults))
-        if exits is None and (policy is not None or not requests):
-            courses.append(resolve(self.model, Request((), 1), mode, policy, faults))
+        if policy is not None or (exits is None and not requests):
+            course = resolve(self.model, Request((), 1), mode, policy, faults)
+            courses += [course] if exits is None else []
+        elif mode not in MODES:
+            faults.append(unknown_mode(mode))
         faults += self._room_faults(requests, exits, num_slots)
         raise_all(faults)
         needed = max((len(own.prompt) + own.max_new_tokens for own in requests), default=1)
@@ -189,7 +195,8 @@ class EarlyExitEngine:
     ) -> ScoreResult:
         """Score known text: each token after the context at the exit it would leave at.
 
-        The first scored token is read from the final exit, as the first generated one is (but in `static_depth`).
+        The first scored token is read from the final exit, as the first generated one is; in `static_depth` from the
+        one exit, as every token.
 
         Args:
             tokens: token ids of each sequence, ragged, context included.
@@ -238,3 +245,15 @@ class EarlyExitEngine:
             Request(tuple(prompt), length, own, stops)
             for prompt, length, own in zip(prompts, lengths, params, strict=True)
         ]
+
+
+def _events_of(session: DecodingSession) -> Iterator[TokenEvent]:
+    """The tokens of a session as they come; what failed is raised when the others have ended."""
+    failures: list[Failure] = []
+    while not session.finished:
+        for event in session.step():
+            if isinstance(event, Failure):
+                failures.append(event)
+            else:
+                yield event
+    raise_failures(failures)

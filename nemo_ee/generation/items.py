@@ -132,7 +132,8 @@ class DecodingModel(Protocol):
     Implementations return for each row what they would return for it alone: rows only meet in attention, and only
     within their sequence. An implementation may have an attribute `device`; without it the engine uses the CPU.
     Its cache may have `truncate(sequence, length)`: keep the first `length` positions of one sequence, everywhere.
-    Mode `self_speculative` and sessions that use a sequence's place twice need it.
+    Mode `self_speculative` and sessions that use a sequence's place twice need it. An attribute `fill_ahead` (int)
+    asks for waiting tokens to be run on as soon as a sequence has that many, not when one of its tokens goes deeper.
     """
 
     num_layers: int

@@ -129,10 +129,6 @@ class KVCache:
         for written in self._written.values():
             written[sequence][length:] = bytes(self.max_length - length)
 
-    def forget(self, sequence: int) -> None:
-        """Free every slot of one sequence for another one."""
-        self.truncate(sequence, 0)
-
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
     """One sequence. `query`: `[m, heads, d]`; `keys`, `values`: `[kv, length, d]`; `position`: `[m]`, the last one is

@@ -164,6 +164,11 @@ class ExitPolicy:
         return float(self.thresholds[name] if isinstance(self.thresholds, dict) else self.thresholds)
 
 
+def unknown_mode(mode: object) -> str:
+    """The fault of a mode that is none of `MODES`."""
+    return f"mode = {mode!r} is unknown; use one of {', '.join(MODES)}"
+
+
 def course_of(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint], num_layers: int) -> Course:
     """What a mode and a policy mean on a model.
 
@@ -177,7 +182,7 @@ def course_of(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint], 
         ValueError: unknown mode, no policy where one is needed, or the policy's faults on this model.
     """
     if mode not in MODES:
-        raise ValueError(f"mode = {mode!r} is unknown; use one of {', '.join(MODES)}")
+        raise ValueError(unknown_mode(mode))
     if mode == "full":
         return Course() if policy is None else Course(criterion=policy.criterion)
     if policy is None:

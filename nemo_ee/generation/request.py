@@ -26,7 +26,9 @@ class Request:
         stop_tokens: ids that end it; the one that does is its last token.
         min_new_tokens: before so many new tokens no exit gives a stop token any probability.
         ends: from the new tokens so far to whether they end the sequence, e.g. with a stop string. It must depend on
-            nothing else: a drafted token may be asked about more than once, or be thrown away.
+            nothing else: a drafted token may be asked about more than once, or be thrown away. The list is the
+            session's own and goes on growing: read it, keep a copy of what is to be kept.
+        num_top: report this many most likely tokens beside each token, from 0.
         mode, policy: its own; None = the session's. A mode without a policy keeps the session's policy.
     """
 
@@ -36,6 +38,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     min_new_tokens: int = 0
     ends: Callable[[Sequence[int]], bool] | None = None
+    num_top: int = 0
     mode: str | None = None
     policy: ExitPolicy | None = None
 
@@ -44,7 +47,7 @@ def resolve(model: DecodingModel, request: Request, mode: str, policy: ExitPolic
     """The course of a request in a session of this mode and policy; what is wrong with it is appended to `faults`."""
     try:
         own_policy = policy if request.policy is None else request.policy
-        return course_of(request.mode or mode, own_policy, model.exits, model.num_layers)
+        return course_of(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
     except ValueError as error:
         faults.append(str(error))
         return Course()

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import LongTensor, Tensor
@@ -129,6 +130,43 @@ def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int]
     return probabilities
 
 
+class Choice(NamedTuple):
+    """A token, and the `[v]` fp64 distribution it was drawn from; None when it is simply the most likely one."""
+
+    token: int
+    distribution: Tensor | None
+
+
+def choose(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    previous: Sequence[Sequence[int]],
+    purpose: str = "token",
+) -> list[Choice]:
+    """Choose the next token of n sequences, each as if it were alone.
+
+    Args:
+        logits: `[n, v]`, raw.
+        params: n, one per sequence.
+        positions: n, where in its sequence each new token goes.
+        previous: n, each sequence's tokens so far; () where no repetition penalty looks at them.
+        purpose: of the random numbers.
+
+    Returns:
+        n tokens.
+    """
+    plain = [own.takes_the_most_likely for own in params]
+    # One argmax for all of them, the neighbours' rows with it: cheaper than to pick rows out.
+    best = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(plain)
+    return [
+        Choice(best[row], None)
+        if plain[row]
+        else _choose_one(logits[row], own, positions[row], previous[row], purpose)
+        for row, own in enumerate(params)
+    ]
+
+
 def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],
@@ -136,28 +174,17 @@ def sample(
     previous: Sequence[Sequence[int]],
     purpose: str = "token",
 ) -> list[int]:
-    """Choose the next token of n sequences, each as if it were alone.
-
-    Args:
-        logits: `[n, v]`, raw.
-        params: n, one per sequence.
-        positions: n, where in its sequence each new token goes.
-        previous: n, each sequence's tokens so far.
-        purpose: of the random numbers.
-
-    Returns:
-        n token ids.
-    """
-    if all(own.takes_the_most_likely for own in params):
-        return logits.argmax(dim=-1).tolist()
-    rows = zip(logits, params, positions, previous, strict=True)
-    return [_sample_one(row, own, position, tokens, purpose) for row, own, position, tokens in rows]
+    """The tokens of `choose` alone."""
+    return [choice.token for choice in choose(logits, params, positions, previous, purpose)]
 
 
-def _sample_one(logits: Tensor, params: SamplingParams, position: int, previous: Sequence[int], purpose: str) -> int:
+def _choose_one(
+    logits: Tensor, params: SamplingParams, position: int, previous: Sequence[int], purpose: str
+) -> Choice:
     if params.greedy:
-        return int(penalised(logits, params, previous).argmax())
-    return draw(distribution(logits, params, previous), uniform(params.seed, position, purpose))
+        return Choice(int(penalised(logits, params, previous).argmax()), None)
+    shaped = distribution(logits, params, previous)
+    return Choice(draw(shaped, uniform(params.seed, position, purpose)), shaped)
 
 
 def accepts(probability: float, number: float) -> bool:

@@ -23,37 +23,42 @@ from nemo_ee.generation.descent import Descent, Feed, Reading
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import Course, ExitPolicy
 from nemo_ee.generation.request import Request, resolve
-from nemo_ee.generation.sampling import sample
+from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.speculation import Draft, check
-from nemo_ee.generation.stats import DecodingStats, TokenEvent, exit_histogram, mean_depth
+from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, exit_histogram, mean_depth
 
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A sequence that has not ended. `tokens`: prompt and new ones; `drafts` follow them and wait to be checked."""
+    """A sequence that has not ended. `answer`: its new tokens; the last of them are the `drafts`, which wait to be
+    checked."""
 
     index: int
     slot: int
     request: Request
     course: Course
-    tokens: list[int]
+    answer: list[int] = dataclasses.field(default_factory=list)
     drafts: list[Draft] = dataclasses.field(default_factory=list)
     has_begun: bool = False
     must_check: bool = False  # a draft would end the sequence
 
     @property
     def length(self) -> int:
-        """Tokens, with the drafted ones."""
-        return len(self.tokens) + len(self.drafts)
+        """Tokens of prompt and answer, the drafted ones too."""
+        return len(self.request.prompt) + len(self.answer)
 
-    def finish_reason(self, tokens: Sequence[int]) -> str | None:
+    def previous(self) -> Sequence[int]:
+        """What its repetition penalty looks at; nothing without one, as it would be a copy of the whole text."""
+        return () if self.request.sampling.repetition_penalty == 1.0 else [*self.request.prompt, *self.answer]
+
+    def finish_reason(self) -> str | None:
         """Why a sequence of these tokens has ended; None = it has not."""
-        request, new = self.request, len(tokens) - len(self.request.prompt)
-        if tokens[-1] in request.stop_tokens:
+        request = self.request
+        if self.answer[-1] in request.stop_tokens:
             return "stop"
-        if request.ends is not None and request.ends(tokens[len(request.prompt) :]):
+        if request.ends is not None and request.ends(self.answer):
             return "stop"
-        return "length" if new >= request.max_new_tokens else None
+        return "length" if len(self.answer) >= request.max_new_tokens else None
 
 
 class DecodingSession:
@@ -154,7 +159,7 @@ class DecodingSession:
         self._num_added += 1
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
-        self._running[index] = _Sequence(index, slot, request, course, list(request.prompt))
+        self._running[index] = _Sequence(index, slot, request, course)
         return index
 
     def _needs_truncate(self, what: str) -> None:
@@ -170,24 +175,23 @@ class DecodingSession:
 
     def _release(self, sequence: _Sequence) -> None:
         del self._running[sequence.index]
+        self._descent.release(sequence.slot)
         self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
-    def step(self) -> tuple[TokenEvent, ...]:
+    def step(self) -> tuple[TokenEvent | Failure, ...]:
         """Send the newest token of every running sequence down the stack.
 
         Returns:
             The tokens that are certain after it, in the order of the sequences: one of each sequence; in mode
-            `self_speculative` none while a sequence only drafts, then all that its check left.
-
-        Raises:
-            RuntimeError: the model returned logits that are not numbers.
+            `self_speculative` none while a sequence only drafts, then all that its check left. A sequence whose
+            logits are not numbers, or whose `ends` raises, ends with a `Failure`; the others do not notice.
         """
         if not self._running:
             return ()
         by_slot = {own.slot: own for own in self._running.values()}
         readings = self._descent.step({slot: self._feed(by_slot[slot]) for slot in sorted(by_slot)})
-        events: list[TokenEvent] = []
+        events: list[TokenEvent | Failure] = []
         singles: list[tuple[_Sequence, Reading]] = []
         for reading in readings:
             sequence = by_slot[reading.slot]
@@ -207,30 +211,30 @@ class DecodingSession:
         """What a sequence sends down next."""
         course = sequence.course
         if not sequence.has_begun:
-            return Feed(0, sequence.tokens)
+            return Feed(0, sequence.request.prompt)
         position = sequence.length - 1
         if sequence.must_check:
             return Feed(position, (), read_all=True)
-        newest = sequence.drafts[-1].token if sequence.drafts else sequence.tokens[-1]
         cap = course.max_waiting
         may_leave = bool(course.exits) and (cap is None or self._descent.waiting(sequence.slot) < cap)
         if course.checks:
             request = sequence.request
             # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
             may_leave = may_leave and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
-        return Feed(position, (newest,), may_leave, read_all=course.checks)
+        return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
 
     def _check(
-        self, sequence: _Sequence, reading: Reading, events: list[TokenEvent]
+        self, sequence: _Sequence, reading: Reading, events: list[TokenEvent | Failure]
     ) -> list[tuple[_Sequence, Reading]]:
         """Keep the drafts that stand. Returns the reading of the token after them, if one is to be chosen."""
-        drafts, first = sequence.drafts, len(sequence.tokens)
+        drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
         rows = reading.logits[: len(drafts)]
         params = sequence.request.sampling
         sequence.drafts, sequence.must_check = [], False
+        del sequence.answer[-len(drafts) :]
         self._drafted += len(drafts)
         self._checks += 1
-        checked = list(check(rows, drafts, params, sequence.tokens))
+        checked = list(check(rows, drafts, params, first, sequence.previous()))
         logprobs = _logprobs(rows[: len(checked)], [token for token, _ in checked])
         all_stay = checked[-1][1]
         if not all_stay and reading.logits.shape[0] > len(checked):
@@ -238,45 +242,56 @@ class DecodingSession:
             self._descent.truncate(sequence.slot, first - 1 + len(checked))
         for row, ((token, stays), draft) in enumerate(zip(checked, drafts, strict=False)):
             source = draft if stays else None
+            events += self._events(sequence, token, logprobs[row], reading, row, source)
+            if isinstance(events[-1], Failure):
+                return []
             self._accepted += stays
-            events.append(self._event(sequence, token, logprobs[row], reading, row, source))
         if not all_stay or reading.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
             return []
         newest = dataclasses.replace(reading, confidence=reading.confidence[-1:], logits=reading.logits[-1:])
         return [(sequence, newest)]
 
-    def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent]:
+    def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent | Failure]:
         """A token from each reading of one row; those of early exits that are to be checked become drafts."""
-        events: list[TokenEvent] = []
+        events: list[TokenEvent | Failure] = []
         drafted: list[tuple[_Sequence, Reading]] = []
         certain: list[tuple[_Sequence, Reading]] = []
         for one in readings:
             (drafted if one[0].course.checks and one[1].exit is not None else certain).append(one)
-        for (sequence, reading), token in zip(drafted, _sample(drafted, "draft"), strict=True):
-            logits = None if sequence.request.sampling.greedy else reading.logits[0].clone()
-            sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], logits))
-            text = [*sequence.tokens, *(draft.token for draft in sequence.drafts)]
-            sequence.must_check = sequence.finish_reason(text) is not None
+        for (sequence, reading), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
+            sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], shaped))
+            sequence.answer.append(token)
+            try:
+                sequence.must_check = sequence.finish_reason() is not None
+            except Exception:  # of the caller's `ends`: it counts if the draft stays, and is asked again then
+                sequence.must_check = True
         if certain:
-            tokens = _sample(certain, "token")
+            tokens = [choice.token for choice in _sample(certain, "token")]
             logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
             for (sequence, reading), token, logprob in zip(certain, tokens, _logprobs(logits, tokens), strict=True):
-                events.append(self._event(sequence, token, logprob, reading, 0, None))
+                events += self._events(sequence, token, logprob, reading, 0, None)
         return events
 
-    def _event(
+    def _events(
         self, sequence: _Sequence, token: int, logprob: float, reading: Reading, row: int, draft: Draft | None
-    ) -> TokenEvent:
+    ) -> list[TokenEvent | Failure]:
         """Record a token that is certain. `draft`: what it was before, if it was one."""
-        position = len(sequence.tokens)
+        position, what = sequence.length, f"sequence {sequence.index}"
         if math.isnan(logprob):
             source = "the final exit" if reading.exit is None else f"exit {reading.exit!r}"
-            raise RuntimeError(
-                f"sequence {sequence.index}: the logits for position {position} from {source} are not numbers "
+            message = (
+                f"{what}: the logits for position {position} from {source} are not numbers "
                 "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16"
             )
-        sequence.tokens.append(token)
-        return TokenEvent(
+            return [Failure(sequence.index, position, message)]
+        sequence.answer.append(token)
+        finish_reason, failures = None, []
+        try:
+            finish_reason = sequence.finish_reason()
+        except Exception as error:  # of the caller's `ends`
+            message = f"{what}: its `ends` failed at position {position}: {type(error).__name__}: {error}"
+            failures = [Failure(sequence.index, position, message, error)]
+        event = TokenEvent(
             sequence=sequence.index,
             position=position,
             token=token,
@@ -284,12 +299,14 @@ class DecodingSession:
             layer=reading.layer if draft is None else draft.layer,
             confidence=reading.confidence[row] if draft is None else draft.confidence,
             logprob=logprob,
-            finish_reason=sequence.finish_reason(sequence.tokens),
+            finish_reason=finish_reason,
+            top=_most_likely(reading.logits[row], sequence.request.num_top),
         )
+        return [event, *failures]
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Run everything that waits, of ended sequences too, to full depth; but not what drafts still need checked.
+        """Run everything that waits, of ended sequences too, to full depth, except drafts still to be checked.
 
         Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
         """
@@ -300,8 +317,9 @@ class DecodingSession:
         slot = self._slots.get(sequence)
         return 0 if slot is None else self._descent.waiting(slot)
 
-    def stats(self, events: Sequence[TokenEvent]) -> DecodingStats:
-        """Sums over these events and over the work done so far."""
+    def stats(self, events: Sequence[TokenEvent | Failure]) -> DecodingStats:
+        """Sums over these events, failures left out, and over the work done so far."""
+        events = [event for event in events if isinstance(event, TokenEvent)]
         return DecodingStats(
             num_prompt_tokens=self._num_prompt_tokens,
             num_tokens=len(events),
@@ -316,18 +334,26 @@ class DecodingSession:
         )
 
 
-def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list[int]:
+def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list[Choice]:
     """The next token of each, drafts included in what came before."""
     if not readings:
         return []
     logits = readings[0][1].logits if len(readings) == 1 else torch.cat([reading.logits for _, reading in readings])
-    return sample(
+    return choose(
         logits,
         [sequence.request.sampling for sequence, _ in readings],
         [sequence.length for sequence, _ in readings],
-        [[*sequence.tokens, *(draft.token for draft in sequence.drafts)] for sequence, _ in readings],
+        [sequence.previous() for sequence, _ in readings],
         purpose,
     )
+
+
+def _most_likely(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """(token, ln p) of the most likely tokens. `logits`: `[v]`."""
+    if not count:
+        return ()
+    values, tokens = logits.log_softmax(dim=0).topk(min(count, logits.shape[0]))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:

@@ -31,18 +31,18 @@ class Draft:
     Attributes:
         token: its id.
         exit, layer, confidence: of the exit it comes from, as in a reading.
-        logits: `[v]`, what it was drawn from; None when it was chosen greedily.
+        distribution: `[v]`, fp64, q, which it was drawn from; None when it was chosen greedily.
     """
 
     token: int
     exit: str | None
     layer: int
     confidence: float
-    logits: Tensor | None
+    distribution: Tensor | None
 
 
 def check(
-    logits: Tensor, drafts: Sequence[Draft], params: SamplingParams, previous: Sequence[int]
+    logits: Tensor, drafts: Sequence[Draft], params: SamplingParams, position: int, previous: Sequence[int]
 ) -> Iterator[tuple[int, bool]]:
     """The full model's tokens in place of drafts, up to the first that differs.
 
@@ -50,7 +50,8 @@ def check(
         logits: `[m, v]`, the full model's for the places of the drafts; m >= len(drafts).
         drafts: in order, at least one.
         params: of the sequence.
-        previous: its tokens before the first draft.
+        position: of the first draft in its sequence.
+        previous: the sequence's tokens before it; () where no repetition penalty looks at them.
 
     Yields:
         (token, whether it is the draft).
@@ -65,16 +66,17 @@ def check(
         elif params.greedy:
             token = int(penalised(logits[row], params, tokens).argmax())
         else:
-            token = _accept_or_redraw(logits[row], draft, params, tokens)
+            token = _accept_or_redraw(logits[row], draft, params, position + row, tokens)
         yield token, token == draft.token
         if token != draft.token:
             return
         tokens.append(token)
 
 
-def _accept_or_redraw(logits: Tensor, draft: Draft, params: SamplingParams, previous: Sequence[int]) -> int:
-    position = len(previous)
-    p, q = distribution(logits, params, previous), distribution(draft.logits, params, previous)
+def _accept_or_redraw(
+    logits: Tensor, draft: Draft, params: SamplingParams, position: int, previous: Sequence[int]
+) -> int:
+    p, q = distribution(logits, params, previous), draft.distribution
     if accepts(float(p[draft.token] / q[draft.token]), uniform(params.seed, position, "accept")):
         return draft.token
     rest = (p - q).clamp(min=0.0)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding says about itself: an event per token, and sums over them.
+"""What decoding says about itself: an event per token, what failed, and sums over them.
 
 May import: the standard library and `nemo_ee.generation.items`.
 """
@@ -31,6 +31,8 @@ class TokenEvent:
             `self_speculative` always at the final exit.
         finish_reason: None while the sequence goes on; `stop` (a stop token, or the request's `ends`) or `length` with
             its last token.
+        top: (token, ln p) of the request's `num_top` most likely tokens, the most likely first; from the
+            distribution of `logprob`.
     """
 
     sequence: int
@@ -41,6 +43,33 @@ class TokenEvent:
     confidence: float
     logprob: float
     finish_reason: str | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A sequence's last event when it ends by a fault of its own: no token, the reason instead. Others go on.
+
+    Attributes:
+        sequence: index of the sequence in the call.
+        position: of the token at which it happened.
+        message: what is wrong, and the way out.
+        cause: the exception behind it; None = the model's logits.
+        finish_reason: `error`.
+    """
+
+    sequence: int
+    position: int
+    message: str
+    cause: Exception | None = None
+    finish_reason: str = "error"
+
+
+def raise_failures(events: Iterable[TokenEvent | Failure]) -> None:
+    """One `RuntimeError` with every failure among the events; nothing without any."""
+    failures = [event for event in events if isinstance(event, Failure)]
+    if failures:
+        raise RuntimeError("\n".join(failure.message for failure in failures)) from failures[0].cause
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,43 +35,48 @@ class MegatronDecodingModel:
 
     Args:
         model: the model, its weights loaded and in the dtype to decode in.
+        one_of_many: it is one of several stages, and this object runs that stage's own half layers and exits
+            (`pipelined_decoding` puts them together).
 
     Attributes:
-        num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
+        num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`; exits are the stage's own.
+        dtype: of hidden states.
 
     Raises:
         ValueError: a model that cannot decode; one message with every reason and the way out.
     """
 
-    def __init__(self, model: EarlyExitGPTModel) -> None:
-        faults = _faults(model)
+    def __init__(self, model: EarlyExitGPTModel, *, one_of_many: bool = False) -> None:
+        faults = _faults(model, one_of_many)
         if faults:
             raise ValueError("the model cannot decode:\n" + "\n".join(f"  {fault}" for fault in faults))
         self.model = model.eval()
         self.num_layers = model.config.num_layers
         self.vocab_size = model.true_vocab_size
         self.max_positions = model.max_sequence_length
-        if model.position_embedding_type == "learned_absolute":
+        if model.position_embedding_type == "learned_absolute" and model.pre_process:
             self.max_positions = model.embedding.position_embeddings.num_embeddings
         points = (ExitPoint(exit.name, exit.layer, exit.stop) for exit in model.placement.exits)
         self.exits = tuple(sorted(points, key=lambda point: point.stop))
-        weight = model.embedding.word_embeddings.weight
-        self.device, self._dtype = weight.device, weight.dtype
+        weight = next(model.decoder.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self._rotary = None
         if model.position_embedding_type == "rope":
-            self._rotary = RotaryTable(model.rotary_pos_emb, device=self.device, dtype=self._dtype)
+            self._rotary = RotaryTable(model.rotary_pos_emb, device=self.device, dtype=self.dtype)
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> KVCache:
-        """Keys and values of every layer (slots 1..L) and of every active `layer` exit (slot = its name)."""
+        """Keys and values of every layer (slots 1..L) and of every active `layer` exit (slot = its name); of a stage
+        of several, those that are its own."""
         attention = self.model.decoder.layers[0].self_attention
-        own = [name for name in active_exits if self.model.exits[name].exit.architecture == "layer"]
+        placement = self.model.placement
+        own = [exit.name for exit in placement.exits if exit.name in active_exits and exit.architecture == "layer"]
         return KVCache(
-            [*range(1, self.num_layers + 1), *own],
+            [*range(placement.first_layer, placement.last_layer + 1), *own],
             num_sequences,
             max_length,
             num_kv_heads=attention.num_query_groups_per_partition,
             head_dim=attention.hidden_size_per_attention_head,
-            dtype=self._dtype,
+            dtype=self.dtype,
             device=self.device,
         )
 
@@ -87,7 +92,7 @@ class MegatronDecodingModel:
         rotation = self._rotation(items)
         for half in range(start + 1, stop + 1):
             index, is_mlp = divmod(half - 1, 2)
-            layer = self.model.decoder.layers[index]
+            layer = self.model.decoder.layers[index + 1 - self.model.placement.first_layer]
             if is_mlp:
                 hidden = layer._forward_mlp(hidden)
             else:
@@ -212,14 +217,15 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Ten
     return turned if size == heads.shape[-1] else torch.cat((turned, heads[..., size:]), dim=-1)
 
 
-def _faults(model: EarlyExitGPTModel) -> list[str]:
+def _faults(model: EarlyExitGPTModel, one_of_many: bool) -> list[str]:
     """Why this model cannot decode, with the way out."""
     config, faults = model.config, []
     if config.pipeline_model_parallel_size > 1:
-        faults.append(
-            f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: decoding over pipeline stages is "
-            "not available yet; set it to 1 and share the layers with tensor_model_parallel_size"
-        )
+        if not one_of_many:
+            faults.append(
+                f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: this is one stage of several; "
+                "join them with nemo_ee.megatron.pipelined_decoding.open_decoding_model"
+            )
     elif len(model.decoder.layers) < config.num_layers or not model.post_process:
         faults.append(
             f"only {len(model.decoder.layers)} of {config.num_layers} layers and "

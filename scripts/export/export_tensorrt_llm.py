@@ -10,7 +10,7 @@ Needs neither a GPU, nor NeMo, nor TensorRT-LLM.
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
 
@@ -33,6 +33,8 @@ def main(cfg: DictConfig) -> None:
                 exits=None if cfg.exits is None else tuple(cfg.exits),
                 drafts=None if cfg.drafts is None else tuple(cfg.drafts),
                 max_position_embeddings=cfg.max_position_embeddings,
+                thresholds=OmegaConf.to_container(cfg).get("thresholds"),
+                criterion=cfg.criterion,
                 progress=cfg.progress,
             )
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config
+from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config, user_environment
 
 import torch  # isort: skip  # after the CPU host is on
 
@@ -141,6 +141,30 @@ def test_a_batch_changes_nothing(generate, often_met):
     for one, other in zip(alone, together, strict=True):
         for ours, theirs in zip(one["tokens"], other["tokens"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_two_pipeline_stages_print_and_write_what_one_does(generate, often_met, model, tmp_path):
+    """Exits on either stage; in fp32 up to rounding, in bf16 as many tokens."""
+    common = {"greedy": False, "temperature": 1.5, "seed": 5, "threshold": often_met, "batch_size": 2}
+    staged = {
+        "model.restore_from_path": str(model.path), "prompts": PROMPTS, "tokens_to_generate": NUM_NEW,
+        "trainer.devices": 2, "model.pipeline_model_parallel_size": 2, "model.layer_split.layers": [1, 2], **common,
+    }  # fmt: skip
+    runs = [{**staged, "output": str(tmp_path / "fp32.jsonl")}]
+    runs += [{**staged, "output": str(tmp_path / "bf16.jsonl"), "trainer.precision": "bf16"}]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "tests.functional.generate_program", str(tmp_path / "runs.json"), str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, env=user_environment(), capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    printed, expected = generate(**common)
+    assert all(table_counts(printed)[name] for name in ("one-mlp", "two-layer", "final"))
+    assert table_counts((tmp_path / "run0.rank0.log").read_text()) == table_counts(printed)
+    found, half = ([json.loads(line) for line in open(run["output"])] for run in runs)
+    for one, other in zip(found, expected, strict=True):
+        assert one["text"] == other["text"]
+        for ours, theirs in zip(one["tokens"], other["tokens"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+    assert [len(line["tokens"]) for line in half] == [len(line["tokens"]) for line in expected]
 
 
 def test_the_same_seed_gives_the_same_text(generate):
@@ -341,3 +365,56 @@ def test_stats_are_summed_over_batches():
     assert generator.stats.tokens_per_exit == {"early": 15, "final": 3}
     assert generator.stats.mean_depth == pytest.approx((15 * 2 + 3 * 4) / 18)
     assert generator.stats.num_prompt_tokens == 4
+
+
+# -- what fails -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_answer_that_fails_does_not_end_the_others(batch_size):
+    """The model counts up from the prompt; after `z` its logits are not numbers."""
+    generator = scripted(batch_size=batch_size)
+    generator.model.script = lambda exit, token, position: (token + 1, float("nan") if token == ord("z") else 0.9)
+    answers = list(generator.generate(["ab", "x", "d"]))
+    assert [answer.text for answer in answers] == ["cdefgh", "yz", "efghij"]
+    assert [answer.finish_reason for answer in answers] == ["length", "error", "length"]
+    assert "the logits for position 3 from the final exit are not numbers" in answers[1].error
+    assert answers[1].to_mapping()["error"] == answers[1].error and "error" not in answers[0].to_mapping()
+    assert generator.num_failed == 1 and generator.stats.num_tokens == 14
+
+
+def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tmp_path):
+    from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+
+    plain = MegatronDecodingModel.exit_logits
+
+    def broken(self, name, hidden, items, cache):
+        logits = plain(self, name, hidden, items, cache)
+        logits[items.sequence == 1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(MegatronDecodingModel, "exit_logits", broken)
+    with pytest.raises(RuntimeError, match="1 of 3 answers failed, as said beside them"):
+        generate(batch_size=3)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [line["finish_reason"] for line in lines] == ["length", "error", "length"]
+
+
+@pytest.mark.parametrize("colour", ["never", "always"])
+def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(colour, generate, monkeypatch, capsys):
+    """Without a stored tokenizer: both faults, with the prompts' own numbers, before anything is generated."""
+    from nemo_ee.evaluation import generate as module
+
+    monkeypatch.setattr(module, "stored_tokenizer", lambda path, stored: None)
+    with pytest.raises(ValueError) as caught:
+        generate(prompts=["x", "", "y", "z " * 40], colour=colour)
+    assert "prompt 1 ('') has no tokens" in str(caught.value) and "prompt 3: " in str(caught.value)
+    assert "prompt 0" not in str(caught.value) and "mean depth" not in capsys.readouterr().out
+
+
+def test_tokens_the_model_does_not_have_are_refused_together():
+    generator, shown = scripted(), []
+    with pytest.raises(ValueError) as caught:
+        next(generator.generate(["ab", "é", "c", "€"], on_token=shown.append))
+    assert "prompt 1: token 233 outside the vocabulary 0..127" in str(caught.value) and not shown
+    assert "prompt 3: token 8364 outside" in str(caught.value)

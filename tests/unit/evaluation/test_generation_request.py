@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
 
 YAML = Path(__file__).parents[3] / "conf" / "megatron_gpt_early_exit_generate.yaml"
 
@@ -80,7 +81,7 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"add_BOS": 1}, ["add_BOS=1 must be True or False or null"]),
         ({"model__restore_from_path": "???"}, ["restore_from_path is not set"]),
         ({"model__restore_from_path": "no.nemo"}, ["no.nemo does not exist"]),
-        ({"model__pipeline_model_parallel_size": 2}, ["pipeline_model_parallel_size=2", "set it to 1"]),
+        ({"model__pipeline_model_parallel_size": 2}, ["pipeline_model_parallel_size=2", "make the two equal"]),
         ({"model__tensor_model_parallel_size": 2}, ["tensor_model_parallel_size=2", "make the two equal"]),
         ({"trainer__precision": 16}, ["trainer.precision=16", "use 32 or bf16"]),
         ({"prompts": []}, ["no prompts are given"]),
@@ -132,6 +133,28 @@ def test_every_bad_line_of_a_jsonl_is_named(tmp_path):
     file.write_text('{"prompt": "a"}\nnope\n{"text": "a"}\n["prompt"]\n{"prompt": 3}\n')
     message = fault(tmp_path, prompts=[], prompts_file=str(file))
     assert [f"line {number}:" in message for number in range(1, 6)] == [False, True, True, True, True]
+
+
+def test_keys_that_the_output_has_itself_are_refused_with_line_and_key(tmp_path):
+    file = tmp_path / "p.jsonl"
+    lines = [{"id": 1}, *({key: "mine", "id": 2} for key in OUTPUT_KEYS if key != "prompt")]
+    file.write_text("".join(json.dumps({"prompt": "a", **line}) + "\n" for line in lines))
+    message = fault(tmp_path, prompts=[], prompts_file=str(file))
+    for number, key in enumerate(["text", "finish_reason", "tokens", "error"], start=2):
+        assert f'line {number}: the key "{key}" is one that the output has itself; rename it' in message
+    assert "line 1:" not in message
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a \\ud800"}', '{"prompt": "a", "id": ["\\udc00"]}', '{"prompt": "", "\\ud83d": 1}']
+)
+def test_half_of_a_surrogate_pair_is_refused_where_it_is_read(line, tmp_path):
+    """UTF-8 cannot hold one, so writing the output would fail after the answer was made."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\ude00", "id": "\\ud83d\\ude00"}\n' + line + "\n")
+    message = fault(tmp_path, prompts=[], prompts_file=str(file))
+    assert "line 2: holds half of a surrogate pair" in message and "line 1" not in message
+    assert "half of a surrogate pair" in fault(tmp_path, prompts=["fine", "a \udcff"])
 
 
 def test_a_file_of_only_bad_lines_does_not_fill_the_screen(tmp_path):

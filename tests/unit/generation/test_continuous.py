@@ -34,10 +34,18 @@ def random_request(rng):
     criterion = rng.choice(["max_probability", "margin", "entropy"])
     active = (rng.choice(NAMES),) if mode == "static_depth" else tuple(n for n in NAMES if rng.random() < 0.6)
     threshold = rng.uniform(0.5, 2.5) if criterion == "entropy" else rng.uniform(0.05, 0.6)
+    sampling = SamplingParams(
+        greedy=rng.random() < 0.5,
+        temperature=rng.choice([0.6, 1.0, 1.7]),
+        top_k=rng.choice([None, 4, 15]),
+        top_p=rng.choice([0.7, 1.0]),
+        seed=rng.randrange(100),
+        repetition_penalty=rng.choice([1.0, 1.3]),
+    )
     return Request(
         tuple(rng.randrange(37) for _ in range(rng.randint(1, 6))),
         rng.randint(1, 12),
-        SamplingParams(greedy=rng.random() < 0.6, seed=rng.randrange(100), repetition_penalty=rng.choice([1.0, 1.3])),
+        sampling,
         frozenset({5}),
         min_new_tokens=rng.choice([0, 1]),
         mode=mode,
@@ -46,7 +54,15 @@ def random_request(rng):
 
 
 def facts(events):
-    return [(e.position, e.token, e.exit, e.finish_reason) for e in events]
+    """What must be the same, the numbers to 1e-5."""
+    return [
+        (e.position, e.token, e.exit, e.layer, e.finish_reason, pytest.approx([e.confidence, e.logprob], abs=1e-5))
+        for e in events
+    ]
+
+
+def told(events):
+    return [(e.position, e.token, e.exit, e.layer, e.finish_reason, [e.confidence, e.logprob]) for e in events]
 
 
 def alone(engine, request):
@@ -81,7 +97,7 @@ def test_a_sequence_added_later_gets_what_it_gets_alone(seed):
     assert session.num_free_slots == 3 and sorted(added) == list(range(9))
     for index, request in added.items():
         expected = alone(engine, request)
-        got = facts(events.get(index, []))
+        got = told(events.get(index, []))
         assert got == (expected[: len(got)] if index in cancelled else expected)
 
 
@@ -117,6 +133,26 @@ def test_a_prompt_runs_in_the_same_flight_as_the_others_tokens():
     assert engine.model.cache.rows_per_run[-1] == (0, 12, 1 + 3)
 
 
+def test_most_likely_tokens_are_reported_where_asked_for():
+    """Of the distribution of `logprob`, whatever the exit; nothing by default. Exact up to 1e-5, fp32."""
+    model = TinyTransformer(ALL_KINDS)
+    session = EarlyExitEngine(model).start([], policy=ExitPolicy(0.05), num_slots=2, max_length=16)
+    session.add(Request((1, 2, 3), 6, num_top=4))
+    session.add(Request((1, 2, 3), 6))
+    seen = set()
+    while not session.finished:
+        for event in session.step():
+            assert len(event.top) == (4 if event.sequence == 0 else 0)
+            for token, logprob in event.top[:1]:
+                seen.add(event.exit)
+                assert token == event.token and logprob == pytest.approx(event.logprob, abs=1e-5)
+            values = [logprob for _, logprob in event.top]
+            assert values == sorted(values, reverse=True)
+    assert len(seen) > 1, "some from an early exit"
+    with pytest.raises(ValueError, match="num_top = -1 must be"):
+        session.add(Request((1,), 1, num_top=-1))
+
+
 def test_what_does_not_fit_a_session_is_refused():
     session = EarlyExitEngine(scripted()).start([], mode="full", exits=("a",), num_slots=1, max_length=10)
     with pytest.raises(ValueError) as caught:
@@ -127,6 +163,8 @@ def test_what_does_not_fit_a_session_is_refused():
         session.add(Request((1, 2), 9))
     with pytest.raises(ValueError, match="mode = 'early_exit' needs a policy"):
         session.add(Request((1, 2), 3, mode="early_exit"))
+    with pytest.raises(ValueError, match="mode = '' is unknown"):
+        session.add(Request((1, 2), 3, mode=""))
     with pytest.raises(ValueError, match="min_new_tokens = 4 must be a whole number from 0 to max_new_tokens = 3"):
         session.add(Request((1, 2), 3, min_new_tokens=4))
     with pytest.raises(ValueError, match="sequence 0 is not one of this session's"):
@@ -139,6 +177,9 @@ STARTS = [
     ({"num_slots": None}, "no prompts were given; give at least one, or num_slots"),
     ({"max_length": 65}, "max_length = 65 must be at least what the requests need .1. and at most the model's 64"),
     ({"exits": ("x",)}, "exits names 'x', which the model does not have; its exits are a, b"),
+    ({"mode": "typo"}, "mode = 'typo' is unknown; use one of early_exit"),
+    ({"mode": "typo", "exits": ("a",)}, "mode = 'typo' is unknown; use one of early_exit"),
+    ({"mode": "early_exit", "exits": ("a",), "policy": ExitPolicy(0.5, active=("x",))}, "active names the exit 'x'"),
 ]
 
 
@@ -146,6 +187,13 @@ STARTS = [
 def test_sessions_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         EarlyExitEngine(scripted()).start([], **({"mode": "full", "num_slots": 1} | change))
+
+
+def test_a_mode_that_is_none_is_refused_beside_requests_that_bring_their_own():
+    request = Request((1, 2), 3, mode="full")
+    assert EarlyExitEngine(scripted()).start([request]).num_free_slots == 0, "the default needs no policy here"
+    with pytest.raises(ValueError, match="mode = 'typo' is unknown"):
+        EarlyExitEngine(scripted()).start([request], mode="typo")
 
 
 def test_a_cache_without_truncate_can_do_what_does_not_need_it():
@@ -187,3 +235,11 @@ def test_a_cache_that_forgets_nothing_is_noticed(mode, monkeypatch):
             if session.finished:
                 session.add(Request((1, 2), 4))
             session.step()
+
+
+def test_a_confidence_that_is_a_little_off_is_noticed():
+    """The control of the comparison."""
+    (event,) = EarlyExitEngine(scripted()).start([Request((1, 2), 1, mode="full")]).step()
+    assert told([event]) == facts([event])
+    for change in ({"confidence": event.confidence + 1e-4}, {"logprob": event.logprob - 1e-4}):
+        assert told([dataclasses.replace(event, **change)]) != facts([event])

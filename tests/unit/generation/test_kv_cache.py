@@ -102,7 +102,7 @@ def test_writing_twice_gaps_and_overflow_are_caught():
         cache.write(0, Items.of({1: [1, 2]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
     with pytest.raises(AssertionError, match="second time"):
         cache.write(0, Items.of({1: [0, 3]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
-    cache.forget(1)
+    cache.truncate(1, 0)
     assert cache.valid(0)[1].sum() == 0 and cache.valid(0)[0].sum() == 1
     cache.write(0, Items.of({1: [0]}), kv, kv)
 

@@ -9,6 +9,7 @@ lengths of its intervals. A number that is asked for again, after a draft was th
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -121,7 +122,10 @@ def expected_outputs(request):
     while open_ends:
         tokens, probability = open_ends.pop()
         text = [*request.prompt, *tokens]
-        p = distribution(logits_of(None, text[-1], len(text) - 1), request.sampling, text)
+        logits = logits_of(None, text[-1], len(text) - 1)
+        if len(tokens) < request.min_new_tokens:
+            logits[list(request.stop_tokens)] = -math.inf
+        p = distribution(logits, request.sampling, text)
         for token, own in enumerate(p.tolist()):
             longer = (*tokens, token)
             if own > 0 and (len(longer) == request.max_new_tokens or token in request.stop_tokens):
@@ -166,6 +170,18 @@ def test_with_stop_tokens_too(numbers):
     request = Request((1,), 4, SamplingParams(greedy=False), stop_tokens=frozenset({2}))
     found, _ = enumerate_outputs(numbers, request, POLICIES[0])
     assert_equal(found, expected_outputs(request))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["always", "sometimes"])
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_with_stop_tokens_and_a_least_length_too(numbers, least, policy):
+    request = Request((1,), 4, SamplingParams(greedy=False, top_p=0.9), frozenset({2}), min_new_tokens=least)
+    found, _ = enumerate_outputs(numbers, request, policy)
+    expected = expected_outputs(request)
+    assert_equal(found, expected)
+    assert min(map(len, expected)) == least + 1
+    with pytest.raises(AssertionError):  # the control: another least length is another distribution
+        assert_equal(found, expected_outputs(dataclasses.replace(request, min_new_tokens=least - 1)))
 
 
 def test_the_other_modes_by_the_same_enumeration(numbers):

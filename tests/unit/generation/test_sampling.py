@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from nemo_ee.generation.sampling import GREEDY, SamplingParams, distribution, draw, sample, uniform
+from nemo_ee.generation.sampling import GREEDY, SamplingParams, choose, distribution, draw, sample, uniform
 
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 2
 PREVIOUS = [[1, 2, 3], [], [39, 39], [5], [0, 7]]
@@ -76,6 +76,25 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert mixed == [*alone[:4], int(LOGITS[4].argmax())]
     # The control: another seed or position does change what is drawn somewhere.
     assert [sample(LOGITS, params, [p + k for p in positions], PREVIOUS) for k in range(1, 4)] != [together] * 3
+
+
+def test_what_was_drawn_comes_with_its_distribution():
+    params = [SamplingParams(greedy=False, top_k=7), GREEDY, SamplingParams(repetition_penalty=1.2)]
+    first, *others = choose(LOGITS[:3], params, [0, 0, 0], PREVIOUS[:3])
+    assert torch.equal(first.distribution, distribution(LOGITS[0], params[0], PREVIOUS[0]))
+    assert [other.distribution for other in others] == [None, None]
+
+
+def test_plain_rows_take_one_argmax_whoever_is_beside_them(monkeypatch):
+    argmax, seen = torch.Tensor.argmax, []
+
+    def noted(self, *args, **kwargs):
+        seen.append(tuple(self.shape))
+        return argmax(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", noted)
+    choose(LOGITS, [GREEDY, SamplingParams(greedy=False), GREEDY, GREEDY, GREEDY], [0] * 5, [()] * 5)
+    assert seen == [(5, 40)]
 
 
 def test_all_faults_in_one_message():

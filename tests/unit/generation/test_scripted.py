@@ -254,3 +254,22 @@ def test_the_scripted_model_does_detect_wrong_engines():
     with pytest.raises(AssertionError, match="taken as depth"):
         rows = descent._embed({0: Feed(2, (4,))})
         model.run(rows.hidden, descent.items_of(rows.positions), 3, 8, model.cache)
+
+
+def test_a_sequence_that_has_ended_cuts_no_flight_any_more():
+    """Its exits' stops go with it, and come back for the flush of what waits."""
+    model = model_that_is_sure(lambda *_: True)
+    requests = [Request((1, 2), 4), Request((3,), 9, mode="full")]
+    session = EarlyExitEngine(model).start(requests, policy=ExitPolicy(0.5))
+    for _ in range(4):
+        session.step()
+    before = len(model.cache.rows_per_run)
+    session.step()
+    assert model.cache.rows_per_run[before:] == [(0, 12, 1)] and session.waiting(0) == 3
+    session.cancel(1)
+    session.flush()
+    assert session.waiting(0) == 0 and all((0, 4) in done for done in model.cache.computed.values())
+    session.add(Request((5,), 3))
+    while not session.finished:
+        session.step()
+    assert {(0, 3, 1), (3, 8, 3)} <= set(model.cache.rows_per_run), "the control: exits do cut"

@@ -311,10 +311,32 @@ def test_scores_are_the_full_models():
 def test_a_check_that_keeps_everything_is_noticed(monkeypatch):
     """The control: without the check the output is not the full model's."""
 
-    def keeps(logits, drafts, params, previous):
+    def keeps(logits, drafts, params, position, previous):
         return iter([(draft.token, True) for draft in drafts])
 
     monkeypatch.setattr(session_module, "check", keeps)
     request = Request((1, 2), 8)
     events, _, _ = decode(scripted(lambda *_: False), [request], ExitPolicy(0.5, max_waiting=2))
     assert [event.token for event in events] != full_tokens(request)[0]
+
+
+def test_no_copy_of_the_text_is_made_where_nobody_reads_it(monkeypatch):
+    """A long context costs nothing per token but where a repetition penalty looks at it."""
+    choose, check, lengths = session_module.choose, session_module.check, []
+
+    def choosing(logits, params, positions, previous, purpose):
+        lengths.extend(map(len, previous))
+        return choose(logits, params, positions, previous, purpose)
+
+    def checking(logits, drafts, params, position, previous):
+        lengths.append(len(previous))
+        return check(logits, drafts, params, position, previous)
+
+    monkeypatch.setattr(session_module, "choose", choosing)
+    monkeypatch.setattr(session_module, "check", checking)
+    for penalty, longest in ((1.0, 0), (1.1, 42)):
+        lengths.clear()
+        for greedy in (True, False):
+            request = Request((1,) * 40, 4, SamplingParams(greedy=greedy, repetition_penalty=penalty))
+            decode(scripted(lambda *_: True), [request], ExitPolicy(0.5))
+        assert max(lengths) >= longest and (longest or not any(lengths))

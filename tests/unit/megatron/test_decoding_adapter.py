@@ -48,8 +48,9 @@ NEVER_MET = 1.0 - 1e-7  # asked all the same, unlike 1.0
 FAMILIES = sorted(TINY_MODELS)
 
 
-def transformer_config(config: dict[str, Any], tensor_parallel_size: int) -> Any:
-    """Megatron's config from a `nemo_config()`, on its local modules."""
+def transformer_config(config: dict[str, Any]) -> Any:
+    """Megatron's config from a `nemo_config()`, on its local modules and the layout that is set up."""
+    from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
     from torch.nn import functional
 
@@ -69,7 +70,9 @@ def transformer_config(config: dict[str, Any], tensor_parallel_size: int) -> Any
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         use_cpu_initialization=True,
-        tensor_model_parallel_size=tensor_parallel_size,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_dtype=torch.float32,
         **{name: config[name] for name in names},
     )
 
@@ -81,14 +84,15 @@ def build(
     full_depth: bool = True,
     rotary_percent: float = 1.0,
     drawn: bool = True,
+    layers_per_stage: Sequence[int] | None = None,
 ) -> Any:
-    """An `EarlyExitGPTModel` with the weights of a Hugging Face directory.
+    """An `EarlyExitGPTModel` with the weights of a Hugging Face directory, this rank's stage of it.
 
     Exits are drawn at random, or initialised as their `init` says (the same values under any layout).
     """
     from megatron.core import parallel_state
 
-    from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel
+    from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
     from nemo_ee.megatron.exit_head_init import initialise_exit_head
     from nemo_ee.megatron.layer_spec import backbone_specs
 
@@ -96,18 +100,24 @@ def build(
     config = source.backbone.nemo_config()
     num_layers = config["num_layers"]
     early_exit = EarlyExitConfig.from_mapping({"exits": list(exits)}, num_layers=num_layers)
-    (placement,) = place_exits(early_exit.exits, num_layers=num_layers, num_stages=1, full_depth=full_depth)
-    transformer = transformer_config(config, parallel_state.get_tensor_model_parallel_world_size())
+    stage, num_stages = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    sizes = {"num_layers": num_layers, "num_stages": num_stages, "layers_per_stage": layers_per_stage}
+    placements = place_exits(early_exit.exits, full_depth=full_depth, **sizes)
+    transformer = transformer_config(config)
+    set_layer_split(transformer, placements)
     model = EarlyExitGPTModel(
         transformer,
         specs=backbone_specs(transformer, transformer_engine=False),
-        placement=placement,
+        placement=placements[stage],
         full_depth=full_depth,
         vocab_size=config["vocab_size"],
         padded_vocab_size=-(-config["vocab_size"] // 16) * 16,
         max_sequence_length=config["max_position_embeddings"],
-        pre_process=True,
-        post_process=True,
+        pre_process=stage == 0,
+        post_process=stage == num_stages - 1,
         share_embeddings_and_output_weights=config["share_embeddings_and_output_weights"],
         position_embedding_type=config["position_embedding_type"],
         rotary_percent=rotary_percent,

@@ -1,0 +1,144 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A `.nemo`'s architecture, read once with NeMo's own defaults; what no stock class of any target computes is refused.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_SWIGLU = ("swiglu", "fast-swiglu")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a backbone is, read once from a `.nemo`'s config with NeMo's own defaults."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layer_norm: bool
+    norm_epsilon: float
+    hidden_act: str
+    bias: bool
+    qkv_bias: bool
+    learned_positions: bool
+    rotary_base: float
+    rotary_scaling: dict[str, Any] | None
+    tied: bool
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has the two branches `fc` (activated) and `gate` (linear)."""
+        return self.hidden_act == "silu"
+
+
+def read_architecture(
+    config: Mapping[str, Any], *, stored_rows: int, max_positions: int | None, erf_gelu: bool = False
+) -> Architecture:
+    """Read a `.nemo`'s model config.
+
+    Args:
+        config: plain values.
+        stored_rows: rows of the stored word embeddings; the vocabulary size where the config has none, as NeMo's own
+            exporter has it.
+        max_positions: overrides the config's `max_position_embeddings`.
+        erf_gelu: the exact GELU can be computed where this goes, and is called `gelu_erf`; TensorRT-LLM has only the
+            tanh approximation.
+
+    Raises:
+        ValueError: what no stock class computes, all in one message.
+    """
+    get = config.get
+    heads, hidden = int(get("num_attention_heads") or 1), int(get("hidden_size") or 1)
+    normalization = str(get("normalization") or "layernorm").lower()
+    activation = str(get("activation") or "gelu").lower()
+    positions = str(get("position_embedding_type") or "learned_absolute").lower()
+    # NeMo fuses bias and activation unless told not to, and Megatron's fused GELU is the tanh approximation.
+    tanh_gelu = bool(get("openai_gelu") or activation == "openai-gelu" or get("bias_activation_fusion", True))
+    llama_like = normalization == "rmsnorm" and activation in _SWIGLU and positions == "rope"
+    gpt_like = normalization == "layernorm" and activation in ("gelu", "openai-gelu", "relu")
+    gpt_like = gpt_like and positions == "learned_absolute"
+    faults = []
+    if not llama_like and not gpt_like:
+        faults.append(
+            f"normalization={normalization}, activation={activation}, position_embedding_type={positions}: no stock "
+            "class is known for this; supported are (rmsnorm, swiglu, rope) and (layernorm, gelu or relu, "
+            "learned_absolute)"
+        )
+    if gpt_like and activation == "gelu" and not tanh_gelu and not erf_gelu:
+        faults.append("activation=gelu without openai_gelu: TensorRT-LLM's GELU is the tanh approximation, not this")
+    if gpt_like and get("qkv_bias") and not get("bias", True):
+        faults.append("qkv_bias without bias: GPTForCausalLM has one switch for all biases")
+    faults += _faults_of_settings(get)
+    scaling = None
+    if llama_like:
+        scaling, fault = _rotary_scaling(get)
+        faults += fault
+    if faults:
+        raise ValueError("; ".join(faults))
+    bias = bool(get("bias", True))
+    qkv_bias = bool(get("qkv_bias", False)) or bias
+    length = max_positions or get("max_position_embeddings") or get("encoder_seq_length")
+    act = "silu" if llama_like else "relu" if activation == "relu" else "gelu" if tanh_gelu else "gelu_erf"
+    return Architecture(
+        num_layers=int(config["num_layers"]),
+        hidden_size=hidden,
+        ffn_hidden_size=int(get("ffn_hidden_size") or 4 * hidden),
+        num_attention_heads=heads,
+        num_query_groups=int(get("num_query_groups") or heads),
+        kv_channels=int(get("kv_channels") or hidden // heads),
+        vocab_size=int(get("vocab_size") or stored_rows),
+        max_position_embeddings=int(length),
+        layer_norm=gpt_like,
+        norm_epsilon=float(get("layernorm_epsilon") or 1e-5),
+        hidden_act=act,
+        bias=bias,
+        qkv_bias=qkv_bias,
+        learned_positions=gpt_like,
+        rotary_base=float(get("rotary_base") or 10000.0),
+        rotary_scaling=scaling,
+        tied=bool(get("share_embeddings_and_output_weights", True)),
+    )
+
+
+def _faults_of_settings(get) -> list[str]:  # noqa: ANN001
+    refused = {
+        "mcore_gpt": (get("mcore_gpt", True) is False, "NeMo's legacy GPT is not supported"),
+        "transformer_block_type": (get("transformer_block_type", "pre_ln") != "pre_ln", "must be pre_ln"),
+        "rotary_percentage": (float(get("rotary_percentage", 1.0)) != 1.0, "must be 1.0"),
+        "rotary_interleaved": (bool(get("rotary_interleaved")), "must be False"),
+        "num_moe_experts": (bool(get("num_moe_experts")), "mixtures of experts are not supported"),
+        "window_size": (get("window_size") is not None, "attention windows are not supported"),
+        "layernorm_zero_centered_gamma": (bool(get("layernorm_zero_centered_gamma")), "must be False"),
+        "apply_query_key_layer_scaling": (bool(get("apply_query_key_layer_scaling")), "must be False"),
+    }
+    return [f"{key}={get(key)!r}: {why}" for key, (wrong, why) in refused.items() if wrong]
+
+
+def _rotary_scaling(get) -> tuple[dict[str, Any] | None, list[str]]:  # noqa: ANN001
+    """The scaling with Hugging Face's names; its kind under `type` and `rope_type`, since readers differ."""
+    factor = get("seq_len_interpolation_factor")
+    if factor is not None and get("scale_positional_embedding"):
+        return None, ["seq_len_interpolation_factor and scale_positional_embedding: one of them only"]
+    if factor is not None:
+        return {"type": "linear", "rope_type": "linear", "factor": float(factor)}, []
+    if not get("scale_positional_embedding"):
+        return None, []
+    return {
+        "type": "llama3",
+        "rope_type": "llama3",
+        "factor": float(get("scale_factor", 8)),
+        "low_freq_factor": float(get("low_freq_factor", 1)),
+        "high_freq_factor": float(get("high_freq_factor", 4)),
+        "original_max_position_embeddings": int(get("old_context_len", 8192)),
+    }, []

@@ -1,0 +1,112 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Check one exported Hugging Face directory against its config.json and, when given, the `.nemo`.
+
+May import: torch, safetensors, nemo_ee.checkpoint, nemo_ee.export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nemo_ee.checkpoint.huggingface_families import backbone_from_config
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
+from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+
+FORMAT = "huggingface"
+# What the importer's reader refuses in a source, and an export says of itself.
+_NOT_READ = ("_remove_final_layer_norm", "auto_map")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
+    """Every fault of the directory.
+
+    Args:
+        artefact: its entry in the manifest.
+        source: the opened `.nemo`, to compare the numbers with.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plan, dtype = _plan(config, artefact), DTYPES[config["torch_dtype"]]
+    shapes = {piece.name: piece.shape for reading in plan for piece in reading.written}
+    faults: list[str] = []
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for name in _file_names(folder):
+            file = stack.enter_context(safe_open(folder / name, framework="pt", device="cpu"))
+            files |= dict.fromkeys(file.keys(), file)
+        faults += [f"{name} is missing" for name in shapes if name not in files]
+        faults += [f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys())]
+        for name in shapes.keys() & files.keys():
+            stored = files[name].get_slice(name)
+            if tuple(stored.get_shape()) != shapes[name]:
+                faults.append(f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}")
+            if stored.get_dtype() != DTYPE_NAMES[dtype]:
+                faults.append(f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}")
+        faults += _index_faults(folder, files)
+        if source is not None and not faults:
+            faults += _weight_faults(plan, files, source, dtype)
+    return faults
+
+
+def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
+    """The readings of the model that a config.json describes; the origins are those of its export."""
+    values = {key: value for key, value in config.items() if key not in _NOT_READ}
+    # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
+    backbone = backbone_from_config(values, 1)
+    layers, tied = backbone.num_layers, backbone.share_embeddings_and_output_weights
+    if artefact["kind"] == "exit":
+        shape = artefact["architecture"]
+        exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
+        model = draft_model(exit)
+        return readings(backbone, model, final_norm=shape != "embedding")
+    table = (config.get("early_exit") or {}).get("exits", []) if artefact["kind"] == "early_exit" else []
+    exits = [
+        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
+    ]
+    model = full_model(layers, exits, tied=tied, write_output=not tied)
+    return readings(backbone, model, model.exits)
+
+
+def _file_names(folder: Path) -> list[str]:
+    if not (folder / _INDEX).is_file():
+        return [_SINGLE]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _index_faults(folder: Path, files: dict[str, Any]) -> Iterator[str]:
+    if not (folder / _INDEX).is_file():
+        return
+    weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for name in sorted(weight_map.keys() ^ files.keys()):
+        yield f"{name} is in only one of {_INDEX} and the files"
+
+
+def _weight_faults(
+    plan: list[Reading], files: dict[str, Any], source: EarlyExitSource, dtype: torch.dtype
+) -> Iterator[str]:
+    for reading in plan:
+        if not reading.written:
+            continue
+        origin = reading.origin
+        where = origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"
+        if source.shape(origin) is None:
+            yield f"{where} is not in the .nemo"
+            continue
+        tensor = source.read(origin, reading.shape, dtype)
+        for piece in reading.written:
+            if not torch.equal(files[piece.name].get_tensor(piece.name), torch.cat(list(parts_of(tensor, piece)))):
+                yield f"{piece.name} differs from {where} of the .nemo"

@@ -1,0 +1,72 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""An output directory that is whole or not there: written under another name, synced, renamed.
+
+May import: nemo_ee.checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_ee.checkpoint.nemo_archive import sync_directory
+
+
+def output_faults(output: Path) -> list[str]:
+    """Why a directory cannot be written, before anything is."""
+    faults = []
+    if output.is_dir() and any(output.iterdir()):
+        faults.append(f"output={output} is not empty; name a new directory")
+    elif output.exists() and not output.is_dir():
+        faults.append(f"output={output} is a file; name a new directory")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        faults.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
+    return faults
+
+
+@contextlib.contextmanager
+def whole_directory(output: Path, num_bytes: int) -> Iterator[Path]:
+    """`<output>.partial` to write to; it gets its name when the context ends without an exception, else it is removed.
+
+    Args:
+        output: absent, or an empty directory.
+        num_bytes: about what will be written.
+
+    Raises:
+        ValueError: not enough space, or a disk that does not take the files.
+    """
+    output = output.absolute()
+    partial = output.with_name(output.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if num_bytes > free:
+            raise ValueError(f"output={output} needs {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+        yield partial
+        _sync(partial)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(partial, output)
+        sync_directory(output.parent)
+    except OSError as fault:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"output={output} could not be written ({fault}); nothing was left there") from fault
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_directory(path)
+    sync_directory(directory)

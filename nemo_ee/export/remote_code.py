@@ -1,0 +1,82 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The Python files of `hf_early_exit/`: the runtime and the engine, copied, for `trust_remote_code=True`.
+
+transformers runs a directory's own code from files beside config.json. They are made from this package as it is at the
+time of the export: `nemo_ee.runtime.auto_model` and everything of nemo_ee that it imports, with imports of one another
+made relative, and one small file that names the classes. The config class is the stock one's subclass, so that other
+models of the family load as before.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT_MODULE = "nemo_ee.runtime.auto_model"
+MODELING = "modeling_early_exit"
+STOCK_CONFIGS = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "gpt2": "GPT2Config",
+    "opt": "OPTConfig",
+}
+_IMPORT = re.compile(r"^(\s*)from (nemo_ee(?:\.\w+)+) import", re.MULTILINE)
+
+_TEMPLATE = '''# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A {family} with early exits for transformers. Written by nemo_ee's export, as are the files beside it.
+
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    model.generate(**tokenizer(text, return_tensors="pt"), early_exit_threshold=0.8)
+"""
+
+from transformers import {stock}
+
+from .{root} import EarlyExitCausalLM
+
+# transformers copies no files but those that this one names.
+{others}
+
+
+class EarlyExitConfig({stock}):
+    """The stock config; `early_exit` in it is the table of exits."""
+
+
+class EarlyExitForCausalLM(EarlyExitCausalLM):
+    """See `generate`."""
+
+    config_class = EarlyExitConfig
+'''
+
+
+def auto_map() -> dict[str, str]:
+    """What config.json says about the classes."""
+    return {"AutoConfig": f"{MODELING}.EarlyExitConfig", "AutoModelForCausalLM": f"{MODELING}.EarlyExitForCausalLM"}
+
+
+def remote_code(family: str) -> dict[str, str]:
+    """File name -> text of everything a directory of this family needs."""
+    files, waiting = {}, [ROOT_MODULE]
+    while waiting:
+        module = waiting.pop()
+        name = f"{_flat(module)}.py"
+        if name in files:
+            continue
+        text = Path(find_spec(module).origin).read_text(encoding="utf-8")
+        waiting += [match[2] for match in _IMPORT.finditer(text)]
+        files[name] = _IMPORT.sub(lambda match: f"{match[1]}from .{_flat(match[2])} import", text)
+    root = _flat(ROOT_MODULE)
+    stems = sorted(name.removesuffix(".py") for name in files if name != f"{root}.py")
+    others = "\n".join(f"from .{stem} import __name__ as _" for stem in stems)
+    files[f"{MODELING}.py"] = _TEMPLATE.format(family=family, stock=STOCK_CONFIGS[family], root=root, others=others)
+    return dict(sorted(files.items()))
+
+
+def _flat(module: str) -> str:
+    """`nemo_ee.runtime.model` -> `early_exit_runtime_model`."""
+    return "early_exit_" + module.removeprefix("nemo_ee.").replace(".", "_")

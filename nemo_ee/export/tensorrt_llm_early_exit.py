@@ -1,0 +1,118 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What an export carries so that TensorRT-LLM can leave early: thresholds in config.json, a model file beside it.
+
+    engine backend     tensorrt_llm_model.py beside trtllm_ckpt/       for trtllm-build --model_cls_file
+    PyTorch backend    hf_early_exit/early_exit_trtllm/__init__.py     for trtllm-serve --custom_module_dirs
+
+The model files are copied as they are and are never imported here.
+
+May import: nemo_ee.exits, nemo_ee.generation.policy, nemo_ee.export.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.policy import ExitPolicy
+
+ENGINE_FILE = "tensorrt_llm_model.py"
+# `architecture` of a unified checkpoint -> class of ENGINE_FILE.
+ENGINE_CLASSES = {
+    "LlamaForCausalLM": "EarlyExitLlamaForCausalLM",
+    "Qwen2ForCausalLM": "EarlyExitQwen2ForCausalLM",
+}
+ENGINE_CRITERIA = ("max_probability", "entropy")
+PYTORCH_FILE = "tensorrt_llm_pytorch_model.py"
+PYTORCH_PACKAGE = "early_exit_trtllm"
+PYTORCH_FAMILIES = ("llama", "mistral", "qwen2")
+VERIFIED = "on an eager stand-in of the API it uses, on the CPU; no real TensorRT-LLM has loaded it"
+
+
+def threshold_block(
+    exits: Sequence[ExitConfig], thresholds: float | Mapping[str, float] | None, criterion: str
+) -> dict[str, Any]:
+    """`criterion` and `thresholds` for `early_exit` in config.json; empty without thresholds.
+
+    Args:
+        exits: those that are exported.
+        thresholds: a number for all exits without attention of their own, or numbers by name, or None.
+        criterion: one of `nemo_ee.exits.confidence.CRITERIA`.
+
+    Raises:
+        ValueError: numbers or names that do not fit.
+    """
+    if thresholds is None:
+        return {}
+    named = thresholds if isinstance(thresholds, Mapping) else None
+    attending = [exit.name for exit in exits if exit.architecture == "layer"]
+    if named is not None and any(name in attending for name in named):
+        refused = ", ".join(name for name in attending if name in named)
+        raise ValueError(
+            f"thresholds: {refused}: TensorRT-LLM has no cache for the attention of `layer` exits; leave them out"
+        )
+    points = [ExitPoint(exit.name, exit.layer, 2 * exit.layer) for exit in exits if exit.name not in attending]
+    policy = ExitPolicy(thresholds, criterion, None if named is None else tuple(named))
+    asked = {exit.point.name: exit.threshold for exit in policy.asked_exits(points)}
+    return {"criterion": criterion, "thresholds": asked}
+
+
+def threshold_faults(
+    exits: Sequence[ExitConfig],
+    thresholds: float | Mapping[str, float] | None,
+    criterion: str,
+    criteria: Sequence[str] | None = None,
+) -> list[str]:
+    """What `threshold_block` would raise, and a criterion that is not among `criteria`."""
+    try:
+        threshold_block(exits, thresholds, criterion)
+    except ValueError as fault:
+        return [str(fault)]
+    if thresholds is not None and criteria is not None and criterion not in criteria:
+        return [f"criterion={criterion!r}: an engine has {' and '.join(criteria)}; use one of them"]
+    return []
+
+
+def copy_engine_file(to: Path, architecture: str) -> dict[str, Any] | None:
+    """Copy the engine's model file into `to`; its entry for the manifest. None where no class of it fits."""
+    if architecture not in ENGINE_CLASSES:
+        return None
+    shutil.copyfile(Path(__file__).with_name(ENGINE_FILE), to / ENGINE_FILE)
+    return {
+        "file": ENGINE_FILE,
+        "class": ENGINE_CLASSES[architecture],
+        "loads": "trtllm_ckpt",
+        "backend": "TensorRT engines, TensorRT-LLM 0.20.0 to 1.2.1",
+        **_decision("runs the attention of every layer, skips MLPs"),
+    }
+
+
+def copy_pytorch_package(to: Path, family: str) -> dict[str, Any] | None:
+    """Copy the PyTorch backend's model file into `to` as a package; its entry for the manifest, or None."""
+    if family not in PYTORCH_FAMILIES:
+        return None
+    (to / PYTORCH_PACKAGE).mkdir()
+    shutil.copyfile(Path(__file__).with_name(PYTORCH_FILE), to / PYTORCH_PACKAGE / "__init__.py")
+    return {
+        "file": f"{to.name}/{PYTORCH_PACKAGE}/__init__.py",
+        "class": None,
+        "loads": to.name,
+        "backend": "PyTorch, TensorRT-LLM 1.0 to 1.2",
+        **_decision("runs the attention of skipped layers for their keys and values, skips MLPs"),
+    }
+
+
+def _decision(work: str) -> dict[str, Any]:
+    return {
+        "leaves": "when an exit is sure of every sequence of a decoding step",
+        "work": work,
+        "lossless": False,
+        "kv": "propagate",
+        "max_batch": None,  # no limit, but the more sequences, the rarer they agree
+        "verified": VERIFIED,
+    }

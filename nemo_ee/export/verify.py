@@ -1,0 +1,53 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Check an export: hashes, config fields, names, shapes and shards; with its `.nemo`, every number.
+
+A directory without faults is what its format asks for, not one that was run.
+
+May import: safetensors, nemo_ee.export.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from nemo_ee.export import huggingface_verify, tensorrt_llm_verify
+from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.manifest import file_faults, read_manifest
+
+
+def verify_export(
+    directory: str | Path, checkpoint: str | Path | None = None, backbone: str | Path | None = None
+) -> list[str]:
+    """Every fault found, none for a good export.
+
+    Args:
+        directory: output of an export.
+        checkpoint: the `.nemo` it was made from, to compare the weights with.
+        backbone: see `EarlyExitSource`.
+
+    Raises:
+        ValueError: no manifest, or the `.nemo` cannot be read.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    faults = file_faults(directory, manifest)
+    with ExitStack() as stack:
+        source = None
+        if checkpoint is not None:
+            source = stack.enter_context(EarlyExitSource(checkpoint, backbone))
+            made_of = manifest.get("source", {}).get("backbone_fingerprint")
+            if None not in (made_of, source.fingerprint) and made_of != source.fingerprint:
+                faults.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
+        for artefact in manifest.get("artefacts", []):
+            name, check = str(artefact.get("directory")), tensorrt_llm_verify.artefact_faults
+            if artefact.get("format") == huggingface_verify.FORMAT:
+                check = huggingface_verify.artefact_faults
+            try:
+                faults += [f"{name}: {fault}" for fault in check(directory / name, artefact, source)]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
+                faults.append(f"{name}: cannot be read ({fault!r})")
+    return faults

@@ -1,0 +1,105 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From a request's `early_exit` field and the server's defaults to a mode and a policy for the engine.
+
+May import: the standard library, nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.serving.{certified,errors}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_ee.checkpoint.certificate import Certificate
+from nemo_ee.generation.items import DecodingModel
+from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
+from nemo_ee.serving.certified import find_certificate
+from nemo_ee.serving.errors import ApiError, shown
+
+# What a mode does not look at is refused, so that nobody believes it was.
+_UNUSED = {
+    "full": ("threshold", "certificate", "exits", "max_waiting"),
+    "static_depth": ("threshold", "certificate", "max_waiting"),
+    "self_speculative": ("certificate",),
+    "early_exit": (),
+}
+
+
+@dataclass(frozen=True)
+class ExitChoice:
+    """How a request's tokens leave, and the certificate that says so, if one does."""
+
+    mode: str
+    policy: ExitPolicy
+    certificate: Certificate | None = None
+
+
+def exit_choice(
+    given: Mapping[str, Any] | None,
+    model: DecodingModel,
+    default: ExitChoice,
+    certificates: Mapping[str, Certificate],
+) -> ExitChoice:
+    """Check the field against the model.
+
+    Args:
+        given: the request's `early_exit`, keys known, values not; None or {} = the server's defaults.
+        model: whose exits are meant.
+        default: the server's; also for keys that are not given.
+        certificates: the model's, by name.
+
+    Raises:
+        ApiError: 400, with every fault.
+    """
+    if not given:
+        return default
+    # Someone who names a threshold or a certificate wants early exit, also where the server's own mode is another.
+    keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in given
+    mode = given.get("mode", default.mode if keeps else "early_exit")
+    faults = list(_faults(given, mode, [point.name for point in model.exits]))
+    if faults:
+        raise ApiError(400, "; ".join(faults), param="early_exit")
+    if "certificate" in given:
+        certificate = find_certificate(certificates, given["certificate"])
+        # Without thresholds only full depth was certified.
+        return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
+    try:
+        policy = ExitPolicy(
+            given.get("threshold", default.policy.thresholds),
+            criterion=given.get("criterion", default.policy.criterion),
+            active=given.get("exits", default.policy.active),
+            max_waiting=given.get("max_waiting", default.policy.max_waiting),
+        )
+        course_of(mode, policy, model.exits, model.num_layers)
+    except (ValueError, TypeError) as fault:
+        raise ApiError(400, f"early_exit: {fault}", param="early_exit") from None
+    return ExitChoice(mode, policy)
+
+
+def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
+    if mode not in MODES:
+        yield f"early_exit.mode = {shown(mode)} is unknown; use one of {', '.join(MODES)}"
+        return
+    unused = [key for key in _UNUSED[mode] if key in given]
+    if unused:
+        yield f"early_exit: mode {mode!r} does not look at {', '.join(unused)}; leave that out or use another mode"
+    if "certificate" in given:
+        other = [key for key in ("threshold", "exits", "criterion", "max_waiting") if key in given]
+        if other:
+            yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
+    exits = given.get("exits")
+    if exits is not None:
+        if not isinstance(exits, list) or any(not isinstance(name, str) for name in exits):
+            yield f"early_exit.exits = {shown(exits)} must be a list of names, of {', '.join(known) or 'none'}"
+            return
+        unknown = [name for name in exits if name not in known]
+        if unknown:
+            yield f"early_exit.exits names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
+    threshold = given.get("threshold")
+    if threshold is not None and not isinstance(threshold, int | float | dict):
+        yield f"early_exit.threshold = {shown(threshold)} must be a number, or an object of numbers by exit"
+    if given.get("criterion") is not None and not isinstance(given["criterion"], str):
+        yield f"early_exit.criterion = {shown(given['criterion'])} must be a name"
+    if "criterion" in given and "threshold" not in given and mode in ("early_exit", "self_speculative"):
+        yield "early_exit.criterion needs a threshold of its own; give both"

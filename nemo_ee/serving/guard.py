@@ -1,0 +1,79 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every request passes first: is this host name ours, is the key right, is there a web page behind it.
+
+Without keys the server listens on loopback only, where any web page in a browser on the machine can still reach it.
+Two rules keep pages out: the Host header must name loopback (a foreign name may be made to resolve to it), and a body
+must be declared as JSON (which a page cannot do across origins without being asked for permission, never given here).
+
+May import: starlette, nemo_ee.serving.{errors,settings}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from nemo_ee.serving.errors import ApiError
+from nemo_ee.serving.settings import is_loopback
+
+# Answered without a key: the page, which asks for one, and whether the server is up.
+OPEN_PATHS = ("/", "/health")
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what is guarded.
+        api_keys: any of which lets a request in; none = loopback only.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app, self._keys = app, [_digest(key) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it with an error."""
+        error = self._error(scope) if scope["type"] == "http" else None
+        if error is None:
+            await self._app(scope, receive, send)
+            return
+        headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+        await JSONResponse(error.to_mapping(), error.status, headers)(scope, receive, send)
+
+    def _error(self, scope: Scope) -> ApiError | None:
+        headers = Headers(scope=scope)
+        if not self._keys:
+            name = headers.get("host", "")
+            if not is_loopback(_without_port(name)):
+                return ApiError(403, f"the Host header {name[:60]!r} is not loopback; call 127.0.0.1 or localhost")
+        elif scope["path"] not in OPEN_PATHS and not self._knows(headers.get("authorization", "")):
+            message = "no or wrong API key; send the header Authorization: Bearer <key>"
+            return ApiError(401, message, code="invalid_api_key")
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                return ApiError(415, f"Content-Type is {kind[:60]!r}; send application/json")
+        return None
+
+    def _knows(self, authorization: str) -> bool:
+        kind, _, key = authorization.partition(" ")
+        given = _digest(key.strip())
+        # Every key is compared, each in constant time, so that the answer's delay says nothing.
+        return any([hmac.compare_digest(given, known) for known in self._keys]) and kind.lower() == "bearer"
+
+
+def _digest(key: str) -> bytes:
+    """All keys at one length, so that not even that shows."""
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):  # [::1]:8000
+        return host[: host.find("]") + 1]
+    return host.rpartition(":")[0] if ":" in host else host

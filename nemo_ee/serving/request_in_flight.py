@@ -1,0 +1,95 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One request on its way: from the event loop to the model's thread and back.
+
+May import: the standard library, nemo_ee.serving.{errors,metrics,scheduler,served_model,text_stream}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from nemo_ee.serving.errors import ApiError
+from nemo_ee.serving.metrics import Metrics
+from nemo_ee.serving.protocol import Call
+from nemo_ee.serving.scheduler import QueueFull, Scheduler, Stopped, Update, Work
+from nemo_ee.serving.served_model import Prepared, ServedModel
+from nemo_ee.serving.text_stream import TextStream
+
+
+class RequestInFlight:
+    """The sequences of one request, queued when this is made; whoever makes it calls `cancel` in the end.
+
+    Made and used in the event loop.
+
+    Args:
+        call, prepared: the request.
+        model: to make text with.
+        scheduler: to run on.
+        metrics: told when the first token came.
+        deadline: on `time.monotonic()`, in seconds.
+
+    Raises:
+        ApiError: 429 the queue is full, 503 the server is stopping.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        prepared: Prepared,
+        model: ServedModel,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        started: float,
+        deadline: float,
+    ) -> None:
+        self._scheduler, self._metrics, self._started, self._deadline = scheduler, metrics, started, deadline
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Queue()
+        self._works = [
+            Work(
+                request,
+                TextStream(model.decode, request.prompt, call.stops, request.stop_tokens),
+                lambda update, index=index: self._deliver(index, update),
+            )
+            for index, request in enumerate(prepared.requests)
+        ]
+        try:
+            scheduler.submit(self._works)
+        except QueueFull:
+            message = "too many requests are waiting; try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded") from None
+        except Stopped:
+            raise ApiError(503, "the server is stopping; try again later") from None
+
+    def _deliver(self, index: int, update: Update) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._news.put_nowait, (index, update))
+        except RuntimeError:  # the loop has ended, and with it everybody who would have listened
+            pass
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        self._scheduler.cancel(self._works)
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """(number of the answer, what is new of it), until all have ended.
+
+        Raises:
+            ApiError: 504 the time is over, 500 decoding failed.
+        """
+        left, waited = len(self._works), True
+        while left:
+            try:
+                index, update = await asyncio.wait_for(self._news.get(), self._deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                message = "the answer took longer than this server allows; ask for fewer tokens"
+                raise ApiError(504, message, code="timeout") from None
+            if update.error is not None:
+                raise update.error
+            if waited:
+                self._metrics.first_token.observe(time.monotonic() - self._started)
+                waited = False
+            left -= update.finish_reason is not None
+            yield index, update

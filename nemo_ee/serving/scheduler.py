@@ -1,0 +1,209 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Continuous batching: one thread that alone touches the model, and a bounded queue in front of it.
+
+    submit -> queue -> a free slot of the session -> a step of all sequences at once -> updates to each, as text
+
+Sequences join and leave between steps; what one of them gets does not depend on the others (see `DecodingSession`).
+
+May import: the standard library, nemo_ee.generation, nemo_ee.serving.{errors,metrics,text_stream}.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.session import DecodingSession
+from nemo_ee.generation.stats import Failure, TokenEvent
+from nemo_ee.serving.errors import ApiError
+from nemo_ee.serving.metrics import Metrics
+from nemo_ee.serving.text_stream import Piece, TextStream
+
+_LOG = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):
+    """More sequences wait than may."""
+
+
+class Stopped(Exception):
+    """The server takes nothing in any more."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of one sequence.
+
+    Attributes:
+        pieces: tokens with their text.
+        finish_reason: `stop` or `length` with the last update, else None.
+        error: what went wrong, with the last update, else None.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    finish_reason: str | None = None
+    error: ApiError | None = None
+
+
+@dataclass(eq=False)
+class Work:
+    """A sequence to generate.
+
+    Attributes:
+        request: what the engine is asked.
+        text: turns its tokens into text.
+        deliver: called in the model's thread with every `Update`; must not block.
+        cancelled: nobody wants it any more.
+    """
+
+    request: Request
+    text: TextStream
+    deliver: Callable[[Update], None]
+    cancelled: bool = field(default=False, init=False)
+
+
+class Scheduler:
+    """Runs sequences on a session.
+
+    Args:
+        start_session: makes an empty session; called again if a step fails.
+        max_queue: most sequences that may wait for a slot.
+        metrics: told about every step.
+    """
+
+    def __init__(self, start_session: Callable[[], DecodingSession], max_queue: int, metrics: Metrics) -> None:
+        self._start_session, self._max_queue, self._metrics = start_session, max_queue, metrics
+        self._session = start_session()
+        self._news = threading.Condition()  # guards what follows, up to the blank line
+        self._waiting: deque[Work] = deque()
+        self._stopping = False
+
+        self._running: dict[int, Work] = {}  # by index in the session; the model's thread only
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the model's thread runs and takes sequences."""
+        return self._thread.is_alive() and not self._stopping
+
+    def start(self) -> None:
+        """Start the model's thread."""
+        self._thread.start()
+
+    def submit(self, sequences: Sequence[Work]) -> None:
+        """Queue sequences, all or none.
+
+        Raises:
+            QueueFull, Stopped: none was queued.
+        """
+        with self._news:
+            if self._stopping or not self._thread.is_alive():
+                raise Stopped
+            # What a free slot takes at once does not wait.
+            if len(self._waiting) + len(sequences) > self._max_queue + self._session.num_free_slots:
+                raise QueueFull
+            self._waiting.extend(sequences)
+            self._metrics.queued.set(len(self._waiting))
+            self._news.notify()
+
+    def cancel(self, sequences: Sequence[Work]) -> None:
+        """End sequences before the next step; those that have ended stay as they are. They get no further update."""
+        with self._news:
+            for sequence in sequences:
+                sequence.cancelled = True
+            self._waiting = deque(one for one in self._waiting if not one.cancelled)
+            self._metrics.queued.set(len(self._waiting))
+            self._news.notify()
+
+    def stop(self) -> None:
+        """End what runs and waits with an error, and the thread. Returns when it has ended."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                if not self._running:
+                    continue
+                try:
+                    self._step()
+                except Exception as error:  # the next request deserves a session that is whole
+                    _LOG.exception("a decoding step failed")
+                    self._fail(ApiError(500, f"decoding failed: {error}"))
+                    self._session = self._start_session()
+        finally:  # also when no new session could be made: nobody may wait for a thread that has ended
+            self._stopping = True
+            self._fail(ApiError(503, "the server is stopping; try again later"))
+
+    def _take_in(self) -> bool:
+        """Wait for work, drop what was cancelled, fill free slots. Returns False when it is time to stop."""
+        with self._news:
+            while not (self._waiting or self._running or self._stopping):
+                self._news.wait()
+            if self._stopping:
+                return False
+            for index in [index for index, one in self._running.items() if one.cancelled]:
+                self._end(index)
+            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._session.num_free_slots))]
+            self._metrics.queued.set(len(self._waiting))
+        for sequence in taken:
+            try:
+                self._running[self._session.add(sequence.request)] = sequence
+                self._metrics.prompt_tokens.inc(len(sequence.request.prompt))
+            except ValueError as fault:
+                sequence.deliver(Update(error=ApiError(400, str(fault))))
+        self._metrics.running.set(len(self._running))
+        return True
+
+    def _end(self, index: int) -> None:
+        self._session.cancel(index)
+        del self._running[index]
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        events = self._session.step()
+        pieces: dict[int, list[Piece]] = {}
+        failed: dict[int, ApiError] = {}
+        for event in events:
+            own = pieces.setdefault(event.sequence, [])
+            if isinstance(event, Failure):
+                failed[event.sequence] = ApiError(500, f"decoding failed: {event.message}")
+            # A check may bring several tokens; those behind a stop string are nobody's.
+            elif self._running[event.sequence].text.finish_reason is None:
+                own.extend(self._running[event.sequence].text.push(event))
+        news = []
+        for index, own in pieces.items():
+            sequence = self._running[index]
+            news.append((sequence, Update(tuple(own), sequence.text.finish_reason, failed.get(index))))
+            if sequence.text.finish_reason is not None or index in failed:
+                self._end(index)
+        # Counted before it is told, so that whoever has an answer finds it in the metrics.
+        waiting = sum(self._session.waiting(index) for index in self._running)
+        tokens = [event for event in events if isinstance(event, TokenEvent)]
+        self._metrics.step(tokens, self._session.stats(()), waiting, time.perf_counter() - started)
+        self._metrics.running.set(len(self._running))
+        for sequence, update in news:
+            if not sequence.cancelled and (update.pieces or update.finish_reason or update.error):
+                sequence.deliver(update)
+
+    def _fail(self, error: ApiError) -> None:
+        """End everything with an error; when stopping, what waits too."""
+        lost = list(self._running.values())
+        self._running.clear()
+        if self._stopping:
+            with self._news:
+                lost += self._waiting
+                self._waiting.clear()
+        for sequence in lost:
+            if not sequence.cancelled:
+                sequence.deliver(Update(error=error))
+        self._metrics.running.set(0)

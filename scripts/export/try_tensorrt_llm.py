@@ -1,0 +1,171 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Try an export on a real TensorRT-LLM: for whoever has the GPU. This script has not been run on one.
+
+    python scripts/export/export_huggingface.py checkpoint=tuned.nemo output=hf thresholds=0.9
+    python scripts/export/export_tensorrt_llm.py checkpoint=tuned.nemo output=trt thresholds=0.9
+
+    python scripts/export/try_tensorrt_llm.py pytorch hf/hf_early_exit                # TensorRT-LLM 1.0 to 1.2
+    python scripts/export/try_tensorrt_llm.py engine trt --reference hf/hf_early_exit  # 0.20 (NGC 25.07) to 1.2.1
+
+Start it in the repository with PYTHONPATH=. in TensorRT-LLM's container; it needs torch, safetensors and transformers,
+which are there. It serves three prompts greedily, prints tokens per second beside those without exits, and compares
+the tokens with nemo_ee.runtime under `kv: propagate` on the CPU. In half precision some tokens differ: what counts is
+that most agree, and that a threshold of 1.0 gives the tokens without exits. --dry-run prints what would be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ("def main():", "import os\nimport sys\n", "class Parser:\n    def __init__(self")
+
+
+def build_command(export: Path, engine: Path, options: argparse.Namespace, class_name: str | None) -> list[str]:
+    """`trtllm-build` of `trtllm_ckpt/`; with a class name through the exported model file."""
+    command = [
+        "trtllm-build", "--checkpoint_dir", str(export / "trtllm_ckpt"), "--output_dir", str(engine),
+        "--gemm_plugin", "auto", "--max_batch_size", str(len(PROMPTS)), "--max_seq_len", str(options.max_seq_len),
+        "--workers", "1", "--reduce_fusion", "disable",
+    ]  # fmt: skip
+    if class_name is not None:
+        command += ["--model_cls_file", str(export / "tensorrt_llm_model.py"), "--model_cls_name", class_name]
+    return command
+
+
+def prompts_of(folder: Path) -> list[list[int]]:
+    """Token ids of the prompts; small numbers for a directory without a tokenizer."""
+    from nemo_ee.runtime.loader import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError:
+        return [list(range(2, 8 + index)) for index in range(len(PROMPTS))]
+    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+def generate(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], float]:
+    """Greedy tokens and tokens per second, the second of two runs."""
+    from tensorrt_llm import SamplingParams
+
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, top_k=1, ignore_eos=True)
+    for _ in range(2):
+        start = time.perf_counter()
+        outputs = llm.generate([list(prompt) for prompt in prompts], params)
+        seconds = time.perf_counter() - start
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return tokens, sum(map(len, tokens)) / seconds
+
+
+def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], what: str) -> None:
+    """Print how far the tokens agree: one that differs changes all behind it."""
+    for index, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        same = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
+        print(f"prompt {index}: the first {same} of {len(other)} tokens are {what}'s")
+
+
+def reference_tokens(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """The runtime's tokens under `kv: propagate`, on the CPU in fp32, with the directory's thresholds."""
+    from nemo_ee.generation.policy import ExitPolicy
+    from nemo_ee.runtime.loader import load_model
+    from nemo_ee.runtime.propagation import generate_propagating
+
+    block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["early_exit"]
+    thresholds = block.get("thresholds") or {}
+    policy = ExitPolicy(thresholds, block.get("criterion", "max_probability"), tuple(thresholds))
+    result = generate_propagating(
+        load_model(folder, dtype="float32"), prompts, max_new_tokens=[new_tokens] * len(prompts), policy=policy
+    )
+    left = sum(exit is not None for own in result.exits for exit in own)
+    print(f"reference: {left} of {new_tokens * len(prompts)} tokens leave early")
+    return list(map(list, result.tokens))
+
+
+def try_pytorch(options: argparse.Namespace) -> None:
+    """The PyTorch backend on `hf_early_exit/`, beside the stock class on `hf_full/` where that was exported."""
+    folder = options.directory
+    if options.dry_run:
+        print(f"trtllm-serve {folder} --backend pytorch --custom_module_dirs {folder / 'early_exit_trtllm'} "
+              "--extra_llm_api_options serve.yaml   # serve.yaml: cuda_graph_config: null")  # fmt: skip
+        return
+    # In this process, which has imported the classes; worker processes would have to import them too.
+    os.environ["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"
+    from tensorrt_llm import LLM
+    from tensorrt_llm.llmapi import KvCacheConfig
+
+    settings = {
+        "cuda_graph_config": None, "disable_overlap_scheduler": True, "max_batch_size": len(PROMPTS),
+        "max_seq_len": options.max_seq_len, "kv_cache_config": KvCacheConfig(enable_block_reuse=False),
+    }  # fmt: skip
+    prompts, full = prompts_of(folder), folder.with_name("hf_full")
+    if full.is_dir():
+        with LLM(model=str(full), **settings) as llm:
+            print(f"without exits: {generate(llm, prompts, options.new_tokens)[1]:.1f} tokens/s")
+    sys.path.insert(0, str(folder))
+    importlib.import_module("early_exit_trtllm")  # registers the classes
+    with LLM(model=str(folder), **settings) as llm:
+        tokens, speed = generate(llm, prompts, options.new_tokens)
+    print(f"with exits: {speed:.1f} tokens/s")
+    compare(tokens, reference_tokens(folder, prompts, options.new_tokens), "the runtime")
+
+
+def try_engine(options: argparse.Namespace) -> None:
+    """Engines of `trtllm_ckpt/`, by the stock class and by the exported one."""
+    export = options.directory
+    models = json.loads((export / "manifest.json").read_text(encoding="utf-8"))["early_exit_models"]
+    if not models:
+        raise SystemExit(f"{export}: no model file was exported with it; that is for Llama, Mistral and Qwen2 only")
+    runs = {"without exits": None, "with exits": models[0]["class"]}
+    tokens: list[list[int]] = []
+    for name, class_name in runs.items():
+        engine = options.engine_dir / name.replace(" ", "_")
+        command = build_command(export, engine, options, class_name)
+        print(" ".join(command))
+        if options.dry_run:
+            continue
+        subprocess.run(command, check=True)
+        try:
+            from tensorrt_llm._tensorrt_engine import LLM
+        except ImportError:  # 0.20: the engine backend is the default
+            from tensorrt_llm import LLM
+        from tensorrt_llm.llmapi import KvCacheConfig
+
+        prompts = prompts_of(options.reference or export / "tokenizer")
+        # Blocks of a request that left early hold approximate keys and values: not for the second run.
+        cache = KvCacheConfig(enable_block_reuse=False)
+        with LLM(model=str(engine), skip_tokenizer_init=True, kv_cache_config=cache) as llm:
+            tokens, speed = generate(llm, prompts, options.new_tokens)
+        print(f"{name}: {speed:.1f} tokens/s")
+    if options.reference is not None and not options.dry_run:
+        compare(tokens, reference_tokens(options.reference, prompts, options.new_tokens), "the runtime")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", choices=("pytorch", "engine"))
+    parser.add_argument("directory", type=Path, help="hf_early_exit (pytorch), or an export_tensorrt_llm.py's output")
+    parser.add_argument("--reference", type=Path, help="engine: hf_early_exit of the same .nemo, to compare with")
+    parser.add_argument("--engine-dir", type=Path, default=Path("engines"), help="engine: where to build")
+    parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
+    parser.add_argument("--max-seq-len", type=int, default=1024, help="tokens, prompt included")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    options = parser.parse_args(arguments)
+    if not options.dry_run:
+        import tensorrt_llm
+
+        print(f"tensorrt_llm {tensorrt_llm.__version__}")
+    (try_pytorch if options.backend == "pytorch" else try_engine)(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The page in a real, headless Chromium, driven over its debugging pipe: what a person sees after pressing Run.
+
+The text on the page is compared with the server's own answer; a page of hostile text shows that none of it is markup.
+`NEMO_EE_SCREENSHOTS=<folder>` keeps pictures of wide, dark and narrow windows, `NEMO_EE_SERVED_MODEL=<directory>`
+serves a tuned model instead of the untuned one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+import openai
+
+from nemo_ee.serving.serve import make_server
+from nemo_ee.serving.settings import ServerSettings
+from tests.conftest import CHROMIUM
+from tests.helpers.served_model import running, serve_config, write_exported_model
+
+pytestmark = pytest.mark.browser
+
+
+class Browser:
+    """A headless Chromium with one page, spoken to in its DevTools protocol over two pipes (nul-separated JSON)."""
+
+    def __init__(self, profile: Path) -> None:
+        binary = next(path for name in CHROMIUM if (path := shutil.which(name)))
+        to_read, self._write = os.pipe()
+        self._read, to_write = os.pipe()
+        flags = [
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+            *("--disable-background-networking", f"--user-data-dir={profile}", "--remote-debugging-pipe"),
+        ]
+        # Chromium reads commands from its descriptor 3 and answers on 4.
+        shell = f'exec "$0" "$@" about:blank 3<&{to_read} 4>&{to_write}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, binary, *flags],
+            pass_fds=(to_read, to_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self._number, self._buffer, self._session, self.events = 0, b"", None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """A command and its answer; events that come in between are kept."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._buffer:
+                data = os.read(self._read, 1 << 16)
+                assert data, "the browser has ended"
+                self._buffer += data
+            line, _, self._buffer = self._buffer.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def until(self, condition: str) -> None:
+        end = time.monotonic() + 60
+        while not self.run(condition):
+            assert time.monotonic() < end, f"never: {condition}; {self.run('document.body.innerText')}"
+            time.sleep(0.05)
+
+    def size(self, width: int, height: int, scheme: str = "light", mobile: bool = False) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def picture(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def key(self, name: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=name)
+
+    def faults(self) -> list[str]:
+        """What the page complained about: exceptions, refused scripts and styles, failed requests."""
+        kinds = ("Runtime.exceptionThrown", "Log.entryAdded")
+        return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._read)
+        os.close(self._write)
+
+
+TUNED_MODEL = os.environ.get("NEMO_EE_SERVED_MODEL")  # makes better pictures
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if TUNED_MODEL:
+        return Path(TUNED_MODEL)
+    return write_exported_model(tmp_path_factory.mktemp("served") / "hf_early_exit")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path):
+    threshold = 0.6 if TUNED_MODEL else 0.1
+    return make_server(ServerSettings.from_config(serve_config(model, name="reference-model", threshold=threshold)))
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    with running(server) as address:
+        yield address
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    own = Browser(tmp_path / "profile")
+    yield own
+    own.close()
+
+
+IDLE = "document.getElementById('run')?.disabled === false"
+TOKENS = "[...document.querySelectorAll('#own-text .token')]"
+
+
+def test_a_prompt_typed_and_run(url: str, browser: Browser, tmp_path: Path) -> None:
+    pictures = Path(os.environ.get("NEMO_EE_SCREENSHOTS", tmp_path))
+    browser.size(1280, 800)
+    browser.call("Page.navigate", url=url)
+    browser.until(IDLE)
+    browser.run("document.getElementById('prompt').focus()")
+    browser.run("document.getElementById('prompt').value = ''")
+    prompt = "class TestStack(unittest.TestCase):\n    def test_push(self):"
+    browser.call("Input.insertText", text=prompt)
+    browser.run("document.getElementById('tokens').value = 120")
+    browser.run("document.getElementById('run').click()")
+    browser.until(f"{TOKENS}.length > 3")
+    assert not browser.run(IDLE), "tokens show while others are still to come"
+    browser.until(IDLE)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        kind = {"model": "reference-model", "prompt": prompt, "max_tokens": 120, "temperature": 0}
+        answer = client.completions.create(**kind)
+        full = client.completions.create(**kind, extra_body={"early_exit": {"mode": "full"}})
+    assert browser.run(f"{TOKENS}.map(t => t.textContent).join('')") == answer.choices[0].text
+    shown = "[...document.querySelectorAll('#full-text .token')].map(t => t.textContent).join('')"
+    assert browser.run(shown) == full.choices[0].text
+    told = answer.choices[0].early_exit["tokens"]
+    colours = browser.run(f"{TOKENS}.map(t => getComputedStyle(t).backgroundColor)")
+    by_exit = {one["exit"]: colour for one, colour in zip(told, colours, strict=True)}
+    assert len(by_exit) > 1 and len(set(by_exit.values())) == len(by_exit), "each exit has a colour of its own"
+    assert [by_exit[one["exit"]] for one in told] == colours
+    assert "tokens/s" in browser.run("document.getElementById('own-speed').textContent")
+    assert "×" in browser.run("document.getElementById('own-told').textContent")
+    # By keyboard: the second token, and what it says.
+    browser.run("document.getElementById('own-text').focus()")
+    browser.key("ArrowRight")
+    browser.key("ArrowRight")
+    tip = browser.run("document.getElementById('tip').innerText")
+    assert json.dumps(told[1]["text"]) in tip and f"confidence {told[1]['confidence']:.3f}" in tip
+    browser.key("Escape")
+    assert browser.run("document.getElementById('tip').hidden")
+    early = next(i for i, one in enumerate(told) if one["exit"] != "final" and one["text"].strip() and i > 9)
+    browser.run("document.activeElement.blur()")
+    browser.run("document.getElementById('own-text').scrollTop = 0")
+    browser.run(f"{TOKENS}[{early}].dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
+    assert f"{told[early]['exit']}, {told[early]['layer']} of" in browser.run(
+        "document.getElementById('tip').innerText"
+    )
+    browser.picture(pictures / "server.png")
+    for name, *size in (("dark", 1280, 800, "dark"), ("phone", 390, 844, "light", True)):
+        browser.size(*size)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
+        browser.picture(pictures / f"server-{name}.png")
+    assert browser.faults() == []
+
+
+def test_modes_errors_and_stop(url: str, server, browser: Browser) -> None:
+    browser.call("Page.navigate", url=url)
+    browser.until(IDLE)
+    browser.run("document.querySelector('[value=static_depth]').click()")
+    assert browser.run("getComputedStyle(document.getElementById('threshold-row')).display") == "none"
+    browser.run("document.getElementById('compare').click()")
+    browser.run("document.getElementById('tokens').value = 5")
+    browser.run("document.getElementById('run').click()")
+    browser.until(f"{TOKENS}.length == 5 && {IDLE}")
+    assert set(browser.run(f"{TOKENS}.map(t => t.record.exit)")) == {"layer9-mlp"}
+    browser.run("document.getElementById('prompt').value = ''")
+    browser.run("document.getElementById('run').click()")
+    browser.until("document.getElementById('error').textContent.includes('prompt is empty')")
+    browser.run("document.getElementById('prompt').value = 'x = '")
+    browser.run("document.getElementById('tokens').value = 900")
+    browser.run("document.getElementById('run').click()")
+    browser.until(f"{TOKENS}.length > 3")
+    browser.run("document.getElementById('stop').click()")
+    browser.until(IDLE)
+    assert browser.run(f"{TOKENS}.length") < 900
+    value = server.metrics.registry.get_sample_value
+    end = time.monotonic() + 20
+    while value("nemo_ee_running_sequences"):
+        assert time.monotonic() < end, "stopped on the page, but it still runs"
+        time.sleep(0.02)
+
+
+def test_a_key_is_asked_for(model: Path, browser: Browser, monkeypatch) -> None:
+    key = "a-key-of-sixteen-characters"
+    monkeypatch.setenv("NEMO_EE_API_KEYS", key)
+    guarded = make_server(ServerSettings.from_config(serve_config(model)))
+    with running(guarded) as url:
+        browser.call("Page.navigate", url=url)
+        browser.until("document.getElementById('card')?.textContent.includes('asks for an API key')")
+        browser.run("document.getElementById('key').focus()")
+        browser.call("Input.insertText", text=key)
+        browser.run("document.getElementById('key').blur()")
+        browser.until(IDLE)
+        browser.run("document.getElementById('tokens').value = 2")
+        browser.run("document.getElementById('run').click()")
+        browser.until(f"{TOKENS}.length == 2 && {IDLE}")
+
+
+def test_text_of_a_model_is_never_markup(url: str, server, browser: Browser, monkeypatch) -> None:
+    """The tokenizer is made to decode everything as markup; the policy would refuse a script that got in, too."""
+    hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    monkeypatch.setattr(server.model, "decode", lambda ids: hostile * len(ids))
+    browser.call("Page.navigate", url=url)
+    browser.until(IDLE)
+    browser.run("document.getElementById('tokens').value = 3")
+    browser.run("document.getElementById('run').click()")
+    browser.until(f"{TOKENS}.length == 3 && {IDLE}")
+    assert browser.run(f"{TOKENS}[1].textContent") == hostile
+    assert browser.run("document.querySelectorAll('#own-text img, #own-text script').length") == 0
+    assert browser.run("document.title") != "owned"
+    # Control: the policy of the page refuses a script that would get in.
+    browser.run(
+        "(() => { const s = document.createElement('script'); s.textContent = \"document.title='owned'\";"
+        " document.body.append(s); })()"
+    )
+    assert browser.run("document.title") != "owned"
