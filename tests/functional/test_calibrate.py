@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -36,8 +37,9 @@ def run_script(stem: str, overrides: list[str], changes: dict[str, Any]) -> None
     with script_config(stem, overrides) as cfg:
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # faults as the exceptions they are; conftest takes it back
-        script.main(cfg)
+        # Faults as the exceptions they are. Taken back here: conftest does not see what a fixture of a module leaves.
+        with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"):
+            script.main(cfg)
 
 
 def calibrate(**changes: Any) -> None:
