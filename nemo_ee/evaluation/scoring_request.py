@@ -23,6 +23,7 @@ _OPEN = {
     "tokens_to_generate": 1,
     "min_tokens_to_generate": 0,
     "stop_on_eos": False,
+    "end_strings": [],
     "greedy": True,
     "temperature": 1.0,
     "top_k": 0,
