@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,10 +244,14 @@ def test_what_an_engine_cannot_do_is_refused(early_exit: dict, message: str, exp
 def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand_in, monkeypatch) -> None:
     one = exported("llama")
     session = one.engine_session()
+    monkeypatch.setattr(stand_in.plugins, "paged_kv_cache", None)  # what a release leaves to the builder
+    session.step({0: (0, [1, 2])})
     monkeypatch.setattr(stand_in.plugins, "reduce_fusion", True)
     monkeypatch.setattr(stand_in.plugins, "paged_kv_cache", False)
     with pytest.raises(ValueError, match="needs --kv_cache_type paged; needs --reduce_fusion disable"):
-        session.step({0: (0, [1, 2])})
+        session.step({1: (0, [1, 2])})
+    with pytest.raises(ValueError, match=r"--max_draft_len 4.*run to full depth; build it with the stock class"):
+        session.model.prepare_inputs(max_batch_size=8, max_draft_len=4)
     one.engine_class = "EarlyExitQwen2ForCausalLM"
     try:
         with pytest.raises(ValueError, match="builds Qwen2ForCausalLM, config.json has LlamaForCausalLM"):
@@ -338,6 +343,41 @@ def test_both_files_import_without_tensorrt_llm() -> None:
         importlib.import_module("nemo_ee.export.tensorrt_llm_model").EarlyExitLlamaForCausalLM  # noqa: B018
 
 
+SAME_BLOCKS = [
+    {"thresholds": {"m": 0.9, "e": 0.4}},
+    {"thresholds": {"n": 1}, "criterion": "entropy"},
+    {"criterion": "max_probability", "thresholds": {}},
+    {"thresholds": None},
+    {},
+    {"thresholds": {"l": 0.5}},
+    {"thresholds": {"nowhere": 0.5}},
+    {"criterion": "sureness"},
+]
+
+
+@pytest.mark.parametrize("block", SAME_BLOCKS)
+def test_both_files_read_a_block_alike(block: dict) -> None:
+    """Each has its own reader, since each stands alone."""
+    from nemo_ee.export import tensorrt_llm_model, tensorrt_llm_pytorch_model
+
+    kinds = {"m": ("mlp", 3), "n": ("norm", 1), "e": ("embedding", 2), "l": ("layer", 2)}
+    rows = [{"name": n, "architecture": a, "layer": k, "output": "own"} for n, (a, k) in kinds.items()]
+    one_rank = SimpleNamespace(pp_size=1, enable_attention_dp=False)
+    read = []
+    for reader in (
+        tensorrt_llm_model.read_settings,
+        lambda block: tensorrt_llm_pytorch_model.read_settings(block, one_rank),
+    ):
+        try:
+            settings = reader({"exits": rows, **block})
+        except ValueError as fault:
+            read.append(str(fault).split("exit 'l'")[0].split("'sureness'")[0])  # the reasons' wording is their own
+        else:
+            read.append((settings.criterion, [tuple(exit) for exit in settings.exits]))
+    assert read[0] == read[1]
+    assert isinstance(read[0], str) == (block in SAME_BLOCKS[-3:])
+
+
 # -- what an export carries ----------------------------------------------------------------------------------------
 
 
@@ -362,7 +402,9 @@ def test_exports_carry_the_files_and_the_thresholds(tmp_path: Path) -> None:
         entry = json.loads((folder.parent / "manifest.json").read_text())["early_exit_models"][0]
         assert entry["file"] == files[kind].relative_to(folder.parent).as_posix()
         assert entry["kv"] == "propagate" and entry["lossless"] is False
-        assert "no real TensorRT-LLM" in entry["verified"]
+        assert entry["verified"] == (
+            "on an eager stand-in of the API it uses, on the CPU, one rank, fp32; no real TensorRT-LLM has loaded it"
+        )
     tried = run_script("try_tensorrt_llm.py", "engine", str(tmp_path / "trt"), "--dry-run")
     assert tried.returncode == 0 and "--model_cls_name EarlyExitLlamaForCausalLM" in tried.stdout, tried.stderr
     tried = run_script("try_tensorrt_llm.py", "pytorch", str(folders["hf"]), "--dry-run")
@@ -388,6 +430,16 @@ def test_the_script_to_try_it_has_the_runtime_s_tokens_to_compare_with(exported,
     ("export", "settings", "message"),
     [
         (test_export_tensorrt_llm.export, {"thresholds": 0.5, "criterion": "margin"}, "an engine has max_probability"),
+        (
+            test_export_tensorrt_llm.export,
+            {"criterion": "sureness"},
+            "criterion='sureness' is unknown; use one of max_p",
+        ),
+        (
+            test_export_huggingface.export,
+            {"criterion": "sureness"},
+            "criterion='sureness' is unknown; use one of max_p",
+        ),
         (test_export_tensorrt_llm.export, {"thresholds": {EXITS[-1]["name"]: 0.5}}, "no cache for the attention"),
         (test_export_huggingface.export, {"thresholds": {"nowhere": 0.5}}, "exit 'nowhere', which the model does not"),
         (test_export_huggingface.export, {"thresholds": 1.5}, r"threshold = 1.5 must be a number in 0..1"),
@@ -401,8 +453,21 @@ def test_thresholds_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_thresholds_that_no_engine_would_use_are_refused(tmp_path: Path) -> None:
+    """Two stages, for which there is no model file either."""
+    path = test_export_tensorrt_llm.Made(tmp_path, "llama", EXITS[:1]).path
+    with pytest.raises(ValueError, match="thresholds with pipeline_parallel=2: an engine that leaves early has one"):
+        test_export_tensorrt_llm.export(path, tmp_path / "out", pipeline_parallel=2, thresholds=0.5)
+    assert not (tmp_path / "out").exists()
+    output = test_export_tensorrt_llm.export(path, tmp_path / "out", pipeline_parallel=2)
+    assert json.loads((output / "manifest.json").read_text())["early_exit_models"] == []
+    assert not (output / "tensorrt_llm_model.py").exists()
+
+
 def test_families_without_a_model_file_are_exported_without(tmp_path: Path) -> None:
     path = test_export_huggingface.Made(tmp_path, "gpt2", EXITS[1:2]).path
+    with pytest.raises(ValueError, match="thresholds: GPTForCausalLM has no class with which an engine leaves early"):
+        test_export_tensorrt_llm.export(path, tmp_path / "trt", thresholds=0.5)
     for export, name in ((test_export_tensorrt_llm.export, "trt"), (test_export_huggingface.export, "exported")):
         output = export(path, tmp_path / name)
         assert json.loads((output / "manifest.json").read_text())["early_exit_models"] == []
