@@ -102,7 +102,7 @@ def engine_faults(architecture: str, pipeline_parallel: int) -> list[str]:
 
 
 def copy_engine_file(to: Path, architecture: str, pipeline_parallel: int) -> dict[str, Any] | None:
-    """Copy the engine's model file into `to`; its entry for the manifest. None where it does not fit the checkpoint."""
+    """Copy the engine's model file into `to`; its entry for the manifest. None where it cannot build the export."""
     if engine_faults(architecture, pipeline_parallel):
         return None
     shutil.copyfile(Path(__file__).with_name(ENGINE_FILE), to / ENGINE_FILE)
