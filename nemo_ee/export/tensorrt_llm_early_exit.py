@@ -69,11 +69,17 @@ def threshold_faults(
     criterion: str,
     criteria: Sequence[str] | None = None,
 ) -> list[str]:
-    """What `threshold_block` would raise, and a criterion that is not among `criteria`, thresholds given or not."""
+    """What `threshold_block` would raise; a criterion that is not among `criteria`, thresholds given or not; and
+    thresholds that no exit gets."""
     try:
-        threshold_block(exits, thresholds, criterion)
+        block = threshold_block(exits, thresholds, criterion)
     except ValueError as fault:
         return [str(fault)]
+    if thresholds is not None and not block["thresholds"]:
+        return [
+            f"thresholds={thresholds!r}: no exit gets one (it is empty, or no exit without attention of its own is "
+            "exported); export one, or leave thresholds out"
+        ]
     if criterion not in CRITERIA:
         return [f"criterion={criterion!r} is unknown; use one of {', '.join(criteria or CRITERIA)}"]
     if thresholds is not None and criteria is not None and criterion not in criteria:

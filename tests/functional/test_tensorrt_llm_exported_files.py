@@ -131,6 +131,8 @@ def test_the_tokens_to_compare_are_of_prompts_served_alone() -> None:
         ),
         (test_export_tensorrt_llm.export, {"thresholds": {EXITS[-1]["name"]: 0.5}}, "no cache for the attention"),
         (test_export_huggingface.export, {"thresholds": {"nowhere": 0.5}}, "exit 'nowhere', which the model does not"),
+        (test_export_tensorrt_llm.export, {"thresholds": 0.5, "exits": ()}, "thresholds=0.5: no exit gets one"),
+        (test_export_huggingface.export, {"thresholds": 0.5, "exits": (EXITS[-1]["name"],)}, "no exit gets one"),
         (test_export_huggingface.export, {"thresholds": 1.5}, r"threshold = 1.5 must be a number in 0..1"),
     ],
 )
