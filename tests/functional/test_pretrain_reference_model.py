@@ -237,6 +237,18 @@ def test_a_run_is_ended_early_by_a_file(script: ModuleType, data: dict[str, str]
         script.Progress(0, 8, 4).heed(tmp_path / "decay")
 
 
+def test_a_run_is_made_shorter_or_longer_between_two_starts(
+    script: ModuleType, data: dict[str, str], tmp_path: Path
+) -> None:
+    assert train(script, data, tmp_path, max_steps_this_run=10) is None
+    assert train(script, data, tmp_path, steps=60, max_steps_this_run=2) is None
+    assert train(script, data, tmp_path, steps=14, decay_steps=6) == tmp_path / "model"
+    progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
+    # 14 - 6 = 8 lies behind: the decay starts at once, whole.
+    assert progress == {"step": 18, "decay_start": 12, "decay_steps": 6}
+    assert train(script, data, tmp_path, steps=100) == tmp_path / "model", "a decay that is over is not taken back"
+
+
 def test_the_learning_rate_rises_stays_and_falls(script: ModuleType, tmp_path: Path) -> None:
     config = script.PretrainConfig.from_mapping(settings(data="x", output=str(tmp_path)))
     rates = [script.Progress(step, 32, 8).learning_rate(config) for step in range(40)]
