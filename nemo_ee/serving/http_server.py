@@ -140,8 +140,8 @@ class Server:
         prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.prepare, call)
         model = self.model.model
         answers = Answers(
-            call, self.model.name, prepared.choice, prepared.num_prompt_tokens, model.exits, model.num_layers,
-            self.model.decode,
+            call, self.model.name, prepared.choice, prepared.num_prompt_tokens,
+            [one.prompt[-1] for one in prepared.requests], model.exits, model.num_layers, self.model.decode,
         )  # fmt: skip
         in_flight = RequestInFlight(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
         if call.stream:
@@ -222,12 +222,13 @@ class Server:
                 yield server_sent(answers.last_chunk())
             yield STREAM_END
         except ApiError as error:  # the status is sent already: the stream says it
+            answers.failed = True
             yield server_sent(error.to_mapping())
 
     def _end_stream(self, call: Call, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
         """After the last chunk, or when the client has gone away."""
         in_flight.cancel()
-        if not answers.ended:
+        if not (answers.ended or answers.failed):
             self.metrics.cancelled.inc()
         endpoint = "chat" if call.chat else "completions"
         self.metrics.latency.labels(endpoint).observe(time.monotonic() - started)

@@ -112,13 +112,13 @@ class ServedModel:
         choice = exit_choice(call.early_exit, self.model, self.default, self.certificates)
         prompts = [self._chat_ids(call.messages)] if call.chat else [self._ids(prompt) for prompt in call.prompts]
         requests = []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             for answer in range(call.num_answers):
                 requests.append(
                     Request(
                         prompt,
                         self._new_tokens(prompt, call),
-                        call.sampling_of(answer),
+                        call.sampling_of(number, answer),
                         stop_tokens=self.stop_tokens,
                         num_top=call.num_top or 0,
                         mode=choice.mode,

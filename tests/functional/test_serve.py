@@ -7,10 +7,12 @@ Texts and exits are compared exactly, ln p within 1e-4.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -174,7 +176,7 @@ def test_chat_is_its_template_s_completion(client) -> None:
 
 
 def test_several_prompts_and_answers(client) -> None:
-    """Two prompts with three answers each: six different ones, each what its seed gives again."""
+    """Two prompts with three answers each; the first prompt's are what it gets alone."""
 
     def ask(n: int, prompt):
         return client.completions.create(model="demo", prompt=prompt, max_tokens=8, n=n, seed=11, temperature=1.5)
@@ -182,10 +184,18 @@ def test_several_prompts_and_answers(client) -> None:
     both = ask(3, ["import os\n", [5, 6, 7]])
     texts = [choice.text for choice in sorted(both.choices, key=lambda choice: choice.index)]
     assert len(set(texts[:3])) == 3
-    assert texts[0] == ask(1, "import os\n").choices[0].text and texts[3:5] == [
-        choice.text for choice in ask(2, [5, 6, 7]).choices
-    ]
+    assert texts[:2] == [choice.text for choice in ask(2, "import os\n").choices]
+    assert texts == [choice.text for choice in ask(3, ["import os\n", [5, 6, 7]]).choices], "a seed repeats itself"
     assert both.usage.completion_tokens == 48
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_equal_prompts_of_a_request_have_random_numbers_of_their_own(seed, client) -> None:
+    kind = {"model": "demo", "max_tokens": 16, "temperature": 1, "seed": seed}
+    both = client.completions.create(prompt=[PROMPT, PROMPT], **kind)
+    assert both.choices[0].text != both.choices[1].text
+    if seed is not None:  # control: the same seed in requests of their own gives the same text
+        assert both.choices[0].text == client.completions.create(prompt=PROMPT, **kind).choices[0].text
 
 
 def test_stop_strings_end_an_answer_and_are_not_in_it(client) -> None:
@@ -379,16 +389,40 @@ def test_keys_are_asked_for(model_path: Path, monkeypatch) -> None:
             urllib.request.urlopen(f"{url}/metrics")
 
 
-def test_time_is_limited_and_running_answers_are_told_of_the_end(model_path: Path) -> None:
-    settings = ServerSettings.from_config(serve_config(model_path, request_timeout=0.3, shutdown_timeout=1))
+def test_time_is_limited(model_path: Path) -> None:
+    settings = ServerSettings.from_config(serve_config(model_path, request_timeout=0.3))
+    server = make_server(settings)
     long = {"model": "demo", "prompt": "import", "max_tokens": 1000, "temperature": 0}
-    with running(make_server(settings)) as url:
+    with running(server) as url:
         status, answer = post(url, long)
         assert status == 504 and answer["error"]["code"] == "timeout"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             with pytest.raises(openai.APIError, match="took longer"):
                 list(client.completions.create(**long, stream=True))
+        assert server.metrics.registry.get_sample_value("nemo_ee_cancelled_requests_total") == 0, "no client left"
+        server.settings = dataclasses.replace(settings.http, request_timeout=60)
         assert post(url, GOOD)[0] == 200
+
+
+def test_running_answers_are_told_of_the_end(model_path: Path) -> None:
+    """The server is told to stop while an answer is streamed and another one is not: both hear of it."""
+    server = make_server(ServerSettings.from_config(serve_config(model_path, shutdown_timeout=0.5)))
+    long = {"model": "demo", "prompt": "import", "max_tokens": 1000, "temperature": 0}
+    with ThreadPoolExecutor(2) as threads:
+        with running(server) as url:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            whole = threads.submit(post, url, long)
+            stream = iter(client.completions.create(**long, stream=True))
+            next(stream)
+            while server.metrics.registry.get_sample_value("nemo_ee_running_sequences") < 2:
+                time.sleep(0.01)
+            # The end of the block tells the server to stop; what it then says is read behind it.
+            rest = threads.submit(list, stream)
+        status, answer = whole.result()
+        assert status == 503 and "stopping" in answer["error"]["message"]
+        with pytest.raises(openai.APIError, match="stopping"):
+            rest.result()
+    assert server.metrics.registry.get_sample_value("nemo_ee_cancelled_requests_total") == 0, "no client left"
 
 
 def test_a_model_without_exits_is_served_too() -> None:
