@@ -175,6 +175,17 @@ def test_chat_is_its_template_s_completion(client) -> None:
         client.chat.completions.create(messages=[*messages, {"role": "system", "content": "x"}], **kind)
 
 
+def test_a_template_s_own_failures_stay_in_the_log(url: str, server, monkeypatch) -> None:
+    """What a template says on purpose is told (above); what goes wrong in it is not."""
+
+    def fail(*_, **__):
+        raise TypeError("/a/path of the machine")
+
+    monkeypatch.setattr(server.model.tokenizer, "apply_chat_template", fail)
+    status, answer = post(url, {"messages": [{"role": "user", "content": "x"}]}, "/v1/chat/completions")
+    assert status == 400 and answer["error"]["message"] == "the model's chat template fails on these messages"
+
+
 def test_several_prompts_and_answers(client) -> None:
     """Two prompts with three answers each; the first prompt's are what it gets alone."""
 
