@@ -101,7 +101,9 @@ def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
     if isinstance(threshold, dict):
         unknown = [name for name in threshold if name not in known]
         if unknown:
-            yield f"early_exit.threshold names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
+            yield (
+                f"early_exit.threshold names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
+            )
     if threshold is not None and not isinstance(threshold, int | float | dict):
         yield f"early_exit.threshold = {shown(threshold)} must be a number, or an object of numbers by exit"
     if given.get("criterion") is not None and not isinstance(given["criterion"], str):

@@ -34,9 +34,14 @@ class Metrics:
     def __init__(self, exits: Sequence[ExitPoint], num_layers: int) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "nemo_ee_requests", "Requests for completions by status; a stream counts as 200 once it has begun.", ["endpoint", "status"], registry=registry
+            "nemo_ee_requests",
+            "Requests for completions by status; a stream counts as 200 once it has begun.",
+            ["endpoint", "status"],
+            registry=registry,
         )
-        self.cancelled = Counter("nemo_ee_cancelled_requests", "Requests for completions whose client went away.", registry=registry)
+        self.cancelled = Counter(
+            "nemo_ee_cancelled_requests", "Requests for completions whose client went away.", registry=registry
+        )
         self.queued = Gauge("nemo_ee_queued_sequences", "Sequences that wait for a slot.", registry=registry)
         self.running = Gauge("nemo_ee_running_sequences", "Sequences being decoded.", registry=registry)
         self.waiting = Gauge(

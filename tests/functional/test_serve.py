@@ -49,7 +49,9 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model_path: Path):
     template = model_path.parent / "chat.jinja"
     template.write_text(CHAT_TEMPLATE, encoding="utf-8")
-    config = serve_config(model_path, threshold=THRESHOLD, num_slots=4, max_queue=4, max_choices=8, chat_template=str(template))
+    config = serve_config(
+        model_path, threshold=THRESHOLD, num_slots=4, max_queue=4, max_choices=8, chat_template=str(template)
+    )
     return make_server(ServerSettings.from_config(config))
 
 

@@ -16,7 +16,7 @@ WORDS = ["", "", "one", "two", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHAR
 
 
 def decode(ids: list[int]) -> str:
-    """As SentencePiece: a space in front of every word but the first; 0 and 1 are special tokens, 4 and 5 half ones."""
+    """As SentencePiece, a space before every word but the first; 0 and 1 are special, 4 and 5 half characters."""
     return " ".join(WORDS[one] for one in ids if WORDS[one])
 
 

@@ -35,7 +35,7 @@ def message(**changes) -> dict:
         (message(tool_calls=[{"id": "a"}]), "messages[0].tool_calls is not supported"),
         (message(name="Ann"), "messages[0].name is not supported"),
         (message(contents="x"), "did you mean content?"),
-        (message(content=[{"type": "text", "text": "x", "cache_control": {}}]), "messages[0].content[0].cache_control"),
+        (message(content=[{"type": "text", "text": "x", "cache": {}}]), "messages[0].content[0].cache is"),
         (message(content=[{"type": "image_url", "image_url": {}}]), "parts of type text"),
         ({**message(), "stream": True, "stream_options": {"include_usages": True}}, "did you mean include_usage?"),
         ({"messages": [{"role": "user", "content": "x"}] * 1025}, "messages has 1025 entries"),
@@ -69,13 +69,18 @@ def test_control_an_answer_can_be_sent_back_as_it_came() -> None:
 def test_a_large_body_of_faults_costs_little(body: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
     real = difflib.get_close_matches
-    monkeypatch.setattr(difflib, "get_close_matches", lambda name, *a, **k: looked_at.append(name) or real(name, *a, **k))
+    monkeypatch.setattr(
+        difflib, "get_close_matches", lambda name, *a, **k: looked_at.append(name) or real(name, *a, **k)
+    )
     refused(body)
     assert len(looked_at) <= MAX_FAULTS and all(len(name) <= 40 for name in looked_at)
 
 
 def test_messages_of_nothing_but_faults() -> None:
-    assert refused({"messages": [{"role": f"no-{number}"} for number in range(1000)]}, chat=True).count("; ") <= 2 * MAX_FAULTS
+    assert (
+        refused({"messages": [{"role": f"no-{number}"} for number in range(1000)]}, chat=True).count("; ")
+        <= 2 * MAX_FAULTS
+    )
 
 
 def test_a_value_is_shown_by_its_beginning() -> None:
