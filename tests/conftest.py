@@ -7,10 +7,12 @@ Nothing heavy is imported here; torch is looked at only where a test has loaded 
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "HF_MODULES_CACHE" not in os.environ:  # where transformers puts code of exported directories: not into the home
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nemo_ee_modules_")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # nemo_ee.cpu_host sets these once per process, so a test that switched it on does not lose them again.
 CPU_HOST_VARIABLES = (

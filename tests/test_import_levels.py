@@ -54,7 +54,7 @@ BOUNDARIES = {
     # level 3
     "models": _boundary(_LEVEL_3, "exits generation megatron checkpoint runtime cpu_host"),
     # level 4
-    "evaluation": _boundary(_LEVEL_4, _BELOW_4),
+    "evaluation": _boundary(f"{_LEVEL_4} lm_eval", _BELOW_4),
     "convert": _boundary(_LEVEL_4, _BELOW_4),
     # level 5
     # siblings, only serving -> export is allowed (the manifest of what it serves)

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTAINER_LIST = ROOT / "tests" / "data" / "ngc-nemo-25.07-packages.txt"
 # Distributions whose import name differs.
 IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": "megatron", "pyyaml": "yaml"}
-# Imported inside functions of serving/ and export/ only, and declared by those extras or by the container.
-OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "prometheus_client", "tensorrt_llm"}
+# Imported by serving/, by functions of export/ and by lm_eval_adapter.py only; declared by extras or by the container.
+OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "prometheus_client", "tensorrt_llm", "lm_eval"}
 
 
 @functools.cache

@@ -49,7 +49,7 @@ class Setting:
         mode: `early_exit`.
         kv: how keys and values of skipped layers come about: `carry` (exact).
         precision: `32` or `bf16`.
-        tokens_to_generate: longest continuation.
+        tokens_to_generate: new tokens per prompt at most; losses are means over them.
         stop_on_eos, add_BOS: as in the generation yaml.
         sampling: greedy, temperature, top_k, top_p, repetition_penalty (no seed).
     """
@@ -75,6 +75,7 @@ class Guarantee:
         p_value: of "the risk is greater than epsilon"; None where full depth was the answer.
         mean_depth: layers per token on the calibration prompts.
         num_layers: of the model.
+        answer_until: of the task risk: an answer is compared up to this text; None = whole.
     """
 
     risk: str
@@ -85,6 +86,7 @@ class Guarantee:
     p_value: float | None
     mean_depth: float
     num_layers: int
+    answer_until: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,10 @@ class Certificate:
             result = cls(**known)
             check_name(result.name)
             result.policy()
+            if not isinstance(result.setting.sampling, Mapping):
+                raise ValueError(f"sampling is {result.setting.sampling!r}, not settings by name")
+        except KeyError as fault:
+            raise ValueError(f"{source}: damaged (no {fault}); calibrate again") from fault
         except (TypeError, ValueError, AttributeError) as fault:
             raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
         return result
@@ -158,6 +164,11 @@ def check_name(name: object) -> None:
     """Raises ValueError unless this can name a certificate."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"certificate name {name!r} must match {_NAME.pattern}")
+
+
+def member_of(name: str) -> str:
+    """The member of a `.nemo` that holds the certificate of this name."""
+    return f"{FOLDER}/{name}.json"
 
 
 def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
@@ -176,6 +187,8 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
                 except ValueError as fault:
                     raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
             certificate = Certificate.from_mapping(values, source)
+            if member != member_of(certificate.name):
+                raise ValueError(f"{source}: damaged (it is named {certificate.name!r}); calibrate again")
             found[certificate.name] = certificate
     return found
 
@@ -208,13 +221,13 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
 
     Args:
         path: the `.nemo`, or an extracted one.
-        output: where to write the whole file; None = `path` itself, which is replaced only when the new file is
-            whole.
+        output: where to write the whole file; None = `path` itself (the file that a link names), which is replaced
+            only when the new file is whole.
 
     Returns:
         The file (or directory) that holds it now.
     """
-    member = f"{FOLDER}/{certificate.name}.json"
+    member = member_of(certificate.name)
     text = certificate_text(certificate)
     path = Path(path)
     if output is None and path.is_dir():
@@ -226,7 +239,8 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
         return path
     with NemoArchive(path) as archive:
         entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}
-        return write_nemo(output or path, {**entries, member: text})
+        # Replacing a link would leave the file it names without the certificate.
+        return write_nemo(output or path.resolve(), {**entries, member: text})
 
 
 def certificate_text(certificate: Certificate) -> str:

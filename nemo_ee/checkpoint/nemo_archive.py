@@ -193,7 +193,8 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     """Writes a `.nemo`: a tar that appears under its name only when it is complete and on disk.
 
     Args:
-        output_path: the `.nemo`; written to `<output_path>.partial` and renamed. An existing file is replaced.
+        output_path: the `.nemo`; written to `<output_path>.partial` and renamed. An existing file is replaced and its
+            mode kept.
         entries: name in the archive -> what goes there: a file, a directory (with all below it), bytes, a text, or a
             `NemoArchive`, whose member or folder of that very name is copied byte for byte.
 
@@ -215,6 +216,8 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
                     _add_file(tar, name, source)
             file.flush()
             os.fsync(file.fileno())
+        if output.exists():
+            shutil.copymode(output, partial)
         os.replace(partial, output)
     except BaseException:
         partial.unlink(missing_ok=True)

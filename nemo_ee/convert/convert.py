@@ -24,6 +24,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.full_model import full_model_logits
@@ -35,10 +36,7 @@ from nemo_ee.models.trainer import single_run_trainer
 # Relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
 LOGIT_TOLERANCE = 1e-5
 _LOOSER_TOLERANCES = {"cuda": 5e-3, "bf16": 5e-2}
-_TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
-    "merges.txt vocab.txt chat_template.jinja chat_template.json generation_config.json"
-).split()
+_BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,7 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
     model.load_weights(weights, None)
     model.backbone_dtype = weights.keys()["embedding.word_embeddings.weight"].dtype
-    model.bundled_files = {
-        f"tokenizer/{name}": source / name for name in _TOKENIZER_FILES if (source / name).is_file()
-    }
+    model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
     # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
     model.bundled_files["tokenizer/config.json"] = source / "config.json"
     return model

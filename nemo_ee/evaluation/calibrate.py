@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import difflib
 import logging
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,14 @@ from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, sto
 from nemo_ee.evaluation.calibration import (
     Measure,
     PolicyResult,
+    candidate_faults,
     divergence,
     fastest,
     learn_then_test,
     measure_on,
     one_threshold_path,
     pareto_path,
+    split_prompts,
 )
 from nemo_ee.evaluation.calibration_data import CalibrationPrompts, make_prompts
 from nemo_ee.evaluation.calibration_report import draw_calibration
@@ -112,6 +113,9 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
             close = difflib.get_close_matches(name, names, n=1)
             guess = f" (did you mean {close[0]}?)" if close else ""
             faults.append(f"exits names {name!r}, which the model does not have{guess}; it has {', '.join(names)}")
+    if request.split:
+        asked = [name for name in names if request.exits is None or name in request.exits]
+        faults += candidate_faults(request.grid, len(asked), NEVER_LEAVES[request.criterion])
     longest = request.setting.tokens_to_generate
     if any(entry.is_document for entry in request.entries):
         longest += request.prompt_tokens
@@ -140,7 +144,12 @@ def _prompts(request: CalibrationRequest, tokenizer: Any, positions: int) -> Cal
         seed=request.seed,
         facts=request.data_facts,
     )
-    tested = len(prompts.ids) - round(request.split * len(prompts.ids))
+    set_aside = round(request.split * len(prompts.ids))
+    if request.split and not set_aside:
+        raise ValueError(
+            f"split={request.split} sets none of {len(prompts.ids)} prompts aside; raise it, or set split=0"
+        )
+    tested = len(prompts.ids) - set_aside
     fewest = fewest_prompts(request.epsilon, request.delta)
     if tested < fewest:
         raise ValueError(
@@ -187,9 +196,7 @@ class Calibrator:
         else:
             table = self._table(full)
             if asked.split:
-                shuffled = random.Random(asked.seed).sample(tested, len(tested))
-                found_on = sorted(shuffled[: round(asked.split * len(tested))])
-                tested = sorted(shuffled[len(found_on) :])
+                found_on, tested = split_prompts(len(tested), asked.split, asked.seed)
                 path = pareto_path(
                     asked.grid, len(self.exits), NEVER_LEAVES[asked.criterion], self._simulate(table.select(found_on))
                 )
@@ -257,7 +264,12 @@ class Calibrator:
     def _scores(self, results: Sequence[GenerationResult]) -> torch.Tensor:
         answers = [tokens for result in results for tokens in result.tokens]
         texts = [decode(self.tokenizer, [t for t in answer if t not in self._stops]) for answer in answers]
-        return torch.tensor([self.score(index, text) for index, text in enumerate(texts)], dtype=torch.float64)
+        scores = torch.tensor([self.score(index, text) for index, text in enumerate(texts)], dtype=torch.float64)
+        # A difference of scores would be clipped into 0..1 and look like a loss.
+        outside = scores[~((scores >= 0) & (scores <= 1))]
+        if outside.numel():
+            raise ValueError(f"scores must lie in 0..1, but one is {outside[0].item()}; scale them")
+        return scores
 
     def _exact_match(self, index: int, text: str) -> float:
         if self.request.answer_until is not None:
@@ -335,6 +347,7 @@ def _certificate(
         p_value=None if chosen is None else chosen["p_value"],
         mean_depth=float(report["num_layers"]) if chosen is None else chosen["mean_depth"],
         num_layers=report["num_layers"],
+        answer_until=request.answer_until if request.risk == "task" else None,
     )
     return Certificate(
         name=request.certificate or "not-stored",

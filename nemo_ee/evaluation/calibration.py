@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def learn_then_test(
     Raises:
         ValueError: a loss outside of [0, 1].
     """
+    assert path, "without policies nothing is tested"
     results: list[PolicyResult] = []
 
     def tested() -> Iterable[float]:
@@ -112,6 +114,13 @@ def one_threshold_path(grid: Sequence[float], num_exits: int) -> list[tuple[floa
     return [(value,) * num_exits for value in grid]
 
 
+def split_prompts(num_prompts: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The prompts that find an order of policies, and the others, which test it; at random, both ascending."""
+    shuffled = random.Random(seed).sample(range(num_prompts), num_prompts)
+    set_aside = round(share * num_prompts)
+    return sorted(shuffled[:set_aside]), sorted(shuffled[set_aside:])
+
+
 def pareto_path(grid: Sequence[float], num_exits: int, never: float, measure: Measure) -> list[tuple[float, ...]]:
     """A path of policies with a threshold per exit, found on prompts that take no part in the test.
 
@@ -121,18 +130,33 @@ def pareto_path(grid: Sequence[float], num_exits: int, never: float, measure: Me
         measure: on the prompts set aside.
 
     Raises:
-        ValueError: too many combinations.
+        ValueError: no prompts were set aside.
     """
-    values = list(dict.fromkeys([never, *grid]))
-    if len(values) ** num_exits > MOST_CANDIDATES:
-        raise ValueError(
-            f"split: {len(values)} thresholds for each of {num_exits} exits are {len(values) ** num_exits} policies, "
-            f"more than {MOST_CANDIDATES}; give a shorter grid or fewer exits"
-        )
-    candidates = list(itertools.product(values, repeat=num_exits))
+    assert not list(candidate_faults(grid, num_exits, never)), "checked before the long work"
+    candidates = list(itertools.product(_with_never(grid, never), repeat=num_exits))
     measured = [measure(candidate) for candidate in candidates]
-    order = pareto_order([losses.mean().item() for losses, _ in measured], [depth for _, depth in measured])
+    order = pareto_order([mean_loss(losses) for losses, _ in measured], [depth for _, depth in measured])
     return [candidates[index] for index in order]
+
+
+def candidate_faults(grid: Sequence[float], num_exits: int, never: float) -> Iterator[str]:
+    """Why `pareto_path` cannot compare all combinations of these thresholds."""
+    values = len(_with_never(grid, never))
+    if values**num_exits > MOST_CANDIDATES:
+        yield (
+            f"split: {values} thresholds (the grid and one that is never met) for each of {num_exits} exits are "
+            f"{values**num_exits} policies, more than {MOST_CANDIDATES}; give a grid of at most "
+            f"{_most_values(num_exits) - 1}, or fewer exits"
+        )
+
+
+def _with_never(grid: Sequence[float], never: float) -> list[float]:
+    return list(dict.fromkeys([never, *grid]))
+
+
+def _most_values(num_exits: int) -> int:
+    """The largest number whose `num_exits`-th power is at most `MOST_CANDIDATES`."""
+    return max(values for values in range(1, MOST_CANDIDATES + 1) if values**num_exits <= MOST_CANDIDATES)
 
 
 def divergence(own: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ May import: the standard library, nemo_ee.exits, nemo_ee.generation, nemo_ee.che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from typing import Any
 from nemo_ee.checkpoint.certificate import Setting, check_name
 from nemo_ee.evaluation.calibration_data import Entry, read_entries
 from nemo_ee.evaluation.certified import setting_of
+from nemo_ee.evaluation.decoding_config import (
+    model_path_faults,
+    precision_faults,
+    sampling_of,
+    switch_faults,
+    whole_number_faults,
+)
 from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.exits.risk_control import fewest_prompts
 from nemo_ee.generation.policy import ExitPolicy
@@ -128,12 +136,8 @@ def _check_kinds(config: Mapping[str, Any], faults: list[str]) -> None:
         "tokens_to_generate": 1, "prompt_tokens": 1, "prompts_per_document": 1, "num_prompts": 1, "batch_size": 1,
         "free_running": 0, "seed": 0,
     }  # fmt: skip
-    for key, least in lowest.items():
-        value = config[key]
-        if key == "num_prompts" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            faults.append(f"{key}={value!r} must be a whole number from {least}")
+    faults += whole_number_faults(config, lowest, or_null=("num_prompts",))
+    faults += switch_faults(config, ("greedy", "stop_on_eos"), or_null=("add_BOS",))
     for key in ("epsilon", "delta"):
         if not _is_number(config[key]) or not 0 < config[key] < 1:
             faults.append(f"{key}={config[key]!r} must be a number between 0 and 1")
@@ -141,9 +145,6 @@ def _check_kinds(config: Mapping[str, Any], faults: list[str]) -> None:
         faults.append(f"split={config['split']!r} must be a number from 0, below 1")
     if not _is_number(config["clip_nats"]) or not config["clip_nats"] > 0:
         faults.append(f"clip_nats={config['clip_nats']!r} must be a number of nats above 0")
-    for key, or_null in {"greedy": "", "stop_on_eos": "", "add_BOS": " or null"}.items():
-        if not isinstance(config[key], bool) and not (or_null and config[key] is None):
-            faults.append(f"{key}={config[key]!r} must be True or False{or_null}")
     for key, known in (("risk", RISKS), ("criterion", CRITERIA)):
         if config[key] not in known:
             faults.append(f"{key}={config[key]!r} is unknown; use one of {', '.join(known)}")
@@ -153,10 +154,8 @@ def _check_kinds(config: Mapping[str, Any], faults: list[str]) -> None:
 
 
 def _sampling(config: Mapping[str, Any], faults: list[str]) -> SamplingParams | None:
-    keys = ("greedy", "temperature", "top_p", "repetition_penalty", "seed")
-    top_k = None if config["top_k"] == 0 else config["top_k"]  # NeMo's 0 = all
     try:
-        return SamplingParams(top_k=top_k, **{key: config[key] for key in keys})
+        return sampling_of(config)
     except ValueError as fault:
         faults.append(str(fault))
         return None
@@ -196,33 +195,32 @@ def _check_risk(config: Mapping[str, Any], faults: list[str]) -> None:
 
 
 def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
-    """Decoding runs on the ranks of one model."""
+    """Calibration runs on the ranks of one stage of one model."""
     trainer, model = config["trainer"], config["model"]
     stages, tensor = model["pipeline_model_parallel_size"], model["tensor_model_parallel_size"]
     if stages != 1:
         faults.append(
-            f"model.pipeline_model_parallel_size={stages}: calibration decodes, which is not available over pipeline "
-            "stages; set it to 1 and share the layers with model.tensor_model_parallel_size"
+            f"model.pipeline_model_parallel_size={stages}: calibration is not available over pipeline stages yet; set "
+            "it to 1 and share the layers with model.tensor_model_parallel_size"
         )
     elif trainer["devices"] * trainer["num_nodes"] != tensor:
         faults.append(
             f"trainer.devices={trainer['devices']} x trainer.num_nodes={trainer['num_nodes']} ranks, but "
             f"model.tensor_model_parallel_size={tensor}: calibration runs one model, make the two equal"
         )
-    if str(trainer["precision"]) not in ("32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
-        faults.append(f"trainer.precision={trainer['precision']!r} is not supported; use 32 or bf16")
+    faults += precision_faults(config)
 
 
 def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path, Path | None]:
-    path = config["model"]["restore_from_path"]
-    if path in (None, "???", ""):
-        faults.append("model.restore_from_path is not set; give an early-exit .nemo")
-    elif not Path(path).exists():
-        faults.append(f"model.restore_from_path={path} does not exist")
+    path = Path(str(config["model"]["restore_from_path"]))
+    faults += model_path_faults(config)
     output = Path(str(config["output"]))
-    if output.exists() and not output.is_dir():
-        faults.append(f"output={output} is a file; give a directory")
     save_to = None if config["save_to"] is None else Path(str(config["save_to"]))
+    written = {"output": output}
+    if config["certificate"]:
+        in_place = {"model.restore_from_path": path if path.is_dir() else path.resolve().parent}
+        written |= in_place if save_to is None else {"save_to": save_to.parent}
+    faults += [fault for key, folder in written.items() for fault in _folder_faults(key, folder)]
     if save_to is not None and save_to.exists():
         faults.append(f"save_to={save_to} exists; give another name, or null to put the certificate into the model")
     if config["certificate"]:
@@ -232,7 +230,16 @@ def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path, Pa
             faults.append(str(fault))
     elif save_to is not None:
         faults.append("save_to is given, but certificate is null, so nothing would be stored; name the certificate")
-    return Path(str(path)), output, save_to
+    return path, output, save_to
+
+
+def _folder_faults(key: str, folder: Path) -> Iterator[str]:
+    """Why nothing can be written to a folder, which need not exist yet."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        yield f"{key}: {there} is a file, but files are to be written below it; give a directory"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{key}: {there} may not be written to; give another place, or ask for the right to write there"
 
 
 def _entries(config: Mapping[str, Any], faults: list[str]) -> tuple[tuple[Entry, ...], dict[str, Any]]:

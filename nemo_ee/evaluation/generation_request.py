@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a generation run was asked for, read once from its config; every fault that needs no model, in one message.
 
-May import: the standard library, nemo_ee levels 0-1.
+May import: the standard library, nemo_ee levels 0-1, nemo_ee.evaluation.decoding_config.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.evaluation.decoding_config import (
+    model_path_faults,
+    precision_faults,
+    sampling_of,
+    switch_faults,
+    whole_number_faults,
+)
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 
@@ -72,13 +79,10 @@ class GenerationRequest:
             faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
         if config["colour"] not in COLOURS:
             faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")
-        switches = {"greedy": "", "stop_on_eos": "", "overwrite": "", "add_BOS": " or null"}
-        for key, or_null in switches.items():
-            if not isinstance(config[key], bool) and not (or_null and config[key] is None):
-                faults.append(f"{key}={config[key]!r} must be True or False{or_null}")
+        faults += switch_faults(config, ("greedy", "stop_on_eos", "overwrite"), or_null=("add_BOS",))
         _check_numbers(config, faults)
         policy = _or_fault(faults, lambda: _policy(config))
-        sampling = _or_fault(faults, lambda: _sampling(config))
+        sampling = _or_fault(faults, lambda: sampling_of(config))
         _check_ranks(config, faults)
         path, output = _paths(config, faults)
         end_strings = _end_strings(config["end_strings"], faults)
@@ -122,24 +126,12 @@ def _policy(config: Mapping[str, Any]) -> ExitPolicy:
     )
 
 
-def _sampling(config: Mapping[str, Any]) -> SamplingParams:
-    return SamplingParams(
-        greedy=config["greedy"],
-        temperature=config["temperature"],
-        top_k=None if config["top_k"] == 0 else config["top_k"],  # NeMo's 0 = all
-        top_p=config["top_p"],
-        repetition_penalty=config["repetition_penalty"],
-        seed=config["seed"],
-    )
-
-
 def _check_numbers(config: Mapping[str, Any], faults: list[str]) -> None:
     lowest = {"tokens_to_generate": 1, "min_tokens_to_generate": 0, "batch_size": 1}
-    for key, least in lowest.items():
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            faults.append(f"{key}={value!r} must be a whole number from {least}")
-            return
+    wrong = list(whole_number_faults(config, lowest))
+    if wrong:
+        faults += wrong
+        return
     least, most = config["min_tokens_to_generate"], config["tokens_to_generate"]
     if least > most:
         faults.append(f"min_tokens_to_generate={least} is more than tokens_to_generate={most}; lower it")
@@ -155,16 +147,12 @@ def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
             f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: generation "
             "runs one model, make the two equal"
         )
-    if str(trainer["precision"]) not in ("32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
-        faults.append(f"trainer.precision={trainer['precision']!r} is not supported; use 32 or bf16")
+    faults += precision_faults(config)
 
 
 def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path | None]:
     path = config["model"]["restore_from_path"]
-    if path in (None, "???", ""):
-        faults.append("model.restore_from_path is not set; give an early-exit .nemo")
-    elif not Path(path).exists():
-        faults.append(f"model.restore_from_path={path} does not exist")
+    faults += model_path_faults(config)
     output = None if config["output"] is None else Path(str(config["output"]))
     if output is not None:
         if output.is_dir():

@@ -9,7 +9,7 @@ May import: torch, yaml, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.evaluation.c
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
 from nemo_ee.exits.config import EarlyExitConfig
+
+logger = logging.getLogger(__name__)
 
 LORA_WEIGHTS = "lora_weights"
 TOKENIZER = "tokenizer"
@@ -72,6 +75,7 @@ class EarlyExitSource:
             ]
         self._backbone_path = self.path if complete else self._base_of_exits(backbone)
         self._stack = ExitStack()
+        self._certificates: list[dict[str, Any]] | None = None
 
     def __enter__(self) -> EarlyExitSource:
         try:
@@ -116,10 +120,12 @@ class EarlyExitSource:
 
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
-        skipped layers are not `kv: carry`'s."""
+        skipped layers are not `kv: carry`'s. Read once; ask before anything is written, since they may be damaged."""
         from nemo_ee.evaluation.certified import valid_certificates  # imports omegaconf
 
-        return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
+        if self._certificates is None:
+            self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]
+        return self._certificates
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""
@@ -207,11 +213,16 @@ def read_plain_config(path: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
-    """Copies the tokenizer's files, if the `.nemo` carries some."""
+    """Copies the tokenizer's own files, and nothing else, if the `.nemo` carries some.
+
+    Args:
+        to: a directory, made if need be.
+    """
     if source.tokenizer is None:
+        logger.info("%s: the .nemo has no tokenizer/ folder, so no tokenizer is written", to.name)
         return False
-    shutil.copytree(source.tokenizer, to)
-    return True
+    to.mkdir(exist_ok=True)
+    return bool(copy_tokenizer_files(source.tokenizer, to))
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, update: tuple[Tensor, Tensor] | None = None) -> Tensor:

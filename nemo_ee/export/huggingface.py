@@ -16,10 +16,8 @@ May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +26,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nemo_ee.checkpoint.tokenizer_files import SPECIAL_TOKENS, special_token_ids
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
+from nemo_ee.export.early_exit_source import EarlyExitSource, Origin, copy_tokenizer
 from nemo_ee.export.huggingface_config import (
+    FORMAT,
     StockConfig,
     exit_config,
     exit_refusal,
     read_bundled,
     stock_configs,
 )
-from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
-from nemo_ee.export.huggingface_verify import FORMAT
+from nemo_ee.export.huggingface_layout import Reading, readings
+from nemo_ee.export.huggingface_weights import num_bytes, write_json, write_weights
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.remote_code import auto_map, remote_code
-from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
+from nemo_ee.export.safetensors_writer import DTYPES
 from nemo_ee.export.tensorrt_llm_early_exit import copy_pytorch_package, threshold_block, threshold_faults
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,19 @@ logger = logging.getLogger(__name__)
 TARGETS = ("full", "exits", "early_exit")
 NOT_LOADED = "nothing was loaded into transformers"
 POSITIONS = "embedding.position_embeddings.weight"
-# Files beside the tokenizer that are written anew, or are none of a model directory's.
-_NOT_COPIED = ("config.json", "generation_config.json")
+_OWN_KV = "its own, every layer writes every position"
 _USES = {
-    "full": "the backbone in a stock class of transformers",
-    "exit": "an exit in a stock class: static depth, or a draft model (assistant_model) for hf_full",
-    "early_exit": "backbone and exits; nemo_ee.runtime decodes it, a stock class loads the backbone",
+    "full": {"use": "the backbone in a stock class of transformers", "lossless": True, "kv": _OWN_KV},
+    "exit": {
+        "use": "an exit in a stock class: static depth, or a draft model (assistant_model) for hf_full",
+        "lossless": "with hf_full as the target; not when served alone",
+        "kv": _OWN_KV,
+    },
+    "early_exit": {
+        "use": "backbone and exits; nemo_ee.runtime decodes it, a stock class loads the backbone",
+        "lossless": "at full depth, in a stock class, and in mode self_speculative; not where thresholds decide",
+        "kv": "carry",
+    },
 }
 
 
@@ -112,6 +119,7 @@ def export_huggingface(settings: ExportSettings) -> Path:
         raise ValueError("nothing was exported:\n" + "\n".join(faults))
     with source:
         artefacts = plan_artefacts(settings, source)
+        source.certificates()  # a damaged one is a fault now, not after hours of writing
         dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
         _write(settings, source, artefacts, dtype)
     logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artefacts))
@@ -203,6 +211,7 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
         return stock_configs(
             source.config,
             read_bundled(source.tokenizer, "config.json"),
+            special_token_ids(source.tokenizer),
             stored_rows=source.vocabulary_rows(),
             position_rows=None if positions is None else positions[0],
         )
@@ -245,111 +254,55 @@ def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
 def _write(
     settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
 ) -> None:
-    total = sum(_num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
+    total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
     with whole_directory(settings.output, total) as partial:
         thresholds = threshold_block(_wanted_exits(settings, source), settings.thresholds, settings.criterion)
-        models = []
+        models, digests = [], []
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
             for artefact in artefacts:
                 folder = partial / artefact.directory
                 folder.mkdir()
                 _write_config(folder, artefact, source, dtype, thresholds)
-                write_weights(folder, artefact.plan, source, dtype, settings.shard_gigabytes * 1e9, bar.update)
-                _copy_tokenizer(source, folder)
+                shard_bytes = settings.shard_gigabytes * 1e9
+                digests.append(write_weights(folder, artefact.plan, source, dtype, shard_bytes, bar.update))
+                copy_tokenizer(source, folder)
                 if artefact.table is not None:
                     models.append(copy_pytorch_package(folder, artefact.stock.family))
-        facts = _manifest_facts(settings, source, artefacts, dtype)
+        facts = _manifest_facts(settings, source, artefacts, digests, dtype)
         write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
 
 
 def _write_config(
     folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype, thresholds: dict[str, Any]
 ) -> None:
+    values = config_values(artefact, dtype, thresholds)
+    if artefact.table is not None:
+        for name, text in remote_code(artefact.stock.family).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", values)
+    generation = read_bundled(source.tokenizer, "generation_config.json")
+    names = [f"{role}_token_id" for role in SPECIAL_TOKENS]
+    if generation is None and all(name in values for name in names):
+        generation = {name: values[name] for name in names}
+    if generation is not None:  # without the file transformers takes these from config.json and its class's defaults
+        write_json(folder / "generation_config.json", generation)
+
+
+def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of an artefact. `thresholds`: of `threshold_block`, for one with a table of exits."""
     values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
     if artefact.table is not None:
         values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
-        for name, text in remote_code(artefact.stock.family).items():
-            (folder / name).write_text(text, encoding="utf-8")
-    _write_json(folder / "config.json", values)
-    generation = read_bundled(source.tokenizer, "generation_config.json")
-    if generation is None:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        generation = {name: values[name] for name in names if values.get(name) is not None}
-    _write_json(folder / "generation_config.json", generation)
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_tokenizer(source: EarlyExitSource, folder: Path) -> None:
-    if source.tokenizer is None:
-        logger.info("%s: the .nemo carries no tokenizer, so none is written", folder.name)
-        return
-    shutil.copytree(
-        source.tokenizer, folder, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if n in _NOT_COPIED]
-    )
-
-
-def _num_bytes(reading: Reading, dtype: torch.dtype) -> int:
-    return sum(math.prod(piece.shape) for piece in reading.written) * dtype.itemsize
-
-
-def write_weights(
-    folder: Path,
-    plan: Sequence[Reading],
-    source: EarlyExitSource,
-    dtype: torch.dtype,
-    shard_bytes: float,
-    on_bytes: Callable[[int], Any],
-) -> None:
-    """Write `model.safetensors`, or several files and their index.
-
-    Args:
-        shard_bytes: about the largest size of one file.
-        on_bytes: called with the number of bytes written.
-    """
-    shards: list[list[Reading]] = [[]]
-    filled = 0
-    for reading in plan:
-        size = _num_bytes(reading, dtype)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(reading)
-        filled += size
-    many = len(shards) > 1
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        entries = {piece.name: (dtype, piece.shape) for reading in shard for piece in reading.written}
-        with SafetensorsWriter(folder / name, entries) as writer:
-            for reading in shard:
-                _write_reading(writer, reading, source, dtype, on_bytes)
-        weight_map |= dict.fromkeys(entries, name)
-    if many:
-        total = sum(_num_bytes(reading, dtype) for reading in plan)
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-
-
-def _write_reading(
-    writer: SafetensorsWriter, reading: Reading, source: EarlyExitSource, dtype: torch.dtype, on_bytes: Callable
-) -> None:
-    if not reading.written:
-        return
-    tensor = source.read(reading.origin, reading.shape, dtype)
-    if dtype is torch.float16 and not all(torch.isfinite(block).all() for block in tensor.split(4096)):
-        raise ValueError(f"{reading.origin.key} has values beyond float16; use dtype=bfloat16 or float32")
-    for piece in reading.written:
-        writer.write(piece.name, parts_of(tensor, piece))
-        on_bytes(math.prod(piece.shape) * dtype.itemsize)
+    return values
 
 
 def _manifest_facts(
-    settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
+    settings: ExportSettings,
+    source: EarlyExitSource,
+    artefacts: Sequence[Artefact],
+    digests: Sequence[str],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     family = artefacts[0].stock.family
     return {
@@ -364,12 +317,14 @@ def _manifest_facts(
                 "directory": artefact.directory,
                 "format": FORMAT,
                 "kind": artefact.kind,
-                "use": _USES[artefact.kind],
                 "class": artefact.stock.values["architectures"][0],
                 "exit": None if artefact.exit is None else artefact.exit.name,
                 "architecture": None if artefact.exit is None else artefact.exit.architecture,
                 "num_layers": artefact.stock.backbone.num_layers,
+                **_USES[artefact.kind],
+                "max_batch": None,
+                "digest": digest,
             }
-            for artefact in artefacts
+            for artefact, digest in zip(artefacts, digests, strict=True)
         ],
     }

@@ -17,16 +17,17 @@ May import: nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
+from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.architecture import Architecture, read_architecture
 
+FORMAT = "huggingface"  # of a directory, in the manifest
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -53,7 +54,12 @@ class StockConfig:
 
 
 def stock_configs(
-    config: Mapping[str, Any], bundled: Mapping[str, Any] | None, *, stored_rows: int, position_rows: int | None
+    config: Mapping[str, Any],
+    bundled: Mapping[str, Any] | None,
+    special_tokens: Mapping[str, int | None],
+    *,
+    stored_rows: int,
+    position_rows: int | None,
 ) -> list[StockConfig]:
     """Every config.json that describes a `.nemo`'s backbone, the preferred one first.
 
@@ -63,6 +69,8 @@ def stock_configs(
     Args:
         config: the `.nemo`'s model config, plain values.
         bundled: the original model's config.json, if the `.nemo` carries it.
+        special_tokens: `bos_token_id` and so on, for a `.nemo` without one; None is written as null, since an absent
+            key would be the stock class's own default, some token of this vocabulary.
         stored_rows: rows of the stored word embeddings.
         position_rows: rows of the stored learned positions, if there are any.
 
@@ -71,7 +79,7 @@ def stock_configs(
     """
     wanted = read_architecture(config, stored_rows=stored_rows, max_positions=position_rows, erf_gelu=True)
     found, faults = [], []
-    for values in _candidates(config, wanted, bundled):
+    for values in _candidates(config, wanted, bundled, special_tokens):
         try:
             backbone = backbone_from_config(values, _sequence_length(config, values))
         except ValueError as fault:
@@ -119,19 +127,18 @@ def exit_config(stock: StockConfig, exit: ExitConfig, *, own_output: bool) -> St
 
 def read_bundled(folder: Path | None, name: str) -> dict[str, Any] | None:
     """A JSON file of the original model that the `.nemo` carries beside its tokenizer; None without one."""
-    if folder is None or not (folder / name).is_file():
-        return None
-    try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
+    return None if folder is None else read_json_object(folder / name)
 
 
 def _candidates(
-    config: Mapping[str, Any], wanted: Architecture, bundled: Mapping[str, Any] | None
+    config: Mapping[str, Any],
+    wanted: Architecture,
+    bundled: Mapping[str, Any] | None,
+    special_tokens: Mapping[str, int | None],
 ) -> Iterator[dict[str, Any]]:
-    carried: dict[str, Any] = {}
+    carried: dict[str, Any] = {
+        name: None if token is None or token >= wanted.vocab_size else token for name, token in special_tokens.items()
+    }
     family = None if bundled is None else bundled.get("model_type")
     if family in CLASSES:
         values = {key: value for key, value in bundled.items() if key not in _LEFT_OUT}

@@ -18,12 +18,13 @@ from safetensors import safe_open
 
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.content_digest import ContentDigest
 from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.huggingface import ExportSettings, config_values, plan_artefacts
 from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
 from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 
-FORMAT = "huggingface"
 # What the importer's reader refuses in a source, and an export says of itself.
 _NOT_READ = ("_remove_final_layer_norm", "auto_map")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,9 +46,12 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
     faults: list[str] = []
     with ExitStack() as stack:
         files: dict[str, Any] = {}
-        for name in _file_names(folder):
-            file = stack.enter_context(safe_open(folder / name, framework="pt", device="cpu"))
+        places: dict[str, str] = {}
+        for file_name in _file_names(folder):
+            file = stack.enter_context(safe_open(folder / file_name, framework="pt", device="cpu"))
+            faults += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
             files |= dict.fromkeys(file.keys(), file)
+            places |= dict.fromkeys(file.keys(), file_name)
         faults += [f"{name} is missing" for name in shapes if name not in files]
         faults += [f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys())]
         for name in shapes.keys() & files.keys():
@@ -56,10 +60,27 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
                 faults.append(f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}")
             if stored.get_dtype() != DTYPE_NAMES[dtype]:
                 faults.append(f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}")
-        faults += _index_faults(folder, files)
-        if source is not None and not faults:
-            faults += _weight_faults(plan, files, source, dtype)
+        faults += _index_faults(folder, places)
+        if source is not None:
+            faults += _config_faults(config, artefact, source)
+        if not faults:
+            faults += _weight_faults(plan, files, source, dtype, artefact.get("digest"))
     return faults
+
+
+def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+    """Where config.json is not what an export of the `.nemo` would say; the thresholds are the user's choice."""
+    block, kind = config.get("early_exit") or {}, artefact["kind"]
+    exits = [entry["name"] for entry in block.get("exits", ())] if kind == "early_exit" else [artefact["exit"]]
+    targets, exits = ("exits",) if kind == "exit" else (kind,), () if kind == "full" else tuple(exits)
+    settings = ExportSettings(source.path, source.path, targets=targets, exits=exits)
+    thresholds = {key: value for key, value in block.items() if key != "exits"}
+    (planned,) = plan_artefacts(settings, source)
+    wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
+    for key in sorted(wanted.keys() | config.keys()):
+        if wanted.get(key) != config.get(key) or (key in wanted) != (key in config):
+            found, must = (repr(values[key]) if key in values else "absent" for values in (config, wanted))
+            yield f"config.json: {key} is {found}, must be {must}"
 
 
 def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
@@ -87,26 +108,54 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-def _index_faults(folder: Path, files: dict[str, Any]) -> Iterator[str]:
+def _index_faults(folder: Path, places: dict[str, str]) -> Iterator[str]:
     if not (folder / _INDEX).is_file():
         return
     weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-    for name in sorted(weight_map.keys() ^ files.keys()):
+    for name in sorted(weight_map.keys() ^ places.keys()):
         yield f"{name} is in only one of {_INDEX} and the files"
+    for name in sorted(weight_map.keys() & places.keys()):
+        if weight_map[name] != places[name]:
+            yield f"{name} is in {places[name]}, {_INDEX} says {weight_map[name]}"
 
 
 def _weight_faults(
-    plan: list[Reading], files: dict[str, Any], source: EarlyExitSource, dtype: torch.dtype
+    plan: list[Reading],
+    files: dict[str, Any],
+    source: EarlyExitSource | None,
+    dtype: torch.dtype,
+    stated: str | None,
 ) -> Iterator[str]:
+    """Numbers that are not the `.nemo`'s, and a digest that is another than the manifest's.
+
+    Args:
+        source: None to take the digest of what the files hold.
+        stated: the manifest's digest, if it has one.
+    """
+    digest, holder = ContentDigest(), "the files" if source is None else "the .nemo"
     for reading in plan:
-        if not reading.written:
-            continue
-        origin = reading.origin
-        where = origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"
+        yield from _reading_faults(reading, files, source, dtype, digest)
+    if stated is not None and digest.hexdigest() != stated:
+        yield f"the manifest's digest is {stated}, that of {holder} is {digest.hexdigest()}"
+
+
+def _reading_faults(
+    reading: Reading, files: dict[str, Any], source: EarlyExitSource | None, dtype: torch.dtype, digest: ContentDigest
+) -> Iterator[str]:
+    if not reading.written:
+        return
+    origin = reading.origin
+    where = origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"
+    tensor = None
+    if source is not None:
         if source.shape(origin) is None:
             yield f"{where} is not in the .nemo"
-            continue
+            return
         tensor = source.read(origin, reading.shape, dtype)
-        for piece in reading.written:
-            if not torch.equal(files[piece.name].get_tensor(piece.name), torch.cat(list(parts_of(tensor, piece)))):
-                yield f"{piece.name} differs from {where} of the .nemo"
+    for piece in reading.written:
+        stored = files[piece.name].get_tensor(piece.name)
+        made = stored if tensor is None else torch.cat(list(parts_of(tensor, piece)))
+        for _ in digest.passing(piece.name, DTYPE_NAMES[dtype], piece.shape, [made]):
+            pass
+        if tensor is not None and not torch.equal(stored, made):
+            yield f"{piece.name} differs from {where} of the .nemo"

@@ -31,7 +31,8 @@ def output_faults(output: Path) -> list[str]:
 
 @contextlib.contextmanager
 def whole_directory(output: Path, num_bytes: int) -> Iterator[Path]:
-    """`<output>.partial` to write to; it gets its name when the context ends without an exception, else it is removed.
+    """`<output>.partial` to write to; it gets its name when the context ends without an exception, else it is
+    removed, with the parents made for it. A killed process leaves `<output>.partial`; the next export removes it.
 
     Args:
         output: absent, or an empty directory.
@@ -42,6 +43,7 @@ def whole_directory(output: Path, num_bytes: int) -> Iterator[Path]:
     """
     output = output.absolute()
     partial = output.with_name(output.name + ".partial")
+    made = [parent for parent in partial.parents if not parent.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -55,11 +57,19 @@ def whole_directory(output: Path, num_bytes: int) -> Iterator[Path]:
         os.replace(partial, output)
         sync_directory(output.parent)
     except OSError as fault:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise ValueError(f"output={output} could not be written ({fault}); nothing was left there") from fault
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, made)
         raise
+
+
+def _remove(partial: Path, made: list[Path]) -> None:
+    """The directory, and the parents that were made for it, nearest first, unless somebody else uses them by now."""
+    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for parent in made:
+            parent.rmdir()
 
 
 def _sync(directory: Path) -> None:

@@ -13,11 +13,13 @@ May import: the standard library.
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT_MODULE = "nemo_ee.runtime.auto_model"
 MODELING = "modeling_early_exit"
+LICENCE = "LICENSE.early_exit_code"  # beside the code; the weights have their own
 STOCK_CONFIGS = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig",
@@ -60,7 +62,7 @@ def auto_map() -> dict[str, str]:
 
 
 def remote_code(family: str) -> dict[str, str]:
-    """File name -> text of everything a directory of this family needs."""
+    """File name -> text of everything a directory of this family needs, with the licence of the code."""
     files, waiting = {}, [ROOT_MODULE]
     while waiting:
         module = waiting.pop()
@@ -74,7 +76,23 @@ def remote_code(family: str) -> dict[str, str]:
     stems = sorted(name.removesuffix(".py") for name in files if name != f"{root}.py")
     others = "\n".join(f"from .{stem} import __name__ as _" for stem in stems)
     files[f"{MODELING}.py"] = _TEMPLATE.format(family=family, stock=STOCK_CONFIGS[family], root=root, others=others)
+    licence = _licence()
+    if licence is not None:
+        files[LICENCE] = licence
     return dict(sorted(files.items()))
+
+
+def _licence() -> str | None:
+    """The licence's text as installed, or of the source tree that this package is run from."""
+    try:
+        installed = distribution("nemo_ee")
+        text = installed.read_text("licenses/LICENSE") or installed.read_text("LICENSE")
+    except PackageNotFoundError:
+        text = None
+    beside = Path(find_spec("nemo_ee").origin).parents[1] / "LICENSE"
+    if text is None and beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    return text
 
 
 def _flat(module: str) -> str:

@@ -4,7 +4,7 @@
 
     trtllm_ckpt/      config.json, rank<r>.safetensors; a stock class builds it, exit_heads.* are carried along
     draft_<name>/     an exit as a stand-alone model, for draft-target decoding
-    tensorrt_llm_model.py   a class for trtllm-build with which an engine of trtllm_ckpt/ leaves early
+    tensorrt_llm_model.py   a class for trtllm-build with which an engine of trtllm_ckpt/ (one stage) leaves early
     tokenizer/        the `.nemo`'s
     manifest.json     written last
 
@@ -41,6 +41,7 @@ from nemo_ee.export.tensorrt_llm_config import checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm_early_exit import (
     ENGINE_CRITERIA,
     copy_engine_file,
+    engine_faults,
     threshold_block,
     threshold_faults,
 )
@@ -120,6 +121,7 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         faults = tensor_faults(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
         if faults:
             raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
+        source.certificates()  # a damaged one is a fault now, not after hours of writing
         dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
         _write(settings, source, architecture, artefacts, exits, dtype)
     logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artefacts), NOT_RUN)
@@ -164,6 +166,8 @@ def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Archite
         faults.append(f"{settings.checkpoint}: {fault}")
     else:
         faults += parallel_faults(architecture, settings.tensor_parallel, settings.pipeline_parallel)
+        if settings.thresholds is not None:
+            faults += engine_faults(stock_class(architecture), settings.pipeline_parallel)
         if settings.draft_ranks != settings.tensor_parallel:
             faults += [f"draft_{fault}" for fault in parallel_faults(architecture, settings.draft_ranks, 1)]
         for exit in source.exits.exits:
@@ -220,7 +224,7 @@ def _write(
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
         copy_tokenizer(source, partial / "tokenizer")
         facts = _manifest_facts(settings, source, artefacts, table, dtype)
-        model = copy_engine_file(partial, stock_class(architecture))
+        model = copy_engine_file(partial, stock_class(architecture), settings.pipeline_parallel)
         write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
@@ -31,7 +32,7 @@ ENGINE_CRITERIA = ("max_probability", "entropy")
 PYTORCH_FILE = "tensorrt_llm_pytorch_model.py"
 PYTORCH_PACKAGE = "early_exit_trtllm"
 PYTORCH_FAMILIES = ("llama", "mistral", "qwen2")
-VERIFIED = "on an eager stand-in of the API it uses, on the CPU; no real TensorRT-LLM has loaded it"
+VERIFIED = "on an eager stand-in of the API it uses, on the CPU, one rank, fp32; no real TensorRT-LLM has loaded it"
 
 
 def threshold_block(
@@ -68,19 +69,47 @@ def threshold_faults(
     criterion: str,
     criteria: Sequence[str] | None = None,
 ) -> list[str]:
-    """What `threshold_block` would raise, and a criterion that is not among `criteria`."""
+    """What `threshold_block` would raise; a criterion that is not among `criteria`, thresholds given or not; and
+    thresholds that no exit gets."""
     try:
-        threshold_block(exits, thresholds, criterion)
+        block = threshold_block(exits, thresholds, criterion)
     except ValueError as fault:
         return [str(fault)]
+    if thresholds is not None and not block["thresholds"]:
+        return [
+            f"thresholds={thresholds!r}: no exit gets one (it is empty, or no exit without attention of its own is "
+            "exported); export one, or leave thresholds out"
+        ]
+    if criterion not in CRITERIA:
+        return [f"criterion={criterion!r} is unknown; use one of {', '.join(criteria or CRITERIA)}"]
     if thresholds is not None and criteria is not None and criterion not in criteria:
         return [f"criterion={criterion!r}: an engine has {' and '.join(criteria)}; use one of them"]
     return []
 
 
-def copy_engine_file(to: Path, architecture: str) -> dict[str, Any] | None:
-    """Copy the engine's model file into `to`; its entry for the manifest. None where no class of it fits."""
+def engine_faults(architecture: str, pipeline_parallel: int) -> list[str]:
+    """Why no class of the engine's model file builds a checkpoint, so that thresholds in it would do nothing.
+
+    Args:
+        architecture: `architecture` of the checkpoint's config.json.
+    """
+    faults = []
     if architecture not in ENGINE_CLASSES:
+        faults.append(
+            f"thresholds: {architecture} has no class with which an engine leaves early, only "
+            f"{' and '.join(ENGINE_CLASSES)} have; leave thresholds out"
+        )
+    if pipeline_parallel > 1:
+        faults.append(
+            f"thresholds with pipeline_parallel={pipeline_parallel}: an engine that leaves early has one stage; set "
+            "pipeline_parallel=1, or leave thresholds out"
+        )
+    return faults
+
+
+def copy_engine_file(to: Path, architecture: str, pipeline_parallel: int) -> dict[str, Any] | None:
+    """Copy the engine's model file into `to`; its entry for the manifest. None where it cannot build the export."""
+    if engine_faults(architecture, pipeline_parallel):
         return None
     shutil.copyfile(Path(__file__).with_name(ENGINE_FILE), to / ENGINE_FILE)
     return {

@@ -169,6 +169,15 @@ def early_exit_class(stock: type, architecture: str, name: str) -> type:
             for exit in self.early_exit.exits:
                 setattr(self.exit_heads, exit.name, exit_head(config, exit))
 
+        def prepare_inputs(self, *sizes: Any, max_draft_len: int | None = 0, **options: Any) -> Any:
+            # A step that checks drafted tokens would leave for all of them where one of them is sure.
+            if max_draft_len:
+                raise ValueError(
+                    f"early exit in an engine: --max_draft_len {max_draft_len}: a target of draft-target decoding has "
+                    "to run to full depth; build it with the stock class (no --model_cls_file)"
+                )
+            return super().prepare_inputs(*sizes, max_draft_len=max_draft_len, **options)
+
         def forward(
             self, input_ids: Any, position_ids: Any = None, use_cache: bool = False, last_token_ids: Any = None,
             attention_mask: Any = None, kv_cache_params: Any = None, attention_params: Any = None, **others: Any,
@@ -265,7 +274,8 @@ def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]
         ("norm_quant_fusion", False, "--norm_quant_fusion disable"),
         ("pp_reduce_scatter", False, "--pp_reduce_scatter disable"),
     ):
-        if bool(getattr(plugins, option, wanted)) != wanted:
+        value = getattr(plugins, option, None)  # None: left to the builder, which does what is wanted
+        if value is not None and bool(value) != wanted:
             faults.append(f"needs {way_out}")
     if last_token_ids is None:
         faults.append("--gather_context_logits is not supported")

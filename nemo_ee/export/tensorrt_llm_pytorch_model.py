@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file gives Llama, Mistral and Qwen2 exits.
 
-    trtllm-serve hf_early_exit --backend pytorch --custom_module_dirs hf_early_exit/early_exit_trtllm \
-        --extra_llm_api_options serve.yaml
+    TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve hf_early_exit --backend pytorch \
+        --custom_module_dirs hf_early_exit/early_exit_trtllm --extra_llm_api_options serve.yaml
 
-with `cuda_graph_config: null` in serve.yaml, since where a step leaves depends on its data. Exits with a threshold in
+with `cuda_graph_config: null` in serve.yaml, since where a step leaves depends on its data, and `enable_block_reuse:
+false` in its `kv_cache_config`, since keys and values of a request that left early are approximate. A line `early
+exit: EarlyExit... asks ...` in the log says that a class of this file is in use. Exits with a threshold in
 config.json's `early_exit.thresholds` are asked; a directory without any is served as before. No real TensorRT-LLM has
 loaded this file.
 
@@ -168,6 +170,20 @@ class _Step:
         return self.logits(self.model.model.norm(hidden), self.model.lm_head)
 
 
+def _described(settings: Settings) -> str:
+    if not settings.exits:
+        return "no exit, config.json has no thresholds"
+    sign = "<" if settings.criterion == "entropy" else ">"
+    asked = ", ".join(f"{exit.name} {sign} {exit.threshold:g}" for exit in settings.exits)
+    return f"{asked} ({settings.criterion})"
+
+
+def _log(line: str) -> None:
+    from tensorrt_llm.logger import logger
+
+    logger.info(line)
+
+
 def early_exit_class(stock: type) -> type:
     """A stock class with exits."""
 
@@ -180,6 +196,7 @@ def early_exit_class(stock: type) -> type:
             self.early_exit = read_settings(block, model_config.mapping)
             self.exit_heads = nn.ModuleDict({e.name: exit_head(model_config, e) for e in self.early_exit.exits})
             self.steps_left_at: Counter[str] = Counter()
+            _log(f"early exit: {type(self).__name__} asks {_described(self.early_exit)}")
 
         def forward(
             self, attn_metadata: Any, input_ids: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
@@ -193,7 +210,10 @@ def early_exit_class(stock: type) -> type:
                     spec_metadata=spec_metadata, **others,
                 )  # fmt: skip
             if getattr(attn_metadata, "is_cuda_graph", False):
-                raise RuntimeError("early exit depends on data: set cuda_graph_config to null")
+                raise RuntimeError(
+                    "early exit depends on data: set cuda_graph_config to null (and enable_block_reuse of "
+                    "kv_cache_config to false: keys and values of a request that left early are approximate)"
+                )
             hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return _Step(self, attn_metadata, position_ids).run(hidden)
 
@@ -201,9 +221,7 @@ def early_exit_class(stock: type) -> type:
             """Log now and then at which exits the decoding steps leave."""
             self.steps_left_at[name] += 1
             if self.steps_left_at.total() % LOG_EVERY == 0:
-                from tensorrt_llm.logger import logger
-
-                logger.info(f"early exit, steps by exit: {dict(self.steps_left_at)}")
+                _log(f"early exit, steps by exit: {dict(self.steps_left_at)}")
 
     EarlyExit.__name__ = EarlyExit.__qualname__ = f"EarlyExit{stock.__name__}"
     return EarlyExit

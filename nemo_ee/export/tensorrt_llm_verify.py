@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check one TensorRT-LLM checkpoint directory: config fields, names, shapes, shards; with its `.nemo`, every number.
 
+config.json is compared field by field with the one the export would write: for what the `.nemo` says where that is
+given, otherwise for what the file itself says of the model. Thresholds may be edited, so they are not compared.
+
 Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for, not one that was loaded.
 
 May import: torch, safetensors, nemo_ee.export.
@@ -9,6 +12,7 @@ May import: torch, safetensors, nemo_ee.export.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,12 +23,12 @@ import torch
 from safetensors import safe_open
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture
+from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
 from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 from nemo_ee.export.tensorrt_llm_checkpoint import part_of
-from nemo_ee.export.tensorrt_llm_config import architecture_of, stock_class
+from nemo_ee.export.tensorrt_llm_config import architecture_of, checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm_layout import Reading, rank_shapes, readings
 
 
@@ -32,7 +36,7 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
     """Every fault of a checkpoint directory.
 
     Args:
-        artefact: its entry in the manifest.
+        artefact: its entry in the manifest, with the manifest's `max_position_embeddings`.
         source: the opened `.nemo`, to compare the numbers with.
 
     Raises:
@@ -45,8 +49,10 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
         return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
     if config["architecture"] != stock_class(architecture):
         return [f"architecture: {config['architecture']}, but {stock_class(architecture)} computes what is described"]
+    faults = [*_config_faults(config, _expected_architecture(architecture, artefact, source))]
+    if source is not None:
+        faults += _exit_table_faults(config, source)
     plan = _plan(architecture, config, artefact, tp * pp, pp)
-    faults = []
     for rank, shapes in enumerate(rank_shapes(plan, tp, pp)):
         path = folder / f"rank{rank}.safetensors"
         if not path.is_file():
@@ -56,6 +62,57 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
     if source is not None and not faults:
         faults += _weight_faults(folder, plan, source, dtype, tp, pp)
     return faults
+
+
+def _expected_architecture(
+    described: Architecture, artefact: dict[str, Any], source: EarlyExitSource | None
+) -> Architecture:
+    """What config.json has to describe: what it does without a source, else the `.nemo`'s model, or its draft."""
+    if source is None:
+        return described
+    expected = read_architecture(
+        source.config, stored_rows=source.vocabulary_rows(), max_positions=artefact.get("max_position_embeddings")
+    )
+    if artefact["exit"] is None:
+        return expected
+    exit = next((exit for exit in source.exits.exits if exit.name == artefact["exit"]), None)
+    if exit is None:
+        raise ValueError(f"the .nemo has no exit {artefact['exit']!r}")
+    return dataclasses.replace(expected, num_layers=exit.layer + (exit.architecture == "layer"), tied=False)
+
+
+def _config_faults(config: dict[str, Any], architecture: Architecture) -> Iterator[str]:
+    """Fields that differ from what the export writes for this model, on the ranks and in the dtype of the shards."""
+    sizes = config["mapping"]
+    expected = checkpoint_config(
+        architecture,
+        num_layers=architecture.num_layers,
+        tensor_parallel=sizes["tp_size"],
+        pipeline_parallel=sizes["pp_size"],
+        dtype=config["dtype"],
+        tied=architecture.tied,
+        early_exit=config.get("early_exit"),
+    )
+    for field in sorted(config.keys() | expected.keys()):
+        if field not in expected:
+            yield f"config.json: {field} does not belong there"
+        elif field not in config:
+            yield f"config.json: {field} is missing, must be {expected[field]!r}"
+        elif config[field] != expected[field]:
+            yield f"config.json: {field} is {config[field]!r}, must be {expected[field]!r}"
+
+
+def _exit_table_faults(config: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+    known = {exit.name: exit for exit in source.exits.exits}
+    for row in (config.get("early_exit") or {}).get("exits", []):
+        exit = known.get(row["name"])
+        if exit is None:
+            yield f"config.json: early_exit names {row['name']!r}, which is no exit of the .nemo"
+            continue
+        output = "own" if source.has_own_output(exit.name) else "backbone"
+        for field, value in (("layer", exit.layer), ("architecture", exit.architecture), ("output", output)):
+            if row[field] != value:
+                yield f"config.json: early_exit: {exit.name}: {field} is {row[field]!r}, must be {value!r}"
 
 
 def _plan(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from nemo_ee.export import huggingface_verify, tensorrt_llm_verify
 from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.huggingface_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
 
 
@@ -42,12 +43,14 @@ def verify_export(
             made_of = manifest.get("source", {}).get("backbone_fingerprint")
             if None not in (made_of, source.fingerprint) and made_of != source.fingerprint:
                 faults.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
+        # An export can be told the length that a model is used with; the `.nemo` does not say it.
+        shared = {"max_position_embeddings": manifest.get("max_position_embeddings")}
         for artefact in manifest.get("artefacts", []):
             name, check = str(artefact.get("directory")), tensorrt_llm_verify.artefact_faults
-            if artefact.get("format") == huggingface_verify.FORMAT:
+            if artefact.get("format") == FORMAT:
                 check = huggingface_verify.artefact_faults
             try:
-                faults += [f"{name}: {fault}" for fault in check(directory / name, artefact, source)]
+                faults += [f"{name}: {fault}" for fault in check(directory / name, shared | artefact, source)]
             except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
                 faults.append(f"{name}: cannot be read ({fault!r})")
     return faults

@@ -231,7 +231,7 @@ class _Batch:
 
     def own_tokens(self, logits: Tensor, cells: Sequence[tuple[int, int]]) -> Tensor:
         """What these logits `[m, v]` would choose at these cells. `[m]`, int64, on the CPU."""
-        if all(own == GREEDY for own in self.sampling):
+        if all(own.takes_the_most_likely for own in self.sampling):
             return logits.argmax(dim=1).cpu()
         positions = [self.num_context[sequence] + offset for sequence, offset in cells]
         previous = [self.sequences[cell[0]][:position] for cell, position in zip(cells, positions, strict=True)]

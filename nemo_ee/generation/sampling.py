@@ -61,6 +61,11 @@ class SamplingParams:
         if faults:
             raise ValueError("sampling: " + "; ".join(faults))
 
+    @property
+    def takes_the_most_likely(self) -> bool:
+        """Whether the token of the largest raw logit is chosen, whatever came before and whatever the seed."""
+        return self.greedy and self.repetition_penalty == 1.0
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -151,7 +156,7 @@ def choose(
     Returns:
         n tokens.
     """
-    plain = [own.greedy and own.repetition_penalty == 1.0 for own in params]
+    plain = [own.takes_the_most_likely for own in params]
     # One argmax for all of them, the neighbours' rows with it: cheaper than to pick rows out.
     best = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(plain)
     return [

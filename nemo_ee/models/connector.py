@@ -194,6 +194,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         config.backbone_fingerprint = fingerprint or backbone_fingerprint(
             ChunkReader(work / BACKBONE), vocab_size=model.vocab_size
         )
+        config.vocab_size = model.vocab_size  # tells true rows from padding, whose number depends on the layout
         config.early_exit = {**model.early_exit.to_mapping(), "train": "exits"}  # how a run trains is the run's affair
         entries: dict = {EXITS: work / EXITS}
         if _keeps_updates(model):

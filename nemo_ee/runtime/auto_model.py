@@ -10,7 +10,9 @@ May import: torch, nemo_ee.generation, nemo_ee.runtime.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +24,10 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
 
-# What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for.
+# What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
+# fetching files from the Hub, and here they are in a local directory already.
 _IGNORED = {"adapter_kwargs", "attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
+_IGNORED |= {"cache_dir", "code_revision", "force_download", "local_files_only", "revision", "token"}
 
 
 class EarlyExitCausalLM:
@@ -31,12 +35,14 @@ class EarlyExitCausalLM:
 
     Attributes:
         config: transformers' config.
+        generation_config: the values of the directory's generation_config.json, empty without one.
         model: the `RuntimeModel`.
         engine: decodes it, in all of its modes.
     """
 
     def __init__(self, config: Any, directory: str, *, device: str | torch.device, dtype: Any) -> None:
         self.config = config
+        self.generation_config = _generation_config(Path(directory))
         self.model = load_model(directory, device=device, dtype=dtype)
         self.engine = EarlyExitEngine(self.model)
 
@@ -53,10 +59,12 @@ class EarlyExitCausalLM:
         Raises:
             ValueError: a setting that is not known, or a directory that cannot be loaded.
         """
-        dtype = settings.pop("torch_dtype", None) or settings.pop("dtype", None)
-        device = settings.pop("device_map", None) or settings.pop("device", None) or "cpu"
+        dtype = _first(settings.pop("torch_dtype", None), settings.pop("dtype", None))
+        device = _first(settings.pop("device_map", None), settings.pop("device", None), "cpu")
         if not isinstance(device, str | torch.device | int) or device in ("auto", "balanced", "sequential"):
             raise ValueError(f"device_map={device!r}: this model runs on one device; give 'cuda:0' or 'cpu'")
+        if isinstance(device, int):
+            device = torch.device("cuda", device)
         known = {key for key in settings if key in _IGNORED or settings[key] in (None, False)}
         if settings.keys() - known:
             raise ValueError(
@@ -75,8 +83,14 @@ class EarlyExitCausalLM:
 
     @torch.inference_mode()
     def __call__(self, input_ids: LongTensor) -> Tensor:
-        """The full model's logits. `input_ids`: `[b, s]`, without padding. Returns `[b, s, v]`, fp32."""
+        """The full model's logits. `input_ids`: `[b, s]`, without padding. Returns `[b, s, v]`, fp32.
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+        """
         batch, length = input_ids.shape
+        if length > self.model.max_positions:
+            raise ValueError(f"{length} tokens are more than the model's {self.model.max_positions} positions")
         items = Items.of({row: range(length) for row in range(batch)}, self.device)
         cache = self.model.new_cache(batch, length, ())
         hidden = self.model.embed(input_ids.flatten().to(self.device), items)
@@ -111,8 +125,8 @@ class EarlyExitCausalLM:
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
             early_exit_criterion, early_exits, max_waiting: `criterion`, `active` and `max_waiting` of `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
-            eos_token_id: ends a sequence; None = the config's.
-            pad_token_id: fills what ended earlier; None = the config's, else the end token.
+            eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's.
+            pad_token_id: fills what ended earlier; None = likewise, else the end token.
             return_result: also return the engine's result: exits, layers, confidences.
 
         Returns:
@@ -132,7 +146,7 @@ class EarlyExitCausalLM:
         if early_exit_threshold is not None:
             active = None if early_exits is None else tuple(early_exits)
             policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_waiting)
-        stops = _ids(eos_token_id if eos_token_id is not None else getattr(self.config, "eos_token_id", None))
+        stops = self._ids("eos_token_id", eos_token_id)
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         result = self.engine.generate(
             [row[mask.bool()].tolist() for row, mask in zip(input_ids, kept, strict=True)],
@@ -142,14 +156,29 @@ class EarlyExitCausalLM:
             sampling=sampling,
             stop_tokens=stops,
         )
-        padding = _ids(pad_token_id if pad_token_id is not None else getattr(self.config, "pad_token_id", None))
+        padding = self._ids("pad_token_id", pad_token_id)
         longest, fill = max(map(len, result.tokens)), (padding or stops or [0])[0]
         new = torch.tensor([[*own, *[fill] * (longest - len(own))] for own in result.tokens], device=input_ids.device)
         tokens = torch.cat((input_ids, new), dim=1)
         return (tokens, result) if return_result else tokens
 
+    def _ids(self, name: str, given: int | Sequence[int] | None) -> list[int]:
+        """The tokens that are asked for, else those of generation_config.json, else the config's."""
+        stored = self.generation_config.get(name, getattr(self.config, name, None))
+        value = _first(given, stored, [])
+        return [value] if isinstance(value, int) else list(value)
 
-def _ids(value: int | Sequence[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as fault:
+        raise ValueError(f"{path}: damaged, {fault!r}; export again") from fault

@@ -11,7 +11,7 @@ May import: the standard library, nemo_ee.exits, nemo_ee.generation.items.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ _SIZES = {
 }
 _SIZES |= dict.fromkeys(("mistral", "qwen2"), _SIZES["llama"])
 FAMILIES = tuple(sorted(_SIZES))
-_ROPE_TYPES = ("default", "linear", "llama3")
+# Rotary type -> the numbers that it needs.
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 _GATED = {"silu": "silu", "swish": "silu"}
 _PLAIN = {"relu": "relu", **dict.fromkeys(("gelu", "gelu_python"), "gelu")}
 _PLAIN |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh")
@@ -119,21 +124,46 @@ def _faults(values: Mapping[str, Any]) -> list[str]:
     act, known = _activation(values)
     if act not in known:
         faults.append(f"activation {act!r}, supported are {', '.join(known)}")
-    rope_type = _rope(values)["rope_type"]
-    if rope_type not in _ROPE_TYPES:
-        faults.append(f"rope type {rope_type!r}, supported are {', '.join(_ROPE_TYPES)}")
+    if family not in ("gpt2", "opt"):
+        faults += _rotary_faults(values)
     if values.get("quantization_config"):
         faults.append("quantization_config: quantised weights are not read; give the unquantised model")
     for name in ("_remove_final_layer_norm", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
         if values.get(name):
             faults.append(f"{name}: not computed here; use transformers")
+    if not values.get("scale_attn_weights", True):
+        faults.append("scale_attn_weights=False: scores without 1/sqrt(head size) are not computed here")
     if not values.get("do_layer_norm_before", True):
         faults.append("do_layer_norm_before=False: norms after the residual are not computed here")
     layers = values.get(_SIZES[family].split()[2])
     for entry in _entries(values):
         if entry.get("architecture") not in ARCHITECTURES or not 1 <= int(entry.get("layer", 0)) <= int(layers or 0):
             faults.append(f"early_exit.exits: {entry} is no exit of a model of {layers} layers")
+    names = [entry.get("name") for entry in _entries(values)]
+    for name in sorted({str(name) for name in names if names.count(name) > 1}):
+        faults.append(f"early_exit.exits: two exits are called {name!r}")
     return faults
+
+
+def _rotary_faults(values: Mapping[str, Any]) -> Iterator[str]:
+    rope = _rope(values)
+    kind, part = rope["rope_type"], _first(rope.get("partial_rotary_factor"), values.get("partial_rotary_factor"), 1)
+    if kind not in _ROPE_TYPES:
+        yield f"rope type {kind!r}, supported are {', '.join(_ROPE_TYPES)}"
+    for name in _ROPE_TYPES.get(kind, ()):
+        if isinstance(rope.get(name), bool) or not isinstance(rope.get(name), int | float) or rope[name] <= 0:
+            yield f"rope type {kind}: {name}={rope.get(name)!r} must be a number above 0"
+    if part != 1:
+        yield f"partial_rotary_factor={part!r}: all of a head is turned here; use transformers"
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        dim = values.get("head_dim") or hidden // heads
+        if dim % 2:
+            yield f"head_dim={dim}: rotary positions need an even number"
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _entries(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

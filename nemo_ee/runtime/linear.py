@@ -5,7 +5,8 @@
 Decoding one token reads every weight once, so fewer bytes are more speed. On x86 CPUs, weights that are stored in half
 precision are kept in fp16 and multiplied with fp32 inputs and sums (FBGEMM, arXiv 2101.05615): to fp32's own rounding
 what fp32 weights would give, in less than half of the time. fp16 holds every bf16 number from 2**-14 to its largest,
-smaller ones to within 2**-25.
+smaller ones to within 2**-25: in a matrix whose largest number is at least 2**-6, an error of at most 2**-19 of that.
+Other matrices stay in fp32.
 
 May import: torch.
 """
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 _LARGEST_FP16 = 65504.0
+# Of a matrix's largest number; below it the rounding of the small ones would show.
+_SMALLEST_MAXIMUM = 2.0**-6
 
 
 class Linear(Protocol):
@@ -75,7 +78,7 @@ def make_linear(weight: Tensor, bias: Tensor | None, *, stored_in_half: bool) ->
     """
     if weight.device.type != "cpu" or weight.dtype is not torch.float32:
         return PlainLinear(weight.t(), bias)
-    if stored_in_half and packs_half_weights() and weight.abs().amax() <= _LARGEST_FP16:
+    if stored_in_half and packs_half_weights() and _SMALLEST_MAXIMUM <= weight.abs().amax() <= _LARGEST_FP16:
         return HalfLinear(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias))
     # One row times the transpose is up to three times faster than times the matrix itself.
     return PlainLinear(weight.t().contiguous(), bias)

@@ -86,16 +86,19 @@ def check_setting(certificate: Certificate, call: Call, requests: Sequence[Reque
     asked: dict[str, Any] = {"greedy": sampling.greedy, "repetition_penalty": sampling.repetition_penalty}
     if not sampling.greedy:
         asked |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
+    certified = certificate.setting.tokens_to_generate
     setting = Setting(
         mode="early_exit",
         kv=KV_POLICY,
         precision=precision,
-        tokens_to_generate=max(request.max_new_tokens for request in requests),
+        tokens_to_generate=certified,  # see below: clients have another name for it
         stop_on_eos=True,
         add_BOS=None,  # as the tokenizer does
         sampling=asked,
     )
     faults = list(setting_faults(certificate, setting))
+    others = sorted({request.max_new_tokens for request in requests} - {certified})
+    faults += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
     if call.stops:
         faults.append("stop is given, certified without stop strings")
     if faults:

@@ -7,12 +7,18 @@ python scripts/export/export_huggingface.py checkpoint=tuned.nemo output=export
 Needs neither a GPU nor NeMo.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
+
+
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """A list, or one name alone: `targets=full`."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_huggingface")
@@ -26,8 +32,8 @@ def main(cfg: DictConfig) -> None:
                 checkpoint=Path(cfg.checkpoint),
                 output=Path(cfg.output),
                 backbone=None if cfg.backbone is None else Path(cfg.backbone),
-                targets=tuple(cfg.targets),
-                exits=None if cfg.exits is None else tuple(cfg.exits),
+                targets=names(cfg.targets),
+                exits=None if cfg.exits is None else names(cfg.exits),
                 dtype=cfg.dtype,
                 shard_gigabytes=cfg.shard_gigabytes,
                 thresholds=OmegaConf.to_container(cfg).get("thresholds"),

@@ -9,9 +9,10 @@
     python scripts/export/try_tensorrt_llm.py engine trt --reference hf/hf_early_exit  # 0.20 (NGC 25.07) to 1.2.1
 
 Start it in the repository with PYTHONPATH=. in TensorRT-LLM's container; it needs torch, safetensors and transformers,
-which are there. It serves three prompts greedily, prints tokens per second beside those without exits, and compares
-the tokens with nemo_ee.runtime under `kv: propagate` on the CPU. In half precision some tokens differ: what counts is
-that most agree, and that a threshold of 1.0 gives the tokens without exits. --dry-run prints what would be run.
+which are there. It serves three prompts greedily: as a batch for tokens per second, beside those without exits, and
+one by one to compare the tokens with nemo_ee.runtime under `kv: propagate` on the CPU, since with several sequences
+one token that differs changes where all of them leave. In half precision some tokens differ: what counts is that most
+agree, and that a threshold of 1.0 gives the tokens without exits. --dry-run prints what would be run.
 """
 
 from __future__ import annotations
@@ -54,16 +55,18 @@ def prompts_of(folder: Path) -> list[list[int]]:
 
 
 def generate(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], float]:
-    """Greedy tokens and tokens per second, the second of two runs."""
+    """Greedy tokens of each prompt served alone; tokens per second of all as a batch, the second of two runs."""
     from tensorrt_llm import SamplingParams
 
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, top_k=1, ignore_eos=True)
+
+    def served(batch: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [list(o.outputs[0].token_ids) for o in llm.generate([list(prompt) for prompt in batch], params)]
+
     for _ in range(2):
         start = time.perf_counter()
-        outputs = llm.generate([list(prompt) for prompt in prompts], params)
-        seconds = time.perf_counter() - start
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    return tokens, sum(map(len, tokens)) / seconds
+        speed = sum(map(len, served(prompts))) / (time.perf_counter() - start)
+    return [served([prompt])[0] for prompt in prompts], speed
 
 
 def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], what: str) -> None:
@@ -73,29 +76,47 @@ def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], what
         print(f"prompt {index}: the first {same} of {len(other)} tokens are {what}'s")
 
 
-def reference_tokens(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """The runtime's tokens under `kv: propagate`, on the CPU in fp32, with the directory's thresholds."""
+def early_exit_of(folder: Path) -> dict[str, Any]:
+    """`early_exit` of a directory's config.json."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("early_exit") or {}
+
+
+def reference_tokens(
+    folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int, early_exit: dict[str, Any]
+) -> list[list[int]]:
+    """The runtime's tokens under `kv: propagate`, on the CPU in fp32, each prompt alone.
+
+    Args:
+        folder: `hf_early_exit/`.
+        early_exit: thresholds and criterion of what is compared with it.
+    """
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.runtime.loader import load_model
     from nemo_ee.runtime.propagation import generate_propagating
 
-    block = json.loads((folder / "config.json").read_text(encoding="utf-8"))["early_exit"]
-    thresholds = block.get("thresholds") or {}
-    policy = ExitPolicy(thresholds, block.get("criterion", "max_probability"), tuple(thresholds))
-    result = generate_propagating(
-        load_model(folder, dtype="float32"), prompts, max_new_tokens=[new_tokens] * len(prompts), policy=policy
-    )
-    left = sum(exit is not None for own in result.exits for exit in own)
+    thresholds = early_exit.get("thresholds") or {}
+    policy = ExitPolicy(thresholds, early_exit.get("criterion", "max_probability"), tuple(thresholds))
+    model, tokens, left = load_model(folder, dtype="float32"), [], 0
+    for prompt in prompts:
+        result = generate_propagating(model, [prompt], max_new_tokens=[new_tokens], policy=policy)
+        tokens.append(list(result.tokens[0]))
+        left += sum(exit is not None for exit in result.exits[0])
     print(f"reference: {left} of {new_tokens * len(prompts)} tokens leave early")
-    return list(map(list, result.tokens))
+    return tokens
+
+
+def same_thresholds(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two `early_exit` blocks leave at the same places."""
+    return all((one.get(key) or None) == (other.get(key) or None) for key in ("thresholds", "criterion"))
 
 
 def try_pytorch(options: argparse.Namespace) -> None:
     """The PyTorch backend on `hf_early_exit/`, beside the stock class on `hf_full/` where that was exported."""
     folder = options.directory
     if options.dry_run:
-        print(f"trtllm-serve {folder} --backend pytorch --custom_module_dirs {folder / 'early_exit_trtllm'} "
-              "--extra_llm_api_options serve.yaml   # serve.yaml: cuda_graph_config: null")  # fmt: skip
+        print(f"TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve {folder} --backend pytorch "
+              f"--custom_module_dirs {folder / 'early_exit_trtllm'} --extra_llm_api_options serve.yaml   "
+              "# serve.yaml: cuda_graph_config: null, kv_cache_config: {enable_block_reuse: false}")  # fmt: skip
         return
     # In this process, which has imported the classes; worker processes would have to import them too.
     os.environ["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"
@@ -115,7 +136,7 @@ def try_pytorch(options: argparse.Namespace) -> None:
     with LLM(model=str(folder), **settings) as llm:
         tokens, speed = generate(llm, prompts, options.new_tokens)
     print(f"with exits: {speed:.1f} tokens/s")
-    compare(tokens, reference_tokens(folder, prompts, options.new_tokens), "the runtime")
+    compare(tokens, reference_tokens(folder, prompts, options.new_tokens, early_exit_of(folder)), "the runtime")
 
 
 def try_engine(options: argparse.Namespace) -> None:
@@ -123,7 +144,12 @@ def try_engine(options: argparse.Namespace) -> None:
     export = options.directory
     models = json.loads((export / "manifest.json").read_text(encoding="utf-8"))["early_exit_models"]
     if not models:
-        raise SystemExit(f"{export}: no model file was exported with it; that is for Llama, Mistral and Qwen2 only")
+        raise SystemExit(
+            f"{export}: no model file was exported with it; that is for Llama, Mistral and Qwen2 with one stage only"
+        )
+    built_in = early_exit_of(export / "trtllm_ckpt")
+    if options.reference is not None and not same_thresholds(built_in, early_exit_of(options.reference)):
+        print(f"note: {options.reference} has other thresholds; the reference takes the engine's")
     runs = {"without exits": None, "with exits": models[0]["class"]}
     tokens: list[list[int]] = []
     for name, class_name in runs.items():
@@ -146,7 +172,7 @@ def try_engine(options: argparse.Namespace) -> None:
             tokens, speed = generate(llm, prompts, options.new_tokens)
         print(f"{name}: {speed:.1f} tokens/s")
     if options.reference is not None and not options.dry_run:
-        compare(tokens, reference_tokens(options.reference, prompts, options.new_tokens), "the runtime")
+        compare(tokens, reference_tokens(options.reference, prompts, options.new_tokens, built_in), "the runtime")
 
 
 def main(arguments: list[str] | None = None) -> None:

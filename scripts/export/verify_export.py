@@ -3,7 +3,7 @@
 """Check an export against its manifest, its format and, when given, the `.nemo` it was made from.
 
     python scripts/export/verify_export.py export
-    python scripts/export/verify_export.py export --checkpoint tuned.nemo     # compares every number
+    python scripts/export/verify_export.py export --checkpoint tuned.nemo     # and every number, every config field
 
 Ends with 0 when there is no fault, otherwise with 1, or with 2 when there is nothing to check.
 """

@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -36,8 +37,9 @@ def run_script(stem: str, overrides: list[str], changes: dict[str, Any]) -> None
     with script_config(stem, overrides) as cfg:
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # faults as the exceptions they are; conftest takes it back
-        script.main(cfg)
+        # Faults as the exceptions they are. Taken back here: conftest does not see what a fixture of a module leaves.
+        with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"):
+            script.main(cfg)
 
 
 def calibrate(**changes: Any) -> None:
@@ -168,12 +170,19 @@ def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, 
     message = str(caught.value)
     assert "certificate 'default' of" in message and "set allow_other_setting=True" in message
     for part in (
-        "tokens_to_generate=7, certified for continuations of at most 6",
+        "tokens_to_generate=7, certified tokens_to_generate=6",
         "greedy=False, certified greedy=True",
         "precision=bf16, certified precision=32",
         "end_strings=['x'], certified end_strings=[]",
     ):
         assert part in message
+    wrong = {"tokens_to_generate": "x", "temperature": None, "top_p": "hot"}
+    with pytest.raises(ValueError) as caught:
+        generate(**other | wrong)
+    for part in ("tokens_to_generate='x' must", "temperature = None must", "top_p = 'hot' must"):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match=r"certificate=3 must be .*\n  allow_other_setting='no' must be True"):
+        generate(**other | {"certificate": 3, "allow_other_setting": "no"})
     with pytest.raises(AssertionError, match="weights are loaded"):
         generate(allow_other_setting=True, **other)
     assert "its guarantee does not hold for this run" in caplog.text
@@ -306,13 +315,19 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
 
 def test_the_task_risk_decodes_and_stops_at_the_first_failure(start, tmp_path):
     """Every answer is wrong under the full model already, so nothing can be lost and everything is certified."""
-    calibrate(**settings(start, tmp_path, risk="task", certificate=None, save_to=None, num_prompts=20, epsilon=0.3))
+    calibrate(**settings(start, tmp_path, risk="task", answer_until=":", num_prompts=20, epsilon=0.3))
     report = report_of(tmp_path)
     assert all(one["risk"] == 0 and one["certified"] for one in report["policies"])
     assert report["policies"][-1]["chosen"] and report["certificate"]["guarantee"]["risk"] == "task"
+    common = {
+        "model.restore_from_path": str(tmp_path / "certified.nemo"), "certificate": True, "tokens_to_generate": 6
+    }  # fmt: skip
+    generate(end_strings=[":"], **common)  # where the comparison ended
+    with pytest.raises(ValueError, match=r"end_strings=\['='\], certified end_strings=\[\] or \[':'\]"):
+        generate(end_strings=["="], **common)
 
 
-def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):
+def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path, monkeypatch):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"promt": "y"}\n')
     with pytest.raises(ValueError) as caught:
@@ -326,12 +341,24 @@ def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path):
         "threshold = 2.0 must be a number in 0..1",
     ):
         assert part in message
+    with pytest.raises(ValueError) as caught:
+        below_a_file = {"output": str(bad / "report"), "save_to": str(bad / "certified.nemo")}
+        calibrate(**settings(start, tmp_path, **below_a_file))
+    assert f"output: {bad} is a file" in str(caught.value) and f"save_to: {bad} is a file" in str(caught.value)
+    with monkeypatch.context() as nobody:
+        nobody.setattr("os.access", lambda *arguments: False)
+        with pytest.raises(ValueError, match="model.restore_from_path: .* may not be written to; give another place"):
+            calibrate(**settings(start, tmp_path, save_to=None))
     with pytest.raises(ValueError, match="num_prompts=5 leaves fewer than 22 prompts to test"):
         calibrate(**settings(start, tmp_path, num_prompts=5, epsilon=0.1))
     with pytest.raises(ValueError, match=r"epsilon=1.5 must be a number between 0 and 1\n  risk='loss' is unknown"):
         calibrate(**settings(start, tmp_path, epsilon=1.5, risk="loss"))
     with pytest.raises(ValueError, match=r"'one-mpl', which the model does not have \(did you mean one-mlp\?\)"):
         calibrate(**settings(start, tmp_path, exits=["one-mpl"]))
+    with pytest.raises(ValueError, match="for each of 2 exits are 5041 policies, more than 4096; .* at most 63"):
+        calibrate(**settings(start, tmp_path, split=0.5, grid=[share / 100 for share in range(70)]))
+    with pytest.raises(ValueError, match=r"split=0.005 sets none of 60 prompts aside; raise it, or set split=0"):
+        calibrate(**settings(start, tmp_path, split=0.005))
     with pytest.raises(ValueError, match="num_prompts=70, but the data gives 60 prompts"):
         calibrate(**settings(start, tmp_path, num_prompts=70))
     with pytest.raises(ValueError, match=r'risk=task needs an "answer" in every line'):

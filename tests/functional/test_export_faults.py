@@ -291,6 +291,55 @@ def test_changed_numbers_show_in_the_hash_or_against_the_source(
     assert verify_export(folder, checkpoint) == [f"trtllm_ckpt: rank2.safetensors: {KEY} differs from {origin}"]
 
 
+def _config(folder: Path, change, artefact: str = "trtllm_ckpt") -> None:  # noqa: ANN001
+    """Change config.json and the hashes with it."""
+    path = folder / artefact / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    _signed(folder)
+
+
+# what is changed -> (change of config.json, fault, whether it takes the source to notice)
+CONFIG_CHANGES = {
+    "rotary_base": (lambda c: c.update(rotary_base=5e5), "rotary_base is 500000.0, must be 10000.0", True),
+    "epsilon": (lambda c: c.update(norm_epsilon=0.1), "norm_epsilon is 0.1, must be", True),
+    "length": (lambda c: c.update(max_position_embeddings=9), "max_position_embeddings is 9, must be 32", True),
+    "scaling": (lambda c: c.update(rotary_scaling={"type": "linear", "factor": 2.0}), "rotary_scaling is", True),
+    "exit's layer": (lambda c: c["early_exit"]["exits"][2].update(layer=2), "layer is 2, must be 3", True),
+    "exit's output": (lambda c: c["early_exit"]["exits"][1].update(output="own"), "output is 'own', must be", True),
+    "logits": (lambda c: c.update(logits_dtype="float16"), "logits_dtype is 'float16', must be 'float32'", False),
+    "quantised": (lambda c: c["quantization"].update(quant_algo="FP8"), "quantization is {'quant_algo': 'FP8'", False),
+    "stranger": (lambda c: c.update(rotary_pct=0.5), "rotary_pct does not belong there", False),
+    "missing": (lambda c: c.pop("logits_dtype"), "logits_dtype is missing, must be 'float32'", False),
+}
+
+
+@pytest.mark.parametrize("change", CONFIG_CHANGES)
+def test_a_field_of_the_config_that_the_model_does_not_have(
+    change: str, exported: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """With the hashes brought up to date, and no tensor that shows it."""
+    folder = copied(exported, tmp_path / "copy")
+    apply, fault, needs_source = CONFIG_CHANGES[change]
+    _config(folder, apply)
+    without, (found, *others) = verify_export(folder), verify_export(folder, checkpoint)
+    assert found.startswith("trtllm_ckpt: config.json: ") and fault in found
+    assert all("exit_heads" in other for other in others), others  # an exit without a matrix of its own, at most
+    assert needs_source or without == [found]
+    assert not needs_source or not any("must be" in each and "config.json" in each for each in without)
+
+
+def test_the_config_of_a_draft_and_a_given_length(checkpoint: Path, tmp_path: Path) -> None:
+    folder = export(checkpoint, tmp_path / "out", drafts=(LAYER,), max_position_embeddings=16)
+    assert verify_export(folder, checkpoint) == []
+    _config(folder, lambda c: c.update(max_position_embeddings=32, rotary_base=2.0), f"draft_{LAYER}")
+    assert verify_export(folder, checkpoint) == [
+        f"draft_{LAYER}: config.json: max_position_embeddings is 32, must be 16",
+        f"draft_{LAYER}: config.json: rotary_base is 2.0, must be 10000.0",
+    ]
+
+
 def test_missing_strange_and_foreign_files(exported: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path / "copy")
     (folder / "trtllm_ckpt" / "rank1.safetensors").unlink()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import weakref
 from pathlib import Path
@@ -72,6 +73,9 @@ def test_the_scripts_as_a_user_runs_them(one: Made, tmp_path: Path) -> None:
     assert manifest["source"] == {"checkpoint": one.path.name, "backbone_fingerprint": fingerprint}
     checked = run_script("verify_export.py", str(output), "--checkpoint", str(one.path))
     assert checked.returncode == 0 and checked.stdout.startswith("0 faults in hashes, names, shapes and shards")
+    alone = [f"checkpoint={one.path}", f"output={tmp_path / 'alone'}", "targets=full", f"exits={MLP}"]
+    assert run_script("export_huggingface.py", *alone).returncode == 0
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"hf_full", MANIFEST}
     refused = run_script("export_huggingface.py", *settings)
     assert refused.returncode == 2 and "is not empty; name a new directory" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -213,8 +217,9 @@ def test_an_interruption_leaves_nothing(
     fault: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
 ) -> None:
     from nemo_ee.export import huggingface as module
+    from nemo_ee.export import huggingface_weights as weights
 
-    real, calls = module.SafetensorsWriter.write, []
+    real, calls = weights.SafetensorsWriter.write, []
 
     def write(self, name, chunks) -> None:  # noqa: ANN001
         calls.append(name)
@@ -225,11 +230,11 @@ def test_an_interruption_leaves_nothing(
     def manifest(*arguments) -> None:  # noqa: ANN002
         raise fault
 
-    monkeypatch.setattr(module.SafetensorsWriter, "write", write)
+    monkeypatch.setattr(weights.SafetensorsWriter, "write", write)
     if place == "manifest":
         monkeypatch.setattr(module, "write_manifest", manifest)
     with pytest.raises((KeyboardInterrupt, ValueError)) as error:
-        export(one.path, tmp_path / "out")
+        export(one.path, tmp_path / "new" / "deeper" / "out")
     assert isinstance(error.value, KeyboardInterrupt) or "No space left on device" in str(error.value)
     assert list(tmp_path.iterdir()) == [] and len(calls) >= 40
 
@@ -277,6 +282,10 @@ def _changed(folder: Path, change) -> None:  # noqa: ANN001
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
+    hash_again(folder)
+
+
+def hash_again(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     for name, entry in manifest["files"].items():
         entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
@@ -301,9 +310,64 @@ def test_files_that_the_format_does_not_ask_for(change: str, exported: Path, tmp
 def test_changed_numbers_show_against_the_source(exported: Path, one: Made, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path / "copy")
     _changed(folder, lambda tensors: tensors[KEY][0, 0].add_(1.0))
-    assert verify_export(folder) == []
+    (fault,) = verify_export(folder)
+    assert fault.startswith("hf_early_exit: the manifest's digest is ") and ", that of the files is " in fault
     origin = f"{MLP}.mlp.linear_fc1.weight of the .nemo"
     assert verify_export(folder, one.path) == [f"hf_early_exit: {KEY} differs from {origin}"]
+
+
+def test_a_digest_says_which_numbers_whatever_the_files(exported: Path, one: Made, tmp_path: Path) -> None:
+    """The definition, written out again here; the same for other files, another one for other numbers."""
+    lines = []
+    for name, tensor in tensors_of(exported / "hf_early_exit").items():
+        content = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        lines.append(f"{name} F32 {'x'.join(map(str, tensor.shape))} {content}\n")
+    expected = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+    def stated(folder: Path) -> dict[str, str]:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return {artefact["directory"]: artefact["digest"] for artefact in manifest["artefacts"]}
+
+    assert stated(exported)["hf_early_exit"] == expected and len(set(stated(exported).values())) == 4
+    assert stated(export(one.path, tmp_path / "sharded", shard_gigabytes=30_000 / 1e9)) == stated(exported)
+    rounded = stated(export(one.path, tmp_path / "rounded", dtype="bfloat16"))
+    assert not set(rounded.values()) & set(stated(exported).values())
+
+
+def test_what_an_artefact_is_for_is_in_the_manifest(exported: Path) -> None:
+    manifest = json.loads((exported / MANIFEST).read_text())
+    found = {a["kind"]: (a["lossless"], a["kv"], a["max_batch"]) for a in manifest["artefacts"]}
+    assert found["full"] == (True, "its own, every layer writes every position", None)
+    assert found["exit"][0].startswith("with hf_full as the target") and found["early_exit"][1] == "carry"
+
+
+def test_a_config_that_the_export_did_not_write_shows_against_the_source(
+    exported: Path, one: Made, tmp_path: Path
+) -> None:
+    folder = copied(exported, tmp_path / "copy")
+    for name in ("hf_full", f"hf_exit_{MLP}", "hf_early_exit"):
+        path = folder / name / "config.json"
+        values = json.loads(path.read_text()) | {"rope_theta": 5e5}
+        values.pop("rms_norm_eps")
+        path.write_text(json.dumps(values))
+    hash_again(folder)
+    assert verify_export(folder) == []
+    faults = verify_export(folder, one.path)
+    assert len(faults) == 6
+    assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in faults
+    assert any("hf_full: config.json: rms_norm_eps is absent, must be" in fault for fault in faults)
+
+
+def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
+    folder = export(one.path, tmp_path / "out", targets=("full",), shard_gigabytes=30_000 / 1e9)
+    path = folder / "hf_full" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = "model.embed_tokens.weight"
+    right, wrong = index["weight_map"][name], index["weight_map"]["model.norm.weight"]
+    index["weight_map"][name] = wrong
+    path.write_text(json.dumps(index))
+    hash_again(folder)
+    assert verify_export(folder) == [f"hf_full: {name} is in {right}, {path.name} says {wrong}"]
 
 
 # -- what the runtime refuses ---------------------------------------------------------------------------------------
@@ -319,6 +383,17 @@ def test_changed_numbers_show_against_the_source(exported: Path, one: Made, tmp_
         ({"vocab_size": 200}, "embed_tokens.weight has shape .* does not fit"),
         ({"intermediate_size": 30}, "up_proj.weight has shape"),
         ({"mlp_bias": True}, "mlp.gate_proj.bias is missing; export again"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor=None must .*high_freq_factor=None",
+        ),
+        ({"head_dim": 9}, "head_dim=9: rotary positions need an even number"),
+        (
+            {"early_exit": {"exits": 2 * [{"name": "x", "layer": 1, "architecture": "norm"}]}},
+            "two exits are called 'x'",
+        ),
     ],
 )
 def test_directories_the_runtime_refuses(changes: dict[str, Any], fault: str, exported: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_envi
 
 import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.exits.confidence import CRITERIA, confidence
-from nemo_ee.generation.engine import MODES, EarlyExitEngine, GenerationResult
+from nemo_ee.export.huggingface_config import CLASSES
+from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.runtime.loader import load_model
@@ -148,7 +149,6 @@ def test_assisted_generation_with_an_exit_is_lossless(name: str, pair) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
-@pytest.mark.skipif("static_depth" not in MODES, reason="the engine has no such mode yet")
 def test_a_static_depth_is_the_exit_s_own_model(name: str, pair) -> None:
     both = pair(name)
     for exit in EXITS:
@@ -161,7 +161,6 @@ def test_a_static_depth_is_the_exit_s_own_model(name: str, pair) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
-@pytest.mark.skipif("self_speculative" not in MODES, reason="the engine has no such mode yet")
 def test_self_speculation_gives_the_full_model_s_tokens(name: str, pair) -> None:
     both = pair(name)
     full = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, mode="full")
@@ -214,8 +213,8 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("name", "stock_class"), [("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")])
-def test_the_directory_s_own_code(name: str, stock_class: str, pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_directory_s_own_code(name: str, pair, tmp_path: Path) -> None:
     """In a process of its own without nemo_ee: the runtime's tokens; other models of the family stay stock."""
     both = pair(name)
     thresholds = both.thresholds("max_probability", 0.5)
@@ -233,7 +232,7 @@ def test_the_directory_s_own_code(name: str, stock_class: str, pair, tmp_path: P
     assert found["exits"] == [event.exit for event in ours.events] and len(set(found["exits"])) > 1
     full = both.runtime.generate(prompts[:1], max_new_tokens=12, mode="full")
     assert found["full"] == [prompts[0] + list(full.tokens[0])]
-    assert found["classes"] == ["EarlyExitForCausalLM", stock_class, stock_class]
+    assert found["classes"] == ["EarlyExitForCausalLM", CLASSES[name], CLASSES[name]]
     assert found["logits"] < 1e-5 and found["same"]
     words = ("num_beams: not supported", "threshold = 2.0 must be", "active names the exit 'x'", "runs on one device")
     assert all(word in fault for word, fault in zip(words, found["faults"], strict=True)), found["faults"]

@@ -89,10 +89,11 @@ def test_no_thresholds_means_full_depth(client) -> None:
 @pytest.mark.parametrize(
     ("certificate", "changes", "words"),
     [
-        ("default", {"max_tokens": 17}, "at most 16 tokens"),
+        ("default", {"max_tokens": 17}, "max_tokens=17, certified max_tokens=16"),
+        ("default", {"max_tokens": 15}, "max_tokens=15, certified max_tokens=16"),
         ("default", {"temperature": 0.7}, "greedy=False, certified greedy=True"),
         ("default", {"stop": ["x"]}, "certified without stop strings"),
-        ("default", {"max_tokens": 20, "stop": "x"}, "16 tokens; stop is given"),
+        ("default", {"max_tokens": 20, "stop": "x"}, "max_tokens=16; stop is given"),
         ("sampled", {"temperature": 0.7, "top_p": 0.9}, "temperature=0.7, certified temperature=0.8"),
         ("other", {}, "its certificates are default, sampled"),
         (3, {}, "its certificates are"),

@@ -180,3 +180,21 @@ def test_stock_restore_of_the_converted_stock_file(stock: SimpleNamespace, tmp_p
         map_location="cpu",
     )
     assert torch.equal(logits(model, stock.tokens, 4096), stock.logits)
+
+
+def test_a_certificate_s_identity_does_not_depend_on_padding(stock: SimpleNamespace, tmp_path: Path) -> None:
+    """NeMo stores no vocabulary size; saving with more padding rows, as other layouts have, changes no fingerprint."""
+    from nemo_ee.checkpoint.chunk_reader import ChunkReader
+    from nemo_ee.checkpoint.nemo_archive import open_nemo
+    from nemo_ee.evaluation.certified import identify
+    from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
+
+    first, again = tmp_path / "ee.nemo", tmp_path / "again.nemo"
+    run_convert(stock.path, first, EXITS)
+    EarlyExitSaveRestoreConnector().save_to(restore(first, make_vocab_size_divisible_by=1000), str(again))
+    rows = []
+    for path in (first, again):
+        with open_nemo(path, ["exit_weights"]) as folder:
+            rows.append(ChunkReader(folder / "exit_weights", prefix="exits.").keys()["l1-mlp-copy-own.output.weight"])
+    assert [info.shape[0] for info in rows] == [4096, 5000], "control"
+    assert identify(again) == identify(first)

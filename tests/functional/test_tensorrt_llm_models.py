@@ -30,7 +30,6 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import PropagatingBatch, generate_propagating
 from tests.functional import test_export_huggingface, test_export_tensorrt_llm
-from tests.functional.test_export_faults import run_script
 from tests.helpers import tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
 from tests.helpers.huggingface_models import change_config
 
@@ -74,7 +73,9 @@ class Exported:
         module = SourceFileLoader("models", str(self.trt / "tensorrt_llm_model.py")).load_module()
         return tensorrt_llm_stand_in.Session(getattr(module, self.engine_class), folder)
 
-    def torch_session(self, *, mapping: dict | None = None, **early_exit: Any) -> tensorrt_llm_torch_stand_in.Session:
+    def torch_session(
+        self, *, mapping: dict | None = None, trust_remote_code: bool = True, **early_exit: Any
+    ) -> tensorrt_llm_torch_stand_in.Session:
         """As --custom_module_dirs does it: import a package, which registers its classes; load the directory."""
         set_early_exit(self.hf / "hf_early_exit", **early_exit)
         sys.path.insert(0, str(self.hf / "hf_early_exit"))
@@ -83,7 +84,9 @@ class Exported:
             importlib.import_module("early_exit_trtllm")
         finally:
             sys.path.pop(0)
-        return tensorrt_llm_torch_stand_in.Session(self.hf / "hf_early_exit", **mapping or {})
+        return tensorrt_llm_torch_stand_in.Session(
+            self.hf / "hf_early_exit", trust_remote_code=trust_remote_code, **mapping or {}
+        )
 
 
 def model_file(name: str) -> Path:
@@ -121,6 +124,7 @@ def stand_in() -> Iterator[Any]:
 def torch_stand_in() -> Iterator[Any]:
     with tensorrt_llm_torch_stand_in.installed():
         tensorrt_llm_torch_stand_in.counts.clear()
+        tensorrt_llm_torch_stand_in.lines.clear()
         yield tensorrt_llm_torch_stand_in
 
 
@@ -243,10 +247,14 @@ def test_what_an_engine_cannot_do_is_refused(early_exit: dict, message: str, exp
 def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand_in, monkeypatch) -> None:
     one = exported("llama")
     session = one.engine_session()
+    monkeypatch.setattr(stand_in.plugins, "paged_kv_cache", None)  # what a release leaves to the builder
+    session.step({0: (0, [1, 2])})
     monkeypatch.setattr(stand_in.plugins, "reduce_fusion", True)
     monkeypatch.setattr(stand_in.plugins, "paged_kv_cache", False)
     with pytest.raises(ValueError, match="needs --kv_cache_type paged; needs --reduce_fusion disable"):
-        session.step({0: (0, [1, 2])})
+        session.step({1: (0, [1, 2])})
+    with pytest.raises(ValueError, match=r"--max_draft_len 4.*run to full depth; build it with the stock class"):
+        session.model.prepare_inputs(max_batch_size=8, max_draft_len=4)
     one.engine_class = "EarlyExitQwen2ForCausalLM"
     try:
         with pytest.raises(ValueError, match="builds Qwen2ForCausalLM, config.json has LlamaForCausalLM"):
@@ -294,11 +302,33 @@ def test_pytorch_skipped_layers_run_attention_alone(exported, torch_stand_in) ->
     torch_stand_in.counts.clear()
     session.step({0: (7, [4]), 1: (0, [1, 2])})
     assert torch_stand_in.counts["stock"] == 1 and session.model.steps_left_at == {name: 1}, "a prompt in the step"
-    torch_stand_in.counts.clear()
     session.model.steps_left_at[name] = 998
+    torch_stand_in.lines.clear()
     session.step({0: (8, [4])})
     session.step({0: (9, [4])})
-    assert torch_stand_in.counts["logged"] == 1
+    assert torch_stand_in.lines == [f"early exit, steps by exit: {{'{name}': 1000}}"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_the_directory_s_own_config_class_is_no_other_model(name: str, exported, torch_stand_in) -> None:
+    """The backend trusts a directory's code; whoever switches that off gets the stock config class. Bitwise."""
+    one, steps = exported(name), []
+    for trust in (True, False):
+        session = one.torch_session(thresholds=one.thresholds("margin", 0.3), criterion="margin",
+                                    trust_remote_code=trust)  # fmt: skip
+        steps.append([session.step({0: (0, PROMPTS[0])}), *(session.step({0: (6 + i, [7 * i])}) for i in range(8))])
+        assert session.model.steps_left_at.total() == 8
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*steps, strict=True))
+
+
+def test_a_log_line_says_that_the_class_is_in_use(exported, torch_stand_in) -> None:
+    one, first, second = exported("llama"), ASKED[0], ASKED[3]
+    one.torch_session(thresholds={second: 0.5, first: 0.25}, criterion="margin")
+    one.torch_session()
+    assert torch_stand_in.lines == [
+        f"early exit: EarlyExitLlamaForCausalLM asks {first} > 0.25, {second} > 0.5 (margin)",
+        "early exit: EarlyExitLlamaForCausalLM asks no exit, config.json has no thresholds",
+    ]
 
 
 def test_a_directory_without_thresholds_is_served_by_the_stock_class(exported, torch_stand_in) -> None:
@@ -336,74 +366,3 @@ def test_both_files_import_without_tensorrt_llm() -> None:
                                  if line.strip().startswith(("import ", "from "))}  # fmt: skip
     with pytest.raises(ImportError):
         importlib.import_module("nemo_ee.export.tensorrt_llm_model").EarlyExitLlamaForCausalLM  # noqa: B018
-
-
-# -- what an export carries ----------------------------------------------------------------------------------------
-
-
-def test_exports_carry_the_files_and_the_thresholds(tmp_path: Path) -> None:
-    from nemo_ee.export.verify import verify_export
-
-    one = test_export_huggingface.Made(tmp_path, "llama", EXITS)
-    for script, name in (("export_tensorrt_llm", "trt"), ("export_huggingface", "exported")):
-        arguments = [f"checkpoint={one.path}", f"output={tmp_path / name}", "progress=False", "criterion=entropy"]
-        arguments += ["dtype=null", f"thresholds={{{ASKED[0]}:1.5,{ASKED[3]}:2}}"]
-        done = run_script(f"{script}.py", *arguments)
-        assert done.returncode == 0, done.stderr
-    folders = {"trt": tmp_path / "trt" / "trtllm_ckpt", "hf": tmp_path / "exported" / "hf_early_exit"}
-    files = {"trt": folders["trt"].parent / "tensorrt_llm_model.py",
-             "hf": folders["hf"] / "early_exit_trtllm" / "__init__.py"}  # fmt: skip
-    for kind, folder in folders.items():
-        block = json.loads((folder / "config.json").read_text())["early_exit"]
-        assert block["criterion"] == "entropy" and block["thresholds"] == {ASKED[0]: 1.5, ASKED[3]: 2.0}
-        module = {"trt": "tensorrt_llm_model", "hf": "tensorrt_llm_pytorch_model"}[kind]
-        assert files[kind].read_bytes() == model_file(module).read_bytes()
-        assert verify_export(folder.parent) == []
-        entry = json.loads((folder.parent / "manifest.json").read_text())["early_exit_models"][0]
-        assert entry["file"] == files[kind].relative_to(folder.parent).as_posix()
-        assert entry["kv"] == "propagate" and entry["lossless"] is False
-        assert "no real TensorRT-LLM" in entry["verified"]
-    tried = run_script("try_tensorrt_llm.py", "engine", str(tmp_path / "trt"), "--dry-run")
-    assert tried.returncode == 0 and "--model_cls_name EarlyExitLlamaForCausalLM" in tried.stdout, tried.stderr
-    tried = run_script("try_tensorrt_llm.py", "pytorch", str(folders["hf"]), "--dry-run")
-    assert tried.returncode == 0 and "hf_early_exit/early_exit_trtllm --extra" in tried.stdout, tried.stderr
-
-
-def test_the_script_to_try_it_has_the_runtime_s_tokens_to_compare_with(exported, capsys) -> None:
-    """What of it runs without TensorRT-LLM."""
-    one, folder = exported("llama"), exported("llama").hf / "hf_early_exit"
-    set_early_exit(folder, thresholds=one.thresholds("margin", 0.3), criterion="margin")
-    script = SourceFileLoader("try_it", str(Path(__file__).parents[2] / "scripts/export/try_tensorrt_llm.py"))
-    script = script.load_module()
-    prompts = script.prompts_of(folder)
-    tokens = script.reference_tokens(folder, prompts, 8)
-    policy = ExitPolicy(one.thresholds("margin", 0.3), "margin", active=tuple(ASKED))
-    expected = generate_propagating(one.model, prompts, max_new_tokens=[8] * len(prompts), policy=policy)
-    assert [tuple(own) for own in tokens] == list(expected.tokens)
-    script.compare([[1, 2, 3]], [[1, 2, 4]], "the runtime")
-    assert "the first 2 of 3 tokens are the runtime's" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("export", "settings", "message"),
-    [
-        (test_export_tensorrt_llm.export, {"thresholds": 0.5, "criterion": "margin"}, "an engine has max_probability"),
-        (test_export_tensorrt_llm.export, {"thresholds": {EXITS[-1]["name"]: 0.5}}, "no cache for the attention"),
-        (test_export_huggingface.export, {"thresholds": {"nowhere": 0.5}}, "exit 'nowhere', which the model does not"),
-        (test_export_huggingface.export, {"thresholds": 1.5}, r"threshold = 1.5 must be a number in 0..1"),
-    ],
-)
-def test_thresholds_that_do_not_fit_are_refused(
-    export: Any, settings: dict, message: str, exported, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        export(exported("llama").path, tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists()
-
-
-def test_families_without_a_model_file_are_exported_without(tmp_path: Path) -> None:
-    path = test_export_huggingface.Made(tmp_path, "gpt2", EXITS[1:2]).path
-    for export, name in ((test_export_tensorrt_llm.export, "trt"), (test_export_huggingface.export, "exported")):
-        output = export(path, tmp_path / name)
-        assert json.loads((output / "manifest.json").read_text())["early_exit_models"] == []
-        assert not [*output.rglob("early_exit_trtllm*")] and not [*output.rglob("tensorrt_llm_model*")]

@@ -268,6 +268,9 @@ class LLaMAForCausalLM(Module):
         self.transformer.ln_f = RmsNorm(c.hidden_size, c.norm_epsilon, c.dtype)
         self.lm_head = ColumnLinear(c.hidden_size, c.vocab_size, bias=False, dtype=c.dtype)
 
+    def prepare_inputs(self, max_batch_size: int, *, max_draft_len: int = 0, **options: Any) -> dict[str, int]:
+        return {"max_batch_size": max_batch_size, "max_draft_len": max_draft_len, **options}
+
     @classmethod
     def from_checkpoint(cls, folder: str, config: Any) -> LLaMAForCausalLM:
         model = cls(config)
@@ -311,6 +314,8 @@ class Session:
         mapping = SimpleNamespace(**values.pop("mapping"), tp_group=None, cp_size=1)
         config = SimpleNamespace(**values, mapping=mapping, quant_mode=None)
         self.model = model_cls.from_checkpoint(str(folder), config=config)
+        inputs = self.model.prepare_inputs(max_batch_size=8, max_draft_len=0, gather_context_logits=False)
+        assert inputs == {"max_batch_size": 8, "max_draft_len": 0, "gather_context_logits": False}, "not delegated"
         self.caches: list[dict] = [{} for _ in range(config.num_hidden_layers)]
 
     @torch.no_grad()

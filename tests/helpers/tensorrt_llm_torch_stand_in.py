@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 counts: Counter[str] = Counter()
+lines: list[str] = []  # what was logged
 MODEL_CLASS_MAPPING: dict[str, type] = {}
 
 
@@ -223,12 +224,18 @@ class Qwen2ForCausalLM(Stock):
 
 
 class Session:
-    """Load a directory with whatever class is registered for it; run steps of packed tokens, prompts first."""
+    """Load a directory with whatever class is registered for it; run steps of packed tokens, prompts first.
 
-    def __init__(self, folder: Path, **mapping: Any) -> None:
+    Args:
+        trust_remote_code: the backend's loader passes True, so that the config's class comes out of the directory.
+        mapping: of TensorRT-LLM's `Mapping`.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = True, **mapping: Any) -> None:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        assert (type(config).__name__ == "EarlyExitConfig") == trust_remote_code
         sizes = SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "enable_attention_dp": False, **mapping})
         cls = MODEL_CLASS_MAPPING[config.architectures[0]]
         self.model = cls(SimpleNamespace(pretrained_config=config, mapping=sizes))
@@ -264,7 +271,7 @@ def installed() -> Iterator[None]:
     """`import tensorrt_llm` finds the stand-in inside this context, with the stock classes registered."""
     parts = {
         "": {},
-        ".logger": {"logger": SimpleNamespace(info=lambda text: counts.update(logged=1))},
+        ".logger": {"logger": SimpleNamespace(info=lines.append)},
         "._torch": {},
         "._torch.models": {},
         "._torch.models.modeling_utils": {

@@ -84,6 +84,15 @@ def test_directories_and_compressed_archives_take_one_too(plain, tmp_path):
     assert find_certificate(tmp_path / "folder", True) == CERTIFICATE
 
 
+def test_in_place_means_the_file_that_a_link_names_with_the_mode_it_has(plain, tmp_path):
+    plain.chmod(0o640)
+    link = tmp_path / "link.nemo"
+    link.symlink_to(plain)
+    store_certificate(link, CERTIFICATE)
+    assert link.is_symlink() and find_certificate(plain, True) == CERTIFICATE
+    assert plain.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(plain, tmp_path, monkeypatch):
     before = plain.read_bytes()
 
@@ -104,6 +113,9 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(plain, tmp_path, monkeypat
         (lambda values: values | {"model": {"backbone": "x"}}, "damaged"),
         (lambda values: values | {"name": "../x"}, "damaged .*certificate name"),
         (lambda values: {key: value for key, value in values.items() if key != "data"}, "damaged"),
+        (lambda values: {key: value for key, value in values.items() if key != "model"}, "damaged .no 'model'"),
+        (lambda values: values | {"name": "other"}, "default.json: damaged .it is named 'other'"),
+        (lambda values: values | {"setting": values["setting"] | {"sampling": "greedy"}}, "damaged .sampling is"),
         (lambda values: [values], "schema version None"),
     ],
 )

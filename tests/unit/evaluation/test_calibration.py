@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 
 import pytest
 import torch
 
 from nemo_ee.evaluation.calibration import (
+    candidate_faults,
     divergence,
     fastest,
     learn_then_test,
@@ -19,6 +21,7 @@ from nemo_ee.evaluation.calibration import (
 )
 from nemo_ee.evaluation.calibration_data import make_prompts, read_entries
 from nemo_ee.evaluation.calibration_report import policy_table
+from nemo_ee.evaluation.calibration_request import DEFAULT_GRID
 
 N = 100
 
@@ -81,8 +84,17 @@ def test_paths():
     risks = [measure(one)[0].item() for one in path]
     depths = [measure(one)[1] for one in path]
     assert risks == sorted(risks) and depths == sorted(depths, reverse=True)
-    with pytest.raises(ValueError, match="3 thresholds for each of 8 exits are 6561 policies, more than 4096"):
-        pareto_path([0.5, 0.0], 8, 1.0, measure)
+    with pytest.raises(ValueError, match="no losses"):
+        pareto_path([0.5, 0.0], 2, 1.0, lambda thresholds: (torch.tensor([]), math.nan))
+
+
+def test_combinations_are_counted():
+    assert not list(candidate_faults([0.5, 0.0], 7, 1.0))
+    (fault,) = candidate_faults([0.5, 0.0], 8, 1.0)
+    assert "for each of 8 exits are 6561 policies, more than 4096; give a grid of at most 1" in fault
+    assert not list(candidate_faults([0.5], 8, 1.0)), "as the message says"
+    (fault,) = candidate_faults(DEFAULT_GRID["margin"], 3, 1.0)
+    assert "26 thresholds" in fault and "give a grid of at most 15, or fewer exits" in fault
 
 
 def test_divergence_counts_positions_of_the_longer_answer():

@@ -118,6 +118,47 @@ def test_half_precision_runs(dtype: str, tmp_path: Path) -> None:
     assert all(len(own) == 6 for own in result.tokens)
 
 
+def test_ends_and_padding_are_generation_config_s(tmp_path: Path) -> None:
+    """Several end tokens, none of them config.json's; against transformers' `generate` on the same directory."""
+    reference = save_tiny_model(tmp_path, "llama")
+    prompts = random_tokens(reference.config.vocab_size)[:, :5]
+    call = {"max_new_tokens": 12, "do_sample": False}
+    free = reference.generate(prompts, eos_token_id=None, pad_token_id=0, **call)
+    ends = {"eos_token_id": [free[0, 8].item(), free[1, 11].item()], "pad_token_id": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = stock.generate(prompts, attention_mask=torch.ones_like(prompts), **call)
+    assert (expected[0, 9:] == 3).all() and not torch.equal(expected, free[:, : expected.shape[1]]), "control"
+    ours = EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)
+    assert torch.equal(ours.generate(prompts, max_new_tokens=12), expected)
+    (tmp_path / "generation_config.json").unlink()
+    assert EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)._ids("eos_token_id", None) == [1]
+    (tmp_path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="generation_config.json: damaged"):
+        EarlyExitCausalLM.from_pretrained(str(tmp_path))
+
+
+def test_settings_of_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path, "llama")
+    fetching = {"revision": "main", "code_revision": "main", "token": "x", "cache_dir": "x"}
+    fetching |= {"local_files_only": True, "force_download": True}
+    EarlyExitCausalLM.from_pretrained(str(tmp_path), torch_dtype="auto", dtype=None, **fetching)
+    with pytest.raises(ValueError, match="max_memory: not known here"):
+        EarlyExitCausalLM.from_pretrained(str(tmp_path), max_memory={0: 1})
+    asked = []
+    monkeypatch.setattr("nemo_ee.runtime.auto_model.load_model", lambda *_, device, dtype: asked.append(device))
+    monkeypatch.setattr("nemo_ee.runtime.auto_model.EarlyExitEngine", lambda _: None)
+    for settings in ({"device_map": 0}, {"device": 1}, {"device_map": "cpu"}, {}):
+        EarlyExitCausalLM.from_pretrained(str(tmp_path), **settings)
+    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1), "cpu", "cpu"]
+
+
+def test_more_tokens_than_positions(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "llama")
+    with pytest.raises(ValueError, match="33 tokens are more than the model's 32 positions"):
+        EarlyExitCausalLM.from_pretrained(str(tmp_path))(torch.zeros((1, 33), dtype=torch.int64))
+
+
 def test_a_mistral_is_used_up_to_its_window(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, "mistral", sliding_window=20)
     model = load_model(tmp_path)
@@ -170,9 +211,14 @@ def test_the_products_of_half_precision_weights() -> None:
     for scale in (1e-6, 0.02, 900.0, 1e5):
         weight = (scale * torch.randn(48, 64, generator=generator)).bfloat16().float()
         linear = make_linear(weight, bias, stored_in_half=True)
-        assert isinstance(linear, PlainLinear if scale == 1e5 else HalfLinear)
-        expected = (inputs.double() @ weight.double().t() + bias).float()
+        assert isinstance(linear, PlainLinear if scale in (1e-6, 1e5) else HalfLinear)
+        product = inputs.double() @ weight.double().t()
+        expected = (product + bias).float()
         assert close(linear(inputs), expected)
+        # Without the bias, beside which small products would not show.
+        assert close(make_linear(weight, None, stored_in_half=True)(inputs), product.float())
+        packed = HalfLinear(torch.ops.quantized.linear_prepack_fp16(weight, None))(inputs)
+        assert close(packed, product.float()) == (scale not in (1e-6, 1e5)), "control: what fp16 does not hold"
         residual = torch.randn(5, 48, generator=generator)
         before = residual.clone()
         assert close(linear.added_to(residual, inputs), expected + residual) and torch.equal(residual, before)

@@ -1,0 +1,86 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, and the special tokens they name.
+
+A `.nemo` may come from anybody, so nothing else of that folder is copied, and no link is followed.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SPECIAL_TOKENS = ("bos", "eos", "pad")
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether it is a file and neither it nor its folder is a link."""
+    return path.is_file() and not path.is_symlink() and not path.parent.is_symlink()
+
+
+def copy_tokenizer_files(folder: Path, to: Path) -> list[str]:
+    """Copy what is in `TOKENIZER_FILES`, and nothing else, into the existing directory `to`. Returns the names."""
+    names = [name for name in TOKENIZER_FILES if is_plain_file(folder / name)]
+    for name in names:
+        shutil.copyfile(folder / name, to / name)
+    return names
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such plain file, or something else in it."""
+    if not is_plain_file(path):
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def special_token_ids(folder: Path | None) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` as the tokenizer's files say; None where they do not."""
+    ids: dict[str, int | None] = {f"{role}_token_id": None for role in SPECIAL_TOKENS}
+    if folder is None:
+        return ids
+    named = [read_json_object(folder / name) or {} for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    for role in SPECIAL_TOKENS:
+        texts = (_text(values.get(f"{role}_token")) for values in named)
+        text = next((text for text in texts if text is not None), None)
+        if text is not None:
+            ids[f"{role}_token_id"] = next((found for token, found in _tokens(folder) if token == text), None)
+    return ids
+
+
+def _text(token: Any) -> str | None:
+    """A special token is written as its text or as an object around it."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _tokens(folder: Path) -> Iterator[tuple[str, int]]:
+    """Every (token, id) of the files, the added tokens first: they win over the vocabulary."""
+    added = (read_json_object(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
+    for number, token in added.items() if isinstance(added, dict) else ():
+        if number.isdecimal():
+            yield _text(token) or "", int(number)
+    whole = read_json_object(folder / "tokenizer.json") or {}
+    for token in whole.get("added_tokens") or ():
+        if isinstance(token, dict) and type(token.get("id")) is int:
+            yield _text(token) or "", token["id"]
+    model = whole.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
+        vocabulary = {row[0]: number for number, row in enumerate(vocabulary) if isinstance(row, list) and row}
+    for table in (read_json_object(folder / "added_tokens.json"), vocabulary, read_json_object(folder / "vocab.json")):
+        for token, number in (table or {}).items() if isinstance(table, dict) else ():
+            if type(number) is int:
+                yield token, number

@@ -1,0 +1,344 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The model `nemo_ee` of EleutherAI's lm-evaluation-harness: its tasks on an early-exit `.nemo`.
+
+    python -m nemo_ee.evaluation.lm_eval_adapter run --model nemo_ee \
+        --model_args path=tuned.nemo,mode=early_exit,threshold=0.8 --tasks lambada_openai --batch_size 16 --device cpu
+
+This is the command `lm_eval` itself, with one more model (lm-evaluation-harness 0.4 looks for no models in other
+packages; importing this module registers it). Every scored token is read from the exit it would leave at
+(`EarlyExitEngine.score`): the first token of a continuation from the final exit, as the first generated one is.
+`mode=full` gives the log-likelihoods of the backbone. How many tokens left where is among the results, under `config`.
+
+May import: torch, nemo, lightning, omegaconf, lm_eval, tqdm, nemo_ee levels 0-3.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from nemo_ee import cpu_host
+from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
+from nemo_ee.evaluation.token_view import Detokenizer
+from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.sampling import SamplingParams
+from nemo_ee.generation.session import Request
+from nemo_ee.generation.stats import FINAL, TokenEvent
+
+# Tokens scored or prompted together with batch_size=auto.
+AUTO_TOKENS = 8192
+_GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
+
+
+@register_model("nemo_ee")
+class EarlyExitLM(TemplateLM):
+    """An early-exit `.nemo` for lm-eval. Under torchrun every rank of one model (tensor parallelism) must make one.
+
+    Args:
+        path: the `.nemo`.
+        mode: `early_exit` or `full`.
+        threshold: one number, or `exit:number+exit:number`; a token leaves iff more sure (entropy: less).
+        criterion: `max_probability`, `margin` or `entropy`.
+        exits: names joined by `+` of the exits that may be left at, None = all.
+        max_waiting: tokens that may wait for their deeper layers, None = no cap.
+        backbone_path: `.nemo` of the base model, for exits-only files whose base has moved.
+        precision: 32 or bf16.
+        tensor_model_parallel_size: ranks that share every layer.
+        add_bos: begin-of-text token in front of contexts; None = as the tokenizer does.
+        max_length: tokens of context and continuation together, at most the model's positions; None = those.
+        max_gen_toks: new tokens where a task does not say.
+        seed: of sampling, where a task asks for it.
+        batch_size: sequences run together, or `auto` (8192 tokens together); results do not depend on it.
+        max_batch_size: not read; lm-eval hands it on.
+        device: `cpu` switches the CPU host on; anything else, and None, means a GPU.
+
+    Raises:
+        ValueError: every fault of the settings that shows before weights are loaded.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        mode: str = "early_exit",
+        threshold: float | str | Mapping[str, float] = 0.9,
+        criterion: str = "max_probability",
+        exits: str | Sequence[str] | None = None,
+        max_waiting: int | None = None,
+        backbone_path: str | None = None,
+        precision: int | str = 32,
+        tensor_model_parallel_size: int = 1,
+        add_bos: bool | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 1234,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = _batch_size(batch_size)
+        if str(device).startswith("cpu"):
+            cpu_host.enable()
+        config = {
+            "mode": mode,
+            "criterion": criterion,
+            "threshold": _thresholds(threshold),
+            "exits": exits.split("+") if isinstance(exits, str) else exits,
+            "max_waiting": max_waiting,
+            "add_BOS": add_bos,
+            "batch_size": self.batch_size or 1,
+            "trainer": {
+                "accelerator": "cpu" if cpu_host.enabled() else "gpu",
+                "devices": tensor_model_parallel_size,
+                "num_nodes": 1,
+                "precision": precision,
+            },
+            "model": model_settings(path, backbone_path, tensor_model_parallel_size),
+        }
+        self._request = scoring_request(config)
+        # NeMo is imported only now: the CPU host has to be on before.
+        from nemo_ee.evaluation.generate import open_generator
+
+        generator = open_generator(OmegaConf.create(config), self._request)
+        self._engine, self._tokenizer = EarlyExitEngine(generator.model), generator.tokenizer
+        self._decode = generator.decode
+        self.tokenizer = getattr(generator.tokenizer, "tokenizer", None)  # transformers', for chat templates
+        self.max_length = _limited("max_length", max_length, generator.model.max_positions)
+        self.max_gen_toks, self._seed = max_gen_toks, seed
+        self._left_at: Counter[str] = Counter()
+        self._depths = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands in front of text without context: the begin-of-text token, else the end-of-text token."""
+        return self.eot_token_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the requests cache."""
+        return str(self._request.path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a begin-of-text token in front unless `add_special_tokens` is False or the model has none."""
+        from nemo_ee.evaluation.generate import prompt_ids
+
+        return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_bos)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the tokenizer's own template."""
+        if self.tokenizer is None:
+            raise ValueError(f"the tokenizer of {self._request.path} has no chat template; run without one")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Where tokens left so far: lm-eval puts it into its results, under `config`."""
+        total = sum(self._left_at.values())
+        return {
+            "mode": self._request.mode,
+            "tokens_per_exit": dict(self._left_at),
+            "mean_depth": self._depths / total if total else 0.0,
+            "num_layers": self._engine.model.num_layers,
+        }
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(ln p of the continuation, whether each of its tokens is the most likely one) of every request.
+
+        Args:
+            requests: (texts, ids of the context, ids of the continuation); contexts lose their beginning where the
+                two are longer than `max_length`.
+        """
+        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        texts = [list(context) + list(own) for _, context, own in requests]
+        for index, (_, _, own) in enumerate(requests):
+            if len(own) >= self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(own)} tokens leaves no room for a context within max_length="
+                    f"{self.max_length}; score it as a rolling task, or leave it out"
+                )
+            if not own:
+                answers[index] = (0.0, True)
+            texts[index] = texts[index][-self.max_length :]
+        open_ones = [index for index, answer in enumerate(answers) if answer is None]
+        with tqdm(total=len(open_ones), desc="loglikelihood", disable=disable_tqdm, dynamic_ncols=True) as bar:
+            for batch in self._batches(open_ones, [len(text) for text in texts]):
+                contexts = [len(texts[index]) - len(requests[index][2]) for index in batch]
+                scored = self._engine.score(
+                    [texts[index] for index in batch],
+                    contexts,
+                    mode=self._request.mode,
+                    policy=self._request.policy,
+                )
+                self._count(scored.events)
+                for index, logprobs, greedy in zip(batch, scored.logprobs, scored.is_greedy, strict=True):
+                    answers[index] = (sum(logprobs), all(greedy))
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+                bar.update(len(batch))
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """ln p of whole texts, in windows of `max_length` that predict each token once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            own = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,
+                context_len=1,
+            )
+            windows += [(None, *make_disjoint_window(pair)) for pair in own]
+            owners += [index] * (len(windows) - len(owners))
+        sums = [0.0] * len(requests)
+        scored = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (logprob, _) in zip(owners, scored, strict=True):
+            sums[owner] += logprob
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of the contexts, each up to its first stop text, the end-of-text token or its length."""
+        asked = [self._generation(*request.args) for request in requests]
+        answers = [""] * len(requests)
+        lengths = [len(own.prompt) + own.max_new_tokens for own, _ in asked]
+        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm, dynamic_ncols=True) as bar:
+            for batch in self._batches(range(len(requests)), lengths):
+                texts = self._continue([asked[index] for index in batch])
+                for index, text in zip(batch, texts, strict=True):
+                    answers[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                bar.update(len(batch))
+        return answers
+
+    def _generation(self, context: str, settings: Mapping[str, Any]) -> tuple[Request, list[str]]:
+        """A request to the engine and its stop texts."""
+        wanted = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+        unknown = sorted(set(wanted) - _GENERATION_KEYS)
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs {', '.join(unknown)}: not supported; supported are {', '.join(_GENERATION_KEYS)}"
+            )
+        new = wanted["max_gen_toks"]
+        if new >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks={new} leaves no room for a context within max_length={self.max_length}; "
+                "lower it, e.g. --gen_kwargs max_gen_toks=..."
+            )
+        greedy = not wanted["do_sample"]
+        sampling = SamplingParams(
+            greedy=greedy,
+            temperature=1.0 if greedy else float(wanted["temperature"]),
+            top_k=wanted.get("top_k") or None,
+            top_p=float(wanted.get("top_p", 1.0)),
+            repetition_penalty=float(wanted.get("repetition_penalty", 1.0)),
+            seed=self._seed,
+        )
+        prompt = self.tok_encode(context)[-(self.max_length - new) :] or [self.prefix_token_id]
+        return Request(tuple(prompt), new, sampling, frozenset([self.eot_token_id])), list(wanted["until"])
+
+    def _continue(self, asked: Sequence[tuple[Request, list[str]]]) -> list[str]:
+        """Texts of one batch, which ends when all have ended; what follows a stop text is generated and not read."""
+        session = self._engine.start(
+            [request for request, _ in asked], mode=self._request.mode, policy=self._request.policy
+        )
+        readers = [Detokenizer(self._decode, request.prompt) for request, _ in asked]
+        texts = [""] * len(asked)
+        reading = set(range(len(asked)))
+        while reading and not session.finished:
+            for event in session.step():
+                index = event.sequence
+                if index not in reading:
+                    continue
+                self._count([event])
+                if event.finish_reason != "stop":
+                    texts[index] += readers[index].push(event.token, last=event.finish_reason is not None)
+                cut = _cut(texts[index], asked[index][1])
+                if cut is not None or event.finish_reason is not None:
+                    texts[index] = texts[index] if cut is None else cut
+                    reading.discard(index)
+        return texts
+
+    def _batches(self, indices: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """The indices in batches, longest first: running out of memory shows at once."""
+        batch: list[int] = []
+        for index in sorted(indices, key=lambda one: (-lengths[one], one)):
+            # The first of a batch is its longest.
+            limit = self.batch_size or max(1, AUTO_TOKENS // lengths[batch[0] if batch else index])
+            if len(batch) == limit:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _count(self, events: Iterable[TokenEvent]) -> None:
+        for event in events:
+            self._left_at[FINAL if event.exit is None else event.exit] += 1
+            self._depths += event.layer
+
+
+def _cut(text: str, stops: Sequence[str]) -> str | None:
+    """The text before the first stop text; None if it has none."""
+    found = [position for stop in stops if stop and (position := text.find(stop)) >= 0]
+    return text[: min(found)] if found else None
+
+
+def _batch_size(value: int | str) -> int | None:
+    """lm-eval's `--batch_size`; None = auto."""
+    if str(value).startswith("auto"):
+        return None
+    if not str(value).isdigit() or int(value) < 1:
+        raise ValueError(f"batch_size={value!r} must be a whole number from 1, or auto")
+    return int(value)
+
+
+def _thresholds(value: float | str | Mapping[str, float]) -> float | dict[str, float]:
+    """One threshold, or one per exit from `exit:number+exit:number`."""
+    if not isinstance(value, str):
+        return dict(value) if isinstance(value, Mapping) else value
+    pairs = [part.rpartition(":") for part in value.split("+")]
+    try:
+        if all(not colon for _, colon, _ in pairs):
+            return float(value)
+        return {name: float(number) for name, _, number in pairs}
+    except ValueError:
+        raise ValueError(f"threshold={value!r} must be a number, or exit:number+exit:number") from None
+
+
+def _limited(key: str, value: int | None, limit: int) -> int:
+    if value is not None and not 2 <= value <= limit:
+        raise ValueError(f"{key}={value} must be from 2 to the model's {limit} positions")
+    return limit if value is None else value
+
+
+def main() -> None:
+    """lm-eval's own command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A generation request for work that brings its own texts: scoring, and evaluation harnesses.
+
+May import: the standard library, nemo_ee levels 0-1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_ee.evaluation.generation_request import GenerationRequest
+
+# What conf/megatron_gpt_early_exit_generate.yaml asks and a request without prompts leaves open.
+_OPEN = {
+    "prompts": ["x"],  # stands in for texts to come; the engine checks each of them
+    "prompts_file": None,
+    "output": None,
+    "overwrite": False,
+    "colour": "never",
+    "tokens_to_generate": 1,
+    "min_tokens_to_generate": 0,
+    "stop_on_eos": False,
+    "end_strings": [],
+    "greedy": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+}
+
+
+def model_settings(path: str, backbone_path: str | None, tensor_model_parallel_size: int) -> dict[str, Any]:
+    """The `model` block that `open_generator` reads, for scoring."""
+    return {
+        "restore_from_path": path,
+        "backbone_path": backbone_path,
+        "verify": "stored",
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": 1,
+        "transformer_engine": None,
+        "distributed_timeout_minutes": 30,
+    }
+
+
+def scoring_request(config: Mapping[str, Any]) -> GenerationRequest:
+    """A checked request without prompts.
+
+    Args:
+        config: mode, criterion, threshold, exits, max_waiting, add_BOS, batch_size, and the blocks trainer and model,
+            each as in conf/megatron_gpt_early_exit_generate.yaml.
+
+    Raises:
+        ValueError: every fault, in one message.
+    """
+    return dataclasses.replace(GenerationRequest.from_config({**_OPEN, **config}), prompts=())

@@ -1,0 +1,107 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Documents to training windows of bytes, in an order that is a function of the seed alone.
+
+Documents are shuffled, joined with an end token after each, and cut into windows of `length + 1` tokens that share one
+token with the next; the windows are shuffled again, anew in every epoch. Nothing has to be stored to resume: the
+windows of step i are those with the numbers i x batch ... (i + 1) x batch - 1.
+
+May import: numpy, byte_tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy
+from byte_tokenizer import encode
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text and where it comes from."""
+
+    text: str
+    source: str
+
+    def digest(self) -> str:
+        """What tells texts apart."""
+        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+
+def read_documents(paths: Iterable[str]) -> tuple[list[Document], list[str]]:
+    """The lines of JSONL files (fields `text` and, if there is one, `source`), and what is wrong with the files."""
+    documents, faults = [], []
+    for path in paths:
+        if not Path(path).is_file():
+            faults.append(f"{path} does not exist; scripts/data/collect_python_sources.py makes such a file")
+            continue
+        opener = gzip.open if path.endswith(".gz") else open
+        try:
+            with opener(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                        faults.append(f"{path}:{number}: no object with a text in the field 'text'")
+                        break
+                    documents.append(Document(record["text"], str(record.get("source", ""))))
+        except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            faults.append(f"{path}: cannot be read as JSON lines: {error}")
+    return documents, faults
+
+
+def without(documents: Sequence[Document], held_out: Sequence[Document]) -> list[Document]:
+    """The documents whose text is in no held-out document, and whose source has no held-out document's path."""
+    texts = {document.digest() for document in held_out}
+    paths = {document.source for document in held_out if document.source}
+    return [one for one in documents if one.digest() not in texts and one.source not in paths]
+
+
+class PackedWindows:
+    """Windows of packed documents.
+
+    Args:
+        documents: at least one window's worth of text.
+        length: tokens predicted per window.
+        seed: of the orders.
+
+    Raises:
+        ValueError: less text than one window.
+    """
+
+    def __init__(self, documents: Sequence[Document], length: int, seed: int) -> None:
+        order = numpy.random.default_rng([seed, 0]).permutation(len(documents))
+        parts = [encode(documents[index].text) for index in order]
+        self._stream = numpy.concatenate(parts) if parts else numpy.zeros(0, dtype=numpy.uint16)
+        self._length, self._seed = length, seed
+        self._count = (len(self._stream) - 1) // length
+        self._order: tuple[int, numpy.ndarray] | None = None
+        if self._count < 1:
+            raise ValueError(
+                f"{len(self._stream)} tokens of text are less than a window of {length + 1}; give more text"
+            )
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return self._count
+
+    def digest(self) -> str:
+        """What tells data from other data: a resumed run must find the same."""
+        return hashlib.sha256(self._stream.tobytes()).hexdigest()
+
+    def window(self, number: int) -> numpy.ndarray:
+        """Tokens `[length + 1]`, int64, of the number-th window counted over all epochs."""
+        epoch, index = divmod(number, self._count)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, numpy.random.default_rng([self._seed, 1, epoch]).permutation(self._count))
+        begin = int(self._order[1][index]) * self._length
+        return self._stream[begin : begin + self._length + 1].astype(numpy.int64)
+
+    def batch(self, step: int, size: int) -> numpy.ndarray:
+        """Tokens `[size, length + 1]`, int64, of one step."""
+        return numpy.stack([self.window(step * size + row) for row in range(size)])

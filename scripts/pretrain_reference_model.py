@@ -1,0 +1,296 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-train a small Llama-shaped byte-level model on the CPU from scratch.
+
+python scripts/pretrain_reference_model.py data=data/python.jsonl.gz output=outputs/reference-model-bytes
+
+Plain PyTorch around transformers' LlamaForCausalLM. The learning rate rises, stays, and falls at the end
+(warmup-stable-decay, arXiv 2405.18392), so a run may be ended at any step: a file <output>/decay starts the fall. The
+checkpoint appears by renaming, so a killed run has its last one whole; initial weights and data are functions of the
+seed and the step, so a resumed run gives the bits of an uninterrupted one.
+
+Options: conf/pretrain_reference_model.yaml. May import: anything; needs torch and transformers, not NeMo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from pretraining_settings import PretrainConfig, Progress
+
+from nemo_ee.command import command
+
+logger = logging.getLogger(__name__)
+
+_RMS_NORM_EPS = 1e-5
+_ROPE_THETA = 10000.0
+# Rows of attention done at once. With 512 columns a block of bf16 scores stays in the cache and half of the masked
+# part is never computed; torch's own CPU kernel takes twice the time at this size.
+_ATTENTION_ROWS = 128
+
+
+def blocked_causal_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Causal attention in blocks of rows, in bf16 if autocast is on; transformers' attention interface.
+
+    Args:
+        query, key, value: `[b, heads, s, head]`; as many key heads as query heads.
+
+    Returns:
+        (`[b, s, heads, head]`, None).
+    """
+    import torch
+
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    batch, heads, length, size = query.shape
+    # [b, heads, s, head] -> [b * heads, s, head]
+    query, key, value = (one.to(dtype).reshape(batch * heads, length, size) for one in (query, key, value))
+    rows = []
+    with torch.autocast("cpu", enabled=False):
+        for begin in range(0, length, _ATTENTION_ROWS):
+            end = min(begin + _ATTENTION_ROWS, length)
+            bias = torch.full((end - begin, end), -math.inf, dtype=dtype).triu_(begin + 1)
+            scores = torch.baddbmm(bias, query[:, begin:end], key[:, :end].transpose(1, 2), alpha=scaling)
+            rows.append(torch.bmm(scores.softmax(-1), value[:, :end]))
+    # [b * heads, s, head] -> [b, s, heads, head]
+    return torch.cat(rows, dim=1).reshape(batch, heads, length, size).transpose(1, 2), None
+
+
+def build_model(config: PretrainConfig):
+    """The model with initial weights drawn from the seed, fp32."""
+    import torch
+    from byte_tokenizer import END
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    AttentionInterface.register("blocked_causal", blocked_causal_attention)
+    torch.manual_seed(config.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **config.model,
+            num_key_value_heads=config.model["num_attention_heads"],
+            head_dim=config.model["hidden_size"] // config.model["num_attention_heads"],
+            rms_norm_eps=_RMS_NORM_EPS,
+            rope_theta=_ROPE_THETA,
+            bos_token_id=END,
+            eos_token_id=END,
+            pad_token_id=END,
+            attn_implementation="blocked_causal",
+        )
+    )
+
+
+def build_optimizer(model, config: PretrainConfig):
+    """AdamW with weight decay on matrices only."""
+    import torch
+
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def loss_of(model, tokens, precision: str):
+    """Mean next-byte cross-entropy in nats of `[b, s + 1]` tokens, fp32."""
+    import torch
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    # [b, s, v] -> [b * s, v]
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def held_out_loss(model, windows, count: int | None, config: PretrainConfig) -> float:
+    """Mean loss in nats per byte over the first `count` windows (all if None) of an order of their own."""
+    import torch
+
+    count = len(windows) if count is None else min(count, len(windows))
+    total = 0.0
+    with torch.no_grad():
+        for begin in range(0, count, config.batch_size):
+            rows = [windows.window(number) for number in range(begin, min(count, begin + config.batch_size))]
+            tokens = torch.stack([torch.from_numpy(row) for row in rows])
+            total += loss_of(model, tokens, config.precision).item() * len(rows)
+    return total / count
+
+
+class Run:
+    """A model in training, and its files.
+
+    Args:
+        config: the settings.
+        windows: training data.
+        held_out: held-out data.
+
+    Raises:
+        ValueError: a checkpoint of other settings or other data is in the output directory.
+    """
+
+    def __init__(self, config: PretrainConfig, windows, held_out) -> None:
+        self.config, self.windows, self.held_out = config, windows, held_out
+        self.model = build_model(config)
+        self.optimizer = build_optimizer(self.model, config)
+        self.progress = Progress(0, config.steps - config.decay_steps, config.decay_steps)
+        self.checkpoint = config.output / "checkpoint.pt"
+        self.identity = {
+            **{key: getattr(config, key) for key in ("model", "sequence_length", "batch_size", "precision", "seed")},
+            **{key: getattr(config, key) for key in ("lr", "warmup_steps", "weight_decay", "betas", "clip")},
+            "data": windows.digest(),
+        }
+        if self.checkpoint.exists():
+            self._load()
+
+    def _load(self) -> None:
+        import torch
+
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        other = [key for key, value in self.identity.items() if state["identity"][key] != value]
+        if other:
+            raise ValueError(
+                f"{self.checkpoint} was made with other {', '.join(other)}; give the settings of that run again, "
+                "or another output"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = self.progress.resumed(Progress(**state["progress"]))
+        logger.info("going on after step %d of %s", self.progress.step, self.checkpoint)
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill leaves the one before or this one, whole."""
+        import torch
+
+        partial = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "identity": self.identity}
+        with open(partial, "wb") as stream:
+            torch.save({**state, "progress": dataclasses.asdict(self.progress)}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, self.checkpoint)
+
+    def log(self, **values: Any) -> None:
+        """Add a line to log.jsonl. After a resume a step may have two lines; the later one counts."""
+        with open(self.config.output / "log.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": self.progress.step, **values}) + "\n")
+
+    def train_step(self) -> float:
+        """One optimizer step; returns its loss in nats per byte."""
+        import torch
+
+        rate = self.progress.learning_rate(self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        tokens = torch.from_numpy(self.windows.batch(self.progress.step, self.config.batch_size))
+        loss = loss_of(self.model, tokens, self.config.precision)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss of step {self.progress.step} is {loss.item()}; lower lr ({self.config.lr})")
+        return loss.item()
+
+    def steps(self) -> Iterator[float]:
+        """Make the steps that are left, with checkpoints, requests and held-out losses; yields each loss."""
+        config, progress = self.config, self.progress
+        last = None if config.max_steps_this_run is None else progress.step + config.max_steps_this_run
+        while progress.step < progress.end and progress.step != last:
+            if progress.heed(config.output / "decay"):
+                logger.info("asked to end: %d steps of decay from step %d", progress.decay_steps, progress.step)
+            yield self.train_step()
+            if progress.step % config.save_every == 0:
+                self.save()
+            if config.validate_every is not None and progress.step % config.validate_every == 0:
+                self.log(held_out_loss=held_out_loss(self.model, self.held_out, config.validation_windows, config))
+        self.save()
+
+    def finish(self) -> Path:
+        """Save the model (bf16, Hugging Face format) with its tokenizer; log the held-out loss of these weights."""
+        import torch
+        from byte_tokenizer import write_byte_tokenizer
+
+        folder = self.config.output / "model"
+        model = self.model.to(torch.bfloat16)
+        model.save_pretrained(folder, safe_serialization=True)
+        write_byte_tokenizer(folder, self.config.model["max_position_embeddings"])
+        loss = held_out_loss(model.float(), self.held_out, self.config.final_validation_windows, self.config)
+        size = self.config.batch_size * self.config.sequence_length
+        self.log(final_held_out_loss=loss, bytes=self.progress.step * size)
+        logger.info("%s: held-out loss %.4f nats per byte after %d steps", folder, loss, self.progress.step)
+        return folder
+
+
+def read_data(config: PretrainConfig):
+    """(training windows, held-out windows).
+
+    Raises:
+        ValueError: what is wrong with the files.
+    """
+    from packed_bytes import PackedWindows, read_documents, without
+
+    documents, faults = read_documents(config.data)
+    held_out, other_faults = read_documents(config.held_out)
+    if not config.held_out:
+        other_faults = ["empty list; name at least one file"]
+    faults = [f"data: {fault}" for fault in faults] + [f"held_out: {fault}" for fault in other_faults]
+    if faults:
+        raise ValueError("\n  - ".join(["Nothing was trained:", *faults]))
+    kept = without(documents, held_out)
+    logger.info("%d documents, %d of them held out", len(documents), len(documents) - len(kept))
+    length, seed = config.sequence_length, config.seed
+    return PackedWindows(kept, length, seed), PackedWindows(held_out, length, seed)
+
+
+def pretrain(config: PretrainConfig) -> Path | None:
+    """Train to the end, or as far as this run goes.
+
+    Returns:
+        The directory of the finished model, None if steps are left.
+    """
+    from tqdm import tqdm
+
+    windows, held_out = read_data(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    run = Run(config, windows, held_out)
+    size = config.batch_size * config.sequence_length
+    logger.info(
+        "%d parameters; %d steps of %d bytes from %d windows",
+        sum(parameter.numel() for parameter in run.model.parameters()),
+        run.progress.end,
+        size,
+        len(windows),
+    )
+    with tqdm(initial=run.progress.step, total=run.progress.end, desc="pretrain", dynamic_ncols=True) as bar:
+        recent, began, busy = [], time.monotonic(), time.process_time()
+        for loss in run.steps():
+            bar.total = run.progress.end
+            bar.update()
+            recent.append(loss)
+            if len(recent) == 10:
+                mean, seconds = sum(recent) / len(recent), time.monotonic() - began
+                rate = run.optimizer.param_groups[0]["lr"]
+                per_cpu_second = size * len(recent) / (time.process_time() - busy)
+                per_second = size * len(recent) / seconds
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}", bytes_per_s=f"{per_second:.0f}")
+                run.log(loss=mean, lr=rate, bytes_per_cpu_second=per_cpu_second)
+                recent, began, busy = [], time.monotonic(), time.process_time()
+    return run.finish() if run.progress.step == run.progress.end else None
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain_reference_model")
+def main(cfg: DictConfig) -> None:
+    """Run with the options of conf/pretrain_reference_model.yaml."""
+    with command(cfg):
+        pretrain(PretrainConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity and depth of an early-exit model over confidence thresholds. See conf/sweep_thresholds.yaml.
+
+python scripts/sweep_thresholds.py model.restore_from_path=tuned.nemo data=data/heldout trainer.accelerator=cpu
+
+The text is cut into windows; in each, every token but the first is scored (`EarlyExitEngine.score`).
+
+    perplexity = exp(- sum of ln p / tokens),  depth = mean number of layers below the exits the tokens left at,
+    asked = exits asked per token, the final one left out: the price of the decisions
+
+May import: anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.command import command
+
+
+def sweep(cfg: DictConfig) -> dict[str, Any]:
+    """Score the text at full depth and at every threshold. Every rank must call it.
+
+    Returns:
+        {"tokens", "num_layers", "full": perplexity, "rows": [{"threshold", "perplexity", "ratio", "depth", "asked",
+        "tokens_per_exit", "asked_per_exit"}]}
+
+    Raises:
+        ValueError: every fault of the settings, before weights are loaded.
+    """
+    from nemo_ee.evaluation.generate import open_generator
+    from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
+    from nemo_ee.evaluation.token_windows import TokenWindows
+    from nemo_ee.generation.engine import EarlyExitEngine
+
+    config = OmegaConf.to_container(cfg, resolve=True)
+    own = config.pop("model")
+    config["model"] = model_settings(own["restore_from_path"], own["backbone_path"], own["tensor_model_parallel_size"])
+    config |= {"mode": "early_exit", "add_BOS": False, "output": None}
+    if not isinstance(cfg.length, int) or cfg.length < 2:
+        raise ValueError(f"length={cfg.length!r} must be a whole number of tokens from 2")
+    if not cfg.thresholds:
+        raise ValueError("thresholds: empty list; give at least one number, such as 0.9")
+    requests = {threshold: scoring_request({**config, "threshold": threshold}) for threshold in cfg.thresholds}
+    windows = TokenWindows(str(cfg.data), seq_length=cfg.length - 1, max_tokens=cfg.max_tokens)
+    generator = open_generator(OmegaConf.create(config), next(iter(requests.values())))
+    engine = EarlyExitEngine(generator.model)
+    texts = []
+    for tokens, labels, mask in (windows[index] for index in range(len(windows))):
+        count = int(mask.sum())
+        texts.append([*tokens[:count].tolist(), int(labels[count - 1])])
+    full = _score(engine, texts, cfg.batch_size, "full", None)
+    rows = []
+    for threshold, request in requests.items():
+        row = _score(engine, texts, cfg.batch_size, "early_exit", request.policy)
+        rows.append({"threshold": threshold, **row, "ratio": row["perplexity"] / full["perplexity"]})
+    return {
+        "tokens": sum(len(text) - 1 for text in texts),
+        "num_layers": generator.model.num_layers,
+        "full": full["perplexity"],
+        "rows": rows,
+    }
+
+
+def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, policy: Any) -> dict[str, Any]:
+    """Perplexity, depth and exits of all texts, the first token of each as context."""
+    from tqdm import tqdm
+
+    from nemo_ee.generation.stats import FINAL
+
+    total, depth, tokens, counts, asked = 0.0, 0.0, 0, Counter(), Counter()
+    name = "full model" if policy is None else f"threshold {policy.thresholds}"
+    for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True):
+        scored = engine.score(texts[first : first + batch_size], 1, mode=mode, policy=policy)
+        total += sum(map(math.fsum, scored.logprobs))
+        tokens += scored.stats.num_tokens
+        depth += scored.stats.mean_depth * scored.stats.num_tokens
+        # `update` keeps the exits that no token left at; `+` would drop them.
+        counts.update(scored.stats.tokens_per_exit)
+        asked.update(scored.stats.asked)
+    return {
+        "perplexity": math.exp(-total / tokens),
+        "depth": depth / tokens,
+        "asked": (asked.total() - asked[FINAL]) / tokens,
+        "tokens_per_exit": dict(counts),
+        "asked_per_exit": dict(asked),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    # Exits that were not to be left at have no column.
+    rows = report["rows"]
+    names = [name for name in rows[0]["asked_per_exit"] if any(row["asked_per_exit"][name] for row in rows)]
+    lines = [
+        f"| threshold | perplexity | x full | depth of {report['num_layers']} | exits asked | {' | '.join(names)} |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for row in rows:
+        shares = [f"{row['tokens_per_exit'][name] / report['tokens']:.0%}" for name in names]
+        numbers = [f"{row['perplexity']:.3f}", f"{row['ratio']:.3f}", f"{row['depth']:.2f}", f"{row['asked']:.2f}"]
+        lines.append(f"| {' | '.join([str(row['threshold']), *numbers, *shares])} |")
+    return "\n".join(lines)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="sweep_thresholds")
+def main(cfg: DictConfig) -> None:
+    """Score, print the table, write `output`."""
+    with command(cfg):
+        report = sweep(cfg)
+        from nemo.utils.get_rank import is_global_rank_zero
+
+        from nemo_ee.evaluation.report import write_json
+
+        if is_global_rank_zero():
+            if cfg.output is not None:
+                write_json(cfg.output, report)
+            print(f"full model: perplexity {report['full']:.3f} on {report['tokens']:,} tokens\n\n{table(report)}")
+
+
+if __name__ == "__main__":
+    main()
