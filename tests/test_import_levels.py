@@ -59,7 +59,7 @@ BOUNDARIES = {
     # level 5
     # siblings, only serving -> export is allowed (the manifest of what it serves)
     "serving": _boundary(
-        f"{_LEVEL_4} fastapi starlette uvicorn prometheus_client", f"{_BELOW_4} evaluation convert export"
+        f"{_LEVEL_4} fastapi starlette uvicorn prometheus_client jinja2", f"{_BELOW_4} evaluation convert export"
     ),
     "export": _boundary(_LEVEL_4, f"{_BELOW_4} evaluation convert", only_lazily="tensorrt_llm"),
     # beside the levels

@@ -15,6 +15,7 @@ May import: the standard library, nemo_ee levels 0-1.
 
 from __future__ import annotations
 
+import os.path
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -61,9 +62,17 @@ class Detokenizer:
         self._start, self._done = self._done, len(self._ids)
         return text
 
+    def flush(self) -> str:
+        """The text that is left when no token follows: bytes that make no whole character."""
+        text = self._pending()
+        self._start, self._done = self._done, len(self._ids)
+        return text
+
     def _pending(self) -> str:
         known = self._decode(self._ids[self._start : self._done]) if self._done > self._start else ""
-        return self._decode(self._ids[self._start :])[len(known) :]
+        text = self._decode(self._ids[self._start :])
+        # A prompt of token ids may end inside a character, which the next token then completes.
+        return text[len(os.path.commonprefix([known, text])) :]
 
 
 def escape(text: str) -> str:

@@ -8,6 +8,7 @@ May import: the standard library, nemo_ee.generation, nemo_ee.serving.{certified
 from __future__ import annotations
 
 import json
+import os.path
 import secrets
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ class Answers:
         model: name to report.
         choice: how the tokens leave.
         num_prompt_tokens: of all its prompts.
+        before: of each answer, the last token of its prompt.
         exits: the model's.
         num_layers: the model's.
         decode: token ids -> text, for alternatives.
@@ -41,14 +43,16 @@ class Answers:
         model: str,
         choice: ExitChoice,
         num_prompt_tokens: int,
+        before: Sequence[int],
         exits: Sequence[ExitPoint],
         num_layers: int,
         decode: Callable[[list[int]], str],
     ) -> None:
         self._call, self._choice_of_exits, self._num_layers, self._decode = call, choice, num_layers, decode
         self._exits = [point.name for point in exits]
-        self._num_prompt_tokens = num_prompt_tokens
+        self._num_prompt_tokens, self._before = num_prompt_tokens, before
         self.pieces: list[list[Piece]] = [[] for _ in range(max(1, len(call.prompts)) * call.num_answers)]
+        self.failed = False  # the server could not give them
         self.finish_reasons: list[str | None] = [None] * len(self.pieces)
         self._offsets = [0] * len(self.pieces)  # characters sent so far, by answer
         kind = "chat.completion" if call.chat else "text_completion"
@@ -132,12 +136,16 @@ class Answers:
 
     def _logprobs(self, answer: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         if self._call.chat:
-            return {"content": [self._chat_logprob(piece) for piece in pieces], "refusal": None}
+            start = len(self.pieces[answer]) - len(pieces)
+            content = [self._chat_logprob(piece, self._alternatives(answer, start + index))
+                       for index, piece in enumerate(pieces)]  # fmt: skip
+            return {"content": content, "refusal": None}
         offsets = []
         for piece in pieces:
             offsets.append(self._offsets[answer])
             self._offsets[answer] += len(piece.text)
-        top = [{self._decode([token]): logprob for token, logprob in piece.event.top} for piece in pieces]
+        start = len(self.pieces[answer]) - len(pieces)  # a stream's pieces are added before they are told
+        top = [self._by_text(self._alternatives(answer, start + index), piece) for index, piece in enumerate(pieces)]
         return {
             "tokens": [piece.text for piece in pieces],
             "token_logprobs": [piece.event.logprob for piece in pieces],
@@ -145,11 +153,27 @@ class Answers:
             "text_offset": offsets,
         }
 
-    def _chat_logprob(self, piece: Piece) -> dict[str, Any]:
+    def _alternatives(self, answer: int, index: int) -> list[str]:
+        """Text of the most likely tokens at a place, each behind the token before it: alone it may lose its space."""
+        own = self.pieces[answer]
+        before = own[index - 1].event.token if index else self._before[answer]
+        known = self._decode([before])
+        texts = [self._decode([before, token]) for token, _ in own[index].event.top]
+        return [text[len(os.path.commonprefix([known, text])) :] for text in texts]
+
+    @staticmethod
+    def _by_text(texts: Sequence[str], piece: Piece) -> dict[str, float]:
+        """ln p by text. Texts may be equal (parts of characters, special tokens): the less likely go by their ids."""
+        top: dict[str, float] = {}
+        for text, (token, logprob) in zip(texts, piece.event.top, strict=True):
+            top[f"token_id:{token}" if text in top else text] = logprob
+        return top
+
+    def _chat_logprob(self, piece: Piece, texts: Sequence[str]) -> dict[str, Any]:
         def entry(text: str, logprob: float) -> dict[str, Any]:
             return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
 
-        top = [entry(self._decode([token]), logprob) for token, logprob in piece.event.top]
+        top = [entry(text, logprob) for text, (_, logprob) in zip(texts, piece.event.top, strict=True)]
         return {**entry(piece.text, piece.event.logprob), "top_logprobs": top}
 
 

@@ -7,7 +7,10 @@ May import: the standard library.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
+
+MAX_MESSAGE = 2000  # characters; a message may quote what came, which may be large
 
 
 class ApiError(Exception):
@@ -21,6 +24,7 @@ class ApiError(Exception):
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        message = message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 3]}..."
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
@@ -37,5 +41,18 @@ class ApiError(Exception):
 
 def shown(value: object) -> str:
     """A value from a request as a message shows it: short, on one line."""
-    text = repr(value)
+    text = repr(_part(value, 3))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _part(value: object, depth: int) -> object:
+    """Enough of a value for its first 60 characters, so that a large one costs nothing."""
+    if isinstance(value, str):
+        return value[:60]
+    if not isinstance(value, list | dict):
+        return value
+    if not depth:
+        return "..."
+    if isinstance(value, list):
+        return [_part(one, depth - 1) for one in value[:30]]
+    return {_part(key, 0): _part(one, depth - 1) for key, one in islice(value.items(), 30)}

@@ -66,7 +66,8 @@ def exit_choice(
         return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:
         policy = ExitPolicy(
-            given.get("threshold", default.policy.thresholds),
+            # The server's threshold may not suit a criterion it does not go with here; 0 suits every one.
+            0.0 if "threshold" in _UNUSED[mode] else given.get("threshold", default.policy.thresholds),
             criterion=given.get("criterion", default.policy.criterion),
             active=given.get("exits", default.policy.active),
             max_waiting=given.get("max_waiting", default.policy.max_waiting),
@@ -97,6 +98,12 @@ def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
         if unknown:
             yield f"early_exit.exits names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
     threshold = given.get("threshold")
+    if isinstance(threshold, dict):
+        unknown = [name for name in threshold if name not in known]
+        if unknown:
+            yield (
+                f"early_exit.threshold names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
+            )
     if threshold is not None and not isinstance(threshold, int | float | dict):
         yield f"early_exit.threshold = {shown(threshold)} must be a number, or an object of numbers by exit"
     if given.get("criterion") is not None and not isinstance(given["criterion"], str):

@@ -35,7 +35,7 @@ from nemo_ee.serving.metrics import CONTENT_TYPE, Metrics
 from nemo_ee.serving.protocol import Call, parse_call
 from nemo_ee.serving.request_in_flight import RequestInFlight
 from nemo_ee.serving.scheduler import Scheduler
-from nemo_ee.serving.served_model import ServedModel
+from nemo_ee.serving.served_model import Prepared, ServedModel
 from nemo_ee.serving.settings import HttpSettings
 
 _LOG = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class Server:
     def __init__(self, model: ServedModel, scheduler: Scheduler, metrics: Metrics, settings: HttpSettings) -> None:
         self.model, self.scheduler, self.metrics, self.settings = model, scheduler, metrics, settings
         self._created = int(time.time())
-        # Long prompts take a while to tokenize, and one tokenizer is not for two threads.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        # Large bodies take a while to read and to tokenize, and one tokenizer is not for two threads.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._page = PAGE.read_text(encoding="utf-8")
         self._page_headers = page_headers(self._page)
 
@@ -84,7 +84,7 @@ class Server:
         self.scheduler.start()
         yield
         await asyncio.to_thread(self.scheduler.stop)
-        self._tokenizing.shutdown()
+        self._reading.shutdown()
 
     async def page(self) -> Response:
         """The page to try the model on."""
@@ -135,13 +135,13 @@ class Server:
 
     async def _answer(self, request: Request, chat: bool, started: float) -> Response:
         deadline = started + self.settings.request_timeout
-        body = parse(await self._body(request))
-        call = parse_call(body, chat=chat, limits=self.settings.limits)
-        prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.model.prepare, call)
+        body = await self._body(request)
+        reading = asyncio.get_running_loop().run_in_executor(self._reading, self._read, body, chat)
+        call, prepared = await reading
         model = self.model.model
         answers = Answers(
-            call, self.model.name, prepared.choice, prepared.num_prompt_tokens, model.exits, model.num_layers,
-            self.model.decode,
+            call, self.model.name, prepared.choice, prepared.num_prompt_tokens,
+            [one.prompt[-1] for one in prepared.requests], model.exits, model.num_layers, self.model.decode,
         )  # fmt: skip
         in_flight = RequestInFlight(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
         if call.stream:
@@ -157,6 +157,11 @@ class Server:
             return await self._whole(request, answers, in_flight)
         finally:
             in_flight.cancel()
+
+    def _read(self, body: bytes, chat: bool) -> tuple[Call, Prepared]:
+        """What a body asks for. A large one takes a while: not for the event loop."""
+        call = parse_call(parse(body), chat=chat, limits=self.settings.limits)
+        return call, self.model.prepare(call)
 
     async def _body(self, request: Request) -> bytes:
         """The body, counted as it comes.
@@ -222,12 +227,13 @@ class Server:
                 yield server_sent(answers.last_chunk())
             yield STREAM_END
         except ApiError as error:  # the status is sent already: the stream says it
+            answers.failed = True
             yield server_sent(error.to_mapping())
 
     def _end_stream(self, call: Call, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
         """After the last chunk, or when the client has gone away."""
         in_flight.cancel()
-        if not answers.ended:
+        if not (answers.ended or answers.failed):
             self.metrics.cancelled.inc()
         endpoint = "chat" if call.chat else "completions"
         self.metrics.latency.labels(endpoint).observe(time.monotonic() - started)

@@ -34,9 +34,14 @@ class Metrics:
     def __init__(self, exits: Sequence[ExitPoint], num_layers: int) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "nemo_ee_requests", "Answered HTTP requests to /v1.", ["endpoint", "status"], registry=registry
+            "nemo_ee_requests",
+            "Requests for completions by status; a stream counts as 200 once it has begun.",
+            ["endpoint", "status"],
+            registry=registry,
         )
-        self.cancelled = Counter("nemo_ee_cancelled_requests", "Requests whose client went away.", registry=registry)
+        self.cancelled = Counter(
+            "nemo_ee_cancelled_requests", "Requests for completions whose client went away.", registry=registry
+        )
         self.queued = Gauge("nemo_ee_queued_sequences", "Sequences that wait for a slot.", registry=registry)
         self.running = Gauge("nemo_ee_running_sequences", "Sequences being decoded.", registry=registry)
         self.waiting = Gauge(
@@ -75,13 +80,12 @@ class Metrics:
         for name in [*(point.name for point in exits), FINAL]:
             self._tokens.labels(name)  # shown with 0 from the start
 
-    def step(self, events: Sequence[TokenEvent], stats: DecodingStats, waiting: int, seconds: float) -> None:
+    def step(self, events: Sequence[TokenEvent], stats: DecodingStats, seconds: float) -> None:
         """A decoding step. Called by the model's thread only.
 
         Args:
             events: its tokens.
             stats: of the session so far.
-            waiting: tokens that wait now.
             seconds: it took, above 0.
         """
         decay = math.exp(-seconds / _SPEED_SECONDS)
@@ -90,7 +94,6 @@ class Metrics:
         for event in events:
             self._tokens.labels(FINAL if event.exit is None else event.exit).inc()
             self._depth.observe(event.layer)
-        self.waiting.set(waiting)
         self._drafted.set(stats.drafted)
         self._accepted.set(stats.accepted)
         self._acceptance.set(stats.acceptance_rate)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 EXIT_FIELDS = ("mode", "threshold", "certificate", "exits", "criterion", "max_waiting")
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_FAULTS = 10  # that one error lists
+MAX_MESSAGES, MAX_PARTS, MAX_EXITS = 1024, 64, 256
+_LONGEST_NAME = 40  # of a field; nothing longer was mistyped
+# Fields of a message that come back with OpenAI's answers; refused unless they are empty.
+_NEUTRAL_IN_MESSAGE = frozenset("name refusal tool_calls function_call audio annotations reasoning".split())
 _LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
 
 
@@ -93,9 +98,9 @@ class Call:
     num_top: int | None
     early_exit: Mapping[str, Any] | None
 
-    def sampling_of(self, answer: int) -> SamplingParams:
-        """Of the answer with this number; every answer of a request has random numbers of its own."""
-        return replace(self.sampling, seed=self.sampling.seed + (answer << 64))
+    def sampling_of(self, prompt: int, answer: int) -> SamplingParams:
+        """Of a prompt's answer, both by number; every answer of a request has random numbers of its own."""
+        return replace(self.sampling, seed=self.sampling.seed + (answer << 64) + (prompt << 96))
 
 
 class _Fields:
@@ -106,7 +111,10 @@ class _Fields:
         self.faults: list[tuple[str, str]] = []  # field, message
 
     def fault(self, field: str, message: str) -> None:
+        """Note a fault. One too many ends the reading, so that a body of nothing but faults costs little."""
         self.faults.append((field, message))
+        if len(self.faults) >= MAX_FAULTS:
+            self.raise_all()
 
     def number(self, field: str, default: float, least: float, most: float, note: str = "") -> float:
         value = self.body.get(field)
@@ -154,7 +162,7 @@ def parse_call(body: Mapping[str, Any], *, chat: bool, limits: Limits) -> Call:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         fields.fault("model", f"model = {shown(model)} must be a name")
-    prompts = () if chat else _prompts(fields)
+    prompts = () if chat else _prompts(fields, limits)
     messages = _messages(fields) if chat else ()
     n = fields.whole("n", 1, 1, limits.max_choices)
     if len(prompts) * n > limits.max_choices:
@@ -187,17 +195,25 @@ def _check_names(fields: _Fields, chat: bool) -> None:
                        for allowed in _NEUTRAL[field]):  # fmt: skip
                 fields.fault(field, f"{field} = {shown(value)} is not supported here; leave it out")
             continue
-        close = difflib.get_close_matches(field, FIELDS[chat], n=1)
-        guess = f"did you mean {close[0]}?" if close else "leave it out"
-        fields.fault(field[:60], f"{shown(field)} is not a field of this request; {guess}")
+        fields.fault(
+            field[:60], f"{shown(field)} is not a field of this request; {_guess(field, FIELDS[chat], 'leave it out')}"
+        )
 
 
-def _prompts(fields: _Fields) -> tuple[str | tuple[int, ...], ...]:
+def _guess(name: str, known: Collection[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, known, n=1) if len(name) <= _LONGEST_NAME else []
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def _prompts(fields: _Fields, limits: Limits) -> tuple[str | tuple[int, ...], ...]:
     given = fields.body.get("prompt")
     if given is None:
         fields.fault("prompt", "prompt is missing; give a text, token ids, or a list of either")
         return ()
     many = given if isinstance(given, list) and given and not _is_ids(given) else [given]
+    if len(many) > limits.max_choices:
+        fields.fault("prompt", f"{len(many)} prompts are more than {limits.max_choices} answers; send less")
+        return ()
     prompts = []
     for one in many:
         if not (isinstance(one, str) or isinstance(one, list) and _is_ids(one)):
@@ -210,13 +226,16 @@ def _prompts(fields: _Fields) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _is_ids(value: Sequence[Any]) -> bool:
-    return all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    return all(type(one) is int for one in value)  # a bool is an int, but no token
 
 
 def _messages(fields: _Fields) -> tuple[dict[str, str], ...]:
     given = fields.body.get("messages")
     if not isinstance(given, list) or not given:
         fields.fault("messages", f"messages = {shown(given)} must be a list of at least one message")
+        return ()
+    if len(given) > MAX_MESSAGES:
+        fields.fault("messages", f"messages has {len(given)} entries; {MAX_MESSAGES} are allowed")
         return ()
     messages = []
     for index, one in enumerate(given):
@@ -225,16 +244,39 @@ def _messages(fields: _Fields) -> tuple[dict[str, str], ...]:
             fields.fault(where, f"{where} = {shown(one)} must be an object with role and content")
             continue
         role, content = one.get("role"), one.get("content")
+        _refuse_others(fields, where, one, ("role", "content"), _NEUTRAL_IN_MESSAGE)
         if role not in ("system", "developer", "user", "assistant"):
             fields.fault(where, f"{where}.role = {shown(role)} must be system, developer, user or assistant")
         if isinstance(content, list):  # OpenAI's parts
-            texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-                     for part in content]  # fmt: skip
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+            content = _joined_parts(fields, f"{where}.content", content)
         if not isinstance(content, str):
             fields.fault(where, f"{where}.content must be a text, or parts of type text; nothing else is read")
         messages.append({"role": "system" if role == "developer" else role, "content": content})
     return tuple(messages)
+
+
+def _joined_parts(fields: _Fields, where: str, parts: list[Any]) -> str | None:
+    """Text of OpenAI's content parts; None = they are not all text."""
+    if len(parts) > MAX_PARTS:
+        fields.fault(where, f"{where} has {len(parts)} parts; {MAX_PARTS} are allowed")
+        return None
+    texts = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            return None
+        _refuse_others(fields, f"{where}[{index}]", part, ("type", "text"))
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _refuse_others(
+    fields: _Fields, where: str, given: Mapping[str, Any], known: Collection[str], neutral: Collection[str] = ()
+) -> None:
+    """A fault for each key that is not known, but for neutral ones that hold nothing."""
+    for key, value in given.items():
+        if key in known or key in neutral and (value is None or value == []):
+            continue
+        fields.fault(where, f"{where}.{key[:40]} is not supported here; {_guess(key, known, 'leave it out')}")
 
 
 def _max_tokens(fields: _Fields, chat: bool, limits: Limits) -> int | None:
@@ -264,8 +306,11 @@ def _sampling(fields: _Fields) -> SamplingParams:
 def _stops(fields: _Fields) -> tuple[str, ...]:
     given = fields.body.get("stop")
     stops = [] if given is None else [given] if isinstance(given, str) else given
-    good = isinstance(stops, list) and all(isinstance(one, str) and 0 < len(one) <= MAX_STOP_LENGTH for one in stops)
-    if not good or len(stops) > MAX_STOPS:
+    if not (
+        isinstance(stops, list)
+        and len(stops) <= MAX_STOPS
+        and all(isinstance(one, str) and 0 < len(one) <= MAX_STOP_LENGTH for one in stops)
+    ):
         rule = f"a text of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOPS} of them"
         fields.fault("stop", f"stop = {shown(given)} must be {rule}")
         return ()
@@ -279,6 +324,7 @@ def _include_usage(fields: _Fields) -> bool:
     if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
         fields.fault("stream_options", f"stream_options = {shown(options)} must be {{include_usage: true | false}}")
         return False
+    _refuse_others(fields, "stream_options", options, ("include_usage",))
     if fields.body.get("stream") is not True:
         fields.fault("stream_options", "stream_options is given without stream = true; leave it out")
     return options.get("include_usage", False)
@@ -305,7 +351,9 @@ def _early_exit(fields: _Fields) -> dict[str, Any] | None:
         return None
     for key in given:
         if key not in EXIT_FIELDS:
-            close = difflib.get_close_matches(key, EXIT_FIELDS, n=1)
-            guess = f"did you mean {close[0]}?" if close else f"its keys are {', '.join(EXIT_FIELDS)}"
+            guess = _guess(key, EXIT_FIELDS, f"its keys are {', '.join(EXIT_FIELDS)}")
             fields.fault("early_exit", f"early_exit.{key[:40]} is unknown; {guess}")
+    for key in ("exits", "threshold"):
+        if isinstance(given.get(key), list | dict) and len(given[key]) > MAX_EXITS:
+            fields.fault("early_exit", f"early_exit.{key} has {len(given[key])} entries; {MAX_EXITS} are allowed")
     return {key: value for key, value in given.items() if value is not None}

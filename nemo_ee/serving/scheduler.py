@@ -26,6 +26,10 @@ from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.text_stream import Piece, TextStream
 
 _LOG = logging.getLogger(__name__)
+# What clients are told; what happened is in the log, for it may speak of the machine.
+_FAILED = (500, "decoding failed; the server's log says why")
+_NOT_TAKEN_IN = (500, "the request could not be started; the server's log says why")
+_STOPPING = (503, "the server is stopping; try again later")
 
 
 class QueueFull(Exception):
@@ -79,9 +83,11 @@ class Scheduler:
 
     def __init__(self, start_session: Callable[[], DecodingSession], max_queue: int, metrics: Metrics) -> None:
         self._start_session, self._max_queue, self._metrics = start_session, max_queue, metrics
-        self._session = start_session()
+        self._session: DecodingSession | None = start_session()
+        self._num_slots = self._session.num_free_slots
         self._news = threading.Condition()  # guards what follows, up to the blank line
         self._waiting: deque[Work] = deque()
+        self._num_taken = 0  # sequences that have a slot or are about to get one
         self._stopping = False
 
         self._running: dict[int, Work] = {}  # by index in the session; the model's thread only
@@ -106,7 +112,8 @@ class Scheduler:
             if self._stopping or not self._thread.is_alive():
                 raise Stopped
             # What a free slot takes at once does not wait.
-            if len(self._waiting) + len(sequences) > self._max_queue + self._session.num_free_slots:
+            room = self._max_queue + self._num_slots - self._num_taken
+            if len(self._waiting) + len(sequences) > room:
                 raise QueueFull
             self._waiting.extend(sequences)
             self._metrics.queued.set(len(self._waiting))
@@ -131,21 +138,29 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            while self._take_in():
-                if not self._running:
-                    continue
+            taken: deque[Work] = deque()
+            while self._take_in(taken):
+                whole = False
                 try:
-                    self._step()
-                except Exception as error:  # the next request deserves a session that is whole
+                    self._add(taken)
+                    if self._running:
+                        self._step()
+                    whole = True
+                except Exception:
                     _LOG.exception("a decoding step failed")
-                    self._fail(ApiError(500, f"decoding failed: {error}"))
-                    self._session = self._start_session()
+                # Outside of `except`, where the error still holds on to the old session: two may not fit into memory.
+                if not whole:
+                    self._start_again(taken)
         finally:  # also when no new session could be made: nobody may wait for a thread that has ended
-            self._stopping = True
-            self._fail(ApiError(503, "the server is stopping; try again later"))
+            with self._news:
+                self._stopping = True
+            self._fail(*_STOPPING)
 
-    def _take_in(self) -> bool:
-        """Wait for work, drop what was cancelled, fill free slots. Returns False when it is time to stop."""
+    def _take_in(self, taken: deque[Work]) -> bool:
+        """Wait for work, drop what was cancelled, take as much as there are free slots.
+
+        Returns False when it is time to stop.
+        """
         with self._news:
             while not (self._waiting or self._running or self._stopping):
                 self._news.wait()
@@ -153,16 +168,44 @@ class Scheduler:
                 return False
             for index in [index for index, one in self._running.items() if one.cancelled]:
                 self._end(index)
-            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._session.num_free_slots))]
+            taken += [self._waiting.popleft() for _ in range(min(len(self._waiting), self._session.num_free_slots))]
             self._metrics.queued.set(len(self._waiting))
-        for sequence in taken:
-            try:
-                self._running[self._session.add(sequence.request)] = sequence
-                self._metrics.prompt_tokens.inc(len(sequence.request.prompt))
-            except ValueError as fault:
-                sequence.deliver(Update(error=ApiError(400, str(fault))))
-        self._metrics.running.set(len(self._running))
+            self._count(len(taken))
         return True
+
+    def _add(self, taken: deque[Work]) -> None:
+        """Give slots to sequences. If one raises, it is the first that is left."""
+        while taken:
+            try:
+                index = self._session.add(taken[0].request)
+            except ValueError:  # the session is as it was
+                _LOG.exception("a request was not taken in")
+                taken.popleft().deliver(Update(error=ApiError(*_NOT_TAKEN_IN)))
+                continue
+            sequence = taken.popleft()
+            self._running[index] = sequence
+            self._metrics.prompt_tokens.inc(len(sequence.request.prompt))
+        self._count()
+
+    def _start_again(self, taken: deque[Work]) -> None:
+        """End what runs, and what was being added, with an error; the others find a session that is whole."""
+        self._session = None
+        self._fail(*_FAILED)
+        if taken:
+            taken.popleft().deliver(Update(error=ApiError(*_FAILED)))
+        with self._news:
+            self._waiting.extendleft(one for one in reversed(taken) if not one.cancelled)
+            self._num_taken = 0
+            self._metrics.queued.set(len(self._waiting))
+        taken.clear()
+        self._session = self._start_session()
+
+    def _count(self, num_coming: int = 0) -> None:
+        """Note what runs now, what waits in it, and how many are about to join."""
+        with self._news:
+            self._num_taken = len(self._running) + num_coming
+        self._metrics.running.set(len(self._running))
+        self._metrics.waiting.set(sum(self._session.waiting(index) for index in self._running))
 
     def _end(self, index: int) -> None:
         self._session.cancel(index)
@@ -176,7 +219,8 @@ class Scheduler:
         for event in events:
             own = pieces.setdefault(event.sequence, [])
             if isinstance(event, Failure):
-                failed[event.sequence] = ApiError(500, f"decoding failed: {event.message}")
+                _LOG.error("decoding failed: %s", event.message)
+                failed[event.sequence] = ApiError(*_FAILED)
             # A check may bring several tokens; those behind a stop string are nobody's.
             elif self._running[event.sequence].text.finish_reason is None:
                 own.extend(self._running[event.sequence].text.push(event))
@@ -187,15 +231,14 @@ class Scheduler:
             if sequence.text.finish_reason is not None or index in failed:
                 self._end(index)
         # Counted before it is told, so that whoever has an answer finds it in the metrics.
-        waiting = sum(self._session.waiting(index) for index in self._running)
         tokens = [event for event in events if isinstance(event, TokenEvent)]
-        self._metrics.step(tokens, self._session.stats(()), waiting, time.perf_counter() - started)
-        self._metrics.running.set(len(self._running))
+        self._metrics.step(tokens, self._session.stats(()), time.perf_counter() - started)
+        self._count()
         for sequence, update in news:
             if not sequence.cancelled and (update.pieces or update.finish_reason or update.error):
                 sequence.deliver(update)
 
-    def _fail(self, error: ApiError) -> None:
+    def _fail(self, status: int, message: str) -> None:
         """End everything with an error; when stopping, what waits too."""
         lost = list(self._running.values())
         self._running.clear()
@@ -205,5 +248,6 @@ class Scheduler:
                 self._waiting.clear()
         for sequence in lost:
             if not sequence.cancelled:
-                sequence.deliver(Update(error=error))
+                sequence.deliver(Update(error=ApiError(status, message)))
         self._metrics.running.set(0)
+        self._metrics.waiting.set(0)

@@ -7,8 +7,11 @@ May import: torch, uvicorn, nemo_ee.runtime, nemo_ee.serving.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import signal
+import socket
 
 import torch
 import uvicorn
@@ -23,6 +26,7 @@ from nemo_ee.serving.served_model import ServedModel, stop_tokens_of
 from nemo_ee.serving.settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
+_FAREWELL_SECONDS = 5  # to end the step that runs and to tell those whose answers did not end in time
 
 
 def make_server(settings: ServerSettings) -> Server:
@@ -73,14 +77,51 @@ def serve(settings: ServerSettings) -> None:
     # After its own graceful end uvicorn hands the signal on; this process has then done what it was told to.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.run(
+    web_server(server, http.port, log_level="info").run()
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn, which tells running answers of the end before it cuts them off.
+
+    Args:
+        config: uvicorn's.
+        server: what it serves.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End gracefully: answers have `shutdown_timeout` to end; those that have not are told so."""
+        telling = asyncio.create_task(self._tell())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            telling.cancel()
+
+    async def _tell(self) -> None:
+        await asyncio.sleep(self._server.settings.shutdown_timeout)
+        await asyncio.to_thread(self._server.scheduler.stop)
+
+
+def web_server(server: Server, port: int, log_level: str) -> WebServer:
+    """What listens for a server.
+
+    Args:
+        port: 0 = a free one.
+        log_level: uvicorn's.
+    """
+    http = server.settings
+    config = uvicorn.Config(
         server.app(),
         host=http.host,
-        port=http.port,
-        log_level="info",
+        port=port,
+        log_level=log_level,
         access_log=False,
         server_header=False,
         limit_concurrency=http.max_connections,
-        timeout_graceful_shutdown=max(1, round(http.shutdown_timeout)),
+        timeout_graceful_shutdown=math.ceil(http.shutdown_timeout) + _FAREWELL_SECONDS,
         ws="none",
     )
+    return WebServer(config, server)

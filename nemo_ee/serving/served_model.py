@@ -2,18 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model that is served: weights, tokenizer, chat template, and requests of the engine made from requests of users.
 
-May import: torch, transformers (through the runtime), nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.runtime,
+May import: torch, transformers (through the runtime), jinja2, nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.runtime,
 nemo_ee.serving.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from jinja2 import TemplateError
 
 from nemo_ee.checkpoint.certificate import Certificate
 from nemo_ee.generation.engine import EarlyExitEngine
@@ -25,6 +28,8 @@ from nemo_ee.serving.certified import check_setting, promise
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.protocol import Call
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,13 @@ class ServedModel:
         choice = exit_choice(call.early_exit, self.model, self.default, self.certificates)
         prompts = [self._chat_ids(call.messages)] if call.chat else [self._ids(prompt) for prompt in call.prompts]
         requests = []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             for answer in range(call.num_answers):
                 requests.append(
                     Request(
                         prompt,
                         self._new_tokens(prompt, call),
-                        call.sampling_of(answer),
+                        call.sampling_of(number, answer),
                         stop_tokens=self.stop_tokens,
                         num_top=call.num_top or 0,
                         mode=choice.mode,
@@ -155,10 +160,13 @@ class ServedModel:
             )
         try:
             ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
-        except Exception as fault:  # whatever a template does with messages it was not made for
+        except TemplateError as fault:  # what a template says to messages it was not made for
             raise ApiError(
                 400, f"the model's chat template refuses these messages: {fault}", param="messages"
             ) from None
+        except Exception:  # whatever else it does with them
+            _LOG.exception("the chat template failed")
+            raise ApiError(400, "the model's chat template fails on these messages", param="messages") from None
         if not ids:
             raise ApiError(400, "the messages have no tokens; write something", param="messages")
         return tuple(ids)

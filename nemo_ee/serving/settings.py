@@ -97,6 +97,11 @@ class ServerSettings:
             value = config[key]
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 faults.append(f"{key}={value!r} must be a number of seconds above 0")
+        if not faults and config["max_choices"] > config["max_queue"] + config["num_slots"]:
+            faults.append(
+                f"max_choices={config['max_choices']} answers of one request never fit into max_queue="
+                f"{config['max_queue']} + num_slots={config['num_slots']}; lower it, or raise one of those"
+            )
         path = _path(config, faults)
         keys = _keys(config["api_keys_file"], faults)
         _check_host(str(config["host"]), keys, faults)
@@ -200,7 +205,7 @@ def _default(config: Mapping[str, Any], faults: list[str]) -> ExitChoice | None:
             active=config["exits"],
             max_waiting=config["max_waiting"],
         )
-    except ValueError as fault:
+    except (ValueError, TypeError) as fault:
         faults.append(str(fault))
         return None
     return ExitChoice(config["mode"], policy)

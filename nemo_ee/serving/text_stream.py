@@ -57,7 +57,10 @@ class TextStream:
         """Take in the next token. Returns the pieces that are certain now, all that is left once the answer ends."""
         assert self.finish_reason is None, "the answer has ended"
         ends = event.finish_reason is not None
-        text = self._detokenizer.push(event.token, last=ends or self._silent >= _LONGEST_WAIT)
+        if event.token in self._stop_tokens:  # no text of its own, but bytes before it may still be owed
+            text = self._detokenizer.flush()
+        else:
+            text = self._detokenizer.push(event.token, last=ends or self._silent >= _LONGEST_WAIT)
         self._silent = 0 if text else self._silent + 1
         self._held.append(Piece(event, text))
         buffer = "".join(piece.text for piece in self._held)

@@ -32,6 +32,7 @@ import openai
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
+from nemo_ee.generation.session import DecodingSession
 from nemo_ee.serving.serve import make_server
 from nemo_ee.serving.settings import ServerSettings
 from tests.helpers.served_model import ROOT, running, serve_config, write_exported_model
@@ -151,7 +152,7 @@ class Clients:
         return "refused"
 
 
-def test_200_requests_from_16_clients(tmp_path: Path, capsys) -> None:
+def test_200_requests_from_16_clients(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_exported_model(tmp_path / "hf_early_exit")
     server = make_server(ServerSettings.from_config(serve_config(model, num_slots=6, max_queue=NUM_REQUESTS)))
     distinct = good_requests(40, seed=1)
@@ -159,6 +160,14 @@ def test_200_requests_from_16_clients(tmp_path: Path, capsys) -> None:
     assert len({exit for own in expected.values() for _, exit, _, _ in own}) == 4, "every exit is used"
     control = expected[distinct[0]] != expected[next(a for a in distinct if a.prompt != distinct[0].prompt)]
     assert control, "different requests have different answers"
+    together: Counter[int] = Counter()
+    step = DecodingSession.step
+
+    def counted(session):
+        together[6 - session.num_free_slots] += 1
+        return step(session)
+
+    monkeypatch.setattr(DecodingSession, "step", counted)
     with running(server) as url:
         clients = Clients(url, expected)
         with ThreadPoolExecutor(NUM_CLIENTS) as threads:
@@ -169,6 +178,7 @@ def test_200_requests_from_16_clients(tmp_path: Path, capsys) -> None:
         while server.metrics.registry.get_sample_value("nemo_ee_running_sequences"):
             assert time.monotonic() < end, "a cancelled sequence still runs"
             time.sleep(0.01)
+    assert max(together) == 6 and together[1] < together.total(), "sequences run together, or this shows little"
     assert clients.outcomes.total() == NUM_REQUESTS
     assert clients.outcomes["cancelled"] == clients.outcomes["refused"] == 20
     assert clients.outcomes["close"] <= NUM_REQUESTS // 100

@@ -202,6 +202,10 @@ def test_a_prompt_typed_and_run(url: str, browser: Browser, tmp_path: Path) -> N
 def test_modes_errors_and_stop(url: str, server, browser: Browser) -> None:
     browser.call("Page.navigate", url=url)
     browser.until(IDLE)
+    assert browser.run("earlyExit()") == {"mode": "early_exit"}, "the server's own setting, until the slider is moved"
+    slider = "const slider = document.getElementById('threshold'); slider.value = 0.25;"
+    browser.run(f"(() => {{ {slider} slider.dispatchEvent(new Event('input', {{bubbles: true}})); }})()")
+    assert browser.run("earlyExit()") == {"mode": "early_exit", "threshold": 0.25, "criterion": "max_probability"}
     browser.run("document.querySelector('[value=static_depth]').click()")
     assert browser.run("getComputedStyle(document.getElementById('threshold-row')).display") == "none"
     browser.run("document.getElementById('compare').click()")

@@ -59,12 +59,9 @@ def serve_config(path: Path, **changes: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def running(server: Any) -> Iterator[str]:
     """Serve in a thread on a free port; gives the address. Ends gracefully."""
-    import uvicorn
+    from nemo_ee.serving.serve import web_server
 
-    config = uvicorn.Config(
-        server.app(), host=server.settings.host, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=5
-    )
-    web = uvicorn.Server(config)
+    web = web_server(server, 0, log_level="warning")
     thread = threading.Thread(target=web.run, daemon=True)
     thread.start()
     while not web.started:
@@ -75,5 +72,5 @@ def running(server: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         web.should_exit = True
-        thread.join(20)
+        thread.join(server.settings.shutdown_timeout + 20)
         assert not thread.is_alive(), "the server did not end"

@@ -60,6 +60,8 @@ def test_loopback() -> None:
         ({"num_slots": 0}, "num_slots=0 must be a whole number from 1"),
         ({"max_queue": True}, "max_queue=True"),
         ({"max_length": 0}, "max_length=0"),
+        ({"max_queue": 0, "num_slots": 2, "max_choices": 3}, "max_choices=3 answers of one request never fit"),
+        ({"exits": 5}, "not iterable"),
         ({"request_timeout": float("inf")}, "request_timeout=inf"),
         ({"mode": "fast"}, "mode='fast' is unknown"),
         ({"threshold": 2}, "threshold = 2 must be a number in 0..1"),

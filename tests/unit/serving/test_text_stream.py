@@ -96,3 +96,24 @@ def test_a_first_token_s_space_depends_on_the_prompt() -> None:
     own = TextStream(words, [0])
     assert [own.push(TokenEvent(0, 1, 1, None, 1, 0.5, -1.0))[0].text, own.push(
         TokenEvent(0, 2, 2, None, 1, 0.5, -1.0, "length"))[0].text] == [" one", " two"]  # fmt: skip
+
+
+def test_a_stop_token_has_no_text_but_what_was_owed_before_it_has() -> None:
+    """The stop token is one with text of its own; half a character before it is told all the same."""
+    for data, text in ((b"ab", "ab"), ("ab\N{SNOWMAN}".encode()[:-1], "ab\N{REPLACEMENT CHARACTER}")):
+        own = TextStream(of_bytes, (), (), [ord("!")])
+        tokens = [*data, ord("!")]
+        got = [own.push(TokenEvent(0, i, token, None, 1, 0.5, -1.0, "stop" if i == len(data) else None))
+               for i, token in enumerate(tokens)]  # fmt: skip
+        assert "".join(piece.text for pieces in got for piece in pieces) == text and own.finish_reason == "stop"
+        assert sum(map(len, got)) == len(tokens)
+    control = TextStream(of_bytes, (), (), [ord("?")])
+    assert control.push(TokenEvent(0, 0, ord("!"), None, 1, 0.5, -1.0, "length"))[0].text == "!"
+
+
+def test_a_prompt_that_ends_inside_a_character() -> None:
+    *front, last = "a\N{SNOWMAN}".encode()
+    released, _, _ = stream(bytes([last]) + b"b", prompt=front)
+    assert joined(released) == "\N{SNOWMAN}b"
+    released, _, _ = stream(b"b", prompt="a\N{REPLACEMENT CHARACTER}".encode())
+    assert joined(released) == "b", "a character that is there already is not told again"

@@ -1,0 +1,117 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Requests by themselves: what is refused, and that a body made of faults costs and returns little."""
+
+from __future__ import annotations
+
+import difflib
+
+import pytest
+
+from nemo_ee.exits.confidence import CRITERIA
+from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.serving.errors import MAX_MESSAGE, ApiError, shown
+from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
+from nemo_ee.serving.protocol import MAX_FAULTS, Limits, parse_call
+
+LIMITS = Limits(max_new_tokens=64, max_choices=4)
+
+
+def refused(body: dict, *, chat: bool = False) -> str:
+    with pytest.raises(ApiError) as caught:
+        parse_call(body, chat=chat, limits=LIMITS)
+    assert caught.value.status == 400 and len(caught.value.message) <= MAX_MESSAGE
+    return caught.value.message
+
+
+def message(**changes) -> dict:
+    return {"messages": [{"role": "user", "content": "x", **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (message(tool_calls=[{"id": "a"}]), "messages[0].tool_calls is not supported"),
+        (message(name="Ann"), "messages[0].name is not supported"),
+        (message(contents="x"), "did you mean content?"),
+        (message(content=[{"type": "text", "text": "x", "cache": {}}]), "messages[0].content[0].cache is"),
+        (message(content=[{"type": "image_url", "image_url": {}}]), "parts of type text"),
+        ({**message(), "stream": True, "stream_options": {"include_usages": True}}, "did you mean include_usage?"),
+        ({"messages": [{"role": "user", "content": "x"}] * 1025}, "messages has 1025 entries"),
+        (message(content=[{"type": "text", "text": "x"}] * 65), "messages[0].content has 65 parts"),
+        ({**message(), "early_exit": {"exits": ["a"] * 257}}, "early_exit.exits has 257 entries"),
+        ({**message(), "early_exit": {"threshold": {str(i): 1 for i in range(257)}}}, "early_exit.threshold has 257"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_refused(body: dict, words: str) -> None:
+    assert words in refused(body, chat=True)
+
+
+def test_control_an_answer_can_be_sent_back_as_it_came() -> None:
+    call = parse_call(message(role="assistant", refusal=None, tool_calls=None), chat=True, limits=LIMITS)
+    assert call.messages == ({"role": "assistant", "content": "x"},)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"promptt{number}": 1 for number in range(50_000)},
+        {"p" * 1_000_000: 1},
+        {"prompt": [None] * 200_000},
+        {"prompt": [[]] * 4, "model": [["x" * 100_000] * 10] * 2, "stop": ["x" * 300] * 1000},
+        {"prompt": "x", "stop": ["x"] * 200_000},
+        {"prompt": "x", "early_exit": {f"treshold{number}": 1 for number in range(50_000)}},
+        {"prompt": "x", "early_exit": {"t" * 1_000_000: 1}},
+    ],
+    ids=["names", "long-name", "prompts", "values", "stops", "keys", "long-key"],
+)
+def test_a_large_body_of_faults_costs_little(body: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    real = difflib.get_close_matches
+    monkeypatch.setattr(
+        difflib, "get_close_matches", lambda name, *a, **k: looked_at.append(name) or real(name, *a, **k)
+    )
+    refused(body)
+    assert len(looked_at) <= MAX_FAULTS and all(len(name) <= 40 for name in looked_at)
+
+
+def test_messages_of_nothing_but_faults() -> None:
+    assert (
+        refused({"messages": [{"role": f"no-{number}"} for number in range(1000)]}, chat=True).count("; ")
+        <= 2 * MAX_FAULTS
+    )
+
+
+def test_a_value_is_shown_by_its_beginning() -> None:
+    assert shown("a'b") == repr("a'b") and shown([1, {"a": None}]) == "[1, {'a': None}]"
+    large = ["x" * 1000, {"a": [[[[1]]]] * 1000}] * 1000
+    assert shown(large) == repr(large)[:57] + "..." and shown([1] * 100) == repr([1] * 100)[:57] + "..."
+
+
+EXITS = (ExitPoint("a", 2, 4), ExitPoint("b", 4, 8))
+
+
+class Model:
+    """As much of a model as a choice of exits looks at."""
+
+    exits, num_layers = EXITS, 8
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("usual", [ExitPolicy(0.9), ExitPolicy(2.5, "entropy"), ExitPolicy({"a": 0.5, "b": 0.5})])
+def test_a_mode_without_thresholds_takes_any_criterion(criterion: str, usual: ExitPolicy) -> None:
+    default = ExitChoice("early_exit", usual)
+    for given in ({"mode": "full"}, {"mode": "static_depth", "exits": ["b"]}):
+        choice = exit_choice({**given, "criterion": criterion}, Model, default, {})
+        assert choice.mode == given["mode"] and choice.policy.criterion == criterion
+    with pytest.raises(ApiError, match="criterion needs a threshold"):  # control: where thresholds count
+        exit_choice({"criterion": criterion}, Model, default, {})
+
+
+def test_names_that_are_no_exits_are_told_shortly() -> None:
+    default = ExitChoice("early_exit", ExitPolicy(0.9))
+    for key, value in (("exits", ["x" * 1_000_000]), ("threshold", {"x" * 1_000_000: 0.5})):
+        with pytest.raises(ApiError, match=f"early_exit.{key} names 'xxx") as caught:
+            exit_choice({key: value}, Model, default, {})
+        assert len(caught.value.message) < 300
