@@ -41,6 +41,7 @@ from nemo_ee.runtime.loader import load_model, load_tokenizer
 
 LIMITS = {"1pct": 0.01, "5pct": 0.05}
 BATCHES = (1, 4, 16)
+DRAFT_COUNTS = ("drafted", "accepted", "checks")
 # name -> what to reach; None = reported
 TARGETS: dict[str, float | None] = {
     "runtime_over_hf": 3.0, "self_speculative_over_runtime": 1.3, "self_speculative_over_hf_assistant": None,
@@ -135,13 +136,14 @@ class Decoding:
         seconds, results = measure(sides, self.prompts(self.work.rounds))
         tokens = {name: [[*own[0].tokens[0]] for own in results[name]] for name in ("full", "drafted")}
         stats = [result.stats for result, _ in results["drafted"]]
+        drafts, accepted, checks = (sum(getattr(own, kind) for own in stats) for kind in DRAFT_COUNTS)
         touched = {name: sum(own for _, own in results[name]) for name in ("full", "drafted")}
         name, other = "self_speculative_over_runtime", "self_speculative_over_hf_assistant"
         found: Numbers = {name: median_of_ratios(seconds["full"], seconds["drafted"])}
         found |= {
             f"{name}.bound": touched["full"] / touched["drafted"],
-            f"{name}.acceptance": sum(own.accepted for own in stats) / max(1, sum(own.drafted for own in stats)),
-            f"{name}.accepted_per_check": sum(own.accepted for own in stats) / max(1, sum(own.checks for own in stats)),
+            f"{name}.acceptance": accepted / max(1, drafts),
+            f"{name}.accepted_per_check": accepted / max(1, checks),
             f"{name}.same_tokens": same_tokens(tokens["drafted"], tokens["full"]),
             f"{name}.policy": f"{_words(policy)}, at most {policy.max_waiting} drafts",
             other: median_of_ratios(seconds["hf_assistant"], seconds["drafted"]),
@@ -259,9 +261,9 @@ class Decoding:
             }
         if self.options.plot:
             draw(rows, perplexity(results["full"]), self.options.plot)
-        named = {f"frontier.{key}.{name}": value for key, row in rows.items() for name, value in row.items()}
-        about = {"frontier.full_perplexity": perplexity(results["full"]), "frontier.exits": " ".join(active or ("all",))}
-        return about | named
+        about = {"full_perplexity": perplexity(results["full"]), "exits": " ".join(active or ("all",))}
+        named = about | {f"{key}.{name}": value for key, row in rows.items() for name, value in row.items()}
+        return {f"frontier.{name}": value for name, value in named.items()}
 
     def groups(self) -> dict[str, Callable[[], Numbers]]:
         """Name of a number -> what measures it."""
@@ -299,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers, one flat object")
     parser.add_argument("--plot", type=Path, help="picture of the frontier; default: beside --json, .png")
     parser.add_argument("--only", action="append", metavar="NAME", choices=[*TARGETS, "frontier"],
-                        help="this number, with those measured together with it; may be given several times")  # fmt: skip
+                        help="this number and those measured with it; may be given several times")  # fmt: skip
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="Hugging Face directory of the first model")
     parser.add_argument("--export", type=Path, help="output of export_huggingface.py; default: made from assets/")
     parser.add_argument("--nemo", type=Path, help="the checkpoint of --export, for two pipeline stages")
