@@ -93,7 +93,7 @@ def test_full_depth_is_transformers(folder: Path, model: CountingModel, window: 
 def test_weights_of_a_token_that_leaves_are_those_above_its_exit(model: CountingModel, window: list[int]) -> None:
     """Threshold 0: after the first token, six layers and the head of the exit; then the layers once for all that
     wait."""
-    policy = ExitPolicy(0.0, active=("layer6-norm",), max_waiting=4)
+    policy = ExitPolicy(0.0, active=("l6-norm-copy-own",), max_waiting=4)
     ours, full = force(model, window[:7], policy), force(model, window[:2], None).touched
     output = 256 * 4096
     above = (full - output) // 2
