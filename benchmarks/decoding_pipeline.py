@@ -45,6 +45,8 @@ def decode_on_stage(rank: int, options: argparse.Namespace) -> dict[str, Any]:
         f"model.restore_from_path={options.model.resolve()}", "trainer.accelerator=cpu", "trainer.devices=2",
         "model.pipeline_model_parallel_size=2", "prompts=[x]", f"tokens_to_generate={options.new_tokens}",
     ]  # fmt: skip
+    if options.backbone:
+        overrides.append(f"model.backbone_path={options.backbone.resolve()}")
     if options.layers:
         overrides.append(f"model.layer_split.layers={options.layers}")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -105,6 +107,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="an early-exit .nemo of the reference model with tuned exits")
+    parser.add_argument("--backbone", type=Path, help=".nemo of the base model, where `model` holds exits only")
     parser.add_argument("--json", type=Path, help="file for the numbers, one flat object")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.8, 0.6, 0.4, 0.2])
     parser.add_argument("--rounds", type=int, default=8, help="prompts, one after the other on every side")

@@ -22,8 +22,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -89,24 +90,28 @@ class Sides:
             positions, feed = range(positions.stop, positions.stop + 1), tokens[-1:]
         return tokens
 
-    @torch.inference_mode()
     def by_generate(self, prompt: list[int], draft=None) -> list[int]:
         """transformers' own loop on hf_full, with a draft model or without."""
-        tokens = torch.tensor([prompt])
-        settings = {} if draft is None else {"assistant_model": draft}
-        output = self.full.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=self.new_tokens, do_sample=False,
-            eos_token_id=None, pad_token_id=0, **settings,
-        )  # fmt: skip
-        return output[0, len(prompt) :].tolist()
+        return generate(self.full, prompt, self.new_tokens, **({} if draft is None else {"assistant_model": draft}))
+
+
+@torch.inference_mode()
+def generate(model, prompt: list[int], new_tokens: int, **settings) -> list[int]:
+    """transformers' own greedy loop; no token ends it. `settings`: of its `generate`."""
+    tokens = torch.tensor([prompt])
+    output = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, do_sample=False,
+        eos_token_id=None, pad_token_id=0, **settings,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
 
 
 def measure(
-    sides: dict[str, Callable[[list[int]], list[int]]], prompts: list[list[int]]
-) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
-    """CPU seconds and tokens of every side for every prompt; the sides take turns, one round before is not kept."""
+    sides: Mapping[str, Callable[[Any], Any]], prompts: Sequence[Any]
+) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
+    """CPU seconds and results of every side for every prompt; the sides take turns, one round before is not kept."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    tokens: dict[str, list[list[int]]] = {name: [] for name in sides}
+    tokens: dict[str, list[Any]] = {name: [] for name in sides}
     for turn, prompt in enumerate([prompts[0], *prompts]):
         for name, decode in sides.items():
             start = time.process_time()

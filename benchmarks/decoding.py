@@ -1,0 +1,334 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What early exit is worth when decoding: every number beside its baseline, on the models in assets/.
+
+    python benchmarks/decoding.py --json decoding.json         # all of it; at most 20 minutes
+    python benchmarks/decoding.py --only forced_speed_at_5pct  # one number and those measured with it
+
+One thread, fp32 sums, CPU seconds; the sides of a ratio take turns, text by text, and a ratio is the median over the
+turns. Texts and lengths are in benchmarks/decoding_workload.json. docs/benchmarks.md says what each name is.
+`runtime_over_hf` is of the first reference model, everything else of the byte-level one with its tuned exits.
+
+May import: anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # isort: skip  # after the path is set
+
+from benchmarks.decoding_inputs import REFERENCE, Texts, Workload, make_models, stages_over_full
+from benchmarks.exit_frontier import FRONTIER, draw, repeated_share
+from benchmarks.forced_decoding import PolicyChoice, agreement, force, mean_depth, perplexity
+from benchmarks.huggingface import agreement as same_tokens
+from benchmarks.huggingface import generate, measure
+from benchmarks.measure import median_of_ratios, provenance
+from benchmarks.touched_weights import CountingModel
+from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
+from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.runtime.loader import load_model, load_tokenizer
+
+LIMITS = {"1pct": 0.01, "5pct": 0.05}
+BATCHES = (1, 4, 16)
+DRAFT_COUNTS = ("drafted", "accepted", "checks")
+# name -> what to reach; None = reported
+TARGETS: dict[str, float | None] = {
+    "runtime_over_hf": 3.0, "self_speculative_over_runtime": 1.3, "self_speculative_over_hf_assistant": None,
+    "forced_speed_at_1pct": 1.2, "forced_speed_at_5pct": 1.5, "forced_over_bound": 0.85,
+    **{f"batch{size}_early_exit_over_full": 0.95 for size in BATCHES}, "pp2_early_exit_over_full": 1.1,
+}  # fmt: skip
+Numbers = dict[str, Any]
+
+
+class Decoding:
+    """The measurements; what several of them need is made when it is first asked for.
+
+    Args:
+        options: of the command line.
+        folder: for what is made on the way.
+    """
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder, self.work = options, folder, Workload.read(quick=options.quick)
+
+    @cached_property
+    def paths(self) -> tuple[Path, Path | None, Path | None]:
+        """(export, .nemo, .nemo of its backbone)."""
+        if self.options.export is None:
+            return make_models(self.folder)
+        return self.options.export, self.options.nemo, self.options.backbone
+
+    @cached_property
+    def model(self) -> CountingModel:
+        """The model with exits."""
+        return CountingModel(load_model(self.paths[0] / "hf_early_exit"))
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The held-out texts in its tokens."""
+        return Texts(load_tokenizer(self.paths[0] / "hf_early_exit"))
+
+    @cached_property
+    def windows(self) -> list[list[int]]:
+        """Of forced decoding."""
+        return self.texts.at(self.work.windows, self.work.window_tokens + 1)
+
+    @cached_property
+    def policies(self) -> dict[str, ExitPolicy]:
+        """The fastest within each limit."""
+        return {name: self.choice.fastest(limit) for name, limit in LIMITS.items()}
+
+    @cached_property
+    def choice(self) -> PolicyChoice:
+        """On the windows of forced decoding, so that the limits hold for what is measured."""
+        return PolicyChoice(self.model, self.windows)
+
+    @cached_property
+    def full(self) -> Any:
+        """transformers' model of the backbone."""
+        return _transformers(self.paths[0] / "hf_full")
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """The first so many."""
+        return self.texts.at(self.work.prompts[:count], self.work.prompt_tokens)
+
+    def decode(self, prompts: list[list[int]], new_tokens: int, **how: Any) -> tuple[GenerationResult, int]:
+        """What the engine says, and the weights that were read for it."""
+        before = self.model.touched
+        result = EarlyExitEngine(self.model).generate(prompts, max_new_tokens=new_tokens, **how)
+        return result, self.model.touched - before
+
+    def runtime(self) -> Numbers:
+        """The runtime at full depth against transformers, on the first reference model."""
+        model, engine = _transformers(self.options.reference), EarlyExitEngine(load_model(self.options.reference))
+        texts, length = Texts(load_tokenizer(self.options.reference)), self.work.new_tokens
+        sides: dict[str, Callable[[list[int]], list[int]]] = {
+            "runtime": lambda prompt: [*engine.generate([prompt], max_new_tokens=length, mode="full").tokens[0]],
+            "hf": lambda prompt: generate(model, prompt, length),
+        }
+        prompts = texts.at(self.work.prompts[: self.work.rounds], self.work.prompt_tokens)
+        seconds, tokens = measure(sides, prompts)
+        name = "runtime_over_hf"
+        found = {name: median_of_ratios(seconds["hf"], seconds["runtime"])}
+        found[f"{name}.same_tokens"] = same_tokens(tokens["runtime"], tokens["hf"])
+        return found | _rates(name, seconds, length)
+
+    def self_speculative(self) -> Numbers:
+        """Self-speculation against full depth and against transformers' own, each at its best setting."""
+        length, mode = self.work.new_tokens, "self_speculative"
+        policy, (layer, drafted) = self._best_drafts(), self._best_assistant()
+        sides = {
+            "full": lambda prompt: self.decode([prompt], length, mode="full"),
+            "drafted": lambda prompt: self.decode([prompt], length, mode=mode, policy=policy),
+            "hf_assistant": lambda prompt: self._assisted(prompt, length, layer, drafted),
+        }
+        seconds, results = measure(sides, self.prompts(self.work.rounds))
+        tokens = {name: [[*own[0].tokens[0]] for own in results[name]] for name in ("full", "drafted")}
+        stats = [result.stats for result, _ in results["drafted"]]
+        drafts, accepted, checks = (sum(getattr(own, kind) for own in stats) for kind in DRAFT_COUNTS)
+        touched = {name: sum(own for _, own in results[name]) for name in ("full", "drafted")}
+        name, other = "self_speculative_over_runtime", "self_speculative_over_hf_assistant"
+        found: Numbers = {name: median_of_ratios(seconds["full"], seconds["drafted"])}
+        found |= {
+            f"{name}.bound": touched["full"] / touched["drafted"],
+            f"{name}.acceptance": accepted / max(1, drafts),
+            f"{name}.accepted_per_check": accepted / max(1, checks),
+            f"{name}.same_tokens": same_tokens(tokens["drafted"], tokens["full"]),
+            f"{name}.policy": f"{_words(policy)}, at most {policy.max_waiting} drafts",
+            other: median_of_ratios(seconds["hf_assistant"], seconds["drafted"]),
+            f"{other}.same_tokens": same_tokens(tokens["drafted"], results["hf_assistant"]),
+            f"{other}.setting": f"assistant_early_exit={layer}, num_assistant_tokens={drafted}",
+        }
+        return found | _rates(name, seconds, length)
+
+    def _best_drafts(self) -> ExitPolicy:
+        """Exit, threshold and longest draft with the most tokens a second."""
+        trials = [
+            ExitPolicy(threshold, active=(point.name,), max_waiting=cap)
+            for point in self.model.exits
+            for threshold in (0.0, 0.4, 0.8)
+            for cap in (2, 4)
+            if point.layer < self.model.num_layers
+        ]
+        return self._quickest(trials, lambda prompt, length, own: self.decode(
+            [prompt], length, mode="self_speculative", policy=own))  # fmt: skip
+
+    def _best_assistant(self) -> tuple[int, int]:
+        """Layer and length of the drafts with the most tokens a second."""
+        layers = sorted({point.layer for point in self.model.exits if point.layer < self.model.num_layers})
+        trials = [(layer, drafted) for layer in layers for drafted in (2, 4)]
+        return self._quickest(trials, lambda prompt, length, own: self._assisted(prompt, length, *own))
+
+    def _quickest(self, trials: list[Any], decode: Callable[[list[int], int, Any], Any]) -> Any:
+        prompts = self.texts.at(self.work.tuning_prompts[:1], self.work.prompt_tokens)
+        length = self.work.tuning_tokens
+        sides = {str(i): lambda prompt, own=own: decode(prompt, length, own) for i, own in enumerate(trials)}
+        seconds, _ = measure(sides, prompts)
+        return trials[int(min(seconds, key=lambda side: sum(seconds[side])))]
+
+    def _assisted(self, prompt: list[int], length: int, layer: int, drafted: int) -> list[int]:
+        """transformers' `assistant_early_exit`, its drafts read from the final exit's head."""
+        config = self.full.generation_config
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule = drafted, "constant"
+        config.assistant_confidence_threshold = 0.0
+        return generate(self.full, prompt, length, assistant_early_exit=layer)
+
+    def forced(self) -> Numbers:
+        """Speed under the policies on tokens that are given, beside the bound."""
+        sides: dict[str, Callable[[list[int]], Any]] = {"full": lambda own: force(self.model, own, None)}
+        sides |= {
+            name: lambda own, policy=policy: force(self.model, own, policy) for name, policy in self.policies.items()
+        }
+        seconds, results = measure(sides, self.windows)
+        found: Numbers = {"forced.tokens": self.work.window_tokens * len(self.windows)}
+        found["forced.full_perplexity"] = perplexity(results["full"])
+        for limit, policy in self.policies.items():
+            name = f"forced_speed_at_{limit}"
+            speeds = [base / own for base, own in zip(seconds["full"], seconds[limit], strict=True)]
+            bounds = [base.touched / own.touched for base, own in zip(results["full"], results[limit], strict=True)]
+            found[name] = statistics.median(speeds)
+            found[f"{name}.perplexity_over_full"] = perplexity(results[limit]) / perplexity(results["full"])
+            found[f"{name}.mean_depth"] = mean_depth(results[limit])
+            found[f"{name}.bound"] = statistics.median(bounds)
+            found[f"{name}.policy"] = _words(policy)
+            over = "forced_over_bound" if limit == "5pct" else f"{name}.over_bound"
+            found[over] = median_of_ratios(speeds, bounds)
+        return found | _rates("forced", seconds, self.work.window_tokens)
+
+    def batch(self, size: int) -> Numbers:
+        """Free-running early exit against full depth, `size` sequences at a time."""
+        policy, length = self.policies["5pct"], self.work.batch_new_tokens
+        places = self.prompts(len(self.work.prompts))
+        batches = [[places[(turn * size + i) % len(places)] for i in range(size)] for turn in range(self.work.rounds)]
+        sides = {
+            "full": lambda prompts: self.decode(prompts, length, mode="full"),
+            "early_exit": lambda prompts: self.decode(prompts, length, policy=policy),
+        }
+        seconds, results = measure(sides, batches)
+        name = f"batch{size}_early_exit_over_full"
+        found: Numbers = {name: median_of_ratios(seconds["full"], seconds["early_exit"])}
+        found[f"{name}.mean_depth"] = statistics.mean(own.stats.mean_depth for own, _ in results["early_exit"])
+        found[f"{name}.bound"] = sum(own for _, own in results["full"]) / sum(own for _, own in results["early_exit"])
+        return found | _rates(name, seconds, size * length)
+
+    def stages(self) -> Numbers:
+        """Two pipeline stages, by benchmarks/decoding_pipeline.py."""
+        _, nemo, backbone = self.paths
+        if nemo is None:
+            raise ValueError("pp2_early_exit_over_full needs --nemo, the checkpoint --export was made from")
+        # Best with one exit, at the end of the first stage (docs/decoding.md); within 5 % like the others.
+        policy = self.choice.fastest(LIMITS["5pct"], most_active=1)
+        arguments = ["--thresholds", str(policy.thresholds)]
+        if policy.active:
+            (layer,) = (point.layer for point in self.model.exits if point.name in policy.active)
+            arguments += ["--exits", *policy.active, "--layers", f"[{layer},{self.model.num_layers - layer}]"]
+        if self.options.quick:
+            arguments += ["--rounds", "1", "--prompt-tokens", "6", "--new-tokens", "6"]
+        found = stages_over_full(nemo, backbone, arguments, self.folder / "stages.json")
+        sides = {key: value for key, value in found.items() if key.startswith(("early_exit", "full"))}
+        name = "pp2_early_exit_over_full"
+        about = {name: found[name], f"{name}.policy": _words(policy), f"{name}.layers": found["layers"]}
+        return about | {f"{name}.{key}": value for key, value in sides.items()}
+
+    def frontier(self) -> Numbers:
+        """Speed and quality over thresholds, asking the exits of the 5 % policy."""
+        active, windows = self.policies["5pct"].active, self.windows[: self.work.frontier_windows]
+        policies = {threshold: ExitPolicy(threshold, active=active) for threshold in FRONTIER}
+        sides: dict[str, Callable[[list[int]], Any]] = {"full": lambda own: force(self.model, own, None)}
+        sides |= {f"{key}": lambda own, by=policy: force(self.model, own, by) for key, policy in policies.items()}
+        seconds, results = measure(sides, windows)
+        prompts, rows = self.prompts(self.work.rounds), {}
+        for threshold, policy in policies.items():
+            own = results[str(threshold)]
+            said, _ = self.decode(prompts, self.work.new_tokens, policy=policy)
+            rows[threshold] = {
+                "speed": median_of_ratios(seconds["full"], seconds[str(threshold)]),
+                "perplexity": perplexity(own),
+                "agreement": agreement(own, results["full"]),
+                "mean_depth": mean_depth(own),
+                "repeated_8grams": repeated_share(said.tokens),
+            }
+        if self.options.plot:
+            draw(rows, perplexity(results["full"]), self.options.plot)
+        about = {"full_perplexity": perplexity(results["full"]), "exits": " ".join(active or ("all",))}
+        named = about | {f"{key}.{name}": value for key, row in rows.items() for name, value in row.items()}
+        return {f"frontier.{name}": value for name, value in named.items()}
+
+    def groups(self) -> dict[str, Callable[[], Numbers]]:
+        """Name of a number -> what measures it."""
+        found: dict[str, Callable[[], Numbers]] = {"runtime_over_hf": self.runtime}
+        found |= dict.fromkeys(("forced_speed_at_1pct", "forced_speed_at_5pct", "forced_over_bound"), self.forced)
+        found |= {f"batch{size}_early_exit_over_full": lambda size=size: self.batch(size) for size in BATCHES}
+        speculative = ("self_speculative_over_runtime", "self_speculative_over_hf_assistant")
+        found |= dict.fromkeys(speculative, self.self_speculative)
+        return found | {"frontier": self.frontier, "pp2_early_exit_over_full": self.stages}
+
+
+def _transformers(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+
+
+def _rates(name: str, seconds: dict[str, list[float]], tokens: int) -> Numbers:
+    return {f"{name}.{side}_tokens_per_s": tokens / statistics.median(own) for side, own in seconds.items()}
+
+
+def _words(policy: ExitPolicy) -> str:
+    return f"{' '.join(policy.active or ('all',))} above {policy.thresholds}"
+
+
+def _line(name: str, value: Any) -> str:
+    shown = f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+    target = TARGETS.get(name)
+    return shown if target is None else f"{shown} (target {target})"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print as it comes, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the numbers, one flat object")
+    parser.add_argument("--plot", type=Path, help="picture of the frontier; default: beside --json, .png")
+    parser.add_argument("--only", action="append", metavar="NAME", choices=[*TARGETS, "frontier"],
+                        help="this number and those measured with it; may be given several times")  # fmt: skip
+    parser.add_argument("--reference", type=Path, default=REFERENCE, help="Hugging Face directory of the first model")
+    parser.add_argument("--export", type=Path, help="output of export_huggingface.py; default: made from assets/")
+    parser.add_argument("--nemo", type=Path, help="the checkpoint of --export, for two pipeline stages")
+    parser.add_argument("--backbone", type=Path, help=".nemo of its base model, where --nemo holds exits only")
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # few tokens: numbers mean nothing
+    options = parser.parse_args(arguments)
+    if options.plot is None and options.json is not None:
+        options.plot = options.json.with_suffix(".png")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        decoding = Decoding(options, Path(folder))
+        found: Numbers = provenance()
+        sizes = {name: value for name, value in vars(decoding.work).items() if isinstance(value, int)}
+        found |= sizes | {"prompts_file": "benchmarks/decoding_workload.json", "threads": 1}
+        print(", ".join(f"{name}={value}" for name, value in found.items()), flush=True)
+        wanted = {name: group for name, group in decoding.groups().items() if name in (options.only or (name,))}
+        done: list[Callable[[], Numbers]] = []
+        for group in wanted.values():
+            if group in done:
+                continue
+            done.append(group)
+            numbers = group()
+            found |= numbers
+            print("\n".join(_line(name, value) for name, value in numbers.items()), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How many weights decoding reads: a model that counts them, and the bound on speed that follows.
+
+Decoding a few tokens reads every weight of the half layers and heads it runs once, however many tokens run together,
+and at small batches that reading is what takes the time. So no mode can be faster than full depth by more than
+
+    bound = weights read at full depth / weights read in that mode, for the same tokens
+
+The word embedding, of which a token reads one row, norms and biases are left out.
+
+May import: torch, nemo_ee.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nemo_ee.generation.items import Items
+from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.model import RuntimeModel
+
+
+def half_layer_weights(config: RuntimeConfig) -> tuple[int, int]:
+    """Weights of an attention and of an MLP."""
+    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    gated = 3 if config.activation == "silu" else 2
+    return attention, gated * config.hidden_size * config.ffn_hidden_size
+
+
+def head_weights(config: RuntimeConfig) -> dict[str | None, int]:
+    """Weights that one question to each exit reads; the final exit under None."""
+    attention, mlp = half_layer_weights(config)
+    output = config.hidden_size * config.vocab_size
+    before = {"embedding": 0, "norm": 0, "mlp": mlp, "layer": attention + mlp}
+    return {None: output} | {exit.name: before[exit.architecture] + output for exit in config.exits}
+
+
+class CountingModel:
+    """A `RuntimeModel` that adds up what its calls read.
+
+    Attributes:
+        touched: weights read so far; anyone may set it back to 0.
+    """
+
+    def __init__(self, model: RuntimeModel) -> None:
+        self._model, self.touched = model, 0
+        self._halves, self._heads = half_layer_weights(model.config), head_weights(model.config)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the model's."""
+        return getattr(self._model, name)
+
+    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: Any) -> Tensor:
+        """See `DecodingModel.run`; odd half layers are attention, even ones MLPs."""
+        attention, mlp = self._halves
+        num_mlps = stop // 2 - start // 2
+        self.touched += num_mlps * mlp + (stop - start - num_mlps) * attention
+        return self._model.run(hidden, items, start, stop, cache)
+
+    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: Any) -> Tensor:
+        """See `DecodingModel.exit_logits`."""
+        self.touched += self._heads[name]
+        return self._model.exit_logits(name, hidden, items, cache)
