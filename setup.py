@@ -53,7 +53,7 @@ CPU = [
 ]
 
 # What nemo_ee/serving/ imports besides.
-SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
+SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
 
 # Kept empty until something in the folder of that name is there to need them.
 EXPORT: list[str] = []
