@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_ee import cpu_host
@@ -46,3 +46,8 @@ def command(cfg: Any, *, may_miss: bool = False) -> Iterator[None]:
         who = "" if rank == "0" else f"rank {rank}: "
         sys.stderr.write(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n")
         sys.exit(2)
+
+
+def names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """A setting that is a list of names, or one name alone (`targets=full`); None stays None."""
+    return value if value is None else (value,) if isinstance(value, str) else tuple(value)

@@ -44,7 +44,12 @@ from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.remote_code import auto_map, remote_code
 from nemo_ee.export.safetensors_writer import DTYPES
-from nemo_ee.export.tensorrt_llm_early_exit import copy_pytorch_package, threshold_block, threshold_faults
+from nemo_ee.export.tensorrt_llm_early_exit import (
+    PYTORCH_FAMILIES,
+    copy_pytorch_package,
+    threshold_block,
+    threshold_faults,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +173,8 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
     """
     stocks = _stocks(source)
     exits = _wanted_exits(settings, source)
-    full, artefacts, faults = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), [], []
+    full, artefacts = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), []
+    faults = _threshold_faults(settings, stocks[0].family)
     if "full" in settings.targets:
         artefacts.append(full)
     for exit in exits if "exits" in settings.targets else ():
@@ -191,6 +197,21 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
     if faults:
         raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
     return artefacts
+
+
+def _threshold_faults(settings: ExportSettings, family: str) -> list[str]:
+    """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
+    if settings.thresholds is None:
+        return []
+    faults = []
+    if family not in PYTORCH_FAMILIES:
+        faults.append(
+            f"thresholds={settings.thresholds!r}: TensorRT-LLM's PyTorch backend reads them, and there is no model "
+            f"file for {family}, only for {', '.join(PYTORCH_FAMILIES)}; leave them out"
+        )
+    if "early_exit" not in settings.targets:
+        faults.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
+    return faults
 
 
 def exit_entry(source: EarlyExitSource, family: str, exit: ExitConfig) -> dict[str, Any]:

@@ -7,18 +7,12 @@ python scripts/export/export_huggingface.py checkpoint=tuned.nemo output=export
 Needs neither a GPU nor NeMo.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
-
-
-def names(value: str | Sequence[str]) -> tuple[str, ...]:
-    """A list, or one name alone: `targets=full`."""
-    return (value,) if isinstance(value, str) else tuple(value)
+from nemo_ee.command import command, names
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_huggingface")
@@ -33,7 +27,7 @@ def main(cfg: DictConfig) -> None:
                 output=Path(cfg.output),
                 backbone=None if cfg.backbone is None else Path(cfg.backbone),
                 targets=names(cfg.targets),
-                exits=None if cfg.exits is None else names(cfg.exits),
+                exits=names(cfg.exits),
                 dtype=cfg.dtype,
                 shard_gigabytes=cfg.shard_gigabytes,
                 thresholds=OmegaConf.to_container(cfg).get("thresholds"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.command import command, names
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_tensorrt_llm")
@@ -30,8 +30,8 @@ def main(cfg: DictConfig) -> None:
                 pipeline_parallel=cfg.pipeline_parallel,
                 draft_tensor_parallel=cfg.draft_tensor_parallel,
                 dtype=cfg.dtype,
-                exits=None if cfg.exits is None else tuple(cfg.exits),
-                drafts=None if cfg.drafts is None else tuple(cfg.drafts),
+                exits=names(cfg.exits),
+                drafts=names(cfg.drafts),
                 max_position_embeddings=cfg.max_position_embeddings,
                 thresholds=OmegaConf.to_container(cfg).get("thresholds"),
                 criterion=cfg.criterion,

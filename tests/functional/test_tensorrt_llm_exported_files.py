@@ -145,10 +145,13 @@ def test_thresholds_that_do_not_fit_are_refused(
 
 
 def test_thresholds_that_no_engine_would_use_are_refused(tmp_path: Path) -> None:
-    """Two stages, for which there is no model file either."""
+    """Two stages, for which there is no model file either; a directory that does not hold them."""
     path = test_export_tensorrt_llm.Made(tmp_path, "llama", EXITS[:1]).path
     with pytest.raises(ValueError, match="thresholds with pipeline_parallel=2: an engine that leaves early has one"):
         test_export_tensorrt_llm.export(path, tmp_path / "out", pipeline_parallel=2, thresholds=0.5)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="thresholds are written to hf_early_exit alone; add early_exit to targets"):
+        test_export_huggingface.export(path, tmp_path / "out", targets=("full",), thresholds=0.5)
     assert not (tmp_path / "out").exists()
     output = test_export_tensorrt_llm.export(path, tmp_path / "out", pipeline_parallel=2)
     assert json.loads((output / "manifest.json").read_text())["early_exit_models"] == []
@@ -159,6 +162,8 @@ def test_families_without_a_model_file_are_exported_without(tmp_path: Path) -> N
     path = test_export_huggingface.Made(tmp_path, "gpt2", EXITS[1:2]).path
     with pytest.raises(ValueError, match="thresholds: GPTForCausalLM has no class with which an engine leaves early"):
         test_export_tensorrt_llm.export(path, tmp_path / "trt", thresholds=0.5)
+    with pytest.raises(ValueError, match="there is no model file for gpt2, only for llama, mistral, qwen2"):
+        test_export_huggingface.export(path, tmp_path / "exported", thresholds=0.5)
     for export, name in ((test_export_tensorrt_llm.export, "trt"), (test_export_huggingface.export, "exported")):
         output = export(path, tmp_path / name)
         assert json.loads((output / "manifest.json").read_text())["early_exit_models"] == []

@@ -26,6 +26,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
     "{% endif %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}# assistant:{% endif %}"
 )
+GOOD = {"model": "demo", "prompt": "import", "max_tokens": 2}  # a request that is answered
 
 
 def write_exported_model(directory: Path) -> Path:
@@ -74,3 +75,19 @@ def running(server: Any) -> Iterator[str]:
         web.should_exit = True
         thread.join(server.settings.shutdown_timeout + 20)
         assert not thread.is_alive(), "the server did not end"
+
+
+def post(url: str, body: bytes | dict, path: str = "/v1/completions", **headers: str) -> tuple[int, dict]:
+    """A request by hand: status and parsed body."""
+    import http.client
+
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    connection.request("POST", path, data, {"content-type": "application/json", **headers})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def records(choice: Any) -> list[dict]:
+    """What a choice says of its tokens."""
+    return choice.early_exit["tokens"]

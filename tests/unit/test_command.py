@@ -56,3 +56,10 @@ def test_the_cpu_host_is_switched_on_for_the_cpu_only(
     monkeypatch.setattr(cpu_host, "enable", lambda: calls.append(1))
     with command(OmegaConf.create({"trainer": {"accelerator": accelerator}})):
         assert len(calls) == switched_on
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    from nemo_ee.command import names
+
+    assert names("layer3-mlp") == names(["layer3-mlp"]) == ("layer3-mlp",)
+    assert names(None) is None and names([]) == ()
