@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,9 @@ from nemo_ee.generation.exit_table import ExitTable, TablePass
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy, course_of
 
-THRESHOLDS = tuple(number / 100 for number in range(20, 100, 2)) + (0.99, 0.995)
-MOST_ACTIVE = 3  # exits of a policy: asking one costs about as much as a layer
+THRESHOLDS = tuple(number / 100 for number in range(20, 100, 2)) + (0.99, 0.995, 0.998)
+PRICES = 14  # steps of the bisection
+FILLED = 5  # rows of a step that brings waiting tokens along
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def _count(windows: Sequence[Forced]) -> int:
 
 
 class PolicyChoice:
-    """Finds policies on given windows: any one to three exits, one threshold for them.
+    """Finds policies on given windows: a threshold per exit, exits that are not worth their question left out.
+
+    For a price of a nat, seconds + price x excess nats is lowered by the one change of one threshold that helps most,
+    again and again until none helps; the price is searched by bisection. The fastest policy seen within the limit is
+    taken.
 
     Args:
         model: with exits.
@@ -92,49 +97,99 @@ class PolicyChoice:
 
     def __init__(self, model: Any, windows: Sequence[Sequence[int]]) -> None:
         passes = TablePass(model, None, "max_probability")
-        self.table = ExitTable.join([passes.run([own], [1]) for own in windows])
-        self.costs = _measured_costs(model)
-        self.num_layers = model.num_layers
+        table = ExitTable.join([passes.run([own], [1]) for own in windows])
+        asked = table.valid.clone()
+        asked[:, 0] = False  # the first token of a window is the final exit's under every policy
+        self.names = [point.name for point in table.exits]
+        self.confidences = table.confidences[asked]  # [tokens, e]
+        # [tokens, e + 1] nats more than at the final exit
+        self.excess = (table.logprobs[..., -1:] - table.logprobs)[asked].double()
+        costs, bottom = _measured_costs(model), 2 * model.num_layers
+        stops = [*(point.stop for point in table.exits), bottom]
+        # [e + 1] of a token that leaves there: its own way down, and later the rest as one row more of another's way.
+        self.way = torch.tensor([own * costs["half"] + (bottom - own) * costs["row"] for own in stops]).double()
+        self.asking = torch.tensor([costs[name] for name in (*self.names, None)]).double()
 
-    def fastest(self, allowed: float, most_active: int = MOST_ACTIVE) -> ExitPolicy:
-        """The policy of least expected time with at most so many exits whose perplexity is at most `1 + allowed` times
-        that of full depth; where there is none, one that never leaves."""
-        names = [point.name for point in self.table.exits]
-        sizes = range(1, min(most_active, len(names)) + 1)
-        best, least = ExitPolicy(1.0), math.inf
-        for active in itertools.chain.from_iterable(itertools.combinations(range(len(names)), size) for size in sizes):
-            for threshold in THRESHOLDS:
-                ratio, cost = self._outcome(active, threshold)
-                if ratio <= 1 + allowed and cost < least:
-                    best, least = ExitPolicy(threshold, active=tuple(names[own] for own in active)), cost
-        return best
+    def fastest(self, allowed: float, most_active: int | None = None) -> ExitPolicy:
+        """The policy of least expected time with at most so many exits (None = any number) whose perplexity is at most
+        `1 + allowed` times that of full depth; where there is none, one that never leaves."""
+        limit, never = math.log1p(allowed), (1.0,) * len(self.names)
+        best, least = never, self._outcome(never)[1]
+        low, high = 0.0, 100 * least
+        for _ in range(PRICES):
+            price, excess = (low + high) / 2, 0.0
+            for numbers, excess, seconds in self._descend(price, most_active or len(self.names)):
+                if excess <= limit and seconds < least:
+                    best, least = numbers, seconds
+            low, high = (price, high) if excess > limit else (low, price)
+        chosen = {name: own for name, own in zip(self.names, best, strict=True) if own < 1.0}
+        return ExitPolicy(chosen or 1.0, active=tuple(chosen))
 
-    def _outcome(self, active: Sequence[int], threshold: float) -> tuple[float, float]:
-        """(perplexity by that of full depth, expected seconds of a token)."""
-        table, num_exits = self.table, len(self.table.exits)
-        numbers = [threshold if index in active else 1.0 for index in range(num_exits)]
-        choice = table.choices(numbers)
-        chosen = table.logprobs.gather(2, choice[..., None])[..., 0]
-        excess = (table.logprobs[..., -1] - chosen)[table.valid].double().mean()
-        counts = torch.bincount(choice[table.valid], minlength=num_exits + 1).tolist()
-        asking, seconds = 0.0, 0.0
-        for index, point in enumerate(table.exits):
-            if index in active:
-                asking += self.costs[point.name]
-                seconds += counts[index] * (point.stop * self.costs["half"] + asking)
-        seconds += counts[-1] * (2 * self.num_layers * self.costs["half"] + asking + self.costs[None])
-        return math.exp(float(excess)), seconds / sum(counts)
+    def _descend(self, price: float, most_active: int) -> Iterator[tuple[tuple[float, ...], float, float]]:
+        """(thresholds, excess nats, seconds) of every step down."""
+        numbers = (1.0,) * len(self.names)
+        score = self._outcome(numbers)[1]
+        while True:
+            trials = []
+            for index in range(len(numbers)):
+                others = sum(own < 1.0 for own in (*numbers[:index], *numbers[index + 1 :]))
+                trials += [self._best_threshold(index, numbers, price)] if others < most_active else []
+            lowest, index, threshold = min(trials)
+            if lowest > score - 1e-9:
+                return
+            numbers, score = (*numbers[:index], threshold, *numbers[index + 1 :]), lowest
+            yield (numbers, *self._outcome(numbers))
+
+    def _best_threshold(self, index: int, numbers: Sequence[float], price: float) -> tuple[float, int, float]:
+        """(seconds + price x excess, index, threshold) of the best threshold of one exit, the others as they are."""
+        without = (*numbers[:index], 1.0, *numbers[index + 1 :])
+        choice, total = self._choices(without), self._totals(without)
+        here = choice > index  # who comes this far
+        stay = total[choice] + price * _at(self.excess, choice)
+        leave = self._totals((*numbers[:index], 0.0, *numbers[index + 1 :]))[index] + price * self.excess[:, index]
+        gain = (leave - stay - self.asking[index])[here]
+        place = torch.bucketize(self.confidences[here, index], torch.tensor(THRESHOLDS))  # leaves below so many
+        gains = torch.zeros(len(THRESHOLDS) + 1, dtype=torch.float64).index_add_(0, place, gain)
+        # Of threshold i: those whose confidence is above it.
+        sums = gains.flip(0).cumsum(0).flip(0)[1:] + self.asking[index] * here.sum()
+        best = int(sums.argmin())
+        nothing = (stay.mean().item(), index, 1.0)
+        return min(nothing, (((stay.sum() + sums[best]) / len(stay)).item(), index, THRESHOLDS[best]))
+
+    def _outcome(self, numbers: Sequence[float]) -> tuple[float, float]:
+        """(mean excess in nats, expected seconds) of a token."""
+        choice = self._choices(numbers)
+        return _at(self.excess, choice).mean().item(), self._totals(numbers)[choice].mean().item()
+
+    def _choices(self, numbers: Sequence[float]) -> torch.Tensor:
+        """`[tokens]`, the exit each leaves at."""
+        sure = self.confidences > torch.tensor(numbers)
+        return torch.cat([sure, torch.ones(len(sure), 1, dtype=torch.bool)], dim=1).int().argmax(dim=1)
+
+    def _totals(self, numbers: Sequence[float]) -> torch.Tensor:
+        """`[e + 1]`, seconds of a token that leaves there, with the questions on its way."""
+        active = torch.tensor([*(own < 1.0 for own in numbers), True])
+        return self.way + (self.asking * active).cumsum(0)
+
+
+def _at(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+    return values.gather(1, choice[:, None])[:, 0]
 
 
 def _measured_costs(model: Any) -> dict[str | None, float]:
-    """Seconds of a half layer ("half") and of a question to each exit, for one token in a short text."""
+    """Seconds of a half layer for one token in a short text ("half"), of one row more in it ("row"), and of a question
+    to each exit."""
     names = tuple(point.name for point in model.exits)
-    cache, items = model.new_cache(1, 256, names), Items.of({0: [255]})
-    hidden = model.embed(torch.tensor([1]), items)
-    bottom = 2 * model.num_layers
-    calls = {"half": lambda: model.run(hidden, items, 0, bottom, cache)}
-    for name in (*names, None):
-        calls[name] = lambda name=name: model.exit_logits(name, hidden, items, cache).softmax(dim=1).max().item()
+    cache, bottom, calls = model.new_cache(1, 256, names), 2 * model.num_layers, {}
+    for rows in (1, FILLED):
+        items = Items.of({0: range(256 - rows, 256)})
+        hidden = model.embed(torch.ones(rows, dtype=torch.long), items)
+        calls[rows] = lambda hidden=hidden, items=items: model.run(hidden, items, 0, bottom, cache)
+        if rows == 1:
+            for name in (*names, None):
+                calls[name] = lambda name=name, hidden=hidden, items=items: (
+                    model.exit_logits(name, hidden, items, cache).softmax(dim=1).max().item()
+                )
     # The least of many, in turns: what is chosen should not depend on what else the machine does.
     costs = dict.fromkeys(calls, math.inf)
     for _ in range(100):
@@ -142,5 +197,5 @@ def _measured_costs(model: Any) -> dict[str | None, float]:
             start = time.process_time()
             call()
             costs[name] = min(costs[name], time.process_time() - start)
-    costs["half"] /= bottom
-    return costs
+    one, several = costs.pop(1) / bottom, costs.pop(FILLED) / bottom
+    return {**costs, "half": one, "row": (several - one) / (FILLED - 1)}

@@ -9,6 +9,11 @@ Plain PyTorch around transformers' LlamaForCausalLM. The learning rate rises, st
 checkpoint appears by renaming, so a killed run has its last one whole; initial weights and data are functions of the
 seed and the step, so a resumed run gives the bits of an uninterrupted one.
 
+With `exit_layers` the final norm and output are trained to read the hidden states after those layers too (LayerSkip,
+arXiv 2404.16710, section 4.1.2, without its layer dropout):
+
+    loss = CE(final) + exit_loss_weight / n  sum over the n layers of CE(output(norm(hidden)))
+
 Options: conf/pretrain_reference_model.yaml. May import: anything; needs torch and transformers, not NeMo.
 """
 
@@ -20,7 +25,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +71,37 @@ def blocked_causal_attention(module, query, key, value, attention_mask, scaling=
 
 
 def build_model(config: PretrainConfig):
-    """The model with initial weights drawn from the seed, fp32."""
+    """The model in fp32, with initial weights drawn from the seed or those of `start_from`.
+
+    Raises:
+        ValueError: `start_from` holds a model of another shape.
+    """
     import torch
     from byte_tokenizer import END
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
     AttentionInterface.register("blocked_causal", blocked_causal_attention)
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **config.model,
-            num_key_value_heads=config.model["num_attention_heads"],
-            head_dim=config.model["hidden_size"] // config.model["num_attention_heads"],
-            rms_norm_eps=_RMS_NORM_EPS,
-            rope_theta=_ROPE_THETA,
-            bos_token_id=END,
-            eos_token_id=END,
-            pad_token_id=END,
-            attn_implementation="blocked_causal",
-        )
+    shape = LlamaConfig(
+        **config.model,
+        num_key_value_heads=config.model["num_attention_heads"],
+        head_dim=config.model["hidden_size"] // config.model["num_attention_heads"],
+        rms_norm_eps=_RMS_NORM_EPS,
+        rope_theta=_ROPE_THETA,
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=END,
+        attn_implementation="blocked_causal",
+    )
+    if config.start_from is None:
+        return LlamaForCausalLM(shape)
+    stored = LlamaConfig.from_pretrained(config.start_from)
+    other = [f"{key} ({getattr(stored, key)}, not {value})" for key, value in config.model.items()
+             if getattr(stored, key) != value]  # fmt: skip
+    if other:
+        raise ValueError(f"start_from: {config.start_from} has another {', '.join(other)}; set model to its shape")
+    return LlamaForCausalLM.from_pretrained(
+        config.start_from, torch_dtype=torch.float32, attn_implementation="blocked_causal"
     )
 
 
@@ -98,28 +115,40 @@ def build_optimizer(model, config: PretrainConfig):
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def loss_of(model, tokens, precision: str):
-    """Mean next-byte cross-entropy in nats of `[b, s + 1]` tokens, fp32."""
+def losses_of(model, tokens, precision: str, exit_layers: Sequence[int] = ()):
+    """Mean next-byte cross-entropy in nats of `[b, s + 1]` tokens, fp32: the final one, then one per exit layer."""
     import torch
 
+    losses = []
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    # [b, s, v] -> [b * s, v]
+        result = model(input_ids=tokens[:, :-1], use_cache=False, output_hidden_states=bool(exit_layers))
+        # [b, s, v] -> [b * s, v]
+        losses.append(_cross_entropy(result.logits, tokens))
+        for layer in exit_layers:
+            logits = model.lm_head(model.model.norm(result.hidden_states[layer]))
+            losses.append(_cross_entropy(logits, tokens))
+    return torch.stack(losses)
+
+
+def _cross_entropy(logits, tokens):
+    import torch
+
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def held_out_loss(model, windows, count: int | None, config: PretrainConfig) -> float:
-    """Mean loss in nats per byte over the first `count` windows (all if None) of an order of their own."""
+def held_out_losses(model, windows, count: int | None, config: PretrainConfig) -> list[float]:
+    """Mean losses in nats per byte, the final one first, over the first `count` windows (all if None) of an order of
+    their own."""
     import torch
 
     count = len(windows) if count is None else min(count, len(windows))
-    total = 0.0
+    total = torch.zeros(1 + len(config.exit_layers), dtype=torch.float64)
     with torch.no_grad():
         for begin in range(0, count, config.batch_size):
             rows = [windows.window(number) for number in range(begin, min(count, begin + config.batch_size))]
             tokens = torch.stack([torch.from_numpy(row) for row in rows])
-            total += loss_of(model, tokens, config.precision).item() * len(rows)
-    return total / count
+            total += losses_of(model, tokens, config.precision, config.exit_layers).double() * len(rows)
+    return (total / count).tolist()
 
 
 class Run:
@@ -143,6 +172,7 @@ class Run:
         self.identity = {
             **{key: getattr(config, key) for key in ("model", "sequence_length", "batch_size", "precision", "seed")},
             **{key: getattr(config, key) for key in ("lr", "warmup_steps", "weight_decay", "betas", "clip")},
+            **{key: getattr(config, key) for key in ("start_from", "exit_layers", "exit_loss_weight")},
             "data": windows.digest(),
         }
         if self.checkpoint.exists():
@@ -152,7 +182,7 @@ class Run:
         import torch
 
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        other = [key for key, value in self.identity.items() if state["identity"][key] != value]
+        other = [key for key, value in self.identity.items() if state["identity"].get(key) != value]
         if other:
             raise ValueError(
                 f"{self.checkpoint} was made with other {', '.join(other)}; give the settings of that run again, "
@@ -180,6 +210,14 @@ class Run:
         with open(self.config.output / "log.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": self.progress.step, **values}) + "\n")
 
+    def _log_held_out(self, name: str, count: int | None, **values: Any) -> float:
+        """Add the held-out losses, `name` for the final one, to log.jsonl; returns that one."""
+        loss, *exit_losses = held_out_losses(self.model, self.held_out, count, self.config)
+        if exit_losses:
+            values[f"{name}_of_exits"] = dict(zip(self.config.exit_layers, exit_losses, strict=True))
+        self.log(**{name: loss}, **values)
+        return loss
+
     def train_step(self) -> float:
         """One optimizer step; returns its loss in nats per byte."""
         import torch
@@ -187,10 +225,12 @@ class Run:
         rate = self.progress.learning_rate(self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens = torch.from_numpy(self.windows.batch(self.progress.step, self.config.batch_size))
-        loss = loss_of(self.model, tokens, self.config.precision)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        config = self.config
+        tokens = torch.from_numpy(self.windows.batch(self.progress.step, config.batch_size))
+        losses = losses_of(self.model, tokens, config.precision, config.exit_layers)
+        loss = losses[0]
+        (loss + config.exit_loss_weight * losses[1:].mean() if config.exit_layers else loss).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -209,7 +249,7 @@ class Run:
             if progress.step % config.save_every == 0:
                 self.save()
             if config.validate_every is not None and progress.step % config.validate_every == 0:
-                self.log(held_out_loss=held_out_loss(self.model, self.held_out, config.validation_windows, config))
+                self._log_held_out("held_out_loss", config.validation_windows)
         self.save()
 
     def finish(self) -> Path:
@@ -221,9 +261,10 @@ class Run:
         model = self.model.to(torch.bfloat16)
         model.save_pretrained(folder, safe_serialization=True)
         write_byte_tokenizer(folder, self.config.model["max_position_embeddings"])
-        loss = held_out_loss(model.float(), self.held_out, self.config.final_validation_windows, self.config)
+        model.float()
         size = self.config.batch_size * self.config.sequence_length
-        self.log(final_held_out_loss=loss, bytes=self.progress.step * size)
+        count = self.config.final_validation_windows
+        loss = self._log_held_out("final_held_out_loss", count, bytes=self.progress.step * size)
         logger.info("%s: held-out loss %.4f nats per byte after %d steps", folder, loss, self.progress.step)
         return folder
 

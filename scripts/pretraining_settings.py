@@ -28,6 +28,7 @@ class PretrainConfig:
     data: tuple[str, ...]
     output: Path
     held_out: tuple[str, ...]
+    start_from: str | None
     model: dict[str, Any]
     sequence_length: int
     batch_size: int
@@ -38,6 +39,8 @@ class PretrainConfig:
     weight_decay: float
     betas: tuple[float, float]
     clip: float
+    exit_layers: tuple[int, ...]
+    exit_loss_weight: float
     precision: str
     seed: int
     save_every: int
@@ -59,7 +62,8 @@ class PretrainConfig:
             values[key] = tuple(str(name) for name in names)
         values["held_out"] = tuple(str(ROOT / name) for name in values["held_out"])
         values["output"] = Path(str(values["output"]))
-        values["betas"] = tuple(values["betas"])
+        values["betas"], values["exit_layers"] = tuple(values["betas"]), tuple(values["exit_layers"])
+        values["start_from"] = None if values["start_from"] is None else str(values["start_from"])
         config = cls(**values)
         faults = [f"data: {fault}" for fault in ([] if config.data else ["empty list; name at least one file"])]
         whole = {f"model.{key}": config.model[key] for key in (*_MODEL_KEYS, "max_position_embeddings")}
@@ -99,6 +103,24 @@ class PretrainConfig:
             faults.append(
                 f"warmup_steps, decay_steps: {self.warmup_steps} and {self.decay_steps} must be at least 0 and 1 and "
                 f"together at most steps ({self.steps})"
+            )
+        wrong = [layer for layer in self.exit_layers if not _from_1(layer) or layer >= model["num_hidden_layers"]]
+        if wrong:
+            faults.append(
+                f"exit_layers: {wrong} must be whole numbers from 1 to {model['num_hidden_layers'] - 1}, layers below "
+                "the last one"
+            )
+        if len(set(self.exit_layers)) < len(self.exit_layers):
+            faults.append(f"exit_layers: {list(self.exit_layers)} names a layer twice; name each once")
+        if self.exit_layers and not self.exit_loss_weight > 0:
+            faults.append(
+                f"exit_loss_weight: {self.exit_loss_weight!r} must be above 0; leave exit_layers empty to train the "
+                "final exit alone"
+            )
+        if self.start_from is not None and not (Path(self.start_from) / "config.json").is_file():
+            faults.append(
+                f"start_from: {self.start_from} has no config.json; name the directory `model` of a finished run, or "
+                "leave it null to start from random weights"
             )
         return faults
 

@@ -220,6 +220,52 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert equal(weights(output), weights(finished))
 
 
+def test_exit_losses_are_the_logit_lens(script: ModuleType, finished: Path) -> None:
+    """The loss after a layer is that of a stock model cut there, whose last hidden state meets norm and output."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "model", torch_dtype=torch.float32)
+    cut = AutoModelForCausalLM.from_pretrained(finished / "model", torch_dtype=torch.float32, num_hidden_layers=1)
+    rows = torch.tensor(list(HELD_OUT[0].encode())[:45])[None]
+    with torch.no_grad():
+        losses = script.losses_of(model, rows, "fp32", [1])
+        expected = [one(rows, labels=rows).loss for one in (model, cut)]
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-5, atol=0)
+    assert losses[1] > losses[0] + 0.1, "the control: they differ"
+
+
+def test_exits_are_trained_with_the_model(
+    script: ModuleType, finished: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    """From a finished model's weights, once with and once without the losses of a layer."""
+    from transformers import AutoModelForCausalLM
+
+    start = {"start_from": str(finished / "model"), "steps": 40, "warmup_steps": 2, "decay_steps": 4, "seed": 5}
+    plain, taught = tmp_path / "plain", tmp_path / "taught"
+    assert train(script, data, plain, **start)
+    assert train(script, data, taught, **start, exit_layers=[1], exit_loss_weight=2.0)
+    first = [next(line["loss"] for line in lines(output) if "loss" in line) for output in (plain, finished)]
+    assert first[0] < first[1] / 2, "it began where the other run ended"
+    model = script.build_model(script.PretrainConfig.from_mapping(settings(**data, output="x", **start)))
+    assert equal(
+        {key: value.bfloat16() for key, value in weights(finished).items()},
+        {key: value.bfloat16() for key, value in model.state_dict().items()},
+    )
+    (end,) = [line for line in lines(taught) if "final_held_out_loss" in line]
+    rows = torch.tensor(list(TEXTS[0].encode())[:49])[None]
+    with torch.no_grad():
+        losses = [
+            script.losses_of(AutoModelForCausalLM.from_pretrained(output / "model").float(), rows, "fp32", [1])[1]
+            for output in (plain, taught)
+        ]
+    assert losses[1] < losses[0] / 2, losses
+    assert list(end["final_held_out_loss_of_exits"]) == ["1"]
+    with pytest.raises(ValueError, match="was made with other exit_loss_weight; give the settings"):
+        train(script, data, taught, **start, exit_layers=[1], exit_loss_weight=0.5)
+    with pytest.raises(ValueError, match=r"another hidden_size \(32, not 64\); set model to its shape"):
+        train(script, data, tmp_path / "x", **start, model={**TINY["model"], "hidden_size": 64})
+
+
 def test_another_seed_gives_other_weights(script: ModuleType, finished: Path, data: dict, tmp_path: Path) -> None:
     assert train(script, data, tmp_path / "other", seed=2) is not None
     assert not equal(weights(tmp_path / "other"), weights(finished))
@@ -297,6 +343,11 @@ def test_bad_settings_are_refused_together(script: ModuleType, tmp_path: Path) -
         assert part in message
     with pytest.raises(ValueError, match="steps: 0 must be a whole number"):
         script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", steps=0))
+    exits = {"exit_layers": [1, 1, 2], "exit_loss_weight": 0, "start_from": str(tmp_path / "none")}
+    with pytest.raises(ValueError) as error:
+        script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", **exits))
+    for part in ("[2] must be whole numbers from 1 to 1", "a layer twice", "exit_loss_weight: 0", "no config.json"):
+        assert part in str(error.value)
 
 
 def test_bad_files_are_refused(script: ModuleType, data: dict[str, str], finished: Path, tmp_path: Path) -> None:
