@@ -87,8 +87,8 @@ class PolicyChoice:
     """Finds policies on given windows: a threshold per exit, exits that are not worth their question left out.
 
     For a price of a nat, seconds + price x excess nats is lowered by the one change of one threshold that helps most,
-    again and again until none helps; the price is searched by bisection. The fastest policy seen within the limit is
-    taken.
+    again and again until none helps; the price is searched by bisection. In the fastest policy seen within the limit
+    the thresholds in use are then moved within it.
 
     Args:
         model: with exits.
@@ -122,8 +122,25 @@ class PolicyChoice:
                 if excess <= limit and seconds < least:
                     best, least = numbers, seconds
             low, high = (price, high) if excess > limit else (low, price)
+        best = self._within(limit, best, least)
         chosen = {name: own for name, own in zip(self.names, best, strict=True) if own < 1.0}
         return ExitPolicy(chosen or 1.0, active=tuple(chosen))
+
+    def _within(self, limit: float, numbers: tuple[float, ...], seconds: float) -> tuple[float, ...]:
+        """The fastest neighbour within the limit, one threshold in use moved at a time, until there is none."""
+        while True:
+            trials = [
+                (*numbers[:index], threshold, *numbers[index + 1 :])
+                for index, own in enumerate(numbers)
+                for threshold in (THRESHOLDS if own < 1.0 else ())
+            ]
+            outcomes = [(*self._outcome(trial), trial) for trial in trials]
+            fastest, best = min(
+                ((own, trial) for excess, own, trial in outcomes if excess <= limit), default=(seconds, numbers)
+            )
+            if fastest >= seconds:
+                return numbers
+            seconds, numbers = fastest, best
 
     def _descend(self, price: float, most_active: int) -> Iterator[tuple[tuple[float, ...], float, float]]:
         """(thresholds, excess nats, seconds) of every step down."""
