@@ -229,7 +229,8 @@ class Decoding:
             raise ValueError("pp2_early_exit_over_full needs --nemo, the checkpoint --export was made from")
         # Best with one exit, at the end of the first stage (docs/decoding.md); within 5 % like the others.
         policy = self.choice.fastest(LIMITS["5pct"], most_active=1)
-        arguments = ["--thresholds", str(policy.thresholds)]
+        numbers = policy.thresholds.values() if isinstance(policy.thresholds, dict) else [policy.thresholds]
+        arguments = ["--thresholds", *map(str, numbers)]
         if policy.active:
             (layer,) = (point.layer for point in self.model.exits if point.name in policy.active)
             arguments += ["--exits", *policy.active, "--layers", f"[{layer},{self.model.num_layers - layer}]"]
@@ -286,7 +287,9 @@ def _rates(name: str, seconds: dict[str, list[float]], tokens: int) -> Numbers:
 
 
 def _words(policy: ExitPolicy) -> str:
-    return f"{' '.join(policy.active or ('all',))} above {policy.thresholds}"
+    if isinstance(policy.thresholds, dict):
+        return ", ".join(f"{name} above {own}" for name, own in policy.thresholds.items())
+    return f"{' '.join(policy.active or ('none',))} above {policy.thresholds}"
 
 
 def _line(name: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy, course_of
 
 THRESHOLDS = tuple(number / 100 for number in range(20, 100, 2)) + (0.99, 0.995, 0.998)
+Outcome = tuple[float, float, tuple[float, ...]]  # (mean excess in nats, seconds, thresholds)
 PRICES = 14  # steps of the bisection
 FILLED = 5  # rows of a step that brings waiting tokens along
 
@@ -87,8 +88,8 @@ class PolicyChoice:
     """Finds policies on given windows: a threshold per exit, exits that are not worth their question left out.
 
     For a price of a nat, seconds + price x excess nats is lowered by the one change of one threshold that helps most,
-    again and again until none helps; the price is searched by bisection. The fastest policy seen within the limit is
-    taken.
+    again and again until none helps; the price is searched by bisection. In the fastest policy seen within the limit
+    the thresholds in use are then moved within it.
 
     Args:
         model: with exits.
@@ -114,21 +115,39 @@ class PolicyChoice:
         """The policy of least expected time with at most so many exits (None = any number) whose perplexity is at most
         `1 + allowed` times that of full depth; where there is none, one that never leaves."""
         limit, never = math.log1p(allowed), (1.0,) * len(self.names)
-        best, least = never, self._outcome(never)[1]
-        low, high = 0.0, 100 * least
+        seen = [(*self._outcome(own), own) for own in (never, *self._neighbours(never, range(len(never))))]
+        low, high = 0.0, 100 * seen[0][1]
         for _ in range(PRICES):
-            price, excess = (low + high) / 2, 0.0
-            for numbers, excess, seconds in self._descend(price, most_active or len(self.names)):
-                if excess <= limit and seconds < least:
-                    best, least = numbers, seconds
-            low, high = (price, high) if excess > limit else (low, price)
+            price = (low + high) / 2
+            seen += self._descend(price, most_active or len(self.names))
+            low, high = (price, high) if seen[-1][0] > limit else (low, price)
+        best, least = self._fastest(seen, limit)
+        while True:
+            in_use = [index for index, own in enumerate(best) if own < 1.0]
+            seen = [(*self._outcome(own), own) for own in (best, *self._neighbours(best, in_use))]
+            found, seconds = self._fastest(seen, limit)
+            if seconds >= least:
+                break
+            best, least = found, seconds
         chosen = {name: own for name, own in zip(self.names, best, strict=True) if own < 1.0}
         return ExitPolicy(chosen or 1.0, active=tuple(chosen))
 
-    def _descend(self, price: float, most_active: int) -> Iterator[tuple[tuple[float, ...], float, float]]:
-        """(thresholds, excess nats, seconds) of every step down."""
+    @staticmethod
+    def _neighbours(numbers: Sequence[float], indices: Iterable[int]) -> list[tuple[float, ...]]:
+        """The policies with another threshold at one of these exits."""
+        return [(*numbers[:own], value, *numbers[own + 1 :]) for own in indices for value in THRESHOLDS]
+
+    @staticmethod
+    def _fastest(seen: Iterable[Outcome], limit: float) -> tuple[tuple[float, ...], float]:
+        """(thresholds, seconds) of the fastest of what was seen within the limit."""
+        seconds, numbers = min((seconds, numbers) for excess, seconds, numbers in seen if excess <= limit)
+        return numbers, seconds
+
+    def _descend(self, price: float, most_active: int) -> Iterator[Outcome]:
+        """Every step down, the policy that never leaves first."""
         numbers = (1.0,) * len(self.names)
-        score = self._outcome(numbers)[1]
+        excess, score = self._outcome(numbers)
+        yield excess, score, numbers
         while True:
             trials = []
             for index in range(len(numbers)):
@@ -138,7 +157,7 @@ class PolicyChoice:
             if lowest > score - 1e-9:
                 return
             numbers, score = (*numbers[:index], threshold, *numbers[index + 1 :]), lowest
-            yield (numbers, *self._outcome(numbers))
+            yield (*self._outcome(numbers), numbers)
 
     def _best_threshold(self, index: int, numbers: Sequence[float], price: float) -> tuple[float, int, float]:
         """(seconds + price x excess, index, threshold) of the best threshold of one exit, the others as they are."""

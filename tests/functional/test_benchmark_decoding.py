@@ -9,6 +9,7 @@ sums over fp16 weights; exits equal), the weights it reads against the parameter
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from tests.helpers.megatron_models import (
 import torch  # isort: skip  # after the CPU host is on
 
 from benchmarks.exit_frontier import FRONTIER, repeated_share
-from benchmarks.forced_decoding import PolicyChoice, agreement, force, mean_depth, perplexity
+from benchmarks.forced_decoding import THRESHOLDS, PolicyChoice, agreement, force, mean_depth, perplexity
 from benchmarks.touched_weights import CountingModel
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
@@ -109,6 +110,24 @@ def test_a_policy_keeps_its_limit_and_a_greater_one_is_no_slower(model: Counting
         assert perplexity(own) <= (1 + limit) * perplexity(full) * (1 + 1e-4)
     assert found[100.0][0].touched < full[0].touched
     assert agreement(full, full) == 1.0 > agreement(found[100.0], full)
+
+
+def test_the_policy_of_one_exit_is_the_best_of_all(model: CountingModel, window: list[int]) -> None:
+    """Against every exit and threshold tried one by one; two exits are no slower."""
+    choice = PolicyChoice(model, [window])
+    size = len(choice.names)
+    trials = [
+        (*(1.0,) * own, number, *(1.0,) * (size - own - 1)) for own in range(size) for number in (*THRESHOLDS, 1.0)
+    ]
+    for limit in (0.2, 1.0):
+        outcomes = [choice._outcome(trial) for trial in trials]
+        best = min(seconds for excess, seconds in outcomes if excess <= math.log1p(limit))
+        found = []
+        for count in (1, 2):
+            thresholds = choice.fastest(limit, count).thresholds
+            by_name = thresholds if isinstance(thresholds, dict) else {}
+            found.append(choice._outcome([by_name.get(name, 1.0) for name in choice.names])[1])
+        assert found[0] == pytest.approx(best, rel=1e-6) and found[1] <= best * (1 + 1e-6)
 
 
 def test_repeated_grams_are_counted() -> None:
