@@ -219,6 +219,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 config.pop("backbone_path", None)
             else:
                 config.backbone_path = stored_backbone_path(source, output) if source else None
+                logging.info(f"{output}: exits only, its base is looked for at {config.backbone_path}, seen from it")
             restored = getattr(model, "restored_path", None)
             if restored is not None:
                 archive = stack.enter_context(NemoArchive(restored))
