@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a `.nemo` says about places on disk, so that it means the same on another machine.
 
-    backbone_path    of an exits-only file: relative to that file where the backbone lies beside, below or in a folder
-                     above it, else its base name, a hint. Which backbone it must be is the fingerprint's affair
+    backbone_path    of an exits-only file: seen from that file where the backbone lies beside or below it, or below
+                     one of the two folders around it; else its base name, a hint. The fingerprint says whether it is
+                     the right one
     tokenizer        the files themselves, in `tokenizer/`; `type` names that folder
     anything else    an absolute path in the config is dropped
 
@@ -24,18 +25,15 @@ from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, read_json_object
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
+_FOLDERS_UP = 2
 _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
 
 
 def stored_backbone_path(backbone: str | Path, nemo: str | Path) -> str:
-    """What an exits-only file `nemo` says about where its backbone is; it names no folder of this machine."""
-    backbone, folder = Path(backbone).resolve(), Path(nemo).resolve().parent
-    if backbone.is_relative_to(folder):
-        return backbone.relative_to(folder).as_posix()
-    if folder.is_relative_to(backbone.parent):  # nothing but `..` on the way up
-        return Path(os.path.relpath(backbone, folder)).as_posix()
-    return backbone.name
+    """What an exits-only file `nemo` says about where its backbone is; it names no folder above the two around it."""
+    relative = Path(os.path.relpath(Path(backbone).resolve(), Path(nemo).resolve().parent))
+    return relative.as_posix() if relative.parts.count("..") <= _FOLDERS_UP else relative.name
 
 
 def find_backbone(

@@ -17,11 +17,12 @@ from nemo_ee.checkpoint.portable import find_backbone, portable_tokenizer, store
         ("home/run/ee.nemo", "ee.nemo"),
         ("home/run/base/ee.nemo", "base/ee.nemo"),
         ("home/ee.nemo", "../ee.nemo"),
+        ("home/models/ee.nemo", "../models/ee.nemo"),
         ("ee.nemo", "../../ee.nemo"),
-        ("data/models/ee.nemo", "ee.nemo"),  # elsewhere: a hint
+        ("../data/models/ee.nemo", "ee.nemo"),  # elsewhere: a hint
     ],
 )
-def test_no_folder_of_the_machine_is_stored(backbone: str, stored: str, tmp_path: Path) -> None:
+def test_what_is_stored_is_seen_from_the_file(backbone: str, stored: str, tmp_path: Path) -> None:
     assert stored_backbone_path(tmp_path / backbone, tmp_path / "home/run/exits.nemo") == stored
 
 
