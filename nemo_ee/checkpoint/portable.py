@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -67,12 +67,12 @@ def find_backbone(
     )
 
 
-def portable_tokenizer(block: Mapping[str, Any], bundled: bool) -> tuple[dict[str, Any], dict[str, Path]]:
+def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     """A config's tokenizer block without paths of this machine, and the files to put into the archive for it.
 
     Args:
         block: `library`, `type`, `model`, ...
-        bundled: the archive holds a `tokenizer/` already.
+        members: names in the archive; a tokenizer that is there already stays.
 
     Returns:
         (the block to store, name in the archive -> file).
@@ -80,7 +80,7 @@ def portable_tokenizer(block: Mapping[str, Any], bundled: bool) -> tuple[dict[st
     block, files = dict(block), {}
     place = block.get("type")
     if block.get("library") == "huggingface" and isinstance(place, str):
-        folder = Path(place)
+        folder, bundled = Path(place), any(f"{TOKENIZER_FOLDER}/{name}" in members for name in TOKENIZER_FILES)
         if not bundled and folder.is_dir():
             files = _bundle(folder)
         if bundled or files:

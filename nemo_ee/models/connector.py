@@ -37,7 +37,6 @@ from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.low_rank_weights import MergedSource
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
 from nemo_ee.checkpoint.portable import (
-    TOKENIZER_FOLDER,
     find_backbone,
     forget_folder,
     portable_tokenizer,
@@ -229,9 +228,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 if tokenizer is not None:
                     config.tokenizer = tokenizer
             entries.update(getattr(model, "bundled_files", {}))
-            bundled = any(name.startswith(f"{TOKENIZER_FOLDER}/") for name in entries)
             plain = without_machine_paths(OmegaConf.to_container(config, resolve=True))
-            plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], bundled)
+            plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], entries)
             entries.update(files)
             entries[CONFIG] = OmegaConf.to_yaml(OmegaConf.create(plain))
             write_nemo(output, entries)

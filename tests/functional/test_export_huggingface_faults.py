@@ -39,12 +39,6 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="module")
-def restorable(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Without a tokenizer/ in its `.nemo`, which would have to be a tokenizer."""
-    return Made(tmp_path_factory.mktemp("plain"), "llama", EXITS, bundled=False)
-
-
-@pytest.fixture(scope="module")
 def exported(one: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(one.path, tmp_path_factory.mktemp("exported") / "out")
 
@@ -108,20 +102,20 @@ def test_several_files_with_an_index_are_the_same_model(one: Made, exported: Pat
     load_model(output / "hf_early_exit")
 
 
-def test_exits_only_and_base_give_the_complete_file_s_export(restorable: Made, tmp_path: Path) -> None:
-    model = restore(restorable.path, exits_only=True)
+def test_exits_only_and_base_give_the_complete_file_s_export(one: Made, tmp_path: Path) -> None:
+    model = restore(one.path, exits_only=True)
     small = tmp_path / "exits.nemo"
     model._save_restore_connector.save_to(model, str(small))
-    whole = export(restorable.path, tmp_path / "whole")
-    parts = export(small, tmp_path / "parts", backbone=restorable.path)
+    whole = export(one.path, tmp_path / "whole")
+    parts = export(small, tmp_path / "parts", backbone=one.path)
     files = [file.relative_to(whole) for file in whole.rglob("*.safetensors")]
     assert len(files) == 4 and all((whole / file).read_bytes() == (parts / file).read_bytes() for file in files)
 
 
-def test_low_rank_updates_of_the_backbone_are_merged(restorable: Made, tmp_path: Path) -> None:
+def test_low_rank_updates_of_the_backbone_are_merged(one: Made, tmp_path: Path) -> None:
     from nemo_ee.models.full_model import full_model_logits
 
-    one = restorable
+    one = one
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
     moved(model)
     model.save_to(str(tmp_path / "lora.nemo"))
@@ -351,7 +345,7 @@ def test_a_config_that_the_export_did_not_write_shows_against_the_source(
         values.pop("rms_norm_eps")
         path.write_text(json.dumps(values))
     hash_again(folder)
-    assert verify_export(folder) == []
+    assert all(": parity: " in fault for fault in verify_export(folder)), "it computes something else"
     faults = verify_export(folder, one.path)
     assert len(faults) == 6
     assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in faults
@@ -410,6 +404,8 @@ def test_damaged_directories_the_runtime_refuses(exported: Path, tmp_path: Path)
     from nemo_ee.runtime.loader import load_model, load_tokenizer
 
     folder = copied(exported / "hf_early_exit", tmp_path / "copy")
+    for file in folder.glob("tokenizer*.json"):
+        file.unlink()
     with pytest.raises(ValueError, match="no tokenizer in it"):
         load_tokenizer(folder)
     with pytest.raises(ValueError, match="dtype='int4' must be one of"):

@@ -259,7 +259,8 @@ def test_a_draft_s_logits_are_the_exit_s(name: str, tp: int, made, tmp_path: Pat
 def test_which_exits_are_drafts_is_a_choice(made, tmp_path: Path) -> None:
     one = made("llama")
     output = export(one.path, tmp_path / "out", exits=(), drafts=(DRAFTS[0],))
-    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [f"draft_{DRAFTS[0]}", "trtllm_ckpt"]
+    folders = sorted(path.name for path in output.iterdir() if path.is_dir())
+    assert folders == [f"draft_{DRAFTS[0]}", "tokenizer", "trtllm_ckpt"]
     assert read_config(output / "trtllm_ckpt")["early_exit"] == {"exits": []}
     ranks = read_ranks(output / "trtllm_ckpt")
     assert ranks == backbone_only(ranks)

@@ -67,21 +67,21 @@ def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("not a tokenizer's")
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert portable_tokenizer(block, bundled=False) == (block, {}), "its class is not known without config.json"
+    assert portable_tokenizer(block, ()) == (block, {}), "its class is not known without config.json"
     assert "names no tokenizer_class" in caplog.text
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    stored, files = portable_tokenizer(block, bundled=False)
+    stored, files = portable_tokenizer(block, ())
     assert stored == {**block, "type": "tokenizer"}
     assert files == {f"tokenizer/{name}": tmp_path / name for name in ("tokenizer.json", "tokenizer_config.json")}
-    assert portable_tokenizer(block, bundled=True) == ({**block, "type": "tokenizer"}, {})
+    assert portable_tokenizer(block, {"tokenizer/tokenizer.json"}) == ({**block, "type": "tokenizer"}, {})
     hub = {**block, "type": "meta-llama/Llama-2-7b-hf"}
-    assert portable_tokenizer(hub, bundled=False) == (hub, {}), "a name on the hub means the same everywhere"
+    assert portable_tokenizer(hub, ()) == (hub, {}), "a name on the hub means the same everywhere"
 
 
 def test_single_tokenizer_files_become_artifacts_of_nemo(tmp_path: Path) -> None:
     (tmp_path / "spm.model").write_text("x")
     block = {"library": "sentencepiece", "type": None, "model": str(tmp_path / "spm.model"), "vocab_file": "nemo:v"}
-    stored, files = portable_tokenizer(block, bundled=False)
+    stored, files = portable_tokenizer(block, ())
     assert stored == {**block, "model": "nemo:model_spm.model"}
     assert files == {"model_spm.model": tmp_path / "spm.model"}
 
