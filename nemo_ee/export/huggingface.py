@@ -106,7 +106,7 @@ class Artefact:
     @property
     def tied(self) -> bool:
         """Whether the output projection is the word embeddings."""
-        return self.stock.backbone.share_embeddings_and_output_weights
+        return self.stock.backbone.tied
 
 
 def export_huggingface(settings: ExportSettings) -> Path:
@@ -247,7 +247,7 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
 def _full(
     stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
 ) -> Artefact:
-    tied = stock.backbone.share_embeddings_and_output_weights
+    tied = stock.backbone.tied
     model = full_model(stock.backbone.num_layers, heads, tied=tied, write_output=not tied)
     kind = "full" if table is None else "early_exit"
     return Artefact(f"hf_{kind}", kind, stock, readings(stock.backbone, model, model.exits), table)

@@ -92,7 +92,7 @@ def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
     values = {key: value for key, value in config.items() if key not in _NOT_READ}
     # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
     backbone = backbone_from_config(values, 1)
-    layers, tied = backbone.num_layers, backbone.share_embeddings_and_output_weights
+    layers, tied = backbone.num_layers, backbone.tied
     if artefact["kind"] == "exit":
         shape = artefact["architecture"]
         exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")

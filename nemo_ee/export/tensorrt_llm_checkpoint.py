@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
 from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.parity import parity_faults

@@ -171,7 +171,7 @@ def test_rows_past_the_vocabulary_are_zeros_only_on_request(tmp_path: Path) -> N
 def test_biases_that_only_some_linears_have_are_completed_with_zeros(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "mlp", "llama-mlp-bias")
     source = HuggingFaceSource(tmp_path / "mlp")
-    assert source.backbone.bias and not source.backbone.qkv_bias
+    assert source.backbone.bias and not source.backbone.nemo_config()["qkv_bias"]
     assert not source.read(PROJ_BIAS, (0, 0), source.keys()[PROJ_BIAS].shape).any()
     save_tiny_model(tmp_path / "qwen2", "qwen2")
     source = HuggingFaceSource(tmp_path / "qwen2")
@@ -349,9 +349,9 @@ def test_absent_optional_keys_mean_what_they_mean_to_transformers(tmp_path: Path
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | sizes))
         backbone, reference = read_backbone(tmp_path), AutoConfig.from_pretrained(tmp_path)
         assert backbone.num_query_groups == reference.num_key_value_heads, family
-        assert backbone.layernorm_epsilon == reference.rms_norm_eps
+        assert backbone.norm_epsilon == reference.rms_norm_eps
         assert backbone.rotary_base == reference.rope_theta
-        assert backbone.share_embeddings_and_output_weights == reference.tie_word_embeddings
+        assert backbone.tied == reference.tie_word_embeddings
 
 
 def test_unreadable_directories_give_one_clear_error(saved: Path, tmp_path: Path) -> None:
