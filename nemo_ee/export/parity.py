@@ -22,14 +22,14 @@ May import: torch, safetensors, nemo_ee.generation, nemo_ee.runtime.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.known_text import KnownTextPass
 from nemo_ee.runtime.model import RuntimeModel
 
 logger = logging.getLogger(__name__)
@@ -57,18 +57,17 @@ def parity_of(model: RuntimeModel) -> dict[str, Any]:
         largest logit) and logsumexp of each position; plain JSON values.
     """
     tokens = probe_tokens(model.vocab_size, model.max_positions)
-    items, ids = Items.with_tokens({0: range(len(tokens))}, tokens)
-    cache = model.new_cache(1, len(tokens), tuple(exit.name for exit in model.exits))
-    hidden, at, heads = model.embed(ids, items), 0, {}
-    for exit in model.exits:
-        hidden, at = model.run(hidden, items, at, exit.stop, cache), exit.stop
-        heads[exit.name] = _summary(model.exit_logits(exit.name, hidden, items, cache))
-    hidden = model.run(hidden, items, at, 2 * model.num_layers, cache)
-    return {"tokens": tokens, "heads": {FINAL: _summary(model.exit_logits(None, hidden, items, cache)), **heads}}
+    text = KnownTextPass(model, [[*tokens, tokens[0]]], tuple(exit.name for exit in model.exits))
+    rows, heads = range(len(tokens)), {}
+    for stop in text.run_to({*(exit.stop for exit in model.exits), 2 * model.num_layers}):
+        for exit in model.exits:
+            if exit.stop == stop:
+                heads[exit.name] = _summary(text, exit.name, rows)
+    return {"tokens": tokens, "heads": {FINAL: _summary(text, None, rows), **heads}}
 
 
-def _summary(logits: torch.Tensor) -> dict[str, list]:
-    """Of `[n, v]` logits, per row."""
+def _summary(text: KnownTextPass, exit: str | None, rows: Sequence[int]) -> dict[str, list]:
+    logits = torch.cat([answers.logits for answers in text.ask(exit, rows)])  # [n, v]
     first, second = logits.topk(2, dim=-1).values.unbind(-1)
     numbers = {"logit": first, "margin": first - second, "logsumexp": logits.double().logsumexp(-1)}
     rounded = {name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in numbers.items()}
