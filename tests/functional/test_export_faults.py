@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from nemo_ee.checkpoint.architecture import read_architecture
 from nemo_ee.export.manifest import MANIFEST, sha256_of
 from nemo_ee.export.verify import verify_export
-from tests.functional.test_convert import members, rewritten
 from tests.functional.test_export_tensorrt_llm import Made, export
+from tests.helpers.nemo_files import members, rewritten
 
 EXITS = [exit_entry(1, "mlp"), exit_entry(2, "layer", output="shared"), exit_entry(3, "embedding")]
 MLP, LAYER, EMBEDDING = (exit["name"] for exit in EXITS)

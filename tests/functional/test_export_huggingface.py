@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, rewritten
 from tests.helpers.megatron_models import exit_entry, exit_logits, random_tokens, relative_difference, tiny_pair
+from tests.helpers.nemo_files import members, rewritten
 
 import torch  # isort: skip  # after the CPU host is on
 from safetensors.torch import load_file

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.manifest import MANIFEST, sha256_of
 from nemo_ee.export.verify import verify_export
-from tests.functional.test_convert import members, restore, rewritten
 from tests.functional.test_export_faults import copied, run_script
 from tests.functional.test_export_huggingface import TOLERANCE, Made, export, stock
 from tests.functional.test_export_tensorrt_llm import moved
 from tests.helpers.huggingface_models import reference_logits as transformers_logits
+from tests.helpers.nemo_files import members, restore, rewritten
 
 EXITS = [exit_entry(1, "mlp"), exit_entry(2, "layer", output="shared"), exit_entry(3, "embedding")]
 MLP, LAYER, EMBEDDING = (exit["name"] for exit in EXITS)

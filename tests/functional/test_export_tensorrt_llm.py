@@ -284,7 +284,7 @@ def test_numbers_are_rounded_to_the_asked_dtype(made, tmp_path: Path) -> None:
 
 def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Path) -> None:
     one = made("llama")
-    from tests.functional.test_convert import restore
+    from tests.helpers.nemo_files import restore
 
     model = restore(one.path, exits_only=True)
     small = tmp_path / "exits.nemo"
@@ -296,7 +296,7 @@ def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Pat
 
 def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> None:
     from nemo_ee.models.full_model import full_model_logits
-    from tests.functional.test_convert import restore
+    from tests.helpers.nemo_files import restore
 
     one = made("llama")
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})

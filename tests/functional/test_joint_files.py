@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, restore, run_convert, with_tokenizer
 from tests.functional.test_stock_nemo import ON_CPU, STOCK, logits, stock_trainer
 from tests.functional.test_tune import tune
 from tests.helpers.megatron_models import exit_entry, exit_logits, relative_difference, snapshot, write_data
+from tests.helpers.nemo_files import members, restore, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 from omegaconf import OmegaConf

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, restore, rewritten, run_convert, with_tokenizer
 from tests.helpers.megatron_models import exit_entry, exit_logits, random_tokens
+from tests.helpers.nemo_files import members, restore, rewritten, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 import yaml

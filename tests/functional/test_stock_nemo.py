@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, restore, run_convert, with_tokenizer
 from tests.helpers.megatron_models import cpu_trainer, exit_entry, reset_batch_sizes
+from tests.helpers.nemo_files import members, restore, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 from omegaconf import OmegaConf
