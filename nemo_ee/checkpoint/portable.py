@@ -13,9 +13,11 @@ May import: the standard library.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
+import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
 _FOLDERS_UP = 2
+_BACKBONE_LINE = re.compile(r"""^backbone_path: ['"]?([^'"\n]+)['"]?$""", re.MULTILINE)
 _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
 
@@ -65,6 +68,27 @@ def find_backbone(
         f"{nemo} holds exits only; its base model ({given or stored!r}) was not found{tried}: "
         f"give {option}=<the .nemo the exits were tuned on>"
     )
+
+
+def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
+    """The config of an exits-only file for a copy of it: where the backbone is, seen from there.
+
+    Other configs stay as they are.
+
+    Args:
+        text: of `model_config.yaml`, as OmegaConf writes it: a key of the top level is a line.
+        nemo, output: the file and its copy.
+    """
+    line = _BACKBONE_LINE.search(text)
+    if line is None or Path(nemo).resolve().parent == Path(output).resolve().parent:
+        return text
+    try:
+        backbone = find_backbone(nemo, stored=line[1], given=None)
+    except ValueError:  # the user said where it is; a copy keeps its name
+        stored = PureWindowsPath(line[1]).name
+    else:
+        stored = stored_backbone_path(backbone, output)
+    return f"{text[: line.start()]}backbone_path: {json.dumps(stored, ensure_ascii=False)}{text[line.end() :]}"
 
 
 def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tuple[dict[str, Any], dict[str, Path]]:

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.checkpoint.portable import find_backbone, portable_tokenizer, stored_backbone_path, without_machine_paths
+from nemo_ee.checkpoint.portable import (
+    config_elsewhere,
+    find_backbone,
+    portable_tokenizer,
+    stored_backbone_path,
+    without_machine_paths,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,20 @@ def test_a_path_that_the_user_gives_is_not_replaced_by_another(stored: str | Non
     _touch(tmp_path / "ee.nemo")
     with pytest.raises(ValueError, match=r"\('/nowhere/ee.nemo'\) was not found: give backbone=<the .nemo"):
         find_backbone(tmp_path / "exits.nemo", stored=stored, given="/nowhere/ee.nemo", option="backbone")
+
+
+def test_a_copy_elsewhere_sees_the_backbone_from_there(tmp_path: Path) -> None:
+    exits, copy = tmp_path / "run" / "exits.nemo", tmp_path / "out" / "deep" / "exits.nemo"
+    _touch(tmp_path / "ee.nemo")
+    _touch(exits)
+    for stored in ("../ee.nemo", "'../ee.nemo'", '"../ee.nemo"'):
+        text = f"num_layers: 3\nbackbone_path: {stored}\nlast: {{backbone_path: x}}\n"
+        moved = config_elsewhere(text, exits, copy)
+        assert moved == 'num_layers: 3\nbackbone_path: "../../ee.nemo"\nlast: {backbone_path: x}\n'
+        assert config_elsewhere(text, exits, exits.with_name("x.nemo")) == text, "same directory"
+    gone = "backbone_path: ../gone/ee.nemo\n"
+    assert config_elsewhere(gone, exits, copy) == 'backbone_path: "ee.nemo"\n', "a hint"
+    assert config_elsewhere("a: 1\n", exits, copy) == "a: 1\n"
 
 
 def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
