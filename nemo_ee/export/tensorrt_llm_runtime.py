@@ -8,13 +8,15 @@ fault of those shows. What several ranks hold whole has to be the same on all of
     attention.qkv     [Q; K; V] of each rank's heads; a key-value head that several ranks hold counts once
     dense, mlp.proj   columns side by side         mlp.fc, mlp.gate, lm_head    rows one below the other
 
-May import: torch, safetensors, nemo_ee.exits, nemo_ee.runtime.
+May import: torch, safetensors, nemo_ee.runtime.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_ee.runtime.config import ExitEntry, RuntimeConfig
-from nemo_ee.runtime.linear import Linear, make_linear
-from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, NormWeights, RuntimeModel, Weights
-from nemo_ee.runtime.rotary import pairs_together
+from nemo_ee.runtime.loader import model_of_files
+from nemo_ee.runtime.model import RuntimeModel
+from nemo_ee.runtime.names import NAMES
 
 # TensorRT-LLM's GELU is the tanh approximation.
 _ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu_tanh"}
+_KINDS = ("weight", "bias")
 
 
 def load_checkpoint(folder: Path) -> RuntimeModel:
@@ -44,13 +47,19 @@ def load_checkpoint(folder: Path) -> RuntimeModel:
                 stack.enter_context(safe_open(folder / f"rank{rank}.safetensors", framework="pt", device="cpu"))
                 for rank in range(values["mapping"]["world_size"])
             ]
-            config = _config(values)
-            return RuntimeModel(config, _Reader(config, values, files).weights(), torch.float32)
+            config = _config(values, has_output="lm_head.weight" in files[-1].keys())
+            shards = _MergedShards(config, values, files)
+            return model_of_files(config, dict.fromkeys(shards.tensors, shards), folder)
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as fault:
             raise ValueError(f"{folder}: cannot be read ({fault!r})") from fault
 
 
-def _config(values: dict[str, Any]) -> RuntimeConfig:
+def _config(values: dict[str, Any], *, has_output: bool) -> RuntimeConfig:
+    """The runtime's description: a Llama, or with learned positions an OPT, whose first position is row 0 here.
+
+    Args:
+        has_output: the files hold an output projection, which for a tied model is a copy of the embeddings.
+    """
     llama = values["position_embedding_type"] == "rope_gpt_neox"
     scaling = values.get("rotary_scaling") or {}
     qwen = values["architecture"].startswith("Qwen2")
@@ -58,7 +67,7 @@ def _config(values: dict[str, Any]) -> RuntimeConfig:
     table = (values.get("early_exit") or {}).get("exits", [])
     exits = [ExitEntry(row["name"], row["layer"], row["architecture"], row["output"] == "own") for row in table]
     return RuntimeConfig(
-        family=values["architecture"],
+        family="llama" if llama else "opt",
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
         ffn_hidden_size=values["intermediate_size"],
@@ -74,7 +83,7 @@ def _config(values: dict[str, Any]) -> RuntimeConfig:
         qkv_bias=values["attn_bias"] if llama else plain_bias,
         proj_bias=(values["attn_bias"] and not qwen) if llama else plain_bias,
         mlp_bias=values["mlp_bias"] if llama else plain_bias,
-        tied=values["tie_word_embeddings"],
+        tied=not has_output,
         rope={"rope_type": "default", **scaling, "base": values["rotary_base"]} if llama else None,
         position_offset=0,
         dtype=values["dtype"],
@@ -82,110 +91,104 @@ def _config(values: dict[str, Any]) -> RuntimeConfig:
     )
 
 
-class _Reader:
-    """Puts the ranks' tensors together, one canonical matrix at a time."""
+class _MergedShards:
+    """All ranks' files as one that names its tensors as a directory of the config's family does.
+
+    Attributes:
+        tensors: name -> what makes the tensor.
+    """
 
     def __init__(self, config: RuntimeConfig, values: dict[str, Any], files: list[Any]) -> None:
-        self.config, self.files = config, files
+        self.config, self.files, self.family = config, files, NAMES[config.family]
         self.tp, self.pp = values["mapping"]["tp_size"], values["mapping"]["pp_size"]
-        self.names = [set(file.keys()) for file in files]
-        self.half = values["dtype"] != "float32"
-
-    def weights(self) -> Weights:
-        config, last = self.config, self.pp - 1
-        embedding = self._whole("transformer.vocab_embedding.weight", 0)
-        learned = None
-        if config.rope is None:
-            learned = self._whole("transformer.position_embedding.weight", 0).float()
-        output = self._output("lm_head", last)
-        if output is None:
-            output = self._linear(embedding, None)
-        heads: dict[str | None, HeadWeights] = {
-            None: HeadWeights(None, None, self._norm("transformer.ln_f", last), output)
-        }
-        per_stage = config.num_layers // self.pp
+        self._names = [set(file.keys()) for file in files]
+        self.tensors: dict[str, Callable[[], Tensor]] = {}
+        per_stage, last, family = config.num_layers // self.pp, self.pp - 1, self.family
+        self._add(self._whole, family.embedding, "transformer.vocab_embedding.weight", 0)
+        if family.positions is not None:
+            self._add(self._whole, family.positions, "transformer.position_embedding.weight", 0)
+        for index in range(config.num_layers):
+            prefix = f"transformer.layers.{index % per_stage}."
+            self._add_layer(family.layer.format(index), prefix, index // per_stage)
+        self._add_both(self._whole, family.final_norm, "transformer.ln_f", last)
+        self._add(self._vocabulary, "lm_head.weight", "lm_head.weight", last)
         for exit in config.exits:
-            heads[exit.name] = self._head(exit, (exit.layer - 1) // per_stage, output)
-        layers = tuple(
-            self._layer(f"transformer.layers.{index % per_stage}.", index // per_stage)
-            for index in range(config.num_layers)
-        )
-        return Weights(embedding, learned, layers, heads)
+            prefix, stage = f"exit_heads.{exit.name}.", (exit.layer - 1) // per_stage
+            self._add_layer(f"{prefix}layer.", f"{prefix}layer.", stage)
+            self._add_mlp(prefix, prefix, stage)
+            self._add_both(self._whole, f"{prefix}norm", f"{prefix}norm", stage)
+            self._add(self._vocabulary, f"{prefix}unembed.weight", f"{prefix}unembed.weight", stage)
 
-    def _head(self, exit: ExitEntry, stage: int, shared: Linear) -> HeadWeights:
-        prefix = f"exit_heads.{exit.name}."
-        return HeadWeights(
-            layer=self._layer(f"{prefix}layer.", stage) if exit.architecture == "layer" else None,
-            mlp=self._mlp(prefix, stage) if exit.architecture == "mlp" else None,
-            norm=None if exit.architecture == "embedding" else self._norm(f"{prefix}norm", stage),
-            output=self._output(f"{prefix}unembed", stage) if exit.own_output else shared,
-        )
+    def get_tensor(self, name: str) -> Tensor:
+        """As of a safetensors file."""
+        return self.tensors[name]()
 
-    def _layer(self, prefix: str, stage: int) -> LayerWeights:
-        config = self.config
-        bias = self._query_key_value(f"{prefix}attention.qkv.bias", stage) if config.qkv_bias else None
-        dense = self._whole(f"{prefix}attention.dense.bias", stage) if config.proj_bias else None
-        return LayerWeights(
-            norm=self._norm(f"{prefix}input_layernorm", stage),
-            qkv=self._linear(self._query_key_value(f"{prefix}attention.qkv.weight", stage), bias),
-            proj=self._linear(torch.cat(self._parts(f"{prefix}attention.dense.weight", stage), dim=1), dense),
-            mlp=self._mlp(prefix, stage),
-        )
+    def get_slice(self, name: str) -> Any:
+        """As of a safetensors file; only its `get_dtype` is right."""
+        return self.files[0].get_slice("transformer.vocab_embedding.weight")
 
-    def _mlp(self, prefix: str, stage: int) -> MlpWeights:
-        config, halves = self.config, ("fc", "gate") if self.config.activation == "silu" else ("fc",)
+    def _add(self, make: Callable[[str, int], Tensor], name: str, stored: str, stage: int) -> None:
+        """A tensor of the family, where the stage has what it is made from."""
+        if stored in self._names[stage * self.tp]:
+            self.tensors[name] = partial(make, stored, stage)
 
-        def rows(kind: str) -> Tensor:
-            return torch.cat([part for half in halves for part in self._parts(f"{prefix}mlp.{half}.{kind}", stage)])
+    def _add_both(self, make: Callable[[str, int], Tensor], name: str, stored: str, stage: int) -> None:
+        for kind in _KINDS:
+            self._add(make, f"{name}.{kind}", f"{stored}.{kind}", stage)
 
-        proj = self._whole(f"{prefix}mlp.proj.bias", stage) if config.mlp_bias else None
-        return MlpWeights(
-            norm=self._norm(f"{prefix}post_layernorm", stage),
-            fc1=self._linear(rows("weight"), rows("bias") if config.mlp_bias else None),
-            fc2=self._linear(torch.cat(self._parts(f"{prefix}mlp.proj.weight", stage), dim=1), proj),
-        )
+    def _add_layer(self, name: str, stored: str, stage: int) -> None:
+        family = self.family
+        self._add_both(self._whole, f"{name}{family.attention_norm}", f"{stored}input_layernorm", stage)
+        for index, linear in enumerate(family.qkv):
+            part = partial(self._query_key_value, index)
+            self._add_both(part, f"{name}{linear}", f"{stored}attention.qkv", stage)
+        self._add(self._columns, f"{name}{family.proj}.weight", f"{stored}attention.dense.weight", stage)
+        self._add(self._whole, f"{name}{family.proj}.bias", f"{stored}attention.dense.bias", stage)
+        self._add_mlp(name, stored, stage)
 
-    def _norm(self, name: str, stage: int) -> NormWeights:
-        bias = self._whole(f"{name}.bias", stage).float() if self.config.layer_norm else None
-        return NormWeights(self._whole(f"{name}.weight", stage).float(), bias)
-
-    def _output(self, name: str, stage: int) -> Linear | None:
-        """A projection onto the vocabulary; None where the ranks hold none."""
-        if f"{name}.weight" not in self.names[stage * self.tp]:
-            return None
-        weight, vocabulary = torch.cat(self._parts(f"{name}.weight", stage)), self.config.vocab_size
-        if weight[vocabulary:].any():
-            raise ValueError(f"{name}.weight: the rows past the vocabulary are not zeros")
-        return self._linear(weight[:vocabulary], None)
-
-    def _query_key_value(self, name: str, stage: int) -> Tensor:
-        config, size = self.config, self.config.head_dim
-        held = max(config.num_kv_heads // self.tp, 1)
-        sizes = [config.num_heads // self.tp * size, held * size, held * size]
-        queries, keys, values = zip(*(part.split(sizes) for part in self._parts(name, stage)), strict=True)
-        repeats = max(self.tp // config.num_kv_heads, 1)
-        for parts in (keys, values):
-            for rank, part in enumerate(parts):
-                self._same(parts[rank - rank % repeats], part, name, rank)
-        parts = [torch.cat(queries), torch.cat(keys[::repeats])]
-        if config.rope is not None:
-            parts = [pairs_together(part, size) for part in parts]
-        return torch.cat([*parts, *values[::repeats]])
+    def _add_mlp(self, name: str, stored: str, stage: int) -> None:
+        family = self.family
+        self._add_both(self._whole, f"{name}{family.mlp_norm}", f"{stored}post_layernorm", stage)
+        for linear, own in zip(family.fc1, ("fc", "gate"), strict=False):
+            self._add_both(self._rows, f"{name}{linear}", f"{stored}mlp.{own}", stage)
+        self._add(self._columns, f"{name}{family.fc2}.weight", f"{stored}mlp.proj.weight", stage)
+        self._add(self._whole, f"{name}{family.fc2}.bias", f"{stored}mlp.proj.bias", stage)
 
     def _parts(self, name: str, stage: int) -> list[Tensor]:
         """The tensor of every tensor-parallel rank of a stage."""
         return [file.get_tensor(name) for file in self.files[stage * self.tp : (stage + 1) * self.tp]]
 
+    def _rows(self, name: str, stage: int) -> Tensor:
+        return torch.cat(self._parts(name, stage))
+
+    def _columns(self, name: str, stage: int) -> Tensor:
+        return torch.cat(self._parts(name, stage), dim=1)
+
     def _whole(self, name: str, stage: int) -> Tensor:
         """A tensor that every rank of a stage holds."""
         parts = self._parts(name, stage)
         for rank, part in enumerate(parts):
-            self._same(parts[0], part, name, rank)
+            _refuse_another(parts[0], part, name, rank)
         return parts[0]
 
-    def _same(self, one: Tensor, other: Tensor, name: str, rank: int) -> None:
-        if not torch.equal(one, other):
-            raise ValueError(f"{name} of tensor-parallel rank {rank} is another than on the ranks before it")
+    def _vocabulary(self, name: str, stage: int) -> Tensor:
+        rows, count = self._rows(name, stage), self.config.vocab_size
+        if rows[count:].any():
+            raise ValueError(f"{name}: the rows past the vocabulary are not zeros")
+        return rows[:count]
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return make_linear(weight.float(), None if bias is None else bias.float(), stored_in_half=self.half)
+    def _query_key_value(self, index: int, name: str, stage: int) -> Tensor:
+        """One of the three; `index`: 0, 1, 2."""
+        config, size = self.config, self.config.head_dim
+        held = max(config.num_kv_heads // self.tp, 1)
+        sizes = [config.num_heads // self.tp * size, held * size, held * size]
+        parts = [part.split(sizes)[index] for part in self._parts(name, stage)]
+        repeats = max(self.tp // config.num_kv_heads, 1) if index else 1
+        for rank, part in enumerate(parts):
+            _refuse_another(parts[rank - rank % repeats], part, name, rank)
+        return torch.cat(parts[::repeats])
+
+
+def _refuse_another(one: Tensor, other: Tensor, name: str, rank: int) -> None:
+    if not torch.equal(one, other):
+        raise ValueError(f"{name} of tensor-parallel rank {rank} is another than on the ranks before it")
