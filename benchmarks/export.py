@@ -110,10 +110,12 @@ def exporter(path: Path, target: str) -> Callable[[], Path]:
     if target == "huggingface":
         from nemo_ee.export.huggingface import ExportSettings, export_huggingface
 
-        return lambda: export_huggingface(ExportSettings(path, output, dtype="bfloat16", progress=False))
+        settings = ExportSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+        return lambda: export_huggingface(settings)
     from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
 
-    return lambda: export_checkpoint(ExportSettings(path, output, dtype="bfloat16", progress=False))
+    settings = ExportSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+    return lambda: export_checkpoint(settings)
 
 
 def measure(path: Path, target: str) -> dict[str, float]:

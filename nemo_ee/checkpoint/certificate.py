@@ -5,7 +5,8 @@
 One JSON file per certificate, `certificates/<name>.json` of a `.nemo`; saving a restored model keeps it, exports list
 it in their manifest.
 
-May import: the standard library, `nemo_ee.exits`, `nemo_ee.generation.policy`, `nemo_ee.checkpoint.nemo_archive`.
+May import: the standard library, `nemo_ee.exits`, `nemo_ee.generation.policy`,
+`nemo_ee.checkpoint.{nemo_archive,portable}`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
+from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, NemoArchive, write_nemo
+from nemo_ee.checkpoint.portable import config_elsewhere
 from nemo_ee.generation.policy import ExitPolicy
 
 FOLDER = "certificates"
@@ -217,7 +219,8 @@ def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
 
 
 def store_certificate(path: str | Path, certificate: Certificate, output: str | Path | None = None) -> Path:
-    """Put a certificate into a `.nemo`; one of the same name is replaced. Everything else is copied byte for byte.
+    """Put a certificate into a `.nemo`; one of the same name is replaced. Everything else is copied byte for byte,
+    but for `backbone_path` of an exits-only file that is written to another directory.
 
     Args:
         path: the `.nemo`, or an extracted one.
@@ -240,7 +243,10 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
     with NemoArchive(path) as archive:
         entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}
         # Replacing a link would leave the file it names without the certificate.
-        return write_nemo(output or path.resolve(), {**entries, member: text})
+        target = Path(output) if output else path.resolve()
+        if CONFIG_MEMBER in entries:
+            entries[CONFIG_MEMBER] = config_elsewhere(archive.config_text(), path, target)
+        return write_nemo(target, {**entries, member: text})
 
 
 def certificate_text(certificate: Certificate) -> str:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, present_rows
-from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone, RopeScaling
+from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.checkpoint.huggingface_files import TensorFiles
 from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
 
-__all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "RopeScaling", "read_backbone"]
+__all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "read_backbone"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class HuggingFaceSource:
                 faults.append(f"{stored_name} has shape {list(shape)}, must be {list(expected[name])}")
             if not isinstance(dtype, torch.dtype):
                 faults.append(f"{stored_name} has dtype {dtype}, must be a floating one (no quantised weights)")
-        layout, tied = LAYOUTS[self.backbone.family], self.backbone.share_embeddings_and_output_weights
+        layout, tied = LAYOUTS[self.backbone.family], self.backbone.tied
         for name in sorted(self._stored_names.keys() - expected.keys()):
             if not layout.buffers.fullmatch(name) and not (tied and name == layout.output_name):
                 faults.append(f"{self._stored_names[name]} is not read by a {self.backbone.family} of this config")

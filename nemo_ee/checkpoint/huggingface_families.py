@@ -6,7 +6,7 @@ Families: Llama 2/3, Mistral, Qwen2/2.5, GPT-2, OPT. Anything that Megatron's GP
 the model's own code is refused with its reason; all reasons come in one message. Absent optional keys mean what they
 mean in the transformers library. Custom code named by a config.json is never run.
 
-May import: huggingface_backbone.
+May import: architecture, huggingface_backbone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemo_ee.checkpoint.huggingface_backbone import FC1, FC2, PROJ, QKV, HuggingFaceBackbone, RopeScaling
+from nemo_ee.checkpoint.architecture import linear_scaling, llama3_scaling
+from nemo_ee.checkpoint.huggingface_backbone import FC1, FC2, PROJ, QKV, HuggingFaceBackbone, biases
 
-# Hugging Face's names of the tanh approximation of GELU; NeMo's name for it is openai_gelu.
+# Hugging Face's names of the tanh approximation of GELU.
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
 _ERF_GELU = ("gelu", "gelu_python")
 
@@ -120,10 +121,10 @@ def _llama_like(reader: _ConfigReader, family: str, length: int, sequence_length
     reader.refuse_if(act not in ("silu", "swish"), f"hidden_act: {act!r} is not supported; supported are silu, swish")
     _check_sliding_window(reader, family, sequence_length)
     base, scaling = _rope(reader)
-    biases = {QKV} if family == "qwen2" else set()
+    linears = {QKV} if family == "qwen2" else set()
     if family == "llama":
-        biases |= {QKV, PROJ} if reader.get("attention_bias", False) else set()
-        biases |= {FC1, FC2} if reader.get("mlp_bias", False) else set()
+        linears |= {QKV, PROJ} if reader.get("attention_bias", False) else set()
+        linears |= {FC1, FC2} if reader.get("mlp_bias", False) else set()
     return HuggingFaceBackbone(
         family=family,
         num_layers=reader.size("num_hidden_layers"),
@@ -135,17 +136,16 @@ def _llama_like(reader: _ConfigReader, family: str, length: int, sequence_length
         vocab_size=reader.size("vocab_size"),
         max_position_embeddings=length,
         sequence_length=sequence_length,
-        normalization="rmsnorm",
+        layer_norm=False,
         norm_affine=True,
-        layernorm_epsilon=reader.number("rms_norm_eps", 1e-6),
-        activation="fast-swiglu",
-        openai_gelu=False,
-        linear_biases=frozenset(biases),
-        position_embedding_type="rope",
+        norm_epsilon=reader.number("rms_norm_eps", 1e-6),
+        hidden_act="silu",
+        learned_positions=False,
         rotary_base=base,
-        rope_scaling=scaling,
-        share_embeddings_and_output_weights=bool(reader.get("tie_word_embeddings", False)),
+        rotary_scaling=scaling,
+        tied=bool(reader.get("tie_word_embeddings", False)),
         init_method_std=reader.number("initializer_range", 0.02),
+        **biases(frozenset(linears)),
     )
 
 
@@ -170,7 +170,7 @@ def _check_sliding_window(reader: _ConfigReader, family: str, sequence_length: i
     )
 
 
-def _rope(reader: _ConfigReader) -> tuple[float, RopeScaling | None]:
+def _rope(reader: _ConfigReader) -> tuple[float, dict[str, Any] | None]:
     # transformers 5 writes rope_parameters, rope_theta in it; before, there were rope_theta and rope_scaling.
     parameters = reader.get("rope_parameters")
     scaling = parameters if parameters is not None else reader.get("rope_scaling")
@@ -193,28 +193,26 @@ def _rope(reader: _ConfigReader) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return base, None
     if kind == "linear":
-        return base, RopeScaling("linear", float(reader.number("factor", within=scaling)))
+        return base, linear_scaling(reader.number("factor", within=scaling))
     if kind == "llama3":
         low, high = (reader.number(name, within=scaling) for name in ("low_freq_factor", "high_freq_factor"))
         reader.refuse_if(low >= high, f"low_freq_factor: {low}, must be below high_freq_factor {high}")
-        original = int(reader.number("original_max_position_embeddings", within=scaling))
-        return base, RopeScaling(
-            "llama3", float(reader.number("factor", within=scaling)), float(low), float(high), original
-        )
+        original = reader.number("original_max_position_embeddings", within=scaling)
+        return base, llama3_scaling(reader.number("factor", within=scaling), low, high, original)
     reader.faults.append(f"rope type {kind!r} is not supported; supported are default, linear, llama3")
     return base, None
 
 
-def _plain_activation(reader: _ConfigReader, name: str, default: str) -> tuple[str, bool]:
-    """NeMo's (activation, openai_gelu) of an MLP without gate."""
+def _plain_activation(reader: _ConfigReader, name: str, default: str) -> str:
+    """`hidden_act` of an MLP without gate."""
     act = reader.get(name, default)
     if act in _TANH_GELU:
-        return "gelu", True
+        return "gelu"
     if act in _ERF_GELU:
-        return "gelu", False
+        return "gelu_erf"
     supported = ", ".join(("relu", *_ERF_GELU, *_TANH_GELU))
     reader.refuse_if(act != "relu", f"{name}: {act!r} is not supported; supported are {supported}")
-    return "relu", False
+    return "relu"
 
 
 def _layer_norm_family(
@@ -234,11 +232,11 @@ def _layer_norm_family(
         max_position_embeddings=length,
         # Learned positions are a stored matrix, whose rows NeMo counts by encoder_seq_length.
         sequence_length=length,
-        normalization="layernorm",
-        position_embedding_type="learned_absolute",
+        layer_norm=True,
+        learned_positions=True,
         rotary_base=10000.0,
-        rope_scaling=None,
-        share_embeddings_and_output_weights=bool(reader.get("tie_word_embeddings", True)),
+        rotary_scaling=None,
+        tied=bool(reader.get("tie_word_embeddings", True)),
         **others,
     )
 
@@ -254,7 +252,6 @@ def _gpt2(reader: _ConfigReader, family: str, length: int, sequence_length: int)
     reader.refuse_if(
         not reader.get("scale_attn_weights", True), "scale_attn_weights: false, unscaled attention is not supported"
     )
-    activation, openai_gelu = _plain_activation(reader, "activation_function", "gelu_new")
     hidden = reader.get("n_embd")
     return _layer_norm_family(
         reader,
@@ -263,11 +260,10 @@ def _gpt2(reader: _ConfigReader, family: str, length: int, sequence_length: int)
         ("n_embd", "n_layer", "n_head"),
         ffn_hidden_size=reader.size("n_inner", default=4 * hidden if isinstance(hidden, int) else 1),
         norm_affine=True,
-        layernorm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
-        activation=activation,
-        openai_gelu=openai_gelu,
-        linear_biases=frozenset({QKV, PROJ, FC1, FC2}),
+        norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
+        hidden_act=_plain_activation(reader, "activation_function", "gelu_new"),
         init_method_std=reader.number("initializer_range", 0.02),
+        **biases(frozenset({QKV, PROJ, FC1, FC2})),
     )
 
 
@@ -284,7 +280,6 @@ def _opt(reader: _ConfigReader, family: str, length: int, sequence_length: int) 
     reader.refuse_if(
         reader.get("_remove_final_layer_norm", False), "_remove_final_layer_norm: true, the final norm is needed"
     )
-    activation, openai_gelu = _plain_activation(reader, "activation_function", "relu")
     return _layer_norm_family(
         reader,
         family,
@@ -292,11 +287,10 @@ def _opt(reader: _ConfigReader, family: str, length: int, sequence_length: int) 
         ("hidden_size", "num_hidden_layers", "num_attention_heads"),
         ffn_hidden_size=reader.size("ffn_dim"),
         norm_affine=bool(reader.get("layer_norm_elementwise_affine", True)),
-        layernorm_epsilon=1e-5,
-        activation=activation,
-        openai_gelu=openai_gelu,
-        linear_biases=frozenset({QKV, PROJ, FC1, FC2} if reader.get("enable_bias", True) else ()),
+        norm_epsilon=1e-5,
+        hidden_act=_plain_activation(reader, "activation_function", "relu"),
         init_method_std=reader.number("init_std", 0.02),
+        **biases(frozenset({QKV, PROJ, FC1, FC2} if reader.get("enable_bias", True) else ())),
     )
 
 

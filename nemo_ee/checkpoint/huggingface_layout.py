@@ -133,7 +133,7 @@ def _biases(backbone: HuggingFaceBackbone, stored: dict[str, Callable[[], Canoni
 
 def _embeddings(backbone: HuggingFaceBackbone, name: str) -> dict[str, Canonical]:
     tensors = {"embedding.word_embeddings.weight": _whole(name, backbone.vocab_size, backbone.hidden_size)}
-    if not backbone.share_embeddings_and_output_weights:
+    if not backbone.tied:
         output = LAYOUTS[backbone.family].output_name
         tensors["output_layer.weight"] = _whole(output, backbone.vocab_size, backbone.hidden_size)
     return tensors

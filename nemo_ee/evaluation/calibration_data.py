@@ -9,20 +9,18 @@
 
 The guarantee counts independent prompts, so a document gives one unless the user wants more.
 
-May import: the standard library.
+May import: nemo_ee.evaluation.text_files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import hashlib
-import json
 import random
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from nemo_ee.evaluation.text_files import is_jsonl, read_json_lines, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +53,10 @@ def read_entries(path: Path) -> tuple[list[Entry], str]:
     Raises:
         ValueError: every fault of the file, with line numbers.
     """
-    try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        text = content.decode("utf-8")
-    except (OSError, EOFError, zlib.error) as fault:
-        raise ValueError(f"data={path} cannot be read ({fault}); check the name") from fault
-    except UnicodeDecodeError as fault:
-        raise ValueError(f"data={path} is not UTF-8 ({fault.reason} at byte {fault.start}); convert it") from fault
-    digest = hashlib.sha256(raw).hexdigest()
-    if ".jsonl" not in path.suffixes[-2:]:
+    text, digest = read_text("data", path)
+    if not is_jsonl(path):
         return [Entry(text, None, True)], digest
-    entries, faults = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                entries.append(_entry(json.loads(line)))
-            except (ValueError, RecursionError) as fault:
-                faults.append(f"{path}, line {number}: {fault}")
+    entries, faults = read_json_lines(path, text, _entry)
     if faults:
         more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
         raise ValueError("\n  ".join(faults[:10] + more))

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a generation run was asked for, read once from its config; every fault that needs no model, in one message.
 
-May import: the standard library, nemo_ee levels 0-1, nemo_ee.evaluation.decoding_config.
+May import: the standard library, nemo_ee levels 0-1, nemo_ee.evaluation.{decoding_config,text_files}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nemo_ee.evaluation.decoding_config import (
     switch_faults,
     whole_number_faults,
 )
+from nemo_ee.evaluation.text_files import is_jsonl, numbered_lines, read_json_lines, read_text
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 
@@ -200,39 +201,31 @@ def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
 def _prompts_of_file(path: Path, faults: list[str]) -> _Prompts:
     """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
     try:
-        # Split at newlines alone: a text may hold other separators.
-        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
-    except OSError as fault:
-        faults.append(f"prompts_file={path} cannot be read ({fault.strerror}); check the name")
+        text, _ = read_text("prompts_file", path)
+    except ValueError as fault:
+        faults.append(str(fault))
         return _NO_PROMPTS
-    except UnicodeDecodeError as fault:
-        faults.append(f"prompts_file={path} is not UTF-8 ({fault.reason} at byte {fault.start}); convert it")
-        return _NO_PROMPTS
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    lines = numbered_lines(text)
+    if not lines:
         faults.append(f"prompts_file={path} holds no prompt; put one on each line")
-    if path.suffix != ".jsonl":
-        return tuple(line for _, line in numbered), ({},) * len(numbered)
-    prompts, labels = [], []
-    for number, line in numbered:
-        try:
-            value = json.loads(line)
-        except ValueError as fault:
-            faults.append(f"{path}, line {number}: not JSON ({fault})")
-            continue
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            faults.append(f'{path}, line {number}: must be an object with a text under "prompt"')
-        elif not _is_writable(value):
-            faults.append(f"{path}, line {number}: holds half of a surrogate pair; write the whole character")
-        else:
-            prompts.append(value.pop("prompt"))
-            labels.append(value)
-            faults += (
-                f'{path}, line {number}: the key "{key}" is one that the output has itself; rename it or leave it out'
-                for key in value
-                if key in OUTPUT_KEYS
-            )
-    return tuple(prompts), tuple(labels)
+    if not is_jsonl(path):
+        return tuple(line for _, line in lines), ({},) * len(lines)
+    found, wrong = read_json_lines(path, text, _prompt_of_line)
+    faults += wrong
+    return tuple(prompt for prompt, _ in found), tuple(labels for _, labels in found)
+
+
+def _prompt_of_line(value: Any) -> tuple[str, dict[str, Any]]:
+    """The prompt of a line, and what else it says."""
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise ValueError('must be an object with a text under "prompt"')
+    if not _is_writable(value):
+        raise ValueError("holds half of a surrogate pair; write the whole character")
+    labels = {key: own for key, own in value.items() if key != "prompt"}
+    taken = ", ".join(f'"{key}"' for key in labels if key in OUTPUT_KEYS)
+    if taken:
+        raise ValueError(f"the key {taken} is one that the output has itself; rename it or leave it out")
+    return value["prompt"], labels
 
 
 def _is_writable(value: Any) -> bool:

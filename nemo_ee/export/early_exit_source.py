@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.checkpoint.portable import find_backbone
 from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
 from nemo_ee.exits.config import EarlyExitConfig
 
@@ -104,19 +105,14 @@ class EarlyExitSource:
         self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
 
     def _base_of_exits(self, given: str | Path | None) -> Path:
-        path = given or self.config.get("backbone_path")
-        if not path or not Path(path).exists():
-            raise ValueError(
-                f"{self.path} holds exits only; its base model ({str(path) if path else None!r}) was not found: give "
-                "backbone=<the .nemo the exits were tuned on>"
-            )
-        found = read_plain_config(Path(path)).get("backbone_fingerprint")
+        path = find_backbone(self.path, stored=self.config.get("backbone_path"), given=given, option="backbone")
+        found = read_plain_config(path).get("backbone_fingerprint")
         if None not in (found, self.fingerprint) and found != self.fingerprint:
             raise ValueError(
                 f"the exits were tuned on the backbone with fingerprint {self.fingerprint}, but {path} has {found}; "
                 "give the base model they were tuned on (backbone=...)"
             )
-        return Path(path)
+        return path
 
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of

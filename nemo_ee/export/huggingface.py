@@ -11,7 +11,7 @@
 Tensor by tensor: read once per directory, low-rank updates folded in, never more than one in memory. All of it goes to
 `<output>.partial`, which gets its name when everything is on disk; after a fault or an interruption nothing is left.
 
-May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
+May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export, nemo_ee.runtime.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from nemo_ee.export.huggingface_weights import num_bytes, write_json, write_weig
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
 from nemo_ee.export.remote_code import auto_map, remote_code
 from nemo_ee.export.safetensors_writer import DTYPES
 from nemo_ee.export.tensorrt_llm_early_exit import (
@@ -50,6 +51,8 @@ from nemo_ee.export.tensorrt_llm_early_exit import (
     threshold_block,
     threshold_faults,
 )
+from nemo_ee.runtime.config import read_config
+from nemo_ee.runtime.loader import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ class ExportSettings:
     shard_gigabytes: float = 5.0
     thresholds: float | Mapping[str, float] | None = None
     criterion: str = "max_probability"
+    parity_gigabytes: float = DEFAULT_GIGABYTES
     progress: bool = True
 
 
@@ -102,7 +106,7 @@ class Artefact:
     @property
     def tied(self) -> bool:
         """Whether the output projection is the word embeddings."""
-        return self.stock.backbone.share_embeddings_and_output_weights
+        return self.stock.backbone.tied
 
 
 def export_huggingface(settings: ExportSettings) -> Path:
@@ -146,7 +150,7 @@ def _setting_faults(settings: ExportSettings) -> list[str]:
     size = settings.shard_gigabytes
     if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
         faults.append(f"shard_gigabytes={size!r} must be a number above 0")
-    return faults
+    return faults + parity_setting_faults(settings.parity_gigabytes)
 
 
 def _exit_faults(settings: ExportSettings, source: EarlyExitSource) -> list[str]:
@@ -243,7 +247,7 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
 def _full(
     stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
 ) -> Artefact:
-    tied = stock.backbone.share_embeddings_and_output_weights
+    tied = stock.backbone.tied
     model = full_model(stock.backbone.num_layers, heads, tied=tied, write_output=not tied)
     kind = "full" if table is None else "early_exit"
     return Artefact(f"hf_{kind}", kind, stock, readings(stock.backbone, model, model.exits), table)
@@ -290,8 +294,18 @@ def _write(
                 copy_tokenizer(source, folder)
                 if artefact.table is not None:
                     models.append(copy_pytorch_package(folder, artefact.stock.family))
-        facts = _manifest_facts(settings, source, artefacts, digests, dtype)
+        parities = [_parity(partial / artefact.directory, settings.parity_gigabytes) for artefact in artefacts]
+        facts = _manifest_facts(settings, source, artefacts, digests, parities, dtype)
         write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
+
+
+def _parity(folder: Path, parity_gigabytes: float) -> dict[str, Any] | None:
+    try:
+        read_config(folder)
+    except ValueError as refusal:  # an OPT without its final norm
+        logger.info("%s: no parity digest (%s)", folder.name, refusal)
+        return None
+    return written_parity(folder, load_model, parity_gigabytes=parity_gigabytes)
 
 
 def _write_config(
@@ -323,6 +337,7 @@ def _manifest_facts(
     source: EarlyExitSource,
     artefacts: Sequence[Artefact],
     digests: Sequence[str],
+    parities: Sequence[dict[str, Any] | None],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     family = artefacts[0].stock.family
@@ -345,7 +360,8 @@ def _manifest_facts(
                 **_USES[artefact.kind],
                 "max_batch": None,
                 "digest": digest,
+                "parity": parity,
             }
-            for artefact, digest in zip(artefacts, digests, strict=True)
+            for artefact, digest, parity in zip(artefacts, digests, parities, strict=True)
         ],
     }

@@ -21,11 +21,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
 from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture, read_architecture
 
 FORMAT = "huggingface"  # of a directory, in the manifest
 CLASSES = {
@@ -85,10 +85,7 @@ def stock_configs(
         except ValueError as fault:
             faults = [str(fault)]
             continue
-        made = read_architecture(
-            backbone.nemo_config(), stored_rows=wanted.vocab_size, max_positions=None, erf_gelu=True
-        )
-        faults = list(_differences(wanted, made))
+        faults = list(_differences(wanted, backbone))
         if not faults:
             found.append(StockConfig(values, backbone))
     if not found:

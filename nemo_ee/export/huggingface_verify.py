@@ -23,7 +23,9 @@ from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface import ExportSettings, config_values, plan_artefacts
 from nemo_ee.export.huggingface_layout import Reading, parts_of, readings
 from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.parity import parity_faults
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+from nemo_ee.runtime.loader import load_model
 
 # What the importer's reader refuses in a source, and an export says of itself.
 _NOT_READ = ("_remove_final_layer_norm", "auto_map")
@@ -65,6 +67,8 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
             faults += _config_faults(config, artefact, source)
         if not faults:
             faults += _weight_faults(plan, files, source, dtype, artefact.get("digest"))
+    if not faults:
+        faults += parity_faults(artefact.get("parity"), folder, load_model)
     return faults
 
 
@@ -88,7 +92,7 @@ def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
     values = {key: value for key, value in config.items() if key not in _NOT_READ}
     # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
     backbone = backbone_from_config(values, 1)
-    layers, tied = backbone.num_layers, backbone.share_embeddings_and_output_weights
+    layers, tied = backbone.num_layers, backbone.tied
     if artefact["kind"] == "exit":
         shape = artefact["architecture"]
         exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
 from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
 from nemo_ee.export.tensorrt_llm_config import checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm_early_exit import (
@@ -54,6 +55,7 @@ from nemo_ee.export.tensorrt_llm_layout import (
     readings,
     stage_of,
 )
+from nemo_ee.export.tensorrt_llm_runtime import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class ExportSettings:
     max_position_embeddings: int | None = None
     thresholds: float | Mapping[str, float] | None = None
     criterion: str = "max_probability"
+    parity_gigabytes: float = DEFAULT_GIGABYTES
     progress: bool = True
 
     @property
@@ -139,7 +142,7 @@ def _setting_faults(settings: ExportSettings) -> list[str]:
             faults.append(f"{name}={value!r} must be a whole number of at least 1")
     if settings.dtype is not None and settings.dtype not in DTYPES:
         faults.append(f"dtype={settings.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
-    return faults
+    return faults + parity_setting_faults(settings.parity_gigabytes)
 
 
 def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Architecture, list[ExitConfig]]:
@@ -223,7 +226,12 @@ def _write(
                 )  # fmt: skip
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
         copy_tokenizer(source, partial / "tokenizer")
-        facts = _manifest_facts(settings, source, artefacts, table, dtype)
+        gigabytes = settings.parity_gigabytes
+        parities = [
+            written_parity(partial / artefact.directory, load_checkpoint, parity_gigabytes=gigabytes)
+            for artefact in artefacts
+        ]
+        facts = _manifest_facts(settings, source, artefacts, parities, table, dtype)
         model = copy_engine_file(partial, stock_class(architecture), settings.pipeline_parallel)
         write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
@@ -295,6 +303,7 @@ def _manifest_facts(
     settings: ExportSettings,
     source: EarlyExitSource,
     artefacts: Sequence[Artefact],
+    parities: Sequence[dict[str, Any] | None],
     table: list[dict[str, Any]],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -311,8 +320,9 @@ def _manifest_facts(
             "lossless": True if artefact.exit is None else "with trtllm_ckpt as the target; not when served alone",
             "kv": "its own, every layer writes every position",
             "max_batch": None,
+            "parity": parity,
         }
-        for artefact in artefacts
+        for artefact, parity in zip(artefacts, parities, strict=True)
     ]
     return {
         "targets": TARGETS,

@@ -9,7 +9,7 @@
 
 Fields and classes: TensorRT-LLM 0.20 to 1.2.1. Anything that no stock class computes the same way is refused.
 
-May import: nemo_ee.export.architecture.
+May import: nemo_ee.checkpoint.architecture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.export.architecture import Architecture
+from nemo_ee.checkpoint.architecture import Architecture
 
 
 def stock_class(a: Architecture) -> str:

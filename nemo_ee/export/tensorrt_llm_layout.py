@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from nemo_ee.checkpoint.architecture import Architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture
 from nemo_ee.export.early_exit_source import EMBEDDING, Origin
 from nemo_ee.export.model_origins import Model
 from nemo_ee.export.tensorrt_llm_config import stock_class

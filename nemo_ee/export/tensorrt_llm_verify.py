@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.architecture import Architecture, read_architecture
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
 from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.parity import parity_faults
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 from nemo_ee.export.tensorrt_llm_checkpoint import part_of
 from nemo_ee.export.tensorrt_llm_config import architecture_of, checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm_layout import Reading, rank_shapes, readings
+from nemo_ee.export.tensorrt_llm_runtime import load_checkpoint
 
 
 def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
@@ -61,6 +63,8 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
         faults += [f"{path.name}: {fault}" for fault in _header_faults(path, shapes, dtype)]
     if source is not None and not faults:
         faults += _weight_faults(folder, plan, source, dtype, tp, pp)
+    if not faults:
+        faults += parity_faults(artefact.get("parity"), folder, load_checkpoint)
     return faults
 
 

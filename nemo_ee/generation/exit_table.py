@@ -7,7 +7,7 @@ full-depth run. So at a position of a known text an exit's distribution does not
 and one full-depth pass that asks every exit at every position holds all that any policy would see there. Only the cap
 on waiting tokens looks back; it is replayed.
 
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{descent,items,sampling,scoring}`.
+May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{items,known_text,sampling}`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.generation.descent import pick_rows
-from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
+from nemo_ee.generation.items import DecodingModel, ExitPoint
+from nemo_ee.generation.known_text import KnownTextPass
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
-from nemo_ee.generation.scoring import LOGITS_PER_QUESTION
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +140,6 @@ class TablePass:
             raise ValueError(f"exits {unknown} are not the model's; its exits are {', '.join(known) or 'none'}")
         self.model, self.criterion = model, criterion
         self.exits = tuple(point for point in model.exits if exits is None or point.name in exits)
-        self.device = getattr(model, "device", torch.device("cpu"))
 
     @torch.inference_mode()
     def run(
@@ -158,12 +156,10 @@ class TablePass:
             sampling: how each continuation was chosen, so that an exit's own token is the one it would give under the
                 same random numbers; None = greedily.
         """
-        fed = [list(own[:-1]) for own in sequences]  # the last token predicts nothing that is compared
-        items = Items.of({index: range(len(own)) for index, own in enumerate(fed)}, self.device)
-        cache = self.model.new_cache(len(fed), max(map(len, fed)), tuple(point.name for point in self.exits))
+        text = KnownTextPass(self.model, sequences, tuple(point.name for point in self.exits))
         lengths = [len(own) - context for own, context in zip(sequences, num_context, strict=True)]
-        batch = _Batch(sequences, items, num_context, sampling or [GREEDY] * len(fed))
-        shape = (len(fed), max(lengths))
+        batch = _Batch(sequences, text.first_rows, num_context, sampling or [GREEDY] * len(sequences))
+        shape = (len(sequences), max(lengths))
         table = ExitTable(
             exits=self.exits,
             num_layers=self.model.num_layers,
@@ -173,34 +169,23 @@ class TablePass:
             agrees=torch.zeros(*shape, len(self.exits), dtype=torch.bool),
             logprobs=torch.zeros(*shape, len(self.exits) + 1),
         )
-        flat = torch.tensor([token for own in fed for token in own], dtype=torch.long, device=self.device)
-        hidden, depth = self.model.embed(flat, items), 0
-        for stop in sorted({*(point.stop for point in self.exits), 2 * self.model.num_layers}):
-            hidden, depth = self.model.run(hidden, items, depth, stop, cache), stop
+        for stop in text.run_to({*(point.stop for point in self.exits), 2 * self.model.num_layers}):
             for index, point in enumerate(self.exits):
                 if point.stop == stop:
-                    self._ask(point.name, index, hidden, batch, cache, table)
-        self._ask(None, len(self.exits), hidden, batch, cache, table)
+                    self._ask(point.name, index, text, batch, table)
+        self._ask(None, len(self.exits), text, batch, table)
         return table
 
-    def _ask(
-        self, name: str | None, index: int, hidden: Tensor, batch: _Batch, cache: object, table: ExitTable
-    ) -> None:
-        """Fill one exit's column; a `layer` exit hears of the prompts first, because its questions attend to them."""
-        if name is not None:
-            others = sorted(set(range(len(batch.items))) - set(batch.rows))
-            if others:
-                self.model.observe_exit(name, *pick_rows(hidden, batch.items, others), cache)
-        at_once = max(1, LOGITS_PER_QUESTION // self.model.vocab_size)
-        # The first new token is the final exit's whatever the policy, but its row is asked about like any other: it is
-        # the last of the prompt, and an exit that attends must have heard of it before the next.
-        for begin in range(0, len(batch.rows), at_once):
-            rows, cells = batch.rows[begin : begin + at_once], batch.cells[begin : begin + at_once]
-            logits = self.model.exit_logits(name, *pick_rows(hidden, batch.items, rows), cache)
+    def _ask(self, name: str | None, index: int, text: KnownTextPass, batch: _Batch, table: ExitTable) -> None:
+        """Fill one exit's column.
+
+        The first new token is the final exit's whatever the policy, but its row is asked about like any other: it is
+        the last of the prompt, and an exit that attends must have heard of it before the next.
+        """
+        for rows, logits, tokens, logprobs in text.ask(name, list(batch.cells)):
+            cells = [batch.cells[row] for row in rows]
             where = tuple(torch.tensor(cells).T)
-            tokens = torch.tensor([batch.token(cell) for cell in cells], device=logits.device)
-            chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
-            table.logprobs[(*where, index)] = chosen.float().cpu()
+            table.logprobs[(*where, index)] = logprobs.float().cpu()
             if name is not None:
                 table.confidences[(*where, index)] = confidence(logits, self.criterion).cpu()
                 table.agrees[(*where, index)] = batch.own_tokens(logits, cells) == tokens.cpu()
@@ -212,22 +197,17 @@ class _Batch:
     def __init__(
         self,
         sequences: Sequence[Sequence[int]],
-        items: Items,
+        first_rows: Sequence[int],
         num_context: Sequence[int],
         sampling: Sequence[SamplingParams],
     ) -> None:
-        self.sequences, self.items, self.num_context, self.sampling = sequences, items, num_context, sampling
-        self.rows: list[int] = []  # ascending
-        self.cells: list[tuple[int, int]] = []  # of the table
-        for group, own, context in zip(items.groups, sequences, num_context, strict=True):
-            for offset in range(len(own) - context):
-                self.rows.append(group.first_row + context - 1 + offset)
-                self.cells.append((group.sequence, offset))
-
-    def token(self, cell: tuple[int, int]) -> int:
-        """The continuation's token."""
-        sequence, offset = cell
-        return self.sequences[sequence][self.num_context[sequence] + offset]
+        self.sequences, self.num_context, self.sampling = sequences, num_context, sampling
+        # Row, ascending, -> cell of the table.
+        self.cells = {
+            first_row + context - 1 + offset: (index, offset)
+            for index, (first_row, own, context) in enumerate(zip(first_rows, sequences, num_context, strict=True))
+            for offset in range(len(own) - context)
+        }
 
     def own_tokens(self, logits: Tensor, cells: Sequence[tuple[int, int]]) -> Tensor:
         """What these logits `[m, v]` would choose at these cells. `[m]`, int64, on the CPU."""

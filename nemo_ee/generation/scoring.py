@@ -7,7 +7,7 @@ known text needs no token-by-token decoding. It runs once at full depth, the exi
 and each sequence's decisions are then replayed in order (only the cap on waiting tokens makes them depend on earlier
 ones). The result is that of feeding the text token by token.
 
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{descent,items,policy,stats}`.
+May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{items,known_text,policy,stats}`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.generation.descent import pick_rows
-from nemo_ee.generation.items import DecodingModel, ExitPoint, Items
+from nemo_ee.generation.items import DecodingModel, ExitPoint
+from nemo_ee.generation.known_text import KnownTextPass
 from nemo_ee.generation.policy import Course
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
-
-# Rows of logits asked for at a time: at most this many numbers, 64 MiB in fp32.
-LOGITS_PER_QUESTION = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,48 +65,36 @@ class Scorer:
     def __init__(self, model: DecodingModel, course: Course) -> None:
         self.model, self.course = model, course
         self.exits, self.criterion, self.max_waiting = course.exits, course.criterion, course.max_waiting
-        self.device = getattr(model, "device", torch.device("cpu"))
         self.asked = dict.fromkeys((*course.exit_names, FINAL), 0)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]], num_context: Sequence[int]) -> ScoreResult:
         """Score `sequences[i][num_context[i]:]`, every sequence longer than its context and that at least 1."""
-        model = self.model
-        # The last token of a sequence predicts nothing that is scored, so it is never run.
-        fed = [list(own[:-1]) for own in sequences]
-        positions = {index: range(len(own)) for index, own in enumerate(fed)}
-        items = Items.of(positions, self.device)
-        cache = model.new_cache(len(fed), max(len(own) for own in fed), self.course.exit_names)
-        tokens = torch.tensor([token for own in fed for token in own], dtype=torch.long, device=self.device)
-        targets = torch.tensor([token for own in sequences for token in own[1:]], dtype=torch.long)
+        static = self.course.end
+        end = 2 * self.model.num_layers if static is None else static.stop
+        text = KnownTextPass(self.model, sequences, self.course.exit_names)
+        first_rows, lengths = text.first_rows, [len(own) - 1 for own in sequences]
         # A context's last row is read from the final exit, as after a prompt; the rows after it are asked.
-        first_rows = [group.first_row for group in items.groups]
         asking = [
             row + position
-            for row, own, context in zip(first_rows, fed, num_context, strict=True)
-            for position in range(context, len(own))
+            for row, length, context in zip(first_rows, lengths, num_context, strict=True)
+            for position in range(context, length)
         ]
-
-        hidden = model.embed(tokens, items)
         early: dict[int, _Answer] = {}
-        static = self.course.end
-        depth, end = 0, 2 * model.num_layers if static is None else static.stop
-        for stop in sorted({*(exit.point.stop for exit in self.exits), end}):
-            hidden = model.run(hidden, items, depth, stop, cache)
-            depth = stop
+        for stop in text.run_to({*(exit.point.stop for exit in self.exits), end}):
             for exit in self.exits:
                 if exit.point.stop == stop:
                     asked = [row for row in asking if row not in early]
-                    early |= self._ask(exit.point, exit.threshold, hidden, items, targets, asked, cache)
+                    early |= self._ask(text, exit.point, exit.threshold, asked)
         final_rows = []
-        for row, own, context in zip(first_rows, fed, num_context, strict=True):
-            final_rows += self._read_from_final(row, context, len(own), early)
-        final = self._ask(static, None, hidden, items, targets, final_rows, cache)
+        for row, length, context in zip(first_rows, lengths, num_context, strict=True):
+            final_rows += self._read_from_final(row, context, length, early)
+        final = self._ask(text, static, None, final_rows)
         answers = [
-            [(early | final)[row + position] for position in range(context - 1, len(own))]
-            for row, own, context in zip(first_rows, fed, num_context, strict=True)
+            [(early | final)[row + position] for position in range(context - 1, length)]
+            for row, length, context in zip(first_rows, lengths, num_context, strict=True)
         ]
-        return self._result(sequences, num_context, answers, len(items) * end / 2)
+        return self._result(sequences, num_context, answers, len(text.items) * end / 2)
 
     def _read_from_final(self, first_row: int, context: int, length: int, early: dict[int, _Answer]) -> list[int]:
         """Replay one sequence's decisions; those the cap forces to full depth lose their early answer."""
@@ -127,37 +111,13 @@ class Scorer:
         return rows
 
     def _ask(
-        self,
-        point: ExitPoint | None,
-        threshold: float | None,
-        hidden: Tensor,
-        items: Items,
-        targets: Tensor,
-        asked: Sequence[int],
-        cache: object,
+        self, text: KnownTextPass, point: ExitPoint | None, threshold: float | None, asked: Sequence[int]
     ) -> dict[int, _Answer]:
-        """Ask an exit about these rows (ascending), a chunk at a time; keep the answers that are sure, without a
-        threshold all.
-
-        It is told of all other rows first: a `layer` exit's question attends to every position before its own.
-        """
+        """Ask an exit about these rows (ascending); keep the answers that are sure, without a threshold all."""
         name = None if point is None else point.name
-        rows_at_once = max(1, LOGITS_PER_QUESTION // self.model.vocab_size)
-        if name is not None:
-            others = sorted(set(range(len(items))) - set(asked))
-            if others:
-                self.model.observe_exit(name, *pick_rows(hidden, items, others), cache)
         answers: dict[int, _Answer] = {}
-        for begin in range(0, len(asked), rows_at_once):
-            rows = asked[begin : begin + rows_at_once]
-            logits = self.model.exit_logits(name, *pick_rows(hidden, items, rows), cache)
-            target = targets[rows].to(logits.device)
-            chosen = logits.gather(1, target[:, None])[:, 0]
-            columns = (
-                confidence(logits, self.criterion),
-                chosen - logits.logsumexp(dim=1),
-                logits.argmax(dim=1) == target,
-            )
+        for rows, logits, tokens, logprobs in text.ask(name, asked):
+            columns = (confidence(logits, self.criterion), logprobs, logits.argmax(dim=1) == tokens)
             sure = [True] * len(rows)
             if threshold is not None:
                 sure = leaves(columns[0], threshold, self.criterion).tolist()

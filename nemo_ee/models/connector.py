@@ -4,7 +4,8 @@
 
     complete      model_config.yaml, tokenizer/ and other artifacts, model_weights/ (the source's, byte for byte),
                   exit_weights/ (a distributed checkpoint of its own)
-    exits-only    the same without model_weights/; `backbone_path` in the config names the base
+    exits-only    the same without model_weights/; `backbone_path` in the config says where the base was, seen from the
+                  file (checkpoint/portable.py)
     with low-rank updates (`train: lora`, not merged): lora_weights/ beside model_weights/, which stays the source's;
                   read as W + B A unless the run trains them on
     base          any plain GPT `.nemo`: its exits, if the config asks for some, start as their `init` says
@@ -35,6 +36,13 @@ from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.low_rank_weights import MergedSource
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
+from nemo_ee.checkpoint.portable import (
+    find_backbone,
+    forget_folder,
+    portable_tokenizer,
+    stored_backbone_path,
+    without_machine_paths,
+)
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.megatron.backbone_training import low_rank_shards, merged_backbone_to_save
 from nemo_ee.models.run_config import without_training_setup
@@ -109,7 +117,10 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             complete = archive.has(BACKBONE)
             if archive.has(LORA):
                 _refuse_other_rank(stored, conf, restore_path)
-        backbone_path = Path(restore_path) if complete else _backbone_of(conf, restore_path)
+        backbone_path = Path(restore_path)
+        if not complete:
+            stored_path, given = stored.get("backbone_path"), conf.get("backbone_path")
+            backbone_path = find_backbone(restore_path, stored=stored_path, given=given)
         expected = stored.get("backbone_fingerprint")
         found = expected if complete else read_config(backbone_path).get("backbone_fingerprint")
         _refuse_other_backbone(expected, found, backbone_path)  # before gigabytes are unpacked
@@ -180,6 +191,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 dist_checkpointing.save(backbone, work / BACKBONE)
             _barrier()
             if is_global_rank_zero():
+                for metadata in work.glob("*/.metadata"):
+                    forget_folder(metadata.parent)
                 self._write(model, output, work, source)
         finally:
             if is_global_rank_zero():
@@ -204,7 +217,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 entries[BACKBONE] = stack.enter_context(NemoArchive(source)) if source else work / BACKBONE
                 config.pop("backbone_path", None)
             else:
-                config.backbone_path = source  # absolute, see restore_from
+                config.backbone_path = stored_backbone_path(source, output) if source else None
+                logging.info(f"{output}: exits only, its base is looked for at {config.backbone_path}, seen from it")
             restored = getattr(model, "restored_path", None)
             if restored is not None:
                 archive = stack.enter_context(NemoArchive(restored))
@@ -214,7 +228,10 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 if tokenizer is not None:
                     config.tokenizer = tokenizer
             entries.update(getattr(model, "bundled_files", {}))
-            entries[CONFIG] = OmegaConf.to_yaml(config)
+            plain = without_machine_paths(OmegaConf.to_container(config, resolve=True))
+            plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], entries)
+            entries.update(files)
+            entries[CONFIG] = OmegaConf.to_yaml(OmegaConf.create(plain))
             write_nemo(output, entries)
         logging.info(f"wrote {output}")
 
@@ -282,16 +299,6 @@ def _refuse_other_rank(stored: DictConfig, conf: DictConfig, path: str) -> None:
             f"{path} holds low-rank updates of rank {kept} and model.early_exit.lora.rank={wanted} asks for another; "
             f"set model.early_exit.lora.rank={kept}"
         )
-
-
-def _backbone_of(conf: DictConfig, restore_path: str) -> Path:
-    path = conf.get("backbone_path")
-    if not path or not Path(path).exists():
-        raise ValueError(
-            f"{restore_path} holds exits only; its base model ({path!r}) was not found: "
-            "give model.backbone_path=<the .nemo the exits were tuned on>"
-        )
-    return Path(path)
 
 
 def _cast(sharded_state_dict: dict, dtype: torch.dtype | None) -> None:

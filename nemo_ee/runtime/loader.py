@@ -55,6 +55,21 @@ def load_model(
     return RuntimeModel(config, weights, dtype)
 
 
+def model_of_files(config: RuntimeConfig, files: Mapping[str, Any], origin: Path) -> RuntimeModel:
+    """A model in fp32 on the CPU, from tensors that are named as in a directory of the config's family.
+
+    Args:
+        files: name -> an open safetensors file that holds it, or anything else with its `get_tensor` and `get_slice`.
+        origin: what messages name.
+
+    Raises:
+        ValueError: a tensor is missing or does not fit the config.
+    """
+    tensors = _Tensors(origin, torch.device("cpu"), torch.float32)
+    tensors._files |= files
+    return RuntimeModel(config, _Reader(config, tensors).weights(), torch.float32)
+
+
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer (transformers).
 

@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> None:
                 shard_gigabytes=cfg.shard_gigabytes,
                 thresholds=OmegaConf.to_container(cfg).get("thresholds"),
                 criterion=cfg.criterion,
+                parity_gigabytes=cfg.parity_gigabytes,
                 progress=cfg.progress,
             )
         )

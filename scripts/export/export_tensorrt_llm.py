@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> None:
                 max_position_embeddings=cfg.max_position_embeddings,
                 thresholds=OmegaConf.to_container(cfg).get("thresholds"),
                 criterion=cfg.criterion,
+                parity_gigabytes=cfg.parity_gigabytes,
                 progress=cfg.progress,
             )
         )

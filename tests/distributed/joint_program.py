@@ -46,9 +46,9 @@ def write_starts(folder: Path) -> None:
     """`llama.nemo`, `gpt2.nemo` (tied, learned positions) of four layers, and `data.{bin,idx}`."""
     import torch
 
-    from tests.functional.test_convert import run_convert, with_tokenizer
     from tests.helpers.huggingface_models import save_tiny_model
     from tests.helpers.megatron_models import write_data
+    from tests.helpers.nemo_files import run_convert, with_tokenizer
 
     depth = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
     for name, changes in depth.items():

@@ -1,10 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The Hugging Face export as a user starts it: other sources, refusals, interruption, memory, verification."""
+"""The Hugging Face export as a user starts it: other sources, refusals, interruption, memory."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import weakref
 from pathlib import Path
@@ -18,16 +17,16 @@ from tests.helpers.megatron_models import exit_entry, relative_difference
 
 import torch  # isort: skip  # after the CPU host is on
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nemo_ee.export.early_exit_source import EarlyExitSource
-from nemo_ee.export.manifest import MANIFEST, sha256_of
+from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.export.verify import verify_export
-from tests.functional.test_convert import members, restore, rewritten
-from tests.functional.test_export_faults import copied, run_script
+from tests.functional.test_export_faults import run_script
 from tests.functional.test_export_huggingface import TOLERANCE, Made, export, stock
 from tests.functional.test_export_tensorrt_llm import moved
 from tests.helpers.huggingface_models import reference_logits as transformers_logits
+from tests.helpers.nemo_files import members, restore, rewritten
 
 EXITS = [exit_entry(1, "mlp"), exit_entry(2, "layer", output="shared"), exit_entry(3, "embedding")]
 MLP, LAYER, EMBEDDING = (exit["name"] for exit in EXITS)
@@ -36,12 +35,6 @@ MLP, LAYER, EMBEDDING = (exit["name"] for exit in EXITS)
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("llama"), "llama", EXITS)
-
-
-@pytest.fixture(scope="module")
-def restorable(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Without a tokenizer/ in its `.nemo`, which would have to be a tokenizer."""
-    return Made(tmp_path_factory.mktemp("plain"), "llama", EXITS, bundled=False)
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +101,20 @@ def test_several_files_with_an_index_are_the_same_model(one: Made, exported: Pat
     load_model(output / "hf_early_exit")
 
 
-def test_exits_only_and_base_give_the_complete_file_s_export(restorable: Made, tmp_path: Path) -> None:
-    model = restore(restorable.path, exits_only=True)
+def test_exits_only_and_base_give_the_complete_file_s_export(one: Made, tmp_path: Path) -> None:
+    model = restore(one.path, exits_only=True)
     small = tmp_path / "exits.nemo"
     model._save_restore_connector.save_to(model, str(small))
-    whole = export(restorable.path, tmp_path / "whole")
-    parts = export(small, tmp_path / "parts", backbone=restorable.path)
+    whole = export(one.path, tmp_path / "whole")
+    parts = export(small, tmp_path / "parts", backbone=one.path)
     files = [file.relative_to(whole) for file in whole.rglob("*.safetensors")]
     assert len(files) == 4 and all((whole / file).read_bytes() == (parts / file).read_bytes() for file in files)
 
 
-def test_low_rank_updates_of_the_backbone_are_merged(restorable: Made, tmp_path: Path) -> None:
+def test_low_rank_updates_of_the_backbone_are_merged(one: Made, tmp_path: Path) -> None:
     from nemo_ee.models.full_model import full_model_logits
 
-    one = restorable
+    one = one
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
     moved(model)
     model.save_to(str(tmp_path / "lora.nemo"))
@@ -263,167 +256,3 @@ def test_one_tensor_is_in_memory_at_a_time(one: Made, tmp_path: Path, monkeypatc
     monkeypatch.setattr(EarlyExitSource, "read", read)
     export(one.path, tmp_path / "out")
     assert count > 60
-
-
-# -- verification ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mistral"])
-def test_a_good_export_has_no_faults(name: str, tmp_path: Path) -> None:
-    made = Made(tmp_path / "made", name, EXITS)
-    output = export(made.path, tmp_path / "out")
-    assert (output / f"hf_exit_{EMBEDDING}").exists() == (name == "opt")
-    assert verify_export(output) == [] and verify_export(output, made.path) == []
-
-
-def _changed(folder: Path, change) -> None:  # noqa: ANN001
-    """Change a file's tensors and bring the manifest's hashes up to date, so that only the format's checks notice."""
-    path = folder / "hf_early_exit" / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
-    hash_again(folder)
-
-
-def hash_again(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, entry in manifest["files"].items():
-        entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-KEY = f"exit_heads.{MLP}.mlp.up_proj.weight"
-CHANGES = {
-    "renamed": (lambda t: t.__setitem__("x", t.pop(KEY)), [f"{KEY} is missing", "x does not belong there"]),
-    "cut": (lambda t: t.__setitem__(KEY, t[KEY][1:].clone()), [f"{KEY} has shape [55, 40], must be [56, 40]"]),
-    "cast": (lambda t: t.__setitem__(KEY, t[KEY].half()), [f"{KEY} is F16, config.json says F32"]),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_files_that_the_format_does_not_ask_for(change: str, exported: Path, tmp_path: Path) -> None:
-    folder = copied(exported, tmp_path / "copy")
-    _changed(folder, CHANGES[change][0])
-    assert verify_export(folder) == [f"hf_early_exit: {fault}" for fault in CHANGES[change][1]]
-
-
-def test_changed_numbers_show_against_the_source(exported: Path, one: Made, tmp_path: Path) -> None:
-    folder = copied(exported, tmp_path / "copy")
-    _changed(folder, lambda tensors: tensors[KEY][0, 0].add_(1.0))
-    (fault,) = verify_export(folder)
-    assert fault.startswith("hf_early_exit: the manifest's digest is ") and ", that of the files is " in fault
-    origin = f"{MLP}.mlp.linear_fc1.weight of the .nemo"
-    assert verify_export(folder, one.path) == [f"hf_early_exit: {KEY} differs from {origin}"]
-
-
-def test_a_digest_says_which_numbers_whatever_the_files(exported: Path, one: Made, tmp_path: Path) -> None:
-    """The definition, written out again here; the same for other files, another one for other numbers."""
-    lines = []
-    for name, tensor in tensors_of(exported / "hf_early_exit").items():
-        content = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        lines.append(f"{name} F32 {'x'.join(map(str, tensor.shape))} {content}\n")
-    expected = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-    def stated(folder: Path) -> dict[str, str]:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return {artefact["directory"]: artefact["digest"] for artefact in manifest["artefacts"]}
-
-    assert stated(exported)["hf_early_exit"] == expected and len(set(stated(exported).values())) == 4
-    assert stated(export(one.path, tmp_path / "sharded", shard_gigabytes=30_000 / 1e9)) == stated(exported)
-    rounded = stated(export(one.path, tmp_path / "rounded", dtype="bfloat16"))
-    assert not set(rounded.values()) & set(stated(exported).values())
-
-
-def test_what_an_artefact_is_for_is_in_the_manifest(exported: Path) -> None:
-    manifest = json.loads((exported / MANIFEST).read_text())
-    found = {a["kind"]: (a["lossless"], a["kv"], a["max_batch"]) for a in manifest["artefacts"]}
-    assert found["full"] == (True, "its own, every layer writes every position", None)
-    assert found["exit"][0].startswith("with hf_full as the target") and found["early_exit"][1] == "carry"
-
-
-def test_a_config_that_the_export_did_not_write_shows_against_the_source(
-    exported: Path, one: Made, tmp_path: Path
-) -> None:
-    folder = copied(exported, tmp_path / "copy")
-    for name in ("hf_full", f"hf_exit_{MLP}", "hf_early_exit"):
-        path = folder / name / "config.json"
-        values = json.loads(path.read_text()) | {"rope_theta": 5e5}
-        values.pop("rms_norm_eps")
-        path.write_text(json.dumps(values))
-    hash_again(folder)
-    assert verify_export(folder) == []
-    faults = verify_export(folder, one.path)
-    assert len(faults) == 6
-    assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in faults
-    assert any("hf_full: config.json: rms_norm_eps is absent, must be" in fault for fault in faults)
-
-
-def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
-    folder = export(one.path, tmp_path / "out", targets=("full",), shard_gigabytes=30_000 / 1e9)
-    path = folder / "hf_full" / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    name = "model.embed_tokens.weight"
-    right, wrong = index["weight_map"][name], index["weight_map"]["model.norm.weight"]
-    index["weight_map"][name] = wrong
-    path.write_text(json.dumps(index))
-    hash_again(folder)
-    assert verify_export(folder) == [f"hf_full: {name} is in {right}, {path.name} says {wrong}"]
-
-
-# -- what the runtime refuses ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"model_type": "bloom"}, "model_type='bloom' is not run here; supported are gpt2, llama"),
-        ({"hidden_act": "gelu", "rope_scaling": {"rope_type": "yarn"}}, "activation 'gelu'.*rope type 'yarn'"),
-        ({"early_exit": {"exits": [{"name": "x", "layer": 9, "architecture": "mlp"}]}}, "is no exit of a model of 3"),
-        ({"hidden_size": None}, "hidden_size=None must be a whole number"),
-        ({"vocab_size": 200}, "embed_tokens.weight has shape .* does not fit"),
-        ({"intermediate_size": 30}, "up_proj.weight has shape"),
-        ({"mlp_bias": True}, "mlp.gate_proj.bias is missing; export again"),
-        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "low_freq_factor=None must .*high_freq_factor=None",
-        ),
-        ({"head_dim": 9}, "head_dim=9: rotary positions need an even number"),
-        (
-            {"early_exit": {"exits": 2 * [{"name": "x", "layer": 1, "architecture": "norm"}]}},
-            "two exits are called 'x'",
-        ),
-    ],
-)
-def test_directories_the_runtime_refuses(changes: dict[str, Any], fault: str, exported: Path, tmp_path: Path) -> None:
-    from nemo_ee.runtime.loader import load_model
-
-    folder = copied(exported / "hf_early_exit", tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=fault):
-        load_model(folder)
-
-
-def test_damaged_directories_the_runtime_refuses(exported: Path, tmp_path: Path) -> None:
-    from nemo_ee.runtime.loader import load_model, load_tokenizer
-
-    folder = copied(exported / "hf_early_exit", tmp_path / "copy")
-    with pytest.raises(ValueError, match="no tokenizer in it"):
-        load_tokenizer(folder)
-    with pytest.raises(ValueError, match="dtype='int4' must be one of"):
-        load_model(folder, dtype="int4")
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="missing or damaged"):
-        load_model(folder)
-    index = {"weight_map": {"x": "../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="names files outside"):
-        load_model(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        load_model(folder)
-    with pytest.raises(ValueError, match="no config.json"):
-        load_model(tmp_path)

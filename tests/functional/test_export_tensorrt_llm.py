@@ -259,7 +259,8 @@ def test_a_draft_s_logits_are_the_exit_s(name: str, tp: int, made, tmp_path: Pat
 def test_which_exits_are_drafts_is_a_choice(made, tmp_path: Path) -> None:
     one = made("llama")
     output = export(one.path, tmp_path / "out", exits=(), drafts=(DRAFTS[0],))
-    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [f"draft_{DRAFTS[0]}", "trtllm_ckpt"]
+    folders = sorted(path.name for path in output.iterdir() if path.is_dir())
+    assert folders == [f"draft_{DRAFTS[0]}", "tokenizer", "trtllm_ckpt"]
     assert read_config(output / "trtllm_ckpt")["early_exit"] == {"exits": []}
     ranks = read_ranks(output / "trtllm_ckpt")
     assert ranks == backbone_only(ranks)
@@ -283,7 +284,7 @@ def test_numbers_are_rounded_to_the_asked_dtype(made, tmp_path: Path) -> None:
 
 def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Path) -> None:
     one = made("llama")
-    from tests.functional.test_convert import restore
+    from tests.helpers.nemo_files import restore
 
     model = restore(one.path, exits_only=True)
     small = tmp_path / "exits.nemo"
@@ -295,7 +296,7 @@ def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Pat
 
 def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> None:
     from nemo_ee.models.full_model import full_model_logits
-    from tests.functional.test_convert import restore
+    from tests.helpers.nemo_files import restore
 
     one = made("llama")
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})

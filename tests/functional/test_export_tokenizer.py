@@ -19,8 +19,8 @@ from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from tests.functional import test_export_tensorrt_llm
-from tests.functional.test_convert import members, rewritten
 from tests.functional.test_export_huggingface import Made, export, stock
+from tests.helpers.nemo_files import members, rewritten
 
 EXITS = [exit_entry(1, "norm"), exit_entry(2, "mlp")]
 HOSTILE = {

@@ -11,7 +11,6 @@ import re
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,6 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_siz
 import torch  # isort: skip  # after the CPU host is on
 
 from tests.helpers.huggingface_models import save_tiny_model
-from tests.helpers.stub_models import ScriptedModel, exit_points
 
 SCRIPT = "megatron_gpt_early_exit_generate"
 EXITS = [
@@ -297,92 +295,6 @@ def test_a_bad_request_ends_the_process_with_one_message_before_nemo_is_loaded()
     assert "NeMo" not in ran.stdout + ran.stderr.replace(".nemo", "")
 
 
-# -- lengths, on a model that answers by script ---------------------------------------------------------------------
-
-
-class Letters:
-    """One token per character; `$` ends a text."""
-
-    bos_id, eos_id = None, ord("$")
-
-    def text_to_ids(self, text: str) -> list[int]:
-        return [ord(char) for char in text]
-
-    def ids_to_text(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-
-def scripted(**changes: Any):
-    """A generator over a model that wants to end at once and would otherwise say `b`."""
-    from nemo_ee.evaluation.generate import TextGenerator
-    from nemo_ee.evaluation.generation_request import GenerationRequest
-    from nemo_ee.generation.policy import ExitPolicy
-    from nemo_ee.generation.sampling import GREEDY
-
-    request = GenerationRequest(
-        **{
-            "path": Path("x.nemo"), "prompts": (), "labels": (), "mode": "early_exit", "policy": ExitPolicy(0.5),
-            "sampling": GREEDY, "end_strings": (), "min_new_tokens": 0, "max_new_tokens": 6, "add_bos": None,
-            "stop_on_eos": True, "batch_size": 2, "colour": "never", "output": None, **changes,
-        }
-    )  # fmt: skip
-    model = ScriptedModel(4, exit_points(("early", 2, 4)), lambda exit, token, position: (ord("$"), 0.9), 128)
-    return TextGenerator(model, Letters(), request)
-
-
-def test_the_end_of_text_token_ends_an_answer():
-    answers = list(scripted().generate(["ab", "c", "d"]))
-    assert [answer.text for answer in answers] == ["$", "$", "$"]
-    assert [answer.finish_reason for answer in answers] == ["stop"] * 3
-    assert [answer.text for answer in scripted(stop_on_eos=False).generate(["ab"])] == ["$" * 6]
-
-
-def test_an_answer_is_not_shorter_than_asked_for():
-    answers = list(scripted(min_new_tokens=4).generate(["ab", "c", "d"]))
-    for answer in answers:
-        assert "$" not in answer.text[:4] and answer.text[4:] == "$", "four tokens, then the end"
-        assert len(answer.events) == 5 and answer.finish_reason == "stop"
-
-
-@pytest.mark.parametrize("mode", ["early_exit", "self_speculative", "static_depth", "full"])
-def test_an_end_string_ends_an_answer_which_keeps_it(mode):
-    """The model counts up: 'ab' goes on with 'cdef...'."""
-    generator = scripted(mode=mode, max_new_tokens=9, end_strings=("hi", "de"))
-    generator.model.script = lambda exit, token, position: (token + 1, 0.9)
-    answers = list(generator.generate(["ab", "c", "e"]))
-    assert [answer.text for answer in answers] == ["cde", "de", "fghi"]
-    assert {answer.finish_reason for answer in answers} == {"stop"}
-
-
-def test_stats_are_summed_over_batches():
-    generator = scripted(stop_on_eos=False)
-    shown = []
-    answers = [
-        *generator.generate(["ab", "c"], on_token=shown.append),
-        *generator.generate(["d"], on_token=shown.append),
-    ]
-    assert generator.stats.num_tokens == 18 == sum(len(answer.events) for answer in answers) == len(shown)
-    assert generator.stats.tokens_per_exit == {"early": 15, "final": 3}
-    assert generator.stats.mean_depth == pytest.approx((15 * 2 + 3 * 4) / 18)
-    assert generator.stats.num_prompt_tokens == 4
-
-
-# -- what fails -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_an_answer_that_fails_does_not_end_the_others(batch_size):
-    """The model counts up from the prompt; after `z` its logits are not numbers."""
-    generator = scripted(batch_size=batch_size)
-    generator.model.script = lambda exit, token, position: (token + 1, float("nan") if token == ord("z") else 0.9)
-    answers = list(generator.generate(["ab", "x", "d"]))
-    assert [answer.text for answer in answers] == ["cdefgh", "yz", "efghij"]
-    assert [answer.finish_reason for answer in answers] == ["length", "error", "length"]
-    assert "the logits for position 3 from the final exit are not numbers" in answers[1].error
-    assert answers[1].to_mapping()["error"] == answers[1].error and "error" not in answers[0].to_mapping()
-    assert generator.num_failed == 1 and generator.stats.num_tokens == 14
-
-
 def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tmp_path):
     from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
 
@@ -410,11 +322,3 @@ def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(c
         generate(prompts=["x", "", "y", "z " * 40], colour=colour)
     assert "prompt 1 ('') has no tokens" in str(caught.value) and "prompt 3: " in str(caught.value)
     assert "prompt 0" not in str(caught.value) and "mean depth" not in capsys.readouterr().out
-
-
-def test_tokens_the_model_does_not_have_are_refused_together():
-    generator, shown = scripted(), []
-    with pytest.raises(ValueError) as caught:
-        next(generator.generate(["ab", "é", "c", "€"], on_token=shown.append))
-    assert "prompt 1: token 233 outside the vocabulary 0..127" in str(caught.value) and not shown
-    assert "prompt 3: token 8364 outside" in str(caught.value)

@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, restore, run_convert, with_tokenizer
-from tests.functional.test_stock_nemo import ON_CPU, STOCK, logits, stock_trainer
+from tests.functional.test_stock_nemo import ON_CPU, STOCK, logits, stock_trainer, unpack_tokenizer
 from tests.functional.test_tune import tune
 from tests.helpers.megatron_models import exit_entry, exit_logits, relative_difference, snapshot, write_data
+from tests.helpers.nemo_files import members, restore, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 from omegaconf import OmegaConf
@@ -92,10 +92,12 @@ def test_the_joint_file_is_complete_and_has_a_fingerprint_of_its_own(
     assert difference > 1e-2, "control: the backbone is another"
 
 
-def test_stock_nemo_restores_the_trained_backbone(joint: SimpleNamespace) -> None:
+def test_stock_nemo_restores_the_trained_backbone(joint: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 
+    unpack_tokenizer(joint.path, tmp_path)
+    monkeypatch.chdir(tmp_path)
     trainer, connector = stock_trainer(), NLPSaveRestoreConnector()
     config = MegatronGPTModel.restore_from(
         str(joint.path), trainer=trainer, return_config=True, save_restore_connector=connector

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, restore, run_convert, with_tokenizer
 from tests.helpers.megatron_models import cpu_trainer, exit_entry, reset_batch_sizes
+from tests.helpers.nemo_files import members, restore, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 from omegaconf import OmegaConf
@@ -111,10 +112,20 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(path=path, tokens=tokens, logits=logits(model, tokens, 4096))
 
 
-def test_stock_nemo_restores_the_backbone_of_an_early_exit_file(early_exit: SimpleNamespace) -> None:
+def unpack_tokenizer(path: Path, into: Path) -> None:
+    """Stock NeMo looks for the directory that `tokenizer.type` names in the working directory, not in the file."""
+    with tarfile.open(path) as tar:
+        tar.extractall(into, [info for info in tar if info.name.startswith("./tokenizer/")], filter="data")
+
+
+def test_stock_nemo_restores_the_backbone_of_an_early_exit_file(
+    early_exit: SimpleNamespace, tmp_path: Path, monkeypatch
+) -> None:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 
+    unpack_tokenizer(early_exit.path, tmp_path)
+    monkeypatch.chdir(tmp_path)
     trainer = stock_trainer()
     config = MegatronGPTModel.restore_from(
         str(early_exit.path), trainer=trainer, return_config=True, save_restore_connector=NLPSaveRestoreConnector()
@@ -164,12 +175,14 @@ def test_a_stock_file_is_tuned_from_directly(stock: SimpleNamespace) -> None:
     torch.testing.assert_close(ours, stock.logits, rtol=0, atol=1e-5 * stock.logits.abs().max().item())
 
 
-def test_stock_restore_of_the_converted_stock_file(stock: SimpleNamespace, tmp_path: Path) -> None:
-    """The way back: what NeMo wrote and we extended, NeMo reads again."""
+def test_stock_restore_of_the_converted_stock_file(stock: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    """The way back: what NeMo wrote and we extended, NeMo reads again; its tokenizer went into the file."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
     from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 
     run_convert(stock.path, tmp_path / "ee.nemo", EXITS)
+    unpack_tokenizer(tmp_path / "ee.nemo", tmp_path)
+    monkeypatch.chdir(tmp_path)
     config = OmegaConf.create(members(tmp_path / "ee.nemo")["model_config.yaml"].decode())
     config.update({**ON_CPU, "target": STOCK})
     model = MegatronGPTModel.restore_from(

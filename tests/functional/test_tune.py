@@ -15,7 +15,6 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_convert import members, restore, run_convert, with_tokenizer
 from tests.helpers.megatron_models import (
     GLOBAL_BATCH,
     MICRO_BATCH,
@@ -30,6 +29,7 @@ from tests.helpers.megatron_models import (
     user_environment,
     write_data,
 )
+from tests.helpers.nemo_files import members, restore, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 from lightning.pytorch.callbacks import Callback

@@ -84,6 +84,16 @@ def test_directories_and_compressed_archives_take_one_too(plain, tmp_path):
     assert find_certificate(tmp_path / "folder", True) == CERTIFICATE
 
 
+def test_an_exits_only_copy_elsewhere_still_finds_its_base(plain, tmp_path):
+    config = "num_layers: 12\nbackbone_path: plain.nemo\n"
+    exits = write_nemo(tmp_path / "exits.nemo", {"model_config.yaml": config, "exit_weights/x": b"\x00"})
+    for output, expected in (("out/certified.nemo", '"../plain.nemo"'), ("certified.nemo", "plain.nemo")):
+        copy = store_certificate(exits, CERTIFICATE, tmp_path / output)
+        with NemoArchive(copy) as archive:
+            assert f"backbone_path: {expected}\n" in archive.config_text()
+            assert archive.open_member("exit_weights/x").read() == b"\x00"
+
+
 def test_in_place_means_the_file_that_a_link_names_with_the_mode_it_has(plain, tmp_path):
     plain.chmod(0o640)
     link = tmp_path / "link.nemo"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,15 @@ def test_prompts_from_jsonl(tmp_path):
     file.write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": ""}\n')
     request = GenerationRequest.from_config(config(tmp_path, prompts=[], prompts_file=str(file)))
     assert request.prompts == ("a\nb", "") and request.labels == ({"id": 1}, {})
+
+
+def test_a_gzipped_file_reads_as_what_is_in_it(tmp_path):
+    for name, content in (("p.jsonl.gz", b'{"prompt": "one"}'), ("p.txt.gz", b"one")):
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        given = config(tmp_path, prompts=[], prompts_file=str(tmp_path / name))
+        assert GenerationRequest.from_config(given).prompts == ("one",)
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"one")[:-4])
+    assert "cut.gz cannot be read" in fault(tmp_path, prompts=[], prompts_file=str(tmp_path / "cut.gz"))
 
 
 def test_every_bad_line_of_a_jsonl_is_named(tmp_path):

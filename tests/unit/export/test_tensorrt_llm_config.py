@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nemo_ee.export.architecture import read_architecture
+from nemo_ee.checkpoint.architecture import read_architecture
 from nemo_ee.export.tensorrt_llm_config import architecture_of, checkpoint_config
 
 # Arguments without a default, and `vocab_size`, without which no embedding can be made.

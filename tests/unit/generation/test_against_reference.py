@@ -193,7 +193,7 @@ def test_scoring_in_small_questions_changes_nothing(monkeypatch):
     model, policy, prompts, _ = random_case(7)
     texts = [own + [1, 2, 3, 4, 5, 6] for own in prompts]
     whole = EarlyExitEngine(model).score(texts, 1, policy=policy)
-    monkeypatch.setattr("nemo_ee.generation.scoring.LOGITS_PER_QUESTION", 2 * model.vocab_size)
+    monkeypatch.setattr("nemo_ee.generation.known_text.LOGITS_PER_QUESTION", 2 * model.vocab_size)
     pieces = EarlyExitEngine(model).score(texts, 1, policy=policy)
     assert pieces.exits == whole.exits and pieces.stats == whole.stats
     assert sum(pieces.logprobs, ()) == pytest.approx(sum(whole.logprobs, ()), abs=1e-5)

@@ -1,6 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo`'s architecture, read once with NeMo's own defaults; what no stock class of any target computes is refused.
+"""What a backbone is: the one description that importers fill from a config.json, and exporters from a `.nemo`.
+
+`Architecture.nemo_config` says it in the words of NeMo's `MegatronGPTModel`; `read_architecture` reads those words
+again with NeMo's own defaults, and refuses what no stock class of any target computes.
 
 May import: the standard library.
 """
@@ -12,11 +15,29 @@ from dataclasses import dataclass
 from typing import Any
 
 _SWIGLU = ("swiglu", "fast-swiglu")
+# Activation -> NeMo's activation and openai_gelu.
+_NEMO_ACTIVATIONS = {
+    "silu": ("fast-swiglu", False),
+    "relu": ("relu", False),
+    "gelu": ("gelu", True),
+    "gelu_erf": ("gelu", False),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a backbone is, read once from a `.nemo`'s config with NeMo's own defaults."""
+    """A supported model's architecture.
+
+    Attributes:
+        vocab_size: the true one; layouts pad it as they need.
+        layer_norm: LayerNorm instead of RMSNorm.
+        hidden_act: `silu` of a gated MLP; `relu`, `gelu` (the tanh approximation) or `gelu_erf` of a plain one.
+        bias: all linears have one: Megatron's `add_bias_linear` is one switch.
+        qkv_bias: query, key and value have one, be it because of `bias`.
+        learned_positions: instead of rotary ones.
+        rotary_scaling: of `linear_scaling` or `llama3_scaling`; None = plain.
+        tied: the output projection is the word embeddings.
+    """
 
     num_layers: int
     hidden_size: int
@@ -38,8 +59,76 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP has the two branches `fc` (activated) and `gate` (linear)."""
+        """Whether the MLP has two branches, one of them activated."""
         return self.hidden_act == "silu"
+
+    def nemo_config(self) -> dict[str, Any]:
+        """The part of a NeMo `MegatronGPTModel` config that follows from the architecture.
+
+        The keys are the same for all models, but for two: `bias_activation_fusion: false` is there only where fusing
+        would be wrong, NeMo's four numbers of `scale_positional_embedding` only when that is on. All but `vocab_size`,
+        `rope_scaling` (the numbers once more, for our own model) and `activation: relu` are read by NeMo's own model
+        too.
+        """
+        scaling = self.rotary_scaling or {}
+        kind = scaling.get("type")
+        activation, openai_gelu = _NEMO_ACTIVATIONS[self.hidden_act]
+        config: dict[str, Any] = {
+            "mcore_gpt": True,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.num_query_groups,
+            "kv_channels": self.kv_channels,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "normalization": "layernorm" if self.layer_norm else "rmsnorm",
+            "layernorm_epsilon": self.norm_epsilon,
+            "activation": activation,
+            "openai_gelu": openai_gelu,
+            "bias": self.bias,
+            "qkv_bias": self.qkv_bias,
+            "position_embedding_type": "learned_absolute" if self.learned_positions else "rope",
+            "rotary_percentage": 1.0,
+            "rotary_base": self.rotary_base,
+            "seq_len_interpolation_factor": scaling["factor"] if kind == "linear" else None,
+            "scale_positional_embedding": kind == "llama3",
+            "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_type"} or None,
+            "share_embeddings_and_output_weights": self.tied,
+            "transformer_block_type": "pre_ln",
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "ffn_dropout": 0.0,
+        }
+        if not self.gated:
+            # Megatron's fused GELU is the tanh approximation whatever is asked for, and there is no fused ReLU.
+            config["bias_activation_fusion"] = False
+        if kind == "llama3":
+            config |= {
+                "scale_factor": scaling["factor"],
+                "low_freq_factor": scaling["low_freq_factor"],
+                "high_freq_factor": scaling["high_freq_factor"],
+                "old_context_len": scaling["original_max_position_embeddings"],
+            }
+        return config
+
+
+def linear_scaling(factor: float) -> dict[str, Any]:
+    """All rotary frequencies / factor, with Hugging Face's names; the kind twice, since readers differ."""
+    return {"type": "linear", "rope_type": "linear", "factor": float(factor)}
+
+
+def llama3_scaling(factor: float, low: float, high: float, original: int) -> dict[str, Any]:
+    """Only the wavelengths beyond the original context length are stretched."""
+    return {
+        "type": "llama3",
+        "rope_type": "llama3",
+        "factor": float(factor),
+        "low_freq_factor": float(low),
+        "high_freq_factor": float(high),
+        "original_max_position_embeddings": int(original),
+    }
 
 
 def read_architecture(
@@ -126,19 +215,12 @@ def _faults_of_settings(get) -> list[str]:  # noqa: ANN001
 
 
 def _rotary_scaling(get) -> tuple[dict[str, Any] | None, list[str]]:  # noqa: ANN001
-    """The scaling with Hugging Face's names; its kind under `type` and `rope_type`, since readers differ."""
     factor = get("seq_len_interpolation_factor")
     if factor is not None and get("scale_positional_embedding"):
         return None, ["seq_len_interpolation_factor and scale_positional_embedding: one of them only"]
     if factor is not None:
-        return {"type": "linear", "rope_type": "linear", "factor": float(factor)}, []
+        return linear_scaling(factor), []
     if not get("scale_positional_embedding"):
         return None, []
-    return {
-        "type": "llama3",
-        "rope_type": "llama3",
-        "factor": float(get("scale_factor", 8)),
-        "low_freq_factor": float(get("low_freq_factor", 1)),
-        "high_freq_factor": float(get("high_freq_factor", 4)),
-        "original_max_position_embeddings": int(get("old_context_len", 8192)),
-    }, []
+    low, high, original = get("low_freq_factor", 1), get("high_freq_factor", 4), get("old_context_len", 8192)
+    return llama3_scaling(get("scale_factor", 8), low, high, original), []

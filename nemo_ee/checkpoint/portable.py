@@ -1,0 +1,175 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a `.nemo` says about places on disk, so that it means the same on another machine.
+
+    backbone_path    of an exits-only file: seen from that file where the backbone lies beside or below it, or below
+                     one of the two folders around it; else its base name, a hint. The fingerprint says whether it is
+                     the right one
+    tokenizer        the files themselves, in `tokenizer/`; `type` names that folder
+    anything else    an absolute path in the config is dropped
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, read_json_object
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FOLDER = "tokenizer"
+_FOLDERS_UP = 2
+_BACKBONE_LINE = re.compile(r"""^backbone_path: ['"]?([^'"\n]+)['"]?$""", re.MULTILINE)
+_METADATA_FILE = ".metadata"
+_NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
+
+
+def stored_backbone_path(backbone: str | Path, nemo: str | Path) -> str:
+    """What an exits-only file `nemo` says about where its backbone is; it names no folder above the two around it."""
+    relative = Path(os.path.relpath(Path(backbone).resolve(), Path(nemo).resolve().parent))
+    return relative.as_posix() if relative.parts.count("..") <= _FOLDERS_UP else relative.name
+
+
+def find_backbone(
+    nemo: str | Path, *, stored: str | None, given: str | Path | None, option: str = "model.backbone_path"
+) -> Path:
+    """The backbone of an exits-only file.
+
+    Args:
+        nemo: the exits-only file.
+        stored: `backbone_path` of its config, relative to it; files of earlier versions hold an absolute path.
+        given: what the user says, relative to the working directory; it wins.
+        option: how the user says it.
+
+    Raises:
+        ValueError: no file there.
+    """
+    if given and str(given) != stored:
+        places = [Path(given)]
+    elif stored:
+        folder, name = Path(nemo).resolve().parent, PureWindowsPath(stored).name  # both kinds of separators
+        places = list(dict.fromkeys((folder / stored, folder / name, Path(stored))))
+    else:
+        places = []
+    for place in places:
+        if place.exists():
+            return place
+    tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
+    raise ValueError(
+        f"{nemo} holds exits only; its base model ({given or stored!r}) was not found{tried}: "
+        f"give {option}=<the .nemo the exits were tuned on>"
+    )
+
+
+def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
+    """The config of an exits-only file for a copy of it: where the backbone is, seen from there.
+
+    Other configs stay as they are.
+
+    Args:
+        text: of `model_config.yaml`, as OmegaConf writes it: a key of the top level is a line.
+        nemo, output: the file and its copy.
+    """
+    line = _BACKBONE_LINE.search(text)
+    if line is None or Path(nemo).resolve().parent == Path(output).resolve().parent:
+        return text
+    try:
+        backbone = find_backbone(nemo, stored=line[1], given=None)
+    except ValueError:  # the user said where it is; a copy keeps its name
+        stored = PureWindowsPath(line[1]).name
+    else:
+        stored = stored_backbone_path(backbone, output)
+    return f"{text[: line.start()]}backbone_path: {json.dumps(stored, ensure_ascii=False)}{text[line.end() :]}"
+
+
+def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """A config's tokenizer block without paths of this machine, and the files to put into the archive for it.
+
+    Args:
+        block: `library`, `type`, `model`, ...
+        members: names in the archive; a tokenizer that is there already stays.
+
+    Returns:
+        (the block to store, name in the archive -> file).
+    """
+    block, files = dict(block), {}
+    place = block.get("type")
+    if block.get("library") == "huggingface" and isinstance(place, str):
+        folder, bundled = Path(place), any(f"{TOKENIZER_FOLDER}/{name}" in members for name in TOKENIZER_FILES)
+        if not bundled and folder.is_dir():
+            files = _bundle(folder)
+        if bundled or files:
+            block["type"] = TOKENIZER_FOLDER
+    for key in _NEMO_ARTIFACTS:
+        value = block.get(key)
+        if isinstance(value, str) and Path(value).is_file():
+            name = f"{key}_{Path(value).name}"
+            files[name], block[key] = Path(value), f"nemo:{name}"
+    return block, files
+
+
+def _bundle(folder: Path) -> dict[str, Path]:
+    """The tokenizer of a directory; nothing where transformers needs more than its own files to choose its class."""
+    if not (read_json_object(folder / "tokenizer_config.json") or {}).get("tokenizer_class"):
+        logger.warning(
+            "%s: tokenizer_config.json names no tokenizer_class, so the tokenizer is not put into the .nemo, which "
+            "needs this directory wherever it is loaded",
+            folder,
+        )
+        return {}
+    return {f"{TOKENIZER_FOLDER}/{name}": folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model config without the keys whose value is an absolute path, or a list with one.
+
+    The tokenizer's block is left alone: see `portable_tokenizer`.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "tokenizer":
+            kept[key] = value
+        elif isinstance(value, Mapping):
+            kept[key] = without_machine_paths(value)
+        elif any(map(_is_absolute, _strings(value))):
+            logger.info("%s=%s is a path of this machine and is not stored", key, value)
+        else:
+            kept[key] = value
+    return kept
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _is_absolute(text: str) -> bool:
+    return any(path.is_absolute() and len(path.parts) > 1 for path in (PurePosixPath(text), PureWindowsPath(text)))
+
+
+def forget_folder(folder: Path) -> None:
+    """Take out of a distributed checkpoint's `.metadata` where it was written; its name is put there.
+
+    For a checkpoint that this process has just written: it is unpickled without restrictions.
+    """
+    path = folder / _METADATA_FILE
+    metadata = pickle.loads(path.read_bytes())
+    if getattr(metadata, "storage_meta", None) is None:
+        return
+    metadata.storage_meta.checkpoint_id = folder.name
+    path.write_bytes(pickle.dumps(metadata))

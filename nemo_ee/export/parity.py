@@ -1,0 +1,136 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The parity digest of an export: what the written model says about a fixed text, in few numbers of the manifest.
+
+Sixteen fixed tokens go through the model once, at full depth. Of the final exit and of every exit beside it, the
+manifest keeps for every position
+
+    argmax       the most likely next token
+    logit        its logit
+    logsumexp    ln of the sum of exp(logit) over the vocabulary
+
+to six significant digits. Two exports of one model in one dtype, Hugging Face or TensorRT-LLM, whatever their shards,
+have the same numbers; someone with a real engine can compare its logits with them.
+
+Weights are read back from the files in the dtype they were rounded to when written; sums, norms, rotary positions,
+attention and softmax are fp32. So bfloat16 differs from float32 by the rounding of the weights (up to 2**-9 of each)
+alone. An engine that also computes in half precision differs by more; compare `argmax` where `margin` is large.
+
+May import: torch, safetensors, nemo_ee.generation, nemo_ee.runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nemo_ee.generation.known_text import KnownTextPass
+from nemo_ee.runtime.model import RuntimeModel
+
+logger = logging.getLogger(__name__)
+
+FINAL = "final"
+NUM_TOKENS = 16
+DEFAULT_GIGABYTES = 4.0
+# Of the largest number; fp32 products in another order, on another machine. A wrong tensor changes far more.
+TOLERANCE = 1e-4
+_STRIDE = 7919  # a prime, so that the tokens spread over any vocabulary
+_NUMBERS = ("logit", "margin", "logsumexp")
+
+
+def probe_tokens(vocab_size: int, max_positions: int) -> list[int]:
+    """The fixed text: token i is (7919 i + 1) mod the vocabulary."""
+    return [(_STRIDE * index + 1) % vocab_size for index in range(min(NUM_TOKENS, max_positions))]
+
+
+@torch.inference_mode()
+def parity_of(model: RuntimeModel) -> dict[str, Any]:
+    """Run a model on the fixed text.
+
+    Returns:
+        `tokens` and `heads`: name of an exit, `final` for the final one -> argmax, logit, margin (to the second
+        largest logit) and logsumexp of each position; plain JSON values.
+    """
+    tokens = probe_tokens(model.vocab_size, model.max_positions)
+    text = KnownTextPass(model, [[*tokens, tokens[0]]], tuple(exit.name for exit in model.exits))
+    rows, heads = range(len(tokens)), {}
+    for stop in text.run_to({*(exit.stop for exit in model.exits), 2 * model.num_layers}):
+        for exit in model.exits:
+            if exit.stop == stop:
+                heads[exit.name] = _summary(text, exit.name, rows)
+    return {"tokens": tokens, "heads": {FINAL: _summary(text, None, rows), **heads}}
+
+
+def _summary(text: KnownTextPass, exit: str | None, rows: Sequence[int]) -> dict[str, list]:
+    logits = torch.cat([answers.logits for answers in text.ask(exit, rows)])  # [n, v]
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)
+    numbers = {"logit": first, "margin": first - second, "logsumexp": logits.double().logsumexp(-1)}
+    rounded = {name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in numbers.items()}
+    return {"argmax": logits.argmax(-1).tolist(), **rounded}
+
+
+def parity_setting_faults(parity_gigabytes: Any) -> list[str]:
+    """What is wrong with the setting."""
+    number = isinstance(parity_gigabytes, int | float) and not isinstance(parity_gigabytes, bool)
+    if number and parity_gigabytes >= 0:
+        return []
+    return [f"parity_gigabytes={parity_gigabytes!r} must be a number of GB, or 0 for no parity digest"]
+
+
+def written_parity(
+    folder: Path, load: Callable[[Path], RuntimeModel], *, parity_gigabytes: float
+) -> dict[str, Any] | None:
+    """The parity digest of a directory that was just written; None where it is too large.
+
+    Args:
+        load: reads the directory back.
+        parity_gigabytes: largest model, its numbers counted as fp32.
+    """
+    size = sum(_numbers_in(path) for path in folder.glob("*.safetensors")) * 4 / 1e9
+    if size > parity_gigabytes:
+        logger.info("%s: %.1f GB in fp32, more than parity_gigabytes, so no parity digest", folder.name, size)
+        return None
+    return parity_of(load(folder))
+
+
+def _numbers_in(path: Path) -> int:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        shapes = (file.get_slice(name).get_shape() for name in file.keys())
+        return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def parity_faults(
+    stated: Mapping[str, Any] | None, folder: Path, load: Callable[[Path], RuntimeModel]
+) -> Iterator[str]:
+    """Where a directory says something else than its manifest states; nothing where it states nothing."""
+    if stated is None:
+        return
+    try:
+        found = parity_of(load(folder))
+    except ValueError as fault:
+        yield f"parity: {fault}"
+        return
+    if found["tokens"] != stated["tokens"] or found["heads"].keys() != stated["heads"].keys():
+        yield f"parity: the manifest's tokens or exits ({', '.join(stated['heads'])}) are not this model's"
+        return
+    for head, own in stated["heads"].items():
+        yield from _head_faults(head, own, found["heads"][head])
+
+
+def _head_faults(head: str, stated: Mapping[str, list], found: Mapping[str, list]) -> Iterator[str]:
+    scale = max(abs(number) for name in _NUMBERS for number in found[name])
+    far = [name for name in _NUMBERS if not _close(stated[name], found[name], TOLERANCE * scale)]
+    clear = [margin > TOLERANCE * scale for margin in found["margin"]]
+    if any(sure and a != b for sure, a, b in zip(clear, stated["argmax"], found["argmax"], strict=True)):
+        far.append("argmax")
+    if far:
+        yield f"parity: {head} gives other numbers than the manifest says ({', '.join(far)})"
+
+
+def _close(one: list[float], other: list[float], tolerance: float) -> bool:
+    return len(one) == len(other) and all(abs(a - b) <= tolerance for a, b in zip(one, other, strict=True))

@@ -1,0 +1,97 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files that go to another machine: they name no place on the one they were made on, and load without it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("nemo")
+
+from tests.helpers.megatron_models import exit_entry, exit_logits, random_tokens
+from tests.helpers.nemo_files import members, restore, rewritten, run_convert, with_tokenizer
+
+import torch  # isort: skip  # after the CPU host is on
+import yaml
+
+from tests.helpers.huggingface_models import save_tiny_model
+
+EXITS = [exit_entry(1, "mlp"), exit_entry(2, "norm", "random")]
+
+
+def naming(path: Path, place: Path) -> list[str]:
+    """Members of an archive in whose bytes a directory is named."""
+    return [name for name, data in members(path).items() if str(place).encode() in data]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A backbone and exits tuned on it, made in directories that are gone; `logits` are the exits' before the move."""
+    here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
+    save_tiny_model(here / "source", "llama", vocab_size=4096)
+    run_convert(with_tokenizer(here / "source"), here / "ee.nemo", EXITS)
+    model = restore(here / "ee.nemo", exits_only=True)
+    with torch.no_grad():
+        for parameter in model.model.exits.parameters():
+            parameter.mul_(1.1)
+    (here / "run").mkdir()
+    model._save_restore_connector.save_to(model, str(here / "run" / "exits.nemo"))
+    model._save_restore_connector.exits_only = False
+    model.save_to(str(here / "run" / "whole.nemo"))
+    tokens = random_tokens(model)
+    logits = exit_logits(model, tokens)
+    for path in (here / "ee.nemo", here / "run" / "exits.nemo", here / "run" / "whole.nemo"):
+        shutil.copy(path, there)
+    shutil.rmtree(here)
+    return SimpleNamespace(here=here, there=there, tokens=tokens, logits=logits)
+
+
+def test_no_member_names_the_machine(moved: SimpleNamespace) -> None:
+    """Neither the config nor the checkpoints' own metadata; bytes of all members."""
+    for name in ("ee.nemo", "exits.nemo", "whole.nemo"):
+        assert naming(moved.there / name, moved.here) == [], name
+        config = yaml.safe_load(members(moved.there / name)["model_config.yaml"])
+        assert config["tokenizer"]["type"] == "tokenizer"
+        assert config.get("backbone_path") == ("../ee.nemo" if name == "exits.nemo" else None)
+
+
+@pytest.mark.parametrize("name", ["exits.nemo", "whole.nemo"])
+def test_moved_files_load(name: str, moved: SimpleNamespace) -> None:
+    """Bitwise; the base lay one folder higher, and lies beside its exits now."""
+    found = exit_logits(restore(moved.there / name, verify="full"), moved.tokens)
+    assert found.keys() == moved.logits.keys()
+    assert all(torch.equal(found[exit], moved.logits[exit]) for exit in found)
+
+
+def test_files_of_earlier_versions(moved: SimpleNamespace, tmp_path: Path) -> None:
+    """Absolute paths that are gone: the scan sees them, a base of that name beside the file is taken, another place
+    has to be said; the tokenizer in the file wins over where it was. Saving such a file anew drops them."""
+    exits = moved.there / "exits.nemo"
+    config = yaml.safe_load(members(exits)["model_config.yaml"])
+    config |= {"backbone_path": str(moved.here / "ee.nemo"), "exp_dir": str(moved.here)}
+    config["tokenizer"]["type"] = str(moved.here / "source")
+    old = rewritten(exits, tmp_path / "exits.nemo", {"model_config.yaml": yaml.safe_dump(config).encode()})
+    assert naming(old, moved.here) == ["model_config.yaml"], "control"
+    with pytest.raises(ValueError, match=r"ee.nemo'\) was not found .*: give model.backbone_path=<"):
+        restore(old)
+    restore(old, backbone_path=str(moved.there / "ee.nemo"))
+    shutil.copy(moved.there / "ee.nemo", tmp_path)
+    model = restore(old, exits_only=True)
+    model._save_restore_connector.save_to(model, str(tmp_path / "new.nemo"))
+    assert naming(tmp_path / "new.nemo", moved.here) == naming(tmp_path / "new.nemo", tmp_path) == []
+    found = exit_logits(restore(tmp_path / "new.nemo"), moved.tokens)
+    assert all(torch.equal(found[exit], moved.logits[exit]) for exit in found)
+
+
+def test_the_exports_find_the_base_too(moved: SimpleNamespace, tmp_path: Path) -> None:
+    from nemo_ee.export.early_exit_source import EarlyExitSource
+
+    with EarlyExitSource(moved.there / "exits.nemo") as source:
+        assert source.backbone_names()
+    shutil.copy(moved.there / "exits.nemo", tmp_path)
+    with pytest.raises(ValueError, match=r"\('../ee.nemo'\) was not found .*: give backbone=<the .nemo"):
+        EarlyExitSource(tmp_path / "exits.nemo")

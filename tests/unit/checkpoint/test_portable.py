@@ -1,0 +1,122 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Places on disk in a `.nemo`: what is stored, and how it is found again after a move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_ee.checkpoint.portable import (
+    config_elsewhere,
+    find_backbone,
+    portable_tokenizer,
+    stored_backbone_path,
+    without_machine_paths,
+)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stored"),
+    [
+        ("home/run/ee.nemo", "ee.nemo"),
+        ("home/run/base/ee.nemo", "base/ee.nemo"),
+        ("home/ee.nemo", "../ee.nemo"),
+        ("home/models/ee.nemo", "../models/ee.nemo"),
+        ("ee.nemo", "../../ee.nemo"),
+        ("../data/models/ee.nemo", "ee.nemo"),  # elsewhere: a hint
+    ],
+)
+def test_what_is_stored_is_seen_from_the_file(backbone: str, stored: str, tmp_path: Path) -> None:
+    assert stored_backbone_path(tmp_path / backbone, tmp_path / "home/run/exits.nemo") == stored
+
+
+def test_a_path_relative_to_the_working_directory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert stored_backbone_path("ee.nemo", "out/exits.nemo") == "../ee.nemo"
+
+
+def _touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def test_where_a_backbone_is_looked_for(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    exits = tmp_path / "run" / "exits.nemo"
+    with pytest.raises(ValueError, match=r"its base model \('../ee.nemo'\) was not found .*give model.backbone"):
+        find_backbone(exits, stored="../ee.nemo", given=None)
+    working = _touch(tmp_path / "elsewhere" / "ee.nemo")
+    assert find_backbone(exits, stored="ee.nemo", given=None).resolve() == working
+    beside = _touch(tmp_path / "run" / "ee.nemo")
+    assert find_backbone(exits, stored="ee.nemo", given=None) == beside, "wins over the working directory"
+    assert find_backbone(exits, stored="/gone/away/ee.nemo", given=None) == beside, "as earlier versions stored it"
+    assert find_backbone(exits, stored=r"C:\gone\ee.nemo", given=None) == beside
+    above = _touch(tmp_path / "ee.nemo")
+    assert find_backbone(exits, stored="../ee.nemo", given=None).resolve() == above
+    assert find_backbone(exits, stored=str(working), given=None) == working, "an absolute path that is still true"
+    assert find_backbone(exits, stored="../ee.nemo", given=working) == working, "what the user says wins"
+
+
+@pytest.mark.parametrize("stored", [None, "ee.nemo"])
+def test_a_path_that_the_user_gives_is_not_replaced_by_another(stored: str | None, tmp_path: Path) -> None:
+    _touch(tmp_path / "ee.nemo")
+    with pytest.raises(ValueError, match=r"\('/nowhere/ee.nemo'\) was not found: give backbone=<the .nemo"):
+        find_backbone(tmp_path / "exits.nemo", stored=stored, given="/nowhere/ee.nemo", option="backbone")
+
+
+def test_a_copy_elsewhere_sees_the_backbone_from_there(tmp_path: Path) -> None:
+    exits, copy = tmp_path / "run" / "exits.nemo", tmp_path / "out" / "deep" / "exits.nemo"
+    _touch(tmp_path / "ee.nemo")
+    _touch(exits)
+    for stored in ("../ee.nemo", "'../ee.nemo'", '"../ee.nemo"'):
+        text = f"num_layers: 3\nbackbone_path: {stored}\nlast: {{backbone_path: x}}\n"
+        moved = config_elsewhere(text, exits, copy)
+        assert moved == 'num_layers: 3\nbackbone_path: "../../ee.nemo"\nlast: {backbone_path: x}\n'
+        assert config_elsewhere(text, exits, exits.with_name("x.nemo")) == text, "same directory"
+    gone = "backbone_path: ../gone/ee.nemo\n"
+    assert config_elsewhere(gone, exits, copy) == 'backbone_path: "ee.nemo"\n', "a hint"
+    assert config_elsewhere("a: 1\n", exits, copy) == "a: 1\n"
+
+
+def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
+    block = {"library": "huggingface", "type": str(tmp_path), "use_fast": True}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("not a tokenizer's")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert portable_tokenizer(block, ()) == (block, {}), "its class is not known without config.json"
+    assert "names no tokenizer_class" in caplog.text
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    stored, files = portable_tokenizer(block, ())
+    assert stored == {**block, "type": "tokenizer"}
+    assert files == {f"tokenizer/{name}": tmp_path / name for name in ("tokenizer.json", "tokenizer_config.json")}
+    assert portable_tokenizer(block, {"tokenizer/tokenizer.json"}) == ({**block, "type": "tokenizer"}, {})
+    hub = {**block, "type": "meta-llama/Llama-2-7b-hf"}
+    assert portable_tokenizer(hub, ()) == (hub, {}), "a name on the hub means the same everywhere"
+
+
+def test_single_tokenizer_files_become_artifacts_of_nemo(tmp_path: Path) -> None:
+    (tmp_path / "spm.model").write_text("x")
+    block = {"library": "sentencepiece", "type": None, "model": str(tmp_path / "spm.model"), "vocab_file": "nemo:v"}
+    stored, files = portable_tokenizer(block, ())
+    assert stored == {**block, "model": "nemo:model_spm.model"}
+    assert files == {"model_spm.model": tmp_path / "spm.model"}
+
+
+def test_absolute_paths_are_dropped_from_a_config() -> None:
+    config = {
+        "num_layers": 3,
+        "exp_dir": "/scratch/me/run",
+        "windows": r"D:\runs\1",
+        "prefixes": [0.5, "/data/a"],
+        "peft": {"restore_from_path": "/x/y.nemo", "scheme": "lora"},
+        "every": "1/4",
+        "separator": "/",
+        "relative": "data/a",
+        "tokenizer": {"type": "/tok"},
+    }
+    expected = {"num_layers": 3, "peft": {"scheme": "lora"}, "every": "1/4", "separator": "/", "relative": "data/a"}
+    assert without_machine_paths(config) == {**expected, "tokenizer": {"type": "/tok"}}
