@@ -20,7 +20,7 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
-from nemo_ee.runtime.linear import HalfLinear, PlainLinear, make_linear, packs_half_weights
+from nemo_ee.runtime.linear import HalfLinear, PlainLinear, make_half_linear, make_linear, packs_half_weights
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.runtime.rotary import inverse_frequencies, pairs_together
@@ -217,7 +217,7 @@ def test_the_products_of_half_precision_weights() -> None:
         assert close(linear(inputs), expected)
         # Without the bias, beside which small products would not show.
         assert close(make_linear(weight, None, stored_in_half=True)(inputs), product.float())
-        packed = HalfLinear(torch.ops.quantized.linear_prepack_fp16(weight, None))(inputs)
+        packed = make_half_linear(weight, None)(inputs)
         assert close(packed, product.float()) == (scale not in (1e-6, 1e5)), "control: what fp16 does not hold"
         residual = torch.randn(5, 48, generator=generator)
         before = residual.clone()
