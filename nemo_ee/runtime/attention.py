@@ -11,6 +11,7 @@ May import: torch, nemo_ee.generation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Block(NamedTuple):
         first_row, stop_row: of the items.
         first, stop: sequences.
         length: positions to look at, from 0.
-        mask: what each row sees of them, bool, `[sequences, 1, 1, length]` or `[rows, length]`; None = all of it, or,
-            where `causal`, what stands before it.
+        mask: added to the scores, 0 or -inf, `[sequences, 1, 1, length]` or `[rows, length]`; None = each row sees all
+            of them, or, where `causal`, those up to its own.
         causal: a whole sequence from its first position on.
     """
 
@@ -61,15 +62,15 @@ class Block(NamedTuple):
 
 
 class Placement:
-    """Where items stand in a cache, and with whom they attend."""
+    """Where items stand in a cache, and with whom they attend. `dtype`: the cache's."""
 
-    def __init__(self, items: Items) -> None:
+    def __init__(self, items: Items, dtype: torch.dtype) -> None:
         self.items = items
         groups = items.groups
         self.run: ItemGroup | None = None  # all of the items, where they are consecutive ones of one sequence
         if len(groups) == 1 and isinstance(groups[0].positions, range):
             self.run = groups[0]
-        self.blocks = tuple(_blocks(items))
+        self.blocks = tuple(_blocks(items, dtype))
 
     def write(self, keys_values: Tensor, slab: Tensor) -> None:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
@@ -99,38 +100,44 @@ class Placement:
         )
 
 
-def _blocks(items: Items) -> Iterator[Block]:
+def _blocks(items: Items, dtype: torch.dtype) -> Iterator[Block]:
     alike: list[ItemGroup] = []  # neighbours of one item each
     for group in items.groups:
         single = group.first_row == group.last_row
         if alike and not (single and group.sequence == alike[-1].sequence + 1):
-            yield _neighbours(alike, items)
+            yield _neighbours(alike, items, dtype)
             alike = []
         if single:
             alike.append(group)
         else:
-            yield _several_of_one(group, items)
+            yield _several_of_one(group, items, dtype)
     if alike:
-        yield _neighbours(alike, items)
+        yield _neighbours(alike, items, dtype)
 
 
-def _neighbours(groups: list[ItemGroup], items: Items) -> Block:
+def _neighbours(groups: list[ItemGroup], items: Items, dtype: torch.dtype) -> Block:
     first, last = groups[0], groups[-1]
     length, mask = max(group.length for group in groups), None
     if min(group.length for group in groups) < length:
         own = items.position[first.first_row : last.last_row + 1]
-        mask = torch.arange(length, device=own.device) <= own[:, None, None, None]
+        mask = _mask(own, length, dtype)[:, None, None]
     return Block(first.first_row, last.last_row + 1, first.sequence, last.sequence + 1, length, mask, causal=False)
 
 
-def _several_of_one(group: ItemGroup, items: Items) -> Block:
+def _several_of_one(group: ItemGroup, items: Items, dtype: torch.dtype) -> Block:
     causal, mask = isinstance(group.positions, range) and group.positions.start == 0, None
     if not causal:
         own = items.position[group.first_row : group.last_row + 1]
-        mask = torch.arange(group.length, device=own.device) <= own[:, None]
+        mask = _mask(own, group.length, dtype)
     return Block(
         group.first_row, group.last_row + 1, group.sequence, group.sequence + 1, group.length, mask, causal=causal
     )
+
+
+def _mask(position: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """`[m]` -> `[m, length]`: 0 up to the row's position, -inf behind it. A number costs a layer less than a bool."""
+    behind = torch.arange(length, device=position.device) > position[:, None]
+    return torch.zeros(behind.shape, dtype=dtype, device=position.device).masked_fill_(behind, -math.inf)
 
 
 def _attend(queries: Tensor, slab: Tensor, block: Block, scale: float) -> Tensor:

@@ -169,7 +169,8 @@ class RuntimeModel:
         The last answer is kept, since every segment of a flight asks for the same.
         """
         if self._placed is None or self._placed[0].items is not items:
-            self._placed = Placement(items), None if self._rotary is None else self._rotary.at(items)
+            rotation = None if self._rotary is None else self._rotary.at(items)
+            self._placed = Placement(items, self._cache_dtype), rotation
         return self._placed
 
     def _heads(self, layer: LayerWeights, hidden: Tensor, rotation: Tensor | None) -> Tensor:
