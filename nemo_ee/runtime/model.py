@@ -102,8 +102,8 @@ class RuntimeModel:
         self._rotary = None
         if config.rope is not None:
             frequencies = inverse_frequencies(config.rope, config.head_dim)
-            num_turned = config.num_heads + config.num_kv_heads
-            self._rotary = RotaryTable(frequencies, num_turned, config.num_kv_heads, self.device)
+            self._rotary = RotaryTable(frequencies, self.device)
+        self._num_turned = config.num_heads + config.num_kv_heads
         self._placed: tuple[Placement, Tensor | None] | None = None
         self._activate = ACTIVATIONS[config.activation]
         self._scale = config.head_dim**-0.5
@@ -164,7 +164,7 @@ class RuntimeModel:
         return mlp.fc2.added_to(hidden, self._activate(mlp.fc1(mlp.norm(hidden))))
 
     def _place(self, items: Items) -> tuple[Placement, Tensor | None]:
-        """Where the items stand, and their rotation, `[n, (H + 2K) d/2]`; None without rotary positions.
+        """Where the items stand, and their rotation, `[n, 1, d/2]`; None without rotary positions.
 
         The last answer is kept, since every segment of a flight asks for the same.
         """
@@ -175,11 +175,12 @@ class RuntimeModel:
 
     def _heads(self, layer: LayerWeights, hidden: Tensor, rotation: Tensor | None) -> Tensor:
         """`[n, h]` -> queries, keys and values `[n, H + 2K, d]` in the cache's dtype, turned to their positions."""
-        heads = layer.qkv(layer.norm(hidden))
+        heads = layer.qkv(layer.norm(hidden)).view(hidden.shape[0], -1, self.config.head_dim)
         if rotation is not None:
-            # A pair of neighbouring numbers is a complex one.
-            heads = (heads.float().view(torch.complex64) * rotation).view(torch.float32)
-        return heads.view(heads.shape[0], -1, self.config.head_dim).to(self._cache_dtype)
+            # A pair of neighbouring numbers is a complex one; values, which stand last, are not turned.
+            heads = heads.float()
+            heads[:, : self._num_turned].view(torch.complex64).mul_(rotation)
+        return heads.to(self._cache_dtype)
 
     def _attention(
         self, layer: LayerWeights, hidden: Tensor, placement: Placement, rotation: Tensor | None, slab: Tensor

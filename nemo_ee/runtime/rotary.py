@@ -51,31 +51,20 @@ class RotaryTable:
 
     Args:
         frequencies: `[d/2]`, fp32, from `inverse_frequencies`.
-        num_turned: heads that are turned (queries and keys).
-        num_left: heads behind them that are left alone (values).
+        device: where the table is.
     """
 
-    def __init__(self, frequencies: Tensor, num_turned: int, num_left: int, device: torch.device) -> None:
+    def __init__(self, frequencies: Tensor, device: torch.device) -> None:
         self._frequencies, self._device = frequencies.to(device), device
-        self._num_turned, self._num_left = num_turned, num_left
         self._table = torch.empty((0, len(frequencies)), dtype=torch.complex64, device=device)
 
     def at(self, items: Items) -> Tensor:
-        """For the items' positions.
-
-        Returns:
-            `[n, (num_turned + num_left) * d/2]`, complex64; ones for the heads left alone.
-        """
+        """For the items' positions. Returns `[n, 1, d/2]`, complex64."""
         groups = items.groups
         self._grow(max(group.length for group in groups))
         if len(groups) == 1 and isinstance(groups[0].positions, range):
-            turns = self._table[groups[0].positions.start : groups[0].length]
-        else:
-            turns = self._table[items.position]
-        count, pairs = turns.shape
-        result = torch.ones((count, self._num_turned + self._num_left, pairs), dtype=turns.dtype, device=turns.device)
-        result[:, : self._num_turned] = turns[:, None]
-        return result.view(count, -1)
+            return self._table[groups[0].positions.start : groups[0].length, None]
+        return self._table[items.position][:, None]
 
     def _grow(self, length: int) -> None:
         if length <= self._table.shape[0]:
