@@ -338,6 +338,7 @@ def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
         drafted=one.drafted + other.drafted,
         accepted=one.accepted + other.accepted,
         checks=one.checks + other.checks,
+        num_fallbacks=one.num_fallbacks + other.num_fallbacks,
         asked={
             name: one.asked.get(name, 0) + other.asked.get(name, 0)
             for name in dict.fromkeys([*one.asked, *other.asked])
