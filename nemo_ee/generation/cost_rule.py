@@ -82,7 +82,7 @@ class CostRule:
     """
 
     table: CostTable
-    trial_tokens: int = 24
+    trial_tokens: int = 16
 
     def pays(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool:
         """Whether exits pay for a sequence that goes on as it began.
@@ -151,7 +151,8 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
             for slot in slots:
                 cache.truncate(slot, context)
     halves = tuple((count, seconds[count] / (2 * model.num_layers)) for count in rows)
-    return CostTable(num_sequences, halves, {name: seconds[name] for name in exits}, seconds[None], seconds["start"])
+    start = max(0.0, seconds["start"] - halves[0][1])
+    return CostTable(num_sequences, halves, {name: seconds[name] for name in exits}, seconds[None], start)
 
 
 def _calls(
@@ -174,9 +175,8 @@ def _calls(
 
     def start() -> None:
         again = torch.cat(hidden.split(1))
-        model.run(
-            again, Items.of({slot: range(place, place + 1) for slot, place in places.items()}, device), 0, 0, cache
-        )
+        fresh = Items.of({slot: range(place, place + 1) for slot, place in places.items()}, device)
+        model.run(again, fresh, 0, 1, cache)
 
     def ask(name: str | None) -> list[float]:
         return confidence(model.exit_logits(name, hidden, items, cache), CRITERIA[0]).tolist()
