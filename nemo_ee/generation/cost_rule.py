@@ -126,10 +126,12 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
         num_sequences: in a flight.
 
     Raises:
-        ValueError: the model's layers stand on several ranks, or its cache cannot be truncated.
+        ValueError: the model stands on several ranks, or its cache cannot be truncated.
     """
-    if getattr(model, "fill_ahead", None) is not None:
-        raise ValueError("cost_rule = 'fallback' cannot time a model on several pipeline stages; use 'none'")
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    if getattr(model, "fill_ahead", None) is not None or not (alone or torch.distributed.get_world_size() == 1):
+        # Ranks that share layers would each measure their own times, and decide differently.
+        raise ValueError("cost_rule = 'fallback' cannot time a model on several ranks; use 'none', or one rank")
     rows = [count for count in _ROWS if count == 1 or 2 * count <= model.max_positions]
     context = max(1, min(_CONTEXT, model.max_positions - rows[-1]))
     slots, cache = range(num_sequences), model.new_cache(num_sequences, context + rows[-1], tuple(exits))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from nemo_ee.generation.checks import is_whole, per_sequence, raise_all, request_faults, token_faults
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
 from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, Course, ExitPolicy, course_of, unknown_mode
+from nemo_ee.generation.policy import MODES, ExitPolicy, course_of, unknown_mode
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
@@ -178,15 +178,14 @@ class EarlyExitEngine:
             )
         names = {name for course in courses for name in course.exit_names} | set(exits or ())
         num_slots = num_slots or len(requests)
-        rule = self._rule_for(courses, names, num_slots)
+        rule = self._rule_for(names, num_slots)
         session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule)
         for own, course in zip(requests, courses, strict=False):
             session.admit(own, course)
         return session
 
-    def _rule_for(self, courses: Sequence[Course], names: Collection[str], num_slots: int) -> CostRule | None:
-        """The cost rule of a session of so many places; measures its table if there is none yet and any will be
-        needed."""
+    def _rule_for(self, names: Collection[str], num_slots: int) -> CostRule | None:
+        """The cost rule of a session of so many places with these exits; measures its table if there is none yet."""
         rule = self._cost_rule
         if isinstance(rule, CostRule):
             if rule.table.num_sequences != num_slots:
@@ -195,7 +194,7 @@ class EarlyExitEngine:
                     f"{num_slots} places; give a table that was measured with as many, or cost_rule='fallback'"
                 )
             return rule
-        if rule == "none" or (courses and not any(course.exits for course in courses)):
+        if rule == "none" or not names:
             return None
         key = (num_slots, tuple(sorted(names)))
         if key not in self._tables:

@@ -146,5 +146,5 @@ def test_refusals():
         decode(CostRule(table(2)), [[1]])
     staged = model()
     staged.fill_ahead = 8
-    with pytest.raises(ValueError, match="several pipeline stages; use 'none'"):
+    with pytest.raises(ValueError, match="several ranks; use 'none'"):
         EarlyExitEngine(staged, cost_rule="fallback").generate([[1]], max_new_tokens=2, policy=POLICY)
