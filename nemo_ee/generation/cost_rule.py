@@ -159,7 +159,7 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
 def _calls(
     model: DecodingModel, exits: Sequence[str], rows: Sequence[int], places: Mapping[int, int], cache: Any
 ) -> dict[int | str | None, Callable[[], object]]:
-    """What is timed, by number of rows, "start", "half layer" and name of an exit. `places`: slot -> its next position."""
+    """What is timed: by number of rows, "start", "half layer", name of an exit. `places`: slot -> next position."""
     device = getattr(model, "device", torch.device("cpu"))
 
     def embedded(count: int) -> tuple[Tensor, Items]:

@@ -84,7 +84,7 @@ def test_seconds_between_and_beyond_what_was_measured():
 def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
     _, stats = decode(CostRule(table(asked=0.1), trial_tokens=5), [[1, 2]], when=lambda *_: False)
     assert stats.num_fallbacks == 1 and stats.asked["a"] == 5, "nothing is saved where nobody leaves"
-    (events,), stats = decode(CostRule(table(asked=9.0), trial_tokens=5), [[1, 2]])
+    (events,), stats = decode(CostRule(table(asked=10.0), trial_tokens=5), [[1, 2]])
     # The first comes with the prompt, then the trial's, then nobody leaves.
     assert [event.exit for event in events] == [None] + ["a"] * 5 + [None] * 14
     assert stats.num_fallbacks == 1 and stats.asked["a"] == 5
@@ -95,7 +95,7 @@ def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
 
 
 def test_a_sequence_that_has_fallen_back_runs_in_one_piece():
-    engine = EarlyExitEngine(model(), cost_rule=CostRule(table(asked=9.0), trial_tokens=3))
+    engine = EarlyExitEngine(model(), cost_rule=CostRule(table(asked=10.0), trial_tokens=3))
     engine.generate([[1, 2]], max_new_tokens=10, policy=POLICY)
     pieces = engine.model.cache.rows_per_run
     assert pieces[-5:] == [(0, 12, 1)] * 5 and (0, 12, 1) not in pieces[:-5]
