@@ -187,11 +187,19 @@ def _calls(
         model.run(hidden, items, 0, 1, cache)
         wait()
 
-    def ask(name: str | None) -> list[float]:
-        return confidence(model.exit_logits(name, hidden, items, cache), CRITERIA[0]).tolist()
+    def ask(name: str | None, at: Tensor) -> list[float]:
+        return confidence(model.exit_logits(name, at, items, cache), CRITERIA[0]).tolist()
+
+    stops = {point.name: point.stop for point in model.exits} | {None: 2 * model.num_layers}
+    taps = {}
+    for name in (*exits, None):
+        taps[name] = model.run(hidden, items, 0, stops[name], cache)
+        for slot, place in places.items():
+            cache.truncate(slot, place)
 
     calls: dict[int | str | None, Callable[[], object]] = {count: partial(run, count) for count in rows}
-    return calls | {"start": start, "half layer": half_layer} | {name: partial(ask, name) for name in (*exits, None)}
+    calls |= {"start": start, "half layer": half_layer}
+    return calls | {name: partial(ask, name, at) for name, at in taps.items()}
 
 
 def unknown_cost_rule(rule: object) -> str:
