@@ -36,6 +36,9 @@ from nemo_ee.generation.policy import AskedExit, Course
 
 COST_RULES = ("none", "fallback")
 
+# When a sequence decides; see `CostRule.trial_tokens`.
+_CLEARLY = 0.05
+_TRIALS = 4
 # Rows of each sequence that are measured, and how often, in turns.
 _ROWS = (1, 2, 4, 8)
 _TURNS = 3
@@ -76,13 +79,23 @@ class CostRule:
 
     Attributes:
         table: for sessions of `table.num_sequences` places.
-        trial_tokens: fed tokens after which a sequence decides, once; before, it follows its policy.
+        trial_tokens: fed tokens in which a sequence follows its policy. Then it stops asking as soon as that is slower
+            by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good.
     """
 
     table: CostTable
     trial_tokens: int = 16
 
-    def pays(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool:
+    def verdict(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
+        """Whether a sequence's exits pay; None while that is open. Arguments: see `pays`."""
+        fed = sum(left.values())
+        if fed < self.trial_tokens:
+            return None
+        if fed >= _TRIALS * self.trial_tokens:
+            return self.pays(course, num_layers, left, emitted)
+        return None if self.pays(course, num_layers, left, emitted * (1 + _CLEARLY)) else False
+
+    def pays(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: float) -> bool:
         """Whether exits pay for a sequence that goes on as it began.
 
         Args:

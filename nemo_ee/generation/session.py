@@ -233,16 +233,16 @@ class DecodingSession:
         return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
 
     def _exits_pay(self, sequence: _Sequence) -> bool:
-        """Whether a sequence is to ask its exits; decided once, by what its first tokens did."""
+        """Whether a sequence is to ask its exits: by what its first tokens did, then for good."""
         rule = self._cost_rule
         if rule is None or sequence.exits_pay:
             return True
         if sequence.exits_pay is None:
-            if sum(sequence.left.values()) < rule.trial_tokens:
-                return True
             # The first token of an answer came with the prompt.
             certain = len(sequence.answer) - len(sequence.drafts) - 1
-            sequence.exits_pay = rule.pays(sequence.course, self._model.num_layers, sequence.left, certain)
+            sequence.exits_pay = rule.verdict(sequence.course, self._model.num_layers, sequence.left, certain)
+            if sequence.exits_pay is None:
+                return True
             self._num_fallbacks += not sequence.exits_pay
         if not sequence.exits_pay and not self._descent.waiting(sequence.slot):
             # Later tokens run to the end in one piece.

@@ -82,7 +82,7 @@ def test_seconds_between_and_beyond_what_was_measured():
 
 
 def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
-    _, stats = decode(CostRule(table(asked=0.1), trial_tokens=5), [[1, 2]], when=lambda *_: False)
+    _, stats = decode(CostRule(table(asked=1.0), trial_tokens=5), [[1, 2]], when=lambda *_: False)
     assert stats.num_fallbacks == 1 and stats.asked["a"] == 5, "nothing is saved where nobody leaves"
     (events,), stats = decode(CostRule(table(asked=10.0), trial_tokens=5), [[1, 2]])
     # The first comes with the prompt, then the trial's, then nobody leaves.
@@ -92,6 +92,19 @@ def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
     assert stats.computed_layers == LAYERS * 21
     (events,), stats = decode(CostRule(table(), trial_tokens=5), [[1, 2]])
     assert [event.exit for event in events] == [None] + ["a"] * 19 and stats.num_fallbacks == 0, "control"
+
+
+def test_what_is_not_clear_is_decided_later():
+    """Seconds of a token that is asked about: 1 % more than the 12 of full depth, 10 % more, and just as many."""
+    verdicts = {}
+    for asked in (0.12, 1.2, 0.0):
+        rule = CostRule(table(asked=asked / 2), trial_tokens=5)
+        verdicts[asked] = [rule.verdict(COURSE, LAYERS, {None: fed}, fed) for fed in (4, 5, 19, 20)]
+    assert verdicts == {
+        0.12: [None, None, None, False],
+        1.2: [None, False, False, False],
+        0.0: [None, None, None, True],
+    }
 
 
 def test_a_sequence_that_has_fallen_back_runs_in_one_piece():
