@@ -35,6 +35,7 @@ from benchmarks.huggingface import agreement as same_tokens
 from benchmarks.huggingface import generate, measure
 from benchmarks.measure import median_of_ratios, provenance
 from benchmarks.touched_weights import CountingModel
+from nemo_ee.generation.cost_rule import COST_RULES
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model, load_tokenizer
@@ -103,10 +104,17 @@ class Decoding:
         """The first so many."""
         return self.texts.at(self.work.prompts[:count], self.work.prompt_tokens)
 
-    def decode(self, prompts: list[list[int]], new_tokens: int, **how: Any) -> tuple[GenerationResult, int]:
+    @cached_property
+    def engines(self) -> dict[str, EarlyExitEngine]:
+        """By cost rule; kept, because what a rule goes by is measured once for each size of batch."""
+        return {rule: EarlyExitEngine(self.model, cost_rule=rule) for rule in COST_RULES}
+
+    def decode(
+        self, prompts: list[list[int]], new_tokens: int, *, cost_rule: str = "none", **how: Any
+    ) -> tuple[GenerationResult, int]:
         """What the engine says, and the weights that were read for it."""
         before = self.model.touched
-        result = EarlyExitEngine(self.model).generate(prompts, max_new_tokens=new_tokens, **how)
+        result = self.engines[cost_rule].generate(prompts, max_new_tokens=new_tokens, **how)
         return result, self.model.touched - before
 
     def runtime(self) -> Numbers:
@@ -213,11 +221,14 @@ class Decoding:
         batches = [[places[(turn * size + i) % len(places)] for i in range(size)] for turn in range(self.work.rounds)]
         sides = {
             "full": lambda prompts: self.decode(prompts, length, mode="full"),
-            "early_exit": lambda prompts: self.decode(prompts, length, policy=policy),
+            "early_exit": lambda prompts: self.decode(prompts, length, policy=policy, cost_rule="fallback"),
+            "without_rule": lambda prompts: self.decode(prompts, length, policy=policy),
         }
         seconds, results = measure(sides, batches)
         name = f"batch{size}_early_exit_over_full"
         found: Numbers = {name: median_of_ratios(seconds["full"], seconds["early_exit"])}
+        found[f"{name}.without_rule"] = median_of_ratios(seconds["full"], seconds["without_rule"])
+        found[f"{name}.fallbacks"] = statistics.mean(own.stats.num_fallbacks for own, _ in results["early_exit"])
         found[f"{name}.mean_depth"] = statistics.mean(own.stats.mean_depth for own, _ in results["early_exit"])
         found[f"{name}.bound"] = sum(own for _, own in results["full"]) / sum(own for _, own in results["early_exit"])
         return found | _rates(name, seconds, size * length)

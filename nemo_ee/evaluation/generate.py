@@ -177,7 +177,7 @@ class TextGenerator:
 
     def _start(self, requests: Sequence[Request]) -> DecodingSession:
         """An empty session in which each of these requests has room."""
-        asked, engine = self.request, EarlyExitEngine(self.model)
+        asked, engine = self.request, EarlyExitEngine(self.model, cost_rule=self.request.cost_rule)
         course = course_of(asked.mode, asked.policy, self.model.exits, self.model.num_layers)
         longest = max(len(own.prompt) + own.max_new_tokens for own in requests)
         return engine.start(
@@ -338,6 +338,7 @@ def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
         drafted=one.drafted + other.drafted,
         accepted=one.accepted + other.accepted,
         checks=one.checks + other.checks,
+        num_fallbacks=one.num_fallbacks + other.num_fallbacks,
         asked={
             name: one.asked.get(name, 0) + other.asked.get(name, 0)
             for name in dict.fromkeys([*one.asked, *other.asked])

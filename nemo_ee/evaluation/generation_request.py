@@ -21,6 +21,7 @@ from nemo_ee.evaluation.decoding_config import (
     whole_number_faults,
 )
 from nemo_ee.evaluation.text_files import is_jsonl, numbered_lines, read_json_lines, read_text
+from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 
@@ -48,6 +49,7 @@ class GenerationRequest:
         batch_size: prompts decoded together.
         colour: `auto`, `always` or `never`.
         output: JSONL file to write, or None.
+        cost_rule: one of `COST_RULES`.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class GenerationRequest:
     batch_size: int
     colour: str
     output: Path | None
+    cost_rule: str = COST_RULES[0]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> GenerationRequest:
@@ -80,6 +83,8 @@ class GenerationRequest:
             faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
         if config["colour"] not in COLOURS:
             faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")
+        if config["cost_rule"] not in COST_RULES:
+            faults.append(unknown_cost_rule(config["cost_rule"]))
         faults += switch_faults(config, ("greedy", "stop_on_eos", "overwrite"), or_null=("add_BOS",))
         _check_numbers(config, faults)
         policy = _or_fault(faults, lambda: _policy(config))
@@ -104,6 +109,7 @@ class GenerationRequest:
             batch_size=config["batch_size"],
             colour=config["colour"],
             output=output,
+            cost_rule=config["cost_rule"],
         )
 
 
@@ -148,6 +154,8 @@ def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
             f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: generation "
             "runs one model, make the two equal"
         )
+    elif tensor * stages > 1 and config["cost_rule"] == "fallback":
+        faults.append("cost_rule=fallback measures times on one rank; use cost_rule=none with several")
     faults += precision_faults(config)
 
 

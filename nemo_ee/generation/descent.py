@@ -161,6 +161,11 @@ class Descent:
         self._held.release(slot)
         self._plan()
 
+    def stop_asking(self, slot: int) -> None:
+        """Its sequence asks no exit any more, and its course cuts no flight; nothing of it may wait."""
+        self._thresholds[slot] = {}
+        self._plan()
+
     def _plan(self, *, released: bool = False) -> None:
         """Where flights stop; `released`: for the slots that were released too."""
         slots = [slot for slot in self._courses if released or slot not in self._released]

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from nemo_ee.generation.checks import is_whole, per_sequence, raise_all, request_faults, token_faults
+from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, ExitPolicy, course_of, unknown_mode
 from nemo_ee.generation.request import Request, resolve
@@ -57,9 +58,18 @@ class EarlyExitEngine:
 
     Args:
         model: anything that follows `DecodingModel`.
+        cost_rule: `none`, or `fallback`: a sequence whose exits do not pay stops asking them (`generation.cost_rule`),
+            by a table that is measured when a session of that many places is first started; or a rule with a table.
+
+    Raises:
+        ValueError: an unknown rule.
     """
 
-    def __init__(self, model: DecodingModel) -> None:
+    def __init__(self, model: DecodingModel, *, cost_rule: str | CostRule = "none") -> None:
+        if not isinstance(cost_rule, CostRule) and cost_rule not in COST_RULES:
+            raise ValueError(unknown_cost_rule(cost_rule))
+        self._cost_rule = cost_rule
+        self._tables: dict[tuple[int, tuple[str, ...]], CostTable] = {}
         stops = [point.stop for point in model.exits]
         assert stops == sorted(stops), "DecodingModel.exits is sorted by stop"
         assert all(0 < stop <= 2 * model.num_layers for stop in stops), f"stops {stops} of {model.num_layers} layers"
@@ -167,10 +177,29 @@ class EarlyExitEngine:
                 f"model's {self.model.max_positions} positions"
             )
         names = {name for course in courses for name in course.exit_names} | set(exits or ())
-        session = DecodingSession(self.model, mode, policy, names, num_slots or len(requests), max_length)
+        num_slots = num_slots or len(requests)
+        rule = self._rule_for(names, num_slots)
+        session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule)
         for own, course in zip(requests, courses, strict=False):
             session.admit(own, course)
         return session
+
+    def _rule_for(self, names: Collection[str], num_slots: int) -> CostRule | None:
+        """The cost rule of a session of so many places with these exits; measures its table if there is none yet."""
+        rule = self._cost_rule
+        if isinstance(rule, CostRule):
+            if rule.table.num_sequences != num_slots:
+                raise ValueError(
+                    f"the cost rule's table is of num_sequences = {rule.table.num_sequences}, the session has "
+                    f"{num_slots} places; give a table that was measured with as many, or cost_rule='fallback'"
+                )
+            return rule
+        if rule == "none" or not names:
+            return None
+        key = (num_slots, tuple(sorted(names)))
+        if key not in self._tables:
+            self._tables[key] = measure_costs(self.model, key[1], num_slots)
+        return CostRule(self._tables[key])
 
     def _room_faults(
         self, requests: Sequence[Request], exits: Sequence[str] | None, num_slots: int | None

@@ -5,7 +5,7 @@
 A session has a fixed number of slots in the model's cache. Sequences come (`add`) and go (they end, or `cancel`) while
 others run; one that comes takes a slot that is free. Its prompt runs in the same flight as the others' next tokens.
 
-May import: torch and `nemo_ee.generation.{checks,descent,items,policy,request,sampling,speculation,stats}`.
+May import: torch and `nemo_ee.generation.{checks,cost_rule,descent,items,policy,request,sampling,speculation,stats}`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.generation.checks import raise_all, request_faults
+from nemo_ee.generation.cost_rule import CostRule
 from nemo_ee.generation.descent import Descent, Feed, Reading
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import Course, ExitPolicy
@@ -41,6 +42,8 @@ class _Sequence:
     drafts: list[Draft] = dataclasses.field(default_factory=list)
     has_begun: bool = False
     must_check: bool = False  # a draft would end the sequence
+    left: dict[str | None, int] = dataclasses.field(default_factory=dict)  # fed tokens by exit, None = the end
+    exits_pay: bool | None = None  # by the cost rule; None = not decided
 
     @property
     def length(self) -> int:
@@ -70,6 +73,7 @@ class DecodingSession:
         exits: names of the exits that requests may use.
         num_slots: most sequences at a time.
         max_length: most tokens of a sequence, prompt included.
+        cost_rule: when a sequence stops asking its exits; None = never.
 
     Attributes:
         cache: the model's key/value storage; sequences of `start` stand in it in their order.
@@ -85,7 +89,9 @@ class DecodingSession:
         exits: Collection[str],
         num_slots: int,
         max_length: int,
+        cost_rule: CostRule | None = None,
     ) -> None:
+        self._cost_rule, self._num_fallbacks = cost_rule, 0
         self._model, self._mode, self._policy = model, mode, policy
         self._exits, self._max_length = tuple(point.name for point in model.exits if point.name in exits), max_length
         with torch.inference_mode():
@@ -195,6 +201,8 @@ class DecodingSession:
         singles: list[tuple[_Sequence, Reading]] = []
         for reading in readings:
             sequence = by_slot[reading.slot]
+            if sequence.has_begun:
+                sequence.left[reading.exit] = sequence.left.get(reading.exit, 0) + 1
             sequence.has_begun = True
             if sequence.drafts and reading.exit is None:
                 singles += self._check(sequence, reading, events)
@@ -216,12 +224,31 @@ class DecodingSession:
         if sequence.must_check:
             return Feed(position, (), read_all=True)
         cap = course.max_waiting
-        may_leave = bool(course.exits) and (cap is None or self._descent.waiting(sequence.slot) < cap)
+        may_leave = bool(course.exits) and self._exits_pay(sequence)
+        may_leave = may_leave and (cap is None or self._descent.waiting(sequence.slot) < cap)
         if course.checks:
             request = sequence.request
             # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
             may_leave = may_leave and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
         return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
+
+    def _exits_pay(self, sequence: _Sequence) -> bool:
+        """Whether a sequence is to ask its exits: by what its first tokens did, then for good."""
+        rule = self._cost_rule
+        if rule is None or sequence.exits_pay:
+            return True
+        if sequence.exits_pay is None:
+            # The first token of an answer came with the prompt.
+            certain = len(sequence.answer) - len(sequence.drafts) - 1
+            sequence.exits_pay = rule.verdict(sequence.course, self._model.num_layers, sequence.left, certain)
+            if sequence.exits_pay is None:
+                return True
+            self._num_fallbacks += not sequence.exits_pay
+        if not sequence.exits_pay and not self._descent.waiting(sequence.slot):
+            # Later tokens run to the end in one piece.
+            self._descent.stop_asking(sequence.slot)
+            sequence.course = dataclasses.replace(sequence.course, exits=())
+        return sequence.exits_pay
 
     def _check(
         self, sequence: _Sequence, reading: Reading, events: list[TokenEvent | Failure]
@@ -331,6 +358,7 @@ class DecodingSession:
             drafted=self._drafted,
             accepted=self._accepted,
             checks=self._checks,
+            num_fallbacks=self._num_fallbacks,
         )
 
 

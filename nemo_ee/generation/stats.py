@@ -88,6 +88,7 @@ class DecodingStats:
         drafted, accepted: tokens drafted and checked or thrown away, and those of them that stayed
             (`self_speculative`).
         checks: how many times drafts of a sequence were checked.
+        num_fallbacks: sequences that stopped asking their exits because they did not pay (`cost_rule`).
     """
 
     num_prompt_tokens: int
@@ -100,6 +101,7 @@ class DecodingStats:
     drafted: int = 0
     accepted: int = 0
     checks: int = 0
+    num_fallbacks: int = 0
 
     @property
     def acceptance_rate(self) -> float:

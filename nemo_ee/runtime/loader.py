@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nemo_ee.runtime.config import ExitEntry, RuntimeConfig, read_config
 from nemo_ee.runtime.linear import Linear, make_linear
-from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, NormWeights, RuntimeModel, Weights
+from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, RuntimeModel, Weights
 from nemo_ee.runtime.names import NAMES
+from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary import pairs_together
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -229,11 +230,13 @@ class _Reader:
             fc2=self._linear([f"{prefix}{names.fc2}"], hidden, ffn, bias),
         )
 
-    def _norm(self, name: str) -> NormWeights:
+    def _norm(self, name: str) -> Norm:
         config, read = self.config, self.tensors.read
         weight = read(f"{name}.weight", config.hidden_size) if config.norm_affine else None
-        has_bias = config.norm_affine and config.layer_norm
-        return NormWeights(weight, read(f"{name}.bias", config.hidden_size) if has_bias else None)
+        if not config.layer_norm:
+            return make_rms_norm(weight, config.norm_epsilon)
+        bias = read(f"{name}.bias", config.hidden_size) if config.norm_affine else None
+        return LayerNorm(weight, bias, config.norm_epsilon)
 
     def _output(self, name: str) -> Linear:
         weight = self.tensors.read(f"{name}.weight", self.config.vocab_size, self.config.hidden_size)

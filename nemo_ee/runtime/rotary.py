@@ -7,7 +7,7 @@
 Hugging Face pairs dimension j with j + d/2; the loader reorders the rows of the query and key projections once
 (`pairs_together`), which changes no attention score, so that one multiplication turns all heads.
 
-May import: torch.
+May import: torch, nemo_ee.generation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_ee.generation.items import Items
 
 
 def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
@@ -49,37 +51,20 @@ class RotaryTable:
 
     Args:
         frequencies: `[d/2]`, fp32, from `inverse_frequencies`.
-        num_turned: heads that are turned (queries and keys).
-        num_left: heads behind them that are left alone (values).
+        device: where the table is.
     """
 
-    def __init__(self, frequencies: Tensor, num_turned: int, num_left: int, device: torch.device) -> None:
+    def __init__(self, frequencies: Tensor, device: torch.device) -> None:
         self._frequencies, self._device = frequencies.to(device), device
-        self._num_turned, self._num_left = num_turned, num_left
         self._table = torch.empty((0, len(frequencies)), dtype=torch.complex64, device=device)
-        self._last: tuple[range | None, Tensor | None] = (None, None)
 
-    def at(self, positions: range) -> Tensor:
-        """For consecutive positions; the last answer is kept, since every segment of a token asks for the same.
-
-        Returns:
-            `[n, num_turned + num_left, d/2]`, complex64; ones for the heads left alone.
-        """
-        if self._last[0] != positions:
-            self._grow(positions.stop)
-            self._last = (positions, self._all_heads(self._table[positions.start : positions.stop]))
-        return self._last[1]
-
-    def at_items(self, position: Tensor, last: int) -> Tensor:
-        """For any positions. `position`: `[n]`, int64, on the device; `last`: the largest of them."""
-        self._grow(last + 1)
-        return self._all_heads(self._table[position])
-
-    def _all_heads(self, turns: Tensor) -> Tensor:
-        count, pairs = turns.shape
-        result = torch.ones((count, self._num_turned + self._num_left, pairs), dtype=turns.dtype, device=turns.device)
-        result[:, : self._num_turned] = turns[:, None]
-        return result
+    def at(self, items: Items) -> Tensor:
+        """For the items' positions. Returns `[n, 1, d/2]`, complex64."""
+        groups = items.groups
+        self._grow(max(group.length for group in groups))
+        if len(groups) == 1 and isinstance(groups[0].positions, range):
+            return self._table[groups[0].positions.start : groups[0].length, None]
+        return self._table[items.position][:, None]
 
     def _grow(self, length: int) -> None:
         if length <= self._table.shape[0]:

@@ -54,6 +54,7 @@ def make_server(settings: ServerSettings) -> Server:
         settings.http.limits.max_new_tokens,
         certificates_of(settings.path),
         precision_of(model),
+        settings.cost_rule,
     )
     metrics = Metrics(model.exits, model.num_layers)
     scheduler = Scheduler(lambda: served.start_session(settings.num_slots), settings.max_queue, metrics)

@@ -54,6 +54,7 @@ class ServedModel:
         max_new_tokens: most new ones.
         certificates: of these weights, by name.
         precision: of the weights, in the words of certificates: `32` or `bf16`.
+        cost_rule: of the engine.
 
     Raises:
         ValueError: the defaults do not fit the model.
@@ -70,7 +71,9 @@ class ServedModel:
         max_new_tokens: int,
         certificates: Mapping[str, Certificate] = MappingProxyType({}),
         precision: str = "32",
+        cost_rule: str = "none",
     ) -> None:
+        self._engine = EarlyExitEngine(model, cost_rule=cost_rule)
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.default, self.stop_tokens, self.max_new_tokens = default, stop_tokens, max_new_tokens
         self.certificates, self.precision = certificates, precision
@@ -88,7 +91,7 @@ class ServedModel:
 
     def start_session(self, num_slots: int) -> DecodingSession:
         """An empty session that any request fits into."""
-        return EarlyExitEngine(self.model).start(
+        return self._engine.start(
             [],
             mode=self.default.mode,
             policy=self.default.policy,

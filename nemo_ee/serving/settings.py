@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.serving.exit_choice import ExitChoice
 from nemo_ee.serving.protocol import Limits
@@ -61,6 +62,7 @@ class ServerSettings:
         num_slots: sequences decoded at a time.
         max_length: most tokens of a sequence, or None = the model's positions.
         max_queue: most sequences that wait for a slot.
+        cost_rule: one of `COST_RULES`.
     """
 
     http: HttpSettings
@@ -74,6 +76,7 @@ class ServerSettings:
     num_slots: int
     max_length: int | None
     max_queue: int
+    cost_rule: str
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ServerSettings:
@@ -106,6 +109,8 @@ class ServerSettings:
         keys = _keys(config["api_keys_file"], faults)
         _check_host(str(config["host"]), keys, faults)
         default = _default(config, faults)
+        if config["cost_rule"] not in COST_RULES:
+            faults.append(unknown_cost_rule(config["cost_rule"]))
         template = _template(config["chat_template"], faults)
         if faults:
             raise ValueError("the server was not started:\n" + "\n".join(f"  {one}" for one in faults))
@@ -131,6 +136,7 @@ class ServerSettings:
             num_slots=config["num_slots"],
             max_length=config["max_length"],
             max_queue=config["max_queue"],
+            cost_rule=config["cost_rule"],
         )
 
 

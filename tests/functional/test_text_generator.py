@@ -57,6 +57,16 @@ def test_an_answer_is_not_shorter_than_asked_for():
         assert len(answer.events) == 5 and answer.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("mode", ["early_exit", "self_speculative", "full"])
+def test_the_cost_rule_measures_and_answers(mode):
+    """On this model the text does not depend on where a token leaves; whether exits pay is the machine's business."""
+    plain, ruled = (
+        scripted(mode=mode, cost_rule=rule, max_new_tokens=24, stop_on_eos=False) for rule in ("none", "fallback")
+    )
+    prompts = ["ab", "c", "d"]
+    assert [own.text for own in ruled.generate(prompts)] == [own.text for own in plain.generate(prompts)]
+
+
 @pytest.mark.parametrize("mode", ["early_exit", "self_speculative", "static_depth", "full"])
 def test_an_end_string_ends_an_answer_which_keeps_it(mode):
     """The model counts up: 'ab' goes on with 'cdef...'."""

@@ -74,6 +74,11 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"tokens_to_generate": 0}, ["tokens_to_generate=0 must be a whole number from 1"]),
         ({"tokens_to_generate": 2.5}, ["tokens_to_generate=2.5"]),
         ({"min_tokens_to_generate": 65}, ["min_tokens_to_generate=65 is more than tokens_to_generate=64"]),
+        ({"cost_rule": "maybe"}, ["cost_rule = 'maybe'", "none, fallback"]),
+        (
+            {"cost_rule": "fallback", "trainer__devices": 2, "model__tensor_model_parallel_size": 2},
+            ["cost_rule=fallback", "use cost_rule=none"],
+        ),
         ({"batch_size": 0}, ["batch_size=0"]),
         ({"end_strings": "x"}, ["end_strings='x' must be a list of texts"]),
         ({"end_strings": ["x", ""]}, ["none empty"]),

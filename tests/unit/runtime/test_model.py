@@ -20,9 +20,17 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
-from nemo_ee.runtime.linear import HalfLinear, PlainLinear, make_linear, packs_half_weights
+from nemo_ee.runtime.linear import (
+    HalfLinear,
+    PlainLinear,
+    QuantizedHalfLinear,
+    make_half_linear,
+    make_linear,
+    packs_half_weights,
+)
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.model import RuntimeModel
+from nemo_ee.runtime.norm import RmsNorm, ShortRmsNorm, make_rms_norm
 from nemo_ee.runtime.rotary import inverse_frequencies, pairs_together
 from tests.helpers.huggingface_models import TINY_MODELS, reference_logits, save_tiny_model
 
@@ -217,9 +225,27 @@ def test_the_products_of_half_precision_weights() -> None:
         assert close(linear(inputs), expected)
         # Without the bias, beside which small products would not show.
         assert close(make_linear(weight, None, stored_in_half=True)(inputs), product.float())
-        packed = HalfLinear(torch.ops.quantized.linear_prepack_fp16(weight, None))(inputs)
+        packed = make_half_linear(weight, None)(inputs)
+        if isinstance(linear, HalfLinear):
+            older = QuantizedHalfLinear(torch.ops.quantized.linear_prepack_fp16(weight, bias))
+            assert torch.equal(linear(inputs), older(inputs)), "one product behind two calls, bitwise"
         assert close(packed, product.float()) == (scale not in (1e-6, 1e5)), "control: what fp16 does not hold"
         residual = torch.randn(5, 48, generator=generator)
         before = residual.clone()
         assert close(linear.added_to(residual, inputs), expected + residual) and torch.equal(residual, before)
     assert isinstance(make_linear(weight, bias, stored_in_half=False), PlainLinear)
+
+
+def test_rms_norm_in_four_operations() -> None:
+    """Rows from large to all zero, against fp64; PyTorch's own where the weight is in half precision."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(4, 64, generator=generator) * torch.tensor([1e4, 1.0, 1e-4, 0.0])[:, None]
+    weight, before = torch.randn(64, generator=generator), hidden.clone()
+    norm = make_rms_norm(weight, 1e-5)
+    assert isinstance(norm, ShortRmsNorm)
+    wide = hidden.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    assert torch.allclose(norm(hidden).double(), expected, rtol=1e-6, atol=1e-7) and torch.equal(hidden, before)
+    without = wide * wide.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt() * weight.double()
+    assert not torch.allclose(norm(hidden).double(), without, rtol=1e-3), "control: without epsilon"
+    assert isinstance(make_rms_norm(weight.bfloat16(), 1e-5), RmsNorm)

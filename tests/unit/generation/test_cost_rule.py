@@ -1,0 +1,163 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The cost rule: its estimate against a naive simulation, its decisions on scripted models and scripted tables."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from nemo_ee.generation.cost_rule import CostRule, CostTable, measure_costs
+from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.policy import ExitPolicy, course_of
+from nemo_ee.generation.request import Request
+from tests.helpers.stub_models import ScriptedModel, TinyTransformer, exit_points
+from tests.unit.generation.test_against_reference import ALL_KINDS
+
+LAYERS = 6
+EXITS = exit_points(("a", 2, 3), ("b", 4, 8))
+POLICY = ExitPolicy(0.5)
+COURSE = course_of("early_exit", POLICY, EXITS, LAYERS)
+FREE = dict.fromkeys(("a", "b"), 0.0)
+
+
+def table(num_sequences=1, *, per_row=0.0, asked=0.0):
+    """A half layer takes 1 s and `per_row` for each row of a sequence beyond the first."""
+    rows = ((1, 1.0), (2, 1.0 + per_row), (8, 1.0 + 7 * per_row))
+    return CostTable(num_sequences, rows, dict.fromkeys(("a", "b"), asked), final=0.0)
+
+
+def model(when=lambda *_: True):
+    """Exits say the final exit's token and are sure where `when(name, token, position)`."""
+
+    def script(name, token, position):
+        return (token * 7 + position * 3 + 1) % 50, 0.9 if name is None or when(name, token, position) else 0.1
+
+    return ScriptedModel(LAYERS, EXITS, script)
+
+
+def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", when=lambda *_: True):
+    """Events by sequence, and stats."""
+    session = EarlyExitEngine(model(when), cost_rule=cost_rule).start(
+        [Request(tuple(prompt), length) for prompt in prompts], mode=mode, policy=POLICY, num_slots=num_slots
+    )
+    events = []
+    while not session.finished:
+        events += session.step()
+    return [[own for own in events if own.sequence == i] for i in range(len(prompts))], session.stats(events)
+
+
+def simulate(costs, shares, halves, flights=20000):
+    """Seconds of a flight in which each of B sequences goes past each stop with these chances; what waits of all of
+    them goes along when any of them goes on, as rows spread evenly."""
+    rng, count, total = random.Random(1), costs.num_sequences, 0.0
+    waiting = [0.0] * len(halves)  # rows a sequence, before each segment
+    for _ in range(flights):
+        going = [rng.random() for _ in range(count)]
+        for index, (share, size) in enumerate(zip(shares, halves, strict=True)):
+            waiting[index] += 1
+            if any(own < share for own in going):
+                total += size * costs.seconds(waiting[index])
+                waiting[index] = 0.0
+    return total / flights
+
+
+@pytest.mark.parametrize(("num_sequences", "per_row"), [(1, 0.0), (1, 0.3), (3, 0.0), (3, 0.8)])
+def test_estimate_is_that_of_a_simulation(num_sequences, per_row):
+    """Within 2 % of the time at which the rule turns; statistical."""
+    costs = table(num_sequences, per_row=per_row)
+    simulated = simulate(costs, (1.0, 0.5, 0.2), (3, 5, 4))
+    left = {"a": 50, "b": 30, None: 20}
+    full = 12 * costs.seconds(1)
+    for factor, expected in ((1.02, True), (0.98, False)):
+        emitted = 100 * simulated * factor / full
+        assert CostRule(costs).pays(COURSE, LAYERS, left, emitted) == expected
+
+
+def test_seconds_between_and_beyond_what_was_measured():
+    costs = CostTable(1, ((1, 1.0), (2, 3.0), (4, 4.0)), FREE, 0.0)
+    assert [costs.seconds(rows) for rows in (1, 1.5, 2, 3, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
+    assert CostTable(1, ((1, 2.0),), FREE, 0.0).seconds(3) == 6.0
+
+
+def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
+    _, stats = decode(CostRule(table(asked=1.0), trial_tokens=5), [[1, 2]], when=lambda *_: False)
+    assert stats.num_fallbacks == 1 and stats.asked["a"] == 5, "nothing is saved where nobody leaves"
+    (events,), stats = decode(CostRule(table(asked=10.0), trial_tokens=5), [[1, 2]])
+    # The first comes with the prompt, then the trial's, then nobody leaves.
+    assert [event.exit for event in events] == [None] + ["a"] * 5 + [None] * 14
+    assert stats.num_fallbacks == 1 and stats.asked["a"] == 5
+    # Half layers of every position but the newest, which nobody needs: what waited was taken along, once.
+    assert stats.computed_layers == LAYERS * 21
+    (events,), stats = decode(CostRule(table(), trial_tokens=5), [[1, 2]])
+    assert [event.exit for event in events] == [None] + ["a"] * 19 and stats.num_fallbacks == 0, "control"
+
+
+def test_what_is_not_clear_is_decided_later():
+    """Seconds of a token that is asked about: 1 % more than the 12 of full depth, 10 % more, and just as many."""
+    verdicts = {}
+    for asked in (0.12, 1.2, 0.0):
+        rule = CostRule(table(asked=asked / 2), trial_tokens=5)
+        verdicts[asked] = [rule.verdict(COURSE, LAYERS, {None: fed}, fed) for fed in (4, 5, 19, 20)]
+    assert verdicts == {
+        0.12: [None, None, None, False],
+        1.2: [None, False, False, False],
+        0.0: [None, None, None, True],
+    }
+
+
+def test_a_sequence_that_has_fallen_back_runs_in_one_piece():
+    engine = EarlyExitEngine(model(), cost_rule=CostRule(table(asked=10.0), trial_tokens=3))
+    engine.generate([[1, 2]], max_new_tokens=10, policy=POLICY)
+    pieces = engine.model.cache.rows_per_run
+    assert pieces[-5:] == [(0, 12, 1)] * 5 and (0, 12, 1) not in pieces[:-5]
+
+
+def test_a_batch_gives_each_what_it_gets_alone_in_as_many_places():
+    """Sure of some tokens, so that some sequences fall back and others do not."""
+
+    def some(name, token, position):
+        return random.Random(f"{token}/{position}").random() < 0.5
+
+    rule = CostRule(table(3, asked=1.2), trial_tokens=4)
+    prompts = [[1, 2], [5], [9, 4, 7]]
+    together, stats = decode(rule, prompts, when=some)
+    alone = [decode(rule, [prompt], num_slots=3, when=some) for prompt in prompts]
+    assert [[own.exit for own in events] for events in together] == [
+        [own.exit for own in events] for (events,), _ in alone
+    ]
+    assert stats.num_fallbacks == sum(own.num_fallbacks for _, own in alone)
+    assert 0 < stats.num_fallbacks < 3, "control: both happen"
+
+
+def test_self_speculation_stops_drafting_and_its_text_stays():
+    prompts = [[1, 2], [7]]
+    full, _ = decode("none", prompts, mode="full")
+    drafted, stats = decode(
+        CostRule(table(2, per_row=1.0, asked=3.0), trial_tokens=5), prompts, mode="self_speculative"
+    )
+    assert [[own.token for own in events] for events in drafted] == [[own.token for own in events] for events in full]
+    assert stats.num_fallbacks == 2 and 0 < stats.drafted <= 10
+    _, free = decode("none", prompts, mode="self_speculative")
+    assert free.drafted > 20, "control"
+
+
+def test_measured_table_of_a_real_model():
+    """With exits of every architecture, one of which attends; times themselves are not judged."""
+    tiny = TinyTransformer(ALL_KINDS)
+    names = [point.name for point in tiny.exits]
+    costs = measure_costs(tiny, names, 2)
+    assert costs.num_sequences == 2 and set(costs.asked) == set(names)
+    assert all(seconds > 0 for seconds in (*costs.asked.values(), costs.final, *(own for _, own in costs.half_layer)))
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="cost_rule = 'quick' is unknown; use one of none, fallback"):
+        EarlyExitEngine(model(), cost_rule="quick")
+    with pytest.raises(ValueError, match="num_sequences = 2, the session has 1 places"):
+        decode(CostRule(table(2)), [[1]])
+    staged = model()
+    staged.fill_ahead = 8
+    with pytest.raises(ValueError, match="several ranks; use 'none'"):
+        EarlyExitEngine(staged, cost_rule="fallback").generate([[1]], max_new_tokens=2, policy=POLICY)
