@@ -288,7 +288,7 @@ class Decoding:
             }
         if self.options.plot:
             draw(rows, perplexity(results["full"]), self.options.plot)
-        about = {"full_perplexity": perplexity(results["full"]), "exits": " ".join(active or ("all",))}
+        about = {"full_perplexity": perplexity(results["full"]), "exits": " ".join(active or ("none",))}
         named = about | {f"{key}.{name}": value for key, row in rows.items() for name, value in row.items()}
         return {f"frontier.{name}": value for name, value in named.items()}
 
