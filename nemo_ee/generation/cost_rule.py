@@ -80,11 +80,17 @@ class CostRule:
     Attributes:
         table: for sessions of `table.num_sequences` places.
         trial_tokens: fed tokens in which a sequence follows its policy. Then it stops asking as soon as that is slower
-            by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good.
+            by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good. It decides only when no
+            drafts wait, as they are fed tokens of which nobody knows yet whether they are emitted.
     """
 
     table: CostTable
     trial_tokens: int = 16
+
+    def is_due(self, fed: int) -> bool:
+        """Whether this is the end of the trial, or of the time to decide: drafts that wait then are checked first, or
+        without a cap on them there might never be a verdict."""
+        return fed in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
     def verdict(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
         """Whether a sequence's exits pay; None while that is open. Arguments: see `pays`."""

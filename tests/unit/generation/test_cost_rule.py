@@ -34,13 +34,13 @@ def model(when=lambda *_: True):
     def script(name, token, position):
         return (token * 7 + position * 3 + 1) % 50, 0.9 if name is None or when(name, token, position) else 0.1
 
-    return ScriptedModel(LAYERS, EXITS, script)
+    return ScriptedModel(LAYERS, EXITS, script, max_positions=128)
 
 
-def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", when=lambda *_: True):
+def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", when=lambda *_: True, policy=POLICY):
     """Events by sequence, and stats."""
     session = EarlyExitEngine(model(when), cost_rule=cost_rule).start(
-        [Request(tuple(prompt), length) for prompt in prompts], mode=mode, policy=POLICY, num_slots=num_slots
+        [Request(tuple(prompt), length) for prompt in prompts], mode=mode, policy=policy, num_slots=num_slots
     )
     events = []
     while not session.finished:
@@ -141,6 +141,47 @@ def test_self_speculation_stops_drafting_and_its_text_stays():
     assert stats.num_fallbacks == 2 and 0 < stats.drafted <= 10
     _, free = decode("none", prompts, mode="self_speculative")
     assert free.drafted > 20, "control"
+
+
+@pytest.mark.parametrize("cap", [None, 8, 11, 15, 32])
+def test_drafting_that_pays_goes_on(cap):
+    """Every draft stays. Exit b alone saves a third of the half layers, less a check for every `cap` tokens."""
+    free, dear = (CostRule(table(asked=asked)) for asked in (0.0, 6.0))
+    for active, rule, fallbacks in ((None, free, 0), (("b",), free, 0), (("b",), dear, 1)):
+        policy = ExitPolicy(0.5, active=active, max_waiting=cap)
+        _, stats = decode(rule, [[1, 2]], length=100, mode="self_speculative", policy=policy)
+        assert stats.num_fallbacks == fallbacks and stats.accepted == stats.drafted, (active, "the last: control")
+        assert stats.drafted > 80 if not fallbacks else stats.drafted <= 16
+
+
+def test_drafts_that_nobody_checks_are_checked_for_the_verdict():
+    """Exits are wrong and sure, without a cap: after the trial's five drafts comes a check that keeps none of them."""
+    wrong = model()
+    script = wrong.script
+    wrong.script = lambda name, *at: script(name, *at) if name is None else (49, 0.9)
+    call = {"max_new_tokens": 60, "mode": "self_speculative", "policy": POLICY}
+    result = EarlyExitEngine(wrong, cost_rule=CostRule(table(), trial_tokens=5)).generate([[1, 2]], **call)
+    assert (result.stats.num_fallbacks, result.stats.drafted, result.stats.accepted) == (1, 5, 0)
+    assert result.tokens == EarlyExitEngine(wrong).generate([[1, 2]], max_new_tokens=60, mode="full").tokens
+
+
+def test_a_check_that_feeds_no_token_counts_none():
+    """A draft that would end the sequence is checked at once; `ends` takes it back for a draft that stays."""
+    seen = []
+
+    def ends(tokens):
+        seen.append(len(tokens))
+        return seen.count(len(tokens)) == 1 and len(tokens) % 4 == 0
+
+    rule = CostRule(table(), trial_tokens=10**6)
+    session = EarlyExitEngine(model(), cost_rule=rule).start(
+        [Request((1, 2), 30, ends=ends)], mode="self_speculative", policy=POLICY
+    )
+    (sequence,) = session._running.values()
+    while not session.finished:
+        session.step()
+    assert session.stats([]).checks > 5, "control: there were such checks"
+    assert sum(sequence.left.values()) == len(sequence.answer) - 1
 
 
 def test_measured_table_of_a_real_model():
