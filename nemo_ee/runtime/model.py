@@ -126,6 +126,7 @@ class RuntimeModel:
     def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
         """Run the half layers (start, stop]; odd ones are attention, even ones MLPs. `hidden`: `[n, h]`."""
         placement, rotation = self._place(items)
+        cache.reach(items.groups)  # exits write at positions that have come to them, so these are all
         for half in range(start, stop):
             layer = self.weights.layers[half >> 1]
             if half & 1:
