@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,26 @@ class CostRule:
 
     table: CostTable
     trial_tokens: int = 16
+
+    def faults(self, asked: Sequence[str], num_slots: int) -> Iterator[str]:
+        """Why it cannot be that of a session of so many places in which these exits are asked."""
+        if isinstance(self.trial_tokens, bool) or not isinstance(self.trial_tokens, int) or self.trial_tokens < 1:
+            yield f"the cost rule's trial_tokens = {self.trial_tokens!r} must be a whole number from 1"
+        if self.table.num_sequences != num_slots:
+            yield (
+                f"the cost rule's table is of num_sequences = {self.table.num_sequences}, the session has {num_slots} "
+                "places; give a table that was measured with as many, or cost_rule='fallback'"
+            )
+        yield from self.missing(asked)
+
+    def missing(self, asked: Sequence[str]) -> Iterator[str]:
+        """The fault of exits whose seconds its table does not have."""
+        missing = [name for name in asked if name not in self.table.asked]
+        if missing:
+            yield (
+                f"the cost rule's table has no seconds of asking exit {', '.join(missing)}, only of "
+                f"{', '.join(self.table.asked) or 'none'}; measure with every exit that may be asked"
+            )
 
     def is_due(self, fed: int) -> bool:
         """Whether this is the end of the trial, or of the time to decide: drafts that wait then are checked first, or

@@ -133,6 +133,8 @@ class DecodingSession:
                 f"{what}: exit {', '.join(missing)} is not one of the session's ({', '.join(self._exits) or 'none'}); "
                 "name it under exits when the session is started"
             )
+        elif self._cost_rule is not None:
+            faults += self._cost_rule.missing([exit.point.name for exit in course.exits])
         if not faults and len(request.prompt) + request.max_new_tokens > self._max_length:
             faults.append(
                 f"{what}: {len(request.prompt)} prompt tokens + max_new_tokens = {request.max_new_tokens} are more "

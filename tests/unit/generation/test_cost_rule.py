@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -198,7 +199,42 @@ def test_refusals():
         EarlyExitEngine(model(), cost_rule="quick")
     with pytest.raises(ValueError, match="num_sequences = 2, the session has 1 places"):
         decode(CostRule(table(2)), [[1]])
+    for trial_tokens in (0, 1.5):
+        with pytest.raises(ValueError, match="trial_tokens = .* must be a whole number from 1"):
+            decode(CostRule(table(), trial_tokens), [[1]])
     staged = model()
     staged.fill_ahead = 8
     with pytest.raises(ValueError, match="several ranks; use 'none'"):
         EarlyExitEngine(staged, cost_rule="fallback").generate([[1]], max_new_tokens=2, policy=POLICY)
+
+
+def test_an_explicit_table_has_every_exit_that_is_asked():
+    """Refused before anything runs, when a session starts and when a request joins it."""
+    only_a = dataclasses.replace(table(), asked={"a": 0.0})
+    engine = EarlyExitEngine(model(), cost_rule=CostRule(only_a, trial_tokens=3))
+    with pytest.raises(ValueError, match="no seconds of asking exit b, only of a"):
+        engine.start([Request((1, 2), 9)], policy=POLICY)
+    assert engine.model.cache is None
+    with pytest.raises(ValueError, match="no seconds of asking exit b"):
+        engine.start([], policy=ExitPolicy(0.5, active=("a",)), exits=("a", "b"), num_slots=1)
+    a, b = (ExitPolicy(0.5, active=(name,)) for name in "ab")
+    requests = [Request((1, 2), 9, mode="static_depth", policy=b), Request((1, 2), 9)]
+    both = EarlyExitEngine(model(), cost_rule=CostRule(dataclasses.replace(only_a, num_sequences=2)))
+    session = both.start(requests, policy=a)
+    session.cancel(0)
+    with pytest.raises(ValueError, match="no seconds of asking exit b"):
+        session.add(Request((1, 2), 5, policy=b))
+    session.add(Request((1, 2), 5, mode="static_depth", policy=b))
+
+
+def test_without_exits_to_ask_there_is_no_rule(monkeypatch):
+    """A table that nothing would look at is neither judged nor measured."""
+    measured = []
+    monkeypatch.setattr("nemo_ee.generation.engine.measure_costs", lambda *how: measured.append(how) or table())
+    for rule in (CostRule(table(5)), "fallback"):
+        engine = EarlyExitEngine(model(), cost_rule=rule)
+        for mode, policy in (("full", None), ("static_depth", ExitPolicy(0.5, active=("a",)))):
+            engine.generate([[1, 2]], max_new_tokens=20, mode=mode, policy=policy)
+    assert not measured
+    engine.generate([[1, 2]], max_new_tokens=20, policy=POLICY)
+    assert len(measured) == 1, "control"
