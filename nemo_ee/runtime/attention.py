@@ -80,7 +80,8 @@ class Placement:
     """Where items stand in a cache, and with whom they attend. `dtype`: the cache's."""
 
     def __init__(self, items: Items, dtype: torch.dtype) -> None:
-        self.items = items
+        # Not the items, which keep it.
+        self._sequence, self._position = items.sequence, items.position
         groups = items.groups
         self.run: ItemGroup | None = None  # all of the items, where they are consecutive ones of one sequence
         if len(groups) == 1 and isinstance(groups[0].positions, range):
@@ -91,7 +92,7 @@ class Placement:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
         if self.run is None:
             # Advanced indices on both sides of a slice put the items' axis first: [n, 2K, d].
-            slab[self.items.sequence, :, self.items.position] = keys_values
+            slab[self._sequence, :, self._position] = keys_values
         elif keys_values.shape[0] == 1:
             slab[self.run.sequence, :, self.run.length - 1] = keys_values[0]
         else:

@@ -22,7 +22,7 @@ from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import Failure
-from nemo_ee.runtime.attention import RuntimeCache
+from nemo_ee.runtime.attention import Placement, RuntimeCache
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from nemo_ee.runtime.linear import (
     HalfLinear,
@@ -294,3 +294,20 @@ def test_a_cut_leaves_no_keys_and_values_behind(tmp_path: Path) -> None:
             if count > 1:
                 expected[count - 1, :, 2:] = 0
             assert torch.equal(slab, expected)
+
+
+def test_places_are_worked_out_once_for_each_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs between two segments of a flight: rows of it that an exit is asked about, another model."""
+    save_tiny_model(tmp_path, "llama")
+    model, other, built = load_model(tmp_path), load_model(tmp_path), []
+    whole_init = Placement.__init__
+    monkeypatch.setattr(Placement, "__init__", lambda self, *how: built.append(how[0]) or whole_init(self, *how))
+    items = Items.of({0: range(3), 1: range(2)})
+    picked, cache = items.select(torch.tensor([2, 4])), model.new_cache(2, 3, ())
+    hidden = model.embed(torch.arange(5), items)
+    for stop in range(4):
+        hidden = model.run(hidden, items, stop, stop + 1, cache)
+        model.run(hidden[[2, 4]], picked, stop, stop + 1, model.new_cache(2, 3, ()))
+    assert len(built) == 2 and built[0] is items and built[1] is picked
+    other.run(hidden, items, 0, 1, other.new_cache(2, 3, ()))
+    assert len(built) == 3, "a model turns and stores in its own way"
