@@ -49,6 +49,10 @@ _CONTEXT = 96
 class CostTable:
     """Seconds, with so many sequences in one flight.
 
+    All of them at one length of the sequences, in a table of `measure_costs` `_CONTEXT` tokens. Longer ones attend to
+    more, which it does not say: where attention is much of a half layer a verdict on long texts can be wrong. It does
+    not follow a session's `max_length`, which may come from the longest of a batch: neighbours would then matter.
+
     Attributes:
         num_sequences: B.
         half_layer: (rows of each sequence, seconds of a half layer), ascending from 1 row.
@@ -155,7 +159,8 @@ class CostRule:
 
 @torch.inference_mode()
 def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int) -> CostTable:
-    """Run a few tokens and take the time: the least of some turns. Takes as long as some fifty steps of decoding.
+    """Run a few tokens after a context of `_CONTEXT`, or what there is room for, and take the time: the least of some
+    turns. Takes as long as some fifty steps of decoding.
 
     Args:
         model: on one stage.
