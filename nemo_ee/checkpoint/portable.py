@@ -8,19 +8,20 @@
     tokenizer        the files themselves, in `tokenizer/`; `type` names that folder
     anything else    an absolute path in the config is dropped
 
-May import: the standard library.
+May import: yaml, `nemo_ee.checkpoint.tokenizer_files`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import pickle
-import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+import yaml
 
 from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, read_json_object
 
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
 _FOLDERS_UP = 2
-_BACKBONE_LINE = re.compile(r"""^backbone_path: ['"]?([^'"\n]+)['"]?$""", re.MULTILINE)
+_BACKBONE_KEY = "backbone_path"
+_LONGEST_PATH = 4096  # of Linux
 _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
 
@@ -51,17 +53,22 @@ def find_backbone(
         option: how the user says it.
 
     Raises:
-        ValueError: no file there.
+        ValueError: no file there, or what is stored is no path.
     """
-    if given and str(given) != stored:
-        places = [Path(given)]
+    if given:
+        places = [Path(str(given))]
     elif stored:
+        if not isinstance(stored, str) or len(stored) > _LONGEST_PATH:
+            raise ValueError(
+                f"{nemo} is damaged: its {_BACKBONE_KEY} is {str(stored)[:40]!r}..., which is no path; "
+                f"give {option}=<the .nemo the exits were tuned on>"
+            )
         folder, name = Path(nemo).resolve().parent, PureWindowsPath(stored).name  # both kinds of separators
         places = list(dict.fromkeys((folder / stored, folder / name, Path(stored))))
     else:
         places = []
     for place in places:
-        if place.exists():
+        if _exists(place):
             return place
     tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
     raise ValueError(
@@ -70,25 +77,41 @@ def find_backbone(
     )
 
 
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
 def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     """The config of an exits-only file for a copy of it: where the backbone is, seen from there.
 
-    Other configs stay as they are.
+    Only that value is written anew; the rest, and other configs, stay as they are.
 
     Args:
-        text: of `model_config.yaml`, as OmegaConf writes it: a key of the top level is a line.
+        text: of `model_config.yaml`.
         nemo, output: the file and its copy.
+
+    Raises:
+        ValueError: the text is not YAML.
     """
-    line = _BACKBONE_LINE.search(text)
-    if line is None or Path(nemo).resolve().parent == Path(output).resolve().parent:
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        stored = yaml.safe_load(text).get(_BACKBONE_KEY) if isinstance(root, yaml.MappingNode) else None
+    except yaml.YAMLError as fault:
+        raise ValueError(f"{nemo}: model_config.yaml is damaged ({fault}); fetch or save the file again") from fault
+    if not isinstance(stored, str) or Path(nemo).resolve().parent == Path(output).resolve().parent:
         return text
     try:
-        backbone = find_backbone(nemo, stored=line[1], given=None)
+        moved = stored_backbone_path(find_backbone(nemo, stored=stored, given=None), output)
     except ValueError:  # the user said where it is; a copy keeps its name
-        stored = PureWindowsPath(line[1]).name
-    else:
-        stored = stored_backbone_path(backbone, output)
-    return f"{text[: line.start()]}backbone_path: {json.dumps(stored, ensure_ascii=False)}{text[line.end() :]}"
+        moved = PureWindowsPath(stored).name
+    node = next(value for key, value in root.value if key.value == _BACKBONE_KEY)
+    start, end = node.start_mark.index, node.end_mark.index
+    end = start + len(text[start:end].rstrip())  # a block's value ends after its last newline
+    value = yaml.safe_dump(moved, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
+    return text[:start] + value + text[end:]
 
 
 def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tuple[dict[str, Any], dict[str, Path]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_ee.checkpoint.portable import (
     config_elsewhere,
@@ -80,6 +81,66 @@ def test_a_copy_elsewhere_sees_the_backbone_from_there(tmp_path: Path) -> None:
     gone = "backbone_path: ../gone/ee.nemo\n"
     assert config_elsewhere(gone, exits, copy) == 'backbone_path: "ee.nemo"\n', "a hint"
     assert config_elsewhere("a: 1\n", exits, copy) == "a: 1\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "the base " + 12 * "of a long name " + "ee.nemo",  # over 80 columns: written as several lines
+        "somebody's ee.nemo",
+        'a "base": ee.nemo',
+        "ünïcode # 1.nemo",
+        "12",
+        "null",
+    ],
+)
+@pytest.mark.parametrize("style", [None, "'", '"', "|", ">"])
+def test_any_name_of_a_backbone_survives_a_copy(name: str, style: str | None, tmp_path: Path) -> None:
+    """Whatever way the value is written; the rest of the text, comments too, stays."""
+    exits, copy = tmp_path / "run" / "exits.nemo", tmp_path / "out" / "deep" / "exits.nemo"
+    _touch(tmp_path / name)
+    _touch(exits)
+    value = yaml.dump({"backbone_path": f"../{name}"}, default_style=style, allow_unicode=True)
+    before, after = "num_layers: 3  # kept\n", "last: 1e-5 # kept\n"
+    moved = config_elsewhere(before + value + after, exits, copy)
+    assert moved.startswith(before) and moved.endswith(f"\n{after}")
+    assert yaml.safe_load(moved) == {"num_layers": 3, "backbone_path": f"../../{name}", "last": "1e-5"}
+
+
+@pytest.mark.parametrize("value", ["null", "", "7", "[ee.nemo]"])
+def test_what_is_no_path_stays(value: str, tmp_path: Path) -> None:
+    text = f"backbone_path: {value}\nnum_layers: 3\n"
+    assert config_elsewhere(text, tmp_path / "exits.nemo", tmp_path / "out" / "exits.nemo") == text
+
+
+def test_a_config_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exits.nemo: model_config.yaml is damaged"):
+        config_elsewhere("a: [", tmp_path / "exits.nemo", tmp_path / "out" / "exits.nemo")
+
+
+@pytest.mark.parametrize("stored", [7, ["ee.nemo"], {"a": 1}, "x/" * 3000])
+def test_a_stored_path_that_is_none(stored: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"exits.nemo is damaged: its backbone_path is .{3,50}, which is no path"):
+        find_backbone(tmp_path / "exits.nemo", stored=stored, given=None)
+    _touch(tmp_path / "ee.nemo")
+    assert find_backbone(tmp_path / "exits.nemo", stored=stored, given=tmp_path / "ee.nemo") == tmp_path / "ee.nemo"
+
+
+def test_a_name_longer_than_file_systems_take_is_not_there(tmp_path: Path) -> None:
+    for said in ({"stored": "x" * 300, "given": None}, {"stored": None, "given": "x" * 300}):
+        with pytest.raises(ValueError, match="was not found"):
+            find_backbone(tmp_path / "exits.nemo", **said)
+
+
+def test_what_the_user_says_is_his_even_where_the_file_says_the_same(tmp_path: Path, monkeypatch) -> None:
+    """Relative to the working directory, not to the file."""
+    _touch(tmp_path / "run" / "ee.nemo")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="was not found: give"):
+        find_backbone(tmp_path / "run" / "exits.nemo", stored="ee.nemo", given="ee.nemo")
+    working = _touch(tmp_path / "elsewhere" / "ee.nemo")
+    assert find_backbone(tmp_path / "run" / "exits.nemo", stored="ee.nemo", given="ee.nemo").resolve() == working
 
 
 def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
