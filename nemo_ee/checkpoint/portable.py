@@ -33,6 +33,8 @@ _BACKBONE_KEY = "backbone_path"
 _LONGEST_PATH = 4096  # of Linux
 _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
+_IN_ARCHIVE = "nemo:"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def stored_backbone_path(backbone: str | Path, nemo: str | Path) -> str:
@@ -114,12 +116,16 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     return text[:start] + value + text[end:]
 
 
-def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tuple[dict[str, Any], dict[str, Path]]:
+def portable_tokenizer(
+    block: Mapping[str, Any], members: Container[str], *, own: Container[str] = ()
+) -> tuple[dict[str, Any], dict[str, Path]]:
     """A config's tokenizer block without paths of this machine, and the files to put into the archive for it.
 
     Args:
         block: `library`, `type`, `model`, ...
         members: names in the archive; a tokenizer that is there already stays.
+        own: keys whose values the user said. The others are a `.nemo`'s, which anybody may have made: of a directory
+            that one of them names only a tokenizer's files are taken, a single file is not.
 
     Returns:
         (the block to store, name in the archive -> file).
@@ -132,24 +138,43 @@ def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tup
             files = _bundle(folder)
         if bundled or files:
             block["type"] = TOKENIZER_FOLDER
+            if block.get("use_fast") is None:  # NeMo's default is False; what is in `tokenizer/` was read with True
+                block["use_fast"] = bundled
     for key in _NEMO_ARTIFACTS:
         value = block.get(key)
-        if isinstance(value, str) and Path(value).is_file():
-            name = f"{key}_{Path(value).name}"
-            files[name], block[key] = Path(value), f"nemo:{name}"
+        if not isinstance(value, str) or not value or value.startswith(_IN_ARCHIVE):
+            continue
+        name = PurePosixPath(value).name
+        if key in own and Path(value).is_file():
+            name = f"{key}_{name}"
+            files[name], block[key] = Path(value), f"{_IN_ARCHIVE}{name}"
+        elif name in members:  # as old versions of NeMo wrote it
+            block[key] = f"{_IN_ARCHIVE}{name}"
+        elif key not in own:
+            logger.warning("tokenizer.%s=%s of the source is not in its .nemo, and not stored", key, value)
+            del block[key]
     return block, files
 
 
 def _bundle(folder: Path) -> dict[str, Path]:
-    """The tokenizer of a directory; nothing where transformers needs more than its own files to choose its class."""
-    if not (read_json_object(folder / "tokenizer_config.json") or {}).get("tokenizer_class"):
+    """The tokenizer of a directory; nothing where transformers needs more than its own files.
+
+    Links are followed: a folder of the Hugging Face hub's cache has nothing else.
+    """
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    reason = None
+    if not (read_json_object((folder / "tokenizer_config.json").resolve()) or {}).get("tokenizer_class"):
+        reason = "tokenizer_config.json names no tokenizer_class"
+    elif not files.keys() & set(_VOCABULARIES):
+        reason = f"there is none of {', '.join(_VOCABULARIES)}"
+    if reason is not None:
         logger.warning(
-            "%s: tokenizer_config.json names no tokenizer_class, so the tokenizer is not put into the .nemo, which "
-            "needs this directory wherever it is loaded",
+            "%s: %s, so the tokenizer is not put into the .nemo, which needs this directory wherever it is loaded",
             folder,
+            reason,
         )
         return {}
-    return {f"{TOKENIZER_FOLDER}/{name}": folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return {f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()}
 
 
 def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:
