@@ -8,6 +8,10 @@
     tokenizer        the files themselves, in `tokenizer/`; `type` names that folder
     anything else    an absolute path in the config is dropped
 
+Two places stay. A backbone is copied byte for byte, so its `.metadata` may name the folder it was first written in. A
+tokenizer's directory that cannot be bundled (no `tokenizer_class`, no vocabulary file of a known name) is still named
+by `type`, with a warning.
+
 May import: yaml, `nemo_ee.checkpoint.tokenizer_files`.
 """
 
