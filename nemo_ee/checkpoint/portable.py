@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 TOKENIZER_FOLDER = "tokenizer"
 _FOLDERS_UP = 2
 _BACKBONE_KEY = "backbone_path"
+_YAML_STRING = "tag:yaml.org,2002:str"
 _LONGEST_PATH = 4096  # of Linux
 _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
@@ -104,20 +105,26 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-        stored = yaml.safe_load(text).get(_BACKBONE_KEY) if isinstance(root, yaml.MappingNode) else None
     except yaml.YAMLError as fault:
         raise ValueError(f"{nemo}: model_config.yaml is damaged ({fault}); fetch or save the file again") from fault
-    if not isinstance(stored, str) or Path(nemo).resolve().parent == Path(output).resolve().parent:
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    node = next((value for key, value in pairs if key.value == _BACKBONE_KEY and _follows(value, key)), None)
+    stored = node.value if node is not None and node.tag == _YAML_STRING else None
+    if stored is None or Path(nemo).resolve().parent == Path(output).resolve().parent:
         return text
     try:
         moved = stored_backbone_path(find_backbone(nemo, stored=stored, given=None), output)
     except ValueError:  # the user said where it is; a copy keeps its name
         moved = PureWindowsPath(stored).name
-    node = next(value for key, value in root.value if key.value == _BACKBONE_KEY)
     start, end = node.start_mark.index, node.end_mark.index
     end = start + len(text[start:end].rstrip())  # a block's value ends after its last newline
     value = yaml.safe_dump(moved, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
     return text[:start] + value + text[end:]
+
+
+def _follows(value: yaml.Node, key: yaml.Node) -> bool:
+    """Not so of an alias, whose text is somewhere else."""
+    return value.start_mark.index >= key.end_mark.index
 
 
 def portable_tokenizer(

@@ -108,9 +108,9 @@ def test_any_name_of_a_backbone_survives_a_copy(name: str, style: str | None, tm
     assert yaml.safe_load(moved) == {"num_layers": 3, "backbone_path": f"../../{name}", "last": "1e-5"}
 
 
-@pytest.mark.parametrize("value", ["null", "", "7", "[ee.nemo]"])
+@pytest.mark.parametrize("value", ["null", "", "7", "[ee.nemo]", "*other"])
 def test_what_is_no_path_stays(value: str, tmp_path: Path) -> None:
-    text = f"backbone_path: {value}\nnum_layers: 3\n"
+    text = f"name: &other ee.nemo\nbackbone_path: {value}\nnum_layers: 3\n"
     assert config_elsewhere(text, tmp_path / "exits.nemo", tmp_path / "out" / "exits.nemo") == text
 
 
