@@ -15,6 +15,7 @@ May import: anything.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -161,29 +162,43 @@ class Decoding:
         return found | _rates(name, seconds, length)
 
     def _best_drafts(self) -> ExitPolicy:
-        """Exit, threshold and longest draft with the most tokens a second."""
-        trials = [
-            ExitPolicy(threshold, active=(point.name,), max_waiting=cap)
+        """Exits, thresholds and longest draft with the most tokens a second: one exit, or two of the best ones."""
+        singles = [
+            ExitPolicy({point.name: threshold}, active=(point.name,), max_waiting=cap)
             for point in self.model.exits
-            for threshold in (0.0, 0.4, 0.8)
-            for cap in (2, 4)
+            for threshold in (0.0, 0.4, 0.6, 0.8, 0.9)
+            for cap in (2, 4, 8)
             if point.layer < self.model.num_layers
         ]
-        return self._quickest(trials, lambda prompt, length, own: self.decode(
-            [prompt], length, mode="self_speculative", policy=own))  # fmt: skip
+
+        def drafted(prompt: list[int], length: int, own: ExitPolicy) -> Any:
+            return self.decode([prompt], length, mode="self_speculative", policy=own)
+
+        best = self._quickest(singles, drafted, num_prompts=1)[:8]
+        pairs = [
+            ExitPolicy(both, active=tuple(both), max_waiting=max(one.max_waiting, other.max_waiting))
+            for one, other in itertools.combinations(best, 2)
+            if len(both := {**one.thresholds, **other.thresholds}) == 2
+        ]
+        return self._quickest([*best, *pairs], drafted, num_prompts=len(self.work.tuning_prompts))[0]
 
     def _best_assistant(self) -> tuple[int, int]:
         """Layer and length of the drafts with the most tokens a second."""
         layers = sorted({point.layer for point in self.model.exits if point.layer < self.model.num_layers})
         trials = [(layer, drafted) for layer in layers for drafted in (2, 4)]
-        return self._quickest(trials, lambda prompt, length, own: self._assisted(prompt, length, *own))
+        return self._quickest(trials, lambda prompt, length, own: self._assisted(prompt, length, *own), num_prompts=1)[
+            0
+        ]
 
-    def _quickest(self, trials: list[Any], decode: Callable[[list[int], int, Any], Any]) -> Any:
-        prompts = self.texts.at(self.work.tuning_prompts[:1], self.work.prompt_tokens)
+    def _quickest(
+        self, trials: list[Any], decode: Callable[[list[int], int, Any], Any], *, num_prompts: int
+    ) -> list[Any]:
+        """The trials, the quickest on some tuning prompts first."""
+        prompts = self.texts.at(self.work.tuning_prompts[:num_prompts], self.work.prompt_tokens)
         length = self.work.tuning_tokens
         sides = {str(i): lambda prompt, own=own: decode(prompt, length, own) for i, own in enumerate(trials)}
         seconds, _ = measure(sides, prompts)
-        return trials[int(min(seconds, key=lambda side: sum(seconds[side])))]
+        return [trials[int(side)] for side in sorted(seconds, key=lambda side: sum(seconds[side]))]
 
     def _assisted(self, prompt: list[int], length: int, layer: int, drafted: int) -> list[int]:
         """transformers' `assistant_early_exit`, its drafts read from the final exit's head."""
@@ -273,7 +288,7 @@ class Decoding:
             }
         if self.options.plot:
             draw(rows, perplexity(results["full"]), self.options.plot)
-        about = {"full_perplexity": perplexity(results["full"]), "exits": " ".join(active or ("all",))}
+        about = {"full_perplexity": perplexity(results["full"]), "exits": " ".join(active or ("none",))}
         named = about | {f"{key}.{name}": value for key, row in rows.items() for name, value in row.items()}
         return {f"frontier.{name}": value for name, value in named.items()}
 

@@ -95,14 +95,24 @@ def build_model(config: PretrainConfig):
     )
     if config.start_from is None:
         return LlamaForCausalLM(shape)
-    stored = LlamaConfig.from_pretrained(config.start_from)
-    other = [f"{key} ({getattr(stored, key)}, not {value})" for key, value in config.model.items()
-             if getattr(stored, key) != value]  # fmt: skip
-    if other:
-        raise ValueError(f"start_from: {config.start_from} has another {', '.join(other)}; set model to its shape")
-    return LlamaForCausalLM.from_pretrained(
-        config.start_from, torch_dtype=torch.float32, attn_implementation="blocked_causal"
-    )
+    try:
+        stored = LlamaConfig.from_pretrained(config.start_from)
+        wanted = {**config.model, "model_type": "llama", "num_key_value_heads": shape.num_key_value_heads}
+        other = [
+            f"{key} ({found}, not {value})"
+            for key, value in wanted.items()
+            if (found := getattr(stored, key, None)) != value
+        ]
+        if other:
+            raise ValueError(f"start_from: {config.start_from} has another {', '.join(other)}; set model to its shape")
+        return LlamaForCausalLM.from_pretrained(
+            config.start_from, torch_dtype=torch.float32, attn_implementation="blocked_causal"
+        )
+    except OSError as error:
+        raise ValueError(
+            f"start_from: {config.start_from} cannot be read as a Llama model: {error}; name `model` of a "
+            "finished run"
+        ) from error
 
 
 def build_optimizer(model, config: PretrainConfig):
@@ -172,9 +182,13 @@ class Run:
         self.identity = {
             **{key: getattr(config, key) for key in ("model", "sequence_length", "batch_size", "precision", "seed")},
             **{key: getattr(config, key) for key in ("lr", "warmup_steps", "weight_decay", "betas", "clip")},
-            **{key: getattr(config, key) for key in ("start_from", "exit_layers", "exit_loss_weight")},
             "data": windows.digest(),
         }
+        # Only what has an effect, so that a run without these goes on from checkpoints that do not know them.
+        if config.start_from is not None:
+            self.identity["start_from"] = config.start_from
+        if config.exit_layers:
+            self.identity |= {"exit_layers": config.exit_layers, "exit_loss_weight": config.exit_loss_weight}
         if self.checkpoint.exists():
             self._load()
 
@@ -182,7 +196,8 @@ class Run:
         import torch
 
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        other = [key for key, value in self.identity.items() if state["identity"].get(key) != value]
+        stored = state["identity"]
+        other = [key for key in {**self.identity, **stored} if self.identity.get(key) != stored.get(key)]
         if other:
             raise ValueError(
                 f"{self.checkpoint} was made with other {', '.join(other)}; give the settings of that run again, "

@@ -62,8 +62,10 @@ class PretrainConfig:
             values[key] = tuple(str(name) for name in names)
         values["held_out"] = tuple(str(ROOT / name) for name in values["held_out"])
         values["output"] = Path(str(values["output"]))
-        values["betas"], values["exit_layers"] = tuple(values["betas"]), tuple(values["exit_layers"])
-        values["start_from"] = None if values["start_from"] is None else str(values["start_from"])
+        values["betas"] = tuple(values["betas"])
+        layers = values["exit_layers"]
+        values["exit_layers"] = tuple(layers) if isinstance(layers, list) else (layers,)
+        values["start_from"] = None if values["start_from"] is None else str(Path(str(values["start_from"])).resolve())
         config = cls(**values)
         faults = [f"data: {fault}" for fault in ([] if config.data else ["empty list; name at least one file"])]
         whole = {f"model.{key}": config.model[key] for key in (*_MODEL_KEYS, "max_position_embeddings")}
@@ -108,14 +110,15 @@ class PretrainConfig:
         if wrong:
             faults.append(
                 f"exit_layers: {wrong} must be whole numbers from 1 to {model['num_hidden_layers'] - 1}, layers below "
-                "the last one"
+                "the last one; [] for none"
             )
         if len(set(self.exit_layers)) < len(self.exit_layers):
             faults.append(f"exit_layers: {list(self.exit_layers)} names a layer twice; name each once")
-        if self.exit_layers and not self.exit_loss_weight > 0:
+        weight = self.exit_loss_weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             faults.append(
-                f"exit_loss_weight: {self.exit_loss_weight!r} must be above 0; leave exit_layers empty to train the "
-                "final exit alone"
+                f"exit_loss_weight: {weight!r} must be a number above 0; leave exit_layers empty for the final exit "
+                "alone"
             )
         if self.start_from is not None and not (Path(self.start_from) / "config.json").is_file():
             faults.append(

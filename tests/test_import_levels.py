@@ -49,7 +49,7 @@ BOUNDARIES = {
     "generation": _boundary("torch", "exits"),
     "megatron": _boundary("torch megatron.core", "exits generation"),
     # level 2
-    "checkpoint": _boundary("torch megatron.core safetensors", "exits generation megatron"),
+    "checkpoint": _boundary("torch megatron.core safetensors yaml", "exits generation megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "exits generation"),
     # level 3
     "models": _boundary(_LEVEL_3, "exits generation megatron checkpoint runtime cpu_host"),

@@ -8,19 +8,24 @@
     tokenizer        the files themselves, in `tokenizer/`; `type` names that folder
     anything else    an absolute path in the config is dropped
 
-May import: the standard library.
+Two places stay. A backbone is copied byte for byte, so its `.metadata` may name the folder it was first written in. A
+tokenizer's directory that cannot be bundled (no `tokenizer_class`, no vocabulary file of a known name) is still named
+by `type`, with a warning.
+
+May import: yaml, `nemo_ee.checkpoint.tokenizer_files`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import pickle
-import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+import yaml
 
 from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, read_json_object
 
@@ -28,9 +33,13 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
 _FOLDERS_UP = 2
-_BACKBONE_LINE = re.compile(r"""^backbone_path: ['"]?([^'"\n]+)['"]?$""", re.MULTILINE)
+_BACKBONE_KEY = "backbone_path"
+_YAML_STRING = "tag:yaml.org,2002:str"
+_LONGEST_PATH = 4096  # of Linux
 _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
+_IN_ARCHIVE = "nemo:"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def stored_backbone_path(backbone: str | Path, nemo: str | Path) -> str:
@@ -51,17 +60,22 @@ def find_backbone(
         option: how the user says it.
 
     Raises:
-        ValueError: no file there.
+        ValueError: no file there, or what is stored is no path.
     """
-    if given and str(given) != stored:
-        places = [Path(given)]
+    if given:
+        places = [Path(str(given))]
     elif stored:
+        if not isinstance(stored, str) or len(stored) > _LONGEST_PATH:
+            raise ValueError(
+                f"{nemo} is damaged: its {_BACKBONE_KEY} is {str(stored)[:40]!r}..., which is no path; "
+                f"give {option}=<the .nemo the exits were tuned on>"
+            )
         folder, name = Path(nemo).resolve().parent, PureWindowsPath(stored).name  # both kinds of separators
         places = list(dict.fromkeys((folder / stored, folder / name, Path(stored))))
     else:
         places = []
     for place in places:
-        if place.exists():
+        if _exists(place):
             return place
     tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
     raise ValueError(
@@ -70,33 +84,59 @@ def find_backbone(
     )
 
 
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
 def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     """The config of an exits-only file for a copy of it: where the backbone is, seen from there.
 
-    Other configs stay as they are.
+    Only that value is written anew; the rest, and other configs, stay as they are.
 
     Args:
-        text: of `model_config.yaml`, as OmegaConf writes it: a key of the top level is a line.
+        text: of `model_config.yaml`.
         nemo, output: the file and its copy.
+
+    Raises:
+        ValueError: the text is not YAML.
     """
-    line = _BACKBONE_LINE.search(text)
-    if line is None or Path(nemo).resolve().parent == Path(output).resolve().parent:
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as fault:
+        raise ValueError(f"{nemo}: model_config.yaml is damaged ({fault}); fetch or save the file again") from fault
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    node = next((value for key, value in pairs if key.value == _BACKBONE_KEY and _follows(value, key)), None)
+    stored = node.value if node is not None and node.tag == _YAML_STRING else None
+    if stored is None or Path(nemo).resolve().parent == Path(output).resolve().parent:
         return text
     try:
-        backbone = find_backbone(nemo, stored=line[1], given=None)
+        moved = stored_backbone_path(find_backbone(nemo, stored=stored, given=None), output)
     except ValueError:  # the user said where it is; a copy keeps its name
-        stored = PureWindowsPath(line[1]).name
-    else:
-        stored = stored_backbone_path(backbone, output)
-    return f"{text[: line.start()]}backbone_path: {json.dumps(stored, ensure_ascii=False)}{text[line.end() :]}"
+        moved = PureWindowsPath(stored).name
+    start, end = node.start_mark.index, node.end_mark.index
+    end = start + len(text[start:end].rstrip())  # a block's value ends after its last newline
+    value = yaml.safe_dump(moved, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
+    return text[:start] + value + text[end:]
 
 
-def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tuple[dict[str, Any], dict[str, Path]]:
+def _follows(value: yaml.Node, key: yaml.Node) -> bool:
+    """Not so of an alias, whose text is somewhere else."""
+    return value.start_mark.index >= key.end_mark.index
+
+
+def portable_tokenizer(
+    block: Mapping[str, Any], members: Container[str], *, own: Container[str] = ()
+) -> tuple[dict[str, Any], dict[str, Path]]:
     """A config's tokenizer block without paths of this machine, and the files to put into the archive for it.
 
     Args:
         block: `library`, `type`, `model`, ...
         members: names in the archive; a tokenizer that is there already stays.
+        own: keys whose values the user said. The others are a `.nemo`'s, which anybody may have made: of a directory
+            that one of them names only a tokenizer's files are taken, a single file is not.
 
     Returns:
         (the block to store, name in the archive -> file).
@@ -109,24 +149,43 @@ def portable_tokenizer(block: Mapping[str, Any], members: Container[str]) -> tup
             files = _bundle(folder)
         if bundled or files:
             block["type"] = TOKENIZER_FOLDER
+            if block.get("use_fast") is None:  # NeMo's default is False; what is in `tokenizer/` was read with True
+                block["use_fast"] = bundled
     for key in _NEMO_ARTIFACTS:
         value = block.get(key)
-        if isinstance(value, str) and Path(value).is_file():
-            name = f"{key}_{Path(value).name}"
-            files[name], block[key] = Path(value), f"nemo:{name}"
+        if not isinstance(value, str) or not value or value.startswith(_IN_ARCHIVE):
+            continue
+        name = PurePosixPath(value).name
+        if key in own and Path(value).is_file():
+            name = f"{key}_{name}"
+            files[name], block[key] = Path(value), f"{_IN_ARCHIVE}{name}"
+        elif name in members:  # as old versions of NeMo wrote it
+            block[key] = f"{_IN_ARCHIVE}{name}"
+        elif key not in own:
+            logger.warning("tokenizer.%s=%s of the source is not in its .nemo, and not stored", key, value)
+            del block[key]
     return block, files
 
 
 def _bundle(folder: Path) -> dict[str, Path]:
-    """The tokenizer of a directory; nothing where transformers needs more than its own files to choose its class."""
-    if not (read_json_object(folder / "tokenizer_config.json") or {}).get("tokenizer_class"):
+    """The tokenizer of a directory; nothing where transformers needs more than its own files.
+
+    Links are followed: a folder of the Hugging Face hub's cache has nothing else.
+    """
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    reason = None
+    if not (read_json_object((folder / "tokenizer_config.json").resolve()) or {}).get("tokenizer_class"):
+        reason = "tokenizer_config.json names no tokenizer_class"
+    elif not files.keys() & set(_VOCABULARIES):
+        reason = f"there is none of {', '.join(_VOCABULARIES)}"
+    if reason is not None:
         logger.warning(
-            "%s: tokenizer_config.json names no tokenizer_class, so the tokenizer is not put into the .nemo, which "
-            "needs this directory wherever it is loaded",
+            "%s: %s, so the tokenizer is not put into the .nemo, which needs this directory wherever it is loaded",
             folder,
+            reason,
         )
         return {}
-    return {f"{TOKENIZER_FOLDER}/{name}": folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return {f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()}
 
 
 def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:

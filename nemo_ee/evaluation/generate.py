@@ -178,13 +178,11 @@ class TextGenerator:
     def _start(self, requests: Sequence[Request]) -> DecodingSession:
         """An empty session in which each of these requests has room."""
         asked, engine = self.request, EarlyExitEngine(self.model, cost_rule=self.request.cost_rule)
-        course = course_of(asked.mode, asked.policy, self.model.exits, self.model.num_layers)
         longest = max(len(own.prompt) + own.max_new_tokens for own in requests)
         return engine.start(
             [],
             mode=asked.mode,
             policy=asked.policy,
-            exits=course.exit_names,
             num_slots=min(asked.batch_size, len(requests)),
             max_length=min(longest, self.model.max_positions),
         )

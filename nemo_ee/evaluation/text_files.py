@@ -41,7 +41,7 @@ def read_text(setting: str, path: Path) -> tuple[str, str]:
 
 def is_jsonl(path: Path) -> bool:
     """Whether each line of a file of this name is a JSON value."""
-    return ".jsonl" in path.suffixes[-2:]
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix == ".jsonl"
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:

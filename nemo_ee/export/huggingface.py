@@ -8,8 +8,9 @@
                       early_exit_trtllm/, with which TensorRT-LLM's PyTorch backend leaves early
     manifest.json     written last
 
-Tensor by tensor: read once per directory, low-rank updates folded in, never more than one in memory. All of it goes to
-`<output>.partial`, which gets its name when everything is on disk; after a fault or an interruption nothing is left.
+Tensor by tensor: read once per directory, low-rank updates folded in, one in memory at a time. Then each directory up
+to `parity_gigabytes` is read back whole, for its parity digest. All of it goes to `<output>.partial`, which gets its
+name when everything is on disk; after a fault or an interruption nothing is left.
 
 May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export, nemo_ee.runtime.
 """
@@ -51,7 +52,6 @@ from nemo_ee.export.tensorrt_llm_early_exit import (
     threshold_block,
     threshold_faults,
 )
-from nemo_ee.runtime.config import read_config
 from nemo_ee.runtime.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -294,18 +294,22 @@ def _write(
                 copy_tokenizer(source, folder)
                 if artefact.table is not None:
                     models.append(copy_pytorch_package(folder, artefact.stock.family))
-        parities = [_parity(partial / artefact.directory, settings.parity_gigabytes) for artefact in artefacts]
+        parities = [_parity(partial, artefact, settings.parity_gigabytes) for artefact in artefacts]
         facts = _manifest_facts(settings, source, artefacts, digests, parities, dtype)
         write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
 
 
-def _parity(folder: Path, parity_gigabytes: float) -> dict[str, Any] | None:
-    try:
-        read_config(folder)
-    except ValueError as refusal:  # an OPT without its final norm
-        logger.info("%s: no parity digest (%s)", folder.name, refusal)
+def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[str, Any] | None:
+    if artefact.stock.values.get("_remove_final_layer_norm"):
+        logger.info("%s: no parity digest, our runtime computes no OPT without its final norm", artefact.directory)
         return None
-    return written_parity(folder, load_model, parity_gigabytes=parity_gigabytes)
+    try:
+        return written_parity(partial / artefact.directory, load_model, parity_gigabytes=parity_gigabytes)
+    except ValueError as fault:
+        raise ValueError(
+            f"what was written cannot be run, so nothing was exported: {fault}\n"
+            "parity_gigabytes=0 exports without running it"
+        ) from fault
 
 
 def _write_config(

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check one exported Hugging Face directory against its config.json and, when given, the `.nemo`.
 
-May import: torch, safetensors, nemo_ee.checkpoint, nemo_ee.export.
+May import: torch, safetensors, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export, nemo_ee.runtime.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ _NOT_READ = ("_remove_final_layer_norm", "auto_map")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
+def artefact_faults(
+    folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
+) -> list[str]:
     """Every fault of the directory.
 
     Args:
         artefact: its entry in the manifest.
         source: the opened `.nemo`, to compare the numbers with.
+        parity_gigabytes: largest model that is run.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
@@ -68,7 +71,7 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
         if not faults:
             faults += _weight_faults(plan, files, source, dtype, artefact.get("digest"))
     if not faults:
-        faults += parity_faults(artefact.get("parity"), folder, load_model)
+        faults += parity_faults(artefact.get("parity"), folder, load_model, parity_gigabytes=parity_gigabytes)
     return faults
 
 

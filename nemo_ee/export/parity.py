@@ -91,11 +91,15 @@ def written_parity(
         load: reads the directory back.
         parity_gigabytes: largest model, its numbers counted as fp32.
     """
-    size = sum(_numbers_in(path) for path in folder.glob("*.safetensors")) * 4 / 1e9
+    size = _gigabytes_in_memory(folder)
     if size > parity_gigabytes:
         logger.info("%s: %.1f GB in fp32, more than parity_gigabytes, so no parity digest", folder.name, size)
         return None
     return parity_of(load(folder))
+
+
+def _gigabytes_in_memory(folder: Path) -> float:
+    return sum(_numbers_in(path) for path in folder.glob("*.safetensors")) * 4 / 1e9
 
 
 def _numbers_in(path: Path) -> int:
@@ -105,15 +109,30 @@ def _numbers_in(path: Path) -> int:
 
 
 def parity_faults(
-    stated: Mapping[str, Any] | None, folder: Path, load: Callable[[Path], RuntimeModel]
+    stated: Mapping[str, Any] | None,
+    folder: Path,
+    load: Callable[[Path], RuntimeModel],
+    *,
+    parity_gigabytes: float = DEFAULT_GIGABYTES,
 ) -> Iterator[str]:
-    """Where a directory says something else than its manifest states; nothing where it states nothing."""
+    """Where a directory says something else than its manifest states; nothing where it states nothing.
+
+    Args:
+        parity_gigabytes: see `written_parity`; a larger model is not run, and a warning says so.
+    """
     if stated is None:
+        return
+    size = _gigabytes_in_memory(folder)
+    if size > parity_gigabytes:
+        logger.warning("%s: %.1f GB in fp32, more than parity_gigabytes, so its parity was not run", folder.name, size)
         return
     try:
         found = parity_of(load(folder))
     except ValueError as fault:
         yield f"parity: {fault}"
+        return
+    except (RuntimeError, IndexError) as fault:  # torch's own: sizes that do not fit, no memory
+        yield f"parity: cannot be run ({fault!r})"
         return
     if found["tokens"] != stated["tokens"] or found["heads"].keys() != stated["heads"].keys():
         yield f"parity: the manifest's tokens or exits ({', '.join(stated['heads'])}) are not this model's"

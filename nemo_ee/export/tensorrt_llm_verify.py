@@ -5,9 +5,10 @@
 config.json is compared field by field with the one the export would write: for what the `.nemo` says where that is
 given, otherwise for what the file itself says of the model. Thresholds may be edited, so they are not compared.
 
-Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for, not one that was loaded.
+Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for and computes, in nemo_ee's own
+runtime, what its manifest states.
 
-May import: torch, safetensors, nemo_ee.export.
+May import: torch, safetensors, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ from nemo_ee.export.tensorrt_llm_layout import Reading, rank_shapes, readings
 from nemo_ee.export.tensorrt_llm_runtime import load_checkpoint
 
 
-def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None) -> list[str]:
+def artefact_faults(
+    folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
+) -> list[str]:
     """Every fault of a checkpoint directory.
 
     Args:
         artefact: its entry in the manifest, with the manifest's `max_position_embeddings`.
         source: the opened `.nemo`, to compare the numbers with.
+        parity_gigabytes: largest model that is run.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
@@ -64,7 +68,7 @@ def artefact_faults(folder: Path, artefact: dict[str, Any], source: EarlyExitSou
     if source is not None and not faults:
         faults += _weight_faults(folder, plan, source, dtype, tp, pp)
     if not faults:
-        faults += parity_faults(artefact.get("parity"), folder, load_checkpoint)
+        faults += parity_faults(artefact.get("parity"), folder, load_checkpoint, parity_gigabytes=parity_gigabytes)
     return faults
 
 

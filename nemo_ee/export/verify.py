@@ -1,8 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check an export: hashes, config fields, names, shapes and shards; with its `.nemo`, every number.
+"""Check an export: hashes, config fields, names, shapes, shards and parity; with its `.nemo`, every number.
 
-A directory without faults is what its format asks for, not one that was run.
+A directory without faults is what its format asks for. What it computes is run by nemo_ee's own runtime, where the
+manifest states a parity digest; it is not loaded into the library it is for.
 
 May import: safetensors, nemo_ee.export.
 """
@@ -18,10 +19,17 @@ from nemo_ee.export import huggingface_verify, tensorrt_llm_verify
 from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 def verify_export(
-    directory: str | Path, checkpoint: str | Path | None = None, backbone: str | Path | None = None
+    directory: str | Path,
+    checkpoint: str | Path | None = None,
+    backbone: str | Path | None = None,
+    *,
+    parity_gigabytes: float = DEFAULT_GIGABYTES,
 ) -> list[str]:
     """Every fault found, none for a good export.
 
@@ -29,10 +37,13 @@ def verify_export(
         directory: output of an export.
         checkpoint: the `.nemo` it was made from, to compare the weights with.
         backbone: see `EarlyExitSource`.
+        parity_gigabytes: see `nemo_ee.export.parity`; a larger model is not run, and a warning says so.
 
     Raises:
-        ValueError: no manifest, or the `.nemo` cannot be read.
+        ValueError: no manifest, a wrong setting, or the `.nemo` cannot be read.
     """
+    if wrong := parity_setting_faults(parity_gigabytes):
+        raise ValueError("; ".join(wrong))
     directory = Path(directory)
     manifest = read_manifest(directory)
     faults = file_faults(directory, manifest)
@@ -50,7 +61,8 @@ def verify_export(
             if artefact.get("format") == FORMAT:
                 check = huggingface_verify.artefact_faults
             try:
-                faults += [f"{name}: {fault}" for fault in check(directory / name, shared | artefact, source)]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as fault:
+                found = check(directory / name, shared | artefact, source, parity_gigabytes=parity_gigabytes)
+                faults += [f"{name}: {fault}" for fault in found]
+            except _UNREADABLE as fault:
                 faults.append(f"{name}: cannot be read ({fault!r})")
     return faults

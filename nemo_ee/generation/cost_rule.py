@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,10 @@ _CONTEXT = 96
 @dataclasses.dataclass(frozen=True)
 class CostTable:
     """Seconds, with so many sequences in one flight.
+
+    All of them at one length of the sequences, in a table of `measure_costs` `_CONTEXT` tokens. Longer ones attend to
+    more, which it does not say: where attention is much of a half layer a verdict on long texts can be wrong. It does
+    not follow a session's `max_length`, which may come from the longest of a batch: neighbours would then matter.
 
     Attributes:
         num_sequences: B.
@@ -80,11 +84,37 @@ class CostRule:
     Attributes:
         table: for sessions of `table.num_sequences` places.
         trial_tokens: fed tokens in which a sequence follows its policy. Then it stops asking as soon as that is slower
-            by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good.
+            by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good. It decides only when no
+            drafts wait, as they are fed tokens of which nobody knows yet whether they are emitted.
     """
 
     table: CostTable
     trial_tokens: int = 16
+
+    def faults(self, asked: Sequence[str], num_slots: int) -> Iterator[str]:
+        """Why it cannot be that of a session of so many places in which these exits are asked."""
+        if isinstance(self.trial_tokens, bool) or not isinstance(self.trial_tokens, int) or self.trial_tokens < 1:
+            yield f"the cost rule's trial_tokens = {self.trial_tokens!r} must be a whole number from 1"
+        if self.table.num_sequences != num_slots:
+            yield (
+                f"the cost rule's table is of num_sequences = {self.table.num_sequences}, the session has {num_slots} "
+                "places; give a table that was measured with as many, or cost_rule='fallback'"
+            )
+        yield from self.missing(asked)
+
+    def missing(self, asked: Sequence[str]) -> Iterator[str]:
+        """The fault of exits whose seconds its table does not have."""
+        missing = [name for name in asked if name not in self.table.asked]
+        if missing:
+            yield (
+                f"the cost rule's table has no seconds of asking exit {', '.join(missing)}, only of "
+                f"{', '.join(self.table.asked) or 'none'}; measure with every exit that may be asked"
+            )
+
+    def is_due(self, fed: int) -> bool:
+        """Whether this is the end of the trial, or of the time to decide: drafts that wait then are checked first, or
+        without a cap on them there might never be a verdict."""
+        return fed in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
     def verdict(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
         """Whether a sequence's exits pay; None while that is open. Arguments: see `pays`."""
@@ -129,7 +159,8 @@ class CostRule:
 
 @torch.inference_mode()
 def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int) -> CostTable:
-    """Run a few tokens and take the time: the least of some turns. Takes as long as some fifty steps of decoding.
+    """Run a few tokens after a context of `_CONTEXT`, or what there is room for, and take the time: the least of some
+    turns. Takes as long as some fifty steps of decoding.
 
     Args:
         model: on one stage.

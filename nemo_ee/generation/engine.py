@@ -59,7 +59,8 @@ class EarlyExitEngine:
     Args:
         model: anything that follows `DecodingModel`.
         cost_rule: `none`, or `fallback`: a sequence whose exits do not pay stops asking them (`generation.cost_rule`),
-            by a table that is measured when a session of that many places is first started; or a rule with a table.
+            by a table that is measured when a session of that many places is first started; or a rule with a table. A
+            session that is started without an exit to ask has none.
 
     Raises:
         ValueError: an unknown rule.
@@ -178,25 +179,23 @@ class EarlyExitEngine:
             )
         names = {name for course in courses for name in course.exit_names} | set(exits or ())
         num_slots = num_slots or len(requests)
-        rule = self._rule_for(names, num_slots)
+        asked = {exit.point.name for course in courses for exit in course.exits} | set(exits or ())
+        rule = self._rule_for(asked, num_slots)
         session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule)
         for own, course in zip(requests, courses, strict=False):
             session.admit(own, course)
         return session
 
-    def _rule_for(self, names: Collection[str], num_slots: int) -> CostRule | None:
-        """The cost rule of a session of so many places with these exits; measures its table if there is none yet."""
+    def _rule_for(self, asked: Collection[str], num_slots: int) -> CostRule | None:
+        """The cost rule of a session of so many places that asks these exits, None without any; measures its table if
+        there is none yet."""
         rule = self._cost_rule
-        if isinstance(rule, CostRule):
-            if rule.table.num_sequences != num_slots:
-                raise ValueError(
-                    f"the cost rule's table is of num_sequences = {rule.table.num_sequences}, the session has "
-                    f"{num_slots} places; give a table that was measured with as many, or cost_rule='fallback'"
-                )
-            return rule
-        if rule == "none" or not names:
+        if rule == "none" or not asked:
             return None
-        key = (num_slots, tuple(sorted(names)))
+        if isinstance(rule, CostRule):
+            raise_all(list(rule.faults(sorted(asked), num_slots)))
+            return rule
+        key = (num_slots, tuple(sorted(asked)))
         if key not in self._tables:
             self._tables[key] = measure_costs(self.model, key[1], num_slots)
         return CostRule(self._tables[key])

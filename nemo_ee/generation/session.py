@@ -133,6 +133,8 @@ class DecodingSession:
                 f"{what}: exit {', '.join(missing)} is not one of the session's ({', '.join(self._exits) or 'none'}); "
                 "name it under exits when the session is started"
             )
+        elif self._cost_rule is not None:
+            faults += self._cost_rule.missing([exit.point.name for exit in course.exits])
         if not faults and len(request.prompt) + request.max_new_tokens > self._max_length:
             faults.append(
                 f"{what}: {len(request.prompt)} prompt tokens + max_new_tokens = {request.max_new_tokens} are more "
@@ -201,7 +203,7 @@ class DecodingSession:
         singles: list[tuple[_Sequence, Reading]] = []
         for reading in readings:
             sequence = by_slot[reading.slot]
-            if sequence.has_begun:
+            if sequence.has_begun and not sequence.must_check:  # which feeds no token
                 sequence.left[reading.exit] = sequence.left.get(reading.exit, 0) + 1
             sequence.has_begun = True
             if sequence.drafts and reading.exit is None:
@@ -238,9 +240,12 @@ class DecodingSession:
         if rule is None or sequence.exits_pay:
             return True
         if sequence.exits_pay is None:
+            if sequence.drafts:
+                # What they are worth is known when they are checked, so where a verdict is due they are.
+                return not rule.is_due(sum(sequence.left.values()))
             # The first token of an answer came with the prompt.
-            certain = len(sequence.answer) - len(sequence.drafts) - 1
-            sequence.exits_pay = rule.verdict(sequence.course, self._model.num_layers, sequence.left, certain)
+            emitted = len(sequence.answer) - 1
+            sequence.exits_pay = rule.verdict(sequence.course, self._model.num_layers, sequence.left, emitted)
             if sequence.exits_pay is None:
                 return True
             self._num_fallbacks += not sequence.exits_pay

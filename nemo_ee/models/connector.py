@@ -224,16 +224,20 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 archive = stack.enter_context(NemoArchive(restored))
                 own = (CONFIG, f"{BACKBONE}/", f"{EXITS}/", *((f"{LORA}/",) if model.trains_backbone else ()))
                 entries.update({name: archive for name in archive.members() if not name.startswith(own)})
-                tokenizer = OmegaConf.create(archive.config_text()).get("tokenizer")
-                if tokenizer is not None:
-                    config.tokenizer = tokenizer
             entries.update(getattr(model, "bundled_files", {}))
             plain = without_machine_paths(OmegaConf.to_container(config, resolve=True))
-            plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], entries)
+            own = _said_by_the_user(plain["tokenizer"], restored)
+            plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], entries, own=own)
             entries.update(files)
             entries[CONFIG] = OmegaConf.to_yaml(OmegaConf.create(plain))
             write_nemo(output, entries)
         logging.info(f"wrote {output}")
+
+
+def _said_by_the_user(block: dict, restored: str | None) -> set[str]:
+    """Keys of a tokenizer block whose values are not those of the `.nemo` that the model was restored from."""
+    stored = OmegaConf.to_container(read_config(restored), resolve=True).get("tokenizer") if restored else None
+    return {key for key, value in block.items() if key not in (stored or {}) or stored[key] != value}
 
 
 def _keeps_updates(model) -> bool:

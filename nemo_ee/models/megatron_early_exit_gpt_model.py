@@ -22,7 +22,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
-from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
 from nemo.utils import AppState, logging
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -181,14 +180,15 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
         return self.placements[parallel_state.get_pipeline_model_parallel_rank()]
 
     def _build_tokenizer(self) -> None:
-        """The Hugging Face tokenizer bundled in the `.nemo` being restored, else the one the config names."""
-        bundled = Path(AppState().nemo_file_folder or "", "tokenizer")
-        if AppState().is_model_being_restored and self.cfg.tokenizer.library == "huggingface" and bundled.is_dir():
-            self.tokenizer = get_nmt_tokenizer(library="huggingface", model_name=str(bundled), use_fast=True)
-            return
-        with open_dict(self.cfg):
-            self.cfg.tokenizer.trust_remote_code = False  # a config from a file must not run code
-        super()._build_tokenizer()
+        """NeMo's; `type` is the folder bundled in the `.nemo` being restored, where there is one for Hugging Face."""
+        block, bundled = self.cfg.tokenizer, Path(AppState().nemo_file_folder or "", "tokenizer")
+        named = block.get("type")
+        with open_dict(block):
+            block.trust_remote_code = False  # a config from a file must not run code
+            if AppState().is_model_being_restored and block.library == "huggingface" and bundled.is_dir():
+                block.update(type=str(bundled), use_fast=block.get("use_fast") is not False)
+            super()._build_tokenizer()
+            block.type = named
 
     def _build_vocab(self) -> None:
         """True and padded vocabulary size. The padding depends on the layout, the true size does not."""

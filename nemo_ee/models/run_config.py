@@ -54,8 +54,10 @@ def without_training_setup(stored: DictConfig) -> DictConfig:
     """A copy of a `.nemo`'s config that forces no optimizer and no bf16 parameters on whoever loads it.
 
     How a model was trained is not what it is: NeMo would build it for the distributed optimizer, Apex or fp32 copies.
+    Where an exits-only file has its base is seen from the file; in a run's config `backbone_path` is the user's word.
     """
     config = OmegaConf.create(OmegaConf.to_container(stored, resolve=True))
+    config.pop("backbone_path", None)
     config.pop("megatron_amp_O2", None)
     config.pop("precision", None)  # NeMo writes it into every config; trainer.precision says what a run computes in
     if OmegaConf.is_dict(config.get("optim")):

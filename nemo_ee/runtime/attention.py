@@ -12,7 +12,7 @@ May import: torch, nemo_ee.generation.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,11 +28,26 @@ class RuntimeCache:
     def __init__(
         self, slots: list[Hashable], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        # Zeros, because positions past a sequence's end are read, and masked, when sequences are attended to together.
+        # Zeros, because positions past a sequence's end are read, and masked, when sequences are attended to together:
+        # what is masked must be a number, as neither -inf + NaN nor 0 * NaN is nothing.
         self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
+        self._lengths = [0] * shape[0]  # positions of each sequence that may have been written
 
+    def reach(self, groups: Iterable[ItemGroup]) -> None:
+        """Keys and values of these items are about to be written, in some slot or other."""
+        for group in groups:
+            if group.length > self._lengths[group.sequence]:
+                self._lengths[group.sequence] = group.length
+
+    @torch.inference_mode()
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` positions of one sequence: nothing to do, a place is written before it is read."""
+        """Keep the first `length` positions of one sequence. The others become zeros again where it has neighbours,
+        beside whom they may be read before they are written; alone it writes a place before it reads it."""
+        end = self._lengths[sequence]
+        self._lengths[sequence] = min(length, end)
+        if len(self._lengths) > 1 and length < end:
+            for slab in self.slabs.values():
+                slab[sequence, :, length:end] = 0
 
 
 class Block(NamedTuple):
@@ -65,7 +80,8 @@ class Placement:
     """Where items stand in a cache, and with whom they attend. `dtype`: the cache's."""
 
     def __init__(self, items: Items, dtype: torch.dtype) -> None:
-        self.items = items
+        # Not the items, which keep it.
+        self._sequence, self._position = items.sequence, items.position
         groups = items.groups
         self.run: ItemGroup | None = None  # all of the items, where they are consecutive ones of one sequence
         if len(groups) == 1 and isinstance(groups[0].positions, range):
@@ -76,7 +92,7 @@ class Placement:
         """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
         if self.run is None:
             # Advanced indices on both sides of a slice put the items' axis first: [n, 2K, d].
-            slab[self.items.sequence, :, self.items.position] = keys_values
+            slab[self._sequence, :, self._position] = keys_values
         elif keys_values.shape[0] == 1:
             slab[self.run.sequence, :, self.run.length - 1] = keys_values[0]
         else:

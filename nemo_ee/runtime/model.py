@@ -104,7 +104,6 @@ class RuntimeModel:
             frequencies = inverse_frequencies(config.rope, config.head_dim)
             self._rotary = RotaryTable(frequencies, self.device)
         self._num_turned = config.num_heads + config.num_kv_heads
-        self._placed: tuple[Placement, Tensor | None] | None = None
         self._activate = ACTIVATIONS[config.activation]
         self._scale = config.head_dim**-0.5
 
@@ -126,6 +125,7 @@ class RuntimeModel:
     def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
         """Run the half layers (start, stop]; odd ones are attention, even ones MLPs. `hidden`: `[n, h]`."""
         placement, rotation = self._place(items)
+        cache.reach(items.groups)  # exits write at positions that have come to them, so these are all
         for half in range(start, stop):
             layer = self.weights.layers[half >> 1]
             if half & 1:
@@ -166,12 +166,13 @@ class RuntimeModel:
     def _place(self, items: Items) -> tuple[Placement, Tensor | None]:
         """Where the items stand, and their rotation, `[n, 1, d/2]`; None without rotary positions.
 
-        The last answer is kept, since every segment of a flight asks for the same.
+        Kept with the items, since every segment of a flight asks for the same, and others may ask in between.
         """
-        if self._placed is None or self._placed[0].items is not items:
+        kept = items.__dict__.get("placed")
+        if kept is None or kept[0] is not self:
             rotation = None if self._rotary is None else self._rotary.at(items)
-            self._placed = Placement(items, self._cache_dtype), rotation
-        return self._placed
+            kept = items.__dict__["placed"] = self, Placement(items, self._cache_dtype), rotation
+        return kept[1], kept[2]
 
     def _heads(self, layer: LayerWeights, hidden: Tensor, rotation: Tensor | None) -> Tensor:
         """`[n, h]` -> queries, keys and values `[n, H + 2K, d]` in the cache's dtype, turned to their positions."""

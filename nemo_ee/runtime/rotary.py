@@ -61,14 +61,16 @@ class RotaryTable:
     def at(self, items: Items) -> Tensor:
         """For the items' positions. Returns `[n, 1, d/2]`, complex64."""
         groups = items.groups
-        self._grow(max(group.length for group in groups))
+        table = self._reaching(max(group.length for group in groups))
         if len(groups) == 1 and isinstance(groups[0].positions, range):
-            return self._table[groups[0].positions.start : groups[0].length, None]
-        return self._table[items.position][:, None]
+            return table[groups[0].positions.start : groups[0].length, None]
+        return table[items.position][:, None]
 
-    def _grow(self, length: int) -> None:
-        if length <= self._table.shape[0]:
-            return
-        length = max(length, 2 * self._table.shape[0], 256)
-        angles = torch.arange(length, device=self._device).float()[:, None] * self._frequencies
-        self._table = torch.polar(torch.ones_like(angles), angles)
+    def _reaching(self, length: int) -> Tensor:
+        """The table with at least so many positions. Threads may grow it at the same time, each gets one that does."""
+        table = self._table
+        if length > table.shape[0]:
+            length = max(length, 2 * table.shape[0], 256)
+            angles = torch.arange(length, device=self._device).float()[:, None] * self._frequencies
+            table = self._table = torch.polar(torch.ones_like(angles), angles)
+        return table

@@ -60,6 +60,12 @@ class Metrics:
         self._drafted = Gauge("nemo_ee_drafted_tokens", "Drafts checked in this session.", registry=registry)
         self._accepted = Gauge("nemo_ee_accepted_tokens", "Drafts that stayed in this session.", registry=registry)
         self._acceptance = Gauge("nemo_ee_acceptance_rate", "Share of drafts that stayed.", registry=registry)
+        self._fallbacks = Counter(
+            "nemo_ee_fallbacks",
+            "Answers that went on at full depth because their exits did not pay (cost_rule).",
+            registry=registry,
+        )
+        self._num_fallbacks = 0  # of the session, as it was told last
         self._speed = Gauge(
             "nemo_ee_tokens_per_second",
             f"Tokens of all sequences per second of decoding, over about its last {_SPEED_SECONDS} s.",
@@ -97,6 +103,9 @@ class Metrics:
         self._drafted.set(stats.drafted)
         self._accepted.set(stats.accepted)
         self._acceptance.set(stats.acceptance_rate)
+        # A new session begins at 0, and no first step has any.
+        self._fallbacks.inc(max(0, stats.num_fallbacks - self._num_fallbacks))
+        self._num_fallbacks = stats.num_fallbacks
         self._busy.inc(seconds)
 
     def text(self) -> bytes:

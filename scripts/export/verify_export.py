@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check an export against its manifest, its format and, when given, the `.nemo` it was made from.
+"""Check an export against its manifest, its format, what it computed when it was written (parity) and, when given, the
+`.nemo` it was made from.
 
     python scripts/export/verify_export.py export
     python scripts/export/verify_export.py export --checkpoint tuned.nemo     # and every number, every config field
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 from nemo_ee.export.manifest import read_manifest
+from nemo_ee.export.parity import DEFAULT_GIGABYTES
 from nemo_ee.export.verify import verify_export
 
 
@@ -24,16 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="output of an export")
     parser.add_argument("--checkpoint", type=Path, help="the .nemo it was made from")
     parser.add_argument("--backbone", type=Path, help="the base model's .nemo of an exits-only checkpoint")
+    parser.add_argument(
+        "--parity-gigabytes", type=float, default=DEFAULT_GIGABYTES,
+        help="largest model, in fp32, that is loaded and run (default: %(default)s); 0 = none",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        faults = verify_export(options.directory, options.checkpoint, options.backbone)
+        faults = verify_export(
+            options.directory, options.checkpoint, options.backbone, parity_gigabytes=options.parity_gigabytes
+        )
         note = read_manifest(options.directory).get("verified", {}).get("note", "nothing was run")
     except ValueError as fault:
         sys.stderr.write(f"error: {fault}\n")
         return 2
     for fault in faults:
         print(fault)
-    compared = "hashes, names, shapes and shards" + (" and every number" if options.checkpoint else "")
+    compared = "hashes, names, shapes and shards, stated parity" + (" and every number" if options.checkpoint else "")
     print(f"{len(faults)} faults in {compared}; {note}")
     return 1 if faults else 0
 

@@ -191,3 +191,51 @@ def test_ties_may_fall_either_way(made, tmp_path: Path) -> None:
     assert list(parity_faults(stated, folder, load_checkpoint)) == [
         "parity: final gives other numbers than the manifest says (argmax)"
     ]
+
+
+def test_a_model_larger_than_the_limit_is_not_run_again(made, tmp_path: Path, caplog) -> None:
+    one = made("llama")
+    engine = export(one.path, tmp_path / "trt", drafts=())
+    outputs = [engine, hugging_face(one.path, tmp_path / "hf", targets=("full",))]
+    for output in outputs:
+        content = json.loads((output / MANIFEST).read_text())
+        (entry,) = content["artefacts"]
+        entry["parity"]["heads"]["final"]["argmax"][0] += 1
+        (output / MANIFEST).write_text(json.dumps(content))
+        caplog.clear()
+        assert verify_export(output, parity_gigabytes=1e-6) == []
+        assert "more than parity_gigabytes, so its parity was not run" in caplog.text
+        (fault,) = verify_export(output)
+        assert "final gives other numbers than the manifest says" in fault, "control"
+        with pytest.raises(ValueError, match="parity_gigabytes=nan must be a number of GB"):
+            verify_export(output, parity_gigabytes=float("nan"))
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("sizes do not match"), IndexError("index 9 is out of bounds")])
+def test_a_run_that_breaks_is_a_fault_like_others(fault: Exception, made, tmp_path: Path, monkeypatch) -> None:
+    from nemo_ee.export import parity
+
+    output = hugging_face(made("llama").path, tmp_path / "hf", targets=("full",))
+
+    def broken(model: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(parity, "parity_of", broken)
+    assert verify_export(output) == [f"hf_full: parity: cannot be run ({fault!r})"]
+
+
+def test_what_cannot_be_run_is_not_exported(made, tmp_path: Path, monkeypatch) -> None:
+    """Only an OPT without its final norm goes without a digest."""
+    from nemo_ee.export import huggingface
+
+    def refuse(folder: Path) -> None:
+        raise ValueError(f"{folder / 'config.json'}: damaged")
+
+    monkeypatch.setattr(huggingface, "load_model", refuse)
+    with pytest.raises(ValueError, match="cannot be run, so nothing was exported: .*damaged\nparity_gigabytes=0 exp"):
+        hugging_face(made("llama").path, tmp_path / "hf", targets=("full",))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    opt = parities(hugging_face(made("opt").path, tmp_path / "opt"))
+    missing = {directory for directory, own in opt.items() if own is None}
+    assert missing and all(directory.startswith("hf_exit_") and "embedding" in directory for directory in missing)

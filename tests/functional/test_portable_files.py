@@ -87,6 +87,57 @@ def test_files_of_earlier_versions(moved: SimpleNamespace, tmp_path: Path) -> No
     assert all(torch.equal(found[exit], moved.logits[exit]) for exit in found)
 
 
+SPECIAL = {
+    "special_tokens": {"pad_token": "<pad>", "eos_token": "<end of turn>"},
+    "additional_special_tokens": {"additional_special_tokens": ["<|user|>", "<|tool|>"]},
+    "chat_template": "{{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("fast", [None, True, False])
+def test_bundling_changes_no_token(fast: bool | None, moved: SimpleNamespace, tmp_path: Path) -> None:
+    """A plain `.nemo` that names a directory and special tokens, before and after its directory is in the file."""
+    (tmp_path / "source").mkdir()
+    source = with_tokenizer(tmp_path / "source")
+    names = {name: None for name in members(moved.there / "ee.nemo") if name.startswith("tokenizer/")}
+    config = yaml.safe_load(members(moved.there / "ee.nemo")["model_config.yaml"])
+    config["tokenizer"] = {"library": "huggingface", "type": str(source), **SPECIAL}
+    if fast is not None:
+        config["tokenizer"]["use_fast"] = fast
+    changes = {**names, "model_config.yaml": yaml.safe_dump(config).encode()}
+    model = restore(rewritten(moved.there / "ee.nemo", tmp_path / "plain.nemo", changes))
+    model.save_to(str(tmp_path / "ee.nemo"))
+    shutil.rmtree(source)
+    with pytest.raises(ValueError, match="source"):
+        restore(tmp_path / "plain.nemo")
+    again = restore(tmp_path / "ee.nemo")
+    stored = yaml.safe_load(members(tmp_path / "ee.nemo")["model_config.yaml"])["tokenizer"]
+    assert stored == {**config["tokenizer"], "type": "tokenizer", "use_fast": bool(fast)}
+    text = "<|user|>def f():<end of turn><|tool|><pad>"
+    ids = model.tokenizer.text_to_ids(text)
+    assert again.tokenizer.text_to_ids(text) == ids and max(ids) > 4096 > min(ids)
+    assert type(again.tokenizer.tokenizer) is type(model.tokenizer.tokenizer)
+    assert again.cfg.tokenizer.type == "tokenizer", "no place where the file was unpacked"
+    for name in ("eos_id", "bos_id", "pad_id", "additional_special_tokens_ids", "vocab_size"):
+        assert getattr(again.tokenizer, name) == getattr(model.tokenizer, name), name
+    assert again.tokenizer.tokenizer.chat_template == SPECIAL["chat_template"]
+
+
+def test_a_foreign_config_packs_no_file_of_mine(moved: SimpleNamespace, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a key of mine")
+    path = moved.there / "ee.nemo"
+    config = yaml.safe_load(members(path)["model_config.yaml"])
+    config["tokenizer"]["model"] = str(secret)
+    evil = rewritten(path, tmp_path / "evil.nemo", {"model_config.yaml": yaml.safe_dump(config).encode()})
+    restore(evil).save_to(str(tmp_path / "copy.nemo"))
+    assert not any(b"a key of mine" in data for data in members(tmp_path / "copy.nemo").values())
+    assert naming(tmp_path / "copy.nemo", tmp_path) == [] and naming(evil, tmp_path) != [], "control"
+    model = restore(path, tokenizer={"model": str(secret)})
+    model.save_to(str(tmp_path / "mine.nemo"))
+    assert members(tmp_path / "mine.nemo")["model_secret"] == b"a key of mine", "what the user says is his"
+
+
 def test_the_exports_find_the_base_too(moved: SimpleNamespace, tmp_path: Path) -> None:
     from nemo_ee.export.early_exit_source import EarlyExitSource
 

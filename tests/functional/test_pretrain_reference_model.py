@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,41 @@ def test_bad_settings_are_refused_together(script: ModuleType, tmp_path: Path) -
         script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", **exits))
     for part in ("[2] must be whole numbers from 1 to 1", "a layer twice", "exit_loss_weight: 0", "no config.json"):
         assert part in str(error.value)
+    for wrong in (
+        {"exit_layers": None},
+        {"exit_layers": "a"},
+        {"exit_loss_weight": "a"},
+        {"exit_loss_weight": math.inf},
+    ):
+        (key,) = wrong
+        with pytest.raises(ValueError, match=f"{key}: .* must be"):
+            script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", **wrong))
+
+
+def test_weights_of_another_kind_are_refused(
+    script: ModuleType, data: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(finished / "model", start)
+    config = json.loads((start / "config.json").read_text())
+    for key, value in (("num_key_value_heads", 1), ("model_type", "qwen2")):
+        (start / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=f"another {key} \\({value}, not "):
+            train(script, data, tmp_path / "out", start_from=str(start))
+    (start / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="start_from: .* cannot be read as a Llama model"):
+        train(script, data, tmp_path / "out", start_from=str(start))
+
+
+def test_a_checkpoint_that_knows_nothing_of_exits_goes_on(
+    script: ModuleType, data: dict[str, str], tmp_path: Path
+) -> None:
+    assert train(script, data, tmp_path, max_steps_this_run=2) is None
+    identity = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["identity"]
+    assert not {"start_from", "exit_layers", "exit_loss_weight"} & set(identity)
+    with pytest.raises(ValueError, match="was made with other exit_layers, exit_loss_weight; give the settings"):
+        train(script, data, tmp_path, exit_layers=[1])
+    assert train(script, data, tmp_path, exit_loss_weight=3.0, max_steps_this_run=1) is None, "without exits no effect"
 
 
 def test_bad_files_are_refused(script: ModuleType, data: dict[str, str], finished: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import (
     config_elsewhere,
     find_backbone,
@@ -82,6 +84,66 @@ def test_a_copy_elsewhere_sees_the_backbone_from_there(tmp_path: Path) -> None:
     assert config_elsewhere("a: 1\n", exits, copy) == "a: 1\n"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "the base " + 12 * "of a long name " + "ee.nemo",  # over 80 columns: written as several lines
+        "somebody's ee.nemo",
+        'a "base": ee.nemo',
+        "ünïcode # 1.nemo",
+        "12",
+        "null",
+    ],
+)
+@pytest.mark.parametrize("style", [None, "'", '"', "|", ">"])
+def test_any_name_of_a_backbone_survives_a_copy(name: str, style: str | None, tmp_path: Path) -> None:
+    """Whatever way the value is written; the rest of the text, comments too, stays."""
+    exits, copy = tmp_path / "run" / "exits.nemo", tmp_path / "out" / "deep" / "exits.nemo"
+    _touch(tmp_path / name)
+    _touch(exits)
+    value = yaml.dump({"backbone_path": f"../{name}"}, default_style=style, allow_unicode=True)
+    before, after = "num_layers: 3  # kept\n", "last: 1e-5 # kept\n"
+    moved = config_elsewhere(before + value + after, exits, copy)
+    assert moved.startswith(before) and moved.endswith(f"\n{after}")
+    assert yaml.safe_load(moved) == {"num_layers": 3, "backbone_path": f"../../{name}", "last": "1e-5"}
+
+
+@pytest.mark.parametrize("value", ["null", "", "7", "[ee.nemo]", "*other"])
+def test_what_is_no_path_stays(value: str, tmp_path: Path) -> None:
+    text = f"name: &other ee.nemo\nbackbone_path: {value}\nnum_layers: 3\n"
+    assert config_elsewhere(text, tmp_path / "exits.nemo", tmp_path / "out" / "exits.nemo") == text
+
+
+def test_a_config_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exits.nemo: model_config.yaml is damaged"):
+        config_elsewhere("a: [", tmp_path / "exits.nemo", tmp_path / "out" / "exits.nemo")
+
+
+@pytest.mark.parametrize("stored", [7, ["ee.nemo"], {"a": 1}, "x/" * 3000])
+def test_a_stored_path_that_is_none(stored: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"exits.nemo is damaged: its backbone_path is .{3,50}, which is no path"):
+        find_backbone(tmp_path / "exits.nemo", stored=stored, given=None)
+    _touch(tmp_path / "ee.nemo")
+    assert find_backbone(tmp_path / "exits.nemo", stored=stored, given=tmp_path / "ee.nemo") == tmp_path / "ee.nemo"
+
+
+def test_a_name_longer_than_file_systems_take_is_not_there(tmp_path: Path) -> None:
+    for said in ({"stored": "x" * 300, "given": None}, {"stored": None, "given": "x" * 300}):
+        with pytest.raises(ValueError, match="was not found"):
+            find_backbone(tmp_path / "exits.nemo", **said)
+
+
+def test_what_the_user_says_is_his_even_where_the_file_says_the_same(tmp_path: Path, monkeypatch) -> None:
+    """Relative to the working directory, not to the file."""
+    _touch(tmp_path / "run" / "ee.nemo")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="was not found: give"):
+        find_backbone(tmp_path / "run" / "exits.nemo", stored="ee.nemo", given="ee.nemo")
+    working = _touch(tmp_path / "elsewhere" / "ee.nemo")
+    assert find_backbone(tmp_path / "run" / "exits.nemo", stored="ee.nemo", given="ee.nemo").resolve() == working
+
+
 def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
     block = {"library": "huggingface", "type": str(tmp_path), "use_fast": True}
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -90,6 +152,10 @@ def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
     assert portable_tokenizer(block, ()) == (block, {}), "its class is not known without config.json"
     assert "names no tokenizer_class" in caplog.text
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.other")
+    assert portable_tokenizer(block, ()) == (block, {}), "without a vocabulary"
+    assert "there is none of tokenizer.json, tokenizer.model, vocab.json, vocab.txt" in caplog.text
+    (tmp_path / "tokenizer.other").rename(tmp_path / "tokenizer.json")
     stored, files = portable_tokenizer(block, ())
     assert stored == {**block, "type": "tokenizer"}
     assert files == {f"tokenizer/{name}": tmp_path / name for name in ("tokenizer.json", "tokenizer_config.json")}
@@ -101,9 +167,54 @@ def test_a_tokenizer_directory_is_bundled(tmp_path: Path, caplog) -> None:
 def test_single_tokenizer_files_become_artifacts_of_nemo(tmp_path: Path) -> None:
     (tmp_path / "spm.model").write_text("x")
     block = {"library": "sentencepiece", "type": None, "model": str(tmp_path / "spm.model"), "vocab_file": "nemo:v"}
-    stored, files = portable_tokenizer(block, ())
+    stored, files = portable_tokenizer(block, (), own={"model"})
     assert stored == {**block, "model": "nemo:model_spm.model"}
     assert files == {"model_spm.model": tmp_path / "spm.model"}
+
+
+def test_a_file_that_a_foreign_config_names_is_not_packed(tmp_path: Path, caplog) -> None:
+    (tmp_path / "id_rsa").write_text("secret")
+    block = {"library": "huggingface", "type": "gpt2", "merge_file": str(tmp_path / "id_rsa"), "vocab_file": "/gone"}
+    stored, files = portable_tokenizer(block, {"exit_weights"})
+    assert stored == {"library": "huggingface", "type": "gpt2"} and files == {}
+    assert "tokenizer.merge_file=" in caplog.text and "not stored" in caplog.text
+    stored, files = portable_tokenizer(block, (), own={"merge_file"})
+    assert files == {"merge_file_id_rsa": tmp_path / "id_rsa"} and "vocab_file" not in stored, "control"
+    old = {"library": "sentencepiece", "model": "/where/it/was/spm.model"}
+    assert portable_tokenizer(old, {"spm.model"}) == ({**old, "model": "nemo:spm.model"}, {}), "it is in the archive"
+
+
+@pytest.mark.parametrize("linked", ["files", "folder"])
+def test_links_of_a_directory_are_followed(linked: str, tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face hub, snapshots/<revision>/<name> -> blobs/<hash>."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    contents = {"tokenizer.json": "{}", "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}
+    for folder in (blobs, snapshot.parent):
+        folder.mkdir()
+    for number, (name, text) in enumerate(contents.items()):
+        (blobs / (str(number) if linked == "files" else name)).write_text(text)
+    if linked == "folder":
+        snapshot.symlink_to(blobs)
+    else:
+        snapshot.mkdir()
+        for number, name in enumerate(contents):
+            (snapshot / name).symlink_to(f"../../blobs/{number}")
+    stored, files = portable_tokenizer({"library": "huggingface", "type": str(snapshot)}, ())
+    assert stored["type"] == "tokenizer" and files.keys() == {f"tokenizer/{name}" for name in contents}
+    archive = write_nemo(tmp_path / "x.nemo", {"model_config.yaml": "a: 1", **files})
+    with NemoArchive(archive) as found:
+        for name, text in contents.items():
+            assert found.open_member(f"tokenizer/{name}").read().decode() == text
+
+
+def test_how_a_directory_s_tokenizer_is_read_does_not_change(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    for said, fast in (({}, False), ({"use_fast": None}, False), ({"use_fast": True}, True)):
+        block = {"library": "huggingface", "type": str(tmp_path), "special_tokens": {"pad_token": "<p>"}, **said}
+        assert portable_tokenizer(block, ())[0] == {**block, "type": "tokenizer", "use_fast": fast}
+    block = {"library": "huggingface", "type": "tokenizer"}
+    assert portable_tokenizer(block, {"tokenizer/vocab.json"})[0] == {**block, "use_fast": True}, "as it was loaded"
 
 
 def test_absolute_paths_are_dropped_from_a_config() -> None:

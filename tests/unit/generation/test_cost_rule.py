@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -34,13 +35,13 @@ def model(when=lambda *_: True):
     def script(name, token, position):
         return (token * 7 + position * 3 + 1) % 50, 0.9 if name is None or when(name, token, position) else 0.1
 
-    return ScriptedModel(LAYERS, EXITS, script)
+    return ScriptedModel(LAYERS, EXITS, script, max_positions=128)
 
 
-def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", when=lambda *_: True):
+def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", when=lambda *_: True, policy=POLICY):
     """Events by sequence, and stats."""
     session = EarlyExitEngine(model(when), cost_rule=cost_rule).start(
-        [Request(tuple(prompt), length) for prompt in prompts], mode=mode, policy=POLICY, num_slots=num_slots
+        [Request(tuple(prompt), length) for prompt in prompts], mode=mode, policy=policy, num_slots=num_slots
     )
     events = []
     while not session.finished:
@@ -143,6 +144,47 @@ def test_self_speculation_stops_drafting_and_its_text_stays():
     assert free.drafted > 20, "control"
 
 
+@pytest.mark.parametrize("cap", [None, 8, 11, 15, 32])
+def test_drafting_that_pays_goes_on(cap):
+    """Every draft stays. Exit b alone saves a third of the half layers, less a check for every `cap` tokens."""
+    free, dear = (CostRule(table(asked=asked)) for asked in (0.0, 6.0))
+    for active, rule, fallbacks in ((None, free, 0), (("b",), free, 0), (("b",), dear, 1)):
+        policy = ExitPolicy(0.5, active=active, max_waiting=cap)
+        _, stats = decode(rule, [[1, 2]], length=100, mode="self_speculative", policy=policy)
+        assert stats.num_fallbacks == fallbacks and stats.accepted == stats.drafted, (active, "the last: control")
+        assert stats.drafted > 80 if not fallbacks else stats.drafted <= 16
+
+
+def test_drafts_that_nobody_checks_are_checked_for_the_verdict():
+    """Exits are wrong and sure, without a cap: after the trial's five drafts comes a check that keeps none of them."""
+    wrong = model()
+    script = wrong.script
+    wrong.script = lambda name, *at: script(name, *at) if name is None else (49, 0.9)
+    call = {"max_new_tokens": 60, "mode": "self_speculative", "policy": POLICY}
+    result = EarlyExitEngine(wrong, cost_rule=CostRule(table(), trial_tokens=5)).generate([[1, 2]], **call)
+    assert (result.stats.num_fallbacks, result.stats.drafted, result.stats.accepted) == (1, 5, 0)
+    assert result.tokens == EarlyExitEngine(wrong).generate([[1, 2]], max_new_tokens=60, mode="full").tokens
+
+
+def test_a_check_that_feeds_no_token_counts_none():
+    """A draft that would end the sequence is checked at once; `ends` takes it back for a draft that stays."""
+    seen = []
+
+    def ends(tokens):
+        seen.append(len(tokens))
+        return seen.count(len(tokens)) == 1 and len(tokens) % 4 == 0
+
+    rule = CostRule(table(), trial_tokens=10**6)
+    session = EarlyExitEngine(model(), cost_rule=rule).start(
+        [Request((1, 2), 30, ends=ends)], mode="self_speculative", policy=POLICY
+    )
+    (sequence,) = session._running.values()
+    while not session.finished:
+        session.step()
+    assert session.stats([]).checks > 5, "control: there were such checks"
+    assert sum(sequence.left.values()) == len(sequence.answer) - 1
+
+
 def test_measured_table_of_a_real_model():
     """With exits of every architecture, one of which attends; times themselves are not judged."""
     tiny = TinyTransformer(ALL_KINDS)
@@ -157,7 +199,42 @@ def test_refusals():
         EarlyExitEngine(model(), cost_rule="quick")
     with pytest.raises(ValueError, match="num_sequences = 2, the session has 1 places"):
         decode(CostRule(table(2)), [[1]])
+    for trial_tokens in (0, 1.5):
+        with pytest.raises(ValueError, match="trial_tokens = .* must be a whole number from 1"):
+            decode(CostRule(table(), trial_tokens), [[1]])
     staged = model()
     staged.fill_ahead = 8
     with pytest.raises(ValueError, match="several ranks; use 'none'"):
         EarlyExitEngine(staged, cost_rule="fallback").generate([[1]], max_new_tokens=2, policy=POLICY)
+
+
+def test_an_explicit_table_has_every_exit_that_is_asked():
+    """Refused before anything runs, when a session starts and when a request joins it."""
+    only_a = dataclasses.replace(table(), asked={"a": 0.0})
+    engine = EarlyExitEngine(model(), cost_rule=CostRule(only_a, trial_tokens=3))
+    with pytest.raises(ValueError, match="no seconds of asking exit b, only of a"):
+        engine.start([Request((1, 2), 9)], policy=POLICY)
+    assert engine.model.cache is None
+    with pytest.raises(ValueError, match="no seconds of asking exit b"):
+        engine.start([], policy=ExitPolicy(0.5, active=("a",)), exits=("a", "b"), num_slots=1)
+    a, b = (ExitPolicy(0.5, active=(name,)) for name in "ab")
+    requests = [Request((1, 2), 9, mode="static_depth", policy=b), Request((1, 2), 9)]
+    both = EarlyExitEngine(model(), cost_rule=CostRule(dataclasses.replace(only_a, num_sequences=2)))
+    session = both.start(requests, policy=a)
+    session.cancel(0)
+    with pytest.raises(ValueError, match="no seconds of asking exit b"):
+        session.add(Request((1, 2), 5, policy=b))
+    session.add(Request((1, 2), 5, mode="static_depth", policy=b))
+
+
+def test_without_exits_to_ask_there_is_no_rule(monkeypatch):
+    """A table that nothing would look at is neither judged nor measured."""
+    measured = []
+    monkeypatch.setattr("nemo_ee.generation.engine.measure_costs", lambda *how: measured.append(how) or table())
+    for rule in (CostRule(table(5)), "fallback"):
+        engine = EarlyExitEngine(model(), cost_rule=rule)
+        for mode, policy in (("full", None), ("static_depth", ExitPolicy(0.5, active=("a",)))):
+            engine.generate([[1, 2]], max_new_tokens=20, mode=mode, policy=policy)
+    assert not measured
+    engine.generate([[1, 2]], max_new_tokens=20, policy=POLICY)
+    assert len(measured) == 1, "control"

@@ -68,6 +68,15 @@ def test_how_a_model_was_trained_is_forced_on_nobody() -> None:
     assert stored.megatron_amp_O2 is True and stored.optim.name == "fused_adam", "the stored config is not touched"
 
 
+def test_where_the_base_is_is_what_the_script_says() -> None:
+    """What an exits-only file says is seen from that file, and read from it."""
+    stored = OmegaConf.create({**STORED, "backbone_path": "../ee.nemo"})
+    assert merge_model_config(stored, OmegaConf.create({})).get("backbone_path") is None
+    assert merge_model_config(stored, OmegaConf.create({"backbone_path": None})).backbone_path is None
+    said = merge_model_config(stored, OmegaConf.create({"backbone_path": "../ee.nemo"}))
+    assert said.backbone_path == "../ee.nemo" == stored.backbone_path
+
+
 def test_data_prefixes_are_replaced_as_a_whole() -> None:
     stored = OmegaConf.create({**STORED, "data": {"data_prefix": {"train": ["a"], "test": ["b"]}, "eod": 1}})
     merged = merge_model_config(stored, OmegaConf.create({"data": {"data_prefix": {"train": ["c"]}}}))

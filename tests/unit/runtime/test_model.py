@@ -8,6 +8,7 @@ fp32, tolerance 1e-5 of the largest logit; half precision is only shown to run.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.stats import Failure
+from nemo_ee.runtime.attention import Placement, RuntimeCache
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from nemo_ee.runtime.linear import (
     HalfLinear,
@@ -249,3 +253,61 @@ def test_rms_norm_in_four_operations() -> None:
     without = wide * wide.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt() * weight.double()
     assert not torch.allclose(norm(hidden).double(), without, rtol=1e-3), "control: without epsilon"
     assert isinstance(make_rms_norm(weight.bfloat16(), 1e-5), RmsNorm)
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_a_slot_whose_sequence_failed_serves_another(
+    cleaned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read of a shorter sequence's place beside a longer one is masked, and must be a number all the same."""
+    save_tiny_model(tmp_path, "llama")
+    model = load_model(tmp_path)
+    model.weights.embedding[7] = math.nan
+    if not cleaned:
+        monkeypatch.setattr(RuntimeCache, "truncate", lambda *_: None)
+    healthy, engine = Request((3, 4), 5), EarlyExitEngine(model)
+    alone = engine.generate([healthy.prompt], max_new_tokens=5, mode="full").tokens[0]
+    session = engine.start([Request((1,) * 12, 15), Request((7, 7, 7, 7), 3)], mode="full", max_length=32)
+    failed = [event for event in session.step() if isinstance(event, Failure)]
+    assert [event.sequence for event in failed] == [1]
+    index, own = session.add(healthy), []
+    while not session.finished:
+        own += [event for event in session.step() if event.sequence == index]
+    if cleaned:
+        assert tuple(event.token for event in own) == alone
+    else:
+        assert isinstance(own[-1], Failure), "control: it reads what the failed one left"
+
+
+def test_a_cut_leaves_no_keys_and_values_behind(tmp_path: Path) -> None:
+    """Of one sequence from a position on, in every slot; in a cache of one sequence they stay, nobody reads them."""
+    save_tiny_model(tmp_path, "llama")
+    model = load_model(tmp_path)
+    for count in (2, 1):
+        cache, items = model.new_cache(count, 9, ()), Items.of(dict.fromkeys(range(count), range(6)))
+        model.run(model.embed(torch.arange(1, 6 * count + 1), items), items, 0, 2 * model.num_layers, cache)
+        before = {slot: slab.clone() for slot, slab in cache.slabs.items()}
+        cache.truncate(count - 1, 2)
+        for slot, slab in cache.slabs.items():
+            expected = before[slot].clone()
+            assert expected[count - 1, :, 2:6].ne(0).all(), "control"
+            if count > 1:
+                expected[count - 1, :, 2:] = 0
+            assert torch.equal(slab, expected)
+
+
+def test_places_are_worked_out_once_for_each_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs between two segments of a flight: rows of it that an exit is asked about, another model."""
+    save_tiny_model(tmp_path, "llama")
+    model, other, built = load_model(tmp_path), load_model(tmp_path), []
+    whole_init = Placement.__init__
+    monkeypatch.setattr(Placement, "__init__", lambda self, *how: built.append(how[0]) or whole_init(self, *how))
+    items = Items.of({0: range(3), 1: range(2)})
+    picked, cache = items.select(torch.tensor([2, 4])), model.new_cache(2, 3, ())
+    hidden = model.embed(torch.arange(5), items)
+    for stop in range(4):
+        hidden = model.run(hidden, items, stop, stop + 1, cache)
+        model.run(hidden[[2, 4]], picked, stop, stop + 1, model.new_cache(2, 3, ()))
+    assert len(built) == 2 and built[0] is items and built[1] is picked
+    other.run(hidden, items, 0, 1, other.new_cache(2, 3, ()))
+    assert len(built) == 3, "a model turns and stores in its own way"

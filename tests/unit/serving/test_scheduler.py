@@ -67,7 +67,7 @@ class Session:
         return 3 if index in self.own else 0
 
     def stats(self, _events) -> SimpleNamespace:
-        return SimpleNamespace(drafted=0, accepted=0, acceptance_rate=0.0)
+        return SimpleNamespace(drafted=0, accepted=0, acceptance_rate=0.0, num_fallbacks=0)
 
 
 @contextmanager
@@ -178,3 +178,11 @@ def test_stopping_tells_who_runs_and_who_waits() -> None:
         own.stop()
         assert {last(news).error.status for _, news in works} == {503}
     assert value(own, "waiting_tokens") == 0
+
+
+def test_answers_that_fell_back_are_counted_over_sessions():
+    metrics = Metrics([ExitPoint("a", 4, 8)], 8)
+    for told in (0, 1, 3, 3, 0, 2):  # a new session after the fourth
+        stats = SimpleNamespace(drafted=0, accepted=0, acceptance_rate=0.0, num_fallbacks=told)
+        metrics.step((), stats, 0.1)
+    assert metrics.registry.get_sample_value("nemo_ee_fallbacks_total") == 3 + 2
