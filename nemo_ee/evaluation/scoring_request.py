@@ -30,6 +30,7 @@ _OPEN = {
     "top_p": 1.0,
     "repetition_penalty": 1.0,
     "seed": 0,
+    "cost_rule": "none",
 }
 
 
