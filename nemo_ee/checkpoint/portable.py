@@ -77,9 +77,10 @@ def find_backbone(
     for place in places:
         if _exists(place):
             return place
+    named = str(given) if given else stored
     tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
     raise ValueError(
-        f"{nemo} holds exits only; its base model ({given or stored!r}) was not found{tried}: "
+        f"{nemo} holds exits only; its base model ({named!r}) was not found{tried}: "
         f"give {option}=<the .nemo the exits were tuned on>"
     )
 
