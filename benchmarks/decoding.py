@@ -186,9 +186,8 @@ class Decoding:
         """Layer and length of the drafts with the most tokens a second."""
         layers = sorted({point.layer for point in self.model.exits if point.layer < self.model.num_layers})
         trials = [(layer, drafted) for layer in layers for drafted in (2, 4)]
-        return self._quickest(trials, lambda prompt, length, own: self._assisted(prompt, length, *own), num_prompts=1)[
-            0
-        ]
+        best = self._quickest(trials, lambda prompt, length, own: self._assisted(prompt, length, *own), num_prompts=1)
+        return best[0]
 
     def _quickest(
         self, trials: list[Any], decode: Callable[[list[int], int, Any], Any], *, num_prompts: int

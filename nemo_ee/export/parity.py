@@ -7,6 +7,7 @@ manifest keeps for every position
 
     argmax       the most likely next token
     logit        its logit
+    margin       how much that is above the second largest
     logsumexp    ln of the sum of exp(logit) over the vocabulary
 
 to six significant digits. Two exports of one model in one dtype, Hugging Face or TensorRT-LLM, whatever their shards,
@@ -91,15 +92,17 @@ def written_parity(
         load: reads the directory back.
         parity_gigabytes: largest model, its numbers counted as fp32.
     """
-    size = _gigabytes_in_memory(folder)
-    if size > parity_gigabytes:
-        logger.info("%s: %.1f GB in fp32, more than parity_gigabytes, so no parity digest", folder.name, size)
+    if not _may_be_run(folder, parity_gigabytes, logging.INFO):
         return None
     return parity_of(load(folder))
 
 
-def _gigabytes_in_memory(folder: Path) -> float:
-    return sum(_numbers_in(path) for path in folder.glob("*.safetensors")) * 4 / 1e9
+def _may_be_run(folder: Path, gigabytes: float, level: int) -> bool:
+    """Whether a directory is small enough; says so at this level where it is not."""
+    size = sum(_numbers_in(path) for path in folder.glob("*.safetensors")) * 4 / 1e9
+    if size > gigabytes:
+        logger.log(level, "%s: %.1f GB in fp32, more than parity_gigabytes, so its parity was not run", folder, size)
+    return size <= gigabytes
 
 
 def _numbers_in(path: Path) -> int:
@@ -120,11 +123,7 @@ def parity_faults(
     Args:
         parity_gigabytes: see `written_parity`; a larger model is not run, and a warning says so.
     """
-    if stated is None:
-        return
-    size = _gigabytes_in_memory(folder)
-    if size > parity_gigabytes:
-        logger.warning("%s: %.1f GB in fp32, more than parity_gigabytes, so its parity was not run", folder.name, size)
+    if stated is None or not _may_be_run(folder, parity_gigabytes, logging.WARNING):
         return
     try:
         found = parity_of(load(folder))

@@ -66,8 +66,7 @@ def model_of_files(config: RuntimeConfig, files: Mapping[str, Any], origin: Path
     Raises:
         ValueError: a tensor is missing or does not fit the config.
     """
-    tensors = _Tensors(origin, torch.device("cpu"), torch.float32)
-    tensors._files |= files
+    tensors = _Tensors(origin, torch.device("cpu"), torch.float32, files)
     return RuntimeModel(config, _Reader(config, tensors).weights(), torch.float32)
 
 
@@ -85,12 +84,15 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 class _Tensors:
-    """The stored tensors by name; a context manager."""
+    """The stored tensors by name; a context manager that opens the directory's files, where `files` does not say which
+    open one has what."""
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, device: torch.device, dtype: torch.dtype, files: Mapping[str, Any] | None = None
+    ) -> None:
         self.directory, self.device, self.dtype = directory, device, dtype
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Any] = dict(files or {})
 
     def __enter__(self) -> _Tensors:
         try:

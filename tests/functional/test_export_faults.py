@@ -248,7 +248,7 @@ def test_a_good_export_has_no_faults(exported: Path, checkpoint: Path) -> None:
     assert verify_export(exported) == [] and verify_export(exported, checkpoint) == []
 
 
-def _signed(folder: Path) -> None:
+def signed(folder: Path) -> None:
     """Bring the manifest's hashes up to date, so that only the format's own checks can notice a change."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for name, entry in manifest["files"].items():
@@ -275,7 +275,7 @@ def test_files_that_the_format_does_not_ask_for(change: str, exported: Path, tmp
     folder = copied(exported, tmp_path / "copy")
     _tensors(folder, CHANGES[change][0])
     assert verify_export(folder)[0].startswith("trtllm_ckpt/rank2.safetensors has ")
-    _signed(folder)
+    signed(folder)
     assert verify_export(folder) == [f"trtllm_ckpt: rank2.safetensors: {fault}" for fault in CHANGES[change][1]]
 
 
@@ -287,7 +287,7 @@ def test_changed_numbers_show_in_the_hash_when_run_and_against_the_source(
     by_hash, *by_running = verify_export(folder)
     assert by_hash == "trtllm_ckpt/rank2.safetensors has another sha256 than the manifest says"
     assert by_running and all(": parity: " in fault for fault in by_running)
-    _signed(folder)
+    signed(folder)
     assert verify_export(folder) == by_running
     origin = "decoder.layers.mlp.linear_fc1.weight, layer 3, of the .nemo"
     assert verify_export(folder, checkpoint) == [f"trtllm_ckpt: rank2.safetensors: {KEY} differs from {origin}"]
@@ -299,7 +299,7 @@ def _config(folder: Path, change, artefact: str = "trtllm_ckpt") -> None:  # noq
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-    _signed(folder)
+    signed(folder)
 
 
 # what is changed -> (change of config.json, fault, whether it takes the source to notice)

@@ -13,18 +13,15 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.helpers.megatron_models import exit_entry
+import tests.helpers.megatron_models  # noqa: F401  # puts the CPU host on
 
 from safetensors.torch import load_file, save_file  # isort: skip  # after the CPU host is on
 
-from nemo_ee.export.manifest import MANIFEST, sha256_of
+from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.export.verify import verify_export
-from tests.functional.test_export_faults import copied
+from tests.functional.test_export_faults import copied, signed
 from tests.functional.test_export_huggingface import Made, export
-from tests.functional.test_export_huggingface_faults import tensors_of
-
-EXITS = [exit_entry(1, "mlp"), exit_entry(2, "layer", output="shared"), exit_entry(3, "embedding")]
-MLP, LAYER, EMBEDDING = (exit["name"] for exit in EXITS)
+from tests.functional.test_export_huggingface_faults import EMBEDDING, EXITS, MLP, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +48,7 @@ def _changed(folder: Path, change) -> None:  # noqa: ANN001
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
-    hash_again(folder)
-
-
-def hash_again(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, entry in manifest["files"].items():
-        entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    signed(folder)
 
 
 KEY = f"exit_heads.{MLP}.mlp.up_proj.weight"
@@ -119,7 +109,7 @@ def test_a_config_that_the_export_did_not_write_shows_against_the_source(
         values = json.loads(path.read_text()) | {"rope_theta": 5e5}
         values.pop("rms_norm_eps")
         path.write_text(json.dumps(values))
-    hash_again(folder)
+    signed(folder)
     assert all(": parity: " in fault for fault in verify_export(folder)), "it computes something else"
     faults = verify_export(folder, one.path)
     assert len(faults) == 6
@@ -135,7 +125,7 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
     right, wrong = index["weight_map"][name], index["weight_map"]["model.norm.weight"]
     index["weight_map"][name] = wrong
     path.write_text(json.dumps(index))
-    hash_again(folder)
+    signed(folder)
     assert verify_export(folder) == [f"hf_full: {name} is in {right}, {path.name} says {wrong}"]
 
 

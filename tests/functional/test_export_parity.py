@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.functional.test_export_tensorrt_llm import FAMILIES, Made, export
+from tests.functional.test_export_tensorrt_llm import FAMILIES, each_once, export
 from tests.helpers.megatron_models import exit_logits
 
 import torch  # isort: skip  # after the CPU host is on
@@ -33,14 +33,7 @@ TWO_BY_TWO = {"tensor_parallel": 2, "pipeline_parallel": 2}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory):
-    kept: dict[str, Made] = {}
-
-    def of(name: str) -> Made:
-        if name not in kept:
-            kept[name] = Made(tmp_path_factory.mktemp(name), name)
-        return kept[name]
-
-    return of
+    return each_once(tmp_path_factory)
 
 
 def parities(directory: Path) -> dict[str, Any]:

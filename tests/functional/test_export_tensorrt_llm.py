@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,7 @@ class Made:
         self.exits = exit_logits(self.model, self.tokens)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory):
+def each_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """name -> `Made`, each made once."""
     kept: dict[str, Made] = {}
 
@@ -91,6 +90,11 @@ def made(tmp_path_factory: pytest.TempPathFactory):
         return kept[name]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory):
+    return each_once(tmp_path_factory)
 
 
 def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
