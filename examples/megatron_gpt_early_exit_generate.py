@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
 
 def show(generator, request) -> None:
     """Print every answer, then the table of exits used; write `output`."""
-    from nemo_ee.evaluation.token_view import ExitLegend, coloured_text, escape, exit_table, marked_text
+    from nemo_ee.text.token_view import ExitLegend, coloured_text, escape, exit_table, marked_text
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the run
     wanted = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -73,7 +73,7 @@ def show(generator, request) -> None:
 
 def stream(generator, request, legend):
     """Answers, printed token by token where prompts are decoded one at a time."""
-    from nemo_ee.evaluation.token_view import coloured_text
+    from nemo_ee.text.token_view import coloured_text
 
     if request.batch_size > 1:
         yield from generator.generate(request.prompts)

@@ -9,7 +9,7 @@
 
 The guarantee counts independent prompts, so a document gives one unless the user wants more.
 
-May import: nemo_ee.evaluation.text_files.
+May import: nemo_ee.text.text_files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.evaluation.text_files import is_jsonl, read_json_lines, read_text
+from nemo_ee.text.text_files import is_jsonl, read_json_lines, read_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,7 @@ from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenize
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
-from nemo_ee.evaluation.end_strings import EndStrings
 from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
-from nemo_ee.evaluation.token_view import Detokenizer, TokenText
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.checks import request_faults
 from nemo_ee.generation.engine import EarlyExitEngine
@@ -36,6 +34,8 @@ from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.trainer import single_run_trainer
+from nemo_ee.text.stop_strings import EndStrings
+from nemo_ee.text.token_view import Detokenizer, TokenText
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ from nemo_ee.evaluation.decoding_config import (
     switch_faults,
     whole_number_faults,
 )
-from nemo_ee.evaluation.text_files import is_jsonl, numbered_lines, read_json_lines, read_text
 from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
+from nemo_ee.text.text_files import is_jsonl, numbered_lines, read_json_lines, read_text
 
 COLOURS = ("auto", "always", "never")
 # Of a line of `output`, beside what the prompt's own line says.

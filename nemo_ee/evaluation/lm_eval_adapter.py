@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from nemo_ee import cpu_host
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
-from nemo_ee.evaluation.token_view import Detokenizer
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.generation.session import Request
 from nemo_ee.generation.stats import FINAL, TokenEvent
+from nemo_ee.text.token_view import Detokenizer
 
 # Tokens scored or prompted together with batch_size=auto.
 AUTO_TOKENS = 8192

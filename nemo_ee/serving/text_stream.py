@@ -5,7 +5,7 @@
 A stop string is never part of the answer. Text is held back while it could be the beginning of one, in whole tokens,
 so that every token keeps its text.
 
-May import: the standard library, nemo_ee.evaluation.token_view, nemo_ee.generation.
+May import: the standard library, nemo_ee.text.token_view, nemo_ee.generation.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from nemo_ee.evaluation.token_view import Detokenizer
 from nemo_ee.generation.stats import TokenEvent
+from nemo_ee.text.token_view import Detokenizer
 
 # A character has at most four bytes. Tokens that make none for longer than this are not text and are shown as such.
 _LONGEST_WAIT = 8

@@ -8,7 +8,9 @@ import re
 
 import pytest
 
-from nemo_ee.evaluation.token_view import (
+from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.stats import DecodingStats
+from nemo_ee.text.token_view import (
     Detokenizer,
     ExitLegend,
     TokenText,
@@ -17,8 +19,6 @@ from nemo_ee.evaluation.token_view import (
     exit_table,
     marked_text,
 )
-from nemo_ee.generation.items import ExitPoint
-from nemo_ee.generation.stats import DecodingStats
 
 EXITS = (ExitPoint("early", 2, 3), ExitPoint("late", 5, 10))
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

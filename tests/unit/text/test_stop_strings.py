@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from nemo_ee.evaluation.end_strings import EndStrings
+from nemo_ee.text.stop_strings import EndStrings
 
 
 @pytest.mark.parametrize("seed", range(20))

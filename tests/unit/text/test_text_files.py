@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.evaluation.text_files import is_jsonl
+from nemo_ee.text.text_files import is_jsonl
 
 
 @pytest.mark.parametrize(
