@@ -8,8 +8,6 @@
 One thread, fp32 sums, CPU seconds; the sides of a ratio take turns, text by text, and a ratio is the median over the
 turns. Texts and lengths are in benchmarks/decoding_workload.json. docs/benchmarks.md says what each name is.
 `runtime_over_hf` is of the first reference model, everything else of the byte-level one with its tuned exits.
-
-May import: anything.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/decoding.py decodes and with what: the fixed texts, and the model directories made from assets/.
-
-May import: the standard library, the modules beside it.
-"""
+"""What benchmarks/decoding.py decodes and with what: the fixed texts, and the model directories made from assets/."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@
 `pp2_early_exit_over_full` is the throughput of `early_exit` by that of `full` on the same prompts, one at a time, for
 the best of the thresholds; beside it each threshold's ratio, mean depth and tokens per second. All sides take turns,
 prompt by prompt, and a ratio is the median over the turns.
-
-May import: torch, hydra, nemo_ee, the modules beside it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@
 4096; softmax, argmax and ln p of the logits are in it. `plain_loop_us` is the time of a token in a bare PyTorch loop
 over the reference model on the same thread, measured in turn with the cases; `<case>_share` is the ratio of the two.
 Medians over the rounds; target: a share of at most 0.10.
-
-May import: torch, `nemo_ee.generation`, `benchmarks.measure`, `benchmarks.plain_decoding`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Speed against quality over thresholds: what is looked at in free-running text, and the picture.
-
-May import: the standard library; matplotlib inside functions only.
-"""
+"""Speed against quality over thresholds: what is looked at in free-running text, and the picture."""
 
 from __future__ import annotations
 

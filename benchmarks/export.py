@@ -9,8 +9,6 @@ Two exports, each in a process of its own: `tensorrt_llm` (full model and draft,
 synced directory with hashes, `seconds_1b_huggingface` of the second; beside each stands a plain copy of as many bytes,
 synced. `peak_bytes_over_largest_tensor` is the growth of anonymous memory after imports, sampled 20 times a second,
 less 256 MiB, over the largest tensor's bytes, the larger of the two exports; target at most 2.5.
-
-May import: anything.
 """
 
 from __future__ import annotations

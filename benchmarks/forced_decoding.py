@@ -7,8 +7,6 @@
 The work of a step is that of generation, the engine's own descent with its waiting tokens, an argmax and ln p; only
 the next token is given instead of chosen. So speed and quality are of the same tokens. And the choice of a policy:
 one pass at full depth asks every exit about every token, which gives the perplexity and the price of any policy.
-
-May import: torch, nemo_ee, the modules beside it.
 """
 
 from __future__ import annotations

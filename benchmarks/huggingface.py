@@ -10,8 +10,6 @@ by those of `generate` on hf_full; `loop_over_generate`: the same without the en
 Per exit, `assisted.<exit>`: `generate(assistant_model=hf_exit_<name>)` by plain `generate`, and the tokens of a pass
 of the full model. Seconds are of the CPU and not of the clock, so that other processes count less; the sides take
 turns. Tokens are compared too: what is faster has to say the same.
-
-May import: anything.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark needs: interleaved timing, peak memory of this process, and what it ran on.
-
-May import: the standard library; torch for its version and threads.
-"""
+"""What every benchmark needs: interleaved timing, peak memory of this process, and what it ran on."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@
 
 Throughput is read where the pipeline ends: the time between the last stage's steps. Every function runs on both ranks
 (see `processes`) and returns, on the last stage, numbers under the names of the table.
-
-May import: torch, megatron.core, lightning, nemo_ee, the modules beside it.
 """
 
 from __future__ import annotations

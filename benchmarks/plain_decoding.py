@@ -4,8 +4,6 @@
 
 Nothing but what a token needs: fused projections, rotary embedding (Su et al., arXiv 2104.09864), a preallocated
 key/value cache, attention, SwiGLU, argmax. No exits, no options, fp32.
-
-May import: torch, safetensors.
 """
 
 from __future__ import annotations

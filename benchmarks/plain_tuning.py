@@ -6,8 +6,6 @@ What the reference implementation of EE-Tuning does on one device (arXiv 2402.00
 gradients, every exit's logits are materialised in fp32, the graphs of all exits stay alive until one backward of the
 summed loss, the final norm, output layer and its loss are computed although nobody trains on them, and one clipping
 and one optimizer serve all exits. The cross-entropy is torch's own kernel.
-
-May import: torch, nemo_ee.
 """
 
 from __future__ import annotations

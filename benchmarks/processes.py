@@ -5,8 +5,6 @@
 Each point of a benchmark gets its own processes, so no point sees another's allocator, threads or process groups. With
 several ranks the environment names a gloo rendezvous on a port the system says is free. A child dies with its parent
 and with its time-out.
-
-May import: the standard library, torch inside the child.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 Every threshold scores the same known text: `carry`, the exact engine, each sequence for itself; `propagate`,
 nemo_ee.runtime.propagation with batches of the given sizes, which is what the TensorRT-LLM model files compute.
 Perplexity of the tokens after the context, each read where it would leave, and the mean number of layers below that.
-
-May import: anything.
 """
 
 from __future__ import annotations

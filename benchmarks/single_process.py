@@ -3,8 +3,6 @@
 """Tuning on one process: a step against its parts, against the plain way, and a sweep against separate runs.
 
 Every function runs in a process of its own (see `processes`) and returns numbers under the names of the table.
-
-May import: torch, lightning, nemo_ee, the modules beside it.
 """
 
 from __future__ import annotations

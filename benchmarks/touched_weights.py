@@ -8,8 +8,6 @@ and at small batches that reading is what takes the time. So no mode can be fast
     bound = weights read at full depth / weights read in that mode, for the same tokens
 
 The word embedding, of which a token reads one row, norms and biases are left out.
-
-May import: torch, nemo_ee.
 """
 
 from __future__ import annotations

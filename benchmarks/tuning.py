@@ -6,8 +6,6 @@
     python benchmarks/tuning.py --only step_over_floor    # one number; may be given several times
 
 Real NeMo, Lightning and Megatron-core on gloo. The two sides of a ratio take turns in one run; ratios are medians.
-
-May import: anything; NeMo only once the CPU host is on.
 """
 
 from __future__ import annotations

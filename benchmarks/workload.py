@@ -4,8 +4,6 @@
 
 Everything is real: NeMo's model class, Lightning's loop, Megatron-core's modules and data sets, gloo. `Sizes` says how
 large; the reference model keeps its own shape.
-
-May import: torch, megatron.core, lightning, omegaconf, nemo_ee.
 """
 
 from __future__ import annotations

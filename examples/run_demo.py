@@ -7,8 +7,6 @@
 Every step is the command a user would type, run on the CPU in a process of its own; its output goes to
 <output>/logs/<step>.log. At the end <output> holds early_exit.nemo, tuned.nemo, report.json, losses.png (loss of every
 exit before and after tuning) and sample.txt (a text in which each token shows its exit). Needs no network.
-
-May import: the standard library, nemo_ee.evaluation.report; nothing that loads NeMo or torch.
 """
 
 from __future__ import annotations

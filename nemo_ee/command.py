@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every script does around its work: switch the CPU host on in time, and end a user's error in one message.
-
-May import: the standard library, omegaconf.
-"""
+"""What every script does around its work: switch the CPU host on in time, and end a user's error in one message."""
 
 from __future__ import annotations
 

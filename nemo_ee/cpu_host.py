@@ -13,8 +13,6 @@ nothing.
 * `torch.cuda` random-state calls reach the CPU generator, which Megatron's RNG tracker then forks and restores.
 * CUDA tensor type names, which Megatron and NeMo assert on before clipping gradients, mean the CPU types.
 * NeMo's Apex guards are answered with Megatron-core's own equivalents.
-
-May import: the standard library at import time; torch, megatron.core, nemo and nemo_ee.megatron inside functions only.
 """
 
 from __future__ import annotations

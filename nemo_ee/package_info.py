@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Name, version and description of the package, read by setup.py without importing the package.
-
-May import: nothing.
-"""
+"""Name, version and description of the package, read by setup.py without importing the package."""
 
 __package_name__ = "nemo_ee"
 __version__ = "0.1.0.dev0"

@@ -4,8 +4,6 @@
 
 Id 0..255 is the byte of that value in the text's UTF-8, id 256 `<|endoftext|>` (begin, end and padding). The file is
 a byte-level BPE with no merges, so every byte stays a token of its own.
-
-May import: numpy, tokenizers, transformers.
 """
 
 from __future__ import annotations

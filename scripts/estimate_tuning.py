@@ -8,8 +8,6 @@
 
 The default run is that of EE-Tuning's scripts (arXiv 2402.00518): 40,000 steps of 16 x 2048 tokens, 1.31e9 in
 all. Every assumption is an option; the JSON holds them beside the results, stage by stage. Nothing here was measured.
-
-May import: the standard library, nemo_ee.exits.
 """
 
 from __future__ import annotations

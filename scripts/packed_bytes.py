@@ -5,8 +5,6 @@
 Documents are shuffled, joined with an end token after each, and cut into windows of `length + 1` tokens that share one
 token with the next; the windows are shuffled again, anew in every epoch. Nothing has to be stored to resume: the
 windows of step i are those with the numbers i x batch ... (i + 1) x batch - 1.
-
-May import: numpy, byte_tokenizer.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 """Draw what a tuning run logged of every exit. See conf/plot_tuning.yaml.
 
 python scripts/plot_tuning.py run=outputs/megatron_gpt_early_exit_sweep output=sweep.png
-
-May import: anything; needs tensorboard, not NeMo.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ arXiv 2404.16710, section 4.1.2, without its layer dropout):
 
     loss = CE(final) + exit_loss_weight / n  sum over the n layers of CE(output(norm(hidden)))
 
-Options: conf/pretrain_reference_model.yaml. May import: anything; needs torch and transformers, not NeMo.
+Options: conf/pretrain_reference_model.yaml.
 """
 
 from __future__ import annotations
@@ -110,8 +110,7 @@ def build_model(config: PretrainConfig):
         )
     except OSError as error:
         raise ValueError(
-            f"start_from: {config.start_from} cannot be read as a Llama model: {error}; name `model` of a "
-            "finished run"
+            f"start_from: {config.start_from} cannot be read as a Llama model: {error}; name `model` of a finished run"
         ) from error
 
 

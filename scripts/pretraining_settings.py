@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a pre-training run, and where a run stands on its learning-rate schedule.
 
-    rise:   lr x min(1, (step + 1) / warmup_steps)
-    fall:   lr x (1 - sqrt((step - decay_start) / decay_steps))        arXiv 2405.18392, section 4
-
-May import: the standard library, byte_tokenizer.
+rise:   lr x min(1, (step + 1) / warmup_steps)
+fall:   lr x (1 - sqrt((step - decay_start) / decay_steps))        arXiv 2405.18392, section 4
 """
 
 from __future__ import annotations

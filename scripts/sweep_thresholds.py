@@ -8,8 +8,6 @@ The text is cut into windows; in each, every token but the first is scored (`Ear
 
     perplexity = exp(- sum of ln p / tokens),  depth = mean number of layers below the exits the tokens left at,
     asked = exits asked per token, the final one left out: the price of the decisions
-
-May import: anything.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 `Architecture.nemo_config` says it in the words of NeMo's `MegatronGPTModel`; `read_architecture` reads those words
 again with NeMo's own defaults, and refuses what no stock class of any target computes.
-
-May import: the standard library.
 """
 
 from __future__ import annotations

@@ -4,9 +4,6 @@
 
 One JSON file per certificate, `certificates/<name>.json` of a `.nemo`; saving a restored model keeps it, exports list
 it in their manifest.
-
-May import: the standard library, `nemo_ee.exits`, `nemo_ee.generation.policy`,
-`nemo_ee.checkpoint.{nemo_archive,portable}`.
 """
 
 from __future__ import annotations

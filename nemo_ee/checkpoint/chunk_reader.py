@@ -5,8 +5,6 @@
 Megatron-core loads whole layer stacks only. Here any chunk (key, offset, shape) of a global tensor is read, for
 instance one layer's tensor-parallel slice of a [num_layers, ffn, hidden] tensor that several ranks saved, through
 the public parts of torch.distributed.checkpoint. No code in an untrusted file runs (restricted_pickle.py).
-
-May import: torch.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 They do not depend on how a checkpoint was sharded or in which format it is stored, so exits can name the backbone that
 they belong to, and certificates both. Padding rows of the vocabulary, whose number depends on the layout, are left out
 when the true vocabulary size is given.
-
-May import: torch.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 Nothing is converted ahead of time: a chunk of a canonical tensor is put together from the parts of the stored tensors
 that it touches. Faults of config and weights are found at opening, all of them in one message.
-
-May import: torch, safetensors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A pre-trained backbone of a Hugging Face family: its architecture, and what only that family's files say of it.
-
-May import: architecture.
-"""
+"""A pre-trained backbone of a Hugging Face family: its architecture, and what only that family's files say of it."""
 
 from __future__ import annotations
 

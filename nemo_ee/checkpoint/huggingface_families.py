@@ -5,8 +5,6 @@
 Families: Llama 2/3, Mistral, Qwen2/2.5, GPT-2, OPT. Anything that Megatron's GPT would compute differently from
 the model's own code is refused with its reason; all reasons come in one message. Absent optional keys mean what they
 mean in the transformers library. Custom code named by a config.json is never run.
-
-May import: architecture, huggingface_backbone.
 """
 
 from __future__ import annotations

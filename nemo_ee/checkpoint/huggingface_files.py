@@ -4,8 +4,6 @@
 
 `.bin` files are pickles and are opened with `weights_only=True` alone. A file outside of the directory, which an index
 from someone else could name, is never opened.
-
-May import: torch, safetensors.
 """
 
 from __future__ import annotations

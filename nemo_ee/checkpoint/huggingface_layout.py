@@ -6,8 +6,6 @@ Every canonical tensor (of one layer, for the stacked ones) is a column of row r
 other. So the query-key-value matrix, whose rows Megatron groups as [query heads of a group, its key, its value], the
 gated MLP's [gate; up], GPT-2's transposed matrices and OPT's positions that start at row 2 are all the same kind of
 thing, and any chunk can be read by reading the ranges it touches.
-
-May import: huggingface_backbone.
 """
 
 from __future__ import annotations

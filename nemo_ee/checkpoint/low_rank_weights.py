@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank updates of a backbone that are stored beside it: load them to train on, or read the backbone as W + B A.
-
-May import: torch, megatron.core, nemo_ee.megatron.
-"""
+"""Low-rank updates of a backbone that are stored beside it: load them to train on, or read the backbone as W + B A."""
 
 from __future__ import annotations
 

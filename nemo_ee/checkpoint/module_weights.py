@@ -4,8 +4,6 @@
 
 Megatron's own loader cannot read a part of a layer stack; reading (key, offset, shape) chunks can, and serves Hugging
 Face directories by the same code.
-
-May import: torch, megatron.core, nemo_ee.megatron.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ Nothing outside the wanted members is unpacked, and nothing in the archive can p
 `..`, links, devices and repeated names are refused. Writing streams members of another archive byte for byte, so a
 complete early-exit `.nemo` costs one pass over the source's weights and no memory, and appears under its name only
 when it is whole.
-
-May import: the standard library.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@
 Two places stay. A backbone is copied byte for byte, so its `.metadata` may name the folder it was first written in. A
 tokenizer's directory that cannot be bundled (no `tokenizer_class`, no vocabulary file of a known name) is still named
 by `type`, with a warning.
-
-May import: yaml, `nemo_ee.checkpoint.tokenizer_files`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ A torch_dist directory holds pickles in three places: `.metadata` (which chunk l
 sharded) and the byte payloads of sharded objects (`_extra_state`). Megatron-core and PyTorch unpickle all three
 without restrictions, so a file from an untrusted source can run anything. Here `.metadata` goes through an unpickler
 that knows only the classes it needs, the other two through `torch.load(weights_only=True)`.
-
-May import: torch.
 """
 
 from __future__ import annotations

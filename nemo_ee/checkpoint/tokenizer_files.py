@@ -3,8 +3,6 @@
 """The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, and the special tokens they name.
 
 A `.nemo` may come from anybody, so nothing else of that folder is copied, and no link is followed.
-
-May import: the standard library.
 """
 
 from __future__ import annotations

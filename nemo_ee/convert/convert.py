@@ -7,8 +7,6 @@
 A `.nemo` source keeps its weights byte for byte and the exits it already has. What was written is read again and its
 full model's logits are compared: bitwise with those before writing, and for a Hugging Face source with those of
 `transformers` itself.
-
-May import: torch, nemo, lightning, omegaconf, transformers, nemo_ee levels 0-3.
 """
 
 from __future__ import annotations

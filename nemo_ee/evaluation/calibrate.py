@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A calibration from its config to its certificate.
 
-    request -> model -> prompts -> the full model's continuations -> table of all exits -> Learn then Test
-            -> the chosen policy decoded freely -> certificate in the `.nemo`, calibration.json, calibration.png
-
-May import: torch, nemo, lightning, omegaconf, tqdm, nemo_ee levels 0-3.
+request -> model -> prompts -> the full model's continuations -> table of all exits -> Learn then Test
+        -> the chosen policy decoded freely -> certificate in the `.nemo`, calibration.json, calibration.png
 """
 
 from __future__ import annotations

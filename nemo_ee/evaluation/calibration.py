@@ -5,8 +5,6 @@
 The unit is a prompt; its loss is in [0, 1]. For policy j the null is "expected loss > epsilon", tested by
 `hoeffding_bentkus_p_value` in fixed sequence (arXiv 2110.01052; for early exit CALM, arXiv 2207.07061, section 4).
 With probability at least 1 - delta over the prompts, every certified policy has a risk of at most epsilon.
-
-May import: torch, nemo_ee.exits, nemo_ee.generation.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@
     any other file                     one document
 
 The guarantee counts independent prompts, so a document gives one unless the user wants more.
-
-May import: nemo_ee.text.text_files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A calibration for people: the table of policies, and a picture of risk and depth along the path.
-
-May import: the standard library, nemo_ee.evaluation.report; matplotlib inside functions only.
-"""
+"""A calibration for people: the table of policies, and a picture of risk and depth along the path."""
 
 from __future__ import annotations
 

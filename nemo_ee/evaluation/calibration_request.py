@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a calibration was asked for, read once from its config; every fault that needs no model, in one message.
-
-May import: the standard library, nemo_ee.exits, nemo_ee.generation, nemo_ee.checkpoint, nemo_ee.evaluation.
-"""
+"""What a calibration was asked for, read once from its config; every fault that needs no model, in one message."""
 
 from __future__ import annotations
 

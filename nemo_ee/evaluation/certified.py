@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding under a certificate: is this the model, tokenizer and setting it is about?
-
-May import: omegaconf, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.generation, nemo_ee.evaluation.
-"""
+"""Decoding under a certificate: is this the model, tokenizer and setting it is about?"""
 
 from __future__ import annotations
 

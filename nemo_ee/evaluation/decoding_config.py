@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The keys that the yamls of generation and calibration share: checked, and read, alike.
-
-May import: the standard library, nemo_ee.generation.
-"""
+"""The keys that the yamls of generation and calibration share: checked, and read, alike."""
 
 from __future__ import annotations
 

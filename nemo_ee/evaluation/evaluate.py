@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation from its config to its files: check everything, restore, measure, write exits.json and exits.png.
-
-May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-3.
-"""
+"""An evaluation from its config to its files: check everything, restore, measure, write exits.json and exits.png."""
 
 from __future__ import annotations
 

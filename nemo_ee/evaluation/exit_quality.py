@@ -2,11 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good each exit is on a text: loss, perplexity, and agreement with the full model.
 
-    loss        mean over the predicted tokens of -log p(token), in nats
-    perplexity  exp(loss)
-    agreement   share of positions where the exit's most likely token is the full model's
-
-May import: torch, megatron.core, nemo_ee levels 0-3.
+loss        mean over the predicted tokens of -log p(token), in nats
+perplexity  exp(loss)
+agreement   share of positions where the exit's most likely token is the full model's
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate text with an early-exit `.nemo`: check the request against the file, load, decode.
 
-    request -> config and tokenizer of the file -> every fault of the two -> weights -> decoding engine
-
-May import: torch, nemo, lightning, omegaconf, nemo_ee levels 0-3.
+request -> config and tokenizer of the file -> every fault of the two -> weights -> decoding engine
 """
 
 from __future__ import annotations

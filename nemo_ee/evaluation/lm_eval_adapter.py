@@ -9,8 +9,6 @@ This is the command `lm_eval` itself, with one more model (lm-evaluation-harness
 packages; importing this module registers it). Every scored token is read from the exit it would leave at
 (`EarlyExitEngine.score`): the first token of a continuation from the final exit, as the first generated one is.
 `mode=full` gives the log-likelihoods of the backbone. How many tokens left where is among the results, under `config`.
-
-May import: torch, nemo, lightning, omegaconf, lm_eval, tqdm, nemo_ee levels 0-3.
 """
 
 from __future__ import annotations

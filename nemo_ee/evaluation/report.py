@@ -3,8 +3,6 @@
 """Reports for people and programs: JSON files and pictures of per-exit numbers.
 
 Files appear under their names only when they are whole. Text that comes from models or users is escaped in pictures.
-
-May import: the standard library; matplotlib inside functions only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A generation request for work that brings its own texts: scoring, and evaluation harnesses.
-
-May import: the standard library, nemo_ee levels 0-1.
-"""
+"""A generation request for work that brings its own texts: scoring, and evaluation harnesses."""
 
 from __future__ import annotations
 

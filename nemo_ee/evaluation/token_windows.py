@@ -5,8 +5,6 @@
 The documents are concatenated in file order. Window i reads the tokens i*s .. i*s + s inclusive and predicts the last
 s of them, so neighbours share one token and every token but the very first is predicted exactly once. With
 `max_tokens` the windows that are kept lie evenly over the whole text: the first files alone would be a poor sample.
-
-May import: numpy, torch, megatron.core, nemo_ee.megatron.
 """
 
 from __future__ import annotations

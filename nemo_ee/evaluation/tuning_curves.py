@@ -4,8 +4,6 @@
 
 Panels, colours and line styles each stand for one setting of the exits (architecture, init, layer, output, lr, ...),
 so that nine exits are three panels of three lines and not nine lines in one.
-
-May import: the standard library, nemo_ee.evaluation.report; matplotlib inside functions only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading one mapping of a config: checks of single values, and a reader that collects every fault.
-
-May import: the standard library.
-"""
+"""Reading one mapping of a config: checks of single values, and a reader that collects every fault."""
 
 from __future__ import annotations
 

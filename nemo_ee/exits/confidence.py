@@ -9,8 +9,6 @@ With p = softmax(logits), in fp32:
 * `entropy`: -sum p ln p, in nats (BranchyNet, arXiv 1709.01686).
 
 A token leaves iff confidence > threshold, for entropy iff entropy < threshold. So 1.0 (entropy: 0.0) never leaves.
-
-May import: torch.
 """
 
 from __future__ import annotations

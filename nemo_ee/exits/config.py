@@ -5,8 +5,6 @@
 The block is read once, by `EarlyExitConfig.from_mapping`, into frozen dataclasses that hold every default; null in the
 block means "the default". All faults are reported together. `every: n/m` is a shorthand for exits at layers
 ceil(i * num_layers * n / m), i = 1, 2, ... below the full depth.
-
-May import: the standard library, nemo_ee.exits.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 Each distinct operation runs for a moment on random tensors of its real shape and dtype, alone, and those tensors are
 gone before the next one: the memory needed is that of the largest. Point-wise work that the cost model's FLOPs leave
 out is timed too; rotary embeddings, residual additions and transfers are not.
-
-May import: torch, nemo_ee.exits.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Megatron's own linears form dL/dx even where nobody reads it (the first matrix o
 `count_flops` prices operations by their multiplications and additions, 2 m n k for a product; softmax, norms and
 activations count nothing. `nemo_ee.exits.cost_measurement` times the same operations instead.
 
-Shapes are those of one tensor-parallel rank. May import: the standard library, nemo_ee.exits.
+Shapes are those of one tensor-parallel rank.
 """
 
 from __future__ import annotations

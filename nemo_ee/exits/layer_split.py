@@ -7,8 +7,6 @@
 
 The block describes a run, not a model: any split loads what another one saved, because weights are stored by global
 layer number. So it is not kept in a `.nemo`.
-
-May import: the standard library, nemo_ee.exits.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 With x = step / num_steps and the final weight w: `constant` w, `linear` w x, `cosine` w (1 - cos(pi x)) / 2. The last
 two start at 0 and end at w.
-
-May import: the standard library and `nemo_ee.exits.config`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 CE is the label's cross-entropy, q and p the final exit's and this exit's softmax of logits / T (Hinton et al., arXiv
 1503.02531, whose T^2 keeps the gradient's size independent of T). Token weights w are 1, or the exit's own largest
 probability (EE-Tuning, arXiv 2402.00518, section 3; here normalised, so they do not shrink the loss).
-
-May import: the standard library and `nemo_ee.exits.config`.
 """
 
 from __future__ import annotations

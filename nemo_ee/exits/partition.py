@@ -9,8 +9,6 @@ whose earlier parts are longer (hidden states then wait where the early, exit-fr
 even cut, longer parts first.
 
 Exact, by dynamic programming over the suffixes: O(parts * items^2).
-
-May import: the standard library.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 Only the layers that run are split: those up to the deepest exit, or all of them when the final exit is needed. How
 many each stage gets is decided in `nemo_ee.exits.layer_split`.
-
-May import: the standard library and nemo_ee.exits.
 """
 
 from __future__ import annotations

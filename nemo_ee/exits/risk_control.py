@@ -12,8 +12,6 @@ Hoeffding's and Bentkus' (section 3.1.1 there):
 Fixed-sequence testing: nulls are tested in an order that the losses had no part in, each at level delta, up to the
 first that is not rejected. The chance that any true null is rejected is then at most delta, whatever the number of
 policies, so that any of the rejected ones may be chosen.
-
-May import: torch.
 """
 
 from __future__ import annotations

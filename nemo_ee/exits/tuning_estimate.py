@@ -10,7 +10,7 @@
                         + activations of the largest exit, or working memory of a layer if that is larger + a constant
 
 A ring moves 2 (n-1)/n of the bytes to reduce over n ranks. The backbone's word embeddings are on the first stage.
-Sizes in bytes, times in seconds. May import: the standard library, nemo_ee.exits.
+Sizes in bytes, times in seconds.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Level 5: directories that other inference stacks load. May import levels 0-4; tensorrt_llm only inside functions."""
+"""Level 5: directories that other inference stacks load."""

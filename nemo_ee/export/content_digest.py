@@ -6,8 +6,6 @@
 
 The bytes are the tensor's in memory order, little-endian, as safetensors stores them. Two exports with the same digest
 hold the same numbers under the same names, and the `.nemo` they came from gives the digest again.
-
-May import: torch.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 """An early-exit `.nemo` opened for export: its config, exits and weights, low-rank updates folded in as they are read.
 
 Nothing is built and NeMo is not imported; one tensor of one layer is in memory at a time.
-
-May import: torch, yaml, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.evaluation.certified.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@
 Tensor by tensor: read once per directory, low-rank updates folded in, one in memory at a time. Then each directory up
 to `parity_gigabytes` is read back whole, for its parity digest. All of it goes to `<output>.partial`, which gets its
 name when everything is on disk; after a fault or an interruption nothing is left.
-
-May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export, nemo_ee.runtime.
 """
 
 from __future__ import annotations

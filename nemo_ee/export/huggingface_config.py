@@ -10,8 +10,6 @@ describes the model. Otherwise a family is chosen by what it computes:
 
 Either way the values are read back by the importer's own reader, and what it makes of them has to be the `.nemo`'s
 architecture again: anything a stock class would compute differently is refused.
-
-May import: nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations

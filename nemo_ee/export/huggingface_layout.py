@@ -5,8 +5,6 @@
 `checkpoint.huggingface_layout` says for each canonical tensor where its rows lie in stored tensors. Each stored tensor
 comes from one canonical tensor, so its rows are a list of ranges of that one. An exit's tensors are named like those
 of a layer and of the final norm, under `exit_heads.<name>.`; its output projection is `unembed`.
-
-May import: nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations

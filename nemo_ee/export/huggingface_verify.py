@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check one exported Hugging Face directory against its config.json and, when given, the `.nemo`.
-
-May import: torch, safetensors, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export, nemo_ee.runtime.
-"""
+"""Check one exported Hugging Face directory against its config.json and, when given, the `.nemo`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The weight files of an exported Hugging Face directory: one tensor in memory at a time, sharded, with a digest.
-
-May import: torch, nemo_ee.export.
-"""
+"""The weight files of an exported Hugging Face directory: one tensor in memory at a time, sharded, with a digest."""
 
 from __future__ import annotations
 

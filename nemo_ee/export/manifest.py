@@ -3,8 +3,6 @@
 """`manifest.json` of an export: what is in it, sha256 of every file, where it came from, what was verified.
 
 Written last, so a directory with a manifest was written to the end.
-
-May import: the standard library.
 """
 
 from __future__ import annotations

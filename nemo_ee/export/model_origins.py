@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tensors of an exported model come from: the whole backbone, or an exit as a model of its own.
-
-May import: nemo_ee.exits, nemo_ee.export.early_exit_source.
-"""
+"""Where the tensors of an exported model come from: the whole backbone, or an exit as a model of its own."""
 
 from __future__ import annotations
 

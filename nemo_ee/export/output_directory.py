@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An output directory that is whole or not there: written under another name, synced, renamed.
-
-May import: nemo_ee.checkpoint.
-"""
+"""An output directory that is whole or not there: written under another name, synced, renamed."""
 
 from __future__ import annotations
 

@@ -16,8 +16,6 @@ have the same numbers; someone with a real engine can compare its logits with th
 Weights are read back from the files in the dtype they were rounded to when written; sums, norms, rotary positions,
 attention and softmax are fp32. So bfloat16 differs from float32 by the rounding of the weights (up to 2**-9 of each)
 alone. An engine that also computes in half precision differs by more; compare `argmax` where `margin` is large.
-
-May import: torch, safetensors, nemo_ee.generation, nemo_ee.runtime.
 """
 
 from __future__ import annotations

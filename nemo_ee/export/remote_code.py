@@ -6,8 +6,6 @@ transformers runs a directory's own code from files beside config.json. They are
 time of the export: `nemo_ee.runtime.auto_model` and everything of nemo_ee that it imports, with imports of one another
 made relative, and one small file that names the classes. The config class is the stock one's subclass, so that other
 models of the family load as before.
-
-May import: the standard library.
 """
 
 from __future__ import annotations

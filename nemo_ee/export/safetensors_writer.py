@@ -5,8 +5,6 @@
 The `safetensors` library's own writer takes all tensors at once; here no more than one piece of one tensor is in
 memory. Layout: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the
 tensors' bytes without gaps. The file has its name only once it is whole and on disk.
-
-May import: torch.
 """
 
 from __future__ import annotations

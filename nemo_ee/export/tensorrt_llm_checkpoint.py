@@ -10,8 +10,6 @@
 
 Tensor by tensor: read once, every rank's part written to its file. All of it goes to `<output>.partial`, which gets
 its name when everything is on disk; after a fault or an interruption nothing is left.
-
-May import: torch, tqdm, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@
     LayerNorm, tanh-GELU or ReLU, learned positions                 GPTForCausalLM
 
 Fields and classes: TensorRT-LLM 0.20 to 1.2.1. Anything that no stock class computes the same way is refused.
-
-May import: nemo_ee.checkpoint.architecture.
 """
 
 from __future__ import annotations

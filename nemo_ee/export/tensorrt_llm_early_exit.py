@@ -6,8 +6,6 @@
     PyTorch backend    hf_early_exit/early_exit_trtllm/__init__.py     for trtllm-serve --custom_module_dirs
 
 The model files are copied as they are and are never imported here.
-
-May import: nemo_ee.exits, nemo_ee.generation.policy, nemo_ee.export.
 """
 
 from __future__ import annotations

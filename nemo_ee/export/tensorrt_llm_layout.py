@@ -12,8 +12,6 @@ Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renum
 
 With fewer key-value heads than ranks, tp / heads ranks hold the same one. An exit's tensors are `exit_heads.<name>.*`
 on the stage of its layer; stock classes do not ask for them. None is called `lm_head`, which stock code looks for.
-
-May import: nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ dropped. What is saved is the MLPs (about two thirds of a Llama layer) and the f
 prompt in them run to full depth.
 
 The file stands alone: the export copies it, and the host that builds needs nothing of nemo_ee.
-May import: tensorrt_llm, inside functions.
 """
 
 from __future__ import annotations

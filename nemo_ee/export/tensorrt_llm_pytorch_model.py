@@ -17,7 +17,6 @@ layers, so the skipped ones still get keys and values for the new tokens, from t
 projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full depth.
 
 The file stands alone: the export copies it, and the host that serves needs nothing of nemo_ee.
-May import: torch; tensorrt_llm inside functions.
 """
 
 from __future__ import annotations

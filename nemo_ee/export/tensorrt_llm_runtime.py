@@ -7,8 +7,6 @@ fault of those shows. What several ranks hold whole has to be the same on all of
 
     attention.qkv     [Q; K; V] of each rank's heads; a key-value head that several ranks hold counts once
     dense, mlp.proj   columns side by side         mlp.fc, mlp.gate, lm_head    rows one below the other
-
-May import: torch, safetensors, nemo_ee.runtime.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ given, otherwise for what the file itself says of the model. Thresholds may be e
 
 Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for and computes, in nemo_ee's own
 runtime, what its manifest states.
-
-May import: torch, safetensors, nemo_ee.checkpoint, nemo_ee.exits, nemo_ee.export.
 """
 
 from __future__ import annotations

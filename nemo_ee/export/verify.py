@@ -4,8 +4,6 @@
 
 A directory without faults is what its format asks for. What it computes is run by nemo_ee's own runtime, where the
 manifest states a parity digest; it is not loaded into the library it is for.
-
-May import: safetensors, nemo_ee.export.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a call, found before anything runs: tokens, lengths, requests.
-
-May import: the standard library and `nemo_ee.generation.{items,request}`.
-"""
+"""What is wrong with a call, found before anything runs: tokens, lengths, requests."""
 
 from __future__ import annotations
 

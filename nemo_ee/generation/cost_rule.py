@@ -13,8 +13,6 @@ where c is flat (one sequence) tokens that wait save time, and where it is steep
 
 The decision is one sequence's own: it depends on its tokens, on the table and on B, the places in the session, taken
 or not; never on who its neighbours are. So for one table and one B a batch gives each sequence what it gets alone.
-
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{descent,items,policy}`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ they run changes; the cap on waiting tokens counts them as if they still waited.
 
 (EE-LLM's "KV recomputation", arXiv 2312.04916, runs waiting tokens again from the first layer; here nothing is
 computed twice. What a rejected draft computed is thrown away: `truncate`.)
-
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.held_tokens`, `items`, `policy`, `stats`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@
 The prompt runs at full depth and the first new token comes from the final exit, except in `static_depth`, where both
 end at the one exit. Every sequence of a batch gets what it would get alone: decisions, random numbers and stops are
 its own.
-
-May import: `nemo_ee.exits` and `nemo_ee.generation`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ A token that leaves early keeps its hidden state, and what waits runs through th
 full-depth run. So at a position of a known text an exit's distribution does not depend on where earlier tokens left,
 and one full-depth pass that asks every exit at every position holds all that any policy would see there. Only the cap
 on waiting tokens looks back; it is replayed.
-
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{items,known_text,sampling}`.
 """
 
 from __future__ import annotations

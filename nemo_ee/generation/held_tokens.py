@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that a sequence may not have yet: stop tokens before its least length.
-
-May import: torch and `nemo_ee.generation.items`.
-"""
+"""Tokens that a sequence may not have yet: stop tokens before its least length."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@
 Depth is counted in half layers ("stops"): 0 = after the embedding; 2k-1 = after layer k's attention and residual,
 before its MLP; 2k = after layer k; 2 num_layers = the end of the stack, before the final norm. An `mlp` exit at layer
 k taps stop 2k-1, every other exit stop 2k.
-
-May import: torch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ together, and never token by token.
 
 Row r of a pass is a (sequence, position) pair as in `Items`; the last token of a sequence predicts nothing and has no
 row.
-
-May import: torch, `nemo_ee.generation.{descent,items}`.
 """
 
 from __future__ import annotations

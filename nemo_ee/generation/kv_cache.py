@@ -4,8 +4,6 @@
 
 Every (slot, sequence, position) is written once and must be written before it is attended to; both are asserted.
 Attention is softmax(scale q K^T) V over the item's own sequence up to its own position, with grouped queries.
-
-May import: torch and `nemo_ee.generation.items`.
 """
 
 from __future__ import annotations

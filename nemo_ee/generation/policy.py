@@ -3,8 +3,6 @@
 """When a token may leave early: the criterion, the thresholds, the exits that are asked, the cap on waiting tokens.
 
 What a user asks for is a mode and an `ExitPolicy`; what the engine follows is the `Course` the two make on a model.
-
-May import: `nemo_ee.exits` and `nemo_ee.generation.items`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked for: one sequence to generate.
-
-May import: the standard library and `nemo_ee.generation.{items,policy,sampling}`.
-"""
+"""What is asked for: one sequence to generate."""
 
 from __future__ import annotations
 

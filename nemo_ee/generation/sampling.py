@@ -5,8 +5,6 @@
 The order is the customary one: repetition penalty (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), temperature,
 top-k, top-p (Holtzman et al., arXiv 1904.09751). A random number is a hash of (seed, position, purpose): it never
 depends on a batch neighbour, on the order of work, or on the device.
-
-May import: torch.
 """
 
 from __future__ import annotations

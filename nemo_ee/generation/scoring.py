@@ -6,8 +6,6 @@ Early exit changes where a token is read, never a hidden state: what waits is co
 known text needs no token-by-token decoding. It runs once at full depth, the exits are asked about many rows at a time,
 and each sequence's decisions are then replayed in order (only the cap on waiting tokens makes them depend on earlier
 ones). The result is that of feeding the text token by token.
-
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.{items,known_text,policy,stats}`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 A session has a fixed number of slots in the model's cache. Sequences come (`add`) and go (they end, or `cancel`) while
 others run; one that comes takes a slot that is free. Its prompt runs in the same flight as the others' next tokens.
-
-May import: torch and `nemo_ee.generation.{checks,cost_rule,descent,items,policy,request,sampling,speculation,stats}`.
 """
 
 from __future__ import annotations

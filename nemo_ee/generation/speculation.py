@@ -10,8 +10,6 @@ algorithm 1), with q the distribution a draft x was drawn from and p the full mo
 so that a token is distributed as p whatever q is. The first draft that does not stay ends the check: the drafts after
 it followed a token that is not there. Drafting, accepting and redrawing have random numbers of their own at each
 position; after a cut a position is drafted again with the same number, which the tokens before it never depended on.
-
-May import: torch and `nemo_ee.generation.sampling`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding says about itself: an event per token, what failed, and sums over them.
-
-May import: the standard library and `nemo_ee.generation.items`.
-"""
+"""What decoding says about itself: an event per token, what failed, and sums over them."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ Also here: the backbone's output weight, of which several stages may hold a copy
 embeddings, the last one, and every stage with an exit that shares it). Megatron sums the gradients of the first and
 the last stage for its own data-parallel wrapper only; here one group holds exactly the stages that have a copy, and
 every copy makes the same step.
-
-May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ one offset for a whole batch and cannot hold ragged sequences.
 
 n items are handed to Megatron's modules as [n, 1, h]: s = n, b = 1. Under tensor parallelism every rank runs the same
 items with its own heads and sees the same gathered logits, so that all ranks decide alike.
-
-May import: torch, megatron.core, nemo_ee.exits, nemo_ee.generation.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Between the two only inputs, weights, p and Z ([n] fp32 each) are kept: the back
 chunk by chunk, and forms the weight gradients there. That is what joint training needs, where other microbatches'
 forward passes lie between a microbatch's forward and backward pass.
 
-Shapes: n tokens, m input width of a term, v padded vocabulary. May import: torch, nemo_ee.megatron.
+Shapes: n tokens, m input width of a term, v padded vocabulary.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ The decoder is Megatron's own, cut to the layers that run; exit heads are a sibl
 
 A *stop* is a depth in half layers: 2k-1 after layer k's attention and residual, 2k after layer k (see
 ExitConfig.stop).
-May import: torch, megatron.core, nemo_ee.exits.
 """
 
 from __future__ import annotations

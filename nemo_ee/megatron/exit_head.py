@@ -10,8 +10,7 @@
 A head ends before its output projection: the projection is handed out as a list of (input, weight) terms, because the
 loss multiplies them chunk by chunk (`linear_cross_entropy`) and never holds all logits.
 
-Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, r rank. May import: torch, megatron.core,
-nemo_ee.exits.
+Shapes: s sequence, b micro batch, h hidden, v padded vocabulary, r rank.
 """
 
 from __future__ import annotations

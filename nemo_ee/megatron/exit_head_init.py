@@ -9,8 +9,6 @@
 
 Every rank reads the slices it holds from the checkpoint itself, so no stage asks another for weights. Random matrices
 are drawn whole from a generator seeded by (seed, exit name, parameter) and then sliced: the same for every layout.
-
-May import: torch, megatron.core, nemo_ee.exits.
 """
 
 from __future__ import annotations

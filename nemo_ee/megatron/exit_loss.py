@@ -3,8 +3,6 @@
 """Forward, loss and backward of one exit on one microbatch: its graph lives here and nowhere else.
 
 Losses travel as (sum, count) and are divided once, when they are logged (see `TokenLoss`).
-
-May import: torch, megatron.core, nemo_ee.exits.
 """
 
 from __future__ import annotations

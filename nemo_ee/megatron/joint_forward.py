@@ -8,8 +8,6 @@ A schedule hands a stage's output on and later gives back its gradient; it knows
 exit's loss is attached to the hidden state it was computed from, as Megatron-core attaches the auxiliary losses of
 mixture-of-experts and multi-token prediction: forward, the hidden state passes unchanged; backward, the loss gets the
 gradient 1 and what it sends back joins the hidden state's own gradient. No loss has to travel between stages.
-
-May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 The checkpoint keys are the same for both (Megatron's canonical, Transformer-Engine ones): the local spec maps its
 separate norms onto the names of the norms that Transformer Engine fuses into the next linear layer.
-
-May import: torch, megatron.core.
 """
 
 from __future__ import annotations

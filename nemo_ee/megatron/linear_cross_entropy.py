@@ -10,8 +10,7 @@ Forward and backward are fused: the gradients for the inputs and the weights are
 so the memory beyond inputs, weights and their gradients is one chunk, whatever the number of tokens or the size of the
 vocabulary. Softmax, loss and everything reported are in fp32.
 
-Shapes: n tokens, c of a chunk, m input width of a term, v padded vocabulary. May import: torch, nemo_ee.exits,
-nemo_ee.megatron.vocab_parallel, nemo_ee.megatron.teacher.
+Shapes: n tokens, c of a chunk, m input width of a term, v padded vocabulary.
 """
 
 from __future__ import annotations

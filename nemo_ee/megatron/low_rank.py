@@ -6,8 +6,6 @@ y = W x + B A x with W frozen, A: [r, in], B: [out, r]. B starts at zero, so the
 
     column-parallel W (rows sharded):     A replicated, B sharded like W's rows
     row-parallel W (columns sharded):     A sharded like W's columns, B replicated
-
-May import: torch, megatron.core.
 """
 
 from __future__ import annotations

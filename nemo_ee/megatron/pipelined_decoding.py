@@ -18,8 +18,6 @@ state once it has run on from it.
 Only ASK waits. A token that leaves on the first stage goes into its next step at once, and what it still owes deeper
 layers is sent on after a few such tokens (`fill_ahead`) as a RUN nobody waits for: later stages fill in meanwhile.
 A token that leaves on a later stage costs the answer's way back; its fill-in too runs beside the next token.
-
-May import: torch, megatron.core, nemo_ee levels 0-1.
 """
 
 from __future__ import annotations

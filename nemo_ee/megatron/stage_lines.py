@@ -6,8 +6,6 @@ Commands are a few whole numbers in host memory and go over a gloo group of thei
 them; hidden states and logits go over Megatron's pipeline group. Every stage reads its commands in the order in which
 they were given and posts its transfers in that order, so that the two ends of each transfer always meet. Under tensor
 parallelism rank t of each stage talks to ranks t of the others: all ranks of a stage get the same commands.
-
-May import: torch, megatron.core, `nemo_ee.generation.items`.
 """
 
 from __future__ import annotations

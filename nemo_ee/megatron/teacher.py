@@ -7,8 +7,7 @@
 Two forms, both small enough to travel from the last pipeline stage to earlier ones: the final hidden state, from which
 a stage that holds the output weight forms all of q again, or the k token ids and their probabilities.
 
-Shapes: n tokens, c of a chunk, h hidden, v padded vocabulary, k top. May import: torch,
-nemo_ee.megatron.vocab_parallel.
+Shapes: n tokens, c of a chunk, h hidden, v padded vocabulary, k top.
 """
 
 from __future__ import annotations

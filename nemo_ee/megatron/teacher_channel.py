@@ -7,8 +7,6 @@
 
 With top-k the k token ids and probabilities travel, otherwise the final hidden state, from which a stage that holds
 the output weight forms the whole distribution again. Stage i of S holds the taps of at most S - i + 1 microbatches.
-
-May import: torch, megatron.core, nemo_ee levels 0-1.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ forward-only schedule would send only after the exits' work.
 
 Sends are asynchronous and at most `max_in_flight` of them are outstanding; the bound holds across steps, so a stage
 can start the next global batch while the stages behind it still work on this one.
-
-May import: torch.
 """
 
 from __future__ import annotations

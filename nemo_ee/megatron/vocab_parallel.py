@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits over a vocabulary-parallel weight, a chunk of tokens at a time.
 
-Shapes: n tokens, c tokens of a chunk, m input width of a term, v padded vocabulary. May import: torch.
+Shapes: n tokens, c tokens of a chunk, m input width of a term, v padded vocabulary.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 """The trained backbone's entry among the optimizers: one part on every pipeline stage, one name, `backbone`.
 
 It is clipped by one norm over tensor and pipeline parallelism, so every stage joins that one collective in a step.
-
-May import: torch, megatron.core, nemo_ee.megatron, nemo_ee.models.exit_optimizers.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@
 
 Weights are read chunk by chunk under any layout. Nothing in a file is executed: the config's `target` is not imported,
 the checkpoint's metadata goes through a restricted unpickler, and pickled common state is not read at all.
-
-May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-2.
 """
 
 from __future__ import annotations

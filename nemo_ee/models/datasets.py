@@ -13,8 +13,6 @@ for every token of an answer and 0 for the others. Where the second pair is ther
 
 The masks are read through the very sample, document and shuffle indices of the tokens, so order, resuming and data
 parallelism are Megatron's own.
-
-May import: torch, numpy, megatron.core, nemo.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of an entry that has an optimizer of its own: summed over ranks, made a mean, measured, scaled down.
-
-May import: torch, megatron.core.
-"""
+"""Gradients of an entry that has an optimizer of its own: summed over ranks, made a mean, measured, scaled down."""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ every exit's numbers on every rank. Only log, validation and save steps call `re
     val/exit/<name>/entropy     mean entropy, nats
     val/exit/<name>/agreement   share of positions where the exit's most likely token is the full model's
     val/full_model/loss         the final exit's validation loss (with val_agreement)
-
-May import: torch, megatron.core, nemo_ee levels 0-1.
 """
 
 from __future__ import annotations

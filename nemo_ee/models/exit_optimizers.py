@@ -9,8 +9,6 @@ on rank 0, which a stage with other exits could not read back.
 
 `ExitOptimizer` steps fp32 parameters. fp32 copies of bf16 parameters, and state that data-parallel ranks share out,
 are in `megatron_exit_optimizer`; what is saved has the same keys and shapes.
-
-May import: torch, megatron.core, nemo_ee.exits, nemo_ee.megatron, nemo_ee.models.exit_gradients.
 """
 
 from __future__ import annotations

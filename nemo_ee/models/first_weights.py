@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Fill one stage from checkpoints: backbone, low-rank updates of it, exits, and those exits that start anew.
-
-May import: torch, megatron.core, omegaconf, nemo_ee levels 0-2.
-"""
+"""Fill one stage from checkpoints: backbone, low-rank updates of it, exits, and those exits that start anew."""
 
 from __future__ import annotations
 

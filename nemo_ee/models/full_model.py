@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of the full model under any layout, for checks.
-
-May import: torch, megatron.core, nemo_ee levels 0-2.
-"""
+"""Logits of the full model under any layout, for checks."""
 
 from __future__ import annotations
 

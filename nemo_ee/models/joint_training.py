@@ -6,8 +6,6 @@
 
 Takes the place of `tune_global_batch`. The model runs in training mode, dropout as configured, while the schedule
 runs, and is in evaluation mode otherwise.
-
-May import: torch, megatron.core, nemo_ee levels 0-2, nemo_ee.models.
 """
 
 from __future__ import annotations

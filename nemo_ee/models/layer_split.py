@@ -4,8 +4,6 @@
 
 Costs from FLOPs are the same on every rank by themselves. Measured ones are not: world rank 0 measures, and its
 numbers are broadcast before any module is built.
-
-May import: torch, megatron.core, nemo, omegaconf, nemo_ee levels 0-1.
 """
 
 from __future__ import annotations

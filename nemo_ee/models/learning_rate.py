@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates of the exits over a run: linear warm-up, then linear, cosine or no annealing.
 
-    lr(t) = min_lr + (lr - min_lr) * a(t),   a(t) = 1 - d  or  (1 + cos(pi d)) / 2,   d = (t - warmup) / (steps -
-    warmup)
-
-May import: torch, nemo_ee.models.exit_optimizers.
+lr(t) = min_lr + (lr - min_lr) * a(t),   a(t) = 1 - d  or  (1 + cos(pi d)) / 2,   d = (t - warmup) / (steps -
+warmup)
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 """`MegatronEarlyExitGPTModel`: NeMo's `MegatronGPTModel` with exit heads. Overrides only; the work is done below.
 
 The module path of this class is stored in every `.nemo` as its `target`.
-
-May import: torch, lightning, nemo, omegaconf, megatron.core, nemo_ee levels 0-2.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@
 One `DistributedDataParallel` and one Megatron optimizer per exit, so an exit's norm goes over its tensor- and
 data-parallel ranks only. Megatron saves such state by group index and flat ranges; here it is saved as whole
 parameters, each by one data-parallel rank, under the keys of an unsharded optimizer: any layout and either kind loads.
-
-May import: torch, megatron.core, nemo_ee.megatron, nemo_ee.models.{exit_gradients,exit_optimizers}.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which optimizer `model.optim.name` and `model.megatron_amp_O2` ask for.
-
-May import: torch, megatron.core, nemo, nemo_ee.models.exit_optimizers, nemo_ee.models.megatron_exit_optimizer.
-"""
+"""Which optimizer `model.optim.name` and `model.megatron_amp_O2` ask for."""
 
 from __future__ import annotations
 

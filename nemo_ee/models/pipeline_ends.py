@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""This rank's ends in the pipeline, made from Megatron's parallel state.
-
-May import: torch, megatron.core, nemo_ee levels 0-1.
-"""
+"""This rank's ends in the pipeline, made from Megatron's parallel state."""
 
 from __future__ import annotations
 

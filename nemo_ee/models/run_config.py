@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A script's `model` block laid over the config stored in a `.nemo`.
-
-May import: omegaconf, megatron.core, nemo_ee.exits, nemo_ee.models.supported, nemo_ee.models.datasets.
-"""
+"""A script's `model` block laid over the config stored in a `.nemo`."""
 
 from __future__ import annotations
 

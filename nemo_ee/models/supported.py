@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the stock `MegatronGPTModel` accepts and the early-exit model does not: refused at once, all in one message.
-
-May import: omegaconf, nemo_ee.cpu_host, nemo_ee.exits.
-"""
+"""What the stock `MegatronGPTModel` accepts and the early-exit model does not: refused at once, all in one message."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning strategy and trainer builder: NeMo's own, less what joins pipeline stages or expects one whole model.
-
-May import: torch, lightning, nemo, omegaconf, nemo_ee levels 0-2.
-"""
+"""Lightning strategy and trainer builder: NeMo's own, less what joins pipeline stages or expects one whole model."""
 
 from __future__ import annotations
 

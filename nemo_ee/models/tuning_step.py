@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One global batch on one pipeline stage: the schedule of `megatron.tuning_schedule` filled with this stage's exits.
-
-May import: torch, megatron.core, nemo_ee levels 0-1.
-"""
+"""One tuning step of one stage: microbatches through the schedule, a loss and a backward pass per exit."""
 
 from __future__ import annotations
 

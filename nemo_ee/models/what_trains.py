@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One line per stage that says what trains and what is frozen.
-
-May import: nemo_ee.exits, nemo_ee.megatron.
-"""
+"""One line per stage that says what trains and what is frozen."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What NeMo does to one whole model in training, answered for a stage whose backbone is frozen.
-
-May import: the standard library.
-"""
+"""What NeMo does to one whole model in training, answered for a stage whose backbone is frozen."""
 
 from __future__ import annotations
 

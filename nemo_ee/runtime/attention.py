@@ -6,7 +6,6 @@ What depends on the items alone (which rows attend together, which positions the
 once per flight (`Placement`), not once per layer.
 
 Shapes: n items, H query heads, K key-value heads, d their size.
-May import: torch, nemo_ee.generation.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@
 
 The export copies this file and what it imports into `hf_early_exit/`, where `AutoModelForCausalLM.from_pretrained(...,
 trust_remote_code=True)` finds it; nothing here needs nemo_ee to be installed.
-
-May import: torch, nemo_ee.generation, nemo_ee.runtime.
 """
 
 from __future__ import annotations

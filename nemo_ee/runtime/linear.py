@@ -7,8 +7,6 @@ precision are kept in fp16 and multiplied with fp32 inputs and sums (FBGEMM, arX
 what fp32 weights would give, in less than half of the time. fp16 holds every bf16 number from 2**-14 to its largest,
 smaller ones to within 2**-25: in a matrix whose largest number is at least 2**-6, an error of at most 2**-19 of that.
 Other matrices stay in fp32.
-
-May import: torch.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 """Loads an exported directory: config.json, safetensors, tokenizer. Nothing in it is executed.
 
 Projections that are computed together are put into one matrix as they are read, so that no tensor is in memory twice.
-
-May import: torch, safetensors, transformers (inside functions), nemo_ee.runtime.
 """
 
 from __future__ import annotations

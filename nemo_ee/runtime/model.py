@@ -11,7 +11,6 @@ are added by the product that ends a half layer, keys and values go into the cac
 fp32 on the CPU whatever the weights' dtype is, which is both exact and faster there.
 
 Shapes: n items, h hidden, H query heads, K key-value heads, d their size, v vocabulary.
-May import: torch, nemo_ee.generation, nemo_ee.runtime.
 """
 
 from __future__ import annotations

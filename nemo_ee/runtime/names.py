@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the tensors of a stock class are called, and of an exit head beside it, family by family.
-
-May import: the standard library.
-"""
+"""What the tensors of a stock class are called, and of an exit head beside it, family by family."""
 
 from __future__ import annotations
 

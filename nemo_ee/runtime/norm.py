@@ -6,8 +6,6 @@
 
 A row of a few hundred numbers costs what its operations cost to start, so in fp32 on the CPU RMSNorm is written with
 four of them, where PyTorch's own takes eight; on other devices and in half precision PyTorch's is used.
-
-May import: torch.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@
 result is an approximation, also for the tokens that go to full depth. It is what an engine can do that keeps one
 cache length for all layers and decides once for the whole batch, and is here as the reference for exports to such
 engines: a step's tokens leave at an exit iff that exit is sure of every one of them. `generation.engine` is exact.
-
-May import: torch, nemo_ee.exits, nemo_ee.generation, nemo_ee.runtime.
 """
 
 from __future__ import annotations

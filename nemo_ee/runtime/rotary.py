@@ -6,8 +6,6 @@
 
 Hugging Face pairs dimension j with j + d/2; the loader reorders the rows of the query and key projections once
 (`pairs_together`), which changes no attention score, so that one multiplication turns all heads.
-
-May import: torch, nemo_ee.generation.
 """
 
 from __future__ import annotations

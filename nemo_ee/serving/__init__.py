@@ -1,6 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Level 5: an OpenAI-compatible HTTP server over the decoding engine, with early exit as a request field.
-
-May import: torch, fastapi, starlette, uvicorn, prometheus_client, transformers, nemo_ee levels 0-4.
-"""
+"""Level 5: an OpenAI-compatible HTTP server over the decoding engine, with early exit as a request field."""

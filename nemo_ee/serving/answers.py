@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Answers in OpenAI's shapes, whole or chunk by chunk, each with the exit of every token beside its text.
-
-May import: the standard library, nemo_ee.generation, nemo_ee.serving.{certified,exit_choice,protocol,text_stream}.
-"""
+"""Answers in OpenAI's shapes, whole or chunk by chunk, each with the exit of every token beside its text."""
 
 from __future__ import annotations
 

@@ -4,9 +4,6 @@
 
 An export lists the certificates of its `.nemo` in manifest.json, beside the sha256 of every file. A certificate is
 used only while those files are the exported ones, and only for requests inside the setting it was made in.
-
-May import: nemo_ee.checkpoint, nemo_ee.evaluation.certified, nemo_ee.export.manifest, nemo_ee.generation,
-nemo_ee.serving.{errors,protocol}.
 """
 
 from __future__ import annotations

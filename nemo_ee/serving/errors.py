@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a request, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
-
-May import: the standard library.
-"""
+"""Errors of a request, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a request's `early_exit` field and the server's defaults to a mode and a policy for the engine.
-
-May import: the standard library, nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.serving.{certified,errors}.
-"""
+"""From a request's `early_exit` field and the server's defaults to a mode and a policy for the engine."""
 
 from __future__ import annotations
 

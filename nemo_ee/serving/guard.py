@@ -5,8 +5,6 @@
 Without keys the server listens on loopback only, where any web page in a browser on the machine can still reach it.
 Two rules keep pages out: the Host header must name loopback (a foreign name may be made to resolve to it), and a body
 must be declared as JSON (which a page cannot do across origins without being asked for permission, never given here).
-
-May import: starlette, nemo_ee.serving.{errors,settings}.
 """
 
 from __future__ import annotations

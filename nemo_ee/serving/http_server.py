@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP side: routes, limits, streams. The model's side is `Scheduler`, in a thread of its own.
 
-    GET /  /health  /metrics  /v1/models  /v1/models/{name}       POST /v1/completions  /v1/chat/completions
-
-May import: fastapi, starlette, uvicorn, nemo_ee.serving.
+GET /  /health  /metrics  /v1/models  /v1/models/{name}       POST /v1/completions  /v1/chat/completions
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of a request body. Python's parser takes more than JSON allows and than a server should see; this one does not.
-
-May import: the standard library, nemo_ee.serving.errors.
-"""
+"""JSON of a request body. Stricter than Python's parser: only what JSON allows and a server should see."""
 
 from __future__ import annotations
 

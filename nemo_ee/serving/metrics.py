@@ -4,8 +4,6 @@
 
 Tokens per second over a time of one's own choice:
 sum(rate(nemo_ee_tokens_total[1m])) / rate(nemo_ee_busy_seconds_total[1m]).
-
-May import: the standard library, prometheus_client, nemo_ee.generation.
 """
 
 from __future__ import annotations

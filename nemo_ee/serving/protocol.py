@@ -5,8 +5,6 @@
     early_exit: {mode, threshold | certificate, exits, criterion, max_waiting}
 
 Every fault of a request is reported at once. What this server cannot do is refused, never ignored.
-
-May import: the standard library, nemo_ee.generation, nemo_ee.serving.errors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One request on its way: from the event loop to the model's thread and back.
-
-May import: the standard library, nemo_ee.serving.{errors,metrics,scheduler,served_model,text_stream}.
-"""
+"""One request on its way: from the event loop to the model's thread and back."""
 
 from __future__ import annotations
 

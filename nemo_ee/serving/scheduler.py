@@ -5,8 +5,6 @@
     submit -> queue -> a free slot of the session -> a step of all sequences at once -> updates to each, as text
 
 Sequences join and leave between steps; what one of them gets does not depend on the others (see `DecodingSession`).
-
-May import: the standard library, nemo_ee.generation, nemo_ee.serving.{errors,metrics,text_stream}.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model and serve it until told to stop (SIGINT or SIGTERM).
-
-May import: torch, uvicorn, nemo_ee.runtime, nemo_ee.serving.
-"""
+"""Load a model and serve it until told to stop (SIGINT or SIGTERM)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The model that is served: weights, tokenizer, chat template, and requests of the engine made from requests of users.
-
-May import: torch, transformers (through the runtime), jinja2, nemo_ee.checkpoint, nemo_ee.generation, nemo_ee.runtime,
-nemo_ee.serving.
-"""
+"""The model that is served: weights, tokenizer, chat template, and engine requests made from users' requests."""
 
 from __future__ import annotations
 

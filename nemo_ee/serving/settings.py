@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""conf/megatron_gpt_early_exit_serve.yaml, read once; every fault that needs no weights, in one message.
-
-May import: the standard library, nemo_ee.generation, nemo_ee.serving.{exit_choice,protocol}.
-"""
+"""conf/megatron_gpt_early_exit_serve.yaml, read once; every fault that needs no weights, in one message."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@
 
 A stop string is never part of the answer. Text is held back while it could be the beginning of one, in whole tokens,
 so that every token keeps its text.
-
-May import: the standard library, nemo_ee.text.token_view, nemo_ee.generation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that end an answer, found in the text of its newest tokens.
-
-May import: the standard library.
-"""
+"""Texts that end an answer, found in the text of its newest tokens."""
 
 from __future__ import annotations
 

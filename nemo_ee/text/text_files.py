@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that a user names: a UTF-8 file, or a `.jsonl` with a JSON value on each line; either may be gzipped.
-
-May import: the standard library.
-"""
+"""Texts that a user names: a UTF-8 file, or a `.jsonl` with a JSON value on each line; either may be gzipped."""
 
 from __future__ import annotations
 

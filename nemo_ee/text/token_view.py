@@ -9,8 +9,6 @@ the final exit none. Without, a line of marks under each line of text:
     a---b--a----.b-----a-        a = first exit, b = second exit, . = final exit, - = the same token goes on
 
 Model text is escaped before it is shown: it must not be able to drive the terminal or reorder a line.
-
-May import: the standard library, nemo_ee levels 0-1.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ Generated files, tables, minified code, vendored code of others, duplicates (by 
 the `excluded` files stay out. The order is that of the hashes, so the same environment gives the same file.
 
 Options: conf/collect_python_sources.yaml. Output appears under its name only when complete.
-
-May import: anything; needs neither torch nor NeMo.
 """
 
 from __future__ import annotations

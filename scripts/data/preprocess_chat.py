@@ -16,8 +16,6 @@ and a template for which these are not beginnings of the whole conversation is r
 
 Options: conf/preprocess_chat.yaml. Faults are collected and reported as in preprocess_text.py; nothing half-written
 stays behind.
-
-May import: anything; needs transformers and megatron.core, not NeMo.
 """
 
 from __future__ import annotations

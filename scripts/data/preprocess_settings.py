@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that the preprocessing scripts share: how they are read, and how everything wrong with them is reported.
-
-May import: numpy.
-"""
+"""Settings that the preprocessing scripts share: how they are read, and how everything wrong with them is reported."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ python scripts/data/preprocess_text.py input=corpus/train.jsonl.gz output=data/t
 Options: conf/preprocess_text.yaml. Both files are written under temporary names and appear together at the end, so a
 killed run leaves no half-written dataset. Faults of the settings are reported together before any work; faults in the
 data (file:line) are collected over all input, then reported together.
-
-May import: anything; needs transformers and megatron.core, not NeMo.
 """
 
 from __future__ import annotations

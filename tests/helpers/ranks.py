@@ -1,9 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Run a function on several gloo ranks: forked from one process that has imported everything once.
-
-May import: the standard library; whatever the function needs is imported before the fork.
-"""
+"""Run a function on several gloo ranks: forked from one process that has imported everything once."""
 
 from __future__ import annotations
 
