@@ -1,0 +1,84 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How sure an exit is of its next token, and when that is sure enough to leave.
+
+With p = softmax(logits), in fp32:
+
+* `max_probability`: max p (EE-LLM, arXiv 2312.04916).
+* `margin`: largest minus second-largest p (the "softmax response" of CALM, arXiv 2207.07061).
+* `entropy`: -sum p ln p, in nats (BranchyNet, arXiv 1709.01686).
+
+A token leaves iff confidence > threshold, for entropy iff entropy < threshold. So 1.0 (entropy: 0.0) never leaves.
+
+May import: torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CRITERIA = ("max_probability", "margin", "entropy")
+
+# The threshold at which no token ever leaves.
+NEVER_LEAVES = {"max_probability": 1.0, "margin": 1.0, "entropy": 0.0}
+
+
+def confidence(logits: Tensor, criterion: str) -> Tensor:
+    """The criterion's value for each row of logits.
+
+    Args:
+        logits: `[..., v]`, any floating dtype, the full vocabulary.
+        criterion: one of `CRITERIA`.
+
+    Returns:
+        `[...]`, fp32. NaN where the logits hold NaN, which no threshold lets leave.
+
+    Raises:
+        ValueError: unknown criterion.
+    """
+    check_criterion(criterion)
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    if criterion == "max_probability":
+        return probabilities.amax(dim=-1)
+    if criterion == "entropy":
+        return torch.special.entr(probabilities).sum(dim=-1)  # entr(0) = 0: masked tokens (-inf) count nothing
+    if probabilities.shape[-1] == 1:
+        return probabilities[..., 0]
+    top_two = probabilities.topk(2, dim=-1).values
+    return top_two[..., 0] - top_two[..., 1]
+
+
+def leaves(confidence: Tensor, threshold: float, criterion: str) -> Tensor:
+    """Whether tokens of this confidence leave at this threshold.
+
+    Args:
+        confidence: `[...]`, as from `confidence`.
+        threshold: of the exit.
+        criterion: one of `CRITERIA`.
+
+    Returns:
+        `[...]`, bool.
+
+    Raises:
+        ValueError: unknown criterion.
+    """
+    check_criterion(criterion)
+    return confidence < threshold if criterion == "entropy" else confidence > threshold
+
+
+def can_leave(threshold: float, criterion: str) -> bool:
+    """Whether any distribution at all leaves at this threshold; if not, the exit need not be asked.
+
+    Raises:
+        ValueError: unknown criterion.
+    """
+    check_criterion(criterion)
+    never = NEVER_LEAVES[criterion]
+    return threshold > never if criterion == "entropy" else threshold < never
+
+
+def check_criterion(criterion: str) -> None:
+    """Raises ValueError unless `criterion` is one of `CRITERIA`."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion = {criterion!r} is unknown; use one of {', '.join(CRITERIA)}")

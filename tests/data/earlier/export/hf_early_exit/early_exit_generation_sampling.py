@@ -1,0 +1,202 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From logits to the next token: greedy, or one uniform number looked up in the shaped distribution.
+
+The order is the customary one: repetition penalty (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), temperature,
+top-k, top-p (Holtzman et al., arXiv 1904.09751). A random number is a hash of (seed, position, purpose): it never
+depends on a batch neighbour, on the order of work, or on the device.
+
+May import: torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import LongTensor, Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Attributes:
+        greedy: take the most likely token; temperature, top_k, top_p and seed are then not used.
+        temperature: divides the logits, > 0.
+        top_k: keep the k most likely tokens; None = all.
+        top_p: keep the fewest most likely tokens whose probabilities sum to at least this, in (0, 1].
+        repetition_penalty: logits of tokens already in the sequence are divided (if positive) or multiplied (if
+            negative) by this, > 0; 1.0 = none.
+        seed: of this sequence's random numbers, from 0.
+
+    Raises:
+        ValueError: with every fault.
+    """
+
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        for key in ("temperature", "repetition_penalty"):
+            value = getattr(self, key)
+            if not _is_number(value) or value <= 0:
+                way_out = "; for the most likely token set greedy=True" if key == "temperature" else "; 1.0 = none"
+                faults.append(f"{key} = {value!r} must be a finite number above 0{way_out}")
+        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
+            faults.append(f"top_k = {self.top_k!r} must be a whole number from 1; None keeps every token")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            faults.append(f"top_p = {self.top_p!r} must be above 0 and at most 1; 1.0 keeps every token")
+        if not _is_whole(self.seed) or self.seed < 0:
+            faults.append(f"seed = {self.seed!r} must be a whole number from 0")
+        if faults:
+            raise ValueError("sampling: " + "; ".join(faults))
+
+    @property
+    def takes_the_most_likely(self) -> bool:
+        """Whether the token of the largest raw logit is chosen, whatever came before and whatever the seed."""
+        return self.greedy and self.repetition_penalty == 1.0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+GREEDY = SamplingParams()
+
+
+def uniform(seed: int, position: int, purpose: str) -> float:
+    """A number in [0, 1), uniform over 2**53 values, that depends on nothing but its arguments.
+
+    Args:
+        seed: of the sequence.
+        position: of the token that is decided, in its sequence.
+        purpose: what the number is for ("token", "draft", "accept", "redraw"), so that two uses at one position are
+            independent.
+    """
+    digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def penalised(logits: Tensor, params: SamplingParams, previous: Sequence[int]) -> Tensor:
+    """Logits after the repetition penalty. `logits`: `[v]`; `previous`: the sequence's tokens. Returns `[v]` fp32."""
+    logits = logits.float()
+    if params.repetition_penalty == 1.0 or not previous:
+        return logits
+    seen = torch.tensor(sorted(set(previous)), dtype=torch.long, device=logits.device)
+    old = logits[seen]
+    new = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    return logits.index_copy(0, seen, new)
+
+
+def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int] = ()) -> Tensor:
+    """The distribution the next token is drawn from; one-hot when greedy.
+
+    Args:
+        logits: `[v]`, raw.
+        params: how to shape them.
+        previous: the sequence's tokens so far (for the repetition penalty).
+
+    Returns:
+        `[v]`, fp64, sums to 1.
+    """
+    logits = penalised(logits, params, previous)
+    if params.greedy:
+        return torch.nn.functional.one_hot(logits.argmax(), logits.shape[0]).double()
+    logits = logits.double() / params.temperature
+    if params.top_k is not None and params.top_k < logits.shape[0]:
+        smallest_kept = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+    probabilities = torch.softmax(logits, dim=0)
+    if params.top_p < 1.0:
+        ordered, tokens = probabilities.sort(descending=True, stable=True)
+        # A token stays while the more likely ones before it have not reached top_p; the first always stays.
+        dropped = tokens[ordered.cumsum(0) - ordered >= params.top_p]
+        probabilities = probabilities.index_fill(0, dropped, 0.0)
+        probabilities = probabilities / probabilities.sum()
+    return probabilities
+
+
+class Choice(NamedTuple):
+    """A token, and the `[v]` fp64 distribution it was drawn from; None when it is simply the most likely one."""
+
+    token: int
+    distribution: Tensor | None
+
+
+def choose(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    previous: Sequence[Sequence[int]],
+    purpose: str = "token",
+) -> list[Choice]:
+    """Choose the next token of n sequences, each as if it were alone.
+
+    Args:
+        logits: `[n, v]`, raw.
+        params: n, one per sequence.
+        positions: n, where in its sequence each new token goes.
+        previous: n, each sequence's tokens so far; () where no repetition penalty looks at them.
+        purpose: of the random numbers.
+
+    Returns:
+        n tokens.
+    """
+    plain = [own.takes_the_most_likely for own in params]
+    # One argmax for all of them, the neighbours' rows with it: cheaper than to pick rows out.
+    best = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(plain)
+    return [
+        Choice(best[row], None)
+        if plain[row]
+        else _choose_one(logits[row], own, positions[row], previous[row], purpose)
+        for row, own in enumerate(params)
+    ]
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    previous: Sequence[Sequence[int]],
+    purpose: str = "token",
+) -> list[int]:
+    """The tokens of `choose` alone."""
+    return [choice.token for choice in choose(logits, params, positions, previous, purpose)]
+
+
+def _choose_one(
+    logits: Tensor, params: SamplingParams, position: int, previous: Sequence[int], purpose: str
+) -> Choice:
+    if params.greedy:
+        return Choice(int(penalised(logits, params, previous).argmax()), None)
+    shaped = distribution(logits, params, previous)
+    return Choice(draw(shaped, uniform(params.seed, position, purpose)), shaped)
+
+
+def accepts(probability: float, number: float) -> bool:
+    """Whether something of this probability happens at `number` in [0, 1)."""
+    return number < probability
+
+
+def draw(probabilities: Tensor, number: float) -> int:
+    """The token at `number` in [0, 1) of the cumulative distribution. `probabilities`: `[v]`, fp64, of any sum."""
+    cumulative: Tensor = probabilities.cumsum(0)
+    threshold = torch.tensor([number], dtype=cumulative.dtype, device=cumulative.device) * cumulative[-1]
+    index: LongTensor = torch.searchsorted(cumulative, threshold, right=True)
+    # Rounding may put the threshold at the very end; the last token that can be drawn is then meant.
+    last = int(probabilities.nonzero()[-1])
+    return min(int(index), last)

@@ -1,0 +1,251 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file gives Llama, Mistral and Qwen2 exits.
+
+    TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve hf_early_exit --backend pytorch \
+        --custom_module_dirs hf_early_exit/early_exit_trtllm --extra_llm_api_options serve.yaml
+
+with `cuda_graph_config: null` in serve.yaml, since where a step leaves depends on its data, and `enable_block_reuse:
+false` in its `kv_cache_config`, since keys and values of a request that left early are approximate. A line `early
+exit: EarlyExit... asks ...` in the log says that a class of this file is in use. Exits with a threshold in
+config.json's `early_exit.thresholds` are asked; a directory without any is served as before. No real TensorRT-LLM has
+loaded this file.
+
+A step leaves at an exit iff that exit is sure of every sequence in it. The cache manager keeps one length for all
+layers, so the skipped ones still get keys and values for the new tokens, from the hidden state at the exit
+(`kv: propagate`): their attention runs, its output is dropped. What is saved is their MLPs and the final output
+projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full depth.
+
+The file stands alone: the export copies it, and the host that serves needs nothing of nemo_ee.
+May import: torch; tensorrt_llm inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+CRITERIA = ("max_probability", "margin", "entropy")
+FINAL = "final"
+LOG_EVERY = 1000  # decoding steps
+
+
+class Exit(NamedTuple):
+    """An exit that is asked. `stop`: its tap in half layers, 2k - 1 (before layer k's MLP) for `mlp`, else 2k."""
+
+    name: str
+    stop: int
+    architecture: str
+    own_output: bool
+    threshold: float
+
+
+class Settings(NamedTuple):
+    """`early_exit` of config.json: the criterion, and the exits to ask, in the order of their stops."""
+
+    criterion: str
+    exits: tuple[Exit, ...]
+
+
+def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
+    """Read and check `early_exit` of config.json.
+
+    Args:
+        mapping: TensorRT-LLM's, the parallelism to serve with.
+
+    Raises:
+        ValueError: every fault in one message.
+    """
+    criterion, thresholds = block.get("criterion", CRITERIA[0]), dict(block.get("thresholds") or {})
+    faults, exits = [], []
+    if criterion not in CRITERIA:
+        faults.append(f"criterion={criterion!r} is unknown, use one of {', '.join(CRITERIA)}")
+    for row in block.get("exits", ()):
+        threshold = thresholds.pop(row["name"], None)
+        if threshold is None:
+            continue
+        if row["architecture"] == "layer":
+            faults.append(f"exit {row['name']!r} has attention of its own, for which there is no place in the cache")
+        stop = 2 * row["layer"] - (row["architecture"] == "mlp")
+        exits.append(Exit(row["name"], stop, row["architecture"], row["output"] == "own", float(threshold)))
+    faults += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
+    if exits and (mapping.pp_size > 1 or mapping.enable_attention_dp):
+        faults.append("pipeline parallelism and attention data parallelism are not supported with thresholds")
+    if faults:
+        raise ValueError(f"early_exit in config.json: {'; '.join(faults)}; change early_exit.thresholds or criterion")
+    return Settings(criterion, tuple(sorted(exits, key=lambda exit: exit.stop)))
+
+
+def all_sure(logits: Tensor, exit: Exit, criterion: str) -> bool:
+    """Whether the exit is sure of every row of `[sequences, v]`, by the softmax in fp32. Waits for the device.
+
+    All tensor-parallel ranks hold the same gathered logits, so they decide alike.
+    """
+    probabilities = logits.float().softmax(dim=-1)
+    if criterion == "entropy":
+        return bool((torch.special.entr(probabilities).sum(dim=-1) < exit.threshold).all())
+    top = probabilities.topk(2, dim=-1).values
+    confidence = top[:, 0] if criterion == "max_probability" else top[:, 0] - top[:, 1]
+    return bool((confidence > exit.threshold).all())
+
+
+def exit_head(model_config: Any, exit: Exit) -> nn.Module:
+    """The module of an exit; its submodules' paths are the names in the directory."""
+    from tensorrt_llm._torch.modules.embedding import LMHead
+    from tensorrt_llm._torch.modules.gated_mlp import GatedMLP
+    from tensorrt_llm._torch.modules.linear import TensorParallelMode
+    from tensorrt_llm._torch.modules.rms_norm import RMSNorm
+
+    config = model_config.pretrained_config
+    norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps, "dtype": config.torch_dtype}
+    head = nn.Module()
+    if exit.architecture == "mlp":
+        head.post_attention_layernorm = RMSNorm(**norm)
+        head.mlp = GatedMLP(
+            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            bias=getattr(config, "mlp_bias", False), dtype=config.torch_dtype, config=model_config,
+        )  # fmt: skip
+    if exit.architecture != "embedding":
+        head.norm = RMSNorm(**norm)
+    if exit.own_output:
+        head.unembed = LMHead(
+            config.vocab_size, config.hidden_size, dtype=config.torch_dtype, mapping=model_config.mapping,
+            tensor_parallel_mode=TensorParallelMode.COLUMN, gather_output=True,
+        )  # fmt: skip
+    return head
+
+
+class _Step:
+    """One decoding step: the new token of every sequence on its way down. Hidden states are `[sequences, h]`."""
+
+    def __init__(self, model: Any, attn_metadata: Any, position_ids: Tensor) -> None:
+        self.model, self.attn_metadata, self.position_ids = model, attn_metadata, position_ids
+
+    def attention(self, layer: Any, hidden: Tensor) -> Tensor:
+        """A layer's attention, without its residual; writes the new keys and values."""
+        return layer.self_attn(
+            position_ids=self.position_ids,
+            hidden_states=layer.input_layernorm(hidden),
+            attn_metadata=self.attn_metadata,
+        )
+
+    def logits(self, hidden: Tensor, output: Any) -> Tensor:
+        """`[sequences, v]`, fp32, gathered over tensor parallelism."""
+        return self.model.logits_processor.forward(hidden, output, self.attn_metadata, False)
+
+    def exit_logits(self, exit: Exit, hidden: Tensor) -> Tensor:
+        """An exit's logits from the hidden state at its stop."""
+        head = self.model.exit_heads[exit.name]
+        if exit.architecture == "mlp":
+            hidden = hidden + head.mlp(head.post_attention_layernorm(hidden))
+        if exit.architecture != "embedding":
+            hidden = head.norm(hidden)
+        return self.logits(hidden, head.unembed if exit.own_output else self.model.lm_head)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """From the embeddings to the logits of where the step leaves."""
+        # With speculative decoding a model can hold further layers.
+        settings, layers = self.model.early_exit, self.model.model.layers[: self.model.config.num_hidden_layers]
+        at = {stop: [e for e in settings.exits if e.stop == stop] for stop in {e.stop for e in settings.exits}}
+        for half in range(2 * len(layers)):
+            layer = layers[half // 2]
+            if half % 2 == 0:
+                hidden = hidden + self.attention(layer, hidden)
+            else:
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            for exit in at.get(half + 1, ()):
+                logits = self.exit_logits(exit, hidden)
+                if all_sure(logits, exit, settings.criterion):
+                    for skipped in layers[half // 2 + 1 :]:
+                        self.attention(skipped, hidden)
+                    self.model.count_step(exit.name)
+                    return logits
+        self.model.count_step(FINAL)
+        return self.logits(self.model.model.norm(hidden), self.model.lm_head)
+
+
+def _described(settings: Settings) -> str:
+    if not settings.exits:
+        return "no exit, config.json has no thresholds"
+    sign = "<" if settings.criterion == "entropy" else ">"
+    asked = ", ".join(f"{exit.name} {sign} {exit.threshold:g}" for exit in settings.exits)
+    return f"{asked} ({settings.criterion})"
+
+
+def _log(line: str) -> None:
+    from tensorrt_llm.logger import logger
+
+    logger.info(line)
+
+
+def early_exit_class(stock: type) -> type:
+    """A stock class with exits."""
+
+    class EarlyExit(stock):
+        has_early_exits = True
+
+        def __init__(self, model_config: Any) -> None:
+            super().__init__(model_config)
+            block = getattr(model_config.pretrained_config, "early_exit", None) or {}
+            self.early_exit = read_settings(block, model_config.mapping)
+            self.exit_heads = nn.ModuleDict({e.name: exit_head(model_config, e) for e in self.early_exit.exits})
+            self.steps_left_at: Counter[str] = Counter()
+            _log(f"early exit: {type(self).__name__} asks {_described(self.early_exit)}")
+
+        def forward(
+            self, attn_metadata: Any, input_ids: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
+            return_context_logits: bool = False, spec_metadata: Any = None, **others: Any,
+        ) -> Tensor:  # fmt: skip
+            stock_step = attn_metadata.num_contexts > 0 or spec_metadata is not None or others.get("lora_params")
+            if not self.early_exit.exits or stock_step:
+                return super().forward(
+                    attn_metadata=attn_metadata, input_ids=input_ids, position_ids=position_ids,
+                    inputs_embeds=inputs_embeds, return_context_logits=return_context_logits,
+                    spec_metadata=spec_metadata, **others,
+                )  # fmt: skip
+            if getattr(attn_metadata, "is_cuda_graph", False):
+                raise RuntimeError(
+                    "early exit depends on data: set cuda_graph_config to null (and enable_block_reuse of "
+                    "kv_cache_config to false: keys and values of a request that left early are approximate)"
+                )
+            hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return _Step(self, attn_metadata, position_ids).run(hidden)
+
+        def count_step(self, name: str) -> None:
+            """Log now and then at which exits the decoding steps leave."""
+            self.steps_left_at[name] += 1
+            if self.steps_left_at.total() % LOG_EVERY == 0:
+                _log(f"early exit, steps by exit: {dict(self.steps_left_at)}")
+
+    EarlyExit.__name__ = EarlyExit.__qualname__ = f"EarlyExit{stock.__name__}"
+    return EarlyExit
+
+
+def register() -> None:
+    """Take the place of the stock classes; the last registration of a name counts.
+
+    Raises:
+        RuntimeError: this TensorRT-LLM keeps its classes elsewhere.
+    """
+    import tensorrt_llm._torch.models  # noqa: F401  registers the stock classes
+    from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING, register_auto_model
+
+    for name in ARCHITECTURES:
+        stock = MODEL_CLASS_MAPPING.get(name)
+        if stock is None:
+            raise RuntimeError(
+                f"no class is registered for {name}: this file is written for TensorRT-LLM 1.0 to 1.2; use one of them"
+            )
+        if not hasattr(stock, "has_early_exits"):
+            register_auto_model(name)(early_exit_class(stock))
+
+
+# On import, as TensorRT-LLM asks of such modules; a host without it can still read and check this file.
+if importlib.util.find_spec("tensorrt_llm") is not None:
+    register()
