@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _CONFIG = "tokenizer_config.json"
 # Settings of the source that are said again, where it has them. Others are not: they may be anybody's.
 _KEPT = ("chat_template", "extra_special_tokens", "model_max_length", "add_bos_token", "add_eos_token")
-_MADE = ("clean_up_tokenization_spaces", "model_input_names", "padding_side", "truncation_side")
+_MADE = ("clean_up_tokenization_spaces", "padding_side", "truncation_side")
 
 
 def write_tokenizer(folder: Path, to: Path) -> bool:
@@ -63,6 +63,7 @@ def _settings(tokenizer: Any, stored: dict[str, Any]) -> dict[str, Any]:
         if name in values:
             values[name] = token is not None and ids[end:][:1] == [token]
     values |= {name: getattr(tokenizer, name) for name in _MADE}
+    values["model_input_names"] = ["input_ids", "attention_mask"]  # the class's default in 4.51 has token types too
     listed = getattr(tokenizer, "additional_special_tokens", None) or getattr(tokenizer, "extra_special_tokens", None)
     values |= {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     values["additional_special_tokens"] = [str(token) for token in listed or ()]
