@@ -19,7 +19,7 @@ from torch import Tensor
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, present_rows
 from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
-from nemo_ee.checkpoint.huggingface_files import TensorFiles
+from nemo_ee.checkpoint.huggingface_files import TensorFiles, refuse_adapter
 from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
 
 __all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "read_backbone"]
@@ -44,6 +44,7 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
     directory = Path(directory)
     path = directory / CONFIG_FILE
     if not path.is_file():
+        refuse_adapter(directory)
         raise ValueError(
             f"{directory}: no {CONFIG_FILE}; give the directory of a Hugging Face model (no name of a hub)."
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_ee.checkpoint.architecture import linear_scaling, llama3_scaling
 from nemo_ee.checkpoint.huggingface_backbone import FC1, FC2, PROJ, QKV, HuggingFaceBackbone, biases
+from nemo_ee.text.huggingface_json import rotary_settings
 
 # Hugging Face's names of the tanh approximation of GELU.
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
@@ -169,34 +170,23 @@ def _check_sliding_window(reader: _ConfigReader, family: str, sequence_length: i
 
 
 def _rope(reader: _ConfigReader) -> tuple[float, dict[str, Any] | None]:
-    # transformers 5 writes rope_parameters, rope_theta in it; before, there were rope_theta and rope_scaling.
-    parameters = reader.get("rope_parameters")
-    scaling = parameters if parameters is not None else reader.get("rope_scaling")
-    if scaling is not None and not isinstance(scaling, dict):
-        reader.faults.append(f"rope_scaling: {scaling!r}, must be a mapping")
-        scaling = None
-    scaling = scaling or {}
-    reader.refuse_if(
-        any(isinstance(value, dict) for value in scaling.values()),
-        "rope_parameters: one set per kind of layer is not supported",
-    )
-    base = reader.number("rope_theta", reader.get("rope_theta") or 10000.0, within=scaling)
-    partial = scaling.get("partial_rotary_factor", reader.get("partial_rotary_factor", 1.0))
+    try:
+        settings = rotary_settings(reader.values)
+    except ValueError as fault:
+        reader.faults.append(str(fault))
+        return 1.0, None
+    base, kind = reader.number("rope_theta", within=settings), settings["rope_type"]
+    partial = settings.get("partial_rotary_factor", reader.get("partial_rotary_factor", 1.0))
     reader.refuse_if(partial != 1.0, f"partial_rotary_factor: {partial!r}, only 1.0 is supported")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    reader.refuse_if(
-        scaling.get("type", kind) != kind,
-        f"rope_scaling: type {scaling.get('type')!r} and rope_type {kind!r} disagree",
-    )
     if kind == "default":
         return base, None
     if kind == "linear":
-        return base, linear_scaling(reader.number("factor", within=scaling))
+        return base, linear_scaling(reader.number("factor", within=settings))
     if kind == "llama3":
-        low, high = (reader.number(name, within=scaling) for name in ("low_freq_factor", "high_freq_factor"))
+        low, high = (reader.number(name, within=settings) for name in ("low_freq_factor", "high_freq_factor"))
         reader.refuse_if(low >= high, f"low_freq_factor: {low}, must be below high_freq_factor {high}")
-        original = reader.number("original_max_position_embeddings", within=scaling)
-        return base, llama3_scaling(reader.number("factor", within=scaling), low, high, original)
+        original = reader.number("original_max_position_embeddings", within=settings)
+        return base, llama3_scaling(reader.number("factor", within=settings), low, high, original)
     reader.faults.append(f"rope type {kind!r} is not supported; supported are default, linear, llama3")
     return base, None
 

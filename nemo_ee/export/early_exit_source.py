@@ -22,8 +22,8 @@ from torch import Tensor
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
 from nemo_ee.checkpoint.portable import find_backbone
-from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.export.tokenizer import write_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def read_plain_config(path: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
-    """Copies the tokenizer's own files, and nothing else, if the `.nemo` carries some.
+    """Writes the tokenizer, if the `.nemo` carries one; see `write_tokenizer`.
 
     Args:
         to: a directory, made if need be.
@@ -216,7 +216,7 @@ def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
         logger.info("%s: the .nemo has no tokenizer/ folder, so no tokenizer is written", to.name)
         return False
     to.mkdir(exist_ok=True)
-    return bool(copy_tokenizer_files(source.tokenizer, to))
+    return write_tokenizer(source.tokenizer, to)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, update: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.text.huggingface_json import with_both_spellings, without_code
 
 FORMAT = "huggingface"  # of a directory, in the manifest
 CLASSES = {
@@ -35,7 +36,7 @@ CLASSES = {
 }
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of somebody's config.json that say nothing about the exported model.
-_LEFT_OUT = ("_name_or_path", "transformers_version", "auto_map", "torch_dtype", "dtype", "early_exit")
+_LEFT_OUT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "early_exit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def stock_configs(
             continue
         faults = list(_differences(wanted, backbone))
         if not faults:
-            found.append(StockConfig(values, backbone))
+            found.append(StockConfig(values if backbone.learned_positions else with_both_spellings(values), backbone))
     if not found:
         raise ValueError(f"no stock class of transformers computes this model: {'; '.join(faults)}")
     return found
@@ -121,8 +122,9 @@ def exit_config(stock: StockConfig, exit: ExitConfig, *, own_output: bool) -> St
 
 
 def read_bundled(folder: Path | None, name: str) -> dict[str, Any] | None:
-    """A JSON file of the original model that the `.nemo` carries beside its tokenizer; None without one."""
-    return None if folder is None else read_json_object(folder / name)
+    """A JSON file of the original model that the `.nemo` carries beside its tokenizer, without keys that make
+    transformers run code; None without one."""
+    return None if folder is None else without_code(read_json_object(folder / name))
 
 
 def _candidates(
@@ -172,18 +174,12 @@ def _derived_llama_like(a: Architecture) -> dict[str, Any]:
         "num_hidden_layers": a.num_layers, "num_attention_heads": a.num_attention_heads,
         "num_key_value_heads": a.num_query_groups, "head_dim": a.kv_channels, "hidden_act": "silu",
         "max_position_embeddings": a.max_position_embeddings, "rms_norm_eps": a.norm_epsilon,
-        "rope_theta": a.rotary_base, "rope_scaling": _rope_scaling(a), "tie_word_embeddings": a.tied,
+        "rope_theta": a.rotary_base, "rope_scaling": a.rotary_scaling, "tie_word_embeddings": a.tied,
     }  # fmt: skip
 
 
 def _named(family: str) -> dict[str, Any]:
     return {"model_type": family, "architectures": [CLASSES[family]]}
-
-
-def _rope_scaling(a: Architecture) -> dict[str, Any] | None:
-    if a.rotary_scaling is None:
-        return None
-    return {key: value for key, value in a.rotary_scaling.items() if key != "type"}
 
 
 def _sequence_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:

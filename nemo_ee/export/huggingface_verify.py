@@ -23,6 +23,7 @@ from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.parity import parity_faults
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 from nemo_ee.runtime.loader import load_model
+from nemo_ee.text.huggingface_json import with_both_spellings
 
 # What the importer's reader refuses in a source, and an export says of itself.
 _NOT_READ = ("_remove_final_layer_norm", "auto_map")
@@ -81,6 +82,8 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
     thresholds = {key: value for key, value in block.items() if key != "exits"}
     (planned,) = plan_artefacts(settings, source)
     wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
+    if not planned.stock.backbone.learned_positions:  # exports of earlier versions have one spelling
+        config = with_both_spellings(config)
     for key in sorted(wanted.keys() | config.keys()):
         if wanted.get(key) != config.get(key) or (key in wanted) != (key in config):
             found, must = (repr(values[key]) if key in values else "absent" for values in (config, wanted))

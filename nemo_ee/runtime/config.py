@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_ee.exits.config import ARCHITECTURES
 from nemo_ee.generation.items import ExitPoint
+from nemo_ee.text.huggingface_json import rotary_settings
 
 # Family -> the keys of hidden size, heads, layers, MLP size and positions; all but GPT-2's MLP size are needed.
 _SIZES = {
@@ -144,7 +145,11 @@ def _faults(values: Mapping[str, Any]) -> list[str]:
 
 
 def _rotary_faults(values: Mapping[str, Any]) -> Iterator[str]:
-    rope = _rope(values)
+    try:
+        rope = _rope(values)
+    except (TypeError, ValueError) as fault:
+        yield str(fault)
+        return
     kind, part = rope["rope_type"], _first(rope.get("partial_rotary_factor"), values.get("partial_rotary_factor"), 1)
     if kind not in _ROPE_TYPES:
         yield f"rope type {kind!r}, supported are {', '.join(_ROPE_TYPES)}"
@@ -176,11 +181,8 @@ def _activation(values: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes rope_parameters with rope_theta in it; before, there were rope_theta and rope_scaling.
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    base = scaling.get("rope_theta") or values.get("rope_theta") or 10000.0
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return {**scaling, "base": float(base), "rope_type": kind}
+    settings = rotary_settings(values)
+    return {**settings, "base": float(settings.pop("rope_theta"))}
 
 
 def _config(values: Mapping[str, Any]) -> RuntimeConfig:

@@ -156,6 +156,28 @@ def change_config(directory: str | Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def as_transformers_5_saves(directory: str | Path) -> None:
+    """Rewrites config.json and tokenizer_config.json in `directory` as transformers 5.24 writes them.
+
+    A tokenizer becomes one of `TokenizersBackend`, with its additional special tokens under the other name.
+    """
+    path = Path(directory) / "config.json"
+    values = json.loads(path.read_text())
+    values |= {"dtype": values.pop("torch_dtype", "float32"), "transformers_version": "5.24.0"}
+    if "rope_theta" in values:
+        base, scaling = values.pop("rope_theta"), values.pop("rope_scaling", None) or {"rope_type": "default"}
+        values["rope_parameters"] = {**scaling, "rope_theta": base}
+    path.write_text(json.dumps(values))
+    path = Path(directory) / "tokenizer_config.json"
+    if path.is_file():
+        values = json.loads(path.read_text())
+        for name in ("added_tokens_decoder", "extra_special_tokens"):
+            values.pop(name, None)
+        values |= {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
+        values["extra_special_tokens"] = values.pop("additional_special_tokens", [])
+        path.write_text(json.dumps(values))
+
+
 @torch.no_grad()
 def reference_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [b, s, v] of `tokens` [b, s] in float32."""
