@@ -4,6 +4,9 @@
 
     read config -> check everything -> build -> load -> initialise exits -> write -> read back -> compare logits
 
+Every tensor keeps the dtype it has in the source, also where they differ (bfloat16 matrices, float32 norms); float64
+becomes float32.
+
 A `.nemo` source keeps its weights byte for byte and the exits it already has. What was written is read again and its
 full model's logits are compared: bitwise with those before writing, and for a Hugging Face source with those of
 `transformers` itself.
@@ -21,6 +24,7 @@ from megatron.core import parallel_state
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.checkpoint.chunk_reader import dtype_shares
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES
 from nemo_ee.exits.config import EarlyExitConfig
@@ -173,7 +177,9 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
     if torch.cuda.is_available():
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
     model.load_weights(weights, None)
-    model.backbone_dtype = weights.keys()["embedding.word_embeddings.weight"].dtype
+    infos = weights.keys()
+    model.backbone_dtypes = {key: info.dtype for key, info in infos.items()}
+    logging.info(f"{source}: every tensor is stored in its dtype there: {dtype_shares(infos)}")
     model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
     # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
     model.bundled_files["tokenizer/config.json"] = source / "config.json"

@@ -19,10 +19,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
+from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
 from nemo_ee.checkpoint.portable import find_backbone
+from nemo_ee.checkpoint.tensor_checks import is_finite
 from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
+from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 
 logger = logging.getLogger(__name__)
@@ -88,17 +90,18 @@ class EarlyExitSource:
         self._stack.close()
 
     def _open(self) -> None:
-        own = self._stack.enter_context(open_nemo(self.path, self._folders))
-        base = own
+        own = base = self._stack.enter_context(open_nemo(self.path))
         if self._backbone_path != self.path:
-            base = self._stack.enter_context(open_nemo(self._backbone_path, [MODEL_WEIGHTS]))
-        self.backbone: WeightSource = ChunkReader(base / MODEL_WEIGHTS)
+            base = self._stack.enter_context(open_nemo(self._backbone_path))
+        self.backbone: WeightSource = ChunkReader(base.folder(MODEL_WEIGHTS))
         if LORA_WEIGHTS in self._folders:
             from nemo_ee.checkpoint.low_rank_weights import MergedSource  # imports Megatron-core
 
-            self.backbone = MergedSource(self.backbone, ChunkReader(own / LORA_WEIGHTS, prefix=""))
-        self.exit_weights = ChunkReader(own / EXIT_WEIGHTS, "exits.") if EXIT_WEIGHTS in self._folders else None
-        self.tokenizer = own / TOKENIZER if TOKENIZER in self._folders else None
+            self.backbone = MergedSource(self.backbone, ChunkReader(own.folder(LORA_WEIGHTS), prefix=""))
+        self.exit_weights = ChunkReader(own.folder(EXIT_WEIGHTS), "exits.") if EXIT_WEIGHTS in self._folders else None
+        self.tokenizer: Path | None = None
+        if TOKENIZER in self._folders:
+            self.tokenizer = self._stack.enter_context(unpacked(own, [TOKENIZER])) / TOKENIZER
         self._backbone_infos = self.backbone.keys()
         self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
 
@@ -139,15 +142,34 @@ class EarlyExitSource:
         return info.shape[1:] if origin.layer < info.shape[0] else None
 
     def dtype(self) -> torch.dtype:
-        """The dtype the backbone is stored in."""
-        return self._backbone_infos[EMBEDDING].dtype
+        """The dtype most of the backbone's numbers are stored in, which an export takes unless it is told another."""
+        infos = {name: self._backbone_infos[name] for name in self.backbone_names()}
+        dtype = next(iter(numbers_by_dtype(infos)))
+        dtype = torch.float32 if dtype is torch.float64 else dtype
+        if len({info.dtype for info in infos.values()}) > 1:
+            logger.warning(
+                "%s: the backbone is stored as %s; all of it is written as %s, which dtype=... changes",
+                self._backbone_path, dtype_shares(infos), str(dtype).removeprefix("torch."),
+            )  # fmt: skip
+        return dtype
 
     def read(self, origin: Origin, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A whole tensor (of one layer) in `dtype`, low-rank updates added in fp32.
 
         Args:
             shape: the wanted shape; a vocabulary matrix may be cut (its padding) and missing rows read as zeros.
+
+        Raises:
+            ValueError: damaged, not finite, or beyond what `dtype` holds.
         """
+        tensor = self._read(origin, shape, dtype)
+        if dtype is not torch.float32 and not is_finite(tensor):
+            wider = "bfloat16 or float32" if dtype is torch.float16 else "float32"
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{origin.key} has values beyond {name}; use dtype={wider}")
+        return tensor
+
+    def _read(self, origin: Origin, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         start = (0,) * len(shape)
         if origin.part == "backbone":
             if origin.layer is None:

@@ -113,13 +113,13 @@ def test_every_family_goes_through(name: str, tmp_path: Path) -> None:
 
 def test_weights_are_stored_in_the_source_s_precision(tmp_path: Path) -> None:
     from nemo_ee.checkpoint.chunk_reader import ChunkReader
-    from nemo_ee.checkpoint.nemo_archive import open_nemo
+    from nemo_ee.checkpoint.unpacked import open_nemo
 
     folder = tmp_path / "source"
     save_tiny_model(folder, "llama", dtype=torch.bfloat16)
     run_convert(with_tokenizer(folder), tmp_path / "ee.nemo", [exit_entry(1, "norm")])
-    with open_nemo(tmp_path / "ee.nemo") as unpacked:
-        stored = ChunkReader(unpacked / "model_weights").keys()
+    with open_nemo(tmp_path / "ee.nemo") as archive:
+        stored = ChunkReader(archive.folder("model_weights")).keys()
         assert {info.dtype for info in stored.values()} == {torch.bfloat16}
     model = restore(tmp_path / "ee.nemo", verify="full")
     reference = tiny_model("llama", dtype=torch.bfloat16)
