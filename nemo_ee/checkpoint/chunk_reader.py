@@ -242,7 +242,7 @@ def refuse_other_formats(folder: FileFolder) -> None:
     """Raises a ValueError with the way out unless `folder` looks like a torch_dist distributed checkpoint."""
     names = folder.names()
     if not names:
-        raise ValueError(f"{folder.name}: no such directory, or an empty one; give the model_weights/ of a .nemo.")
+        raise ValueError(f"{folder.name}: no such directory, or an empty one; give a .nemo that has its weights.")
     if any(name.startswith(("mp_rank_", "tp_rank_")) for name in names):
         raise ValueError(
             f"{folder.name}: a legacy checkpoint (one mp_rank_*/tp_rank_* folder per rank) is not read; restore it "

@@ -106,14 +106,20 @@ class FileSlice(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
+    def read(self, size: int = -1) -> bytes:
+        """As of any file; a damaged zip that says it goes on for gigabytes costs no memory."""
+        left = max(0, self._place.size - self._at)
+        return super().read(left if size is None or size < 0 else min(size, left))
+
     def readinto(self, buffer) -> int:  # noqa: ANN001
-        wanted = memoryview(buffer).cast("B")[: max(0, self._place.size - self._at)]
-        done = 0
-        while done < len(wanted):  # one call reads 2 GiB at most
-            count = os.preadv(self._file.fileno(), [wanted[done:]], self._place.offset + self._at + done)
-            if not count:
-                break
-            done += count
+        wanted, done = min(len(buffer), max(0, self._place.size - self._at)), 0
+        with memoryview(buffer) as view:
+            while done < wanted:  # one call reads 2 GiB at most
+                with view[done:wanted] as rest:
+                    count = os.preadv(self._file.fileno(), [rest], self._place.offset + self._at + done)
+                if not count:
+                    break
+                done += count
         self._at += done
         return done
 

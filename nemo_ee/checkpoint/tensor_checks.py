@@ -75,6 +75,6 @@ def non_finite_message(file: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     listed = "\n  ".join(found[:_SHOWN])
     return (
-        f"{file} holds weights that are not finite, in {len(found)} tensors:\n  {listed}{more}\n"
+        f"{file} holds weights that are not finite:\n  {listed}{more}\n"
         "No model computes with them; get the file again, or take a checkpoint from before the training diverged."
     )

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.chunk_reader import dtype_shares
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
@@ -132,6 +133,7 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
     overrides = OmegaConf.to_container(cfg.model, resolve=True)
     overrides.pop("early_exit", None)
     if not _is_hugging_face(source):
+        backbone_of(source, overrides.get("backbone_path"))
         stored = read_config(source)
         merged = OmegaConf.to_container(merge_model_config(stored, OmegaConf.create(overrides)))
         block = OmegaConf.to_container(stored).get("early_exit") or {}

@@ -16,12 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
-from nemo_ee.checkpoint.portable import find_backbone
+from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.portable import backbone_of, read_plain_config
 from nemo_ee.checkpoint.tensor_checks import is_finite
 from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
 from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
@@ -56,25 +55,25 @@ class EarlyExitSource:
     Args:
         path: the file or directory.
         backbone: the base model's `.nemo` for an exits-only file; None takes the one its config names.
+        option: how the user gives it.
 
     Raises:
         ValueError: damaged, unsafe, no GPT, without a backbone, or a backbone other than the one tuned on.
     """
 
-    def __init__(self, path: str | Path, backbone: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, backbone: str | Path | None = None, *, option: str = "backbone") -> None:
         self.path = Path(path)
         self.config = read_plain_config(self.path)
         block = self.config.get("early_exit")
         self.exits = EarlyExitConfig.from_mapping(block, num_layers=self.config["num_layers"])
         self.fingerprint: str | None = self.config.get("backbone_fingerprint")
         with NemoArchive(self.path) as archive:
-            complete = archive.has(MODEL_WEIGHTS)
             if self.exits.exits and not archive.has(EXIT_WEIGHTS):
                 raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
             self._folders = [
                 name for name in (MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER) if archive.has(name)
             ]
-        self._backbone_path = self.path if complete else self._base_of_exits(backbone)
+        self._backbone_path = backbone_of(self.path, backbone, option)
         self._stack = ExitStack()
         self._certificates: list[dict[str, Any]] | None = None
 
@@ -104,16 +103,6 @@ class EarlyExitSource:
             self.tokenizer = self._stack.enter_context(unpacked(own, [TOKENIZER])) / TOKENIZER
         self._backbone_infos = self.backbone.keys()
         self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
-
-    def _base_of_exits(self, given: str | Path | None) -> Path:
-        path = find_backbone(self.path, stored=self.config.get("backbone_path"), given=given, option="backbone")
-        found = read_plain_config(path).get("backbone_fingerprint")
-        if None not in (found, self.fingerprint) and found != self.fingerprint:
-            raise ValueError(
-                f"the exits were tuned on the backbone with fingerprint {self.fingerprint}, but {path} has {found}; "
-                "give the base model they were tuned on (backbone=...)"
-            )
-        return path
 
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
@@ -208,24 +197,6 @@ class EarlyExitSource:
         wide = self.exit_weights.read(f"{stem}low_rank_a", (0, 0), a.shape)
         tall = self.exit_weights.read(f"{stem}low_rank_b", (0, 0), (rows, b.shape[1]), allow_missing_rows=True)
         return tall, wide
-
-
-def read_plain_config(path: Path) -> dict[str, Any]:
-    """The model config of a GPT's `.nemo` as plain values.
-
-    Raises:
-        ValueError: the file is damaged, or not a GPT.
-    """
-    with NemoArchive(path) as archive:
-        text = archive.config_text()
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
-    layers = config.get("num_layers") if isinstance(config, dict) else None
-    if not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
-    return config
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:

@@ -35,9 +35,10 @@ from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.low_rank_weights import MergedSource
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import (
-    find_backbone,
+    backbone_of,
     forget_folder,
     portable_tokenizer,
+    refuse_other_backbone,
     stored_backbone_path,
     without_machine_paths,
 )
@@ -116,13 +117,9 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             complete = archive.has(BACKBONE)
             if archive.has(LORA):
                 _refuse_other_rank(stored, conf, restore_path)
-        backbone_path = Path(restore_path)
-        if not complete:
-            stored_path, given = stored.get("backbone_path"), conf.get("backbone_path")
-            backbone_path = find_backbone(restore_path, stored=stored_path, given=given)
+        backbone_path = backbone_of(restore_path, conf.get("backbone_path"))
         expected = stored.get("backbone_fingerprint")
         found = expected if complete else read_config(backbone_path).get("backbone_fingerprint")
-        _refuse_other_backbone(expected, found, backbone_path)  # before gigabytes are read
         with ExitStack() as stack:
             own = base = stack.enter_context(open_nemo(restore_path))
             if not complete:
@@ -158,7 +155,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         if self.verify == "full" or found is None:
             logging.info(f"computing the fingerprint of the backbone in {path}")
             found = backbone_fingerprint(source, vocab_size=model.vocab_size)
-        _refuse_other_backbone(expected, found, path)
+        refuse_other_backbone(expected, found, path)
         with open_dict(model.cfg):
             model.cfg.backbone_fingerprint = found
 
@@ -254,14 +251,6 @@ def _keeps_updates(model) -> bool:
 def _backbone_changed(model) -> bool:
     """Whether a saved backbone is another than the one the model was restored with."""
     return model.trains_backbone and not _keeps_updates(model)
-
-
-def _refuse_other_backbone(expected: str | None, found: str | None, path: Path) -> None:
-    if None not in (expected, found) and found != expected:
-        raise ValueError(
-            f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
-            "give the base model they were tuned on (model.backbone_path)"
-        )
 
 
 def _blocks(*configs: DictConfig) -> Iterator[EarlyExitConfig]:
