@@ -5,10 +5,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -241,41 +239,6 @@ def test_an_interruption_leaves_nothing(
         export(checkpoint, tmp_path / "out")
     assert isinstance(error.value, KeyboardInterrupt) or "No space left on device" in str(error.value)
     assert list(tmp_path.iterdir()) == [] and len(calls) >= 20
-
-
-KILLED = """
-import sys
-import tempfile
-from pathlib import Path
-from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
-
-def write(self, name, chunks):
-    print("writing", flush=True)
-    sys.stdin.read()
-
-SafetensorsWriter.write = write
-export_checkpoint(ExportSettings(Path(sys.argv[1]), Path(sys.argv[2]), progress=False))
-"""
-
-
-def test_what_a_killed_export_leaves_goes_with_the_next(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    """No weights are unpacked; the tokenizer and the half-written output are removed by the next start."""
-    path = rewritten(checkpoint, tmp_path / "ee.nemo", {"tokenizer/tokenizer.json": b"{}"})
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), str(tmp_path / "out")], text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert process.stdout.readline() == "writing\n"
-    process.kill()
-    process.wait(timeout=60)
-    assert [file.name for file in temporary.rglob("*") if file.is_file()] == ["tokenizer.json"]
-    assert (tmp_path / "out.partial").is_dir(), "control"
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    assert (export(path, tmp_path / "out", drafts=()) / MANIFEST).is_file()
-    assert not list(temporary.iterdir()) and not (tmp_path / "out.partial").exists()
 
 
 # -- verification ---------------------------------------------------------------------------------------------------
