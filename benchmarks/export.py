@@ -120,7 +120,7 @@ def measure(path: Path, target: str) -> dict[str, float]:
     """Export in this process, its memory watched by a thread."""
     import torch
 
-    from nemo_ee.export.early_exit_source import read_plain_config
+    from nemo_ee.checkpoint.portable import read_plain_config
 
     torch.set_num_threads(1)
     export = exporter(path, target)

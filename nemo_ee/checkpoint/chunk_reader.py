@@ -4,28 +4,36 @@
 
 Megatron-core loads whole layer stacks only. Here any chunk (key, offset, shape) of a global tensor is read, for
 instance one layer's tensor-parallel slice of a [num_layers, ffn, hidden] tensor that several ranks saved, through
-the public parts of torch.distributed.checkpoint. No code in an untrusted file runs (restricted_pickle.py).
+the public parts of torch.distributed.checkpoint, without unpacking an archive. No code in an untrusted file runs
+(restricted_pickle.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_ee.checkpoint.file_folder import FileFolder
 from nemo_ee.checkpoint.restricted_pickle import METADATA_FILE, load_metadata, plain_file_name
+from nemo_ee.checkpoint.tensor_checks import is_finite, load_checked, non_finite_message
 
 MEGATRON_CONFIG_FILE = "metadata.json"
+_AGAIN = "fetch or save it again"
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,21 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def numbers_by_dtype(infos: Mapping[str, TensorInfo]) -> dict[torch.dtype, int]:
+    """How many numbers are stored in each dtype, most first."""
+    counts: dict[torch.dtype, int] = {}
+    for info in infos.values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def dtype_shares(infos: Mapping[str, TensorInfo]) -> str:
+    """`bfloat16 (99.8 %), float32 (0.2 %)`."""
+    counts = numbers_by_dtype(infos)
+    total = sum(counts.values())
+    return ", ".join(f"{str(t).removeprefix('torch.')} ({100 * n / total:.3g} %)" for t, n in counts.items())
 
 
 @runtime_checkable
@@ -63,8 +86,11 @@ class WeightSource(Protocol):
 class ChunkReader:
     """A `WeightSource` over one torch_dist directory (`model_weights/` or `exit_weights/` of a `.nemo`).
 
+    Every tensor that is read is checked once, as it is read: its bytes have the checksum that was stored with them,
+    and it holds neither NaN nor infinities.
+
     Args:
-        directory: holds `.metadata` and the `.distcp` files.
+        folder: holds `.metadata` and the `.distcp` files; a directory, or a folder in an archive.
         prefix: leading part of the stored names that callers do not write; keys without it are not shown.
 
     Raises:
@@ -72,19 +98,19 @@ class ChunkReader:
         UnsafeCheckpointError: the metadata asks for more than plain metadata.
     """
 
-    def __init__(self, directory: str | Path, prefix: str = "model.") -> None:
-        self.directory = Path(directory)
+    def __init__(self, folder: str | Path | FileFolder, prefix: str = "model.") -> None:
+        self.folder = folder if isinstance(folder, FileFolder) else FileFolder.on_disk(folder)
         self.prefix = prefix
-        refuse_other_formats(self.directory)
-        metadata = load_metadata(self.directory)
+        refuse_other_formats(self.folder)
+        metadata = load_metadata(self.folder)
         try:
-            self._tensors = _checked_tensors(metadata, self.directory)
+            self._tensors = _checked_tensors(metadata, self.folder.shown(METADATA_FILE))
         except (AttributeError, TypeError) as fault:
             raise ValueError(
-                f"{self.directory / METADATA_FILE}: damaged, entries are missing ({fault}); save the checkpoint again."
+                f"{self.folder.shown(METADATA_FILE)}: damaged, entries are missing ({fault}); {_AGAIN}."
             ) from fault
-        self._reader = FileSystemReader(self.directory)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places = metadata.storage_data
+        self._checked: set[MetadataIndex] = set()
 
     def keys(self) -> dict[str, TensorInfo]:
         """Every stored tensor whose name starts with the prefix; sharded objects (`_extra_state`) are no tensors."""
@@ -97,12 +123,16 @@ class ChunkReader:
     def read(
         self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], *, allow_missing_rows: bool = False
     ) -> Tensor:
-        """See `WeightSource.read`. Only the stored chunks that overlap the wanted one are opened."""
+        """See `WeightSource.read`. Only the stored chunks that overlap the wanted one are read.
+
+        Raises:
+            ValueError: also where a stored chunk is damaged or not finite.
+        """
         name = self.prefix + key
         if name not in self._tensors:
-            raise KeyError(_missing_key_message(key, self.keys(), self.directory))
+            raise KeyError(_missing_key_message(key, self.keys(), self.folder.name))
         entry = self._tensors[name]
-        rows = present_rows(f"{self.directory}: {key!r}", tuple(entry.size), offset, shape, allow_missing_rows)
+        rows = present_rows(f"{self.folder.name}: {key!r}", tuple(entry.size), offset, shape, allow_missing_rows)
         chunk = torch.empty(shape, dtype=entry.properties.dtype)
         if rows is not None:
             chunk[rows:].zero_()
@@ -119,47 +149,59 @@ class ChunkReader:
         covered = sum(math.prod(item.lengths) for item in items)
         if covered != target.numel():
             raise ValueError(
-                f"{self.directory}: {name!r} at offset {tuple(offset)}: the saved chunks cover {covered} of "
-                f"{target.numel()} elements; the checkpoint is incomplete, save it again."
+                f"{self.folder.name}: {name!r} at offset {tuple(offset)}: the saved chunks cover {covered} of "
+                f"{target.numel()} elements; the checkpoint is incomplete, {_AGAIN}."
             )
+        for item in items:
+            stored = self._stored(item.storage_index)
+            part = target
+            for axis, (here, there, length) in enumerate(
+                zip(item.dest_offsets, item.storage_offsets, item.lengths, strict=True)
+            ):
+                part, stored = part.narrow(axis, here, length), stored.narrow(axis, there, length)
+            part.copy_(stored)
+
+    def _stored(self, index: MetadataIndex) -> Tensor:
+        """A stored chunk of a tensor; checked when it is read for the first time."""
+        check = index not in self._checked
+        stored = self._load(index, check=check)
+        if check and not is_finite(stored):
+            raise ValueError(non_finite_message(self.folder.name, self._whole_tensors()))
+        self._checked.add(index)
+        return stored
+
+    def _load(self, index: MetadataIndex, *, check: bool) -> Tensor:
+        chunks = self._tensors[index.fqn].chunks
+        where = f"{self.folder.name}: no place for {index.fqn!r}"
         try:
-            self._reader.read_data(LoadPlan(items), _OneChunkPlanner(target)).wait()
+            place = self._places[index]
+            where = self.folder.shown(place.relative_path)
+            if getattr(place, "transform_descriptors", None):
+                raise ValueError("it is compressed, which is not read")
+            with self.folder.open(place.relative_path, place.offset, place.length) as stream:
+                stored = load_checked(stream, check=check)
+            if not any(chunk.offsets == index.offset and chunk.sizes == stored.shape for chunk in chunks):
+                raise ValueError(f"it has shape {list(stored.shape)}, another than its index says")
         except Exception as fault:  # noqa: BLE001  truncated or missing files raise many types
             raise ValueError(
-                f"{self.directory}: cannot read {name!r} ({type(fault).__name__}: {fault}); the checkpoint is damaged "
-                "or incomplete, fetch or save it again."
+                f"{where}: cannot read {index.fqn!r} ({_first_line(fault)}); the checkpoint is damaged or incomplete, "
+                f"{_AGAIN}."
             ) from fault
+        return stored
 
-
-class _OneChunkPlanner(LoadPlanner):
-    """Tells the storage reader where the one wanted chunk goes. Byte payloads are never asked for nor unpickled."""
-
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        raise AssertionError("the chunk reader makes its own plan")
-
-    def create_local_plan(self) -> LoadPlan:
-        raise AssertionError("the chunk reader makes its own plan")
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise AssertionError("the chunk reader makes its own plan")
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise AssertionError("the chunk reader makes its own plan")
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise AssertionError("the chunk reader asks for tensors only")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(axis, start, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under the prefix, with the files it is in; of damaged ones what can be read."""
+        for name, entry in sorted(self._tensors.items()):
+            if not name.startswith(self.prefix):
+                continue
+            chunks, files = [], set()
+            for chunk in entry.chunks:
+                index = MetadataIndex(name, chunk.offsets)
+                with contextlib.suppress(ValueError):
+                    chunks.append(self._load(index, check=False).reshape(-1))
+                    files.add(self._places[index].relative_path)
+            if chunks:
+                yield f"{', '.join(sorted(files))}: {name}", torch.cat(chunks)
 
 
 def present_rows(
@@ -196,64 +238,70 @@ def present_rows(
     )
 
 
-def refuse_other_formats(directory: Path) -> None:
-    """Raises a ValueError with the way out unless `directory` looks like a torch_dist distributed checkpoint."""
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; give the model_weights/ directory of a .nemo.")
-    if any(directory.glob("mp_rank_*")) or any(directory.glob("tp_rank_*")):
+def refuse_other_formats(folder: FileFolder) -> None:
+    """Raises a ValueError with the way out unless `folder` looks like a torch_dist distributed checkpoint."""
+    names = folder.names()
+    if not names:
+        raise ValueError(f"{folder.name}: no such directory, or an empty one; give a .nemo that has its weights.")
+    if any(name.startswith(("mp_rank_", "tp_rank_")) for name in names):
         raise ValueError(
-            f"{directory}: a legacy checkpoint (one mp_rank_*/tp_rank_* folder per rank) is not read; restore it with "
-            "NeMo and save it again with a distributed checkpoint (model.dist_ckpt_format=torch_dist)."
+            f"{folder.name}: a legacy checkpoint (one mp_rank_*/tp_rank_* folder per rank) is not read; restore it "
+            "with NeMo and save it again with a distributed checkpoint (model.dist_ckpt_format=torch_dist)."
         )
-    backend = _backend(directory)
+    backend = _backend(folder)
     if backend not in (None, "torch_dist"):
         raise ValueError(
-            f"{directory}: a distributed checkpoint of format {backend!r} is not read, only torch_dist; restore it "
+            f"{folder.name}: a distributed checkpoint of format {backend!r} is not read, only torch_dist; restore it "
             "with NeMo and save it again with model.dist_ckpt_format=torch_dist."
         )
-    if not (directory / METADATA_FILE).is_file():
+    if METADATA_FILE not in folder:
         raise ValueError(
-            f"{directory}: not a torch_dist distributed checkpoint (no {METADATA_FILE} file); give the model_weights/ "
-            "directory of a .nemo, or save again if the save was interrupted."
+            f"{folder.shown(METADATA_FILE)} is missing, so this is not a whole torch_dist distributed checkpoint; "
+            f"{_AGAIN}, or give the model_weights/ of a .nemo."
         )
 
 
-def _backend(directory: Path) -> str | None:
-    path = directory / MEGATRON_CONFIG_FILE
-    if not path.is_file():
-        return "zarr" if any(directory.glob("*/.zarray")) else None
+def _backend(folder: FileFolder) -> str | None:
+    if MEGATRON_CONFIG_FILE not in folder:
+        return "zarr" if any(name.endswith("/.zarray") for name in folder.names()) else None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["sharded_backend"])
+        return str(json.loads(folder.read(MEGATRON_CONFIG_FILE))["sharded_backend"])
     except (ValueError, KeyError, TypeError) as fault:
-        raise ValueError(f"{path}: damaged ({fault!r}); fetch or save the checkpoint again.") from fault
+        raise ValueError(f"{folder.shown(MEGATRON_CONFIG_FILE)}: damaged ({fault!r}); {_AGAIN}.") from fault
 
 
-def _checked_tensors(metadata: Any, directory: Path) -> dict[str, TensorStorageMetadata]:
+def _checked_tensors(metadata: Any, index: str) -> dict[str, TensorStorageMetadata]:
     """The tensor entries, after checking everything that reading relies on (the file may come from anyone)."""
     entries, places = metadata.state_dict_metadata, metadata.storage_data
-    damaged = f"{directory / METADATA_FILE}: damaged, "
+    damaged = f"{index}: damaged, "
     if not isinstance(entries, dict) or not isinstance(places, dict):
-        raise ValueError(f"{damaged}no index of tensors; save the checkpoint again.")
+        raise ValueError(f"{damaged}no index of tensors; {_AGAIN}.")
     tensors = {}
     for name, entry in entries.items():
         if isinstance(entry, BytesStorageMetadata):
             continue
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{damaged}{name!r} is neither tensor nor bytes; save the checkpoint again.")
+            raise ValueError(f"{damaged}{name!r} is neither tensor nor bytes; {_AGAIN}.")
         if not isinstance(entry.properties.dtype, torch.dtype):
-            raise ValueError(f"{damaged}{name!r} has no dtype; save the checkpoint again.")
+            raise ValueError(f"{damaged}{name!r} has no dtype; {_AGAIN}.")
         for chunk in entry.chunks:
             numbers = [*chunk.offsets, *chunk.sizes]
             inside = len(numbers) == 2 * len(entry.size) and min(numbers, default=0) >= 0
             ends = (start + length for start, length in zip(chunk.offsets, chunk.sizes, strict=False))
             if not inside or any(end > size for end, size in zip(ends, entry.size, strict=False)):
-                raise ValueError(f"{damaged}a chunk of {name!r} lies outside of it; save the checkpoint again.")
+                raise ValueError(f"{damaged}a chunk of {name!r} lies outside of it; {_AGAIN}.")
         tensors[name] = entry
     for place in places.values():
-        plain_file_name(place.relative_path, directory)
+        plain_file_name(place.relative_path, index)
     return tensors
 
 
-def _missing_key_message(key: str, known: dict[str, TensorInfo], directory: Path) -> str:
+def _missing_key_message(key: str, known: dict[str, TensorInfo], folder: str) -> str:
     near = [name for name in known if name.split(".")[-2:] == key.split(".")[-2:]] or list(known)
-    return f"{directory}: no tensor {key!r}; it holds {len(known)} tensors: {', '.join(near[:4]) or 'none'}, ..."
+    return f"{folder}: no tensor {key!r}; it holds {len(known)} tensors: {', '.join(near[:4]) or 'none'}, ..."
+
+
+def _first_line(fault: Exception) -> str:
+    """PyTorch's messages about damaged zips go on for lines."""
+    text = (str(fault).splitlines() or [""])[0].split(". This is an internal")[0]
+    return text if isinstance(fault, ValueError | OSError) else f"{type(fault).__name__}: {text}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
 from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.checkpoint.huggingface_files import TensorFiles, refuse_adapter
 from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
+from nemo_ee.checkpoint.tensor_checks import is_finite, non_finite_message
 
 __all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "read_backbone"]
 
@@ -84,13 +86,18 @@ class HuggingFaceSource:
         self._infos = {key: self._info(key, tensor) for key, tensor in sorted(self._canonical.items())}
 
     def keys(self) -> dict[str, TensorInfo]:
-        """Every canonical tensor; the dtype is the stored one (the wider, should a tensor's parts differ)."""
+        """Every canonical tensor. The dtype is the stored one; where a tensor's parts differ, the one that holds them
+        all exactly; float32 for float64."""
         return dict(self._infos)
 
     def read(
         self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], *, allow_missing_rows: bool = False
     ) -> Tensor:
-        """See `WeightSource.read`. Only the parts of stored tensors that lie in the chunk are read."""
+        """See `WeightSource.read`. Only the parts of stored tensors that lie in the chunk are read.
+
+        Raises:
+            ValueError: also where one of them is not finite.
+        """
         if key not in self._infos:
             raise KeyError(f"{self.directory}: no tensor {key!r}; it has {', '.join(self._infos)}.")
         info = self._infos[key]
@@ -163,7 +170,8 @@ class HuggingFaceSource:
             stored = {self._canonical["embedding.word_embeddings.weight"].rows[0].stored}
         dtypes = {self._files.dtype(self._stored_names[s.name.format(layer=i)]) for s in stored for i in layers}
         shape = (self.backbone.num_layers, *tensor.shape) if layered else tensor.shape
-        return TensorInfo(shape, reduce(torch.promote_types, dtypes))
+        dtype = reduce(torch.promote_types, dtypes)
+        return TensorInfo(shape, torch.float32 if dtype is torch.float64 else dtype)
 
     def _fill(self, target: Tensor, tensor: Canonical, layer: int, offset: tuple[int, ...]) -> None:
         """Fills `target` with the part of one layer's canonical tensor that starts at `offset`."""
@@ -184,6 +192,13 @@ class HuggingFaceSource:
 
     def _read_stored(self, stored: Stored, layer: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
         name = self._stored_names[stored.name.format(layer=layer)]
-        if stored.transposed:
-            return self._files.read(name, ranges[::-1]).t()
-        return self._files.read(name, ranges)
+        part = self._files.read(name, ranges[::-1] if stored.transposed else ranges)
+        if not is_finite(part):
+            raise ValueError(non_finite_message(str(self.directory), self._whole_tensors()))
+        return part.t() if stored.transposed else part
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor that a model reads, with the file it is in."""
+        for name in sorted(map(self._stored_names.get, self._expected())):
+            ranges = tuple((0, size) for size in self._files.shape(name))
+            yield f"{self._files.file_of(name)}: {name}", self._files.read(name, ranges)

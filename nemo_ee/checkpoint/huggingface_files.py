@@ -73,11 +73,16 @@ class TensorFiles:
             faults += self._check_index(weight_map)
         if faults:
             raise ValueError("; ".join(faults))
+        self._file_names = weight_map
         self._place = {tensor: self._files[name] for tensor, name in weight_map.items()}
 
     def names(self) -> set[str]:
         """The stored names."""
         return set(self._place)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        return self._file_names[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape."""

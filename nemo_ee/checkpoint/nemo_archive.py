@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing `.nemo` files: tar archives (older ones gzip-compressed), or the same files in a directory.
 
-Nothing outside the wanted members is unpacked, and nothing in the archive can place a file elsewhere: absolute names,
+Weights are read where they lie, so nothing large is unpacked, but for compressed archives. Nothing outside the wanted
+members is unpacked, and nothing in the archive can place a file elsewhere: absolute names,
 `..`, links, devices and repeated names are refused. Writing streams members of another archive byte for byte, so a
 complete early-exit `.nemo` costs one pass over the source's weights and no memory, and appears under its name only
 when it is whole.
@@ -15,12 +16,13 @@ import io
 import os
 import shutil
 import tarfile
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO
+
+from nemo_ee.checkpoint.file_folder import FileFolder, Place
 
 CONFIG_MEMBER = "model_config.yaml"
 MODEL_WEIGHTS = "model_weights"
@@ -36,18 +38,20 @@ class NemoArchive:
 
     Args:
         path: `.nemo` file or directory.
+        unpacked: a directory that the file has been unpacked to, to read from; messages name `path`.
 
     Raises:
         ValueError: absent, damaged, truncated, unsafe, or of a kind that is not read (legacy, NeMo 2).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, unpacked: Path | None = None) -> None:
         self.path = Path(path)
+        self._root = unpacked or self.path
         self._tar: tarfile.TarFile | None = None
-        if self.path.is_dir():
+        if self._root.is_dir():
             self._members = {
-                file.relative_to(self.path).as_posix(): file.stat().st_size
-                for file in sorted(self.path.rglob("*"))
+                file.relative_to(self._root).as_posix(): file.stat().st_size
+                for file in sorted(self._root.rglob("*"))
                 if file.is_file()
             }
             self._infos: dict[str, tarfile.TarInfo] = {}
@@ -109,10 +113,35 @@ class NemoArchive:
         if name not in self._members:
             raise KeyError(f"{self.path}: no member {name!r}")
         if self._tar is None:
-            return open(self.path / name, "rb")
+            return open(self._root / name, "rb")
         stream = self._tar.extractfile(self._infos[name])
         assert stream is not None, "only regular files are members"
         return stream
+
+    @property
+    def directory(self) -> Path | None:
+        """Where its files lie, if not in an archive."""
+        return self._root if self._tar is None else None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its members can only be read from the start on."""
+        return self._tar is not None and not isinstance(self._tar.fileobj, io.BufferedReader)
+
+    def folder(self, name: str) -> FileFolder:
+        """A folder in it, to read any part of its files without unpacking, as long as the archive is open.
+
+        Args:
+            name: without a slash at the end; a folder that is not there has no files.
+        """
+        assert not self.is_compressed, "see open_nemo in unpacked.py"
+        start, places = f"{name}/", {}
+        for member, size in self._members.items():
+            if member.startswith(start):
+                info = self._infos.get(member)
+                own = (self._root / member, 0) if info is None else (self._tar.fileobj, info.offset_data)
+                places[member.removeprefix(start)] = Place(*own, size)
+        return FileFolder(f"{self.path}: {start}", places)
 
     def extract(self, to: str | Path, prefixes: Sequence[str] | None = None) -> list[Path]:
         """Unpacks files into the directory `to`; existing files are never overwritten.
@@ -163,28 +192,6 @@ class NemoArchive:
                 f"{self.path}: a NeMo 2 checkpoint (context/ and weights/) is not read; export it to Hugging Face "
                 "with nemo.collections.llm.export_ckpt and give that directory."
             )
-
-
-@contextlib.contextmanager
-def open_nemo(path: str | Path, prefixes: Sequence[str] | None = None) -> Iterator[Path]:
-    """The files of a `.nemo` as a directory, for code that needs one.
-
-    A directory is used in place. An archive is unpacked (only `prefixes`) into a temporary directory, which is removed
-    afterwards.
-
-    Raises:
-        ValueError: see `NemoArchive` and `NemoArchive.extract`.
-    """
-    with NemoArchive(path) as archive:
-        if archive.path.is_dir():
-            for prefix in prefixes or ():
-                if not archive.has(prefix):
-                    raise ValueError(f"{archive.path}: no {prefix!r} in it.")
-            yield archive.path
-            return
-        with tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:
-            archive.extract(directory, prefixes)
-            yield Path(directory)
 
 
 def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str | NemoArchive]) -> Path:
@@ -331,7 +338,8 @@ def _add_file(tar: tarfile.TarFile, name: str, source: _FileSource) -> None:
         try:
             tar.addfile(info, stream)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
-            raise ValueError(f"cannot copy {name!r} into the archive ({fault}).") from fault
+            origin = source[0].path if isinstance(source, tuple) else "it"
+            raise ValueError(f"cannot copy {name!r} of {origin} into the archive ({fault}).") from fault
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, MODEL_WEIGHTS, NemoArchive
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
@@ -40,6 +40,60 @@ _METADATA_FILE = ".metadata"
 _NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
 _IN_ARCHIVE = "nemo:"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def read_plain_config(path: str | Path) -> dict[str, Any]:
+    """The model config of a GPT's `.nemo` as plain values.
+
+    Raises:
+        ValueError: the file is damaged, or not a GPT.
+    """
+    with NemoArchive(path) as archive:
+        text = archive.config_text()
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
+    layers = config.get("num_layers") if isinstance(config, dict) else None
+    if not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
+    return config
+
+
+def backbone_of(nemo: str | Path, given: str | Path | None = None, option: str = "model.backbone_path") -> Path:
+    """The file with the backbone of a `.nemo`: itself, or the base of an exits-only one; only configs are read.
+
+    Args:
+        nemo, given, option: see `find_backbone`.
+
+    Raises:
+        ValueError: no file there, one without a backbone, or with another than the exits were tuned on.
+    """
+    with NemoArchive(nemo) as archive:
+        if archive.has(MODEL_WEIGHTS):
+            return Path(nemo)
+    config = read_plain_config(nemo)
+    path = find_backbone(nemo, stored=config.get(_BACKBONE_KEY), given=given, option=option)
+    with NemoArchive(path) as archive:
+        if not archive.has(MODEL_WEIGHTS):
+            raise ValueError(
+                f"{nemo} holds exits only, and {path} has no backbone either: "
+                f"give {option}=<the .nemo the exits were tuned on>"
+            )
+    found = read_plain_config(path).get("backbone_fingerprint")
+    refuse_other_backbone(config.get("backbone_fingerprint"), found, path, option)
+    return path
+
+
+def refuse_other_backbone(
+    expected: str | None, found: str | None, path: Path, option: str = "model.backbone_path"
+) -> None:
+    """Raises a ValueError where two fingerprints differ; None is an unknown one."""
+    if None not in (expected, found) and found != expected:
+        raise ValueError(
+            f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
+            f"give the base model they were tuned on ({option}=...)"
+        )
 
 
 def stored_backbone_path(backbone: str | Path, nemo: str | Path) -> str:
@@ -79,10 +133,8 @@ def find_backbone(
             return place
     named = str(given) if given else stored
     tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
-    raise ValueError(
-        f"{nemo} holds exits only; its base model ({named!r}) was not found{tried}: "
-        f"give {option}=<the .nemo the exits were tuned on>"
-    )
+    problem = f"its base model ({named!r}) was not found{tried}" if named else "it does not name its base model"
+    raise ValueError(f"{nemo} holds exits only; {problem}: give {option}=<the .nemo the exits were tuned on>")
 
 
 def _exists(place: Path) -> bool:

@@ -21,6 +21,8 @@ from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from nemo_ee.checkpoint.file_folder import FileFolder
+
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 MODELOPT_FOLDER = "modelopt_state"
@@ -116,17 +118,16 @@ class MetadataUnpickler(pickle.Unpickler):
         raise UnsafeCheckpointError(f"it asks for {module}.{name}")
 
 
-def load_metadata(directory: Path) -> dcp_metadata.Metadata:
-    """Reads `<directory>/.metadata` with the restricted unpickler.
+def load_metadata(folder: FileFolder) -> dcp_metadata.Metadata:
+    """Reads a folder's `.metadata` with the restricted unpickler.
 
     Raises:
         UnsafeCheckpointError: the pickle names a class or function outside the known list; nothing was executed.
         ValueError: the file is damaged.
     """
-    path = directory / METADATA_FILE
+    path = folder.shown(METADATA_FILE)
     try:
-        with open(path, "rb") as file:
-            metadata = MetadataUnpickler(file).load()
+        metadata = MetadataUnpickler(io.BytesIO(folder.read(METADATA_FILE))).load()
     except UnsafeCheckpointError as fault:
         raise UnsafeCheckpointError(
             f"{path}: refused, {fault}. A .metadata file may only hold torch.distributed.checkpoint metadata; "
@@ -170,13 +171,13 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
     if (directory / MODELOPT_FOLDER).exists():
         # NeMo hands this folder to ModelOpt, which unpickles it before anything else is read.
         raise UnsafeCheckpointError(f"{directory}: refused, it has a {MODELOPT_FOLDER}/ folder; {_WAY_OUT}.")
-    metadata = load_metadata(directory)
+    metadata = load_metadata(FileFolder.on_disk(directory))
     load_common(directory)
     for index, place in (metadata.storage_data or {}).items():
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), dcp_metadata.BytesStorageMetadata):
             continue
         try:
-            with open(directory / plain_file_name(place.relative_path, directory), "rb") as file:
+            with open(directory / plain_file_name(place.relative_path, str(directory)), "rb") as file:
                 file.seek(place.offset)
                 payload = io.BytesIO(file.read(place.length))
         except OSError as fault:
@@ -186,10 +187,14 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
             _refuse_unsafe_content(_load_pickle(payload, where, False), where)
 
 
-def plain_file_name(name: Any, directory: Path) -> str:
-    """`name` if it is a file name without any folder, so that a checkpoint cannot point outside its own directory."""
+def plain_file_name(name: Any, index: str) -> str:
+    """`name` if it is a file name without any folder, so that a checkpoint cannot point outside its own directory.
+
+    Args:
+        index: what names it, for the message.
+    """
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UnsafeCheckpointError(f"{directory}: refused, its index points to {name!r}, not to a file inside it.")
+        raise UnsafeCheckpointError(f"{index}: refused, its index points to {name!r}, not to a file inside it.")
     return name
 
 

@@ -4,6 +4,9 @@
 
     read config -> check everything -> build -> load -> initialise exits -> write -> read back -> compare logits
 
+Every tensor keeps the dtype it has in the source, also where they differ (bfloat16 matrices, float32 norms); float64
+becomes float32.
+
 A `.nemo` source keeps its weights byte for byte and the exits it already has. What was written is read again and its
 full model's logits are compared: bitwise with those before writing, and for a Hugging Face source with those of
 `transformers` itself.
@@ -21,7 +24,9 @@ from megatron.core import parallel_state
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.checkpoint.chunk_reader import dtype_shares
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
@@ -130,6 +135,7 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
     overrides = OmegaConf.to_container(cfg.model, resolve=True)
     overrides.pop("early_exit", None)
     if not _is_hugging_face(source):
+        backbone_of(source, overrides.get("backbone_path"))
         stored = read_config(source)
         merged = OmegaConf.to_container(merge_model_config(stored, OmegaConf.create(overrides)))
         block = OmegaConf.to_container(stored).get("early_exit") or {}
@@ -175,7 +181,9 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
     if torch.cuda.is_available():
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
     model.load_weights(weights, None)
-    model.backbone_dtype = weights.keys()["embedding.word_embeddings.weight"].dtype
+    infos = weights.keys()
+    model.backbone_dtypes = {key: info.dtype for key, info in infos.items()}
+    logging.info(f"{source}: every tensor is stored in its dtype there: {dtype_shares(infos)}")
     model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
     # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
     model.bundled_files["tokenizer/config.json"] = source / "config.json"

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
-from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.unpacked import open_nemo
 from nemo_ee.evaluation.generation_request import GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
 
@@ -71,11 +72,11 @@ def identify(path: str | Path) -> Identity:
             "examples/megatron_gpt_early_exit_convert.py, which computes one"
         )
     exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
-    with open_nemo(path, folders) as folder:
+    with open_nemo(path) as archive:
         fingerprint = exits_fingerprint(
-            ChunkReader(folder / EXIT_WEIGHTS, prefix="exits."),
+            ChunkReader(archive.folder(EXIT_WEIGHTS), prefix="exits."),
             [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
-            updates=ChunkReader(folder / _LORA, prefix="") if _LORA in folders else None,
+            updates=ChunkReader(archive.folder(_LORA), prefix="") if _LORA in folders else None,
             vocab_size=stored.get("vocab_size"),
         )
     return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)

@@ -8,9 +8,9 @@ request -> config and tokenizer of the file -> every fault of the two -> weights
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenize
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.checks import request_faults
@@ -287,12 +288,10 @@ def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
     then the prompts are checked after it."""
     if stored.tokenizer.library != "huggingface":
         return None
-    with NemoArchive(path) as archive, tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:
-        folder = Path(directory, "tokenizer")
+    with NemoArchive(path) as archive, ExitStack() as stack:
+        folder = Path(str(stored.tokenizer.get("type")))
         if archive.has("tokenizer"):
-            archive.extract(directory, ["tokenizer"])
-        else:
-            folder = Path(str(stored.tokenizer.get("type")))
+            folder = stack.enter_context(unpacked(archive, ["tokenizer"])) / "tokenizer"
         if not folder.is_dir():
             return None
         with readable_tokenizer(folder) as readable:

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_ee import cpu_host
+from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.sampling import SamplingParams
@@ -103,6 +104,7 @@ class EarlyExitLM(TemplateLM):
             "model": model_settings(path, backbone_path, tensor_model_parallel_size),
         }
         self._request = scoring_request(config)
+        backbone_of(path, backbone_path, option="backbone_path")
         # NeMo is imported only now: the CPU host has to be on before.
         from nemo_ee.evaluation.generate import open_generator
 

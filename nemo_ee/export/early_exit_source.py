@@ -16,12 +16,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
-from nemo_ee.checkpoint.portable import find_backbone
+from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
+from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.portable import backbone_of, read_plain_config
+from nemo_ee.checkpoint.tensor_checks import is_finite
+from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
 
@@ -54,25 +55,25 @@ class EarlyExitSource:
     Args:
         path: the file or directory.
         backbone: the base model's `.nemo` for an exits-only file; None takes the one its config names.
+        option: how the user gives it.
 
     Raises:
         ValueError: damaged, unsafe, no GPT, without a backbone, or a backbone other than the one tuned on.
     """
 
-    def __init__(self, path: str | Path, backbone: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, backbone: str | Path | None = None, *, option: str = "backbone") -> None:
         self.path = Path(path)
         self.config = read_plain_config(self.path)
         block = self.config.get("early_exit")
         self.exits = EarlyExitConfig.from_mapping(block, num_layers=self.config["num_layers"])
         self.fingerprint: str | None = self.config.get("backbone_fingerprint")
         with NemoArchive(self.path) as archive:
-            complete = archive.has(MODEL_WEIGHTS)
             if self.exits.exits and not archive.has(EXIT_WEIGHTS):
                 raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
             self._folders = [
                 name for name in (MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER) if archive.has(name)
             ]
-        self._backbone_path = self.path if complete else self._base_of_exits(backbone)
+        self._backbone_path = backbone_of(self.path, backbone, option)
         self._stack = ExitStack()
         self._certificates: list[dict[str, Any]] | None = None
 
@@ -88,29 +89,20 @@ class EarlyExitSource:
         self._stack.close()
 
     def _open(self) -> None:
-        own = self._stack.enter_context(open_nemo(self.path, self._folders))
-        base = own
+        own = base = self._stack.enter_context(open_nemo(self.path))
         if self._backbone_path != self.path:
-            base = self._stack.enter_context(open_nemo(self._backbone_path, [MODEL_WEIGHTS]))
-        self.backbone: WeightSource = ChunkReader(base / MODEL_WEIGHTS)
+            base = self._stack.enter_context(open_nemo(self._backbone_path))
+        self.backbone: WeightSource = ChunkReader(base.folder(MODEL_WEIGHTS))
         if LORA_WEIGHTS in self._folders:
             from nemo_ee.checkpoint.low_rank_weights import MergedSource  # imports Megatron-core
 
-            self.backbone = MergedSource(self.backbone, ChunkReader(own / LORA_WEIGHTS, prefix=""))
-        self.exit_weights = ChunkReader(own / EXIT_WEIGHTS, "exits.") if EXIT_WEIGHTS in self._folders else None
-        self.tokenizer = own / TOKENIZER if TOKENIZER in self._folders else None
+            self.backbone = MergedSource(self.backbone, ChunkReader(own.folder(LORA_WEIGHTS), prefix=""))
+        self.exit_weights = ChunkReader(own.folder(EXIT_WEIGHTS), "exits.") if EXIT_WEIGHTS in self._folders else None
+        self.tokenizer: Path | None = None
+        if TOKENIZER in self._folders:
+            self.tokenizer = self._stack.enter_context(unpacked(own, [TOKENIZER])) / TOKENIZER
         self._backbone_infos = self.backbone.keys()
         self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
-
-    def _base_of_exits(self, given: str | Path | None) -> Path:
-        path = find_backbone(self.path, stored=self.config.get("backbone_path"), given=given, option="backbone")
-        found = read_plain_config(path).get("backbone_fingerprint")
-        if None not in (found, self.fingerprint) and found != self.fingerprint:
-            raise ValueError(
-                f"the exits were tuned on the backbone with fingerprint {self.fingerprint}, but {path} has {found}; "
-                "give the base model they were tuned on (backbone=...)"
-            )
-        return path
 
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
@@ -139,15 +131,34 @@ class EarlyExitSource:
         return info.shape[1:] if origin.layer < info.shape[0] else None
 
     def dtype(self) -> torch.dtype:
-        """The dtype the backbone is stored in."""
-        return self._backbone_infos[EMBEDDING].dtype
+        """The dtype most of the backbone's numbers are stored in, which an export takes unless it is told another."""
+        infos = {name: self._backbone_infos[name] for name in self.backbone_names()}
+        dtype = next(iter(numbers_by_dtype(infos)))
+        dtype = torch.float32 if dtype is torch.float64 else dtype
+        if len({info.dtype for info in infos.values()}) > 1:
+            logger.warning(
+                "%s: the backbone is stored as %s; all of it is written as %s, which dtype=... changes",
+                self._backbone_path, dtype_shares(infos), str(dtype).removeprefix("torch."),
+            )  # fmt: skip
+        return dtype
 
     def read(self, origin: Origin, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A whole tensor (of one layer) in `dtype`, low-rank updates added in fp32.
 
         Args:
             shape: the wanted shape; a vocabulary matrix may be cut (its padding) and missing rows read as zeros.
+
+        Raises:
+            ValueError: damaged, not finite, or beyond what `dtype` holds.
         """
+        tensor = self._read(origin, shape, dtype)
+        if dtype is not torch.float32 and not is_finite(tensor):
+            wider = "bfloat16 or float32" if dtype is torch.float16 else "float32"
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{origin.key} has values beyond {name}; use dtype={wider}")
+        return tensor
+
+    def _read(self, origin: Origin, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         start = (0,) * len(shape)
         if origin.part == "backbone":
             if origin.layer is None:
@@ -186,24 +197,6 @@ class EarlyExitSource:
         wide = self.exit_weights.read(f"{stem}low_rank_a", (0, 0), a.shape)
         tall = self.exit_weights.read(f"{stem}low_rank_b", (0, 0), (rows, b.shape[1]), allow_missing_rows=True)
         return tall, wide
-
-
-def read_plain_config(path: Path) -> dict[str, Any]:
-    """The model config of a GPT's `.nemo` as plain values.
-
-    Raises:
-        ValueError: the file is damaged, or not a GPT.
-    """
-    with NemoArchive(path) as archive:
-        text = archive.config_text()
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
-    layers = config.get("num_layers") if isinstance(config, dict) else None
-    if not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
-    return config
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:

@@ -83,8 +83,6 @@ def _write_reading(
     if not reading.written:
         return
     tensor = source.read(reading.origin, reading.shape, dtype)
-    if dtype is torch.float16 and not all(torch.isfinite(block).all() for block in tensor.split(4096)):
-        raise ValueError(f"{reading.origin.key} has values beyond float16; use dtype=bfloat16 or float32")
     for piece in reading.written:
         parts = parts_of(tensor, piece)
         writer.write(piece.name, digest.passing(piece.name, DTYPE_NAMES[dtype], piece.shape, parts))

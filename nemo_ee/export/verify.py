@@ -48,7 +48,7 @@ def verify_export(
     with ExitStack() as stack:
         source = None
         if checkpoint is not None:
-            source = stack.enter_context(EarlyExitSource(checkpoint, backbone))
+            source = stack.enter_context(EarlyExitSource(checkpoint, backbone, option="--backbone"))
             made_of = manifest.get("source", {}).get("backbone_fingerprint")
             if None not in (made_of, source.fingerprint) and made_of != source.fingerprint:
                 faults.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")

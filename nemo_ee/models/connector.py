@@ -17,7 +17,7 @@ the checkpoint's metadata goes through a restricted unpickler, and pickled commo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,15 +33,17 @@ from yaml import YAMLError
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.low_rank_weights import MergedSource
-from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import (
-    find_backbone,
+    backbone_of,
     forget_folder,
     portable_tokenizer,
+    refuse_other_backbone,
     stored_backbone_path,
     without_code_files,
     without_machine_paths,
 )
+from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.megatron.backbone_training import low_rank_shards, merged_backbone_to_save
 from nemo_ee.models.run_config import without_training_setup
@@ -116,26 +118,25 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             complete = archive.has(BACKBONE)
             if archive.has(LORA):
                 _refuse_other_rank(stored, conf, restore_path)
-        backbone_path = Path(restore_path)
-        if not complete:
-            stored_path, given = stored.get("backbone_path"), conf.get("backbone_path")
-            backbone_path = find_backbone(restore_path, stored=stored_path, given=given)
+        backbone_path = backbone_of(restore_path, conf.get("backbone_path"))
         expected = stored.get("backbone_fingerprint")
         found = expected if complete else read_config(backbone_path).get("backbone_fingerprint")
-        _refuse_other_backbone(expected, found, backbone_path)  # before gigabytes are unpacked
         with ExitStack() as stack:
-            folder = backbone_folder = stack.enter_context(open_nemo(restore_path))
+            own = base = stack.enter_context(open_nemo(restore_path))
             if not complete:
-                backbone_folder = stack.enter_context(open_nemo(backbone_path, [BACKBONE]))
-            source = ChunkReader(backbone_folder / BACKBONE)
+                base = stack.enter_context(open_nemo(backbone_path))
+            source = ChunkReader(base.folder(BACKBONE))
+            weights = (BACKBONE, EXITS, LORA)
+            artifacts = sorted({name.split("/")[0] for name in own.members()} - {*weights})
+            folder = stack.enter_context(unpacked(own, artifacts))
             calling_cls._set_model_restore_state(is_being_restored=True, folder=str(folder))
             try:
                 instance = calling_cls(cfg=conf, trainer=trainer)
             finally:
                 calling_cls._set_model_restore_state(is_being_restored=False)
             self._check_backbone(instance, source, backbone_path, expected=expected, found=found)
-            exits = ChunkReader(folder / EXITS, prefix="exits.") if (folder / EXITS).is_dir() else None
-            updates = ChunkReader(folder / LORA, prefix="") if (folder / LORA).is_dir() else None
+            exits = ChunkReader(own.folder(EXITS), prefix="exits.") if own.has(EXITS) else None
+            updates = ChunkReader(own.folder(LORA), prefix="") if own.has(LORA) else None
             if updates is not None and instance.early_exit.train != "lora":
                 source = MergedSource(source, updates)
             instance.load_weights(source, exits, updates=updates)
@@ -155,7 +156,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         if self.verify == "full" or found is None:
             logging.info(f"computing the fingerprint of the backbone in {path}")
             found = backbone_fingerprint(source, vocab_size=model.vocab_size)
-        _refuse_other_backbone(expected, found, path)
+        refuse_other_backbone(expected, found, path)
         with open_dict(model.cfg):
             model.cfg.backbone_fingerprint = found
 
@@ -186,7 +187,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 dist_checkpointing.save(low_rank_shards(model.model), work / LORA)
             if source is None and not self.exits_only:
                 backbone = merged_backbone_to_save(model.model, "model.")
-                _cast(backbone, getattr(model, "backbone_dtype", None))
+                _cast(backbone, getattr(model, "backbone_dtypes", {}))
                 dist_checkpointing.save(backbone, work / BACKBONE)
             _barrier()
             if is_global_rank_zero():
@@ -253,14 +254,6 @@ def _backbone_changed(model) -> bool:
     return model.trains_backbone and not _keeps_updates(model)
 
 
-def _refuse_other_backbone(expected: str | None, found: str | None, path: Path) -> None:
-    if None not in (expected, found) and found != expected:
-        raise ValueError(
-            f"the exits were tuned on the backbone with fingerprint {expected}, but {path} has {found}; "
-            "give the base model they were tuned on (model.backbone_path)"
-        )
-
-
 def _blocks(*configs: DictConfig) -> Iterator[EarlyExitConfig]:
     """The `early_exit` block of each."""
     for config in configs:
@@ -304,10 +297,11 @@ def _refuse_other_rank(stored: DictConfig, conf: DictConfig, path: str) -> None:
         )
 
 
-def _cast(sharded_state_dict: dict, dtype: torch.dtype | None) -> None:
-    """Store floating-point weights in `dtype`, that of the source, in place."""
+def _cast(sharded_state_dict: dict, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Store floating-point weights in the dtypes of the source, by canonical name, in place."""
     for value in sharded_state_dict.values():
         data = getattr(value, "data", None)
+        dtype = dtypes.get(str(getattr(value, "key", "")).removeprefix("model."))
         if dtype is not None and isinstance(data, torch.Tensor) and data.is_floating_point():
             value.data = data.detach().to(dtype)
             if hasattr(value, "dtype"):

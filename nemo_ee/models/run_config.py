@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.layer_split import LayerSplitConfig
 from nemo_ee.exits.placement import place_exits
@@ -100,6 +101,9 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
     """
     faults = _data_faults(model.data)
     faults = (faults or _amount_faults(model)) + _model_faults(cfg, model)
+    path = cfg.model.restore_from_path
+    if Path(path).exists():  # else reading its config has said so
+        faults += _faults_of(lambda: backbone_of(path, cfg.model.get("backbone_path")))
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
         faults.append(

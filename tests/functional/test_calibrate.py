@@ -18,6 +18,7 @@ import pytest
 from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config
 
 from tests.helpers.huggingface_models import save_tiny_model  # isort: skip  # after the CPU host is on
+from tests.helpers.nemo_files import flipped  # isort: skip
 
 EXITS = [
     {"name": "one-mlp", "layer": 1, "architecture": "mlp"},
@@ -194,11 +195,11 @@ def test_other_exits_backbone_or_tokenizer_void_it(start, certified, no_weights,
 
     import yaml
 
-    from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo
+    from nemo_ee.checkpoint.nemo_archive import NemoArchive
+    from nemo_ee.checkpoint.unpacked import unpacked
 
-    with NemoArchive(certified.path) as archive:
+    with NemoArchive(certified.path) as archive, unpacked(archive) as folder:
         config = yaml.safe_load(archive.config_text())
-    with open_nemo(certified.path) as folder:
         for part in ("same", "backbone", "exits", "tokenizer"):
             copy = tmp_path / part
             shutil.copytree(folder, copy)
@@ -206,10 +207,8 @@ def test_other_exits_backbone_or_tokenizer_void_it(start, certified, no_weights,
             if part == "backbone":
                 changed["backbone_fingerprint"] = "0" * 64
             if part == "exits":
-                largest = max((copy / "exit_weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
-                content = bytearray(largest.read_bytes())
-                content[len(content) // 2] ^= 1
-                largest.write_bytes(content)
+                name, content = flipped(copy / "exit_weights", signed=True)
+                (copy / "exit_weights" / name).write_bytes(content)
             if part == "tokenizer":
                 file = next((copy / "tokenizer").glob("tokenizer.json"))
                 file.write_text(file.read_text() + " ")

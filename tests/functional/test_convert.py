@@ -136,17 +136,63 @@ def test_every_family_goes_through(name: str, saved_by: int, tmp_path: Path) -> 
 
 def test_weights_are_stored_in_the_source_s_precision(tmp_path: Path) -> None:
     from nemo_ee.checkpoint.chunk_reader import ChunkReader
-    from nemo_ee.checkpoint.nemo_archive import open_nemo
+    from nemo_ee.checkpoint.unpacked import open_nemo
 
     folder = tmp_path / "source"
     save_tiny_model(folder, "llama", dtype=torch.bfloat16)
     run_convert(with_tokenizer(folder), tmp_path / "ee.nemo", [exit_entry(1, "norm")])
-    with open_nemo(tmp_path / "ee.nemo") as unpacked:
-        stored = ChunkReader(unpacked / "model_weights").keys()
+    with open_nemo(tmp_path / "ee.nemo") as archive:
+        stored = ChunkReader(archive.folder("model_weights")).keys()
         assert {info.dtype for info in stored.values()} == {torch.bfloat16}
     model = restore(tmp_path / "ee.nemo", verify="full")
     reference = tiny_model("llama", dtype=torch.bfloat16)
     assert torch.equal(model.model.decoder.final_layernorm.weight, reference.model.norm.weight.float())
+
+
+def test_a_source_of_mixed_dtypes(tmp_path: Path) -> None:
+    """bfloat16 matrices and float32 norms in several files: every tensor keeps its dtype through both conversions, and
+    exports compute what transformers does with the same weights, rounded where the export is asked to."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from nemo_ee.checkpoint.chunk_reader import ChunkReader
+    from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
+    from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+    from nemo_ee.checkpoint.unpacked import open_nemo
+    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+
+    folder = tmp_path / "source"
+    save_tiny_model(folder, "llama", dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: v.float() * 1.001 if v.ndim == 1 else v for k, v in tensors.items()}
+    assert not torch.equal(tensors["model.norm.weight"], tensors["model.norm.weight"].bfloat16().float()), "control"
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(places.values()):
+        save_file({k: v for k, v in tensors.items() if places[k] == file}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    run_convert(with_tokenizer(folder), tmp_path / "ee.nemo", [exit_entry(1, "norm")])
+    run_convert(tmp_path / "ee.nemo", tmp_path / "more.nemo", [exit_entry(2, "mlp")], "verify=full")
+    stored = HuggingFaceSource(folder)
+    with open_nemo(tmp_path / "more.nemo") as archive:
+        reader = ChunkReader(archive.folder("model_weights"))
+        assert {k: i.dtype for k, i in reader.keys().items()} == {k: i.dtype for k, i in stored.keys().items()}
+        assert backbone_fingerprint(reader, vocab_size=133) == backbone_fingerprint(stored)
+    tokens = torch.randint(0, 133, (1, 16), generator=torch.Generator().manual_seed(2))
+    for dtype, name in ((None, "bfloat16"), ("float32", "float32")):
+        settings = {"targets": ("full",), "dtype": dtype, "progress": False}
+        out = export_huggingface(ExportSettings(tmp_path / "more.nemo", tmp_path / name, **settings)) / "hf_full"
+        theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+        for parameter in theirs.parameters():
+            parameter.data = parameter.data.to(getattr(torch, name)).float()
+        ours = AutoModelForCausalLM.from_pretrained(out, torch_dtype=torch.float32)
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == name
+        expected = dict(theirs.named_parameters())
+        assert all(torch.equal(value, expected[key]) for key, value in ours.named_parameters())
+        assert torch.equal(reference_logits(ours, tokens), reference_logits(theirs, tokens))
 
 
 def test_a_conversion_that_computes_something_else_is_refused(source: Path, tmp_path: Path, monkeypatch) -> None:

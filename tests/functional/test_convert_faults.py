@@ -115,6 +115,42 @@ def test_existing_outputs_and_the_source_itself(source: Path, tuned: Path, tmp_p
     assert output.read_text() == "precious"
 
 
+def test_weights_that_are_not_finite_are_named(source: Path, tuned: Path, tmp_path: Path) -> None:
+    """Of a Hugging Face directory and of a `.nemo`, of its exits too; nothing is written."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    bad = Path(shutil.copytree(source, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = float("nan")
+    tensors["model.norm.weight"][5] = float("inf")
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    expected = r"""(?s)bad holds weights that are not finite:
+  model.safetensors: model.layers.1.mlp.up_proj.weight: 3 NaN and 0 infinite of 2240 numbers
+  model.safetensors: model.norm.weight: 0 NaN and 1 infinite of 40 numbers
+.*get the file again"""
+    with pytest.raises(ValueError, match=expected):
+        run_convert(bad, tmp_path / "ee.nemo", EXITS)
+    model = restore(tuned)
+    next(iter(model.model.exits.parameters())).data.view(-1)[2] = float("nan")
+    model.save_to(str(tmp_path / "diverged.nemo"))
+    expected = r"diverged.nemo: exit_weights/ holds weights that are not finite:\n  .*distcp: exits\..*: 1 NaN and 0"
+    with pytest.raises(ValueError, match=expected):
+        run_convert(tmp_path / "diverged.nemo", tmp_path / "ee.nemo", [exit_entry(3, "mlp")])
+    assert not (tmp_path / "ee.nemo").exists()
+
+
+def test_an_exits_only_source_says_what_to_set(source, tuned: Path, tmp_path: Path, nothing_is_built: None) -> None:
+    no_backbone = {name: None for name in members(tuned) if name.startswith("model_weights/")}
+    small = rewritten(tuned, tmp_path / "small.nemo", no_backbone)
+    expected = r"(?s)nothing was converted:.*small.nemo holds exits only; .*give model.backbone_path=<the .nemo"
+    with pytest.raises(ValueError, match=expected):
+        run_convert(small, tmp_path / "ee.nemo", [exit_entry(3, "mlp")])
+    with pytest.raises(pytest.fail.Exception, match="work began"):  # the base is found, so work begins
+        run_convert(small, tmp_path / "ee.nemo", [exit_entry(3, "mlp")], f"model.backbone_path={tuned}")
+
+
 def test_overwriting_is_asked_for(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "ee.nemo"
     output.write_text("old")

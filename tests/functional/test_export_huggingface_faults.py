@@ -5,6 +5,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import pytest
 
 pytest.importorskip("nemo")
 
-from tests.helpers.megatron_models import exit_entry, relative_difference
+from tests.helpers.megatron_models import ROOT, exit_entry, relative_difference
 
 import torch  # isort: skip  # after the CPU host is on
 import yaml
@@ -256,3 +260,38 @@ def test_one_tensor_is_in_memory_at_a_time(one: Made, tmp_path: Path, monkeypatc
     monkeypatch.setattr(EarlyExitSource, "read", read)
     export(one.path, tmp_path / "out")
     assert count > 60
+
+
+KILLED = """
+import sys
+import tempfile
+from pathlib import Path
+from nemo_ee.export.safetensors_writer import SafetensorsWriter
+from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+
+def write(self, name, chunks):
+    print("writing", flush=True)
+    sys.stdin.read()
+
+SafetensorsWriter.write = write
+export_huggingface(ExportSettings(Path(sys.argv[1]), Path(sys.argv[2]), progress=False))
+"""
+
+
+def test_what_a_killed_export_leaves_goes_with_the_next(one: Made, tmp_path: Path, monkeypatch) -> None:
+    """No weights are unpacked; the tokenizer and the half-written output are removed by the next start."""
+    path = rewritten(one.path, tmp_path / "ee.nemo", {"tokenizer/tokenizer.json": b"{}"})
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path), str(tmp_path / "out")], text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "writing\n"
+    process.kill()
+    process.wait(timeout=60)
+    assert {file.parent.name for file in temporary.rglob("*") if file.is_file()} == {"tokenizer"}
+    assert (tmp_path / "out.partial").is_dir(), "control"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert (export(path, tmp_path / "out", targets=("full",)) / MANIFEST).is_file()
+    assert not list(temporary.iterdir()) and not (tmp_path / "out.partial").exists()

@@ -172,13 +172,13 @@ def megatron_ranks(one: Made, tp: int, pp: int, monkeypatch) -> list[dict]:
     from megatron.core.export.trtllm.trtllm_weights_converter import single_device_trtllm_model_weights_converter as m
 
     from nemo_ee.checkpoint.chunk_reader import ChunkReader
-    from nemo_ee.checkpoint.nemo_archive import open_nemo
+    from nemo_ee.checkpoint.unpacked import open_nemo
 
     # The two functions it would import from tensorrt_llm.
     monkeypatch.setattr(m, "pad_vocab_size", lambda size, ranks: -(-size // ranks) * ranks)
     monkeypatch.setattr(m, "str_dtype_to_torch", lambda dtype: torch.float32)
-    with open_nemo(one.path, ["model_weights"]) as folder:
-        reader = ChunkReader(folder / "model_weights")
+    with open_nemo(one.path) as archive:
+        reader = ChunkReader(archive.folder("model_weights"))
         state = {key: reader.read(key, (0,) * len(i.shape), i.shape) for key, i in reader.keys().items()}
     vocabulary, embedding = one.model.vocab_size, "embedding.word_embeddings.weight"
     output = state.get("output_layer.weight", state[embedding])[:vocabulary]

@@ -16,7 +16,7 @@ pytest.importorskip("nemo")
 from tests.functional.test_stock_nemo import ON_CPU, STOCK, logits, stock_trainer, unpack_tokenizer
 from tests.functional.test_tune import tune
 from tests.helpers.megatron_models import exit_entry, exit_logits, relative_difference, snapshot, write_data
-from tests.helpers.nemo_files import members, restore, run_convert, with_tokenizer
+from tests.helpers.nemo_files import flipped, members, restore, rewritten, run_convert, with_tokenizer
 
 import torch  # isort: skip  # after the CPU host is on
 from omegaconf import OmegaConf
@@ -255,6 +255,27 @@ def test_exits_only_files_and_further_tuning_keep_the_updates(
         model.save_to(str(path))
         assert any(name.startswith("model_weights/") for name in members(path)) != exits_only
         assert torch.equal(logits(restore(path), TOKENS, 4096), wanted)
+
+
+@pytest.mark.parametrize("folder", ["model_weights", "exit_weights", "lora_weights"])
+def test_one_flipped_bit_is_noticed_by_whatever_reads_it(folder: str, lora: SimpleNamespace, tmp_path: Path) -> None:
+    """Loading a model, an export, a certificate's identity; without `verify=full`."""
+    from nemo_ee.checkpoint.nemo_archive import NemoArchive
+    from nemo_ee.evaluation.certified import identify
+    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+
+    with NemoArchive(lora.beside) as archive:
+        archive.extract(tmp_path / "tree", [folder])
+    name, content = flipped(tmp_path / "tree" / folder)
+    path = rewritten(lora.beside, tmp_path / "flipped.nemo", {f"{folder}/{name}": content})
+    export = ExportSettings(path, tmp_path / "out", progress=False)
+    readers = [lambda: restore(path), lambda: export_huggingface(export)]
+    readers += [] if folder == "model_weights" else [lambda: identify(path)]
+    message = rf"flipped.nemo: {folder}/{name}: cannot read '.*' \(its bytes do not have the checksum .*save it again"
+    for read in readers:
+        with pytest.raises(ValueError, match=message):
+            read()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_joint_training_of_a_backbone_with_updates_folds_them_in(

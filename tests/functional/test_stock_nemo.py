@@ -198,7 +198,7 @@ def test_stock_restore_of_the_converted_stock_file(stock: SimpleNamespace, tmp_p
 def test_a_certificate_s_identity_does_not_depend_on_padding(stock: SimpleNamespace, tmp_path: Path) -> None:
     """NeMo stores no vocabulary size; saving with more padding rows, as other layouts have, changes no fingerprint."""
     from nemo_ee.checkpoint.chunk_reader import ChunkReader
-    from nemo_ee.checkpoint.nemo_archive import open_nemo
+    from nemo_ee.checkpoint.unpacked import open_nemo
     from nemo_ee.evaluation.certified import identify
     from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 
@@ -207,7 +207,8 @@ def test_a_certificate_s_identity_does_not_depend_on_padding(stock: SimpleNamesp
     EarlyExitSaveRestoreConnector().save_to(restore(first, make_vocab_size_divisible_by=1000), str(again))
     rows = []
     for path in (first, again):
-        with open_nemo(path, ["exit_weights"]) as folder:
-            rows.append(ChunkReader(folder / "exit_weights", prefix="exits.").keys()["l1-mlp-copy-own.output.weight"])
+        with open_nemo(path) as archive:
+            exits = ChunkReader(archive.folder("exit_weights"), prefix="exits.")
+            rows.append(exits.keys()["l1-mlp-copy-own.output.weight"])
     assert [info.shape[0] for info in rows] == [4096, 5000], "control"
     assert identify(again) == identify(first)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,3 +86,31 @@ def rewritten(path: Path, output: Path, changes: Mapping[str, bytes | None]) -> 
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return output
+
+
+def flipped(folder: Path, *, signed: bool = False) -> tuple[str, bytes]:
+    """A file of a distributed checkpoint with one bit of its largest tensor's numbers flipped.
+
+    Args:
+        folder: `model_weights/`, `exit_weights/` or `lora_weights/`, unpacked.
+        signed: put the checksum of the new bytes beside them, as whoever changes weights on purpose would.
+
+    Returns:
+        Its name and new content.
+    """
+    import pickle
+
+    places = pickle.loads((folder / ".metadata").read_bytes()).storage_data.values()
+    place = max(places, key=lambda place: place.length)
+    content = bytearray((folder / place.relative_path).read_bytes())
+    item = content[place.offset : place.offset + place.length]
+    with zipfile.ZipFile(io.BytesIO(item)) as records:
+        info = next(info for info in records.infolist() if info.filename.endswith("/data/0"))
+        numbers = records.read(info)
+    at = item.index(numbers)
+    item[at + len(numbers) // 8 * 4] ^= 1  # the lowest bit of a number, so that it stays finite
+    if signed:
+        new = zlib.crc32(item[at : at + len(numbers)])
+        item = item.replace(info.CRC.to_bytes(4, "little"), new.to_bytes(4, "little"))
+    content[place.offset : place.offset + place.length] = item
+    return place.relative_path, bytes(content)

@@ -139,10 +139,12 @@ def test_other_formats_are_refused_with_a_way_out(copy: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="metadata.json: damaged"):
         ChunkReader(copy)
     (tmp_path / "legacy" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "legacy" / "mp_rank_00" / "model_weights.ckpt").write_bytes(b"x")
     with pytest.raises(ValueError, match="legacy.*restore it with NeMo"):
         ChunkReader(tmp_path / "legacy")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="not a torch_dist.*model_weights/"):
+    (tmp_path / "empty" / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"\.metadata is missing, so this is not a whole torch_dist.*model_weights/"):
         ChunkReader(tmp_path / "empty")
     with pytest.raises(ValueError, match="no such directory"):
         ChunkReader(tmp_path / "absent")

@@ -205,6 +205,67 @@ def test_parts_of_different_dtype_are_read_in_the_wider_one(tmp_path: Path) -> N
     assert torch.equal(source.read(FC1, (1, 56, 0), (1, 56, 40))[0], stored[name])
 
 
+def _with_changes(folder: Path, change: Any, *, shards: int = 3) -> None:
+    """Rewrite `model.safetensors` as several files with an index, tensors changed in place of a dict."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({n: t.contiguous() for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "mistral"])
+def test_mixed_dtypes_keep_their_dtypes_and_their_logits(megatron: None, tmp_path: Path, name: str) -> None:
+    """bfloat16 matrices, float32 vectors, one float16 and one float64 tensor, in several files."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny_model(tmp_path, name)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        matrices = sorted(key for key in tensors if tensors[key].ndim == 2)
+        half = next(key for key in matrices if ".1." in key)
+        for key in matrices:
+            tensors[key] = tensors[key].to(torch.float16 if key == half else torch.bfloat16)
+        vectors = sorted(key for key in tensors if tensors[key].ndim == 1)
+        tensors[vectors[0]] = tensors[vectors[0]].double()
+
+    _with_changes(tmp_path, mix)
+    source = HuggingFaceSource(tmp_path)
+    dtypes = {info.dtype for info in source.keys().values()}
+    assert {torch.float32, torch.bfloat16} <= dtypes <= {torch.float32, torch.bfloat16, torch.float16}
+    norm = "decoder.final_layernorm.weight"
+    assert source.keys()[norm].dtype is torch.float32 and source.keys()[WORDS].dtype is torch.bfloat16
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32, attn_implementation="eager")
+    assert _difference(source, theirs) < 1e-5
+    rounded = Changed(source, norm, lambda w: w.bfloat16().float())
+    assert _difference(source, theirs, rounded) > 1e-4, "control: as it was when all took the embedding's dtype"
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_weights_that_are_not_finite_are_named_with_their_files(tmp_path: Path, safetensors: bool) -> None:
+    model = save_tiny_model(tmp_path / "good", "llama")
+    up, norm = model.model.layers[1].mlp.up_proj.weight, model.model.norm.weight
+    with torch.no_grad():
+        up[0, :3], up[4, 4], norm[5] = float("nan"), float("inf"), -float("inf")
+    model.save_pretrained(tmp_path / "bad", safe_serialization=safetensors, max_shard_size=30_000)
+    source = HuggingFaceSource(tmp_path / "bad")
+    assert source.read(QKV, (0, 0, 0), source.keys()[QKV].shape).isfinite().all(), "what is whole is read"
+    files = {path.name for path in (tmp_path / "bad").iterdir()}
+    for key, offset, shape in ((FC1, (1, 0, 0), (1, 112, 40)), ("decoder.final_layernorm.weight", (0,), (40,))):
+        with pytest.raises(ValueError, match="^.*bad holds weights that are not finite:\n") as caught:
+            source.read(key, offset, shape)
+        first, second = (line.strip() for line in str(caught.value).splitlines()[1:-1])
+        assert first.endswith(": model.layers.1.mlp.up_proj.weight: 3 NaN and 1 infinite of 2240 numbers")
+        assert second.endswith(": model.norm.weight: 0 NaN and 1 infinite of 40 numbers")
+        assert {first.split(": ")[0], second.split(": ")[0]} <= files
+
+
 def test_weights_and_config_that_do_not_fit_give_all_faults_at_once(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
+from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 
 CONFIG = "num_layers: 4\nname: tëst\n"
 
@@ -80,16 +81,38 @@ def test_extracts_only_what_is_wanted(archive: Path, folder: Path, tmp_path: Pat
     assert _files(tmp_path / "some") == {k: v for k, v in _files(folder).items() if k != "tokenizer.model"}
 
 
-def test_open_nemo_removes_what_it_unpacked_and_keeps_a_directory(archive: Path, folder: Path) -> None:
-    with open_nemo(archive, ("model_weights",)) as directory:
+def test_what_was_unpacked_is_removed_and_a_directory_is_kept(archive: Path, folder: Path) -> None:
+    with NemoArchive(archive) as opened, unpacked(opened, ("model_weights",)) as directory:
         assert _files(directory / "model_weights") == _files(folder / "model_weights")
         assert not (directory / "model_config.yaml").exists()
     assert not directory.exists()
-    with open_nemo(folder, ("model_weights",)) as directory:
+    with NemoArchive(folder) as opened, unpacked(opened, ("model_weights",)) as directory:
         assert directory == folder
     assert folder.exists()
-    with pytest.raises(ValueError, match="no 'exit_weights' in it"), open_nemo(folder, ("exit_weights",)):
-        pass
+
+
+def test_a_folder_is_read_where_it_lies(archive: Path, folder: Path) -> None:
+    """Any part of any file, of a plain archive without unpacking; a compressed one is unpacked for that."""
+    whole = (folder / "model_weights" / "__0_0.distcp").read_bytes()
+    for path in (archive, folder):
+        with open_nemo(path) as opened:
+            weights = opened.folder("model_weights")
+            assert {name: weights.read(name) for name in weights.names()} == _files(folder / "model_weights")
+            assert opened.directory is None or path == folder or path.read_bytes()[:2] == b"\x1f\x8b"
+            with weights.open("__0_0.distcp", 10_000, 300) as part:
+                assert part.read(7) == whole[10_000:10_007] and part.seek(-3, os.SEEK_END) == 297
+                assert part.read() == whole[10_297:10_300] and part.read() == b""
+            with pytest.raises(ValueError, match="the file has 70001 bytes, 70002 are needed"):
+                weights.open("__0_0.distcp", 70_000, 2)
+            with pytest.raises(FileNotFoundError, match="the file is missing"):
+                weights.open("nope")
+            assert weights.shown("x") == f"{path}: model_weights/x" and not opened.folder("exit_weights").names()
+
+
+def test_an_archive_that_is_replaced_while_it_is_read(archive: Path, folder: Path) -> None:
+    with open_nemo(archive) as opened:
+        write_nemo(archive, {"model_config.yaml": "other: 1"})
+        assert opened.folder("model_weights").read("deep/x.bin") == b"x" * 512
 
 
 def test_too_little_disk_space_is_said_before_unpacking(archive: Path, tmp_path: Path, monkeypatch) -> None:
@@ -207,7 +230,7 @@ def test_writes_files_folders_bytes_and_members_of_another_archive(
             "single": b"s",
             "raw": b"r",
         }
-        with open_nemo(written) as directory:
+        with NemoArchive(written) as opened, unpacked(opened) as directory:
             assert _files(directory) == expected
         assert list(written.parent.iterdir()) == [written]
     with tarfile.open(written) as tar:

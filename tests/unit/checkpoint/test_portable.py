@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import (
+    backbone_of,
     config_elsewhere,
     find_backbone,
     portable_tokenizer,
@@ -254,3 +256,26 @@ def test_absolute_paths_are_dropped_from_a_config() -> None:
     }
     expected = {"num_layers": 3, "peft": {"scheme": "lora"}, "every": "1/4", "separator": "/", "relative": "data/a"}
     assert without_machine_paths(config) == {**expected, "tokenizer": {"type": "/tok"}}
+
+
+def test_the_backbone_of_a_file(tmp_path: Path) -> None:
+    """Itself, or its base; a message for every way it can miss, each with the setting of the script that runs."""
+    config = "num_layers: 2\nbackbone_fingerprint: aa\n"
+    whole = write_nemo(tmp_path / "ee.nemo", {"model_config.yaml": config, "model_weights/x": b"x"})
+    other = write_nemo(
+        tmp_path / "other.nemo", {"model_config.yaml": config.replace("aa", "bb"), "model_weights/x": b"x"}
+    )
+    exits = write_nemo(tmp_path / "exits.nemo", {"model_config.yaml": f"{config}backbone_path: ee.nemo\n"})
+    lost = write_nemo(tmp_path / "lost.nemo", {"model_config.yaml": config})
+    assert backbone_of(whole) == backbone_of(whole, other) == whole
+    assert backbone_of(exits) == backbone_of(lost, whole) == whole
+    for option in ("model.backbone_path", "backbone", "backbone_path", "--backbone"):
+        way_out = re.escape(f": give {option}=<the .nemo the exits were tuned on>")
+        with pytest.raises(ValueError, match=f"lost.nemo holds exits only; it does not name its base model{way_out}"):
+            backbone_of(lost, option=option)
+        with pytest.raises(ValueError, match=f"base model \\('nowhere.nemo'\\) was not found{way_out}"):
+            backbone_of(exits, "nowhere.nemo", option)
+        with pytest.raises(ValueError, match=f"holds exits only, and .*lost.nemo has no backbone either{way_out}"):
+            backbone_of(exits, lost, option)
+        with pytest.raises(ValueError, match=f"fingerprint aa, but .*other.nemo has bb; .*\\({option}=...\\)"):
+            backbone_of(exits, other, option)

@@ -328,9 +328,7 @@ def test_each_token_leaves_where_a_whole_sequence_pass_says(family, rotary_perce
             expected = sure[0] if sure and event.position > len(prompt) else None
             assert event.exit == expected
             assert event.confidence == pytest.approx(certainty[expected][row], abs=1e-5)
-            assert event.logprob == pytest.approx(
-                float(logits[expected][row].log_softmax(-1)[event.token]), abs=1e-4
-            )
+            assert event.logprob == pytest.approx(float(logits[expected][row].log_softmax(-1)[event.token]), abs=1e-4)
             left_at.add(expected)
         assert len(left_at) >= 3, f"tokens left only at {left_at}: the test says too little"
 
