@@ -9,7 +9,6 @@ the public parts of torch.distributed.checkpoint. No code in an untrusted file r
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_ee.checkpoint.restricted_pickle import METADATA_FILE, load_metadata, plain_file_name
+from nemo_ee.text.json_values import read_json_object
 
 MEGATRON_CONFIG_FILE = "metadata.json"
 
@@ -223,7 +223,7 @@ def _backend(directory: Path) -> str | None:
     if not path.is_file():
         return "zarr" if any(directory.glob("*/.zarray")) else None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["sharded_backend"])
+        return str(read_json_object(path)["sharded_backend"])
     except (ValueError, KeyError, TypeError) as fault:
         raise ValueError(f"{path}: damaged ({fault!r}); fetch or save the checkpoint again.") from fault
 

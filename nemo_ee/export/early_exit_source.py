@@ -198,7 +198,7 @@ def read_plain_config(path: Path) -> dict[str, Any]:
         text = archive.config_text()
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
     layers = config.get("num_layers") if isinstance(config, dict) else None
     if not isinstance(layers, int) or layers < 1:

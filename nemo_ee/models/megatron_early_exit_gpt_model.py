@@ -47,6 +47,7 @@ from nemo_ee.models.layer_split import choose_placements, read_layer_split
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.models.optimizer_choice import exit_optimizers_for
 from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
+from nemo_ee.models.sample_index import content_keyed_index
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.what_trains import what_trains
@@ -351,7 +352,8 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
 
     def build_train_valid_test_datasets(self):
         """NeMo's data sets, whose samples have a loss mask each: one that counts only answers for chat data."""
-        built = super().build_train_valid_test_datasets()
+        with content_keyed_index(self.cfg, self.vocab_size):
+            built = super().build_train_valid_test_datasets()
         self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
