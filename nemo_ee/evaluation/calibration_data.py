@@ -66,7 +66,7 @@ def read_entries(path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES) -> tupl
     if not path.is_file() or prefix != path:
         tokens = [f"{prefix}{ending}" for ending in (".bin", ".idx")]
         if all(Path(file).is_file() for file in tokens):
-            raise ValueError(f"data={path} is tokenised data ({' and '.join(tokens)}); give the text it was made of")
+            raise ValueError(f"{path} is tokenised data ({' and '.join(tokens)}); give the text it was made of")
     if not is_jsonl(path):
         return [Entry(read_document(path, max_bytes), None, True)], sha256_of(path)
     faults: list[str] = []
@@ -75,7 +75,7 @@ def read_entries(path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES) -> tupl
         more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
         raise ValueError("\n  ".join(faults[:10] + more))
     if not entries:
-        raise ValueError(f"data={path} is empty; give a line per prompt or document")
+        raise ValueError(f"{path} is empty; give a line per prompt or document")
     return entries, sha256_of(path)
 
 

@@ -247,7 +247,7 @@ def _entries(config: Mapping[str, Any], faults: list[str]) -> tuple[tuple[Entry,
     try:
         entries, digest = read_entries(Path(str(data)), config["max_document_bytes"])
     except ValueError as fault:
-        faults.append(str(fault))
+        faults.append(f"data: {fault}")
         return (), {}
     if config["risk"] == "task":
         missing = sum(entry.answer is None for entry in entries)

@@ -204,17 +204,18 @@ def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
 
 def _prompts_of_file(path: Path, faults: list[str]) -> _Prompts:
     """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
-    known = len(faults)
+    wrong: list[str] = []
     if is_jsonl(path):
-        found = [line for _, line in read_json_lines(path, _prompt_of_line, faults=faults)]
+        found = [line for _, line in read_json_lines(path, _prompt_of_line, faults=wrong)]
     else:
         found = []
         try:
             found += [(text_line(path, number, line), {}) for number, line in read_lines(path)]
         except TextError as fault:
-            faults.append(str(fault))
-    if not found and len(faults) == known:
-        faults.append(f"prompts_file={path} holds no prompt; put one on each line")
+            wrong.append(str(fault))
+    if not found and not wrong:
+        wrong.append(f"{path}: holds no prompt; put one on each line")
+    faults += [f"prompts_file: {one}" for one in wrong]
     return tuple(prompt for prompt, _ in found), tuple(labels for _, labels in found)
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,7 +207,9 @@ def vocabulary_faults(model: DictConfig) -> list[str]:
 
     The files are there. A `.nemo` that does not state `vocab_size` takes its tokenizer's, which only the model knows.
     """
-    if model.data.get("data_impl") == "mock" or int(os.environ.get("RANK", "0")):
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    if model.data.get("data_impl") == "mock" or not is_global_rank_zero():
         return []
     prefixes = listed_prefixes(model.data.data_prefix)
     found = ((prefix, vocabulary_fault(prefix, model.get("vocab_size"))) for prefix in prefixes)

@@ -91,9 +91,7 @@ def parse_json(text: bytes | str, *, wide_integers: bool = False) -> Any:
         raise JsonError(reason, _line_of_part(text, part)) from None
     except RecursionError:
         raise _too_deep(text) from None
-    # Counting is fast; only what may break a limit is walked through.
-    if text.count("[") + text.count("{") > MAX_DEPTH or "\\ud" in text or "\\uD" in text:
-        _check_parts(value, text)
+    _check_parts(value, text)
     return value
 
 
@@ -163,7 +161,7 @@ def _check_parts(value: Any, text: str) -> None:
         if depth > MAX_DEPTH:
             raise _too_deep(text)
         for part in level:
-            if type(part) is str:
+            if type(part) is str and not part.isascii():  # isascii takes no time
                 _check_text(part, text)
         level = [part for one in containers for part in (one if type(one) is list else [*one, *one.values()])]
 
@@ -175,7 +173,7 @@ def _check_text(part: str, text: str) -> None:
         half = f"\\u{ord(part[error.start]):x}"
         line = _line_at(text, text.lower().find(half))
         raise JsonError(
-            f"spells half a character ({half}, one half of a surrogate pair); write the whole character", line
+            f"holds half a character ({half}, half of a surrogate pair); write the whole character", line
         ) from None
 
 

@@ -157,7 +157,7 @@ def test_prompts_are_taken_whole_and_faults_name_their_place(tmp_path):
     with pytest.raises(ValueError) as caught:
         read_entries(file)
     message = str(caught.value)
-    assert "line 1: must be an object" in message and 'line 2: "answer" is 3' in message and "line 3" in message
+    assert ":1: must be an object" in message and ':2: "answer" is 3' in message and ":3: not JSON" in message
     text = tmp_path / "x.txt"
     text.write_text("1 2 3 4 5 6")
     assert read_entries(text)[0][0].is_document
