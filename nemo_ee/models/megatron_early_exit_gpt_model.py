@@ -38,7 +38,7 @@ from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
-from nemo_ee.models.datasets import prepare_dataset
+from nemo_ee.models.datasets import DatasetHooks
 from nemo_ee.models.exit_metrics import ExitSums, mean_loss, named_metrics
 from nemo_ee.models.exit_optimizers import exit_parameter_groups
 from nemo_ee.models.first_weights import fill_stage
@@ -47,17 +47,17 @@ from nemo_ee.models.layer_split import choose_placements, read_layer_split
 from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.models.optimizer_choice import exit_optimizers_for
 from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
-from nemo_ee.models.sample_index import content_keyed_index
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
 from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.what_trains import what_trains
 from nemo_ee.models.whole_model_hooks import WholeModelHooks
+from nemo_ee.text.json_values import check_model_files
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
-class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
+class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel):
     """A Megatron GPT with early-exit heads, whose backbone stays frozen unless `early_exit.train` says otherwise.
 
     Args:
@@ -186,6 +186,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
             block.trust_remote_code = False  # a config from a file must not run code
             if AppState().is_model_being_restored and block.library == "huggingface" and bundled.is_dir():
                 block.update(type=str(bundled), use_fast=block.get("use_fast") is not False)
+            check_model_files(str(block.get("type")))
             super()._build_tokenizer()
             block.type = named
 
@@ -349,12 +350,6 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
         """Let the last transfers finish before the process groups go away."""
         super().on_train_end()
         self._drain()
-
-    def build_train_valid_test_datasets(self):
-        """NeMo's data sets, whose samples have a loss mask each: one that counts only answers for chat data."""
-        with content_keyed_index(self.cfg, self.vocab_size):
-            built = super().build_train_valid_test_datasets()
-        self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""
