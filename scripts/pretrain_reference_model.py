@@ -97,7 +97,10 @@ def build_model(config: PretrainConfig):
     )
     if config.start_from is None:
         return LlamaForCausalLM(shape)
-    check_model_files(config.start_from)
+    try:
+        check_model_files(config.start_from)
+    except ValueError as error:
+        raise ValueError(f"start_from: {config.start_from} cannot be read as a Llama model: {error}") from error
     try:
         stored = LlamaConfig.from_pretrained(config.start_from)
         wanted = {**config.model, "model_type": "llama", "num_key_value_heads": shape.num_key_value_heads}
