@@ -10,14 +10,15 @@ windows of step i are those with the numbers i x batch ... (i + 1) x batch - 1.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 from byte_tokenizer import encode
+
+from nemo_ee.text.text_files import MAX_DOCUMENT_BYTES, read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +33,30 @@ class Document:
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
-def read_documents(paths: Iterable[str]) -> tuple[list[Document], list[str]]:
-    """The lines of JSONL files (fields `text` and, if there is one, `source`), and what is wrong with the files."""
-    documents, faults = [], []
+def read_documents(
+    paths: Iterable[str], max_bytes: int | None = MAX_DOCUMENT_BYTES
+) -> tuple[list[Document], list[str]]:
+    """The lines of JSONL files (fields `text` and, if there is one, `source`), and what is wrong with the files.
+
+    Args:
+        paths: the files; `.gz` is unpacked.
+        max_bytes: limit of a line; None = no limit.
+    """
+    documents: list[Document] = []
+    faults: list[str] = []
     for path in paths:
         if not Path(path).is_file():
             faults.append(f"{path} does not exist; scripts/data/collect_python_sources.py makes such a file")
             continue
-        opener = gzip.open if path.endswith(".gz") else open
-        try:
-            with opener(path, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    record = json.loads(line)
-                    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                        faults.append(f"{path}:{number}: no object with a text in the field 'text'")
-                        break
-                    documents.append(Document(record["text"], str(record.get("source", ""))))
-        except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            faults.append(f"{path}: cannot be read as JSON lines: {error}")
+        lines = read_json_lines(Path(path), _document, max_bytes=max_bytes, faults=faults)
+        documents += [document for _, document in lines]
     return documents, faults
+
+
+def _document(record: Any) -> Document:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError("no object with a text in the field 'text'")
+    return Document(record["text"], str(record.get("source", "")))
 
 
 def without(documents: Sequence[Document], held_out: Sequence[Document]) -> list[Document]:

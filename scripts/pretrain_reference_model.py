@@ -34,11 +34,13 @@ from omegaconf import DictConfig, OmegaConf
 from pretraining_settings import PretrainConfig, Progress
 
 from nemo_ee.command import command
+from nemo_ee.text.json_values import check_model_files
 
 logger = logging.getLogger(__name__)
 
 _RMS_NORM_EPS = 1e-5
 _ROPE_THETA = 10000.0
+_SHOWN_FAULTS = 20
 # Rows of attention done at once. With 512 columns a block of bf16 scores stays in the cache and half of the masked
 # part is never computed; torch's own CPU kernel takes twice the time at this size.
 _ATTENTION_ROWS = 128
@@ -95,6 +97,10 @@ def build_model(config: PretrainConfig):
     )
     if config.start_from is None:
         return LlamaForCausalLM(shape)
+    try:
+        check_model_files(config.start_from)
+    except ValueError as error:
+        raise ValueError(f"start_from: {config.start_from} cannot be read as a Llama model: {error}") from error
     try:
         stored = LlamaConfig.from_pretrained(config.start_from)
         wanted = {**config.model, "model_type": "llama", "num_key_value_heads": shape.num_key_value_heads}
@@ -291,13 +297,14 @@ def read_data(config: PretrainConfig):
     """
     from packed_bytes import PackedWindows, read_documents, without
 
-    documents, faults = read_documents(config.data)
-    held_out, other_faults = read_documents(config.held_out)
+    documents, faults = read_documents(config.data, config.max_document_bytes)
+    held_out, other_faults = read_documents(config.held_out, config.max_document_bytes)
     if not config.held_out:
         other_faults = ["empty list; name at least one file"]
     faults = [f"data: {fault}" for fault in faults] + [f"held_out: {fault}" for fault in other_faults]
     if faults:
-        raise ValueError("\n  - ".join(["Nothing was trained:", *faults]))
+        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
+        raise ValueError("\n  - ".join(["Nothing was trained:", *faults[:_SHOWN_FAULTS], *more]))
     kept = without(documents, held_out)
     logger.info("%d documents, %d of them held out", len(documents), len(documents) - len(kept))
     length, seed = config.sequence_length, config.seed

@@ -26,6 +26,7 @@ class PretrainConfig:
     data: tuple[str, ...]
     output: Path
     held_out: tuple[str, ...]
+    max_document_bytes: int | None
     start_from: str | None
     model: dict[str, Any]
     sequence_length: int
@@ -69,7 +70,7 @@ class PretrainConfig:
         whole = {f"model.{key}": config.model[key] for key in (*_MODEL_KEYS, "max_position_embeddings")}
         for key in ("sequence_length", "batch_size", "steps", "save_every", "validation_windows"):
             whole[key] = getattr(config, key)
-        for key in ("validate_every", "final_validation_windows", "max_steps_this_run"):
+        for key in ("max_document_bytes", "validate_every", "final_validation_windows", "max_steps_this_run"):
             if getattr(config, key) is not None:
                 whole[key] = getattr(config, key)
         faults += [
@@ -168,7 +169,7 @@ class Progress:
         if self.step >= self.decay_start or not request.exists():
             return False
         text = request.read_text(encoding="utf-8").strip()
-        if text and (not text.isdigit() or int(text) < 1):
-            raise ValueError(f"{request} holds {text!r}; write a number of steps from 1, or leave it empty")
+        if text and (not text.isdecimal() or len(text) > 9 or int(text) < 1):
+            raise ValueError(f"{request} holds {text[:40]!r}; write a number of steps from 1, or leave it empty")
         self.decay_start, self.decay_steps = self.step, int(text or self.decay_steps)
         return True

@@ -36,6 +36,7 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
     from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
     from nemo_ee.evaluation.token_windows import TokenWindows
     from nemo_ee.generation.engine import EarlyExitEngine
+    from nemo_ee.models.connector import read_config
 
     config = OmegaConf.to_container(cfg, resolve=True)
     own = config.pop("model")
@@ -46,7 +47,8 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.thresholds:
         raise ValueError("thresholds: empty list; give at least one number, such as 0.9")
     requests = {threshold: scoring_request({**config, "threshold": threshold}) for threshold in cfg.thresholds}
-    windows = TokenWindows(str(cfg.data), seq_length=cfg.length - 1, max_tokens=cfg.max_tokens)
+    vocabulary = read_config(own["restore_from_path"]).get("vocab_size")
+    windows = TokenWindows(str(cfg.data), seq_length=cfg.length - 1, max_tokens=cfg.max_tokens, vocab_size=vocabulary)
     generator = open_generator(OmegaConf.create(config), next(iter(requests.values())))
     engine = EarlyExitEngine(generator.model)
     texts = []

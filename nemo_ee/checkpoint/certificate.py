@@ -20,6 +20,7 @@ from typing import Any
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import config_elsewhere
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.text.json_values import MAX_FILE_BYTES, JsonError, parse_json
 
 FOLDER = "certificates"
 SCHEMA_VERSION = 1
@@ -182,8 +183,8 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
             source = f"{archive.path}: {member}"
             with archive.open_member(member) as file:
                 try:
-                    values = json.loads(file.read().decode("utf-8"))
-                except ValueError as fault:
+                    values = parse_json(file.read(MAX_FILE_BYTES))
+                except JsonError as fault:
                     raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
             certificate = Certificate.from_mapping(values, source)
             if member != member_of(certificate.name):

@@ -11,7 +11,6 @@ the public parts of torch.distributed.checkpoint, without unpacking an archive. 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from nemo_ee.checkpoint.file_folder import FileFolder
 from nemo_ee.checkpoint.restricted_pickle import METADATA_FILE, load_metadata, plain_file_name
 from nemo_ee.checkpoint.tensor_checks import is_finite, load_checked, non_finite_message
+from nemo_ee.text.json_values import parse_json
 
 MEGATRON_CONFIG_FILE = "metadata.json"
 _AGAIN = "fetch or save it again"
@@ -265,7 +265,7 @@ def _backend(folder: FileFolder) -> str | None:
     if MEGATRON_CONFIG_FILE not in folder:
         return "zarr" if any(name.endswith("/.zarray") for name in folder.names()) else None
     try:
-        return str(json.loads(folder.read(MEGATRON_CONFIG_FILE))["sharded_backend"])
+        return str(parse_json(folder.read(MEGATRON_CONFIG_FILE))["sharded_backend"])
     except (ValueError, KeyError, TypeError) as fault:
         raise ValueError(f"{folder.shown(MEGATRON_CONFIG_FILE)}: damaged ({fault!r}); {_AGAIN}.") from fault
 

@@ -8,7 +8,6 @@ that it touches. Faults of config and weights are found at opening, all of them 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from functools import reduce
@@ -23,6 +22,7 @@ from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.checkpoint.huggingface_files import TensorFiles, refuse_adapter
 from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
 from nemo_ee.checkpoint.tensor_checks import is_finite, non_finite_message
+from nemo_ee.text.json_values import JsonError, read_json_object
 
 __all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "read_backbone"]
 
@@ -51,11 +51,9 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
             f"{directory}: no {CONFIG_FILE}; give the directory of a Hugging Face model (no name of a hub)."
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise ValueError(f"{path}: damaged ({fault}); fetch it again.") from fault
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: damaged, it holds no mapping; fetch it again.")
+        values = read_json_object(path)
+    except JsonError as fault:
+        raise ValueError(f"{fault}; the file is damaged, fetch it again.") from fault
     try:
         return backbone_from_config(values, sequence_length)
     except ValueError as fault:

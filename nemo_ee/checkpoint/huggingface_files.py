@@ -8,7 +8,6 @@ from someone else could name, is never opened.
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from nemo_ee.text.json_values import read_json_object
 
 _NAMES = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -33,8 +34,8 @@ def refuse_adapter(directory: Path) -> None:
     if not (directory / "adapter_config.json").is_file():
         return
     try:
-        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        base = read_json_object(directory / "adapter_config.json").get("base_model_name_or_path")
+    except JsonError:
         base = None
     of_base = f" of {base}" if isinstance(base, str) else ""
     merged = f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload()"
@@ -213,7 +214,7 @@ def _first_line(fault: Exception) -> str:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_object(path)["weight_map"]
         entries = dict(weight_map)
     except (ValueError, KeyError, TypeError) as fault:
         raise ValueError(f"{path}: damaged ({fault!r}); fetch it again") from fault

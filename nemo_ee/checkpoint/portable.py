@@ -158,7 +158,7 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, RecursionError) as fault:
         raise ValueError(f"{nemo}: model_config.yaml is damaged ({fault}); fetch or save the file again") from fault
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     node = next((value for key, value in pairs if key.value == _BACKBONE_KEY and _follows(value, key)), None)

@@ -7,12 +7,12 @@ A `.nemo` may come from anybody, so nothing else of that folder is copied, and n
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.text import json_values
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
 SPECIAL_TOKENS = ("bos", "eos", "pad")
@@ -45,13 +45,10 @@ def copy_tokenizer_files(folder: Path, to: Path) -> list[str]:
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such plain file, or something else in it."""
-    if not is_plain_file(path):
-        return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        return json_values.read_json_object(path, wide_integers=True) if is_plain_file(path) else None
+    except json_values.JsonError:
         return None
-    return values if isinstance(values, dict) else None
 
 
 def special_token_ids(folder: Path | None) -> dict[str, int | None]:

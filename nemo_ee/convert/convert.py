@@ -36,6 +36,7 @@ from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 from nemo_ee.models.trainer import single_run_trainer
 from nemo_ee.text.huggingface_json import with_both_spellings
+from nemo_ee.text.json_values import check_model_files
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
 # Relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
@@ -95,6 +96,7 @@ def convert(cfg: DictConfig) -> Conversion:
 
     trainer = single_run_trainer(cfg)
     model = _build(cfg, source, model_config, trainer)
+    _warn_of_tokens_without_rows(model)
     tokens = _probe_tokens(model, cfg.probe_tokens)
     before = full_model_logits(model, tokens)
     difference = None
@@ -141,6 +143,7 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
         block = OmegaConf.to_container(stored).get("early_exit") or {}
         merged["_stored_exits"] = block.get("exits") or []
         return merged
+    check_model_files(source)
     backbone = HuggingFaceSource(source, overrides.get("encoder_seq_length")).backbone
     merged = {key: value for key, value in overrides.items() if value is not None}
     tokenizer = {"library": "huggingface", "type": str(source.resolve()), "use_fast": True}
@@ -188,6 +191,19 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
     # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
     model.bundled_files["tokenizer/config.json"] = source / "config.json"
     return model
+
+
+def _warn_of_tokens_without_rows(model: MegatronEarlyExitGPTModel) -> None:
+    """Say which ids the tokenizer has and the model does not."""
+    vocabulary = getattr(getattr(model.tokenizer, "tokenizer", None), "get_vocab", dict)()
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= model.vocab_size)
+    if beyond:
+        first = ", ".join(f"{number} {token!r}" for number, token in beyond[:3])
+        logging.warning(
+            f"the tokenizer has {len(beyond)} token ids outside the model's vocabulary 0..{model.vocab_size - 1}: "
+            f"{first}{', ...' if len(beyond) > 3 else ''}. Tuning, evaluation and generation refuse texts with such "
+            "tokens; leave them out of the data"
+        )
 
 
 def _probe_tokens(model: MegatronEarlyExitGPTModel, count: int) -> torch.Tensor:

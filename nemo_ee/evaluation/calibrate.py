@@ -79,7 +79,8 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
     _check_model(request, stored, positions)
     tokenizer = stored_tokenizer(request.path, stored)
-    prompts = None if tokenizer is None else _prompts(request, tokenizer, positions)  # faults before weights are read
+    # Problems of the prompts show before weights are read.
+    prompts = None if tokenizer is None else _prompts(request, tokenizer, positions, stored.get("vocab_size"))
     identity = identify(request.path)
     trainer = single_run_trainer(cfg)
     model = MegatronEarlyExitGPTModel.restore_from(
@@ -90,7 +91,7 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     )
     if request.setting.precision == "bf16":
         model.model.bfloat16()
-    prompts = prompts or _prompts(request, model.tokenizer, positions)
+    prompts = prompts or _prompts(request, model.tokenizer, positions, model.vocab_size)
     calibrator = Calibrator(MegatronDecodingModel(model.model), model.tokenizer, request, prompts)
     report = calibrator.run()
     certificate = _certificate(request, report, identity, prompts)
@@ -125,7 +126,9 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
         raise ValueError("nothing was calibrated:\n" + "\n".join(f"  {one}" for one in faults))
 
 
-def _prompts(request: CalibrationRequest, tokenizer: Any, positions: int) -> CalibrationPrompts:
+def _prompts(
+    request: CalibrationRequest, tokenizer: Any, positions: int, vocab_size: int | None
+) -> CalibrationPrompts:
     asked = request.setting
     if asked.add_BOS and tokenizer.bos_id is None:
         raise ValueError("add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False")
@@ -139,6 +142,7 @@ def _prompts(request: CalibrationRequest, tokenizer: Any, positions: int) -> Cal
         prompts_per_document=request.prompts_per_document,
         num_prompts=request.num_prompts,
         longest=positions - asked.tokens_to_generate,
+        vocab_size=vocab_size,
         seed=request.seed,
         facts=request.data_facts,
     )

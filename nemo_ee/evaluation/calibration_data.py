@@ -18,7 +18,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.text.text_files import is_jsonl, read_json_lines, read_text
+from nemo_ee.generation.checks import token_faults
+from nemo_ee.text.text_files import (
+    MAX_DOCUMENT_BYTES,
+    data_prefix,
+    is_jsonl,
+    read_document,
+    read_json_lines,
+    sha256_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +53,30 @@ class CalibrationPrompts:
     facts: dict[str, Any]
 
 
-def read_entries(path: Path) -> tuple[list[Entry], str]:
+def read_entries(path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES) -> tuple[list[Entry], str]:
     """The entries of a file and its sha256. `.gz` is unpacked; `.jsonl` is read line by line.
+
+    Args:
+        max_bytes: limit of a document or line; None = no limit.
 
     Raises:
         ValueError: every fault of the file, with line numbers.
     """
-    text, digest = read_text("data", path)
+    prefix = Path(data_prefix(str(path)))
+    if not path.is_file() or prefix != path:
+        tokens = [f"{prefix}{ending}" for ending in (".bin", ".idx")]
+        if all(Path(file).is_file() for file in tokens):
+            raise ValueError(f"{path} is tokenised data ({' and '.join(tokens)}); give the text it was made of")
     if not is_jsonl(path):
-        return [Entry(text, None, True)], digest
-    entries, faults = read_json_lines(path, text, _entry)
+        return [Entry(read_document(path, max_bytes), None, True)], sha256_of(path)
+    faults: list[str] = []
+    entries = [entry for _, entry in read_json_lines(path, _entry, max_bytes=max_bytes, faults=faults)]
     if faults:
         more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
         raise ValueError("\n  ".join(faults[:10] + more))
     if not entries:
-        raise ValueError(f"data={path} is empty; give a line per prompt or document")
-    return entries, digest
+        raise ValueError(f"{path} is empty; give a line per prompt or document")
+    return entries, sha256_of(path)
 
 
 def _entry(line: Any) -> Entry:
@@ -85,6 +101,7 @@ def make_prompts(
     longest: int,
     seed: int,
     facts: dict[str, Any],
+    vocab_size: int | None = None,
 ) -> CalibrationPrompts:
     """Tokenize, cut documents, choose.
 
@@ -97,15 +114,18 @@ def make_prompts(
         longest: tokens a prompt may have.
         seed: of the random choices.
         facts: taken over into the result's.
+        vocab_size: the model's; None for no check.
 
     Raises:
-        ValueError: a prompt is empty or too long, or there are none.
+        ValueError: a prompt is empty, too long or holds tokens that the model does not have, or there are none.
     """
     chance = random.Random(seed)
     found: list[tuple[tuple[int, ...], str | None]] = []
     faults, short = [], 0
     for number, entry in enumerate(entries):
         ids = list(to_ids(entry.text))
+        if vocab_size is not None and ids:
+            faults += token_faults(vocab_size, f"prompt {number}", ids)
         if entry.is_document:
             pieces = _pieces(ids, bos, prompt_tokens, prompts_per_document, chance)
             short += not pieces

@@ -131,9 +131,9 @@ def _is_number(value: Any) -> bool:
 def _check_kinds(config: Mapping[str, Any], faults: list[str]) -> None:
     lowest = {
         "tokens_to_generate": 1, "prompt_tokens": 1, "prompts_per_document": 1, "num_prompts": 1, "batch_size": 1,
-        "free_running": 0, "seed": 0,
+        "free_running": 0, "seed": 0, "max_document_bytes": 1,
     }  # fmt: skip
-    faults += whole_number_faults(config, lowest, or_null=("num_prompts",))
+    faults += whole_number_faults(config, lowest, or_null=("num_prompts", "max_document_bytes"))
     faults += switch_faults(config, ("greedy", "stop_on_eos"), or_null=("add_BOS",))
     for key in ("epsilon", "delta"):
         if not _is_number(config[key]) or not 0 < config[key] < 1:
@@ -245,9 +245,9 @@ def _entries(config: Mapping[str, Any], faults: list[str]) -> tuple[tuple[Entry,
         faults.append("data is not set; give a .jsonl with prompts or documents, or a text file")
         return (), {}
     try:
-        entries, digest = read_entries(Path(str(data)))
+        entries, digest = read_entries(Path(str(data)), config["max_document_bytes"])
     except ValueError as fault:
-        faults.append(str(fault))
+        faults.append(f"data: {fault}")
         return (), {}
     if config["risk"] == "task":
         missing = sum(entry.answer is None for entry in entries)

@@ -59,8 +59,10 @@ def identify(path: str | Path) -> Identity:
     Raises:
         ValueError: the file is damaged, has no exits, or does not state its backbone's fingerprint.
     """
+    from nemo_ee.models.connector import read_config  # imports NeMo, which requests do without
+
+    stored = OmegaConf.to_container(read_config(path), resolve=True)
     with NemoArchive(path) as archive:
-        stored = OmegaConf.to_container(OmegaConf.create(archive.config_text()), resolve=True)
         tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
         folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
     block = stored.get("early_exit") or {}

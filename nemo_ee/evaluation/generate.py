@@ -21,7 +21,7 @@ from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.generation.checks import request_faults
+from nemo_ee.generation.checks import request_faults, token_faults
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel, ExitPoint
 from nemo_ee.generation.policy import course_of
@@ -101,7 +101,8 @@ class TextGenerator:
         Raises:
             ValueError: every fault of every prompt, by its number.
         """
-        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, self.model.max_positions))
+        limits = (self.model.max_positions, self.model.vocab_size)
+        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, *limits))
         if not faults:
             requests = [self._request(prompt) for prompt in prompts]
             for index, own in enumerate(requests):
@@ -253,7 +254,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
     tokenizer = stored_tokenizer(request.path, stored)
     if tokenizer is not None:
         positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
-        faults += _prompt_faults(request, request.prompts, tokenizer, positions)
+        faults += _prompt_faults(request, request.prompts, tokenizer, positions, stored.get("vocab_size"))
     _raise(faults)
 
 
@@ -264,7 +265,7 @@ def _raise(faults: Sequence[str]) -> None:
 
 
 def _prompt_faults(
-    request: GenerationRequest, prompts: Sequence[str], tokenizer: Any, positions: int
+    request: GenerationRequest, prompts: Sequence[str], tokenizer: Any, positions: int, vocab_size: int | None
 ) -> Iterator[str]:
     if request.add_bos and tokenizer.bos_id is None:
         yield "add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False"
@@ -272,10 +273,14 @@ def _prompt_faults(
     if request.stop_on_eos and tokenizer.eos_id is None:
         yield "stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False"
     for index, prompt in enumerate(prompts):
-        length = len(prompt_ids(tokenizer, prompt, request.add_bos))
+        ids = prompt_ids(tokenizer, prompt, request.add_bos)
+        length = len(ids)
         if not length:
             yield f"prompt {index} ({prompt!r}) has no tokens; write something or set add_BOS=True"
-        elif length + request.max_new_tokens > positions:
+            continue
+        if vocab_size is not None:
+            yield from token_faults(vocab_size, f"prompt {index}", ids)
+        if length + request.max_new_tokens > positions:
             yield (
                 f"prompt {index}: {length} tokens + tokens_to_generate={request.max_new_tokens} are more than the "
                 f"model's {positions} positions; shorten the prompt or set tokens_to_generate to at most "

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from nemo_ee.evaluation.decoding_config import (
 from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
-from nemo_ee.text.text_files import is_jsonl, numbered_lines, read_json_lines, read_text
+from nemo_ee.text.text_files import TextError, is_jsonl, read_json_lines, read_lines, text_line
 
 COLOURS = ("auto", "always", "never")
 # Of a line of `output`, beside what the prompt's own line says.
@@ -205,18 +204,18 @@ def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
 
 def _prompts_of_file(path: Path, faults: list[str]) -> _Prompts:
     """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
-    try:
-        text, _ = read_text("prompts_file", path)
-    except ValueError as fault:
-        faults.append(str(fault))
-        return _NO_PROMPTS
-    lines = numbered_lines(text)
-    if not lines:
-        faults.append(f"prompts_file={path} holds no prompt; put one on each line")
-    if not is_jsonl(path):
-        return tuple(line for _, line in lines), ({},) * len(lines)
-    found, wrong = read_json_lines(path, text, _prompt_of_line)
-    faults += wrong
+    wrong: list[str] = []
+    if is_jsonl(path):
+        found = [line for _, line in read_json_lines(path, _prompt_of_line, faults=wrong)]
+    else:
+        found = []
+        try:
+            found += [(text_line(path, number, line), {}) for number, line in read_lines(path)]
+        except TextError as fault:
+            wrong.append(str(fault))
+    if not found and not wrong:
+        wrong.append(f"{path}: holds no prompt; put one on each line")
+    faults += [f"prompts_file: {one}" for one in wrong]
     return tuple(prompt for prompt, _ in found), tuple(labels for _, labels in found)
 
 
@@ -224,8 +223,6 @@ def _prompt_of_line(value: Any) -> tuple[str, dict[str, Any]]:
     """The prompt of a line, and what else it says."""
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise ValueError('must be an object with a text under "prompt"')
-    if not _is_writable(value):
-        raise ValueError("holds half of a surrogate pair; write the whole character")
     labels = {key: own for key, own in value.items() if key != "prompt"}
     taken = ", ".join(f'"{key}"' for key in labels if key in OUTPUT_KEYS)
     if taken:
@@ -233,10 +230,10 @@ def _prompt_of_line(value: Any) -> tuple[str, dict[str, Any]]:
     return value["prompt"], labels
 
 
-def _is_writable(value: Any) -> bool:
-    """Whether UTF-8 can hold a text, or every text in a JSON value: lone surrogates are in no encoding."""
+def _is_writable(text: str) -> bool:
+    """Whether UTF-8 can hold a text: lone surrogates are in no encoding."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -25,7 +25,9 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_ee import cpu_host
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of
+from nemo_ee.evaluation.certified import tokenizer_fingerprint
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.sampling import SamplingParams
@@ -129,8 +131,13 @@ class EarlyExitLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the requests cache."""
-        return str(self._request.path).replace("/", "__")
+        """Of the requests cache: what the tokenizer is, since the `.nemo` may be another one tomorrow."""
+        from nemo_ee.models.connector import read_config
+
+        path = self._request.path
+        with NemoArchive(path) as archive:
+            block = OmegaConf.to_container(read_config(path).tokenizer, resolve=True)
+            return f"nemo_ee-{tokenizer_fingerprint(archive, block)}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a begin-of-text token in front unless `add_special_tokens` is False or the model has none."""

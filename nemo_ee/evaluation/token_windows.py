@@ -11,40 +11,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_ee.megatron.exit_loss import MicroBatch
-
-
-def missing_files(prefix: str) -> list[str]:
-    """Files that a data prefix should have and has not."""
-    return [prefix + ending for ending in (".bin", ".idx") if not Path(prefix + ending).is_file()]
+from nemo_ee.models.token_files import missing_files, open_data, vocabulary_fault
+from nemo_ee.text.text_files import data_prefix
 
 
 class TokenWindows:
     """Windows over a tokenised text.
 
     Args:
-        prefix: path of the data without .bin or .idx.
+        prefix: path of the data, with or without .bin or .idx.
         seq_length: s, tokens predicted per window.
         max_tokens: predict at most this many tokens, in whole windows; None for the whole text.
-        vocab_size: ids must be below it, checked when a window is read; None for no check.
+        vocab_size: ids in the windows must be below it; None for no check.
 
     Raises:
-        ValueError: files are missing, nothing to predict, or `max_tokens` is less than one window.
+        ValueError: files are missing or cut off, nothing to predict, `max_tokens` is less than one window, or a token
+            is outside the vocabulary.
     """
 
     def __init__(
         self, prefix: str, *, seq_length: int, max_tokens: int | None = None, vocab_size: int | None = None
     ) -> None:
+        prefix = data_prefix(prefix)
         if missing := missing_files(prefix):
             raise ValueError(f"{' and '.join(missing)} not found; make the data with scripts/data/preprocess_text.py")
-        self.prefix, self.seq_length, self.vocab_size = prefix, seq_length, vocab_size
-        self._dataset = IndexedDataset(prefix)
+        self.seq_length = seq_length
+        self._dataset = open_data(prefix)
         # Position of every document's first token in the concatenation; the last entry is the number of tokens.
         self._starts = np.concatenate(([0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)))
         available = int(self._starts[-1]) - 1
@@ -62,6 +59,10 @@ class TokenWindows:
         # Rounded down: where not all are kept, the last and perhaps partial one is not among them.
         self._windows = [index * windows // kept for index in range(kept)]
         self.num_tokens = sum(min(seq_length, available - window * seq_length) for window in self._windows)
+        starts = [window * seq_length for window in self._windows]
+        spans = None if kept == windows else [(start, start + seq_length + 1) for start in starts]
+        if fault := vocabulary_fault(prefix, vocab_size, spans):
+            raise ValueError(fault)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -72,11 +73,6 @@ class TokenWindows:
             raise IndexError(f"window {index} of {len(self)}")
         start = self._windows[index] * self.seq_length
         text = self._read(start, min(start + self.seq_length + 1, int(self._starts[-1])))
-        if self.vocab_size is not None and text.max() >= self.vocab_size:
-            raise ValueError(
-                f"{self.prefix} holds token {text.max()}, the model knows tokens below {self.vocab_size}; make the "
-                "data with the model's own tokenizer"
-            )
         tokens, labels, mask = (np.zeros(self.seq_length, dtype=kind) for kind in (np.int64, np.int64, np.float32))
         count = len(text) - 1
         tokens[:count], labels[:count], mask[:count] = text[:-1], text[1:], 1.0

@@ -24,6 +24,7 @@ from nemo_ee.export.parity import parity_faults
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.text.huggingface_json import with_both_spellings
+from nemo_ee.text.json_values import read_json_object
 
 # What the importer's reader refuses in a source, and an export says of itself.
 _NOT_READ = ("_remove_final_layer_norm", "auto_map")
@@ -43,7 +44,7 @@ def artefact_faults(
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json")
     plan, dtype = _plan(config, artefact), DTYPES[config["torch_dtype"]]
     shapes = {piece.name: piece.shape for reading in plan for piece in reading.written}
     faults: list[str] = []
@@ -118,7 +119,7 @@ def _file_names(folder: Path) -> list[str]:
 def _index_faults(folder: Path, places: dict[str, str]) -> Iterator[str]:
     if not (folder / _INDEX).is_file():
         return
-    weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json_object(folder / _INDEX)["weight_map"]
     for name in sorted(weight_map.keys() ^ places.keys()):
         yield f"{name} is in only one of {_INDEX} and the files"
     for name in sorted(weight_map.keys() & places.keys()):

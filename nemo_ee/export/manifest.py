@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.text.json_values import read_json_object
+
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _BLOCK = 4 << 20
@@ -55,7 +57,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{directory}: no {MANIFEST}, so this is no finished export; give the output of an export")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json_object(path)
         version = manifest["schema_version"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as fault:

@@ -11,7 +11,6 @@ fault of those shows. What several ranks hold whole has to be the same on all of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -26,6 +25,7 @@ from nemo_ee.runtime.config import ExitEntry, RuntimeConfig
 from nemo_ee.runtime.loader import model_of_files
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.runtime.names import NAMES
+from nemo_ee.text.json_values import read_json_object
 
 # TensorRT-LLM's GELU is the tanh approximation.
 _ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu_tanh"}
@@ -40,7 +40,7 @@ def load_checkpoint(folder: Path) -> RuntimeModel:
     """
     with ExitStack() as stack:
         try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            values = read_json_object(folder / "config.json")
             files = [
                 stack.enter_context(safe_open(folder / f"rank{rank}.safetensors", framework="pt", device="cpu"))
                 for rank in range(values["mapping"]["world_size"])

@@ -12,7 +12,6 @@ runtime, what its manifest states.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +30,7 @@ from nemo_ee.export.tensorrt_llm_checkpoint import part_of
 from nemo_ee.export.tensorrt_llm_config import architecture_of, checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm_layout import Reading, rank_shapes, readings
 from nemo_ee.export.tensorrt_llm_runtime import load_checkpoint
+from nemo_ee.text.json_values import read_json_object
 
 
 def artefact_faults(
@@ -46,7 +46,7 @@ def artefact_faults(
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json")
     architecture, sizes = architecture_of(config), config["mapping"]
     tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
     if sizes["world_size"] != tp * pp:

@@ -14,11 +14,11 @@ from nemo_ee.generation.request import Request
 
 def request_faults(model: DecodingModel, what: str, request: Request) -> Iterator[str]:
     """Faults of a request that need no mode to be seen. `what`: how to call it in a message, e.g. "prompt 3"."""
-    yield from token_faults(model, what, request.prompt)
+    yield from token_faults(model.vocab_size, what, request.prompt)
     yield from (
         f"stop token {token!r} is not in the vocabulary 0..{model.vocab_size - 1}; remove it"
         for token in request.stop_tokens
-        if not _in_vocabulary(model, token)
+        if not _in_vocabulary(model.vocab_size, token)
     )
     new, least, limit = request.max_new_tokens, request.min_new_tokens, model.max_positions
     if not is_whole(new) or new < 1:
@@ -38,21 +38,21 @@ def request_faults(model: DecodingModel, what: str, request: Request) -> Iterato
         )
 
 
-def token_faults(model: DecodingModel, what: str, tokens: Sequence[int]) -> Iterator[str]:
-    """No tokens, or tokens the model does not have."""
+def token_faults(vocab_size: int, what: str, tokens: Sequence[int]) -> Iterator[str]:
+    """No tokens, or tokens that a model of this true vocabulary size does not have."""
     if len(tokens) == 0:
         yield f"{what} is empty; give at least one token, e.g. the begin-of-text token"
-    outside = [token for token in tokens if not _in_vocabulary(model, token)]
+    outside = [token for token in tokens if not _in_vocabulary(vocab_size, token)]
     if outside:
         more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
         yield (
             f"{what}: token {', '.join(map(repr, outside[:3]))}{more} outside the vocabulary "
-            f"0..{model.vocab_size - 1}; use the tokenizer the model was trained with"
+            f"0..{vocab_size - 1}; use the tokenizer the model was trained with"
         )
 
 
-def _in_vocabulary(model: DecodingModel, token: object) -> bool:
-    return is_whole(token) and 0 <= token < model.vocab_size
+def _in_vocabulary(vocab_size: int, token: object) -> bool:
+    return is_whole(token) and 0 <= token < vocab_size
 
 
 def is_whole(value: object) -> bool:

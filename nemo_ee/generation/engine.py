@@ -236,7 +236,7 @@ class EarlyExitEngine:
         faults: list[str] = [] if tokens else ["no sequences were given; give at least one"]
         contexts = per_sequence("num_context", num_context, len(tokens), int, faults)
         for index, (own, context) in enumerate(zip(tokens, contexts, strict=False)):
-            faults += token_faults(self.model, f"sequence {index}", own)
+            faults += token_faults(self.model.vocab_size, f"sequence {index}", own)
             if not is_whole(context) or not 1 <= context < len(own):
                 faults.append(
                     f"sequence {index}: num_context = {context!r} must be at least 1 and leave one of its {len(own)} "

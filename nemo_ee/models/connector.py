@@ -62,7 +62,7 @@ def read_config(path: str | Path) -> DictConfig:
         text = archive.config_text()
     try:
         config = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException) as fault:
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: {CONFIG} is damaged ({fault}); fetch or save the file again") from fault
     if not OmegaConf.is_dict(config) or not config.get("num_layers"):
         raise ValueError(f"{path}: {CONFIG} has no num_layers, so this is not a GPT; give the .nemo of one")

@@ -28,9 +28,26 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from nemo.utils import logging
 from torch.utils.data import Dataset
 
+from nemo_ee.models.sample_index import content_keyed_index
+
 # No token has this id: only what Megatron pads itself is padding, and it masks that and maps it to id 0.
 _NO_TOKEN = -1
 MASK_SUFFIX = ".mask"  # added to the data's prefix
+
+
+class DatasetHooks:
+    """Mixin in front of `MegatronGPTModel`."""
+
+    def build_train_valid_test_datasets(self) -> None:
+        """NeMo's data sets over indices of this very data; every sample has a loss mask of its own, which counts only
+        answers for chat data. Every rank must call it.
+
+        Raises:
+            ValueError: see `content_keyed_index` and `prepare_dataset`.
+        """
+        with content_keyed_index(self.cfg, self.vocab_size):
+            built = super().build_train_valid_test_datasets()
+        self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
 
 def prepare_dataset(dataset: Any) -> Any:

@@ -38,7 +38,7 @@ from nemo_ee.megatron.layer_spec import backbone_specs
 from nemo_ee.megatron.teacher_channel import TeacherChannel
 from nemo_ee.megatron.tuning_schedule import StageLink
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
-from nemo_ee.models.datasets import prepare_dataset
+from nemo_ee.models.datasets import DatasetHooks
 from nemo_ee.models.exit_metrics import ExitSums, mean_loss, named_metrics
 from nemo_ee.models.exit_optimizers import exit_parameter_groups
 from nemo_ee.models.first_weights import fill_stage
@@ -57,7 +57,7 @@ from nemo_ee.text.tokenizer_directory import readable_tokenizer
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
-class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
+class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel):
     """A Megatron GPT with early-exit heads, whose backbone stays frozen unless `early_exit.train` says otherwise.
 
     Args:
@@ -351,11 +351,6 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
         """Let the last transfers finish before the process groups go away."""
         super().on_train_end()
         self._drain()
-
-    def build_train_valid_test_datasets(self):
-        """NeMo's data sets, whose samples have a loss mask each: one that counts only answers for chat data."""
-        built = super().build_train_valid_test_datasets()
-        self._train_ds, self._validation_ds, self._test_ds = map(prepare_dataset, built)
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""

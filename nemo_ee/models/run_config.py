@@ -20,6 +20,7 @@ from nemo_ee.exits.layer_split import LayerSplitConfig
 from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
+from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_fault
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
@@ -45,6 +46,8 @@ def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
         merged["early_exit"] = _merge_exits(block, old.get("exits") or [])
     if merged.get("encoder_seq_length") and (merged.get("data") or {}).get("seq_length", 0) is None:
         merged["data"]["seq_length"] = merged["encoder_seq_length"]
+    if (merged.get("data") or {}).get("data_prefix"):
+        merged["data"]["data_prefix"] = clean_prefixes(merged["data"]["data_prefix"])
     return OmegaConf.create(merged)
 
 
@@ -100,7 +103,7 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
         ValueError: lists every fault.
     """
     faults = _data_faults(model.data)
-    faults = (faults or _amount_faults(model)) + _model_faults(cfg, model)
+    faults = (faults or _amount_faults(model) or vocabulary_faults(model)) + _model_faults(cfg, model)
     path = cfg.model.restore_from_path
     if Path(path).exists():  # else reading its config has said so
         faults += _faults_of(lambda: backbone_of(path, cfg.model.get("backbone_path")))
@@ -203,6 +206,20 @@ def _amount_faults(model: DictConfig) -> list[str]:
     ]
 
 
+def vocabulary_faults(model: DictConfig) -> list[str]:
+    """Data with token ids that the model does not have; read on rank 0 alone, before any rank waits for another.
+
+    The files are there. A `.nemo` that does not state `vocab_size` takes its tokenizer's, which only the model knows.
+    """
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    if model.data.get("data_impl") == "mock" or not is_global_rank_zero():
+        return []
+    prefixes = listed_prefixes(model.data.data_prefix)
+    found = ((prefix, vocabulary_fault(prefix, model.get("vocab_size"))) for prefix in prefixes)
+    return [f"model.data.data_prefix, {prefix}: {fault}" for prefix, fault in found if fault]
+
+
 def _parts_of_splits(data: DictConfig) -> Iterator[tuple[str, str, tuple[float, float]]]:
     """(split, prefix, from which to which share of its documents) of everything that is read."""
     prefixes, splits = data.get("data_prefix"), ("train", "validation", "test")
@@ -212,12 +229,7 @@ def _parts_of_splits(data: DictConfig) -> Iterator[tuple[str, str, tuple[float, 
         bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(data.splits_string))
         shares = [(split, share) for split, share in zip(splits, bounds, strict=True) if share is not None]
         parts = [(split, prefix, share) for split, share in shares for prefix in prefixes]
-    yield from (part for part in parts if not _is_weight(part[1]))
-
-
-def _is_weight(prefix: Any) -> bool:
-    """Weights stand between prefixes."""
-    return not isinstance(prefix, str) or prefix.replace(".", "", 1).isdigit()
+    yield from (part for part in parts if not is_weight(part[1]))
 
 
 def _data_faults(data: DictConfig) -> list[str]:
@@ -245,11 +257,10 @@ def _data_faults(data: DictConfig) -> list[str]:
             )
             continue
         faults += [
-            f"model.data.{what}: {prefix}{ending} does not exist; make it with scripts/data/preprocess_text.py"
+            f"model.data.{what}: {file} does not exist; make it with scripts/data/preprocess_text.py"
             for prefix in values
-            if not _is_weight(prefix)
-            for ending in (".bin", ".idx")
-            if not Path(prefix + ending).is_file()
+            if not is_weight(prefix)
+            for file in missing_files(prefix)
         ]
     return faults
 

@@ -8,7 +8,6 @@ trust_remote_code=True)` finds it; nothing here needs nemo_ee to be installed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
+from nemo_ee.text.json_values import JsonError, read_json_object
 
 # What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
 # fetching files from the Hub, and here they are in a local directory already.
@@ -181,6 +181,6 @@ def _generation_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as fault:
-        raise ValueError(f"{path}: damaged, {fault!r}; export again") from fault
+        return read_json_object(path)
+    except JsonError as fault:
+        raise ValueError(f"{fault}; the file is damaged, export again") from fault

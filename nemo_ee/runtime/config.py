@@ -8,7 +8,6 @@ mean what they mean in the transformers library.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from nemo_ee.exits.config import ARCHITECTURES
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.text.huggingface_json import rotary_settings
+from nemo_ee.text.json_values import JsonError, read_json_object
 
 # Family -> the keys of hidden size, heads, layers, MLP size and positions; all but GPT-2's MLP size are needed.
 _SIZES = {
@@ -101,9 +101,11 @@ def read_config(directory: str | Path) -> RuntimeConfig:
     if not path.is_file():
         raise ValueError(f"{directory}: no config.json; give a directory that export_huggingface.py made")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
         faults = _faults(values)
         config = None if faults else _config(values)
+    except JsonError as fault:
+        raise ValueError(f"{fault}; the file is damaged, export again") from fault
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise ValueError(f"{path}: damaged, {fault!r}; export again") from fault
     if config is None:

@@ -7,7 +7,6 @@ Projections that are computed together are put into one matrix as they are read,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +23,7 @@ from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, Runtime
 from nemo_ee.runtime.names import NAMES
 from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary import pairs_together
+from nemo_ee.text.json_values import read_json_object
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -117,7 +117,7 @@ class _Tensors:
         if not index.is_file():
             return [self.directory / "model.safetensors"]
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json_object(index)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise ValueError(f"{index}: damaged ({fault!r}); export again") from fault
         if any(Path(str(name)).name != name for name in names):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from nemo_ee.serving.certified import check_setting, promise
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.protocol import Call
+from nemo_ee.text.json_values import JsonError, read_json_object
 
 _LOG = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def stop_tokens_of(directory: Path, tokenizer: Any) -> frozenset[int]:
     """The end-of-text token of the tokenizer and those of generation_config.json."""
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
-        named = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+        named = read_json_object(directory / "generation_config.json").get("eos_token_id")
+    except (OSError, JsonError):
         named = None
     stops += named if isinstance(named, list) else [named]
     return frozenset(one for one in stops if isinstance(one, int) and not isinstance(one, bool))

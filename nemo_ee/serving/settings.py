@@ -16,6 +16,7 @@ from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.serving.exit_choice import ExitChoice
 from nemo_ee.serving.protocol import Limits
+from nemo_ee.text.text_files import TextError, read_document
 
 KEYS_VARIABLE = "NEMO_EE_API_KEYS"
 _SHORTEST_KEY = 16
@@ -178,9 +179,9 @@ def _keys(file: Any, faults: list[str]) -> tuple[str, ...]:
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
     if file is not None:
         try:
-            lines = Path(str(file)).read_text(encoding="utf-8").splitlines()
+            lines = read_document(Path(str(file))).splitlines()
             keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]
-        except (OSError, UnicodeDecodeError) as fault:
+        except TextError as fault:
             faults.append(f"api_keys_file={file} cannot be read ({fault}); give a text file with one key a line")
     keys = [key for key in keys if key]
     if any(len(key) < _SHORTEST_KEY or not key.isascii() for key in keys):
@@ -218,7 +219,7 @@ def _template(file: Any, faults: list[str]) -> str | None:
     if file is None:
         return None
     try:
-        return Path(str(file)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
+        return read_document(Path(str(file)))
+    except TextError as fault:
         faults.append(f"chat_template={file} cannot be read ({fault}); give a Jinja template")
         return None

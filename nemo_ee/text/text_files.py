@@ -1,69 +1,179 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that a user names: a UTF-8 file, or a `.jsonl` with a JSON value on each line; either may be gzipped."""
+"""Texts that a user names: a UTF-8 file, or a `.jsonl` with a JSON value on each line; either may be gzipped.
+
+Files are unpacked and read piece by piece: a line or a document that is longer than the limit is refused before it is
+in memory, however small its archive is.
+"""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+from nemo_ee.text.json_values import parse_json
 
 _T = TypeVar("_T")
+# Default of the settings `max_document_bytes`.
+MAX_DOCUMENT_BYTES = 64 * 2**20
+_WAY_OUT = "; split it, or raise max_document_bytes where the settings have it"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
-def read_text(setting: str, path: Path) -> tuple[str, str]:
-    """The text of a file and the sha256 of its bytes. `.gz` is unpacked.
+class TextError(ValueError):
+    """A file that cannot be read any further, `path:line: reason` or `path: reason`."""
 
-    Args:
-        setting: what the user set to the path, for messages.
 
-    Raises:
-        ValueError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError as fault:
-        reason = f"{fault.reason} at byte {fault.start}"
-        raise ValueError(f"{setting}={path} is not UTF-8 ({reason}); convert it") from fault
-    except (OSError, EOFError, zlib.error) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise ValueError(f"{setting}={path} cannot be read ({reason}); check the name") from fault
-    return text, hashlib.sha256(raw).hexdigest()
+def is_gzipped(path: Path) -> bool:
+    """Whether a file of this name is unpacked."""
+    return path.name.lower().endswith(".gz")
 
 
 def is_jsonl(path: Path) -> bool:
     """Whether each line of a file of this name is a JSON value."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix == ".jsonl"
+    return Path(path.name.lower().removesuffix(".gz")).suffix == ".jsonl"
 
 
-def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """(number from 1, line) of those that are not blank. Split at newlines alone: a text may hold other separators."""
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def read_json_lines(path: Path, text: str, read: Callable[[Any], _T]) -> tuple[list[_T], list[str]]:
-    """What `read` makes of the value of each line, and the faults.
+def read_document(
+    path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES, moved: Callable[[int], object] | None = None
+) -> str:
+    """The text of a file.
 
     Args:
-        path: for messages.
-        text: of the file.
-        read: raises ValueError with what is wrong with a value.
+        path: UTF-8, unpacked where its name ends in `.gz`.
+        max_bytes: size limit, unpacked; None = no limit.
+        moved: called with the bytes read from disk so far.
+
+    Raises:
+        TextError: it cannot be read, is longer than the limit, or is not UTF-8.
     """
-    values, faults = [], []
-    for number, line in numbered_lines(text):
+    with _unpacked(path) as (raw, stream):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as fault:
-            faults.append(f"{path}, line {number}: not JSON ({fault})")
-            continue
-        try:
-            values.append(read(value))
-        except ValueError as fault:
-            faults.append(f"{path}, line {number}: {fault}")
-    return values, faults
+            content = stream.read(-1 if max_bytes is None else max_bytes + 1)
+        except _READ_ERRORS as error:
+            raise TextError(f"{path}: cannot be read: {_reason(error)}") from error
+        if moved is not None:
+            moved(raw.tell())
+    if max_bytes is not None and len(content) > max_bytes:
+        raise TextError(f"{path}: more than {max_bytes} bytes, the limit of a document{_WAY_OUT}")
+    try:
+        return content.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+
+
+def read_lines(
+    path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES, moved: Callable[[int], object] | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line with its end) of every line that is not blank, split at newlines alone.
+
+    Args:
+        path: unpacked where its name ends in `.gz`.
+        max_bytes: size limit of a line; None = no limit.
+        moved: called with the bytes read from disk so far.
+
+    Raises:
+        TextError: the file cannot be read any further, or a line is longer than the limit.
+    """
+    number, limit = 0, -1 if max_bytes is None else max_bytes + 1
+    with _unpacked(path) as (raw, stream):
+        while True:
+            try:
+                line = stream.readline(limit)
+            except _READ_ERRORS as error:
+                raise TextError(f"{path}:{number + 1}: cannot be read: {_reason(error)}") from error
+            if not line:
+                return
+            number += 1
+            if len(line) == limit and not line.endswith(b"\n"):
+                raise TextError(
+                    f"{path}:{number}: more than {max_bytes} bytes, the limit of a line{_WAY_OUT}; what follows is "
+                    "not read"
+                )
+            if moved is not None:
+                moved(raw.tell())
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if line and not line.isspace():
+                yield number, line
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """(the file, its content)."""
+    try:
+        raw = open(path, "rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {_reason(error)}") from error
+    with raw:
+        yield raw, gzip.GzipFile(fileobj=raw) if is_gzipped(path) else raw
+
+
+def _reason(error: BaseException) -> object:
+    return getattr(error, "strerror", None) or error
+
+
+def text_line(path: Path, number: int, line: bytes) -> str:
+    """A line of a plain text without its end.
+
+    Raises:
+        TextError: it is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert it"
+        ) from error
+
+
+def read_json_lines(
+    path: Path,
+    read: Callable[[Any], _T],
+    *,
+    max_bytes: int | None = MAX_DOCUMENT_BYTES,
+    moved: Callable[[int], object] | None = None,
+    faults: list[str],
+) -> Iterator[tuple[str, _T]]:
+    """(`path:line`, what `read` makes of its value) of the lines of a JSONL file.
+
+    Args:
+        path: the file.
+        read: raises ValueError with what is wrong with a value.
+        max_bytes, moved: as in `read_lines`.
+        faults: grows by `path:line: reason`.
+    """
+    try:
+        for number, line in read_lines(path, max_bytes, moved):
+            try:
+                value = read(parse_json(line))
+            except ValueError as error:
+                faults.append(f"{path}:{number}: {error}")
+            else:
+                yield f"{path}:{number}", value
+    except TextError as error:
+        faults.append(str(error))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, packed as they are."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_prefix(name: str) -> str:
+    """The prefix of tokenised data, `<prefix>.bin/.idx`, where one of the two files is named instead."""
+    stem = name.removesuffix(name[-4:]) if name.endswith((".bin", ".idx")) else name
+    own, other = ([Path(one + ending).is_file() for ending in (".bin", ".idx")] for one in (name, stem))
+    return stem if all(other) and not any(own) else name
+
+
+def sample_index_folder(prefix: str) -> Path:
+    """Where Megatron caches the order of the samples of this data unless it is told otherwise."""
+    return Path(prefix, "cache", "GPTDataset_indices")

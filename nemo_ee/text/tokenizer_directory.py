@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_ee.text.huggingface_json import readable_tokenizer_config, without_code
+from nemo_ee.text.json_values import JsonError, check_model_files, parse_json, read_json_object
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -38,8 +39,8 @@ def carried_settings(name: str, data: bytes) -> bytes | None:
         None where it is no JSON object, and is to be left out.
     """
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
+        values = parse_json(data, wide_integers=True)
+    except JsonError:
         return None
     if not isinstance(values, dict):
         return None
@@ -51,15 +52,19 @@ def carried_settings(name: str, data: bytes) -> bytes | None:
 def readable_tokenizer(directory: str | Path) -> Iterator[Path]:
     """A directory from which transformers 4.51 and later load the tokenizer: the given one, or for as long as the
     context lasts one with links to its files beside a rewritten tokenizer_config.json.
+
+    Raises:
+        ValueError: every damaged JSON file of the directory.
     """
     directory = Path(directory)
+    check_model_files(directory)
     config = directory / _CONFIG
+    values = read_json_object(config, wide_integers=True) if config.is_file() else {}
     try:
-        values = json.loads(config.read_bytes())
         readable = readable_tokenizer_config(values)
         good = readable == without_code(values)
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
-        good = True  # absent or damaged: transformers says so
+    except (TypeError, AttributeError):
+        good = True  # a value of the wrong type: transformers says so
     if good:
         yield directory
         return

@@ -32,6 +32,7 @@ from preprocess_text import existing_faults, replacing
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.text.text_files import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -199,12 +200,16 @@ def collect(config: CollectConfig) -> dict[str, Any]:
 
     Returns:
         The list: {"training", "held_out": {name: {licence, files, bytes}}, "left_out": {reason: files}}.
+
+    Raises:
+        ValueError: an excluded file cannot be read.
     """
     seen: set[str] = set()
+    faults: list[str] = []
     for path in config.excluded:
-        opener = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            seen |= {_digest(json.loads(line)["text"]) for line in lines}
+        seen |= {digest for _, digest in read_json_lines(path, _digest_of_record, faults=faults)}
+    if faults:
+        raise ValueError("\n  - ".join(["Nothing was written:", *(f"excluded: {fault}" for fault in faults[:20])]))
     report: dict[str, Any] = {"training": {}, "held_out": {}, "left_out": {}}
     taken: dict[str, list[Source]] = {"training": [], "held_out": []}
     for name, licence, files in tqdm(list(distribution_files(config)), desc="distributions", dynamic_ncols=True):
@@ -228,6 +233,12 @@ def collect(config: CollectConfig) -> dict[str, Any]:
 def _digest(text: str) -> str:
     """What tells texts apart."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _digest_of_record(record: Any) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError("no object with a text in the field 'text'")
+    return _digest(record["text"])
 
 
 def _take(

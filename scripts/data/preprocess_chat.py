@@ -12,7 +12,8 @@ Where an answer lies: a template with {% generation %} marks says so itself. Wit
 
     template(messages[:i + 1])  has more than  template(messages[:i], add_generation_prompt=True)
 
-and a template for which these are not beginnings of the whole conversation is refused.
+and a template for which these are not beginnings of the whole conversation is refused. Of an empty answer the end of
+the turn counts, which the template writes behind it.
 
 Options: conf/preprocess_chat.yaml. Faults are collected and reported as in preprocess_text.py; nothing half-written
 stays behind.
@@ -30,11 +31,13 @@ from typing import Any, ClassVar
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DTYPES, PreprocessError, read_settings
+from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, read_settings
 from preprocess_text import (
+    Vocabulary,
     choose_dtype,
     existing_faults,
     find_files,
+    forget_samples,
     load_tokenizer,
     read_fields,
     replacing,
@@ -42,6 +45,7 @@ from preprocess_text import (
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.text.text_files import TextError, read_document
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class ChatConfig:
     chat_template: str | None
     append_eod: bool
     pad_to: int | None
+    max_document_bytes: int | None
     dtype: str
     overwrite: bool
 
@@ -75,7 +80,7 @@ class ChatConfig:
         Raises:
             PreprocessError: values of the wrong kind.
         """
-        whole = {"pad_to": (2, "a whole number of tokens from 2, or null")}
+        whole = {"pad_to": (2, "a whole number of tokens from 2, or null"), "max_document_bytes": DOCUMENT_BYTES}
         return read_settings(cls, mapping, lists=("jsonl_extensions",), texts=("messages_key",), whole=whole)
 
 
@@ -88,6 +93,7 @@ class Counts:
     answer_tokens: int = 0
     cut: int = 0  # longer than pad_to, and written
     left_out: int = 0  # nothing of an answer within pad_to
+    empty_answers: int = 0  # of what is written; only what the template puts behind them counts
 
 
 class ChatTokenizer:
@@ -95,17 +101,20 @@ class ChatTokenizer:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
+        directory: where it was read.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, directory: str) -> None:
         self.tokenizer = tokenizer
+        self.vocabulary = Vocabulary.of(tokenizer, directory)
         self.marks_answers = bool(_MARKS_ANSWERS.search(tokenizer.get_chat_template()))
 
     def encode(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and which of them belong to an assistant's answer.
 
         Raises:
-            ValueError: the template refuses the conversation, or answers cannot be told from the rest.
+            ValueError: the template refuses the conversation, answers cannot be told from the rest, or a token is one
+                that the model does not have.
         """
         if self.marks_answers:
             encoded = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -120,7 +129,12 @@ class ChatTokenizer:
                 for begin, end in encoded["offset_mapping"]
             ]
         if not any(counts):
-            raise ValueError("no token of an answer is left by the template; look at what it writes for an assistant")
+            raise ValueError(
+                "no token of an answer is left by the template; look at what it writes for an assistant, or leave a "
+                "conversation without an answer out"
+            )
+        if fault := self.vocabulary.fault(ids):
+            raise ValueError(fault)
         return ids, counts
 
     def _spans(self, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
@@ -164,7 +178,7 @@ def message_fault(messages: list[Any]) -> str | None:
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             return f"messages[{index}].content is a JSON {kind}, not a string; only text is supported"
-    if not any(message["role"] == ANSWERS and message["content"] for message in messages):
+    if not any(message["role"] == ANSWERS for message in messages):
         return f"no message of the {ANSWERS}, so nothing would count in the loss; leave the conversation out"
     return None
 
@@ -179,7 +193,10 @@ def load_chat_tokenizer(config: ChatConfig) -> ChatTokenizer:
     faults = []
     if config.chat_template is not None:
         if Path(config.chat_template).is_file():
-            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+            try:
+                tokenizer.chat_template = read_document(Path(config.chat_template))
+            except TextError as error:
+                faults.append(f"chat_template: {error}")
         else:
             faults.append(f"chat_template: {config.chat_template} is not a file; null takes the tokenizer's own")
     elif not tokenizer.chat_template:
@@ -192,7 +209,7 @@ def load_chat_tokenizer(config: ChatConfig) -> ChatTokenizer:
         faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod and pad_to; set False and null")
     if faults:
         raise PreprocessError(faults)
-    return ChatTokenizer(tokenizer)
+    return ChatTokenizer(tokenizer, config.tokenizer)
 
 
 def preprocess(config: ChatConfig) -> Counts:
@@ -211,28 +228,33 @@ def preprocess(config: ChatConfig) -> Counts:
     except PreprocessError as error:
         faults += error.faults
     else:
-        dtype, problems = choose_dtype(config.dtype, max(chat.tokenizer.get_vocab().values()) + 1)
+        dtype, problems = choose_dtype(config.dtype, chat.vocabulary.largest + 1)
         faults += problems
     if faults:
         raise PreprocessError(faults)
     with replacing(finished) as partial:
-        return _write(config, files, chat, dtype, partial)
+        counts = _write(config, files, chat, dtype, partial)
+        forget_samples(config.output)
+    return counts
 
 
 def conversations(
     files: Sequence[Path], config: ChatConfig, chat: ChatTokenizer, faults: list[str], bar: tqdm
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids and answers of every conversation; what is wrong with one is added to `faults` as file:line."""
+) -> Iterator[tuple[list[int], list[bool], int]]:
+    """Token ids, answers and number of empty answers of every conversation; what is wrong with one is added to
+    `faults` as file:line."""
     for path in files:
         found, known = 0, len(faults)
-        for place, messages in read_fields(path, config.messages_key, list, "messages_key", faults, bar):
+        for place, messages in read_fields(path, config, "messages_key", list, faults, bar):
             found += 1
             fault = message_fault(messages)
             if fault is None:
                 try:
-                    yield chat.encode(messages)
+                    encoded = chat.encode(messages)
                 except ValueError as error:
                     fault = str(error)
+                else:
+                    yield *encoded, sum(one["role"] == ANSWERS and not one["content"] for one in messages)
             if fault is not None:
                 faults.append(f"{place}: {fault}")
         if not found and len(faults) == known:
@@ -250,7 +272,7 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
     end = chat.tokenizer.eos_token_id
     try:
         with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="read") as bar:
-            for ids, answers in conversations(files, config, chat, faults, bar):
+            for ids, answers, empty in conversations(files, config, chat, faults, bar):
                 if faults:  # the rest is only read for its faults
                     continue
                 if config.append_eod and ids[-1] != end:
@@ -266,6 +288,7 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
                 tokens.add_document(ids, [len(ids)])
                 masks.add_document([int(answer) for answer in answers], [len(ids)])
                 counts.conversations += 1
+                counts.empty_answers += empty
                 counts.tokens += len(ids)
                 counts.answer_tokens += sum(answers)
                 bar.set_postfix(conversations=counts.conversations, refresh=False)
@@ -287,13 +310,14 @@ def main(cfg: DictConfig) -> None:
     with command(cfg):
         counts = preprocess(ChatConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
         logger.info(
-            "%s: %d conversations, %d tokens, %d of them in answers; %d cut at pad_to, %d left out",
+            "%s: %d conversations, %d tokens, %d of them in answers; %d cut at pad_to, %d left out, %d empty answers",
             cfg.output,
             counts.conversations,
             counts.tokens,
             counts.answer_tokens,
             counts.cut,
             counts.left_out,
+            counts.empty_answers,
         )
 
 

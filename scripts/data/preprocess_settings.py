@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy
 
 _MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
+# The limit of a document or line: (the least, what it must be, in words).
+DOCUMENT_BYTES = (1, "a whole number of bytes from 1, or null for no limit")
 DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
 
 
@@ -53,6 +56,8 @@ def read_settings(
         values["input"] = [values["input"]]
     values |= {key: tuple(str(value) for value in values[key] or ()) for key in ("input", *lists)}
     values |= {key: str(values[key]) for key in ("output", "tokenizer", "dtype", *texts)}
+    # The prefix is meant where one of the two files is named.
+    values["output"] = re.sub(r"\.(bin|idx)$", "", values["output"])
     faults = []
     if not values["input"]:
         faults.append("input: empty list; name at least one file or directory")

@@ -11,24 +11,25 @@ data (file:line) are collected over all input, then reported together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import gzip
-import json
 import logging
 import os
-import zlib
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DTYPES, PreprocessError, read_settings
+from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, read_settings
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.text.json_values import JsonError, read_json
+from nemo_ee.text.text_files import TextError, is_gzipped, read_document, read_json_lines, sample_index_folder
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class PreprocessConfig:
     text_key: str
     append_eod: bool
     max_documents: int | None
+    max_document_bytes: int | None
     dtype: str
     overwrite: bool
 
@@ -57,7 +59,7 @@ class PreprocessConfig:
         Raises:
             PreprocessError: values of the wrong kind.
         """
-        whole = {"max_documents": (1, "a whole number from 1, or null for all")}
+        whole = {"max_documents": (1, "a whole number from 1, or null for all"), "max_document_bytes": DOCUMENT_BYTES}
         return read_settings(
             cls, mapping, lists=("jsonl_extensions", "text_extensions"), texts=("text_key",), whole=whole
         )
@@ -75,8 +77,7 @@ class PreprocessResult:
 
 def _ending(path: Path) -> str:
     """The last suffix, in lower case, below a .gz if there is one."""
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
+    return Path(path.stem if is_gzipped(path) else path.name).suffix.lower()
 
 
 def find_files(config: PreprocessConfig) -> tuple[list[Path], list[str]]:
@@ -121,6 +122,41 @@ def load_tokenizer(directory: str) -> Any:
         raise PreprocessError([f"tokenizer: cannot load one from {directory}: {error}"]) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The token ids of a tokenizer against those of the model it lies beside.
+
+    Attributes:
+        largest: of the tokenizer's ids.
+        size: ids of the model, by its config.json; None where the tokenizer has no id beyond them, or nothing says.
+    """
+
+    tokenizer: Any
+    config: Path
+    largest: int
+    size: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any, directory: str) -> Vocabulary:
+        """The vocabulary of the tokenizer in a directory."""
+        largest, config, size = max(tokenizer.get_vocab().values()), Path(directory, "config.json"), None
+        with contextlib.suppress(OSError, JsonError):
+            values = read_json(config)
+            size = values.get("vocab_size") if isinstance(values, dict) else None
+        return cls(tokenizer, config, largest, size if isinstance(size, int) and 0 < size <= largest else None)
+
+    def fault(self, tokens: Sequence[int]) -> str | None:
+        """What is wrong with the tokens of a document, or None."""
+        if self.size is None or max(tokens, default=0) < self.size:
+            return None
+        token = next(token for token in tokens if token >= self.size)
+        return (
+            f"the tokenizer gives token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}), which is outside "
+            f"the model's vocabulary 0..{self.size - 1} ({self.config}); leave that text out, or give the model more "
+            "rows"
+        )
+
+
 def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
     """The token type on disk for a vocabulary, and what is wrong with the choice.
 
@@ -137,8 +173,8 @@ def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
     return name, []
 
 
-def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar: tqdm) -> Iterator[str]:
-    """The documents of one file; what cannot be read is added to `faults` as file:line.
+def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar: tqdm) -> Iterator[tuple[str, str]]:
+    """(file:line or file, document) of one file; what cannot be read is added to `faults` as file:line.
 
     Args:
         path: a text or JSONL file, possibly .gz.
@@ -147,92 +183,86 @@ def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar:
         bar: moves on by bytes read from disk.
     """
     if _ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
-        fields = read_fields(path, config.text_key, str, "text_key", faults, bar)
-        yield from (text for _, text in fields)
+        yield from read_fields(path, config, "text_key", str, faults, bar)
         return
-    with _reading(path, faults, bar) as (stream, _):
-        yield stream.read().decode("utf-8")
+    with _moving(bar, path) as moved:
+        try:
+            yield str(path), read_document(path, config.max_document_bytes, moved)
+        except TextError as error:
+            faults.append(str(error))
 
 
 def read_fields(
-    path: Path, key: str, kind: type, setting: str, faults: list[str], bar: tqdm
+    path: Path, config: Any, setting: str, kind: type, faults: list[str], bar: tqdm
 ) -> Iterator[tuple[str, Any]]:
     """(file:line, value of one field) of every line of a JSONL file; what cannot be read is added to `faults`.
 
     Args:
         path: the file, possibly .gz.
-        key, kind: the field and its type.
-        setting: what names the field in the settings.
+        config: settings with `max_document_bytes`.
+        setting: the setting that names the field.
+        kind: type of the field.
         faults: grows.
         bar: moves on by bytes read from disk.
     """
-    with _reading(path, faults, bar) as (stream, moved):
-        for number, line in enumerate(stream, start=1):
-            moved(number)
-            if not line.strip():
-                continue
-            value, fault = _parse(line, key, kind, setting)
-            if fault:
-                faults.append(f"{path}:{number}: {fault}")
-            else:
-                yield f"{path}:{number}", value
+    key = getattr(config, setting)
+    with _moving(bar, path) as moved:
+        yield from read_json_lines(
+            path,
+            lambda record: _field(record, key, kind, setting),
+            max_bytes=config.max_document_bytes,
+            moved=moved,
+            faults=faults,
+        )
 
 
 @contextmanager
-def _reading(path: Path, faults: list[str], bar: tqdm) -> Iterator[tuple[BinaryIO, Callable[[int], None]]]:
-    """A file's content, unpacked, and what to call with the number of every line read."""
-    seen, line = 0, 0
+def _moving(bar: tqdm, path: Path) -> Iterator[Callable[[int], None]]:
+    """What moves the bar to a place in the file; at the end it stands behind the file."""
+    seen = 0
 
-    def moved(number: int) -> None:
-        nonlocal seen, line
-        bar.update(raw.tell() - seen)
-        seen, line = raw.tell(), number
+    def moved(place: int) -> None:
+        nonlocal seen
+        bar.update(place - seen)
+        seen = place
 
-    with open(path, "rb") as raw:
-        try:
-            yield gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw, moved
-        except UnicodeDecodeError as error:
-            faults.append(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")
-        except (EOFError, zlib.error, OSError) as error:
-            faults.append(f"{path}:{line + 1}: cannot be read: {error}")
-        bar.update(path.stat().st_size - seen)
+    yield moved
+    moved(path.stat().st_size)
 
 
-def _parse(line: bytes, key: str, kind: type, setting: str) -> tuple[Any, str | None]:
-    """The field in a JSONL line, or what is wrong with the line."""
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
-    except json.JSONDecodeError as error:
-        return None, f"not JSON ({error.msg} at column {error.colno})"
+def _field(record: Any, key: str, kind: type, setting: str) -> Any:
+    """A field of a line's value.
+
+    Raises:
+        ValueError: it is absent, or of another type.
+    """
     if not isinstance(record, dict):
-        return None, f"a JSON {type(record).__name__}, not an object with the field {key!r}"
+        raise ValueError(f"a JSON {type(record).__name__}, not an object with the field {key!r}")
     if key not in record:
         fields = ", ".join(sorted(map(repr, record))) or "none"
-        return None, f"no field {key!r} (it has {fields}); name the field with {setting}"
+        raise ValueError(f"no field {key!r} (it has {fields}); name the field with {setting}")
     if not isinstance(record[key], kind):
         wanted = {str: "a string", list: "a list"}[kind]
-        return None, f"field {key!r} is a JSON {type(record[key]).__name__}, not {wanted}"
-    return record[key], None
+        raise ValueError(f"field {key!r} is a JSON {type(record[key]).__name__}, not {wanted}")
+    return record[key]
 
 
 def _batches(
-    documents: Iterator[str], limit: int | None, faults: list[str], counts: dict[str, int]
-) -> Iterator[list[str]]:
-    """Batches of non-empty documents, at most `limit` documents in all.
+    documents: Iterator[tuple[str, str]], limit: int | None, faults: list[str], counts: dict[str, int]
+) -> Iterator[list[tuple[str, str]]]:
+    """Batches of non-empty documents with their places, at most `limit` documents in all.
 
     After the first fault nothing more is handed out: the rest is only read, for its faults.
     """
-    batch: list[str] = []
+    batch: list[tuple[str, str]] = []
     taken = 0
-    for text in documents:
+    for place, text in documents:
         if not text:
             counts["empty"] += 1
             continue
         if faults:
             continue
-        batch.append(text)
+        batch.append((place, text))
         taken += 1
         if len(batch) == _BATCH or taken == limit:
             yield batch
@@ -262,7 +292,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     mask = Path(config.output + ".mask.idx")
     if mask.exists():
         faults.append(f"output: {mask} belongs to chat data and would be taken for this text's; choose another prefix")
-    tokenizer, eod, dtype = None, None, config.dtype
+    vocabulary, eod, dtype = None, None, config.dtype
     try:
         tokenizer = load_tokenizer(config.tokenizer)
     except PreprocessError as error:
@@ -271,13 +301,25 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         eod = tokenizer.eos_token_id if config.append_eod else None
         if config.append_eod and eod is None:
             faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
-        dtype, problems = choose_dtype(config.dtype, max(tokenizer.get_vocab().values()) + 1)
+        vocabulary = Vocabulary.of(tokenizer, config.tokenizer)
+        dtype, problems = choose_dtype(config.dtype, vocabulary.largest + 1)
         faults += problems
     if faults:
         raise PreprocessError(faults)
 
     with replacing(finished) as partial:
-        return _write(config, files, tokenizer, eod, dtype, partial)
+        result = _write(config, files, vocabulary, eod, dtype, partial)
+        forget_samples(config.output)
+    return result
+
+
+def forget_samples(prefix: str) -> None:
+    """Remove the order of samples that Megatron has cached for the data that is about to be replaced."""
+    folder = sample_index_folder(prefix)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
 
 
 def existing_faults(finished: list[Path]) -> list[str]:
@@ -309,7 +351,12 @@ def replacing(finished: list[Path]) -> Iterator[list[Path]]:
 
 
 def _write(
-    config: PreprocessConfig, files: list[Path], tokenizer: Any, eod: int | None, dtype: str, targets: list[Path]
+    config: PreprocessConfig,
+    files: list[Path],
+    vocabulary: Vocabulary,
+    eod: int | None,
+    dtype: str,
+    targets: list[Path],
 ) -> PreprocessResult:
     """Tokenize all documents into `targets` (data, index); raises PreprocessError for faults in the data."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -321,10 +368,15 @@ def _write(
     total = sum(path.stat().st_size for path in files)
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True) as bar:
-            documents = (text for path in files for text in read_documents(path, config, faults, bar))
+            documents = (document for path in files for document in read_documents(path, config, faults, bar))
             for batch in _batches(documents, config.max_documents, faults, counts):
-                for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                places, texts = zip(*batch, strict=True)
+                encoded = vocabulary.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+                for place, tokens in zip(places, encoded, strict=True):
                     tokens = tokens + end
+                    if fault := vocabulary.fault(tokens):
+                        faults.append(f"{place}: {fault}")
+                        continue
                     builder.add_document(tokens, [len(tokens)])
                     counts["documents"] += 1
                     counts["tokens"] += len(tokens)

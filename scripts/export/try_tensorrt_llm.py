@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +26,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from nemo_ee.text.json_values import read_json_object
 
 PROMPTS = ("def main():", "import os\nimport sys\n", "class Parser:\n    def __init__(self")
 
@@ -78,7 +79,7 @@ def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], what
 
 def early_exit_of(folder: Path) -> dict[str, Any]:
     """`early_exit` of a directory's config.json."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("early_exit") or {}
+    return read_json_object(folder / "config.json").get("early_exit") or {}
 
 
 def reference_tokens(
@@ -142,7 +143,7 @@ def try_pytorch(options: argparse.Namespace) -> None:
 def try_engine(options: argparse.Namespace) -> None:
     """Engines of `trtllm_ckpt/`, by the stock class and by the exported one."""
     export = options.directory
-    models = json.loads((export / "manifest.json").read_text(encoding="utf-8"))["early_exit_models"]
+    models = read_json_object(export / "manifest.json")["early_exit_models"]
     if not models:
         raise SystemExit(
             f"{export}: no model file was exported with it; that is for Llama, Mistral and Qwen2 with one stage only"

@@ -7,9 +7,11 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,6 +183,11 @@ def test_damaged_sources_are_refused(tuned: Path, source: Path, tmp_path: Path, 
     (half / "config.json").write_bytes((source / "config.json").read_bytes())
     rewritten(tuned, tmp_path / "asr.nemo", {"model_config.yaml": b"encoder: {_target_: x}\n"})
     rewritten(tuned, tmp_path / "yaml.nemo", {"model_config.yaml": b"a: [1,\n"})
+    rewritten(tuned, tmp_path / "deep.nemo", {"model_config.yaml": b"a: " + b"[" * 3000 + b"]" * 3000})
+    rewritten(tuned, tmp_path / "long.nemo", {"model_config.yaml": b"num_layers: " + b"9" * 5000})
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        shutil.copytree(source, tmp_path / f"deep-{name}")
+        (tmp_path / f"deep-{name}" / name).write_text('{"a":\n' + "[" * 3000)
     for name, message in (
         ("cut.nemo", "damaged or truncated|truncated"),
         ("text.nemo", "not a .nemo archive, or damaged"),
@@ -188,11 +195,35 @@ def test_damaged_sources_are_refused(tuned: Path, source: Path, tmp_path: Path, 
         ("half", "safetensors"),
         ("asr.nemo", "num_layers"),
         ("yaml.nemo", "model_config.yaml"),
+        ("deep.nemo", "model_config.yaml is damaged"),
+        ("long.nemo", "model_config.yaml is damaged"),
+        ("deep-config.json", r"deep-config.json/config.json:2: nested too deeply"),
+        ("deep-tokenizer_config.json", r"/tokenizer_config.json:2: nested too deeply"),
+        ("deep-tokenizer.json", r"/tokenizer.json:2: nested too deeply"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             run_convert(tmp_path / name, tmp_path / "out.nemo", [exit_entry(1, "mlp")])
         assert name in str(caught.value) and "nothing was converted" in str(caught.value)
     assert not (tmp_path / "out.nemo").exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_warned_of(source: Path, monkeypatch) -> None:
+    """The tiny model has 133 rows, the reference model's tokenizer 4096 ids."""
+    from transformers import AutoTokenizer
+
+    from nemo_ee.convert import convert as module
+
+    warnings: list[str] = []
+    monkeypatch.setattr(module.logging, "warning", warnings.append)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for size in (4096, 4094, 133):
+        model = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), vocab_size=size)
+        module._warn_of_tokens_without_rows(model)
+    last = [f"{number} {tokenizer.convert_ids_to_tokens(number)!r}" for number in (4094, 4095)]
+    assert len(warnings) == 2
+    assert f"2 token ids outside the model's vocabulary 0..4093: {', '.join(last)}. Tuning" in warnings[0]
+    assert "the tokenizer has 3963 token ids outside the model's vocabulary 0..132: 133 " in warnings[1]
+    module._warn_of_tokens_without_rows(SimpleNamespace(tokenizer=object(), vocab_size=1))
 
 
 def test_damaged_weights_are_refused(tuned: Path, tmp_path: Path) -> None:

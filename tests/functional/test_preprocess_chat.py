@@ -125,6 +125,34 @@ def test_the_prefix_method_finds_what_marks_would_say(script: ModuleType, tokeni
         assert mask[:-1] == expected["assistant_masks"]
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_of_an_empty_answer_the_end_of_the_turn_counts(
+    script: ModuleType, tokenizer: Any, tmp_path: Path, template: str
+) -> None:
+    """It is what the template writes for the answer; what an answer with text has beyond its text."""
+    silent = [chat("Hi", ""), chat("Hi", "", "and now?", "same")]
+    counts = run(script, tmp_path, silent, template)
+    tokens, masks = read_back(tmp_path / "chat")
+    end = tokenizer.encode("</assistant>\n", add_special_tokens=False)
+    for record, ids, mask in zip(silent, tokens, masks, strict=True):
+        marked = {"chat_template": MARKED, "return_dict": True, "return_assistant_tokens_mask": True}
+        expected = tokenizer.apply_chat_template(record["messages"], **marked)
+        assert ids[:-1] == expected["input_ids"] and mask[:-1] == expected["assistant_masks"]
+    counted = [token for token, counts in zip(tokens[0], masks[0], strict=True) if counts]
+    assert tokenizer.decode(counted) == tokenizer.decode(end)
+    assert (counts.conversations, counts.empty_answers) == (2, 2)
+
+
+def test_an_empty_answer_that_leaves_no_token_is_named(script: ModuleType, tmp_path: Path) -> None:
+    """This template writes nothing behind an answer."""
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    run(script, tmp_path, [chat("Hi", "there")], bare)
+    with pytest.raises(
+        script.PreprocessError, match=r"in\.jsonl:2: no token of an answer is left .*leave a conversation"
+    ):
+        run(script, tmp_path, [chat("Hi", "there"), chat("Hi", "")], bare, overwrite=True)
+
+
 def test_a_conversation_may_begin_with_the_assistant(script: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
     """transformers looks at the first message of what stands before the answer, and there is none."""
     record = {"messages": [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "who?"},

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -167,6 +168,91 @@ def test_all_faults_in_the_data_come_in_one_message(script: ModuleType, tmp_path
     assert files_in(output.parent) == [], "nothing is left behind"
 
 
+def test_text_that_no_model_should_read_is_named_with_its_line(script: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    lines = [
+        '{"text": "fine"}',
+        '{"text": "cut \\ud83d"}',
+        "[" * 3000 + "]" * 3000,
+        '{"text": "x", "n": ' + "9" * 5000 + "}",
+    ]
+    source.write_text("\n".join(lines))
+    message = faults_of(script, config(script, tmp_path / "out" / "train", input=str(source)))
+    for number, part in (
+        (2, "holds half a character (\\ud83d"),
+        (3, "nested too deeply"),
+        (4, "holds the number 9999"),
+    ):
+        assert f"{source}:{number}: {part}" in message
+    assert message.count("\n") == 3 and files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.txt.gz"])
+def test_a_document_beyond_the_limit_is_refused_and_nothing_is_written(
+    script: ModuleType, tokenize: Any, tmp_path: Path, name: str
+) -> None:
+    text = "x = 1\n" * 100
+    path = tmp_path / name
+    content = (json.dumps({"text": text}) if "jsonl" in name else text).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    run = config(script, tmp_path / "out" / "train", input=[str(good), str(path)], max_document_bytes=len(content) - 1)
+    message = faults_of(script, run)
+    assert f"{name}{':1' if 'jsonl' in name else ''}: more than {len(content) - 1} bytes" in message
+    assert "raise max_document_bytes" in message and files_in(tmp_path / "out") == []
+    script.preprocess(dataclasses.replace(run, max_document_bytes=len(content)))
+    assert read_back(tmp_path / "out" / "train") == [tokenize("x") + [EOD], tokenize(text) + [EOD]]
+
+
+def test_tokens_that_the_model_lacks_are_named_with_their_text(
+    script: ModuleType, tokenize: Any, tmp_path: Path
+) -> None:
+    """config.json beside the tokenizer says the size; the tokenizer has one token more, and only one text has it."""
+    folder = tmp_path / "model"
+    shutil.copytree(TOKENIZER, folder, ignore=lambda _, names: [n for n in names if not n.endswith(".json")])
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["added_tokens"].append({**values["added_tokens"][0], "id": 4096, "content": "<tool>"})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    settings = {"tokenizer": str(folder), "input": str(tmp_path / "a.jsonl")}
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "x <tool> y"}])
+    message = faults_of(script, config(script, tmp_path / "train", **settings))
+    assert (
+        "a.jsonl:2: the tokenizer gives token 4096 ('<tool>'), which is outside the model's vocabulary 0..4095"
+        in message
+    )
+    assert files_in(tmp_path) == ["a.jsonl", "model"]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}])
+    script.preprocess(config(script, tmp_path / "train", **settings))
+    assert read_back(tmp_path / "train") == [tokenize("fine") + [EOD]]
+
+
+def test_data_made_again_forgets_the_order_of_its_samples(script: ModuleType, tmp_path: Path) -> None:
+    """Also where the output is named as one of its files."""
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    script.preprocess(config(script, tmp_path / "train.bin", input=str(source)))
+    index = tmp_path / "train" / "cache" / "GPTDataset_indices" / "0123"
+    index.mkdir(parents=True)
+    other = tmp_path / "train" / "cache" / "mine"
+    other.touch()
+    script.preprocess(config(script, tmp_path / "train.idx", input=str(source), overwrite=True))
+    assert other.exists() and not index.parent.exists()
+    other.unlink()
+    index.mkdir(parents=True)
+    script.preprocess(config(script, tmp_path / "train", input=str(source), overwrite=True))
+    assert files_in(tmp_path) == ["a.jsonl", "train.bin", "train.idx"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_file_of_the_tokenizer_is_named(script: ModuleType, tmp_path: Path, name: str) -> None:
+    """transformers fails with a RecursionError."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, folder, ignore=lambda _, names: [n for n in names if not n.endswith(".json")])
+    (folder / name).write_text("[" * 3000 + "]" * 3000)
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    message = faults_of(script, config(script, tmp_path / "train", input=str(source), tokenizer=str(folder)))
+    assert f"{folder / name}:1: nested too deeply" in message
+
+
 def test_many_faults_are_counted(script: ModuleType, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{}] * 50)
     message = faults_of(script, config(script, tmp_path / "train", input=str(source)))
@@ -242,6 +328,7 @@ def test_every_key_of_the_yaml_is_a_setting_and_back(script: ModuleType) -> None
     [
         ({"input": []}, "input: empty list"),
         ({"dtype": "int64"}, "dtype: 'int64' is not one of auto, uint16, int32"),
+        ({"max_document_bytes": 0}, "max_document_bytes: 0 must be a whole number of bytes from 1, or null"),
         ({"max_documents": 0}, "max_documents: 0 must be a whole number from 1"),
         ({"append_eod": "maybe"}, "append_eod: 'maybe' must be True or False"),
     ],

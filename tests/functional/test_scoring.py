@@ -6,9 +6,11 @@ scripts/sweep_thresholds.py.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_siz
 import torch  # isort: skip  # after the CPU host is on
 
 from tests.helpers.huggingface_models import save_tiny_model
+from tests.helpers.nemo_files import rewritten
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -229,6 +232,14 @@ def test_stop_texts_end_an_answer(model: SimpleNamespace, full: dict) -> None:
 
     reset_batch_sizes()
     lm = EarlyExitLM(str(model.path), mode="full", device="cpu", batch_size=2)
+    other = rewritten(model.path, model.path.with_name("other.nemo"), {"tokenizer/special_tokens_map.json": b"{}"})
+    same = shutil.copy(model.path, model.path.with_name("same.nemo"))
+    names = [lm.tokenizer_name]
+    for path in (same, other):  # lm-eval keeps requests by this name: it says what the tokenizer is, not where
+        lm._request = dataclasses.replace(lm._request, path=Path(path))
+        names.append(lm.tokenizer_name)
+    assert names[0] == names[1] != names[2] and "/" not in names[0]
+    lm._request = dataclasses.replace(lm._request, path=model.path)
     whole = [answer for (answer,) in responses(full, "write")]
     stop = whole[0][3:5]
 

@@ -242,6 +242,21 @@ def test_chat_data_is_learnt_from_answers_only(start: SimpleNamespace) -> None:
         assert ours != pytest.approx(each.mean().item(), rel=1e-3), "control: all tokens give another loss"
 
 
+def test_data_made_again_under_the_same_prefix_is_what_is_read(start: SimpleNamespace) -> None:
+    """12 documents, then 72 others, then 12 again: losses are those of the same data under a name of its own."""
+    circles = [[5, 9, 2, 77, 131, 40, 8], [3, 100, 61, 12]]
+
+    def losses_of(name: str, count: int, circle: list[int]) -> list[dict[str, float]]:
+        prefix = write_data(start.folder / name, [(circle * 30)[:90]] * count)
+        splits = {"train": [f"{prefix}.bin"], "validation": [str(prefix)], "test": None}
+        data = {**model_block(start)["data"], "data_prefix": splits, "index_mapping_dir": None}
+        return tune(start, 1, data=data)[2]
+
+    first = losses_of("again", 12, circles[0])
+    assert losses_of("again", 72, circles[1]) == losses_of("fresh", 72, circles[1]) != first
+    assert losses_of("again", 12, circles[0]) == first
+
+
 # -- the script -----------------------------------------------------------------------------------------------------
 
 

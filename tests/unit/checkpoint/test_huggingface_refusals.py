@@ -130,7 +130,16 @@ def test_absent_optional_keys_mean_what_they_mean_to_transformers(tmp_path: Path
 def test_unreadable_directories_give_one_clear_error(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config.json; give the directory"):
         read_backbone(tmp_path)
-    for text, message in (("{", "damaged"), ("[1]", "holds no mapping"), ("{}", "model_type: None is not supported")):
+    for text, message in (
+        ("{", "damaged"),
+        ("[1]", "a JSON list, not an object"),
+        ('{"a":\n' + "[" * 3000, r"config\.json:2: nested too deeply"),
+        (
+            '{"hidden_size": ' + "9" * 5000 + "}",
+            r"config\.json:1: holds the number 9+, which does",
+        ),
+        ("{}", "model_type: None is not supported"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_backbone(tmp_path)

@@ -153,11 +153,18 @@ def test_prompts_are_taken_whole_and_faults_name_their_place(tmp_path):
     assert len(digest) == 64 and found.facts["cut"] == "a line each"
     with pytest.raises(ValueError, match="prompt 0 has 3 tokens; it may have 1 to 2"):
         prompts(entries, longest=2)
+    with pytest.raises(ValueError, match=r"prompt 1: token 8 outside the vocabulary 0\.\.7; use the tokenizer"):
+        prompts(entries, vocab_size=8)
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"tokens{ending}").touch()
+    for name in ("tokens", "tokens.bin", "tokens.idx"):
+        with pytest.raises(ValueError, match=rf"/{name} is tokenised data .*tokens\.bin and .*; give the text it was"):
+            read_entries(tmp_path / name)
     file.write_text('{"prompt": 1}\n{"text": "x", "answer": 3}\n{')
     with pytest.raises(ValueError) as caught:
         read_entries(file)
     message = str(caught.value)
-    assert "line 1: must be an object" in message and 'line 2: "answer" is 3' in message and "line 3" in message
+    assert ":1: must be an object" in message and ':2: "answer" is 3' in message and ":3: not JSON" in message
     text = tmp_path / "x.txt"
     text.write_text("1 2 3 4 5 6")
     assert read_entries(text)[0][0].is_document

@@ -94,7 +94,7 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"prompts": "text"}, ["must be a list"]),
         ({"prompts": ["a", 3]}, ["prompts holds 3", "quotes"]),
         ({"prompts_file": "p.txt"}, ["both prompts and prompts_file"]),
-        ({"prompts": [], "prompts_file": "absent.txt"}, ["absent.txt cannot be read"]),
+        ({"prompts": [], "prompts_file": "absent.txt"}, ["prompts_file: absent.txt: cannot be read: No such file"]),
         ({"output": "absent/x.jsonl"}, ["the folder absent does not exist"]),
         ({"output": "."}, ["is a directory"]),
     ],
@@ -140,14 +140,14 @@ def test_a_gzipped_file_reads_as_what_is_in_it(tmp_path):
         given = config(tmp_path, prompts=[], prompts_file=str(tmp_path / name))
         assert GenerationRequest.from_config(given).prompts == ("one",)
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"one")[:-4])
-    assert "cut.gz cannot be read" in fault(tmp_path, prompts=[], prompts_file=str(tmp_path / "cut.gz"))
+    assert "cut.gz:1: cannot be read" in fault(tmp_path, prompts=[], prompts_file=str(tmp_path / "cut.gz"))
 
 
 def test_every_bad_line_of_a_jsonl_is_named(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\nnope\n{"text": "a"}\n["prompt"]\n{"prompt": 3}\n')
     message = fault(tmp_path, prompts=[], prompts_file=str(file))
-    assert [f"line {number}:" in message for number in range(1, 6)] == [False, True, True, True, True]
+    assert [f"p.jsonl:{number}:" in message for number in range(1, 6)] == [False, True, True, True, True]
 
 
 def test_keys_that_the_output_has_itself_are_refused_with_line_and_key(tmp_path):
@@ -156,7 +156,7 @@ def test_keys_that_the_output_has_itself_are_refused_with_line_and_key(tmp_path)
     file.write_text("".join(json.dumps({"prompt": "a", **line}) + "\n" for line in lines))
     message = fault(tmp_path, prompts=[], prompts_file=str(file))
     for number, key in enumerate(["text", "finish_reason", "tokens", "error"], start=2):
-        assert f'line {number}: the key "{key}" is one that the output has itself; rename it' in message
+        assert f'p.jsonl:{number}: the key "{key}" is one that the output has itself; rename it' in message
     assert "line 1:" not in message
 
 
@@ -168,7 +168,7 @@ def test_half_of_a_surrogate_pair_is_refused_where_it_is_read(line, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "\\ud83d\\ude00", "id": "\\ud83d\\ude00"}\n' + line + "\n")
     message = fault(tmp_path, prompts=[], prompts_file=str(file))
-    assert "line 2: holds half of a surrogate pair" in message and "line 1" not in message
+    assert "p.jsonl:2: holds half a character" in message and "p.jsonl:1" not in message
     assert "half of a surrogate pair" in fault(tmp_path, prompts=["fine", "a \udcff"])
 
 

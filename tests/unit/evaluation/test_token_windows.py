@@ -67,11 +67,18 @@ def test_what_is_wrong_is_said(prefix: str, tmp_path: Path) -> None:
         TokenWindows(str(tmp_path / "absent"), seq_length=4)
     with pytest.raises(ValueError, match="max_tokens=3 is less than one window of seq_length=4"):
         TokenWindows(prefix, seq_length=4, max_tokens=3)
-    with pytest.raises(ValueError, match="holds token 17, the model knows tokens below 17; make the data with"):
-        windows = TokenWindows(prefix, seq_length=4, vocab_size=17)
-        [windows[index] for index in range(len(windows))]
-    windows = TokenWindows(prefix, seq_length=4, vocab_size=18)
-    assert len([windows[index] for index in range(len(windows))]) == 3
+    refused = r"text\.bin holds the token 17 \(document 3, position 1\), which is outside .* 0\.\.16; make"
+    with pytest.raises(ValueError, match=refused):
+        TokenWindows(prefix, seq_length=4, vocab_size=17)
+    assert len(TokenWindows(prefix, seq_length=4, vocab_size=18)) == 3
+    # Only what is read counts: token 17 lies in the last window, and two windows of three are kept.
+    assert len(TokenWindows(prefix, seq_length=4, max_tokens=8, vocab_size=17)) == 2
+
+
+def test_the_prefix_may_be_given_as_one_of_its_files(prefix: str) -> None:
+    whole = TokenWindows(prefix, seq_length=4)
+    for name in (f"{prefix}.bin", f"{prefix}.idx"):
+        assert TokenWindows(name, seq_length=4).num_tokens == whole.num_tokens
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,30 @@ def test_data_that_is_not_enough_for_one_step_is_refused(tmp_path: Path) -> None
         _run(tmp_path, data=whole, **batch)
 
 
+def test_tokens_outside_the_vocabulary_are_refused_in_every_split(tmp_path: Path) -> None:
+    """The true vocabulary counts: its padding has rows, but nothing was ever learnt for them."""
+    bad = tmp_path / "bad"
+    builder = IndexedDatasetBuilder(f"{bad}.bin", dtype=numpy.uint16)
+    builder.add_document(torch.tensor([1] * 600 + [4103]), [601])
+    builder.finalize(f"{bad}.idx")
+    for split in ("train", "validation", "test"):
+        data = {"data_prefix": {key: [str(tmp_path / "data")] for key in ("train", "validation", "test")}}
+        data["data_prefix"][split] = [f"{bad}.bin"]
+        with pytest.raises(ValueError, match=r"bad\.bin holds the token 4103 \(document 0, position 600\).*\.\.4099;"):
+            _run(tmp_path, data=data, vocab_size=4100)
+        _run(tmp_path, data=data, vocab_size=4104)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_a_prefix_may_be_given_as_one_of_its_files(tmp_path: Path, ending: str) -> None:
+    name = _write_data(tmp_path / "data", [600])
+    given = {"data_prefix": {"train": ["1.0", name + ending], "validation": [name], "test": None}}
+    merged = merge_model_config(OmegaConf.create(STORED), OmegaConf.create({"data": given}))
+    assert merged.data.data_prefix.train == ["1.0", name]
+    _run(tmp_path, data=given)
+    _run(tmp_path, data={"data_prefix": [name + ending], "splits_string": "1,0,0"})
+
+
 @pytest.mark.parametrize("what", FAULTS)
 def test_faults_are_named_with_value_and_way_out(what: str, tmp_path: Path) -> None:
     model, changes, expected = FAULTS[what]
