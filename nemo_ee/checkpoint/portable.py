@@ -25,11 +25,10 @@ from typing import Any
 
 import yaml
 
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, read_json_object
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, TOKENIZER_FOLDER, read_json_object
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FOLDER = "tokenizer"
 _FOLDERS_UP = 2
 _BACKBONE_KEY = "backbone_path"
 _YAML_STRING = "tag:yaml.org,2002:str"

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, and the special tokens they name.
+"""The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, the special tokens they name, and
+what ends a text.
 
 A `.nemo` may come from anybody, so nothing else of that folder is copied, and no link is followed.
 """
@@ -13,6 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, open_nemo
+from nemo_ee.text.special_tokens import EndOfText, end_of_text, end_of_text_of
+
+TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -56,6 +63,29 @@ def special_token_ids(folder: Path | None) -> dict[str, int | None]:
         if text is not None:
             ids[f"{role}_token_id"] = next((found for token, found in _tokens(folder) if token == text), None)
     return ids
+
+
+def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> EndOfText:
+    """What ends a text of the model in a `.nemo`; a file without the Hugging Face model's two configs (NeMo's own, or
+    one of an earlier version) leaves it to the tokenizer.
+
+    Args:
+        tokenizer_id: the loaded tokenizer's end-of-text token; None = the one that the tokenizer's files name.
+
+    Raises:
+        ValueError: the `.nemo` or one of the two configs is damaged.
+    """
+    with NemoArchive(path) as archive:
+        config = yaml.safe_load(archive.config_text())
+        has_folder = archive.has(TOKENIZER_FOLDER)
+    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+    if not has_folder:
+        return end_of_text(None, None, tokenizer_id, vocab_size=vocab_size)
+    with open_nemo(path, [TOKENIZER_FOLDER]) as unpacked:
+        folder = unpacked / TOKENIZER_FOLDER
+        if tokenizer_id is None:
+            tokenizer_id = special_token_ids(folder)["eos_token_id"]
+        return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size)
 
 
 def _text(token: Any) -> str | None:
