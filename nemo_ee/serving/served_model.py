@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +22,7 @@ from nemo_ee.serving.certified import check_setting, promise
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.protocol import Call
+from nemo_ee.text.special_tokens import EndOfText, prompt_ids
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class ServedModel:
         model: what decodes.
         tokenizer: transformers'.
         default: mode and policy of requests that do not say.
-        stop_tokens: ids that end every answer.
+        end_of_text: what ends every answer.
         max_length: most tokens of a sequence, prompt included; None = the model's positions.
         max_new_tokens: most new ones.
         certificates: of these weights, by name.
@@ -62,7 +61,7 @@ class ServedModel:
         model: DecodingModel,
         tokenizer: Any,
         default: ExitChoice,
-        stop_tokens: frozenset[int],
+        end_of_text: EndOfText,
         max_length: int | None,
         max_new_tokens: int,
         certificates: Mapping[str, Certificate] = MappingProxyType({}),
@@ -71,7 +70,7 @@ class ServedModel:
     ) -> None:
         self._engine = EarlyExitEngine(model, cost_rule=cost_rule)
         self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.default, self.stop_tokens, self.max_new_tokens = default, stop_tokens, max_new_tokens
+        self.default, self.end_of_text, self.max_new_tokens = default, end_of_text, max_new_tokens
         self.certificates, self.precision = certificates, precision
         self.max_length = model.max_positions if max_length is None else max_length
         if self.max_length > model.max_positions:
@@ -123,14 +122,14 @@ class ServedModel:
                         prompt,
                         self._new_tokens(prompt, call),
                         call.sampling_of(number, answer),
-                        stop_tokens=self.stop_tokens,
+                        stop_tokens=frozenset(self.end_of_text.ids),
                         num_top=call.num_top or 0,
                         mode=choice.mode,
                         policy=choice.policy,
                     )
                 )
         if choice.certificate is not None:
-            check_setting(choice.certificate, call, requests, self.precision)
+            check_setting(choice.certificate, call, requests, self.precision, self.end_of_text)
         return Prepared(tuple(requests), choice, sum(map(len, prompts)))
 
     def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -144,7 +143,7 @@ class ServedModel:
                     param="prompt",
                 )
             return prompt
-        ids = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
+        ids = tuple(prompt_ids(self.tokenizer, prompt))
         if not ids:
             raise ApiError(400, f"prompt = {shown(prompt)} has no tokens; write something", param="prompt")
         return ids
@@ -208,14 +207,3 @@ class ServedModel:
                 },
             },
         }
-
-
-def stop_tokens_of(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """The end-of-text token of the tokenizer and those of generation_config.json."""
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    try:
-        named = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        named = None
-    stops += named if isinstance(named, list) else [named]
-    return frozenset(one for one in stops if isinstance(one, int) and not isinstance(one, bool))

@@ -18,12 +18,17 @@ _ACCELERATE = {
 
 
 def hugging_face_lm(model: Any, tokenizer: Any, **settings: Any) -> Any:
-    """`HFLM` on the CPU. The package accelerate need not be installed.
+    """`HFLM` on the CPU.
 
     Args:
         model, tokenizer: transformers'.
         settings: further ones of `HFLM`.
     """
+    return hugging_face_module().HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", **settings)
+
+
+def hugging_face_module() -> ModuleType:
+    """lm-eval's file with `HFLM`. The package accelerate need not be installed."""
     stand_ins: dict[str, ModuleType] = {}
     if importlib.util.find_spec("accelerate") is None:
         for name, attributes in _ACCELERATE.items():
@@ -31,8 +36,7 @@ def hugging_face_lm(model: Any, tokenizer: Any, **settings: Any) -> Any:
             vars(stand_ins[name]).update(dict.fromkeys(attributes))
     sys.modules.update(stand_ins)
     try:
-        module = importlib.import_module("lm_eval.models.huggingface")
+        return importlib.import_module("lm_eval.models.huggingface")
     finally:
         for name in stand_ins:
             del sys.modules[name]
-    return module.HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", **settings)
