@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DTYPES, PreprocessError, read_settings
+from preprocess_settings import DTYPES, PreprocessError, check_end, read_settings
 from preprocess_text import (
     choose_dtype,
     existing_faults,
@@ -213,6 +213,7 @@ def preprocess(config: ChatConfig) -> Counts:
     else:
         dtype, problems = choose_dtype(config.dtype, max(chat.tokenizer.get_vocab().values()) + 1)
         faults += problems
+        faults += check_end(config.tokenizer, chat.tokenizer.eos_token_id if config.append_eod else None)
     if faults:
         raise PreprocessError(faults)
     with replacing(finished) as partial:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DTYPES, PreprocessError, read_settings
+from preprocess_settings import DTYPES, PreprocessError, check_end, read_settings
 from tqdm import tqdm
 
 from nemo_ee.command import command
@@ -271,6 +271,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         eod = tokenizer.eos_token_id if config.append_eod else None
         if config.append_eod and eod is None:
             faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
+        faults += check_end(config.tokenizer, eod)
         dtype, problems = choose_dtype(config.dtype, max(tokenizer.get_vocab().values()) + 1)
         faults += problems
     if faults:

@@ -23,6 +23,7 @@ import torch  # isort: skip  # after the CPU host is on
 
 from tests.helpers.huggingface_models import save_tiny_model
 from tests.helpers.lm_eval_hf import hugging_face_lm
+from tests.helpers.nemo_files import rewritten
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -327,6 +328,23 @@ def test_texts_are_those_of_lm_eval_s_hf(both: Both, model: SimpleNamespace) -> 
     expected = both.ask("generate_until", arguments, both.theirs)
     assert both.ask("generate_until", arguments, both.ours) == expected
     assert any(one != other for one, other in zip(expected[::2], expected[1::2], strict=True))
+
+
+def test_texts_end_where_those_of_lm_eval_s_hf_end(
+    model: SimpleNamespace, full: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At tokens that generation_config.json names and the tokenizer does not; they are no special tokens, so they are
+    part of the text."""
+    whole = [answer for (answer,) in responses(full, "write")]
+    stops = [model.tokenizer(own, add_special_tokens=False).input_ids[3] for own in whole[:2]]
+    data = json.dumps({"eos_token_id": stops}).encode()
+    path = rewritten(model.path, tmp_path / "ended.nemo", {"tokenizer/generation_config.json": data})
+    monkeypatch.setattr(model.reference.generation_config, "eos_token_id", stops)
+    both = Both(SimpleNamespace(path=path, reference=model.reference), adds_bos=False)
+    arguments = [(text, {"max_gen_toks": 10, "until": []}) for text in TEXTS]
+    expected = both.ask("generate_until", arguments, both.theirs)
+    assert both.ask("generate_until", arguments, both.ours) == expected
+    assert len(expected[0]) < len(whole[0])
 
 
 @pytest.mark.parametrize("batch_size", ["auto"])
