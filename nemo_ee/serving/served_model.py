@@ -70,7 +70,8 @@ class ServedModel:
     ) -> None:
         self._engine = EarlyExitEngine(model, cost_rule=cost_rule)
         self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.default, self.end_of_text, self.max_new_tokens = default, end_of_text, max_new_tokens
+        self.end_of_text, self.stop_tokens = end_of_text, frozenset(end_of_text.ids)
+        self.default, self.max_new_tokens = default, max_new_tokens
         self.certificates, self.precision = certificates, precision
         self.max_length = model.max_positions if max_length is None else max_length
         if self.max_length > model.max_positions:
@@ -122,7 +123,7 @@ class ServedModel:
                         prompt,
                         self._new_tokens(prompt, call),
                         call.sampling_of(number, answer),
-                        stop_tokens=frozenset(self.end_of_text.ids),
+                        stop_tokens=self.stop_tokens,
                         num_top=call.num_top or 0,
                         mode=choice.mode,
                         policy=choice.policy,

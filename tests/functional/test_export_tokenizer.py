@@ -127,6 +127,9 @@ def test_the_end_token_of_the_tokenizer_s_files_ends_a_text(one: Made, tmp_path:
     assert torch.equal(model.generate(prompt, **call), free[:, :length])
     remote = EarlyExitCausalLM.from_pretrained(str(output / "hf_early_exit"), config=model.config)
     assert torch.equal(remote.generate(prompt, **call), free[:, :length])
+    engines = test_export_tensorrt_llm.export(path, tmp_path / "trt")
+    written = [json.loads(file.read_text()) for file in engines.glob("*/generation_config.json")]
+    assert len(written) == 3 and {one["eos_token_id"] for one in written} == {end}, "the checkpoint and two drafts"
 
 
 def test_an_original_without_generation_config_keeps_its_class_s_tokens(one: Made, tmp_path: Path) -> None:
