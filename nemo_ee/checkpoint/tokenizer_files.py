@@ -85,7 +85,8 @@ def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> End
         folder = unpacked / TOKENIZER_FOLDER
         if tokenizer_id is None:
             tokenizer_id = special_token_ids(folder)["eos_token_id"]
-        return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size)
+        origin = f"{path}: {TOKENIZER_FOLDER}"
+        return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size, origin=origin)
 
 
 def _text(token: Any) -> str | None:

@@ -84,14 +84,20 @@ def end_of_text(
     return EndOfText((), tokenizer_id)
 
 
-def end_of_text_of(directory: str | Path, tokenizer_id: int | None, *, vocab_size: int | None = None) -> EndOfText:
+def end_of_text_of(
+    directory: str | Path, tokenizer_id: int | None, *, vocab_size: int | None = None, origin: object = None
+) -> EndOfText:
     """`end_of_text` of a model's directory.
+
+    Args:
+        origin: what messages call the directory; None = by its name.
 
     Raises:
         ValueError: as `end_of_text`, or one of the files is damaged.
     """
-    files = (_read(Path(directory) / name) for name in (GENERATION_CONFIG, CONFIG))
-    return end_of_text(*files, tokenizer_id, vocab_size=vocab_size, origin=directory)
+    origin = directory if origin is None else origin
+    files = (_read(Path(directory) / name, f"{origin}/{name}") for name in (GENERATION_CONFIG, CONFIG))
+    return end_of_text(*files, tokenizer_id, vocab_size=vocab_size, origin=origin)
 
 
 def token_of(config: Mapping[str, Any], role: str) -> Any:
@@ -107,10 +113,8 @@ def _ids(values: Mapping[str, Any], source: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    return json_object(path.read_bytes(), path)
+def _read(path: Path, source: str) -> dict[str, Any] | None:
+    return json_object(path.read_bytes(), source) if path.is_file() else None
 
 
 def json_object(data: bytes, source: object) -> dict[str, Any]:
