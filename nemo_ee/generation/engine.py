@@ -245,8 +245,8 @@ class EarlyExitEngine:
                 )
             if len(own) - 1 > self.model.max_positions:  # the last token is only predicted
                 faults.append(
-                    f"sequence {index}: {len(own)} tokens, of which all but the last are read, are more than the "
-                    f"model's {self.model.max_positions} positions; shorten it or score it in windows"
+                    f"sequence {index}: {len(own) - 1} tokens before the last one are more than the model's "
+                    f"{self.model.max_positions} positions; shorten it or score it in windows"
                 )
         try:
             own_mode = "full" if mode == "self_speculative" else mode
