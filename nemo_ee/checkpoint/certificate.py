@@ -52,6 +52,8 @@ class Setting:
         tokens_to_generate: new tokens per prompt at most; losses are means over them.
         stop_on_eos, add_BOS: as in the generation yaml.
         sampling: greedy, temperature, top_k, top_p, repetition_penalty (no seed).
+        stop_tokens: ids that ended an answer, sorted; None = the tokenizer's end-of-text token alone, as in
+            certificates of earlier versions, or nothing (`stop_on_eos`).
     """
 
     mode: str
@@ -61,6 +63,7 @@ class Setting:
     stop_on_eos: bool
     add_BOS: bool | None
     sampling: Mapping[str, Any]
+    stop_tokens: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,11 @@ class Certificate:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        stops = values["setting"].pop("stop_tokens")
+        if stops is not None:
+            values["setting"]["stop_tokens"] = list(stops)
+        return values
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> Certificate:
@@ -148,6 +155,11 @@ class Certificate:
             known = dict(values)
             for key, kind in (("model", Identity), ("setting", Setting), ("guarantee", Guarantee)):
                 known[key] = kind(**known[key])
+            stops = known["setting"].stop_tokens
+            if stops is not None:
+                if not isinstance(stops, list) or not all(type(one) is int for one in stops):
+                    raise ValueError(f"stop_tokens is {stops!r}, not a list of token ids")
+                known["setting"] = dataclasses.replace(known["setting"], stop_tokens=tuple(sorted(stops)))
             result = cls(**known)
             check_name(result.name)
             result.policy()

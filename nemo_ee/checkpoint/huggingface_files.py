@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_ee.text.json_values import read_json_object
+from nemo_ee.text.json_values import JsonError, read_json_object
 
 _NAMES = (
     ("model.safetensors", "model.safetensors.index.json"),

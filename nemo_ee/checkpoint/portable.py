@@ -26,12 +26,11 @@ from typing import Any
 import yaml
 
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, MODEL_WEIGHTS, NemoArchive
-from nemo_ee.checkpoint.tokenizer_files import read_json_object
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, read_json_object
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FOLDER = "tokenizer"
 _FOLDERS_UP = 2
 _BACKBONE_KEY = "backbone_path"
 _YAML_STRING = "tag:yaml.org,2002:str"

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, and the special tokens they name.
+"""The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, the special tokens they name, and
+what ends a text.
 
 A `.nemo` may come from anybody, so nothing else of that folder is copied, and no link is followed.
 """
@@ -12,9 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.text import json_values
+from nemo_ee.text.special_tokens import EndOfText, end_of_text, end_of_text_of
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
+TOKENIZER_FOLDER = "tokenizer"
 SPECIAL_TOKENS = ("bos", "eos", "pad")
 
 
@@ -63,6 +70,30 @@ def special_token_ids(folder: Path | None) -> dict[str, int | None]:
         if text is not None:
             ids[f"{role}_token_id"] = next((found for token, found in _tokens(folder) if token == text), None)
     return ids
+
+
+def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> EndOfText:
+    """What ends a text of the model in a `.nemo`; a file without the Hugging Face model's two configs (NeMo's own, or
+    one of an earlier version) leaves it to the tokenizer.
+
+    Args:
+        tokenizer_id: the loaded tokenizer's end-of-text token; None = the one that the tokenizer's files name.
+
+    Raises:
+        ValueError: the `.nemo` or one of the two configs is damaged.
+    """
+    with NemoArchive(path) as archive:
+        config = yaml.safe_load(archive.config_text())
+        has_folder = archive.has(TOKENIZER_FOLDER)
+    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+    if not has_folder:
+        return end_of_text(None, None, tokenizer_id, vocab_size=vocab_size)
+    with NemoArchive(path) as archive, unpacked(archive, [TOKENIZER_FOLDER]) as directory:
+        folder = directory / TOKENIZER_FOLDER
+        if tokenizer_id is None:
+            tokenizer_id = special_token_ids(folder)["eos_token_id"]
+        origin = f"{path}: {TOKENIZER_FOLDER}"
+        return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size, origin=origin)
 
 
 def _text(token: Any) -> str | None:

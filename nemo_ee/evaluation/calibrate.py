@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, store_certificate
+from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.evaluation.calibration import (
     Measure,
     PolicyResult,
@@ -37,7 +38,7 @@ from nemo_ee.evaluation.calibration_data import CalibrationPrompts, make_prompts
 from nemo_ee.evaluation.calibration_report import draw_calibration
 from nemo_ee.evaluation.calibration_request import CalibrationRequest
 from nemo_ee.evaluation.certified import identify
-from nemo_ee.evaluation.generate import decode, prompt_ids, stored_tokenizer
+from nemo_ee.evaluation.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
 from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.confidence import NEVER_LEAVES
 from nemo_ee.exits.config import EarlyExitConfig
@@ -92,9 +93,12 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     if request.setting.precision == "bf16":
         model.model.bfloat16()
     prompts = prompts or _prompts(request, model.tokenizer, positions, model.vocab_size)
-    calibrator = Calibrator(MegatronDecodingModel(model.model), model.tokenizer, request, prompts)
+    end = stored_end_of_text(request.path, model.tokenizer.eos_id)
+    if request.setting.stop_on_eos and end.differs and trainer.is_global_zero:
+        logger.warning("%s: %s", request.path, end.differs)
+    calibrator = Calibrator(MegatronDecodingModel(model.model), model.tokenizer, request, prompts, end_of_text=end.ids)
     report = calibrator.run()
-    certificate = _certificate(request, report, identity, prompts)
+    certificate = _certificate(request, report, identity, prompts, calibrator.stops)
     report["certificate"] = certificate.to_mapping()
     if trainer.is_global_zero:
         _write(request, report, certificate)
@@ -132,12 +136,13 @@ def _prompts(
     asked = request.setting
     if asked.add_BOS and tokenizer.bos_id is None:
         raise ValueError("add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False")
-    if asked.stop_on_eos and tokenizer.eos_id is None:
-        raise ValueError("stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False")
+    if asked.stop_on_eos and not stored_end_of_text(request.path, tokenizer.eos_id).ids:
+        raise ValueError(NO_END_OF_TEXT)
+    adds_bos = prompt_ids(tokenizer, "x", asked.add_BOS)[:1] == [tokenizer.bos_id]
     prompts = make_prompts(
         request.entries,
         lambda text: prompt_ids(tokenizer, text, asked.add_BOS),
-        bos=tokenizer.bos_id,
+        bos=tokenizer.bos_id if adds_bos else None,
         prompt_tokens=request.prompt_tokens,
         prompts_per_document=request.prompts_per_document,
         num_prompts=request.num_prompts,
@@ -170,6 +175,10 @@ class Calibrator:
         request: see `CalibrationRequest`.
         prompts: what to calibrate on.
         score: of the task risk, in 0..1; None = exact match with the prompt's answer.
+        end_of_text: token ids that end an answer under `stop_on_eos`; None = the tokenizer's end-of-text token.
+
+    Attributes:
+        stops: token ids that end an answer.
     """
 
     def __init__(
@@ -179,13 +188,15 @@ class Calibrator:
         request: CalibrationRequest,
         prompts: CalibrationPrompts,
         score: Score | None = None,
+        end_of_text: Sequence[int] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.request, self.prompts = model, tokenizer, request, prompts
         self.engine = EarlyExitEngine(model)
         self.score = score or self._exact_match
         self.exits = tuple(p for p in model.exits if request.exits is None or p.name in request.exits)
-        eos = tokenizer.eos_id
-        self._stops = (eos,) if request.setting.stop_on_eos and eos is not None else ()
+        if end_of_text is None:
+            end_of_text = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.stops = tuple(end_of_text) if request.setting.stop_on_eos else ()
 
     def run(self) -> dict[str, Any]:
         """The report: settings, policies in the order of the test, free-running divergence."""
@@ -234,7 +245,7 @@ class Calibrator:
                 mode="full" if policy is None else "early_exit",
                 policy=policy,
                 sampling=[self._sampling(index) for index in batch],
-                stop_tokens=self._stops,
+                stop_tokens=self.stops,
             )
             for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0)
         ]
@@ -265,7 +276,7 @@ class Calibrator:
 
     def _scores(self, results: Sequence[GenerationResult]) -> torch.Tensor:
         answers = [tokens for result in results for tokens in result.tokens]
-        texts = [decode(self.tokenizer, [t for t in answer if t not in self._stops]) for answer in answers]
+        texts = [decode(self.tokenizer, [t for t in answer if t not in self.stops]) for answer in answers]
         scores = torch.tensor([self.score(index, text) for index, text in enumerate(texts)], dtype=torch.float64)
         # A difference of scores would be clipped into 0..1 and look like a loss.
         outside = scores[~((scores >= 0) & (scores <= 1))]
@@ -337,7 +348,11 @@ def definition_of(request: CalibrationRequest) -> str:
 
 
 def _certificate(
-    request: CalibrationRequest, report: dict[str, Any], identity: Identity, prompts: CalibrationPrompts
+    request: CalibrationRequest,
+    report: dict[str, Any],
+    identity: Identity,
+    prompts: CalibrationPrompts,
+    stops: Sequence[int],
 ) -> Certificate:
     chosen = next((one for one in report["policies"] if one["chosen"]), None)
     guarantee = Guarantee(
@@ -355,7 +370,7 @@ def _certificate(
         name=request.certificate or "not-stored",
         created=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         model=identity,
-        setting=request.setting,
+        setting=dataclasses.replace(request.setting, stop_tokens=tuple(sorted(stops)) or None),
         criterion=request.criterion,
         thresholds={} if chosen is None else chosen["thresholds"],
         max_waiting=request.max_waiting,

@@ -107,7 +107,7 @@ def make_prompts(
 
     Args:
         to_ids: text -> token ids, the begin-of-text token included where it belongs.
-        bos: that token, put in front of pieces of documents too; None = none.
+        bos: that token, put in front of pieces of documents too; None = prompts get none.
         prompt_tokens, prompts_per_document: how documents are cut: a document's tokens are divided into equal spans,
             and each span gives that many tokens from a random place. Documents that are too short are left out.
         num_prompts: how many to take, at random; None = all.

@@ -17,9 +17,11 @@ from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import open_nemo
 from nemo_ee.evaluation.generation_request import GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.text.special_tokens import EndOfText
 
 KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
 _LORA, _TOKENIZER = "lora_weights", "tokenizer"
@@ -152,6 +154,22 @@ def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
             yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
 
 
+def stop_faults(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
+    """Whether answers end at other tokens than in calibration.
+
+    Args:
+        stops: of the model at hand. No ids mean that its tokenizer alone says, and a tokenizer is part of the
+            certificate's identity.
+    """
+    setting = certificate.setting
+    certified = setting.stop_tokens
+    if certified is None:
+        certified = () if stops.tokenizer is None else (stops.tokenizer,)
+    ours = tuple(sorted(stops.ids))
+    if setting.stop_on_eos and ours and ours != certified:
+        yield f"answers end at the tokens {list(ours)}, certified stop tokens {list(certified)}"
+
+
 def valid_certificates(path: str | Path) -> list[Certificate]:
     """The certificates of a `.nemo` that are about its present weights and tokenizer; others are warned of.
 
@@ -196,6 +214,7 @@ def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> G
     certificate = find_certificate(path, wanted)
     faults = list(model_faults(certificate, identify(path)))
     outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
+    outside += stop_faults(certificate, stored_end_of_text(path))
     if outside and not config["allow_other_setting"]:
         way_out = "change it, or set allow_other_setting=True to run without the guarantee"
         faults += [f"{one}; {way_out}" for one in outside]

@@ -8,6 +8,7 @@ request -> config and tokenizer of the file -> every fault of the two -> weights
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenize
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.evaluation.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
@@ -33,9 +35,15 @@ from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.trainer import single_run_trainer
+from nemo_ee.text import special_tokens
 from nemo_ee.text.stop_strings import EndStrings
 from nemo_ee.text.token_view import Detokenizer, TokenText
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+NO_END_OF_TEXT = "stop_on_eos=True, but neither model nor tokenizer names an end-of-text token; set stop_on_eos=False"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +95,19 @@ class TextGenerator:
         model: what decodes.
         tokenizer: NeMo's.
         request: how to generate; its prompts are not read.
+        end_of_text: token ids that end a text; None = the tokenizer's end-of-text token.
     """
 
-    def __init__(self, model: DecodingModel, tokenizer: Any, request: GenerationRequest) -> None:
+    def __init__(
+        self,
+        model: DecodingModel,
+        tokenizer: Any,
+        request: GenerationRequest,
+        end_of_text: Sequence[int] | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.request = model, tokenizer, request
+        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.end_of_text = own if end_of_text is None else tuple(end_of_text)
         self.stats: DecodingStats | None = None
         self.seconds = 0.0
         self.num_failed = 0
@@ -102,7 +119,7 @@ class TextGenerator:
             ValueError: every fault of every prompt, by its number.
         """
         limits = (self.model.max_positions, self.model.vocab_size)
-        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, *limits))
+        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, self.end_of_text, *limits))
         if not faults:
             requests = [self._request(prompt) for prompt in prompts]
             for index, own in enumerate(requests):
@@ -165,13 +182,13 @@ class TextGenerator:
         self.stats = stats if self.stats is None else _sum(self.stats, stats)
 
     def _request(self, prompt: str) -> Request:
-        asked, eos = self.request, self.tokenizer.eos_id
+        asked = self.request
         ids = prompt_ids(self.tokenizer, prompt, asked.add_bos)
         return Request(
             tuple(ids),
             asked.max_new_tokens,
             asked.sampling,
-            stop_tokens=frozenset([eos] if asked.stop_on_eos else []),
+            stop_tokens=frozenset(self.end_of_text if asked.stop_on_eos else ()),
             min_new_tokens=asked.min_new_tokens,
             ends=EndStrings(self.decode, asked.end_strings, ids) if asked.end_strings else None,
         )
@@ -227,7 +244,10 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     if isinstance(decoder, DecodingStage):
         decoder.serve()
         return None
-    return TextGenerator(decoder, model.tokenizer, request)
+    end = stored_end_of_text(request.path, model.tokenizer.eos_id)
+    if request.stop_on_eos and end.differs and trainer.is_global_zero:
+        logger.warning("%s: %s", request.path, end.differs)
+    return TextGenerator(decoder, model.tokenizer, request, end.ids)
 
 
 def check_request(request: GenerationRequest, stored: DictConfig) -> None:
@@ -254,7 +274,8 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
     tokenizer = stored_tokenizer(request.path, stored)
     if tokenizer is not None:
         positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
-        faults += _prompt_faults(request, request.prompts, tokenizer, positions, stored.get("vocab_size"))
+        end = stored_end_of_text(request.path, tokenizer.eos_id)
+        faults += _prompt_faults(request, request.prompts, tokenizer, end.ids, positions, stored.get("vocab_size"))
     _raise(faults)
 
 
@@ -265,13 +286,18 @@ def _raise(faults: Sequence[str]) -> None:
 
 
 def _prompt_faults(
-    request: GenerationRequest, prompts: Sequence[str], tokenizer: Any, positions: int, vocab_size: int | None
+    request: GenerationRequest,
+    prompts: Sequence[str],
+    tokenizer: Any,
+    end_of_text: Sequence[int],
+    positions: int,
+    vocab_size: int | None,
 ) -> Iterator[str]:
     if request.add_bos and tokenizer.bos_id is None:
         yield "add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False"
         return
-    if request.stop_on_eos and tokenizer.eos_id is None:
-        yield "stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False"
+    if request.stop_on_eos and not end_of_text:
+        yield NO_END_OF_TEXT
     for index, prompt in enumerate(prompts):
         ids = prompt_ids(tokenizer, prompt, request.add_bos)
         length = len(ids)
@@ -304,24 +330,27 @@ def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
 
 
 def prompt_ids(tokenizer: Any, prompt: str, add_bos: bool | None) -> list[int]:
-    """Token ids of a prompt.
+    """Token ids of a prompt: `nemo_ee.text.special_tokens.prompt_ids` behind NeMo's wrapper.
 
     Args:
         tokenizer: NeMo's.
         prompt: the text.
-        add_bos: put the begin-of-text token in front; None = if the Hugging Face tokenizer itself would.
+        add_bos: as there; a tokenizer that is not transformers' adds nothing by itself.
     """
-    ids = list(tokenizer.text_to_ids(prompt))
-    bos = tokenizer.bos_id
-    if add_bos is None:
-        own = getattr(tokenizer, "tokenizer", None)
-        add_bos = bos is not None and callable(own) and own("x").input_ids[:1] == [bos]
+    if is_transformers(tokenizer):
+        return special_tokens.prompt_ids(tokenizer.tokenizer, prompt, add_bos)
+    ids, bos = list(tokenizer.text_to_ids(prompt)), tokenizer.bos_id
     return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
+
+
+def is_transformers(tokenizer: Any) -> bool:
+    """Whether NeMo's tokenizer is a wrapper around one of transformers."""
+    return hasattr(tokenizer, "include_special_tokens")
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """Text of token ids, special tokens included where the tokenizer can tell them apart."""
-    if hasattr(tokenizer, "include_special_tokens"):  # NeMo's wrapper around a Hugging Face tokenizer
+    if is_transformers(tokenizer):
         return tokenizer.ids_to_text(ids, remove_special_tokens=False)
     return tokenizer.ids_to_text(ids)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -32,8 +32,8 @@ from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.generation.session import Request
-from nemo_ee.generation.stats import FINAL, TokenEvent
-from nemo_ee.text.token_view import Detokenizer
+from nemo_ee.generation.stats import FINAL, TokenEvent, raise_failures
+from nemo_ee.text.stop_strings import EndStrings
 
 # Tokens scored or prompted together with batch_size=auto.
 AUTO_TOKENS = 8192
@@ -54,8 +54,9 @@ class EarlyExitLM(TemplateLM):
         backbone_path: `.nemo` of the base model, for exits-only files whose base has moved.
         precision: 32 or bf16.
         tensor_model_parallel_size: ranks that share every layer.
-        add_bos: begin-of-text token in front of contexts; None = as the tokenizer does.
-        max_length: tokens of context and continuation together, at most the model's positions; None = those.
+        add_bos: begin-of-text token in front of contexts that do not begin with it; None = as the tokenizer does.
+        max_length: tokens that the model reads at a time, at most its positions; None = those. As in lm-eval's `hf`
+            the last token of a text is predicted and not read, so a context and its continuation may have one more.
         max_gen_toks: new tokens where a task does not say.
         seed: of sampling, where a task asks for it.
         batch_size: sequences run together, or `auto` (8192 tokens together); results do not depend on it.
@@ -108,20 +109,21 @@ class EarlyExitLM(TemplateLM):
         self._request = scoring_request(config)
         backbone_of(path, backbone_path, option="backbone_path")
         # NeMo is imported only now: the CPU host has to be on before.
-        from nemo_ee.evaluation.generate import open_generator
+        from nemo_ee.evaluation.generate import is_transformers, open_generator
 
         generator = open_generator(OmegaConf.create(config), self._request)
         self._engine, self._tokenizer = EarlyExitEngine(generator.model), generator.tokenizer
-        self._decode = generator.decode
-        self.tokenizer = getattr(generator.tokenizer, "tokenizer", None)  # transformers', for chat templates
+        self._decode, self._end_of_text = generator.decode, frozenset(generator.end_of_text)
+        # transformers', for chat templates and text without special tokens
+        self.tokenizer = generator.tokenizer.tokenizer if is_transformers(generator.tokenizer) else None
         self.max_length = _limited("max_length", max_length, generator.model.max_positions)
         self.max_gen_toks, self._seed = max_gen_toks, seed
         self._left_at: Counter[str] = Counter()
         self._depths = 0
 
     @property
-    def eot_token_id(self) -> int:
-        """The end-of-text token."""
+    def eot_token_id(self) -> int | None:
+        """The tokenizer's end-of-text token."""
         return self._tokenizer.eos_id
 
     @property
@@ -140,7 +142,7 @@ class EarlyExitLM(TemplateLM):
             return f"nemo_ee-{tokenizer_fingerprint(archive, block)}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a begin-of-text token in front unless `add_special_tokens` is False or the model has none."""
+        """Token ids of a text. `add_special_tokens`: False = none but those in the text, None = as `add_bos` says."""
         from nemo_ee.evaluation.generate import prompt_ids
 
         return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_bos)
@@ -166,6 +168,12 @@ class EarlyExitLM(TemplateLM):
             "num_layers": self._engine.model.num_layers,
         }
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(ln p of the continuation, whether it is the greedy one) of every (context, continuation)."""
+        texts = [request for request in requests if any(request.args)]  # lm-eval's own code fails on ("", "")
+        answers = iter(super().loglikelihood(texts, disable_tqdm=disable_tqdm))
+        return [next(answers) if any(request.args) else (0.0, True) for request in requests]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -173,19 +181,20 @@ class EarlyExitLM(TemplateLM):
 
         Args:
             requests: (texts, ids of the context, ids of the continuation); contexts lose their beginning where the
-                two are longer than `max_length`.
+                two are longer than `max_length + 1`. ln p of an empty continuation is 0.
         """
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        texts = [list(context) + list(own) for _, context, own in requests]
+        # A context of blanks has no tokens of its own: lm-eval moves them into the continuation.
+        texts = [[*(context or [self.prefix_token_id]), *own] for _, context, own in requests]
         for index, (_, _, own) in enumerate(requests):
-            if len(own) >= self.max_length:
+            if len(own) > self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(own)} tokens leaves no room for a context within max_length="
-                    f"{self.max_length}; score it as a rolling task, or leave it out"
+                    f"a continuation of {len(own)} tokens is longer than max_length={self.max_length}; score it as a "
+                    "rolling task, or leave it out"
                 )
             if not own:
                 answers[index] = (0.0, True)
-            texts[index] = texts[index][-self.max_length :]
+            texts[index] = texts[index][-(self.max_length + 1) :]
         open_ones = [index for index, answer in enumerate(answers) if answer is None]
         with tqdm(total=len(open_ones), desc="loglikelihood", disable=disable_tqdm, dynamic_ncols=True) as bar:
             for batch in self._batches(open_ones, [len(text) for text in texts]):
@@ -205,14 +214,18 @@ class EarlyExitLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """ln p of whole texts, in windows of `max_length` that predict each token once."""
+        """ln p of whole texts, in windows that read `max_length` tokens and predict each token of the text once.
+
+        A text is tokenized as a context is. So where the tokenizer adds a begin-of-text token, that token is part of
+        what is predicted, behind the prefix token, as in lm-eval's `hf`.
+        """
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
             own = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,
+                max_seq_len=self.max_length,
                 context_len=1,
             )
             windows += [(None, *make_disjoint_window(pair)) for pair in own]
@@ -263,29 +276,37 @@ class EarlyExitLM(TemplateLM):
             seed=self._seed,
         )
         prompt = self.tok_encode(context)[-(self.max_length - new) :] or [self.prefix_token_id]
-        return Request(tuple(prompt), new, sampling, frozenset([self.eot_token_id])), list(wanted["until"])
+        stops = self._stop_texts(wanted["until"])
+        ends = EndStrings(self._text, stops, prompt) if stops else None
+        return Request(tuple(prompt), new, sampling, self._end_of_text, ends=ends), stops
+
+    def _stop_texts(self, until: Sequence[str]) -> list[str]:
+        """A task's stop texts and, as in lm-eval's `hf`, that of the tokenizer's end-of-text token."""
+        end = None if self.eot_token_id is None else self._text([self.eot_token_id])
+        return [text for text in handle_stop_sequences(list(until), eos=end) if text]
 
     def _continue(self, asked: Sequence[tuple[Request, list[str]]]) -> list[str]:
-        """Texts of one batch, which ends when all have ended; what follows a stop text is generated and not read."""
+        """Texts of one batch, without special tokens, each up to its first stop text."""
         session = self._engine.start(
             [request for request, _ in asked], mode=self._request.mode, policy=self._request.policy
         )
-        readers = [Detokenizer(self._decode, request.prompt) for request, _ in asked]
-        texts = [""] * len(asked)
-        reading = set(range(len(asked)))
-        while reading and not session.finished:
-            for event in session.step():
-                index = event.sequence
-                if index not in reading:
-                    continue
-                self._count([event])
-                if event.finish_reason != "stop":
-                    texts[index] += readers[index].push(event.token, last=event.finish_reason is not None)
-                cut = _cut(texts[index], asked[index][1])
-                if cut is not None or event.finish_reason is not None:
-                    texts[index] = texts[index] if cut is None else cut
-                    reading.discard(index)
-        return texts
+        tokens: list[list[int]] = [[] for _ in asked]
+        while not session.finished:
+            events = session.step()
+            raise_failures(events)
+            self._count(events)
+            for event in events:
+                tokens[event.sequence].append(event.token)
+        return [
+            postprocess_generated_text(self._text(own, special=False), stops, None)
+            for own, (_, stops) in zip(tokens, asked, strict=True)
+        ]
+
+    def _text(self, ids: list[int], *, special: bool = True) -> str:
+        """Text of token ids, with or without special tokens."""
+        if self.tokenizer is not None:
+            return self.tokenizer.decode(ids, skip_special_tokens=not special)
+        return self._decode(ids if special else [token for token in ids if token != self.eot_token_id])
 
     def _batches(self, indices: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
         """The indices in batches, longest first: running out of memory shows at once."""
@@ -304,12 +325,6 @@ class EarlyExitLM(TemplateLM):
         for event in events:
             self._left_at[FINAL if event.exit is None else event.exit] += 1
             self._depths += event.layer
-
-
-def _cut(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first stop text; None if it has none."""
-    found = [position for stop in stops if stop and (position := text.find(stop)) >= 0]
-    return text[: min(found)] if found else None
 
 
 def _batch_size(value: int | str) -> int | None:
@@ -335,8 +350,8 @@ def _thresholds(value: float | str | Mapping[str, float]) -> float | dict[str, f
 
 
 def _limited(key: str, value: int | None, limit: int) -> int:
-    if value is not None and not 2 <= value <= limit:
-        raise ValueError(f"{key}={value} must be from 2 to the model's {limit} positions")
+    if value is not None and not 1 <= value <= limit:
+        raise ValueError(f"{key}={value} must be from 1 to the model's {limit} positions")
     return limit if value is None else value
 
 

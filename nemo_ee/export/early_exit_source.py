@@ -22,14 +22,15 @@ from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSourc
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of, read_plain_config
 from nemo_ee.checkpoint.tensor_checks import is_finite
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, read_json_object, special_token_ids
 from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
+from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, token_of
 
 logger = logging.getLogger(__name__)
 
 LORA_WEIGHTS = "lora_weights"
-TOKENIZER = "tokenizer"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _BLOCK_BYTES = 32 << 20
 
@@ -71,7 +72,7 @@ class EarlyExitSource:
             if self.exits.exits and not archive.has(EXIT_WEIGHTS):
                 raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
             self._folders = [
-                name for name in (MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER) if archive.has(name)
+                name for name in (MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER_FOLDER) if archive.has(name)
             ]
         self._backbone_path = backbone_of(self.path, backbone, option)
         self._stack = ExitStack()
@@ -99,8 +100,8 @@ class EarlyExitSource:
             self.backbone = MergedSource(self.backbone, ChunkReader(own.folder(LORA_WEIGHTS), prefix=""))
         self.exit_weights = ChunkReader(own.folder(EXIT_WEIGHTS), "exits.") if EXIT_WEIGHTS in self._folders else None
         self.tokenizer: Path | None = None
-        if TOKENIZER in self._folders:
-            self.tokenizer = self._stack.enter_context(unpacked(own, [TOKENIZER])) / TOKENIZER
+        if TOKENIZER_FOLDER in self._folders:
+            self.tokenizer = self._stack.enter_context(unpacked(own, [TOKENIZER_FOLDER])) / TOKENIZER_FOLDER
         self._backbone_infos = self.backbone.keys()
         self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
 
@@ -112,6 +113,28 @@ class EarlyExitSource:
         if self._certificates is None:
             self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]
         return self._certificates
+
+    def generation_config(self, vocab_size: int) -> dict[str, Any]:
+        """The values of generation_config.json for every exported directory: the original model's, else what
+        transformers makes of its config.json, else the tokenizer's special tokens. `eos_token_id` is what ends a text
+        of this `.nemo`, whichever of its files says so.
+
+        Args:
+            vocab_size: ids outside of it are left out.
+        """
+        tokens = special_token_ids(self.tokenizer)
+        bundled = (None if self.tokenizer is None else self.tokenizer / name for name in (GENERATION_CONFIG, CONFIG))
+        generation, config = (None if path is None else read_json_object(path) for path in bundled)
+        config = tokens if config is None else config
+        end = end_of_text(generation, config, tokens["eos_token_id"], vocab_size=vocab_size, origin=self.path)
+        if generation is None:
+            generation = {name: token_of(config, name) for name in tokens}
+            outside = [name for name, token in generation.items() if isinstance(token, int) and token >= vocab_size]
+            generation |= dict.fromkeys(outside)
+        named = generation.get("eos_token_id")
+        if end.ids and end.ids != (tuple(named) if isinstance(named, list) else (named,)):
+            generation["eos_token_id"] = end.ids[0] if len(end.ids) == 1 else list(end.ids)
+        return generation
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""

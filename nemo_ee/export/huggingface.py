@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nemo_ee.checkpoint.tokenizer_files import SPECIAL_TOKENS, special_token_ids
+from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin, copy_tokenizer
 from nemo_ee.export.huggingface_config import (
@@ -51,6 +51,7 @@ from nemo_ee.export.tensorrt_llm_early_exit import (
     threshold_faults,
 )
 from nemo_ee.runtime.loader import load_model
+from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +279,7 @@ def _write(
     settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
 ) -> None:
     total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
+    generation = source.generation_config(artefacts[0].stock.backbone.vocab_size)
     with whole_directory(settings.output, total) as partial:
         thresholds = threshold_block(_wanted_exits(settings, source), settings.thresholds, settings.criterion)
         models, digests = [], []
@@ -286,7 +288,8 @@ def _write(
             for artefact in artefacts:
                 folder = partial / artefact.directory
                 folder.mkdir()
-                _write_config(folder, artefact, source, dtype, thresholds)
+                _write_config(folder, artefact, dtype, thresholds)
+                write_json(folder / GENERATION_CONFIG, generation)
                 shard_bytes = settings.shard_gigabytes * 1e9
                 digests.append(write_weights(folder, artefact.plan, source, dtype, shard_bytes, bar.update))
                 copy_tokenizer(source, folder)
@@ -310,20 +313,11 @@ def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[
         ) from fault
 
 
-def _write_config(
-    folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype, thresholds: dict[str, Any]
-) -> None:
-    values = config_values(artefact, dtype, thresholds)
+def _write_config(folder: Path, artefact: Artefact, dtype: torch.dtype, thresholds: dict[str, Any]) -> None:
     if artefact.table is not None:
         for name, text in remote_code(artefact.stock.family).items():
             (folder / name).write_text(text, encoding="utf-8")
-    write_json(folder / "config.json", values)
-    generation = read_bundled(source.tokenizer, "generation_config.json")
-    names = [f"{role}_token_id" for role in SPECIAL_TOKENS]
-    if generation is None and all(name in values for name in names):
-        generation = {name: values[name] for name in names}
-    if generation is not None:  # without the file transformers takes these from config.json and its class's defaults
-        write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", config_values(artefact, dtype, thresholds))
 
 
 def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from nemo_ee.checkpoint.architecture import Architecture, read_architecture
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
+from nemo_ee.export.huggingface_weights import write_json
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
 from nemo_ee.export.output_directory import output_faults, whole_directory
@@ -54,6 +55,7 @@ from nemo_ee.export.tensorrt_llm_layout import (
     stage_of,
 )
 from nemo_ee.export.tensorrt_llm_runtime import load_checkpoint
+from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +212,7 @@ def _write(
     dtype: torch.dtype,
 ) -> None:
     total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
+    generation = source.generation_config(architecture.vocab_size)
     with whole_directory(settings.output, total) as partial:
         table = _exit_table(settings, architecture, artefacts, exits)
         early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
@@ -223,6 +226,7 @@ def _write(
                     tied=artefact.tied, early_exit=None if is_draft else early_exit,
                 )  # fmt: skip
                 write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
+                write_json(partial / artefact.directory / GENERATION_CONFIG, generation)
         copy_tokenizer(source, partial / "tokenizer")
         gigabytes = settings.parity_gigabytes
         parities = [

@@ -225,7 +225,8 @@ class EarlyExitEngine:
         one exit, as every token.
 
         Args:
-            tokens: token ids of each sequence, ragged, context included.
+            tokens: token ids of each sequence, ragged, context included; at most the model's positions and one, since
+                the last token is predicted and not read.
             num_context: how many leading tokens are context (at least 1), for all or one per sequence.
             mode: one of `MODES`; `self_speculative` scores as `full` does.
             policy: as in `generate`.
@@ -242,10 +243,10 @@ class EarlyExitEngine:
                     f"sequence {index}: num_context = {context!r} must be at least 1 and leave one of its {len(own)} "
                     "tokens to score; put a begin-of-text token before text without context"
                 )
-            if len(own) > self.model.max_positions:
+            if len(own) - 1 > self.model.max_positions:  # the last token is only predicted
                 faults.append(
-                    f"sequence {index}: {len(own)} tokens are more than the model's {self.model.max_positions} "
-                    "positions; shorten it or score it in windows"
+                    f"sequence {index}: {len(own) - 1} tokens before the last one are more than the model's "
+                    f"{self.model.max_positions} positions; shorten it or score it in windows"
                 )
         try:
             own_mode = "full" if mode == "self_speculative" else mode

@@ -20,7 +20,7 @@ from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
-from nemo_ee.text.json_values import JsonError, read_json_object
+from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, json_object
 
 # What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
 # fetching files from the Hub, and here they are in a local directory already.
@@ -127,7 +127,8 @@ class EarlyExitCausalLM:
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
             early_exit_criterion, early_exits, max_waiting: `criterion`, `active` and `max_waiting` of `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
-            eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's.
+            eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's. The
+                tokenizer is not asked.
             pad_token_id: fills what ended earlier; None = likewise, else the end token.
             return_result: also return the engine's result: exits, layers, confidences.
 
@@ -148,7 +149,7 @@ class EarlyExitCausalLM:
         if early_exit_threshold is not None:
             active = None if early_exits is None else tuple(early_exits)
             policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_waiting)
-        stops = self._ids("eos_token_id", eos_token_id)
+        stops = self._stops() if eos_token_id is None else _list(eos_token_id)
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         result = self.engine.generate(
             [row[mask.bool()].tolist() for row, mask in zip(input_ids, kept, strict=True)],
@@ -158,17 +159,15 @@ class EarlyExitCausalLM:
             sampling=sampling,
             stop_tokens=stops,
         )
-        padding = self._ids("pad_token_id", pad_token_id)
-        longest, fill = max(map(len, result.tokens)), (padding or stops or [0])[0]
+        stored = self.generation_config.get("pad_token_id", getattr(self.config, "pad_token_id", None))
+        longest, fill = max(map(len, result.tokens)), _first(pad_token_id, stored, *stops, 0)
         new = torch.tensor([[*own, *[fill] * (longest - len(own))] for own in result.tokens], device=input_ids.device)
         tokens = torch.cat((input_ids, new), dim=1)
         return (tokens, result) if return_result else tokens
 
-    def _ids(self, name: str, given: int | Sequence[int] | None) -> list[int]:
-        """The tokens that are asked for, else those of generation_config.json, else the config's."""
-        stored = self.generation_config.get(name, getattr(self.config, name, None))
-        value = _first(given, stored, [])
-        return [value] if isinstance(value, int) else list(value)
+    def _stops(self) -> list[int]:
+        config = {"eos_token_id": getattr(self.config, "eos_token_id", None)}
+        return list(end_of_text(self.generation_config, config, None, vocab_size=self.model.vocab_size).ids)
 
 
 def _first(*values: Any) -> Any:
@@ -177,10 +176,9 @@ def _first(*values: Any) -> Any:
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return read_json_object(path)
-    except JsonError as fault:
-        raise ValueError(f"{fault}; the file is damaged, export again") from fault
+    path = directory / GENERATION_CONFIG
+    return json_object(path.read_bytes(), path) if path.is_file() else {}
+
+
+def _list(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.checkpoint.certificate import DEFAULT_NAME, Certificate, Setting
-from nemo_ee.evaluation.certified import KV_POLICY, setting_faults
+from nemo_ee.evaluation.certified import KV_POLICY, setting_faults, stop_faults
 from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.protocol import Call
+from nemo_ee.text.special_tokens import EndOfText
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,11 +71,14 @@ def find_certificate(certificates: Mapping[str, Certificate], wanted: object) ->
     return certificates[name]
 
 
-def check_setting(certificate: Certificate, call: Call, requests: Sequence[Request], precision: str) -> None:
+def check_setting(
+    certificate: Certificate, call: Call, requests: Sequence[Request], precision: str, end_of_text: EndOfText
+) -> None:
     """Hold a request against the setting its certificate was made in.
 
     Args:
         precision: of the weights, `32` or `bf16`, or another, which nothing is certified for.
+        end_of_text: what ends answers here.
 
     Raises:
         ApiError: 400, with every difference.
@@ -93,7 +97,7 @@ def check_setting(certificate: Certificate, call: Call, requests: Sequence[Reque
         add_BOS=None,  # as the tokenizer does
         sampling=asked,
     )
-    faults = list(setting_faults(certificate, setting))
+    faults = [*setting_faults(certificate, setting), *stop_faults(certificate, end_of_text)]
     others = sorted({request.max_new_tokens for request in requests} - {certified})
     faults += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
     if call.stops:

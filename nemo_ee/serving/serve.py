@@ -19,8 +19,9 @@ from nemo_ee.serving.certified import certificates_of
 from nemo_ee.serving.http_server import Server
 from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.scheduler import Scheduler
-from nemo_ee.serving.served_model import ServedModel, stop_tokens_of
+from nemo_ee.serving.served_model import ServedModel
 from nemo_ee.serving.settings import ServerSettings
+from nemo_ee.text.special_tokens import end_of_text_of
 
 _LOG = logging.getLogger(__name__)
 _FAREWELL_SECONDS = 5  # to end the step that runs and to tell those whose answers did not end in time
@@ -40,13 +41,15 @@ def make_server(settings: ServerSettings) -> Server:
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     model = load_model(settings.path, device=settings.device, dtype=settings.dtype)
-    stops = frozenset(one for one in stop_tokens_of(settings.path, tokenizer) if 0 <= one < model.vocab_size)
+    end = end_of_text_of(settings.path, tokenizer.eos_token_id, vocab_size=model.vocab_size)
+    if end.differs:
+        _LOG.warning("%s: %s", settings.path, end.differs)
     served = ServedModel(
         settings.name,
         model,
         tokenizer,
         settings.default,
-        stops,
+        end,
         settings.max_length,
         settings.http.limits.max_new_tokens,
         certificates_of(settings.path),

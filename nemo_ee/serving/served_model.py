@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +22,7 @@ from nemo_ee.serving.certified import check_setting, promise
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.protocol import Call
-from nemo_ee.text.json_values import JsonError, read_json_object
+from nemo_ee.text.special_tokens import EndOfText, prompt_ids
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class ServedModel:
         model: what decodes.
         tokenizer: transformers'.
         default: mode and policy of requests that do not say.
-        stop_tokens: ids that end every answer.
+        end_of_text: what ends every answer.
         max_length: most tokens of a sequence, prompt included; None = the model's positions.
         max_new_tokens: most new ones.
         certificates: of these weights, by name.
@@ -62,7 +61,7 @@ class ServedModel:
         model: DecodingModel,
         tokenizer: Any,
         default: ExitChoice,
-        stop_tokens: frozenset[int],
+        end_of_text: EndOfText,
         max_length: int | None,
         max_new_tokens: int,
         certificates: Mapping[str, Certificate] = MappingProxyType({}),
@@ -71,7 +70,8 @@ class ServedModel:
     ) -> None:
         self._engine = EarlyExitEngine(model, cost_rule=cost_rule)
         self.name, self.model, self.tokenizer = name, model, tokenizer
-        self.default, self.stop_tokens, self.max_new_tokens = default, stop_tokens, max_new_tokens
+        self.end_of_text, self.stop_tokens = end_of_text, frozenset(end_of_text.ids)
+        self.default, self.max_new_tokens = default, max_new_tokens
         self.certificates, self.precision = certificates, precision
         self.max_length = model.max_positions if max_length is None else max_length
         if self.max_length > model.max_positions:
@@ -130,7 +130,7 @@ class ServedModel:
                     )
                 )
         if choice.certificate is not None:
-            check_setting(choice.certificate, call, requests, self.precision)
+            check_setting(choice.certificate, call, requests, self.precision, self.end_of_text)
         return Prepared(tuple(requests), choice, sum(map(len, prompts)))
 
     def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ class ServedModel:
                     param="prompt",
                 )
             return prompt
-        ids = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
+        ids = tuple(prompt_ids(self.tokenizer, prompt))
         if not ids:
             raise ApiError(400, f"prompt = {shown(prompt)} has no tokens; write something", param="prompt")
         return ids
@@ -210,14 +210,3 @@ class ServedModel:
                 },
             },
         }
-
-
-def stop_tokens_of(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """The end-of-text token of the tokenizer and those of generation_config.json."""
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    try:
-        named = read_json_object(directory / "generation_config.json").get("eos_token_id")
-    except (OSError, JsonError):
-        named = None
-    stops += named if isinstance(named, list) else [named]
-    return frozenset(one for one in stops if isinstance(one, int) and not isinstance(one, bool))

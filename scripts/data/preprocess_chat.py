@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, read_settings
+from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
 from preprocess_text import (
     Vocabulary,
     choose_dtype,
@@ -230,6 +230,7 @@ def preprocess(config: ChatConfig) -> Counts:
     else:
         dtype, problems = choose_dtype(config.dtype, chat.vocabulary.largest + 1)
         faults += problems
+        faults += check_end(config.tokenizer, chat.tokenizer.eos_token_id if config.append_eod else None)
     if faults:
         raise PreprocessError(faults)
     with replacing(finished) as partial:

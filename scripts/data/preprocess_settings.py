@@ -4,11 +4,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy
+
+from nemo_ee.text.special_tokens import end_of_text_of
+
+logger = logging.getLogger(__name__)
 
 _MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
 # The limit of a document or line: (the least, what it must be, in words).
@@ -73,3 +78,30 @@ def read_settings(
     if faults:
         raise PreprocessError(faults)
     return cls(**values)
+
+
+def check_end(tokenizer: str, end: int | None) -> list[str]:
+    """Warns where documents end with another token than decoding stops at, if the tokenizer's directory is a model's.
+
+    Args:
+        tokenizer: the directory.
+        end: the token that ends documents; None = none does.
+
+    Returns:
+        What is wrong with the directory's files.
+    """
+    if end is None:
+        return []
+    try:
+        found = end_of_text_of(tokenizer, end)
+    except ValueError as error:
+        return [f"tokenizer: {error}"]
+    if found.differs:
+        logger.warning(
+            "documents end with the tokenizer's end-of-text token, %d, but decoding with the model in %s stops at %s; "
+            "a model that is tuned on them may not learn to stop there",
+            end,
+            tokenizer,
+            ", ".join(map(str, found.ids)),
+        )
+    return []

@@ -24,7 +24,7 @@ from typing import Any
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, read_settings
+from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
 from tqdm import tqdm
 
 from nemo_ee.command import command
@@ -301,6 +301,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         eod = tokenizer.eos_token_id if config.append_eod else None
         if config.append_eod and eod is None:
             faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
+        faults += check_end(config.tokenizer, eod)
         vocabulary = Vocabulary.of(tokenizer, config.tokenizer)
         dtype, problems = choose_dtype(config.dtype, vocabulary.largest + 1)
         faults += problems

@@ -189,6 +189,23 @@ def test_another_setting_is_refused_at_once_or_warned_of(certified, no_weights, 
     assert "its guarantee does not hold for this run" in caplog.text
 
 
+def test_a_certificate_of_an_earlier_version_is_about_the_tokenizer_s_end_of_text_alone(
+    certified, no_weights, tmp_path
+):
+    """The model's own, config.json's, is another here, and the certificate of today names it."""
+    from tests.helpers.nemo_files import rewritten
+
+    values = json.loads(json.dumps(certified.report["certificate"]))
+    assert values["setting"].pop("stop_tokens") == [1]
+    member = {"certificates/default.json": json.dumps(values).encode()}
+    earlier = rewritten(certified.path, tmp_path / "earlier.nemo", member)
+    common = {"tokens_to_generate": 6, "certificate": True}
+    with pytest.raises(ValueError, match=r"answers end at the tokens \[1\], certified stop tokens \[0\]"):
+        generate(**{"model.restore_from_path": str(earlier), **common})
+    with pytest.raises(AssertionError, match="weights are loaded"):
+        generate(**{"model.restore_from_path": str(certified.path), **common})
+
+
 def test_other_exits_backbone_or_tokenizer_void_it(start, certified, no_weights, tmp_path):
     """Also with allow_other_setting: the thresholds mean nothing there. Control: the file as it is loads."""
     import shutil

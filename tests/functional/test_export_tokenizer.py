@@ -165,15 +165,20 @@ def test_the_end_token_of_the_tokenizer_s_files_ends_a_text(one: Made, tmp_path:
     assert torch.equal(model.generate(prompt, **call), free[:, :length])
     remote = EarlyExitCausalLM.from_pretrained(str(output / "hf_early_exit"), config=model.config)
     assert torch.equal(remote.generate(prompt, **call), free[:, :length])
+    engines = test_export_tensorrt_llm.export(path, tmp_path / "trt")
+    written = [json.loads(file.read_text()) for file in engines.glob("*/generation_config.json")]
+    assert len(written) == 3 and {one["eos_token_id"] for one in written} == {end}, "the checkpoint and two drafts"
 
 
 def test_an_original_without_generation_config_keeps_its_class_s_tokens(one: Made, tmp_path: Path) -> None:
-    """transformers makes the file's values from config.json then, with the class's default where that says nothing."""
+    """The file's values are those that transformers makes of config.json, with its class's default where that says
+    nothing."""
     values = json.loads((one.source / "config.json").read_text())
     del values["eos_token_id"]
     path = with_tokenizer(one, tmp_path / "one.nemo", {"config.json": json.dumps(values).encode()})
     folder = export(path, tmp_path / "out", targets=("full",)) / "hf_full"
-    assert not (folder / "generation_config.json").exists()
+    expected = {"bos_token_id": values["bos_token_id"], "eos_token_id": 2, "pad_token_id": values["pad_token_id"]}
+    assert json.loads((folder / "generation_config.json").read_text()) == expected
     model = stock(folder)
     assert model.config.eos_token_id == 2 and model.generation_config.eos_token_id == 2
 

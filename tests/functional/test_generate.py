@@ -21,6 +21,8 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_siz
 import torch  # isort: skip  # after the CPU host is on
 
 from tests.helpers.huggingface_models import save_tiny_model
+from tests.helpers.nemo_files import rewritten
+from tests.helpers.served_model import serve_config
 
 SCRIPT = "megatron_gpt_early_exit_generate"
 EXITS = [
@@ -102,7 +104,7 @@ def test_never_leaving_early_prints_what_transformers_generates(generate, model)
     for prompt, line in zip(PROMPTS, lines, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = model.reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False
         )[0, ids.shape[1] :].tolist()
         assert line["prompt"] == prompt
         assert [token["id"] for token in line["tokens"]] == expected
@@ -206,7 +208,7 @@ def test_an_end_string_ends_where_transformers_ends(generate, model):
         for prompt, line in zip(PROMPTS, lines, strict=True):
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             expected = model.reference.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=0,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False,
                 stop_strings=string, tokenizer=tokenizer,
             )[0, ids.shape[1] :].tolist()  # fmt: skip
             assert [token["id"] for token in line["tokens"]] == expected
@@ -322,3 +324,139 @@ def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(c
         generate(prompts=["x", "", "y", "z " * 40], colour=colour)
     assert "prompt 1 ('') has no tokens" in str(caught.value) and "prompt 3: " in str(caught.value)
     assert "prompt 0" not in str(caught.value) and "mean depth" not in capsys.readouterr().out
+
+
+# -- what ends a text, and what begins a prompt ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def ended(model, generate, tmp_path) -> SimpleNamespace:
+    """The model with `eos_token_id: [0, n]` in generation_config.json, n from the middle of the first answer: `path`,
+    `directory`, `export`, `stops`, and `expected`, new tokens by transformers."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+
+    _, free = generate(mode="full")
+    stops = [0, free[0]["tokens"][4]["id"]]
+    directory = shutil.copytree(model.directory, tmp_path / "hugging_face")
+    text = json.dumps({"eos_token_id": stops, "pad_token_id": 3})
+    (directory / "generation_config.json").write_text(text)
+    path = rewritten(model.path, tmp_path / "ended.nemo", {"tokenizer/generation_config.json": text.encode()})
+    export = export_huggingface(ExportSettings(path, tmp_path / "export", progress=False))
+    tokenizer, expected = AutoTokenizer.from_pretrained(directory), []
+    reference = AutoModelForCausalLM.from_pretrained(directory)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = reference.generate(ids, max_new_tokens=NUM_NEW, do_sample=False)[0, ids.shape[1] :]
+        expected.append(new.tolist())
+    assert len(expected[0]) <= 5 < max(map(len, expected)), "control: one ends early, another does not"
+    return SimpleNamespace(path=path, directory=directory, export=export, stops=stops, expected=expected)
+
+
+def test_everything_ends_a_text_where_transformers_does(ended, generate, tmp_path, monkeypatch, caplog):
+    """generate on a `.nemo`, calibrate, every directory of an export, the server: with two end tokens, one of which is
+    the tokenizer's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nemo_ee.evaluation.calibrate import Calibrator, calibrate
+    from nemo_ee.evaluation.calibration_request import CalibrationRequest
+    from nemo_ee.runtime.auto_model import EarlyExitCausalLM
+    from nemo_ee.serving.protocol import Limits, parse_call
+    from nemo_ee.serving.serve import make_server
+    from nemo_ee.serving.settings import ServerSettings
+
+    _, lines = generate(**{"model.restore_from_path": str(ended.path), "mode": "full"})
+    assert [[token["id"] for token in line["tokens"]] for line in lines] == ended.expected
+    _, lines = generate(**{"model.restore_from_path": str(ended.path), "mode": "full", "stop_on_eos": False})
+    assert {len(line["tokens"]) for line in lines} == {NUM_NEW}, "control"
+
+    tokenizer = AutoTokenizer.from_pretrained(ended.directory)
+    server = make_server(ServerSettings.from_config(serve_config(ended.export / "hf_early_exit"))).model
+    assert server.end_of_text.ids == tuple(ended.stops)
+    full = AutoModelForCausalLM.from_pretrained(ended.export / "hf_full")
+    remote = EarlyExitCausalLM.from_pretrained(str(ended.export / "hf_early_exit"), config=full.config)
+    for prompt, expected in zip(PROMPTS, ended.expected, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        for own in (full, remote):
+            assert own.generate(ids, max_new_tokens=NUM_NEW)[0, ids.shape[1] :].tolist() == expected
+        body = {"prompt": prompt, "max_tokens": NUM_NEW, "temperature": 0, "early_exit": {"mode": "full"}}
+        session = server.start_session(1)
+        session.add(server.prepare(parse_call(body, chat=False, limits=Limits(64, 1))).requests[0])
+        new = []
+        while not session.finished:
+            new += [event.token for event in session.step()]
+        assert new == expected
+    written = {path.read_text() for path in ended.export.glob("hf_*/generation_config.json")}
+    assert len(written) == 1 and json.loads(written.pop())["eos_token_id"] == ended.stops
+    assert len(list(ended.export.glob("hf_exit_*/generation_config.json"))) == 2
+
+    answers: list[list[int]] = []
+
+    def run(calibrator: Calibrator) -> None:
+        for result in calibrator._generate(range(len(PROMPTS)), None):
+            answers.extend(map(list, result.tokens))
+        raise InterruptedError
+
+    monkeypatch.setattr(Calibrator, "run", run)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    reset_batch_sizes()
+    with script_config("megatron_gpt_early_exit_calibrate", []) as cfg:
+        cfg.model.restore_from_path, cfg.data, cfg.output = (
+            str(ended.path),
+            str(tmp_path / "data.jsonl"),
+            str(tmp_path),
+        )
+        cfg.tokens_to_generate, cfg.epsilon, cfg.delta, cfg.certificate = NUM_NEW, 0.6, 0.5, None
+        from omegaconf import OmegaConf
+
+        with pytest.raises(InterruptedError):
+            calibrate(cfg, CalibrationRequest.from_config(OmegaConf.to_container(cfg, resolve=True)))
+    assert sorted(answers) == sorted(ended.expected)
+
+
+def test_a_prompt_is_the_same_tokens_everywhere(model, tmp_path):
+    """With a tokenizer that adds its begin-of-text token as Llama's does, and one that adds none: typed or added it is
+    there once, in generate, calibrate and the server, and in chats whose template writes it."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    from nemo_ee.evaluation.generate import prompt_ids, stored_tokenizer
+    from nemo_ee.exits.config import ExitConfig
+    from nemo_ee.generation.policy import ExitPolicy
+    from nemo_ee.models.connector import read_config
+    from nemo_ee.serving.exit_choice import ExitChoice
+    from nemo_ee.serving.protocol import Limits, parse_call
+    from nemo_ee.serving.served_model import ServedModel
+    from nemo_ee.text.special_tokens import EndOfText
+    from tests.helpers.stub_models import TinyTransformer
+
+    stub = TinyTransformer([ExitConfig("one", 1, "mlp", "random", "own")], num_layers=2)
+    stub.vocab_size = 4096
+    for adds_bos in (False, True):
+        own = AutoTokenizer.from_pretrained(model.directory)
+        bos = own.bos_token
+        if adds_bos:
+            own.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+        own.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+        own.save_pretrained(tmp_path / f"{adds_bos}")
+        files = {f"tokenizer/{file.name}": file.read_bytes() for file in (tmp_path / f"{adds_bos}").iterdir()}
+        path = rewritten(model.path, tmp_path / f"{adds_bos}.nemo", files)
+        stored = stored_tokenizer(path, read_config(path))
+        served = ServedModel(
+            "demo", stub, own, ExitChoice("full", ExitPolicy(0.5)), EndOfText((0,), 0), None, 4
+        )  # fmt: skip
+
+        def ids(body: dict[str, Any], chat: bool = False, served: Any = served) -> list[int]:
+            call = parse_call({"max_tokens": 1, **body}, chat=chat, limits=Limits(64, 1))
+            return list(served.prepare(call).requests[0].prompt)
+
+        plain = own("def f(x):", add_special_tokens=False).input_ids
+        for text in ("def f(x):", f"{bos}def f(x):"):
+            expected = [0, *plain] if adds_bos or text.startswith(bos) else plain
+            assert prompt_ids(stored, text, None) == ids({"prompt": text}) == expected
+            assert prompt_ids(stored, text, True) == [0, *plain]
+        assert prompt_ids(stored, "def f(x):", False) == plain
+        assert ids({"messages": [{"role": "user", "content": "def f(x):"}]}, chat=True) == [0, *plain]

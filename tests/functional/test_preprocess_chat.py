@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,15 @@ def test_marked_answers_are_transformers_own(script: ModuleType, tokenizer: Any,
         assert mask == [*expected["assistant_masks"], 0], "the end of the text does not count"
         assert 0 < sum(mask) < len(mask)
     assert counts.answer_tokens == sum(map(sum, masks)) and counts.tokens == sum(map(len, tokens))
+
+
+def test_conversations_that_end_with_another_token_than_answers_are_warned_of(
+    script: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(TOKENIZER, tmp_path / "model", ignore=shutil.ignore_patterns("corpus", "*.safetensors"))
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 12}')
+    run(script, tmp_path, CHATS, MARKED, tokenizer=str(tmp_path / "model"))
+    assert sum("stops at 12" in one.getMessage() for one in caplog.records) == 1
 
 
 def test_the_prefix_method_finds_what_marks_would_say(script: ModuleType, tokenizer: Any, tmp_path: Path) -> None:

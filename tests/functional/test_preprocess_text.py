@@ -96,6 +96,23 @@ def test_jsonl_is_read_back_as_the_tokenizer_wrote_it(
     assert files_in(tmp_path / "out") == ["train.bin", "train.idx"], "no temporary file is left"
 
 
+@pytest.mark.parametrize(("ends", "warned"), [([0, 12], False), (12, True), ([12, 13], True)])
+def test_documents_that_end_with_another_token_than_answers_are_warned_of_once(
+    script: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: Any, warned: bool
+) -> None:
+    shutil.copytree(TOKENIZER, tmp_path / "model", ignore=shutil.ignore_patterns("corpus", "*.safetensors"))
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    settings = {"input": str(source), "tokenizer": str(tmp_path / "model")}
+    script.preprocess(config(script, tmp_path / "train", **settings))
+    found = [one.getMessage() for one in caplog.records if "documents end with" in one.getMessage()]
+    assert len(found) == warned and all(f"token, {EOD}, but decoding" in one and "stops at 12" in one for one in found)
+    script.preprocess(config(script, tmp_path / "plain", append_eod=False, **settings))
+    assert sum("documents end with" in one.getMessage() for one in caplog.records) == warned
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    assert "eos_token_id='x' must be a token id" in faults_of(script, config(script, tmp_path / "b", **settings))
+
+
 def test_control_without_append_eod_the_documents_do_not_end(
     script: ModuleType, tokenize: Any, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_siz
 import torch  # isort: skip  # after the CPU host is on
 
 from tests.helpers.huggingface_models import save_tiny_model
+from tests.helpers.lm_eval_hf import hugging_face_lm
 from tests.helpers.nemo_files import rewritten
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -165,12 +167,12 @@ def test_long_texts_are_scored_in_windows_each_token_once(model: SimpleNamespace
     for text, answered in zip(TEXTS, responses(full, "read"), strict=True):
         ids = model.tokenizer.encode(text)
         lengths.append(len(ids))
-        # The first window predicts limit - 1 tokens after the begin-of-text token; a later one is filled up with what
+        # The first window predicts `limit` tokens after the begin-of-text token; a later one is filled up with what
         # comes before it.
-        expected = reference_logprobs(model, [bos, *ids[: limit - 1]], 1)[0]
-        for begin in range(limit - 1, len(ids), limit - 1):
-            end = min(begin + limit - 1, len(ids))
-            expected += reference_logprobs(model, ids[end - limit : end], limit - (end - begin))[0]
+        expected = reference_logprobs(model, [bos, *ids[:limit]], 1)[0]
+        for begin in range(limit, len(ids), limit):
+            end = min(begin + limit, len(ids))
+            expected += reference_logprobs(model, ids[end - limit - 1 : end], limit + 1 - (end - begin))[0]
         assert answered[0] == pytest.approx(expected, abs=1e-4)
     assert max(lengths) > limit
 
@@ -214,6 +216,137 @@ def test_the_engine_says_the_same(model: SimpleNamespace, early: dict) -> None:
     scored = lm._engine.score([ids], context, policy=lm._request.policy)
     assert sum(scored.logprobs[0]) == pytest.approx(responses(early, "choose")[0][0][0], abs=1e-5)
     assert scored.exits[0][0] is None and set(scored.exits[0][1:]) == {"one-mlp"}
+
+
+# -- lm-eval's own `hf` model on the same weights ---------------------------------------------------------------------
+
+# Lengths around the model's 32 positions, and far beyond.
+LINES = "import os\n" * 900
+ODD_TEXTS = [
+    "",
+    "x",
+    " ",
+    "\n",
+    "é",
+    "\U0001f600 日本語 naïve",
+    "<|endoftext|>",
+    "a <|endoftext|> b",
+    "def f():\n    return 1  \n",
+    LINES,
+]
+
+
+class Both:
+    """Our model for lm-eval and lm-eval's `hf`, with one tokenizer.
+
+    Args:
+        adds_bos: the tokenizer puts its begin-of-text token in front, as Llama's does.
+    """
+
+    def __init__(self, model: SimpleNamespace, adds_bos: bool, batch_size: int = 3, **settings: Any) -> None:
+        from tokenizers.processors import TemplateProcessing
+
+        from nemo_ee.evaluation.lm_eval_adapter import EarlyExitLM
+
+        reset_batch_sizes()
+        self.ours = EarlyExitLM(str(model.path), mode="full", device="cpu", batch_size=batch_size, **settings)
+        self.tokenizer = self.ours.tokenizer
+        if adds_bos:
+            bos, number = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+            template = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+            self.tokenizer.backend_tokenizer.post_processor = template
+            assert self.tokenizer("x").input_ids[0] == number
+        self.theirs = hugging_face_lm(model.reference, self.tokenizer, batch_size=1, **settings)
+        self.length = self.theirs.max_length
+        assert self.length == self.ours.max_length
+
+    def ask(self, kind: str, arguments: list[tuple], whom: Any) -> list[Any]:
+        from lm_eval.api.instance import Instance
+
+        requests = [Instance(kind, {}, own, index) for index, own in enumerate(arguments)]
+        return getattr(whom, kind)(requests, disable_tqdm=True)
+
+    def text(self, length: int, chance: random.Random) -> str:
+        """A text of exactly so many tokens, special ones not counted."""
+        words = ["x", "def", " a", " =", "\n", "import", " os", "1", "(", ")", "é"]
+        for _ in range(1000):
+            text = "x"  # a context of whitespace alone is refused by lm-eval's `hf`
+            while len(self.tokenizer(text, add_special_tokens=False).input_ids) < length:
+                text += chance.choice(words)
+            if len(self.tokenizer(text, add_special_tokens=False).input_ids) == length:
+                return text
+        raise AssertionError(f"no text of {length} tokens")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "adds_bos"])
+def both(request: pytest.FixtureRequest, model: SimpleNamespace) -> Both:
+    return Both(model, request.param)
+
+
+def test_rolling_log_likelihoods_are_those_of_lm_eval_s_hf(both: Both) -> None:
+    """Of odd texts, of every length around multiples of the window, and of random ones; within 1e-5 relative."""
+    chance, limit = random.Random(7), both.length
+    lengths = [1, 2, *range(limit - 2, limit + 3), *range(2 * limit - 2, 2 * limit + 2), 3 * limit, 5 * limit + 1]
+    texts = [*ODD_TEXTS, *(both.text(n, chance) for n in [*lengths, *(chance.randrange(1, 150) for _ in range(12))])]
+    arguments = [(text,) for text in texts]
+    expected = both.ask("loglikelihood_rolling", arguments, both.theirs)
+    assert both.ask("loglikelihood_rolling", arguments, both.ours) == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_likelihoods_are_those_of_lm_eval_s_hf(both: Both) -> None:
+    """Over contexts and continuations of every length, empty contexts among them."""
+    chance, limit = random.Random(8), both.length
+    pairs = [("", text) for text in ODD_TEXTS[1:5]] + [
+        (LINES, "import"),
+        ("x", both.text(limit - 1, chance)),
+        ("é", "é"),
+    ]
+    pairs += [("", both.text(length, chance)) for length in (1, limit - 1, limit)]
+    for context in (1, limit - 1, limit, limit + 1, 3 * limit):
+        pairs += [(both.text(context, chance), "\n" + both.text(n, chance)) for n in (1, 2, limit // 2, limit - 3)]
+    pairs += [
+        (both.text(chance.randrange(1, 70), chance), "\n" + both.text(chance.randrange(1, limit - 2), chance))
+        for _ in range(20)
+    ]
+    expected = both.ask("loglikelihood", pairs, both.theirs)
+    ours = both.ask("loglikelihood", pairs, both.ours)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+    assert [own for own, _ in ours] == pytest.approx([own for own, _ in expected], rel=1e-5)
+    # What lm-eval's `hf` fails on.
+    assert both.ask("loglikelihood", [("", ""), ("x", "")], both.ours) == [(0.0, True)] * 2
+    blank, none = both.ask("loglikelihood", [("\n", "x"), ("", "\nx")], both.ours)
+    assert blank == none
+
+
+def test_texts_are_those_of_lm_eval_s_hf(both: Both, model: SimpleNamespace) -> None:
+    """Contexts of every length, stop texts, and end-of-text tokens that are not the tokenizer's."""
+    chance, limit = random.Random(9), both.length
+    contexts = [both.text(n, chance) for n in (1, 5, limit - 11, limit - 10, limit - 9, limit, 3 * limit)]
+    contexts += ["<|endoftext|>x", "é 日本", LINES]
+    plain = {"max_gen_toks": 10, "until": []}
+    free = both.ask("generate_until", [(own, plain) for own in contexts], both.ours)
+    stop = free[0][2:4]
+    arguments = [(own, settings) for own in contexts for settings in (plain, {**plain, "until": [stop, free[1][:1]]})]
+    expected = both.ask("generate_until", arguments, both.theirs)
+    assert both.ask("generate_until", arguments, both.ours) == expected
+    assert any(one != other for one, other in zip(expected[::2], expected[1::2], strict=True))
+
+
+def test_texts_end_where_those_of_lm_eval_s_hf_end(
+    model: SimpleNamespace, full: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At tokens that generation_config.json names and the tokenizer does not; they are no special tokens, so they are
+    part of the text."""
+    whole = [answer for (answer,) in responses(full, "write")]
+    stops = [model.tokenizer(own, add_special_tokens=False).input_ids[3] for own in whole[:2]]
+    data = json.dumps({"eos_token_id": stops}).encode()
+    path = rewritten(model.path, tmp_path / "ended.nemo", {"tokenizer/generation_config.json": data})
+    monkeypatch.setattr(model.reference.generation_config, "eos_token_id", stops)
+    both = Both(SimpleNamespace(path=path, reference=model.reference), adds_bos=False)
+    arguments = [(text, {"max_gen_toks": 10, "until": []}) for text in TEXTS]
+    expected = both.ask("generate_until", arguments, both.theirs)
+    assert both.ask("generate_until", arguments, both.ours) == expected
+    assert len(expected[0]) < len(whole[0])
 
 
 @pytest.mark.parametrize("batch_size", ["auto"])
@@ -265,7 +398,7 @@ def test_stop_texts_end_an_answer(model: SimpleNamespace, full: dict) -> None:
         ({"threshold": "one-mlp:x"}, "must be a number, or exit:number"),
         ({"exits": "one-mlp+three"}, "three"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"max_length": 100000}, "max_length=100000 must be from 2 to the model's"),
+        ({"max_length": 100000}, "max_length=100000 must be from 1 to the model's"),
         ({"path": "/nowhere.nemo"}, "/nowhere.nemo does not exist"),
     ],
 )

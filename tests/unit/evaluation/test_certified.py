@@ -10,7 +10,8 @@ import pytest
 
 from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, Setting
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
-from nemo_ee.evaluation.certified import identify, setting_faults, setting_of, tokenizer_fingerprint
+from nemo_ee.evaluation.certified import identify, setting_faults, setting_of, stop_faults, tokenizer_fingerprint
+from nemo_ee.text.special_tokens import EndOfText
 
 SAMPLED = {"greedy": False, "repetition_penalty": 1.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
 SETTING = Setting("early_exit", "carry", "32", 64, True, None, SAMPLED)
@@ -65,6 +66,40 @@ def test_every_other_setting_is_outside(key, value):
         asked = dataclasses.replace(SETTING, **{key: value})
     certified = SAMPLED.get(key, getattr(SETTING, key, None))
     assert list(setting_faults(CERTIFICATE, asked)) == [f"{key}={value}, certified {key}={certified}"]
+
+
+@pytest.mark.parametrize(
+    ("certified", "stops", "inside"),
+    [
+        (None, EndOfText((2,), 2), True),  # of an earlier version, which knew the tokenizer's token alone
+        (None, EndOfText((0, 12), 0), False),
+        (None, EndOfText((2,), 0), False),
+        (None, EndOfText((), None), True),  # the tokenizer says, and it is the certified one
+        ((0, 12), EndOfText((12, 0), 0), True),
+        ((0, 12), EndOfText((0,), 0), False),
+        ((0,), EndOfText((0, 12), 0), False),
+        ((0,), EndOfText((), 0), True),
+    ],
+)
+def test_answers_must_end_at_the_certified_tokens(certified, stops, inside):
+    certificate = dataclasses.replace(CERTIFICATE, setting=dataclasses.replace(SETTING, stop_tokens=certified))
+    faults = list(stop_faults(certificate, stops))
+    assert not faults if inside else "answers end at the tokens" in faults[0] and len(faults) == 1
+    running_on = dataclasses.replace(certificate, setting=dataclasses.replace(certificate.setting, stop_on_eos=False))
+    assert not list(stop_faults(running_on, stops))
+
+
+def test_stop_tokens_come_back_from_the_file():
+    """A certificate without them is written as in earlier versions."""
+    certificate = dataclasses.replace(CERTIFICATE, setting=dataclasses.replace(SETTING, stop_tokens=(0, 12)))
+    values = certificate.to_mapping()
+    assert Certificate.from_mapping(values, "x") == certificate
+    assert "stop_tokens" not in CERTIFICATE.to_mapping()["setting"]
+    assert Certificate.from_mapping(CERTIFICATE.to_mapping(), "x") == CERTIFICATE
+    for wrong in ("0", [0, "12"], [True]):
+        values["setting"]["stop_tokens"] = wrong
+        with pytest.raises(ValueError, match="damaged .*stop_tokens"):
+            Certificate.from_mapping(values, "x")
 
 
 # -- the model ------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ SCORE = [
     ({"num_context": 0}, "num_context = 0 must be at least 1 and leave one of its 3 tokens to score"),
     ({"num_context": 3}, "num_context = 3 must be at least 1 and leave one of its 3 tokens"),
     ({"num_context": [1, 1]}, r"num_context = \[1, 1\] must be one int, or a list with one for each of 1"),
-    ({"tokens": [[1] * 65]}, "65 tokens are more than the model's 64 positions; shorten it or score it in windows"),
+    ({"tokens": [[1] * 66]}, "65 tokens before the last one are more than the model's 64 positions; shorten it or"),
     ({"mode": "static_depth", "policy": None}, "needs a policy"),
     ({"policy": None}, "needs a policy"),
 ]

@@ -144,7 +144,7 @@ def test_ends_and_padding_are_generation_config_s(tmp_path: Path) -> None:
     ours = EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)
     assert torch.equal(ours.generate(prompts, max_new_tokens=12), expected)
     (tmp_path / "generation_config.json").unlink()
-    assert EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)._ids("eos_token_id", None) == [1]
+    assert EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)._stops() == [1]
     (tmp_path / "generation_config.json").write_text("[1]")
     with pytest.raises(ValueError, match="generation_config.json: damaged"):
         EarlyExitCausalLM.from_pretrained(str(tmp_path))
