@@ -45,23 +45,23 @@ def request_faults(model: DecodingModel, what: str, request: Request, max_length
     if own is not None and (not is_whole(own) or own < 0):
         yield f"{what}: prompt_logprobs = {own!r} must be a whole number from 0, or None"
     limit = model.max_positions
-    rule, way_out = f"the model has {limit} positions", ""
+    rule, way_out = f"the model's {limit} positions", ""
     if max_length is not None and max_length < limit:
-        limit, rule = max_length, f"this session's max_length is {max_length}"
+        limit, rule = max_length, f"this session's {max_length} positions"
         way_out = ", or start the session with a larger max_length"
     if len(request.prompt) + new > limit:
         yield f"{what}: {too_long(len(request.prompt), new, 'max_new_tokens', limit, rule)}{way_out}"
 
 
 def too_long(num_prompt: int, new: int, key: str, limit: int, rule: str) -> str:
-    """The message where prompt and new tokens are more than `limit`, which `rule` states; `key`: name of `new`."""
+    """The message where prompt and new tokens are more than `limit`; `rule`: its words, `key`: name of `new`."""
     room = limit - num_prompt
     if room > 0:
         way_out = f"shorten the prompt or ask for at most {room} new tokens"
     else:
-        needs = "no room for a new token" if new else "no room for it"
-        way_out = f"that leaves {needs}; shorten the prompt by at least {min(new, 1) - room} tokens"
-    return f"{num_prompt} prompt tokens + {key} = {new} are too many, {rule}; {way_out}"
+        way_out = f"shorten the prompt by at least {min(new, 1) - room} tokens"
+        way_out += ", which leaves room for one new token" if new else ""
+    return f"{num_prompt} prompt tokens + {key} = {new} are more than {rule}; {way_out}"
 
 
 def token_faults(model: DecodingModel, what: str, tokens: Sequence[int]) -> Iterator[str]:
