@@ -76,7 +76,7 @@ def _renamed(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _written(tokenizer: Any, conversation: Conversation) -> str:
-    kwargs: Mapping[str, Any] = conversation.template_kwargs or {}
+    kwargs = conversation.template_kwargs
     own = [name for name in inspect.signature(tokenizer.apply_chat_template).parameters if name in kwargs]
     if own:
         message = f"chat_template_kwargs names {own[0]}, which is not a template's to have; leave it out"

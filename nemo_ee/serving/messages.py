@@ -8,7 +8,7 @@ Tool calls of the model are not parsed out of its text: clients send earlier one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_ee.serving.errors import ApiError, shown
@@ -43,7 +43,7 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     continues: bool = False
     opens: bool = True
-    template_kwargs: Mapping[str, Any] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_conversation(fields: Fields) -> Conversation:
@@ -61,8 +61,7 @@ def read_conversation(fields: Fields) -> Conversation:
     kwargs = fields.body.get("chat_template_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
         fields.fault("chat_template_kwargs", f"chat_template_kwargs = {shown(kwargs)} must be an object")
-        kwargs = None
-    return Conversation(messages, _tools(fields), continues, opens, kwargs)
+    return Conversation(messages, _tools(fields), continues, opens, kwargs or {})
 
 
 def _messages(fields: Fields) -> tuple[dict[str, Any], ...]:
