@@ -12,17 +12,28 @@ from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.request import Request
 
 
-def request_faults(model: DecodingModel, what: str, request: Request) -> Iterator[str]:
-    """Faults of a request that need no mode to be seen. `what`: how to call it in a message, e.g. "prompt 3"."""
+def request_faults(model: DecodingModel, what: str, request: Request, max_length: int | None = None) -> Iterator[str]:
+    """Faults of a request that need no mode to be seen.
+
+    Args:
+        what: how to call it in a message, e.g. "prompt 3".
+        max_length: of a session's sequences; None = the model's positions.
+    """
     yield from token_faults(model.vocab_size, what, request.prompt)
     yield from (
         f"stop token {token!r} is not in the vocabulary 0..{model.vocab_size - 1}; remove it"
         for token in request.stop_tokens
         if not _in_vocabulary(model.vocab_size, token)
     )
-    new, least, limit = request.max_new_tokens, request.min_new_tokens, model.max_positions
-    if not is_whole(new) or new < 1:
-        yield f"{what}: max_new_tokens = {new!r} must be a whole number from 1"
+    yield from (
+        f"{what}: logit_bias names token {token}, which is not in the vocabulary 0..{model.vocab_size - 1}; remove it"
+        for token, _ in request.sampling.logit_bias
+        if not _in_vocabulary(model.vocab_size, token)
+    )
+    new, least = request.max_new_tokens, request.min_new_tokens
+    lowest = 1 if request.prompt_logprobs is None else 0
+    if not is_whole(new) or new < lowest:
+        yield f"{what}: max_new_tokens = {new!r} must be a whole number from {lowest}"
         return
     if not is_whole(least) or not 0 <= least <= new:
         yield f"{what}: min_new_tokens = {least!r} must be a whole number from 0 to max_new_tokens = {new}"
@@ -30,12 +41,27 @@ def request_faults(model: DecodingModel, what: str, request: Request) -> Iterato
         yield f"{what}: every token is a stop token, so min_new_tokens = {least} cannot be; leave some out"
     if not is_whole(request.num_top) or request.num_top < 0:
         yield f"{what}: num_top = {request.num_top!r} must be a whole number from 0"
+    own = request.prompt_logprobs
+    if own is not None and (not is_whole(own) or own < 0):
+        yield f"{what}: prompt_logprobs = {own!r} must be a whole number from 0, or None"
+    limit = model.max_positions
+    rule, way_out = f"the model's {limit} positions", ""
+    if max_length is not None and max_length < limit:
+        limit, rule = max_length, f"this session's {max_length} positions"
+        way_out = ", or start the session with a larger max_length"
     if len(request.prompt) + new > limit:
-        yield (
-            f"{what}: {len(request.prompt)} prompt tokens + max_new_tokens = {new} are more than the "
-            f"model's {limit} positions; shorten the prompt or ask for at most "
-            f"{max(limit - len(request.prompt), 0)} new tokens"
-        )
+        yield f"{what}: {too_long(len(request.prompt), new, 'max_new_tokens', limit, rule)}{way_out}"
+
+
+def too_long(num_prompt: int, new: int, key: str, limit: int, rule: str) -> str:
+    """The message where prompt and new tokens are more than `limit`; `rule`: its words, `key`: name of `new`."""
+    room = limit - num_prompt
+    if room > 0:
+        way_out = f"shorten the prompt or ask for at most {room} new tokens"
+    else:
+        way_out = f"shorten the prompt by at least {min(new, 1) - room} tokens"
+        way_out += ", which leaves room for one new token" if new else ""
+    return f"{num_prompt} prompt tokens + {key} = {new} are more than {rule}; {way_out}"
 
 
 def token_faults(vocab_size: int, what: str, tokens: Sequence[int]) -> Iterator[str]:

@@ -132,13 +132,14 @@ class Descent:
         self.computed_half_layers = 0
         self.asked = {point.name: 0 for point in model.exits} | {FINAL: 0}
 
-    def admit(self, slot: int, course: Course, held: tuple[int, Collection[int]] | None = None) -> None:
+    def admit(self, slot: int, course: Course, held: tuple[int, Collection[int], int] | None = None) -> None:
         """Put a new sequence into a slot whose cache is empty.
 
         Args:
             slot: its place in the cache.
             course: of its tokens.
-            held: (position, tokens): no token before the position is one of these; exits give them no probability.
+            held: (position, tokens, prompt length): no token of the answer before the position is one of these; exits
+                give them no probability.
         """
         for rows in self._waiting.values():
             rows.pop(slot, None)

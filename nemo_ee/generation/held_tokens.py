@@ -16,15 +16,15 @@ class HeldTokens:
     """What each slot's sequence may not have before which position."""
 
     def __init__(self) -> None:
-        self._by_slot: dict[int, tuple[int, Sequence[int]]] = {}
+        self._by_slot: dict[int, tuple[int, Sequence[int], int]] = {}
 
     def __len__(self) -> int:
         """How many slots hold tokens."""
         return len(self._by_slot)
 
-    def hold(self, slot: int, first: int, tokens: Collection[int]) -> None:
-        """No token of the slot's sequence before position `first` is one of these."""
-        self._by_slot[slot] = (first, sorted(tokens))
+    def hold(self, slot: int, first: int, tokens: Collection[int], num_prompt: int = 0) -> None:
+        """No token of the slot's sequence before position `first` is one of these, the prompt's aside."""
+        self._by_slot[slot] = (first, sorted(tokens), num_prompt)
 
     def release(self, slot: int, position: int | None = None) -> None:
         """Forget what a slot holds; given a position before which nothing is read again, only if that is past it."""
@@ -41,8 +41,8 @@ class HeldTokens:
         rows: list[int] = []
         columns: list[int] = []
         for row, (slot, position) in enumerate(zip(*(side.tolist() for side in items.on_host), strict=True)):
-            first, tokens = self._by_slot.get(slot, (0, ()))
-            if position + 1 < first:
+            first, tokens, num_prompt = self._by_slot.get(slot, (0, (), 0))
+            if num_prompt <= position + 1 < first:
                 rows += [row] * len(tokens)
                 columns += tokens
         if not rows:

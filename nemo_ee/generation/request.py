@@ -18,7 +18,7 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        max_new_tokens: at least 1.
+        max_new_tokens: at least 1; with `prompt_logprobs` from 0.
         sampling: how its tokens are chosen.
         stop_tokens: ids that end it; the one that does is its last token.
         min_new_tokens: before so many new tokens no exit gives a stop token any probability.
@@ -26,6 +26,8 @@ class Request:
             nothing else: a drafted token may be asked about more than once, or be thrown away. The list is the
             session's own and goes on growing: read it, keep a copy of what is to be kept.
         num_top: report this many most likely tokens beside each token, from 0.
+        prompt_logprobs: report ln p of the prompt's tokens (`PromptScores`), and this many most likely tokens beside
+            each; None = do not.
         mode, policy: its own; None = the session's. A mode without a policy keeps the session's policy.
     """
 
@@ -36,6 +38,7 @@ class Request:
     min_new_tokens: int = 0
     ends: Callable[[Sequence[int]], bool] | None = None
     num_top: int = 0
+    prompt_logprobs: int | None = None
     mode: str | None = None
     policy: ExitPolicy | None = None
 

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to the next token: greedy, or one uniform number looked up in the shaped distribution.
 
-The order is the customary one: repetition penalty (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), temperature,
-top-k, top-p (Holtzman et al., arXiv 1904.09751). A random number is a hash of (seed, position, purpose): it never
-depends on a batch neighbour, on the order of work, or on the device.
+The order is vLLM's: bias, repetition penalty (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), frequency and
+presence penalty (OpenAI's), temperature, min-p (Nguyen et al., arXiv 2407.01082), top-k, top-p (Holtzman et al.,
+arXiv 1904.09751). A random number is a hash of (seed, position, purpose): it never depends on a batch neighbour, on
+the order of work, or on the device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,13 +26,17 @@ class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
-        greedy: take the most likely token; temperature, top_k, top_p and seed are then not used.
+        greedy: take the most likely token; temperature, top_k, top_p, min_p and seed are then not used.
         temperature: divides the logits, > 0.
         top_k: keep the k most likely tokens; None = all.
         top_p: keep the fewest most likely tokens whose probabilities sum to at least this, in (0, 1].
         repetition_penalty: logits of tokens already in the sequence are divided (if positive) or multiplied (if
             negative) by this, > 0; 1.0 = none.
         seed: of this sequence's random numbers, from 0.
+        min_p: keep the tokens whose probability is at least this share of the most likely one's, in [0, 1]; 0 = all.
+        presence_penalty: is subtracted from the logits of tokens in the answer so far; 0 = none.
+        frequency_penalty: is subtracted once for each time a token is in the answer so far; 0 = none.
+        logit_bias: (token id, number to add to its logit) pairs, each id once.
 
     Raises:
         ValueError: with every fault.
@@ -42,6 +48,10 @@ class SamplingParams:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         faults = []
@@ -56,13 +66,27 @@ class SamplingParams:
             faults.append(f"top_p = {self.top_p!r} must be above 0 and at most 1; 1.0 keeps every token")
         if not _is_whole(self.seed) or self.seed < 0:
             faults.append(f"seed = {self.seed!r} must be a whole number from 0")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            faults.append(f"min_p = {self.min_p!r} must be from 0 to 1; 0 keeps every token")
+        for key in ("presence_penalty", "frequency_penalty"):
+            if not _is_number(getattr(self, key)):
+                faults.append(f"{key} = {getattr(self, key)!r} must be a finite number; 0 = none")
+        bad = [pair for pair in self.logit_bias if not (_is_whole(pair[0]) and pair[0] >= 0 and _is_number(pair[1]))]
+        if bad or len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            shown = repr(bad[0]) if bad else "a token twice"
+            faults.append(f"logit_bias holds {shown}; it must hold (token id, finite number) pairs, each id once")
         if faults:
             raise ValueError("sampling: " + "; ".join(faults))
 
     @property
     def takes_the_most_likely(self) -> bool:
         """Whether the token of the largest raw logit is chosen, whatever came before and whatever the seed."""
-        return self.greedy and self.repetition_penalty == 1.0
+        return self.greedy and not self.logit_bias and not self.looks_back
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token depends on the tokens before it (beyond the logits)."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _is_number(value: object) -> bool:
@@ -89,32 +113,57 @@ def uniform(seed: int, position: int, purpose: str) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def penalised(logits: Tensor, params: SamplingParams, previous: Sequence[int]) -> Tensor:
-    """Logits after the repetition penalty. `logits`: `[v]`; `previous`: the sequence's tokens. Returns `[v]` fp32."""
+def penalised(logits: Tensor, params: SamplingParams, previous: Sequence[int], num_prompt: int = 0) -> Tensor:
+    """Logits after the bias and the penalties.
+
+    Args:
+        logits: `[v]`, raw.
+        params: of the sequence.
+        previous: the sequence's tokens so far, which the repetition penalty is for.
+        num_prompt: how many of them are the prompt, which the presence and frequency penalties leave alone.
+
+    Returns:
+        `[v]`, fp32.
+    """
     logits = logits.float()
-    if params.repetition_penalty == 1.0 or not previous:
-        return logits
-    seen = torch.tensor(sorted(set(previous)), dtype=torch.long, device=logits.device)
-    old = logits[seen]
-    new = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    return logits.index_copy(0, seen, new)
+    if params.logit_bias:
+        logits = _add(logits, dict(params.logit_bias))
+    if params.repetition_penalty != 1.0 and previous:
+        seen = torch.tensor(sorted(set(previous)), dtype=torch.long, device=logits.device)
+        old = logits[seen]
+        new = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+        logits = logits.index_copy(0, seen, new)
+    answer = previous[num_prompt:]
+    if answer and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(answer)
+        penalties = {t: -params.presence_penalty - params.frequency_penalty * counts[t] for t in counts}
+        logits = _add(logits, penalties)
+    return logits
 
 
-def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int] = ()) -> Tensor:
+def _add(logits: Tensor, numbers: dict[int, float]) -> Tensor:
+    """`logits` `[v]` with a number added at each of these tokens."""
+    tokens = torch.tensor(list(numbers), dtype=torch.long, device=logits.device)
+    return logits.index_add(0, tokens, logits.new_tensor(list(numbers.values())))
+
+
+def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int] = (), num_prompt: int = 0) -> Tensor:
     """The distribution the next token is drawn from; one-hot when greedy.
 
     Args:
         logits: `[v]`, raw.
         params: how to shape them.
-        previous: the sequence's tokens so far (for the repetition penalty).
+        previous, num_prompt: the sequence's tokens so far and how many of them are the prompt (for the penalties).
 
     Returns:
         `[v]`, fp64, sums to 1.
     """
-    logits = penalised(logits, params, previous)
+    logits = penalised(logits, params, previous, num_prompt)
     if params.greedy:
         return torch.nn.functional.one_hot(logits.argmax(), logits.shape[0]).double()
     logits = logits.double() / params.temperature
+    if params.min_p > 0:
+        logits = logits.masked_fill(logits < logits.max() + math.log(params.min_p), -math.inf)
     if params.top_k is not None and params.top_k < logits.shape[0]:
         smallest_kept = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest_kept, -math.inf)
@@ -141,6 +190,7 @@ def choose(
     positions: Sequence[int],
     previous: Sequence[Sequence[int]],
     purpose: str = "token",
+    num_prompt: Sequence[int] | None = None,
 ) -> list[Choice]:
     """Choose the next token of n sequences, each as if it were alone.
 
@@ -148,8 +198,9 @@ def choose(
         logits: `[n, v]`, raw.
         params: n, one per sequence.
         positions: n, where in its sequence each new token goes.
-        previous: n, each sequence's tokens so far; () where no repetition penalty looks at them.
+        previous: n, each sequence's tokens so far; () where no penalty looks at them.
         purpose: of the random numbers.
+        num_prompt: n, how many of these tokens are the prompt; None = none of them.
 
     Returns:
         n tokens.
@@ -160,7 +211,9 @@ def choose(
     return [
         Choice(best[row], None)
         if plain[row]
-        else _choose_one(logits[row], own, positions[row], previous[row], purpose)
+        else _choose_one(
+            logits[row], own, positions[row], previous[row], purpose, num_prompt[row] if num_prompt else 0
+        )
         for row, own in enumerate(params)
     ]
 
@@ -177,11 +230,11 @@ def sample(
 
 
 def _choose_one(
-    logits: Tensor, params: SamplingParams, position: int, previous: Sequence[int], purpose: str
+    logits: Tensor, params: SamplingParams, position: int, previous: Sequence[int], purpose: str, num_prompt: int
 ) -> Choice:
     if params.greedy:
-        return Choice(int(penalised(logits, params, previous).argmax()), None)
-    shaped = distribution(logits, params, previous)
+        return Choice(int(penalised(logits, params, previous, num_prompt).argmax()), None)
+    shaped = distribution(logits, params, previous, num_prompt)
     return Choice(draw(shaped, uniform(params.seed, position, purpose)), shaped)
 
 

@@ -14,17 +14,17 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_ee.generation.checks import raise_all, request_faults
 from nemo_ee.generation.cost_rule import CostRule
 from nemo_ee.generation.descent import Descent, Feed, Reading
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import Course, ExitPolicy
+from nemo_ee.generation.prompt_scores import PromptScorer, most_likely, rows_per_step, token_logprobs
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.speculation import Draft, check
-from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, exit_histogram, mean_depth
+from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, exit_histogram, mean_depth
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,6 +42,7 @@ class _Sequence:
     must_check: bool = False  # a draft would end the sequence
     left: dict[str | None, int] = dataclasses.field(default_factory=dict)  # fed tokens by exit, None = the end
     exits_pay: bool | None = None  # by the cost rule; None = not decided
+    scorer: PromptScorer | None = None  # of a prompt that is to be scored, until it has run
 
     @property
     def length(self) -> int:
@@ -49,8 +50,8 @@ class _Sequence:
         return len(self.request.prompt) + len(self.answer)
 
     def previous(self) -> Sequence[int]:
-        """What its repetition penalty looks at; nothing without one, as it would be a copy of the whole text."""
-        return () if self.request.sampling.repetition_penalty == 1.0 else [*self.request.prompt, *self.answer]
+        """What its penalties look at; nothing without one, as it would be a copy of the whole text."""
+        return [*self.request.prompt, *self.answer] if self.request.sampling.looks_back else ()
 
     def finish_reason(self) -> str | None:
         """Why a sequence of these tokens has ended; None = it has not."""
@@ -123,7 +124,7 @@ class DecodingSession:
             RuntimeError: no slot is free.
         """
         what = f"sequence {self._num_added}"
-        faults = list(request_faults(self._model, what, request))
+        faults = list(request_faults(self._model, what, request, self._max_length))
         course = resolve(self._model, request, self._mode, self._policy, faults)
         missing = [name for name in course.exit_names if name not in self._exits]
         if missing:
@@ -133,12 +134,6 @@ class DecodingSession:
             )
         elif self._cost_rule is not None:
             faults += self._cost_rule.missing([exit.point.name for exit in course.exits])
-        if not faults and len(request.prompt) + request.max_new_tokens > self._max_length:
-            faults.append(
-                f"{what}: {len(request.prompt)} prompt tokens + max_new_tokens = {request.max_new_tokens} are more "
-                f"than this session's {self._max_length} positions; shorten the prompt, ask for fewer tokens, or "
-                "start the session with a larger max_length"
-            )
         raise_all(faults)
         if not self._free:
             raise RuntimeError(
@@ -159,13 +154,15 @@ class DecodingSession:
         self._used.add(slot)
         held = None
         if request.min_new_tokens and request.stop_tokens:
-            held = (len(request.prompt) + request.min_new_tokens, request.stop_tokens)
+            held = (len(request.prompt) + request.min_new_tokens, request.stop_tokens, len(request.prompt))
         self._descent.admit(slot, course, held)
         index = self._num_added
         self._num_added += 1
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
-        self._running[index] = _Sequence(index, slot, request, course)
+        self._running[index] = sequence = _Sequence(index, slot, request, course)
+        if request.prompt_logprobs is not None:
+            sequence.scorer = PromptScorer(index, request)
         return index
 
     def _needs_truncate(self, what: str) -> None:
@@ -185,22 +182,31 @@ class DecodingSession:
         self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
-    def step(self) -> tuple[TokenEvent | Failure, ...]:
+    def step(self) -> tuple[Event, ...]:
         """Send the newest token of every running sequence down the stack.
 
         Returns:
             The tokens that are certain after it, in the order of the sequences: one of each sequence; in mode
             `self_speculative` none while a sequence only drafts, then all that its check left. A sequence whose
-            logits are not numbers, or whose `ends` raises, ends with a `Failure`; the others do not notice.
+            logits are not numbers, or whose `ends` raises, ends with a `Failure`; the others do not notice. Before
+            the first token of a request with `prompt_logprobs` come its `PromptScores`.
         """
         if not self._running:
             return ()
         by_slot = {own.slot: own for own in self._running.values()}
-        readings = self._descent.step({slot: self._feed(by_slot[slot]) for slot in sorted(by_slot)})
-        events: list[TokenEvent | Failure] = []
+        readings = self._descent.step(self._feeds(by_slot))
+        events: list[Event] = []
         singles: list[tuple[_Sequence, Reading]] = []
         for reading in readings:
             sequence = by_slot[reading.slot]
+            if sequence.scorer is not None:
+                scored = sequence.scorer.take(reading)
+                if scored is not None:
+                    events.append(scored)
+                    sequence.scorer = None
+                if scored is None or scored.finish_reason is not None:
+                    continue
+                reading = _newest(reading)
             if sequence.has_begun and not sequence.must_check:  # which feeds no token
                 sequence.left[reading.exit] = sequence.left.get(reading.exit, 0) + 1
             sequence.has_begun = True
@@ -214,6 +220,18 @@ class DecodingSession:
                 self._release(self._running[event.sequence])
         events.sort(key=lambda event: event.sequence)
         return tuple(events)
+
+    def _feeds(self, by_slot: dict[int, _Sequence]) -> dict[int, Feed]:
+        """What each sequence sends down next; a prompt that is to be scored waits where its logits have no room."""
+        room = rows_per_step(self._model.vocab_size)
+        feeds = {}
+        for slot, sequence in sorted(by_slot.items()):
+            if sequence.scorer is None:
+                feeds[slot] = self._feed(sequence)
+            elif room:
+                feeds[slot] = sequence.scorer.feed(room)
+                room -= len(feeds[slot].tokens)
+        return feeds
 
     def _feed(self, sequence: _Sequence) -> Feed:
         """What a sequence sends down next."""
@@ -253,9 +271,7 @@ class DecodingSession:
             sequence.course = dataclasses.replace(sequence.course, exits=())
         return sequence.exits_pay
 
-    def _check(
-        self, sequence: _Sequence, reading: Reading, events: list[TokenEvent | Failure]
-    ) -> list[tuple[_Sequence, Reading]]:
+    def _check(self, sequence: _Sequence, reading: Reading, events: list[Event]) -> list[tuple[_Sequence, Reading]]:
         """Keep the drafts that stand. Returns the reading of the token after them, if one is to be chosen."""
         drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
         rows = reading.logits[: len(drafts)]
@@ -264,8 +280,9 @@ class DecodingSession:
         del sequence.answer[-len(drafts) :]
         self._drafted += len(drafts)
         self._checks += 1
-        checked = list(check(rows, drafts, params, first, sequence.previous()))
-        logprobs = _logprobs(rows[: len(checked)], [token for token, _ in checked])
+        num_prompt = len(sequence.request.prompt)
+        checked = list(check(rows, drafts, params, first, sequence.previous(), num_prompt))
+        logprobs = token_logprobs(rows[: len(checked)], [token for token, _ in checked])
         all_stay = checked[-1][1]
         if not all_stay and reading.logits.shape[0] > len(checked):
             # Row i stands at position first - 1 + i; what was fed after the last row that was checked goes.
@@ -278,8 +295,7 @@ class DecodingSession:
             self._accepted += stays
         if not all_stay or reading.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
             return []
-        newest = dataclasses.replace(reading, confidence=reading.confidence[-1:], logits=reading.logits[-1:])
-        return [(sequence, newest)]
+        return [(sequence, _newest(reading))]
 
     def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent | Failure]:
         """A token from each reading of one row; those of early exits that are to be checked become drafts."""
@@ -298,7 +314,8 @@ class DecodingSession:
         if certain:
             tokens = [choice.token for choice in _sample(certain, "token")]
             logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
-            for (sequence, reading), token, logprob in zip(certain, tokens, _logprobs(logits, tokens), strict=True):
+            logprobs = token_logprobs(logits, tokens)
+            for (sequence, reading), token, logprob in zip(certain, tokens, logprobs, strict=True):
                 events += self._events(sequence, token, logprob, reading, 0, None)
         return events
 
@@ -306,21 +323,16 @@ class DecodingSession:
         self, sequence: _Sequence, token: int, logprob: float, reading: Reading, row: int, draft: Draft | None
     ) -> list[TokenEvent | Failure]:
         """Record a token that is certain. `draft`: what it was before, if it was one."""
-        position, what = sequence.length, f"sequence {sequence.index}"
+        position = sequence.length
         if math.isnan(logprob):
-            source = "the final exit" if reading.exit is None else f"exit {reading.exit!r}"
-            message = (
-                f"{what}: the logits for position {position} from {source} are not numbers "
-                "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16"
-            )
-            return [Failure(sequence.index, position, message)]
+            return [Failure.of_logits(sequence.index, position, reading.exit)]
         sequence.answer.append(token)
         finish_reason, failures = None, []
         try:
             finish_reason = sequence.finish_reason()
         except Exception as error:  # of the caller's `ends`
-            message = f"{what}: its `ends` failed at position {position}: {type(error).__name__}: {error}"
-            failures = [Failure(sequence.index, position, message, error)]
+            what = f"sequence {sequence.index}: its `ends` failed at position {position}"
+            failures = [Failure(sequence.index, position, f"{what}: {type(error).__name__}: {error}", error)]
         event = TokenEvent(
             sequence=sequence.index,
             position=position,
@@ -330,7 +342,7 @@ class DecodingSession:
             confidence=reading.confidence[row] if draft is None else draft.confidence,
             logprob=logprob,
             finish_reason=finish_reason,
-            top=_most_likely(reading.logits[row], sequence.request.num_top),
+            top=most_likely(reading.logits[row], sequence.request.num_top),
         )
         return [event, *failures]
 
@@ -347,8 +359,8 @@ class DecodingSession:
         slot = self._slots.get(sequence)
         return 0 if slot is None else self._descent.waiting(slot)
 
-    def stats(self, events: Sequence[TokenEvent | Failure]) -> DecodingStats:
-        """Sums over these events, failures left out, and over the work done so far."""
+    def stats(self, events: Sequence[Event]) -> DecodingStats:
+        """Sums over the tokens among these events, and over the work done so far."""
         events = [event for event in events if isinstance(event, TokenEvent)]
         return DecodingStats(
             num_prompt_tokens=self._num_prompt_tokens,
@@ -376,20 +388,10 @@ def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list
         [sequence.length for sequence, _ in readings],
         [sequence.previous() for sequence, _ in readings],
         purpose,
+        [len(sequence.request.prompt) for sequence, _ in readings],
     )
 
 
-def _most_likely(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """(token, ln p) of the most likely tokens. `logits`: `[v]`."""
-    if not count:
-        return ()
-    values, tokens = logits.log_softmax(dim=0).topk(min(count, logits.shape[0]))
-    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-
-
-def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
-    """ln p of a token in each row. `logits`: `[n, v]`."""
-    logprobs = logits.log_softmax(dim=1)
-    if len(tokens) == 1:
-        return [logprobs[0, tokens[0]].item()]
-    return logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+def _newest(reading: Reading) -> Reading:
+    """The reading of its last row alone."""
+    return dataclasses.replace(reading, confidence=reading.confidence[-1:], logits=reading.logits[-1:])

@@ -40,7 +40,12 @@ class Draft:
 
 
 def check(
-    logits: Tensor, drafts: Sequence[Draft], params: SamplingParams, position: int, previous: Sequence[int]
+    logits: Tensor,
+    drafts: Sequence[Draft],
+    params: SamplingParams,
+    position: int,
+    previous: Sequence[int],
+    num_prompt: int = 0,
 ) -> Iterator[tuple[int, bool]]:
     """The full model's tokens in place of drafts, up to the first that differs.
 
@@ -49,22 +54,23 @@ def check(
         drafts: in order, at least one.
         params: of the sequence.
         position: of the first draft in its sequence.
-        previous: the sequence's tokens before it; () where no repetition penalty looks at them.
+        previous: the sequence's tokens before it; () where no penalty looks at them.
+        num_prompt: how many of these tokens are the prompt.
 
     Yields:
         (token, whether it is the draft).
     """
     tokens = list(previous)
     best: Sequence[int] = ()
-    if params.greedy and params.repetition_penalty == 1.0:
+    if params.takes_the_most_likely:
         best = logits[: len(drafts)].argmax(dim=-1).tolist()
     for row, draft in enumerate(drafts):
         if best:
             token = best[row]
         elif params.greedy:
-            token = int(penalised(logits[row], params, tokens).argmax())
+            token = int(penalised(logits[row], params, tokens, num_prompt).argmax())
         else:
-            token = _accept_or_redraw(logits[row], draft, params, position + row, tokens)
+            token = _accept_or_redraw(logits[row], draft, params, position + row, tokens, num_prompt)
         yield token, token == draft.token
         if token != draft.token:
             return
@@ -72,9 +78,9 @@ def check(
 
 
 def _accept_or_redraw(
-    logits: Tensor, draft: Draft, params: SamplingParams, position: int, previous: Sequence[int]
+    logits: Tensor, draft: Draft, params: SamplingParams, position: int, previous: Sequence[int], num_prompt: int
 ) -> int:
-    p, q = distribution(logits, params, previous), draft.distribution
+    p, q = distribution(logits, params, previous, num_prompt), draft.distribution
     if accepts(float(p[draft.token] / q[draft.token]), uniform(params.seed, position, "accept")):
         return draft.token
     rest = (p - q).clamp(min=0.0)

@@ -44,6 +44,24 @@ class TokenEvent:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of a prompt's tokens, where a request has `prompt_logprobs`; comes before its first token.
+
+    Attributes:
+        sequence: index of the sequence in the call.
+        logprobs: ln of the probability of each prompt token but the first, at the end of the stack, in mode
+            `static_depth` at the one exit.
+        top: for each of them (token, ln p) of the request's `prompt_logprobs` most likely tokens; empty where it is 0.
+        finish_reason: `length` where no token was to be generated, else None.
+    """
+
+    sequence: int
+    logprobs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Failure:
     """A sequence's last event when it ends by a fault of its own: no token, the reason instead. Others go on.
 
@@ -61,8 +79,22 @@ class Failure:
     cause: Exception | None = None
     finish_reason: str = "error"
 
+    @classmethod
+    def of_logits(cls, sequence: int, position: int, exit: str | None) -> Failure:
+        """The failure where an exit's (None: the final one's) logits for a position are not numbers."""
+        source = "the final exit" if exit is None else f"exit {exit!r}"
+        return cls(
+            sequence,
+            position,
+            f"sequence {sequence}: the logits for position {position} from {source} are not numbers "
+            "(NaN or inf); check the checkpoint for broken weights, or decode in bf16 or fp32, not fp16",
+        )
 
-def raise_failures(events: Iterable[TokenEvent | Failure]) -> None:
+
+Event = TokenEvent | PromptScores | Failure
+
+
+def raise_failures(events: Iterable[Event]) -> None:
     """One `RuntimeError` with every failure among the events; nothing without any."""
     failures = [event for event in events if isinstance(event, Failure)]
     if failures:

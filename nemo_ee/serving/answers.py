@@ -10,14 +10,15 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from nemo_ee.generation.items import ExitPoint
-from nemo_ee.generation.stats import FINAL
+from nemo_ee.generation.stats import FINAL, PromptScores, TokenEvent
 from nemo_ee.serving.certified import promise
-from nemo_ee.serving.exit_choice import ExitChoice
 from nemo_ee.serving.protocol import Call
-from nemo_ee.serving.text_stream import Piece
+from nemo_ee.serving.served_model import Prepared
+from nemo_ee.serving.text_stream import Piece, TextStream
 
 
 class Answers:
@@ -26,9 +27,7 @@ class Answers:
     Args:
         call: the request.
         model: name to report.
-        choice: how the tokens leave.
-        num_prompt_tokens: of all its prompts.
-        before: of each answer, the last token of its prompt.
+        prepared: the same as the engine takes it.
         exits: the model's.
         num_layers: the model's.
         decode: token ids -> text, for alternatives.
@@ -38,17 +37,17 @@ class Answers:
         self,
         call: Call,
         model: str,
-        choice: ExitChoice,
-        num_prompt_tokens: int,
-        before: Sequence[int],
+        prepared: Prepared,
         exits: Sequence[ExitPoint],
         num_layers: int,
         decode: Callable[[list[int]], str],
     ) -> None:
-        self._call, self._choice_of_exits, self._num_layers, self._decode = call, choice, num_layers, decode
+        self._call, self._prepared, self._num_layers, self._decode = call, prepared, num_layers, decode
         self._exits = [point.name for point in exits]
-        self._num_prompt_tokens, self._before = num_prompt_tokens, before
-        self.pieces: list[list[Piece]] = [[] for _ in range(max(1, len(call.prompts)) * call.num_answers)]
+        self._prompts = [request.prompt for request in prepared.requests]
+        self.pieces: list[list[Piece]] = [[] for _ in self._prompts]
+        self._scores: list[PromptScores | None] = [None] * len(self.pieces)
+        self._unsent = list(prepared.prompt_texts)
         self.failed = False  # the server could not give them
         self.finish_reasons: list[str | None] = [None] * len(self.pieces)
         self._offsets = [0] * len(self.pieces)  # characters sent so far, by answer
@@ -66,9 +65,12 @@ class Answers:
         """Whether every answer has ended."""
         return all(self.finish_reasons)
 
-    def add(self, answer: int, pieces: Sequence[Piece], finish_reason: str | None) -> None:
-        """Take in what is new of an answer."""
+    def add(
+        self, answer: int, pieces: Sequence[Piece], finish_reason: str | None, prompt: PromptScores | None = None
+    ) -> None:
+        """Take in what is new of an answer; `prompt`: of its prompt, before or with its first token."""
         self.pieces[answer] += pieces
+        self._scores[answer] = prompt or self._scores[answer]
         self.finish_reasons[answer] = finish_reason
 
     def whole(self) -> dict[str, Any]:
@@ -102,14 +104,14 @@ class Answers:
         """Token counts, and where the tokens came from."""
         events = [piece.event for own in self.pieces for piece in own]
         counts = Counter(FINAL if event.exit is None else event.exit for event in events)
-        certificate = self._choice_of_exits.certificate
+        certificate = self._prepared.choice.certificate
         depth = sum(event.layer for event in events) / len(events) if events else 0.0
         return {
-            "prompt_tokens": self._num_prompt_tokens,
+            "prompt_tokens": self._prepared.num_prompt_tokens,
             "completion_tokens": len(events),
-            "total_tokens": self._num_prompt_tokens + len(events),
+            "total_tokens": self._prepared.num_prompt_tokens + len(events),
             "early_exit": {
-                "mode": self._choice_of_exits.mode,
+                "mode": self._prepared.choice.mode,
                 "tokens_per_exit": {name: counts[name] for name in [*self._exits, FINAL]},
                 "mean_depth": round(depth, 4),
                 "num_layers": self._num_layers,
@@ -124,54 +126,86 @@ class Answers:
             choice["delta" if stream else "message"] = (
                 {"content": text} if stream else {"role": "assistant", "content": text, "refusal": None}
             )
+            choice["logprobs"] = None if self._call.num_top is None else self._chat_logprobs(answer, pieces)
         else:
-            choice["text"] = text
-        choice["logprobs"] = None if self._call.num_top is None else self._logprobs(answer, pieces)
+            echo, self._unsent[answer] = self._unsent[answer], ""
+            choice["text"] = echo + text
+            choice["logprobs"] = None if self._call.num_top is None else self._logprobs(answer, pieces, echo)
         choice["finish_reason"] = self.finish_reasons[answer]
         choice["early_exit"] = {"tokens": [_token(piece) for piece in pieces]}
         return choice
 
-    def _logprobs(self, answer: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        if self._call.chat:
-            start = len(self.pieces[answer]) - len(pieces)
-            content = [self._chat_logprob(piece, self._alternatives(answer, start + index))
-                       for index, piece in enumerate(pieces)]  # fmt: skip
-            return {"content": content, "refusal": None}
-        offsets = []
-        for piece in pieces:
-            offsets.append(self._offsets[answer])
-            self._offsets[answer] += len(piece.text)
+    def _chat_logprobs(self, answer: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         start = len(self.pieces[answer]) - len(pieces)  # a stream's pieces are added before they are told
-        top = [self._by_text(self._alternatives(answer, start + index), piece) for index, piece in enumerate(pieces)]
+        content = []
+        for index, (event, text) in enumerate(pieces, start):
+            texts = self._alternatives(self._token_before(answer, index), event.top)
+            top = [_entry(one, logprob) for one, (_, logprob) in zip(texts, event.top, strict=True)]
+            content.append({**_entry(text, event.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _logprobs(self, answer: int, pieces: Sequence[Piece], echo: str) -> dict[str, Any]:
+        """OpenAI's four lists for new tokens, and behind a prompt's text `echo` for the prompt's before them."""
+        rows: list[tuple[str, float | None, dict[str, float] | None]] = []
+        offsets: list[int] = []
+        scores, self._scores[answer] = self._scores[answer], None
+        if scores is not None and self._call.echo:
+            rows = self._prompt_rows(answer, scores)
+            ends = accumulate(len(text) for text, *_ in rows)
+            offsets = [0, *(min(end, len(echo)) for end in ends)][:-1]
+        self._offsets[answer] += len(echo)
+        start = len(self.pieces[answer]) - len(pieces)
+        for index, (event, text) in enumerate(pieces, start):
+            texts = self._alternatives(self._token_before(answer, index), event.top)
+            rows.append((text, event.logprob, self._by_text(texts, event.top)))
+            offsets.append(self._offsets[answer])
+            self._offsets[answer] += len(text)
         return {
-            "tokens": [piece.text for piece in pieces],
-            "token_logprobs": [piece.event.logprob for piece in pieces],
-            "top_logprobs": top if self._call.num_top else None,
+            "tokens": [text for text, *_ in rows],
+            "token_logprobs": [logprob for _, logprob, _ in rows],
+            "top_logprobs": [top for *_, top in rows] if self._call.num_top else None,
             "text_offset": offsets,
         }
 
-    def _alternatives(self, answer: int, index: int) -> list[str]:
+    def _prompt_rows(
+        self, answer: int, scores: PromptScores
+    ) -> list[tuple[str, float | None, dict[str, float] | None]]:
+        """Text, ln p and alternatives of each token of a prompt; nothing is known about the first."""
+        prompt, rows = self._prompts[answer], []
+        stream = TextStream(self._decode, ())
+        for index, token in enumerate(prompt):
+            reason = "length" if index + 1 == len(prompt) else None
+            (piece,) = stream.push(TokenEvent(answer, index, token, None, self._num_layers, 1.0, 0.0, reason))
+            if index == 0:
+                rows.append((piece.text, None, None))
+                continue
+            top = scores.top[index - 1] if scores.top else ()
+            texts = self._alternatives(prompt[index - 1], top)
+            rows.append((piece.text, scores.logprobs[index - 1], self._by_text(texts, top)))
+        return rows
+
+    def _token_before(self, answer: int, index: int) -> int:
+        """The token in front of an answer's token at this index."""
+        return self.pieces[answer][index - 1].event.token if index else self._prompts[answer][-1]
+
+    def _alternatives(self, before: int, top: Sequence[tuple[int, float]]) -> list[str]:
         """Text of the most likely tokens at a place, each behind the token before it: alone it may lose its space."""
-        own = self.pieces[answer]
-        before = own[index - 1].event.token if index else self._before[answer]
-        known = self._decode([before])
-        texts = [self._decode([before, token]) for token, _ in own[index].event.top]
+        known = self._decode([before]) if top else ""
+        texts = [self._decode([before, token]) for token, _ in top]
         return [text[len(os.path.commonprefix([known, text])) :] for text in texts]
 
     @staticmethod
-    def _by_text(texts: Sequence[str], piece: Piece) -> dict[str, float]:
+    def _by_text(texts: Sequence[str], alternatives: Sequence[tuple[int, float]]) -> dict[str, float]:
         """ln p by text. Texts may be equal (parts of characters, special tokens): the less likely go by their ids."""
         top: dict[str, float] = {}
-        for text, (token, logprob) in zip(texts, piece.event.top, strict=True):
+        for text, (token, logprob) in zip(texts, alternatives, strict=True):
             top[f"token_id:{token}" if text in top else text] = logprob
         return top
 
-    def _chat_logprob(self, piece: Piece, texts: Sequence[str]) -> dict[str, Any]:
-        def entry(text: str, logprob: float) -> dict[str, Any]:
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
 
-        top = [entry(text, logprob) for text, (_, logprob) in zip(texts, piece.event.top, strict=True)]
-        return {**entry(piece.text, piece.event.logprob), "top_logprobs": top}
+def _entry(text: str, logprob: float) -> dict[str, Any]:
+    """A token of a chat's logprobs."""
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
 
 
 def _token(piece: Piece) -> dict[str, Any]:

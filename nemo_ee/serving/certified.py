@@ -93,15 +93,18 @@ def check_setting(
         kv=KV_POLICY,
         precision=precision,
         tokens_to_generate=certified,  # see below: clients have another name for it
-        stop_on_eos=True,
+        stop_on_eos=not call.ignore_eos,
         add_BOS=None,  # as the tokenizer does
         sampling=asked,
     )
     faults = [*setting_faults(certificate, setting), *stop_faults(certificate, end_of_text)]
     others = sorted({request.max_new_tokens for request in requests} - {certified})
     faults += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
-    if call.stops:
-        faults.append("stop is given, certified without stop strings")
+    given = {"stop": call.stops, "stop_token_ids": call.stop_token_ids, "min_tokens": call.min_tokens}
+    given |= {key: getattr(sampling, key) for key in ("presence_penalty", "frequency_penalty", "logit_bias")}
+    if not sampling.greedy:
+        given["min_p"] = sampling.min_p
+    faults += [f"{key} is given, certified without {key}" for key, value in given.items() if value]
     if faults:
         listed = "; ".join(faults)
         raise ApiError(

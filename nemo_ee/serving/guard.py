@@ -5,12 +5,17 @@
 Without keys the server listens on loopback only, where any web page in a browser on the machine can still reach it.
 Two rules keep pages out: the Host header must name loopback (a foreign name may be made to resolve to it), and a body
 must be declared as JSON (which a page cannot do across origins without being asked for permission, never given here).
+
+    Host = uri-host [ ":" port ]                                          RFC 9110, section 7.2
+    host = IP-literal / IPv4address / reg-name      port = *DIGIT         RFC 3986, section 3.2
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -22,6 +27,9 @@ from nemo_ee.serving.settings import is_loopback
 
 # Answered without a key: the page, which asks for one, and whether the server is up.
 OPEN_PATHS = ("/", "/health")
+_HOST = re.compile(
+    r"(?P<host>\[(?P<literal>[0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::(?P<port>[0-9]*))?"
+)
 
 
 class Guard:
@@ -47,9 +55,18 @@ class Guard:
     def _error(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if not self._keys:
-            name = headers.get("host", "")
-            if not is_loopback(_without_port(name)):
-                return ApiError(403, f"the Host header {name[:60]!r} is not loopback; call 127.0.0.1 or localhost")
+            names = headers.getlist("host")
+            # Health checks of load balancers speak HTTP/1.0, which has no such header. No browser does.
+            if not names and scope["http_version"] == "1.0" and scope["path"] == "/health":
+                return None
+            name = host_of(names[0]) if len(names) == 1 else None
+            if name is None:
+                message = (
+                    f"the Host header {', '.join(names)[:60]!r} is not one host with at most a port; call 127.0.0.1"
+                )
+                return ApiError(400, message)
+            if not is_loopback(name):
+                return ApiError(403, f"the Host header {names[0][:60]!r} is not loopback; call 127.0.0.1 or localhost")
         elif scope["path"] not in OPEN_PATHS and not self._knows(headers.get("authorization", "")):
             message = "no or wrong API key; send the header Authorization: Bearer <key>"
             return ApiError(401, message, code="invalid_api_key")
@@ -71,7 +88,15 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "replace")).digest()
 
 
-def _without_port(host: str) -> str:
-    if host.startswith("["):  # [::1]:8000
-        return host[: host.find("]") + 1]
-    return host.rpartition(":")[0] if ":" in host else host
+def host_of(header: str) -> str | None:
+    """The host that a Host header names, an IPv6 address without its brackets; None = this is no Host header."""
+    match = _HOST.fullmatch(header)
+    if match is None or len(match["port"] or "") > 5 or int(match["port"] or 0) > 65535:
+        return None
+    literal = match["literal"]
+    if literal is None:
+        return match["host"]
+    try:
+        return str(ipaddress.IPv6Address(literal))
+    except ValueError:
+        return None

@@ -65,7 +65,7 @@ class Server:
         """The ASGI application."""
         app = FastAPI(title="nemo_ee", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
         app.add_api_route("/", self.page)
-        app.add_api_route("/health", self.health)
+        app.add_api_route("/health", self.health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self.metrics_text)
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.one_model)
@@ -138,8 +138,7 @@ class Server:
         call, prepared = await reading
         model = self.model.model
         answers = Answers(
-            call, self.model.name, prepared.choice, prepared.num_prompt_tokens,
-            [one.prompt[-1] for one in prepared.requests], model.exits, model.num_layers, self.model.decode,
+            call, self.model.name, prepared, model.exits, model.num_layers, self.model.decoder(call)
         )  # fmt: skip
         in_flight = RequestInFlight(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
         if call.stream:
@@ -195,7 +194,7 @@ class Server:
 
         async def collect() -> None:
             async for index, update in in_flight.updates():
-                answers.add(index, update.pieces, update.finish_reason)
+                answers.add(index, update.pieces, update.finish_reason, update.prompt)
 
         async def gone() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -211,7 +210,8 @@ class Server:
         if not collected:
             return Response(status_code=_CLIENT_GONE)
         collecting.result()
-        return JSONResponse(answers.whole())
+        # The texts of many tokens take a while.
+        return JSONResponse(await asyncio.to_thread(answers.whole))
 
     async def _stream(self, call: Call, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
         """Events as the tokens come."""
@@ -219,8 +219,12 @@ class Server:
             for chunk in answers.opening():
                 yield server_sent(chunk)
             async for index, update in in_flight.updates():
-                answers.add(index, update.pieces, update.finish_reason)
-                yield server_sent(answers.chunk(index, update.pieces))
+                answers.add(index, update.pieces, update.finish_reason, update.prompt)
+                if update.prompt is None:
+                    chunk = answers.chunk(index, update.pieces)
+                else:  # of many tokens, as above
+                    chunk = await asyncio.to_thread(answers.chunk, index, update.pieces)
+                yield server_sent(chunk)
             if call.include_usage:
                 yield server_sent(answers.last_chunk())
             yield STREAM_END

@@ -47,7 +47,7 @@ class RequestInFlight:
         self._works = [
             Work(
                 request,
-                TextStream(model.decode, request.prompt, call.stops, request.stop_tokens),
+                TextStream(model.decoder(call), request.prompt, call.stops, request.stop_tokens),
                 lambda update, index=index: self._deliver(index, update),
             )
             for index, request in enumerate(prepared.requests)
@@ -85,7 +85,7 @@ class RequestInFlight:
                 raise ApiError(504, message, code="timeout") from None
             if update.error is not None:
                 raise update.error
-            if waited:
+            if waited and update.pieces:
                 self._metrics.first_token.observe(time.monotonic() - self._started)
                 waited = False
             left -= update.finish_reason is not None

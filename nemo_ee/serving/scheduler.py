@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.generation.stats import Failure, TokenEvent
+from nemo_ee.generation.stats import Failure, PromptScores, TokenEvent
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.text_stream import Piece, TextStream
@@ -44,6 +44,7 @@ class Update:
 
     Attributes:
         pieces: tokens with their text.
+        prompt: of a request with `prompt_logprobs`, once.
         finish_reason: `stop` or `length` with the last update, else None.
         error: what went wrong, with the last update, else None.
     """
@@ -51,6 +52,7 @@ class Update:
     pieces: tuple[Piece, ...] = ()
     finish_reason: str | None = None
     error: ApiError | None = None
+    prompt: PromptScores | None = None
 
 
 @dataclass(eq=False)
@@ -214,18 +216,23 @@ class Scheduler:
         events = self._session.step()
         pieces: dict[int, list[Piece]] = {}
         failed: dict[int, ApiError] = {}
+        prompts: dict[int, PromptScores] = {}
         for event in events:
             own = pieces.setdefault(event.sequence, [])
             if isinstance(event, Failure):
                 _LOG.error("decoding failed: %s", event.message)
                 failed[event.sequence] = ApiError(*_FAILED)
+            elif isinstance(event, PromptScores):
+                prompts[event.sequence] = event
+                self._running[event.sequence].text.finish_reason = event.finish_reason
             # A check may bring several tokens; those behind a stop string are nobody's.
             elif self._running[event.sequence].text.finish_reason is None:
                 own.extend(self._running[event.sequence].text.push(event))
         news = []
         for index, own in pieces.items():
             sequence = self._running[index]
-            news.append((sequence, Update(tuple(own), sequence.text.finish_reason, failed.get(index))))
+            update = Update(tuple(own), sequence.text.finish_reason, failed.get(index), prompts.get(index))
+            news.append((sequence, update))
             if sequence.text.finish_reason is not None or index in failed:
                 self._end(index)
         # Counted before it is told, so that whoever has an answer finds it in the metrics.
@@ -233,7 +240,7 @@ class Scheduler:
         self._metrics.step(tokens, self._session.stats(()), time.perf_counter() - started)
         self._count()
         for sequence, update in news:
-            if not sequence.cancelled and (update.pieces or update.finish_reason or update.error):
+            if not sequence.cancelled and update != Update():
                 sequence.deliver(update)
 
     def _fail(self, status: int, message: str) -> None:

@@ -4,36 +4,39 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
-
 from nemo_ee.checkpoint.certificate import Certificate
+from nemo_ee.generation.checks import too_long
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, course_of
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
 from nemo_ee.serving.certified import check_setting, promise
+from nemo_ee.serving.chat_prompt import chat_prompt
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
+from nemo_ee.serving.messages import Conversation
 from nemo_ee.serving.protocol import Call
 from nemo_ee.text.special_tokens import EndOfText, prompt_ids
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call as the engine takes it: the requests in the order of the answers, and how their tokens leave."""
+    """A call as the engine takes it: the requests in the order of the answers, and how their tokens leave.
+
+    `prompt_texts`: what each answer starts with where the call has `echo`, else empty texts.
+    """
 
     requests: tuple[Request, ...]
     choice: ExitChoice
     num_prompt_tokens: int
+    prompt_texts: tuple[str, ...]
 
 
 class ServedModel:
@@ -96,9 +99,14 @@ class ServedModel:
             max_length=self.max_length,
         )
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        kind = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **kind)
+
+    def decoder(self, call: Call) -> Callable[[list[int]], str]:
+        """`decode` as a call asks for it."""
+        return partial(self.decode, skip_special_tokens=call.skip_special_tokens)
 
     def prepare(self, call: Call) -> Prepared:
         """Tokenize a call and hold it against the model. Costs time with a long prompt: not for the event loop.
@@ -114,7 +122,13 @@ class ServedModel:
                 code="model_not_found",
             )
         choice = exit_choice(call.early_exit, self.model, self.default, self.certificates)
-        prompts = [self._chat_ids(call.messages)] if call.chat else [self._ids(prompt) for prompt in call.prompts]
+        if call.conversation is not None:
+            prompts = [self._chat_ids(call.conversation)]
+        else:
+            prompts = [self._ids(prompt) for prompt in call.prompts]
+        self._check_tokens("logit_bias", [token for token, _ in call.sampling.logit_bias])
+        self._check_tokens("stop_token_ids", call.stop_token_ids)
+        stop_tokens = (frozenset() if call.ignore_eos else self.stop_tokens) | set(call.stop_token_ids)
         requests = []
         for number, prompt in enumerate(prompts):
             for answer in range(call.num_answers):
@@ -123,33 +137,44 @@ class ServedModel:
                         prompt,
                         self._new_tokens(prompt, call),
                         call.sampling_of(number, answer),
-                        stop_tokens=self.stop_tokens,
+                        stop_tokens=stop_tokens,
+                        min_new_tokens=call.min_tokens,
                         num_top=call.num_top or 0,
+                        prompt_logprobs=call.prompt_logprobs,
                         mode=choice.mode,
                         policy=choice.policy,
                     )
                 )
         if choice.certificate is not None:
             check_setting(choice.certificate, call, requests, self.precision, self.end_of_text)
-        return Prepared(tuple(requests), choice, sum(map(len, prompts)))
+        texts = [""] * len(prompts)
+        if call.echo:
+            decode = self.decoder(call)
+            given = zip(call.prompts, prompts, strict=True)
+            texts = [text if isinstance(text, str) else decode(list(ids)) for text, ids in given]
+        texts = [text for text in texts for _ in range(call.num_answers)]
+        return Prepared(tuple(requests), choice, sum(map(len, prompts)), tuple(texts))
 
     def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            outside = [token for token in prompt if not 0 <= token < self.model.vocab_size]
-            if outside:
-                raise ApiError(
-                    400,
-                    f"prompt holds the token {outside[0]}, which is outside the vocabulary "
-                    f"0..{self.model.vocab_size - 1}; use the tokenizer of {self.name!r}",
-                    param="prompt",
-                )
+            self._check_tokens("prompt", prompt)
             return prompt
         ids = tuple(prompt_ids(self.tokenizer, prompt))
         if not ids:
             raise ApiError(400, f"prompt = {shown(prompt)} has no tokens; write something", param="prompt")
         return ids
 
-    def _chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
+        outside = [token for token in tokens if not 0 <= token < self.model.vocab_size]
+        if outside:
+            raise ApiError(
+                400,
+                f"{field} holds the token {outside[0]}, which is outside the vocabulary "
+                f"0..{self.model.vocab_size - 1}; use the tokenizer of {self.name!r}",
+                param=field,
+            )
+
+    def _chat_ids(self, conversation: Conversation) -> tuple[int, ...]:
         if not self.has_chat_template:
             raise ApiError(
                 400,
@@ -157,17 +182,8 @@ class ServedModel:
                 "chat_template=<file>",
                 param="messages",
             )
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as fault:  # what a template says to messages it was not made for
-            raise ApiError(
-                400, f"the model's chat template refuses these messages: {fault}", param="messages"
-            ) from None
-        except Exception:  # whatever else it does with them
-            _LOG.exception("the chat template failed")
-            raise ApiError(400, "the model's chat template fails on these messages", param="messages") from None
+        text = chat_prompt(self.tokenizer, conversation)
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ApiError(400, "the messages have no tokens; write something", param="messages")
         return tuple(ids)
@@ -176,13 +192,16 @@ class ServedModel:
         room = self.max_length - len(prompt)
         wanted = call.max_new_tokens if call.max_new_tokens is not None else max(1, min(room, self.max_new_tokens))
         if wanted > room:
+            rule = f"the {self.max_length} tokens a sequence may have here"
             raise ApiError(
                 400,
-                f"{len(prompt)} prompt tokens + max_tokens = {wanted} are more than the {self.max_length} tokens a "
-                f"sequence may have here; shorten the prompt or ask for at most {max(0, room)} new tokens",
+                too_long(len(prompt), wanted, "max_tokens", self.max_length, rule),
                 param="messages" if call.chat else "prompt",
                 code="context_length_exceeded",
             )
+        if call.min_tokens > wanted:
+            message = f"min_tokens = {call.min_tokens} is more than max_tokens = {wanted}; lower it"
+            raise ApiError(400, message, param="min_tokens")
         return wanted
 
     def card(self, created: int) -> dict[str, Any]:

@@ -161,6 +161,10 @@ def test_what_does_not_fit_a_session_is_refused():
     assert "sequence 0: exit b is not one of the session's (a); name it under exits" in str(caught.value)
     with pytest.raises(ValueError, match="2 prompt tokens .* are more than this session's 10 positions; .*max_length"):
         session.add(Request((1, 2), 9))
+    with pytest.raises(ValueError, match="11 prompt tokens .* = 9 are .*; shorten the prompt by at least 2 tokens, "):
+        session.add(Request((1,) * 11, 9))
+    with pytest.raises(ValueError, match="= 0 are .*; shorten the prompt by at least 1 tokens, or start"):
+        session.add(Request((1,) * 11, 0, prompt_logprobs=0))
     with pytest.raises(ValueError, match="mode = 'early_exit' needs a policy"):
         session.add(Request((1, 2), 3, mode="early_exit"))
     with pytest.raises(ValueError, match="mode = '' is unknown"):

@@ -125,7 +125,7 @@ def expected_outputs(request):
         logits = logits_of(None, text[-1], len(text) - 1)
         if len(tokens) < request.min_new_tokens:
             logits[list(request.stop_tokens)] = -math.inf
-        p = distribution(logits, request.sampling, text)
+        p = distribution(logits, request.sampling, text, len(request.prompt))
         for token, own in enumerate(p.tolist()):
             longer = (*tokens, token)
             if own > 0 and (len(longer) == request.max_new_tokens or token in request.stop_tokens):
@@ -142,6 +142,9 @@ SHAPES = [
     {"top_p": 0.7},
     {"repetition_penalty": 1.4},
     {"temperature": 1.3, "top_k": 2, "top_p": 0.9, "repetition_penalty": 1.2},
+    {"min_p": 0.15},
+    {"presence_penalty": 0.8, "frequency_penalty": -0.5},
+    {"logit_bias": ((0, 1.5), (2, -1.0)), "min_p": 0.1, "frequency_penalty": 0.7, "temperature": 1.2},
 ]
 POLICIES = [
     ExitPolicy(0.0, active=("a",), max_waiting=2),  # every token is drafted

@@ -311,7 +311,7 @@ def test_scores_are_the_full_models():
 def test_a_check_that_keeps_everything_is_noticed(monkeypatch):
     """The control: without the check the output is not the full model's."""
 
-    def keeps(logits, drafts, params, position, previous):
+    def keeps(logits, drafts, params, position, previous, num_prompt):
         return iter([(draft.token, True) for draft in drafts])
 
     monkeypatch.setattr(session_module, "check", keeps)
@@ -321,22 +321,28 @@ def test_a_check_that_keeps_everything_is_noticed(monkeypatch):
 
 
 def test_no_copy_of_the_text_is_made_where_nobody_reads_it(monkeypatch):
-    """A long context costs nothing per token but where a repetition penalty looks at it."""
+    """A long context costs nothing per token but where a penalty looks at it."""
     choose, check, lengths = session_module.choose, session_module.check, []
 
-    def choosing(logits, params, positions, previous, purpose):
+    def choosing(logits, params, positions, previous, *others):
         lengths.extend(map(len, previous))
-        return choose(logits, params, positions, previous, purpose)
+        return choose(logits, params, positions, previous, *others)
 
-    def checking(logits, drafts, params, position, previous):
+    def checking(logits, drafts, params, position, previous, num_prompt):
         lengths.append(len(previous))
-        return check(logits, drafts, params, position, previous)
+        return check(logits, drafts, params, position, previous, num_prompt)
 
     monkeypatch.setattr(session_module, "choose", choosing)
     monkeypatch.setattr(session_module, "check", checking)
-    for penalty, longest in ((1.0, 0), (1.1, 42)):
+    for settings, longest in (
+        ({}, 0),
+        ({"min_p": 0.1, "logit_bias": ((3, 1.0),)}, 0),
+        ({"repetition_penalty": 1.1}, 42),
+        ({"presence_penalty": 0.5}, 42),
+        ({"frequency_penalty": 0.5}, 42),
+    ):
         lengths.clear()
         for greedy in (True, False):
-            request = Request((1,) * 40, 4, SamplingParams(greedy=greedy, repetition_penalty=penalty))
+            request = Request((1,) * 40, 4, SamplingParams(greedy=greedy, **settings))
             decode(scripted(lambda *_: True), [request], ExitPolicy(0.5))
         assert max(lengths) >= longest and (longest or not any(lengths))

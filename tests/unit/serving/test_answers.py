@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
-from nemo_ee.generation.stats import TokenEvent
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.stats import PromptScores, TokenEvent
 from nemo_ee.serving.answers import Answers
 from nemo_ee.serving.exit_choice import ExitChoice
 from nemo_ee.serving.protocol import Limits, parse_call
+from nemo_ee.serving.served_model import Prepared
 from nemo_ee.serving.text_stream import Piece
 
 WORDS = ["", "", "one", "two", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"]
@@ -20,11 +22,13 @@ def decode(ids: list[int]) -> str:
     return " ".join(WORDS[one] for one in ids if WORDS[one])
 
 
-def answers(stream: bool, chat: bool) -> Answers:
+def answers(stream: bool, chat: bool, prompt: tuple[int, ...] = (2,), **changes) -> Answers:
     body = {"stream": stream, **({"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 5}
-                                 if chat else {"prompt": [2], "logprobs": 5})}  # fmt: skip
+                                 if chat else {"prompt": list(prompt), "logprobs": 5}), **changes}  # fmt: skip
     call = parse_call(body, chat=chat, limits=Limits(8, 8))
-    return Answers(call, "m", ExitChoice("full", ExitPolicy(0.9)), 1, [2], [ExitPoint("a", 4, 8)], 8, decode)
+    choice, texts = ExitChoice("full", ExitPolicy(0.9)), (decode(list(prompt)) if call.echo else "",)
+    prepared = Prepared((Request(prompt, 4),), choice, len(prompt), texts)
+    return Answers(call, "m", prepared, [ExitPoint("a", 4, 8)], 8, decode)
 
 
 def piece(position: int) -> Piece:
@@ -54,3 +58,36 @@ def test_alternatives_of_a_chat() -> None:
     (told,) = own.whole()["choices"][0]["logprobs"]["content"]
     assert [one["logprob"] for one in told["top_logprobs"]] == list(EXPECTED.values())
     assert told["top_logprobs"][0]["token"] == told["token"] == " one"
+
+
+SCORES = PromptScores(0, (-0.5, -2.0), (((3, -0.25), (2, -0.5)), ((2, -2.0), (0, -3.0))))
+
+
+def test_an_echo_comes_once_and_first() -> None:
+    """Prompt one, three (a word with its space), special: the same lists whole, and chunk by chunk together."""
+    own = answers(stream=False, chat=False, prompt=(2, 3, 1), echo=True)
+    own.add(0, [piece(3)], None, SCORES)
+    own.add(0, [piece(4)], "length")
+    (choice,) = own.whole()["choices"]
+    assert choice["text"] == "one two one one"
+    assert choice["logprobs"]["tokens"] == ["one", " two", "", " one", " one"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -2.0, -0.5, -0.5]
+    assert choice["logprobs"]["text_offset"] == [0, 3, 7, 7, 11]
+    assert choice["logprobs"]["top_logprobs"][:3] == [None, {" two": -0.25, " one": -0.5}, {" one": -2.0, "": -3.0}]
+    assert [one["id"] for one in choice["early_exit"]["tokens"]] == [2, 2], "tokens of the answer alone"
+    streamed, lists = answers(stream=True, chat=False, prompt=(2, 3, 1), echo=True), []
+    for new, scores in (([piece(3)], SCORES), ([piece(4)], None)):
+        streamed.add(0, new, None, scores)
+        lists.append(streamed.chunk(0, new)["choices"][0])
+    assert [one["text"] for one in lists] == ["one two one", " one"]
+    for key, value in choice["logprobs"].items():
+        assert lists[0]["logprobs"][key] + lists[1]["logprobs"][key] == value
+
+
+def test_an_echo_of_a_text_is_that_text() -> None:
+    """Where special tokens or a normaliser change it, offsets stay inside of it, and new tokens stand behind it."""
+    own = answers(stream=False, chat=False, prompt=(2, 3, 1), echo=True)
+    own._unsent = ["one"]
+    own.add(0, [piece(3)], "length", SCORES)
+    (choice,) = own.whole()["choices"]
+    assert choice["text"] == "one one" and choice["logprobs"]["text_offset"] == [0, 3, 3, 3]

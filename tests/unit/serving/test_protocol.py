@@ -13,7 +13,8 @@ from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.serving.errors import MAX_MESSAGE, ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
-from nemo_ee.serving.protocol import MAX_FAULTS, Limits, parse_call
+from nemo_ee.serving.protocol import Limits, parse_call
+from nemo_ee.serving.request_fields import MAX_FAULTS
 
 LIMITS = Limits(max_new_tokens=64, max_choices=4)
 
@@ -33,7 +34,8 @@ def message(**changes) -> dict:
     ("body", "words"),
     [
         (message(tool_calls=[{"id": "a"}]), "messages[0].tool_calls is not supported"),
-        (message(name="Ann"), "messages[0].name is not supported"),
+        (message(name=7), "messages[0].name = 7 must be a text"),
+        (message(tool_call_id="a"), "messages[0].tool_call_id is not supported"),
         (message(contents="x"), "did you mean content?"),
         (message(content=[{"type": "text", "text": "x", "cache": {}}]), "messages[0].content[0].cache is"),
         (message(content=[{"type": "image_url", "image_url": {}}]), "parts of type text"),
@@ -50,7 +52,7 @@ def test_what_is_not_read_is_refused(body: dict, words: str) -> None:
 
 def test_control_an_answer_can_be_sent_back_as_it_came() -> None:
     call = parse_call(message(role="assistant", refusal=None, tool_calls=None), chat=True, limits=LIMITS)
-    assert call.messages == ({"role": "assistant", "content": "x"},)
+    assert call.conversation.messages == ({"role": "assistant", "content": "x"},)
 
 
 @pytest.mark.parametrize(
