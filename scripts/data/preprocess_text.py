@@ -29,6 +29,7 @@ from preprocess_settings import DTYPES, PreprocessError, read_settings
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.settings.files import PREPROCESS_TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -342,7 +343,7 @@ def _write(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_text.yaml."""
-    with command(cfg):
+    with command(cfg, PREPROCESS_TEXT):
         result = preprocess(PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
         logger.info(
             "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",
