@@ -64,7 +64,8 @@ class KnownSettings:
         for key in sorted(self.checks.keys() - {key for key, _ in given}):
             if not key.startswith(self.optional or ("???",)):
                 found[key] = f"{key} is not in the config; take its line over from the script's yaml in conf/"
-        return found or unresolved  # a value that another one is worked out from is named alone
+        # A value that others are worked out from is named alone.
+        return {key: text for key, text in found.items() if not _sources(cfg, key) & found.keys()} or unresolved
 
 
 def missing(cfg: DictConfig) -> list[str]:
@@ -77,6 +78,14 @@ def raise_problems(headline: str, problems: Collection[str]) -> None:
     """One ValueError with every problem; nothing where there is none."""
     if problems:
         raise ValueError("\n  ".join([f"{headline}:", *(problem.replace("\n", "\n  ") for problem in problems)]))
+
+
+def _sources(cfg: DictConfig, key: str) -> set[str]:
+    """The keys that a value is worked out from."""
+    block, _, name = key.rpartition(".")
+    parent = OmegaConf.select(cfg, block) if block else cfg
+    raw = OmegaConf.to_container(parent, resolve=False) if OmegaConf.is_dict(parent) else {}
+    return set(_TAKEN_OVER.findall(str(raw.get(name))))
 
 
 def _unknown(key: str, value: Any, known: Collection[str]) -> str:

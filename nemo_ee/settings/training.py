@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_ee.exits.block_reader import Check, boolean, integer, number, one_of
+from nemo_ee.exits.block_reader import Check, boolean, close_match, integer, number, one_of
 from nemo_ee.settings.checks import (
     anything,
     below,
@@ -28,6 +28,7 @@ from nemo_ee.settings.library_keys import exp_manager_keys, model_keys, trainer_
 
 _SEED = integer(0, 2**32 - 1)  # numpy takes no larger one
 _ACCELERATOR = word("gpu", "cpu", "cuda", "auto")
+_SPLITS = ("train", "validation", "test")
 _PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
 
 
@@ -38,12 +39,18 @@ def _splits(value: Any) -> str:
 
 
 def _data_prefix(value: Any) -> Any:
-    """Which files they are is checked with the run."""
-    if isinstance(value, list | dict):
-        return value
-    raise ValueError(
-        "must say the prefixes of the data; write {train: [data/train], validation: [data/heldout], test: null}"
-    )
+    """Prefixes with weights between them, for all splits or by split; which files they are is checked with the run."""
+    by_split = value if isinstance(value, dict) else {"train": value}
+    unknown = [split for split in by_split if split not in _SPLITS]
+    if unknown:
+        guess = close_match(unknown[0], _SPLITS)
+        raise ValueError(f"has the split {unknown[0]!r}{guess}; the splits are {', '.join(_SPLITS)}")
+    for prefixes in by_split.values():
+        entries = prefixes if isinstance(prefixes, list) else []
+        kinds = [isinstance(entry, str | int | float) and not isinstance(entry, bool) for entry in entries]
+        if not all(kinds) or (entries and not any(isinstance(entry, str) for entry in entries)):
+            raise ValueError("must hold prefixes of files, and numbers before them as weights where there are several")
+    return value
 
 
 _BLOCKS = {"trainer": trainer_keys, "model": model_keys}
