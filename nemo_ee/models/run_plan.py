@@ -32,6 +32,11 @@ def plan_run(cfg: DictConfig) -> DictConfig:
     usable = OmegaConf.create(OmegaConf.to_container(cfg, resolve=not problems))
     for key in problems:
         OmegaConf.update(usable, key, None, force_add=True)
+    if usable.exp_manager.get("create_early_stopping_callback") and not validates(usable):
+        problems["exp_manager.create_early_stopping_callback"] = (
+            "exp_manager.create_early_stopping_callback=True needs validation, which this run has none of; name "
+            "validation data and set trainer.limit_val_batches, or set it to False"
+        )
     model = merge_model_config(read_config(usable.model.restore_from_path), usable.model)
     check_run(usable, model, problems)
     plan = OmegaConf.create({**usable, "model": model})

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every script's table of settings: it has the keys of the yaml, takes the yaml's values, and refuses wrong ones by name.
+"""Every script's table of settings: it has the keys of the yaml, takes its values, and refuses wrong ones by name.
 
 Where the table leaves a value to the setting's own reader, that reader is what is tried.
 """
@@ -65,6 +65,20 @@ def settings_of(stem: str, **changes: Any) -> DictConfig:
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
+
+
+def test_no_script_leaves_a_file_where_it_was_started() -> None:
+    """Hydra opens every handler of its logging, used or not; a file handler makes an empty .log."""
+    for stem in TABLES:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            hydra = compose(stem, return_hydra_config=True).hydra
+        files_of = [
+            name
+            for logging in (hydra.job_logging, hydra.hydra_logging)
+            for name, handler in (OmegaConf.to_container(logging).get("handlers") or {}).items()
+            if "filename" in handler
+        ]
+        assert (files_of, hydra.output_subdir, hydra.run.dir) == ([], None, "."), stem
 
 
 def leaves(block: dict, known: KnownSettings, prefix: str = "") -> Iterator[str]:
