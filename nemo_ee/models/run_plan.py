@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ee.models.connector import read_config
 from nemo_ee.models.run_config import check_run, merge_model_config
@@ -37,7 +38,13 @@ def plan_run(cfg: DictConfig) -> DictConfig:
             "exp_manager.create_early_stopping_callback=True needs validation, which this run has none of; name "
             "validation data and set trainer.limit_val_batches, or set it to False"
         )
-    model = merge_model_config(read_config(usable.model.restore_from_path), usable.model)
+    try:
+        model = merge_model_config(read_config(usable.model.restore_from_path), usable.model)
+    except (ValueError, FileNotFoundError, OmegaConfBaseException) as error:
+        # A value that cannot be worked out comes from one that is wrong.
+        more = [] if isinstance(error, OmegaConfBaseException) else [str(error)]
+        raise_problems("the run cannot start", [*problems.values(), *more])
+        raise
     check_run(usable, model, problems)
     plan = OmegaConf.create({**usable, "model": model})
     if not validates(plan):

@@ -45,7 +45,7 @@ class KnownSettings:
         found: dict[str, str] = {}
         unresolved: dict[str, str] = {}
         more = {block: dict[str, Check]() for block in self.blocks}
-        taken_over = set(_TAKEN_OVER.findall(OmegaConf.to_yaml(cfg)))
+        taken_over = set(_TAKEN_OVER.findall(str(OmegaConf.to_container(cfg, resolve=False))))
         given = list(_values(cfg, self.checks))
         for key, value in given:
             block = next((block for block in self.blocks if key.startswith(f"{block}.")), None)
