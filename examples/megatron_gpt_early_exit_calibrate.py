@@ -10,12 +10,13 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
+from nemo_ee.settings.training import CALIBRATE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_calibrate")
 def main(cfg: DictConfig) -> None:
     """Check, load, measure, test, store, print."""
-    with command(cfg, may_miss=True):
+    with command(cfg, CALIBRATE, may_miss=True):
         from nemo_ee.evaluation.calibration_request import CalibrationRequest
 
         request = CalibrationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))

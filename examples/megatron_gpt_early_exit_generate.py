@@ -15,12 +15,13 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
+from nemo_ee.settings.training import GENERATE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
-    with command(cfg, may_miss=True):
+    with command(cfg, GENERATE, may_miss=True):
         from nemo_ee.evaluation.certified import with_certificate
         from nemo_ee.evaluation.generation_request import GenerationRequest
 

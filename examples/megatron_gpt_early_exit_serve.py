@@ -11,12 +11,13 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
+from nemo_ee.settings.files import SERVE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_serve")
 def main(cfg: DictConfig) -> None:
     """Check, load, serve."""
-    with command(cfg, may_miss=True):
+    with command(cfg, SERVE, may_miss=True):
         try:
             import fastapi  # noqa: F401
             import prometheus_client  # noqa: F401

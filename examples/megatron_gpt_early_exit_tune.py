@@ -15,24 +15,23 @@ from nemo_ee.command import command
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_tune")
 def main(cfg: DictConfig) -> None:
     """Restore, tune, save."""
-    with command(cfg):
+    with command(cfg, None):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils import logging
-        from nemo.utils.exp_manager import exp_manager
 
-        from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+        from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
         from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
-        from nemo_ee.models.run_config import check_run, merge_model_config
+        from nemo_ee.models.run_plan import plan_run
         from nemo_ee.models.trainer import EarlyExitTrainerBuilder
+        from nemo_ee.models.training_checkpoints import manage_experiment
 
         logging.info(f"\n\n************** Experiment configuration ***********\n{OmegaConf.to_yaml(cfg)}")
-        model_config = merge_model_config(read_config(cfg.model.restore_from_path), cfg.model)
-        check_run(cfg, model_config)
-        trainer = EarlyExitTrainerBuilder(OmegaConf.create({**cfg, "model": model_config})).create_trainer()
-        exp_manager(trainer, cfg.exp_manager)
+        plan = plan_run(cfg)
+        trainer = EarlyExitTrainerBuilder(plan).create_trainer()
+        manage_experiment(trainer, plan.exp_manager)
         model = MegatronEarlyExitGPTModel.restore_from(
             cfg.model.restore_from_path,
-            override_config_path=model_config,
+            override_config_path=plan.model,
             trainer=trainer,
             save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify, exits_only=cfg.exits_only),
         )

@@ -1,50 +1,85 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every script does around its work: switch the CPU host on in time, and end a user's error in one message."""
+"""What every script does around its work: check its settings, switch the CPU host on in time, end a user's error in
+one message, and end the processes it started when it is killed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nemo_ee import cpu_host
+from nemo_ee.settings.known import KnownSettings, missing, raise_problems
+
+_SCRIPT_PID = "NEMO_EE_SCRIPT_PID"  # environment variable: process id of the script inside `command`
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @contextlib.contextmanager
-def command(cfg: Any, *, may_miss: bool = False) -> Iterator[None]:
+def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) -> Iterator[None]:
     """Surround a script's work; enter it before anything imports torch's users.
 
     `trainer.accelerator=cpu` switches the CPU host on. A `ValueError` or `FileNotFoundError` (what the package raises
-    for faults of a config, a checkpoint or a request) ends the script with its message and exit code 2 instead of a
+    for problems of a config, a checkpoint or a request) ends the script with its message and exit code 2 instead of a
     traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
 
     Args:
         cfg: the script's config.
-        may_miss: the script itself reports settings that are needed and not given, together with other faults.
+        known: the script's settings; None: the script itself reports what is wrong or missing, with its other checks.
+        may_miss: the script itself reports settings that are needed and not given.
     """
     from omegaconf import OmegaConf
 
     # NeMo registers it when imported; the config may be resolved before that.
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+    os.environ[_SCRIPT_PID] = str(os.getpid())
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing and not may_miss:
-            raise ValueError(f"needed and not given: {' '.join(f'{key}=...' for key in missing)}")
         if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
             cpu_host.enable()
+        if known is not None:
+            needed = [] if may_miss else missing(cfg)
+            raise_problems("nothing was started", [*needed, *known.problems(cfg).values()])
         yield
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        rank = os.environ.get("LOCAL_RANK", "0")  # a fault may show on one rank only
+        rank = os.environ.get("LOCAL_RANK", "0")  # a problem may show on one rank only
         who = "" if rank == "0" else f"rank {rank}: "
         sys.stderr.write(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n")
         sys.exit(2)
+    finally:
+        os.environ.pop(_SCRIPT_PID, None)
 
 
 def names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """A setting that is a list of names, or one name alone (`targets=full`); None stays None."""
     return value if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _end_with_the_script() -> None:
+    """End this process once its parent is gone, if that parent is a script inside `command` (or a child of one).
+
+    Checkpoint writers and the ranks that Lightning starts would wait for ever, or for the time limit of a collective.
+    The kernel's own signal for this (PR_SET_PDEATHSIG) already comes when the thread that started the process ends.
+    """
+    parent = os.getppid()
+    if os.environ.get(_SCRIPT_PID) != str(parent):
+        return
+    os.environ[_SCRIPT_PID] = str(os.getpid())  # what this process starts ends with it
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ends with the script", daemon=True).start()
+
+
+# A forked process runs the hook; a spawned one and a rank import the script, and with it this file.
+os.register_at_fork(after_in_child=_end_with_the_script)
+_end_with_the_script()

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
 from nemo_ee.evaluation.tuning_curves import Curve, draw_tuning_curves
+from nemo_ee.settings.files import PLOT_TUNING
 
 logger = logging.getLogger(__name__)
 _LOSS = "loss in nats per token, lower is better"
@@ -70,7 +71,7 @@ def of_metric(numbers: dict[str, list[tuple[int, float]]], prefix: str, metric: 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="plot_tuning")
 def main(cfg: DictConfig) -> None:
     """Read, draw, and say where every exit ended."""
-    with command(cfg):
+    with command(cfg, PLOT_TUNING):
         numbers, exits = read_run(cfg.run)
         trained, validated = of_metric(numbers, "", cfg.metric), of_metric(numbers, "val/", cfg.metric)
         curves = trained or validated  # agreement and entropy are of validation only

@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from pretraining_settings import PretrainConfig, Progress
 
 from nemo_ee.command import command
+from nemo_ee.settings.files import PRETRAIN
 from nemo_ee.text.json_values import check_model_files
 
 logger = logging.getLogger(__name__)
@@ -350,7 +351,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain_reference_model")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/pretrain_reference_model.yaml."""
-    with command(cfg):
+    with command(cfg, PRETRAIN):
         pretrain(PretrainConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
 
 

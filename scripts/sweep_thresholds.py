@@ -20,6 +20,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command
+from nemo_ee.settings.training import SWEEP_THRESHOLDS
 
 
 def sweep(cfg: DictConfig) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def table(report: dict[str, Any]) -> str:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sweep_thresholds")
 def main(cfg: DictConfig) -> None:
     """Score, print the table, write `output`."""
-    with command(cfg):
+    with command(cfg, SWEEP_THRESHOLDS):
         report = sweep(cfg)
         from nemo.utils.get_rank import is_global_rank_zero
 

@@ -40,7 +40,7 @@ def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Bou
 _LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf yaml numpy"
 # Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
 _LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
-_BELOW_4 = "exits generation text megatron checkpoint runtime models cpu_host command"
+_BELOW_4 = "exits generation text settings megatron checkpoint runtime models cpu_host command"
 
 BOUNDARIES = {
     # level 0
@@ -48,12 +48,14 @@ BOUNDARIES = {
     # level 1: siblings, only megatron -> generation is allowed (its adapter to the engine)
     "generation": _boundary("torch", "exits"),
     "text": _boundary("tokenizers", "exits generation"),
+    # the libraries whose own keys a config may hold are looked at where one is met
+    "settings": _boundary("omegaconf", "exits", only_lazily="lightning megatron.core nemo"),
     "megatron": _boundary("torch megatron.core", "exits generation"),
     # level 2
     "checkpoint": _boundary("torch megatron.core safetensors yaml", "exits generation text megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "exits generation text"),
     # level 3
-    "models": _boundary(_LEVEL_3, "exits generation text megatron checkpoint runtime cpu_host"),
+    "models": _boundary(_LEVEL_3, "exits generation text settings megatron checkpoint runtime cpu_host"),
     # level 4
     "evaluation": _boundary(f"{_LEVEL_4} lm_eval", _BELOW_4),
     "convert": _boundary(_LEVEL_4, _BELOW_4),
@@ -67,7 +69,7 @@ BOUNDARIES = {
     "__init__": _boundary(),
     "package_info": _boundary(),
     "cpu_host": _boundary(only_lazily="torch megatron.core nemo nemo_ee.megatron"),
-    "command": _boundary("omegaconf", "cpu_host"),
+    "command": _boundary("omegaconf", "cpu_host settings"),
 }
 
 

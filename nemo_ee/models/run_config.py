@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -21,9 +22,16 @@ from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_fault
+from nemo_ee.settings.known import raise_problems
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify")
+# What the layout and the amount of data are computed from.
+_SIZES = (
+    "trainer.devices", "trainer.num_nodes", "trainer.precision", "model.global_batch_size", "model.micro_batch_size",
+    "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
+    "model.encoder_seq_length", "model.data.seq_length",
+)  # fmt: skip
 # Of a stored `optim` block; the rest (overlap, buckets, data types) belongs to the optimizer it was trained with.
 _OPTIM_KEYS = ("lr", "betas", "eps", "weight_decay", "sched")
 
@@ -92,20 +100,29 @@ def _merge_exits(block: dict, stored: list[dict]) -> dict:
     return {**block, "exits": entries}
 
 
-def check_run(cfg: DictConfig, model: DictConfig) -> None:
+def check_run(cfg: DictConfig, model: DictConfig, problems: Mapping[str, str] = MappingProxyType({})) -> None:
     """Faults of a tuning run that can be seen before anything is loaded, all in one message.
 
     Args:
         cfg: the script's config.
         model: the merged model config.
+        problems: dotted key of the script's config -> what is wrong with its value. What computes with it is not
+            checked.
 
     Raises:
         ValueError: lists every fault.
     """
-    faults = _data_faults(model.data)
-    faults = (faults or _amount_faults(model) or vocabulary_faults(model)) + _model_faults(cfg, model)
+
+    def right(*keys: str) -> bool:
+        return not any(wrong.startswith(keys) for wrong in problems)
+
+    faults = list(problems.values())
+    if right("model.data"):
+        data = _data_faults(model.data)
+        faults += data or (_amount_faults(model) if right(*_SIZES) else []) or vocabulary_faults(model)
+    faults += _model_faults(cfg, model) if right(*_SIZES) else []
     path = cfg.model.restore_from_path
-    if Path(path).exists():  # else reading its config has said so
+    if right("model.restore_from_path", "model.backbone_path") and Path(path).exists():  # else its reader has said so
         faults += _faults_of(lambda: backbone_of(path, cfg.model.get("backbone_path")))
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
@@ -114,11 +131,12 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
             f"train; add "
             "some with examples/megatron_gpt_early_exit_convert.py or model.early_exit.every=1/4"
         )
-    if cfg.save_to and Path(cfg.save_to).is_dir():
-        faults.append(f"save_to={cfg.save_to} is a directory; give the name of a .nemo file")
-    elif cfg.save_to and Path(cfg.save_to).suffix != ".nemo":
-        faults.append(f"save_to={cfg.save_to} must end in .nemo")
-    if cfg.get("exits_only") and not cfg.save_to:
+    save_to = cfg.get("save_to")
+    if save_to and Path(save_to).is_dir():
+        faults.append(f"save_to={save_to} is a directory; give the name of a .nemo file")
+    elif save_to and Path(save_to).suffix != ".nemo":
+        faults.append(f"save_to={save_to} must end in .nemo")
+    if cfg.get("exits_only") and not save_to and right("save_to"):
         faults.append("exits_only=True says what save_to writes, and save_to is not given; add save_to=tuned.nemo")
     if cfg.get("exits_only") and block.get("train") == "joint":
         faults.append(
@@ -138,16 +156,8 @@ def check_run(cfg: DictConfig, model: DictConfig) -> None:
             "model.data.reset_attention_mask=True is ignored while the attention mask is the built-in causal one; set "
             "model.get_attention_mask_from_fusion=False too"
         )
-    faults += _learning_rate_faults(model)
-    if cfg.trainer.max_steps < 1:
-        faults.append(f"trainer.max_steps={cfg.trainer.max_steps}: at least 1 step is needed")
-    if cfg.trainer.accumulate_grad_batches != 1:
-        faults.append(
-            f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches} must be 1; raise "
-            "model.global_batch_size instead"
-        )
-    if faults:
-        raise ValueError("the run cannot start:\n  " + "\n  ".join(fault.replace("\n", "\n  ") for fault in faults))
+    faults += _learning_rate_faults(model) if right("model.optim") else []
+    raise_problems("the run cannot start", faults)
 
 
 def _learning_rate_faults(model: DictConfig) -> list[str]:
@@ -239,8 +249,9 @@ def _data_faults(data: DictConfig) -> list[str]:
     prefixes = OmegaConf.to_container(prefixes) if OmegaConf.is_config(prefixes) else prefixes
     if isinstance(prefixes, dict):
         listed = {f"data_prefix, {split}": prefixes.get(split) for split in ("train", "validation", "test")}
-        if "test" in prefixes and prefixes["test"] is None:
-            del listed["data_prefix, test"]  # nothing is tested while tuning
+        for split in ("validation", "test"):
+            if split in prefixes and prefixes[split] is None:
+                del listed[f"data_prefix, {split}"]  # nothing is measured on it
     else:
         listed = {"data_prefix": prefixes}
     faults = []

@@ -22,6 +22,7 @@ from nemo.collections.nlp.parts.nlp_overrides import (
 from omegaconf import DictConfig
 
 from nemo_ee import cpu_host
+from nemo_ee.models.training_checkpoints import StepsOfTheWholeRun
 
 
 class EarlyExitStrategy(NLPDDPStrategy):
@@ -106,7 +107,7 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
 
     def _callbacks(self, callbacks: list | None) -> list:
         # NeMo adds a FLOPs callback that knows neither exits nor truncated models.
-        callbacks = list(callbacks or [])
+        callbacks = [*(callbacks or []), StepsOfTheWholeRun()]
         if self.cfg.trainer.get("enable_progress_bar", True):
             callbacks.append(CustomProgressBar())
         return callbacks

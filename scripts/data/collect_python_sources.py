@@ -32,6 +32,7 @@ from preprocess_text import existing_faults, replacing
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.settings.files import COLLECT_SOURCES
 from nemo_ee.text.text_files import read_json_lines
 
 logger = logging.getLogger(__name__)
@@ -283,7 +284,7 @@ def _take(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="collect_python_sources")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/collect_python_sources.yaml."""
-    with command(cfg):
+    with command(cfg, COLLECT_SOURCES):
         config = CollectConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True))
         report = collect(config)
         for kind in ("training", "held_out"):

@@ -45,6 +45,7 @@ from preprocess_text import (
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.settings.files import PREPROCESS_CHAT
 from nemo_ee.text.text_files import TextError, read_document
 
 logger = logging.getLogger(__name__)
@@ -308,7 +309,7 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_chat")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_chat.yaml."""
-    with command(cfg):
+    with command(cfg, PREPROCESS_CHAT):
         counts = preprocess(ChatConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
         logger.info(
             "%s: %d conversations, %d tokens, %d of them in answers; %d cut at pad_to, %d left out, %d empty answers",

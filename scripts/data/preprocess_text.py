@@ -28,6 +28,7 @@ from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_e
 from tqdm import tqdm
 
 from nemo_ee.command import command
+from nemo_ee.settings.files import PREPROCESS_TEXT
 from nemo_ee.text.json_values import JsonError, read_json
 from nemo_ee.text.text_files import TextError, is_gzipped, read_document, read_json_lines, sample_index_folder
 
@@ -395,7 +396,7 @@ def _write(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_text.yaml."""
-    with command(cfg):
+    with command(cfg, PREPROCESS_TEXT):
         result = preprocess(PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
         logger.info(
             "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",

@@ -13,12 +13,13 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command, names
+from nemo_ee.settings.files import EXPORT_HUGGINGFACE
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_huggingface")
 def main(cfg: DictConfig) -> None:
     """Export."""
-    with command(cfg):
+    with command(cfg, EXPORT_HUGGINGFACE):
         from nemo_ee.export.huggingface import ExportSettings, export_huggingface
 
         export_huggingface(

@@ -13,12 +13,13 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.command import command, names
+from nemo_ee.settings.files import EXPORT_TENSORRT_LLM
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_tensorrt_llm")
 def main(cfg: DictConfig) -> None:
     """Export."""
-    with command(cfg):
+    with command(cfg, EXPORT_TENSORRT_LLM):
         from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
 
         export_checkpoint(

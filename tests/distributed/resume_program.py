@@ -25,9 +25,9 @@ def run(folder: Path, name: str, layout: tuple[int, int, int], rank: int, kill: 
     """One start of one run on one rank."""
     import torch
     from lightning.pytorch.callbacks import Callback
-    from nemo.utils.exp_manager import exp_manager
     from omegaconf import OmegaConf
 
+    from nemo_ee.models.training_checkpoints import manage_experiment
     from tests.distributed.layout_program import model_config, restore, trainer_for
 
     torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def run(folder: Path, name: str, layout: tuple[int, int, int], rank: int, kill: 
             },
         }
     )
-    exp_manager(trainer, manager)
+    manage_experiment(trainer, manager)
     if kill == "save":
         _kill_inside_save(trainer)
     trainer.fit(restore(folder / "start.nemo", trainer, config))

@@ -29,8 +29,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     for name in ("whole", "step", "save"):
         lines = Path(folder / f"{name}.jsonl").read_text().splitlines()
         read[name] = [json.loads(line) for line in lines]
+        read[f"{name} events"] = logged(folder / name)
+        read[f"{name} checkpoints"] = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
     read["events"] = sorted(path.name for path in (folder / "whole").glob("events.out.*"))
     return read
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """Tag -> step -> value of all TensorBoard files of a run; a step that was made again counts as it was last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(folder.rglob("events.out.*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
+    return found
 
 
 def test_the_undisturbed_run_makes_every_step_once(runs) -> None:
@@ -58,3 +73,21 @@ def test_every_loss_is_bitwise_that_of_the_undisturbed_run(runs, name: str) -> N
 
 def test_one_tensorboard_for_all_stages(runs) -> None:
     assert len(runs["events"]) == 1
+
+
+@pytest.mark.parametrize("name", ["step", "save"])
+def test_tensorboard_has_every_value_under_the_step_of_the_undisturbed_run(runs, name: str) -> None:
+    """Resumed after step 4 and after step 2, both written while validating, where Lightning counts one step less."""
+    whole = runs["whole events"]
+    assert list(whole["global_step"]) == list(range(STEPS)) and list(whole["val_loss"]) == [1, 3, 5]
+    assert all(step == value for step, value in whole["global_step"].items()), "the axis is that of the steps"
+    assert runs[f"{name} events"] == whole
+
+
+@pytest.mark.parametrize("name", ["whole", "step", "save"])
+def test_the_checkpoints_are_those_of_the_undisturbed_run(runs, name: str) -> None:
+    """One best and one last, named alike; nothing that was superseded, and no marker of an unfinished one."""
+    assert runs[f"{name} checkpoints"] == runs["whole checkpoints"]
+    best, last = sorted(runs["whole checkpoints"], key=len)
+    assert last.endswith("-last") and f"step={STEPS}-" in last and last.startswith("exits--val_loss=")
+    assert not best.endswith("-last") and "val_loss=0.0000" not in best + last

@@ -20,7 +20,7 @@ YAML = Path(__file__).parents[3] / "conf" / "megatron_gpt_early_exit_generate.ya
 def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """The yaml's defaults with a model file that exists and a prompt; `model_x` and `trainer_x` reach into blocks."""
     values = OmegaConf.to_container(OmegaConf.load(YAML))
-    del values["hydra"]
+    del values["hydra"], values["defaults"]
     nemo = tmp_path / "model.nemo"
     nemo.touch()
     values["model"]["restore_from_path"] = str(nemo)

@@ -162,8 +162,6 @@ def _run(tmp_path: Path, *, changes: dict[str, Any] | None = None, **model: Any)
     cfg = {
         "save_to": None,
         "trainer": {
-            "max_steps": 5,
-            "accumulate_grad_batches": 1,
             "devices": 1,
             "num_nodes": 1,
             "precision": 32,
@@ -189,7 +187,7 @@ def test_a_run_without_faults_starts(tmp_path: Path) -> None:
     weighted = ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]
     _run(tmp_path, data={"data_prefix": weighted, "splits_string": "1,1,0"})
     _run(tmp_path, early_exit={**BLOCK, "exits": [{"layer": 4, "architecture": "layer"}]})
-    two = {"max_steps": 1, "devices": 2, "num_nodes": 1, "precision": 32, "accumulate_grad_batches": 1}
+    two = {"devices": 2, "num_nodes": 1, "precision": 32}
     split = {"layers": None, "cost": "measured", "costs": {"exits": {"layer1-mlp": 4.0}}}
     _run(tmp_path, changes={"trainer": two}, pipeline_model_parallel_size=2, layer_split=split)
     low = {**BLOCK, "exits": [{"layer": 4, "lr": 1e-5}]}
@@ -228,12 +226,6 @@ FAULTS = {
         {"encoder_seq_length": 65},
         {},
         ["model.encoder_seq_length=65 is longer than the model's 64 positions; shorten it"],
-    ),
-    "no steps": ({}, {"trainer": {"max_steps": 0}}, ["trainer.max_steps=0: at least 1 step"]),
-    "accumulation": (
-        {},
-        {"trainer": {"accumulate_grad_batches": 4}},
-        ["trainer.accumulate_grad_batches=4 must be 1; raise model.global_batch_size"],
     ),
     "a directory to save to": ({}, {"save_to": "."}, ["save_to=. is a directory; give the name of a .nemo file"]),
     "an exit too deep": (
@@ -345,7 +337,7 @@ def test_a_model_without_exits_has_nothing_to_train(tmp_path: Path) -> None:
     cfg = OmegaConf.create(
         {
             "save_to": None,
-            "trainer": {"max_steps": 1, "accumulate_grad_batches": 1, "devices": 1, "num_nodes": 1, "precision": 32},
+            "trainer": {"devices": 1, "num_nodes": 1, "precision": 32},
             "model": {"restore_from_path": "plain.nemo", "data": {"data_prefix": None}, "early_exit": BLOCK},
         }
     )
@@ -358,7 +350,7 @@ def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         _run(
             tmp_path,
-            changes={"save_to": str(tmp_path), "trainer": {"max_steps": 0, "accumulate_grad_batches": 2}},
+            changes={"save_to": str(tmp_path)},
             data={"data_prefix": {"train": ["nowhere/x"]}},
             encoder_seq_length=99,
             early_exit={**BLOCK, "exits": [{"layer": 9}]},
@@ -368,8 +360,6 @@ def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
         "nowhere/x.bin",
         "encoder_seq_length=99",
         "save_to=",
-        "max_steps=0",
-        "accumulate",
         "layer = 9",
         "fp8",
     ):

@@ -1,0 +1,72 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A tuning run's config with everything about it checked, before a folder is made or a weight is read."""
+
+from __future__ import annotations
+
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_ee.models.connector import read_config
+from nemo_ee.models.run_config import check_run, merge_model_config
+from nemo_ee.settings.known import missing, raise_problems
+from nemo_ee.settings.training import TUNE
+
+
+def plan_run(cfg: DictConfig) -> DictConfig:
+    """The script's config with the merged model config as its `model` block.
+
+    Without validation (`validation: null` in the data, or `trainer.limit_val_batches=0`) checkpoints are written
+    every `trainer.val_check_interval` steps, unless their own interval is given.
+
+    Args:
+        cfg: conf/megatron_gpt_early_exit_tune.yaml.
+
+    Raises:
+        ValueError: lists every problem of the settings, and of the data and the model as far as they can be read.
+    """
+    problems = dict(enumerate(missing(cfg))) | TUNE.problems(cfg)
+    if 0 in problems or "model.restore_from_path" in problems:
+        raise_problems("the run cannot start", problems.values())
+    # What is wrong is null below, which leaves what the file says; the checks that need it are left out.
+    usable = OmegaConf.create(OmegaConf.to_container(cfg, resolve=not problems))
+    for key in problems:
+        OmegaConf.update(usable, key, None, force_add=True)
+    if usable.exp_manager.get("create_early_stopping_callback") and not validates(usable):
+        problems["exp_manager.create_early_stopping_callback"] = (
+            "exp_manager.create_early_stopping_callback=True needs validation, which this run has none of; name "
+            "validation data and set trainer.limit_val_batches, or set it to False"
+        )
+    try:
+        model = merge_model_config(read_config(usable.model.restore_from_path), usable.model)
+    except (ValueError, FileNotFoundError, OmegaConfBaseException) as error:
+        # A value that cannot be worked out comes from one that is wrong.
+        more = [] if isinstance(error, OmegaConfBaseException) else [str(error)]
+        raise_problems("the run cannot start", [*problems.values(), *more])
+        raise
+    check_run(usable, model, problems)
+    plan = OmegaConf.create({**usable, "model": model})
+    if not validates(plan):
+        _without_validation(plan)
+    return plan
+
+
+def validates(cfg: DictConfig) -> bool:
+    """Whether a run measures its exits on validation data."""
+    prefixes = cfg.model.data.get("data_prefix")
+    named = not OmegaConf.is_dict(prefixes) or prefixes.get("validation") is not None
+    return named and cfg.trainer.get("limit_val_batches", 1.0) != 0
+
+
+def _without_validation(plan: DictConfig) -> None:
+    plan.trainer.limit_val_batches = plan.trainer.num_sanity_val_steps = 0
+    params = plan.exp_manager.get("checkpoint_callback_params")
+    if not plan.exp_manager.get("create_checkpoint_callback", True) or not OmegaConf.is_dict(params):
+        return
+    if params.get("every_n_train_steps") is None:
+        params.every_n_train_steps = plan.trainer.get("val_check_interval", 200)
+    logging.info(
+        f"this run has no validation: a checkpoint every {params.every_n_train_steps} steps, of which the last is "
+        "kept; which one is best is not measured"
+    )

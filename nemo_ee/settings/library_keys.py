@@ -1,0 +1,136 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that Lightning, NeMo and Megatron-core read besides those of the yamls, taken from their own code.
+
+trainer       the arguments of Lightning's Trainer
+exp_manager   the fields of NeMo's dataclass, with their types
+model         the fields of Megatron-core's config, with their types; what NeMo's GPT model and the early-exit
+              model read of their `cfg`, found in their sources
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from nemo_ee.exits.block_reader import Check, boolean
+from nemo_ee.settings.checks import anything, or_null
+
+# Below the packages: the sources that read a GPT's `model` block.
+_NEMO_READERS = (
+    "collections/nlp/models/language_modeling/megatron_gpt_model.py",
+    "collections/nlp/models/language_modeling/megatron_base_model.py",
+    "collections/nlp/parts/megatron_trainer_builder.py",
+)
+_OWN_READERS = ("models/megatron_early_exit_gpt_model.py", "models/layer_split.py", "models/trainer.py")
+_METHODS = ("get", "update", "pop", "lower", "items", "keys")
+
+
+@cache
+def trainer_keys() -> Mapping[str, Check]:
+    """The arguments of Lightning's Trainer; it checks them itself, before anything is written."""
+    from lightning.pytorch import Trainer
+
+    return dict.fromkeys(inspect.signature(Trainer).parameters, anything)
+
+
+@cache
+def exp_manager_keys() -> Mapping[str, Check]:
+    """The fields of NeMo's experiment manager, each with a check by its type."""
+    from nemo.utils.exp_manager import ExpManagerConfig
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(ExpManagerConfig)
+
+    def keys(block: Any, prefix: str) -> Iterator[str]:
+        for name in block:
+            inner = block[name]
+            yield from keys(inner, f"{prefix}{name}.") if OmegaConf.is_dict(inner) and inner else [f"{prefix}{name}"]
+
+    return {key: _by_schema(schema, key) for key in keys(schema, "")}
+
+
+def _by_schema(schema: Any, key: str) -> Check:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def check(value: Any) -> Any:
+        try:
+            OmegaConf.update(schema.copy(), key, value)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"is refused by NeMo's experiment manager: {str(error).splitlines()[0]}") from None
+        return value
+
+    return check
+
+
+@cache
+def model_keys() -> Mapping[str, Check]:
+    """What is read of a GPT's `model` block."""
+    import dataclasses
+
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    typed = {field.name: _by_type(field.type) for field in dataclasses.fields(TransformerConfig)}
+    roots = {_folder("nemo"): _NEMO_READERS, _folder("nemo_ee"): _OWN_READERS}
+    sources = [root / name for root, names in roots.items() for name in names]
+    read = {key for source in sources for key in read_keys(source.read_text(encoding="utf-8"))}
+    read = {key.removeprefix("model.") for key in read if not key.startswith(("trainer.", "exp_manager."))}
+    blocks = {key.rpartition(".")[0] for key in read} | {"model", "trainer", "exp_manager"}
+    return dict.fromkeys(read - blocks, anything) | typed
+
+
+def _folder(package: str) -> Path:
+    return Path(find_spec(package).submodule_search_locations[0])
+
+
+def read_keys(source: str) -> set[str]:
+    """Dotted keys that a Python source reads of a config called `cfg`: `cfg.a.b`, `cfg.get("a")`, `self.cfg["a"]`."""
+    found = (_key(node) for node in ast.walk(ast.parse(source)))
+    return {".".join(parts) for parts in found if parts and not set(parts) & set(_METHODS)}
+
+
+def _key(node: ast.AST) -> tuple[str, ...] | None:
+    """The parts of the key that an expression reads; () is the config itself, None something else."""
+    if isinstance(node, ast.Name):
+        return () if node.id == "cfg" else None
+    if isinstance(node, ast.Attribute):
+        return () if node.attr in ("cfg", "_cfg") else _below(node.value, node.attr)
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return _below(node.value, node.slice.value)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
+        name = node.args[0]
+        return _below(node.func.value, name.value) if isinstance(name, ast.Constant) else None
+    return None
+
+
+def _below(node: ast.AST, name: Any) -> tuple[str, ...] | None:
+    parts = _key(node)
+    return None if parts is None or not isinstance(name, str) else (*parts, name)
+
+
+def _by_type(kind: Any) -> Check:
+    """A check by a field's annotation; anything for what is neither a number nor a switch."""
+    if get_origin(kind) is Union and len(inner := [one for one in get_args(kind) if one is not type(None)]) == 1:
+        check = _by_type(inner[0])
+        return check if check is anything else or_null(check)
+    return {bool: boolean, int: _whole, float: _real}.get(kind, anything)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("must be a whole number")
+
+
+def _real(value: Any) -> float:
+    import math
+
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    raise ValueError("must be a finite number")
