@@ -65,6 +65,7 @@ _PREPROCESS = {
     "jsonl_extensions": _texts,
     "append_eod": anything,
     "dtype": anything,
+    "max_document_bytes": anything,
     "overwrite": anything,
 }
 
@@ -110,7 +111,7 @@ PRETRAIN = KnownSettings(
                 "model.num_hidden_layers model.hidden_size model.intermediate_size model.num_attention_heads "
                 "model.max_position_embeddings model.vocab_size sequence_length batch_size steps save_every "
                 "validate_every validation_windows final_validation_windows max_steps_this_run exit_layers "
-                "exit_loss_weight precision"
+                "exit_loss_weight precision max_document_bytes"
             ).split(),
             anything,
         ),

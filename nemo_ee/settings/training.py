@@ -192,6 +192,7 @@ CONVERT = KnownSettings(
     {
         "source": text,
         "output": text,
+        "model.backbone_path": or_null(text),
         "overwrite": boolean,
         "verify": one_of(("stored", "full")),
         "compare_with_transformers": boolean,
@@ -255,7 +256,8 @@ CALIBRATE = KnownSettings(
         **dict.fromkeys(
             (
                 "prompt_tokens prompts_per_document num_prompts risk epsilon delta clip_nats answer_until criterion "
-                "grid max_waiting split tokens_to_generate batch_size free_running"
+                "grid max_waiting split tokens_to_generate batch_size free_running "
+                "max_document_bytes"
             ).split(),
             anything,
         ),
