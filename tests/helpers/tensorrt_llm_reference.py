@@ -27,7 +27,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_ranks(folder: Path) -> list[dict[str, Tensor]]:
     """The tensors of every rank's file; there must be exactly as many files as ranks."""
     world = read_config(folder)["mapping"]["world_size"]
-    assert {f.name for f in folder.iterdir()} == {"config.json", *(f"rank{r}.safetensors" for r in range(world))}
+    ranks = {f"rank{r}.safetensors" for r in range(world)}
+    assert {f.name for f in folder.iterdir()} == {"config.json", "generation_config.json", *ranks}
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(world)]
 
 
