@@ -146,7 +146,7 @@ def test_ends_and_padding_are_generation_config_s(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").unlink()
     assert EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)._stops() == [1]
     (tmp_path / "generation_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="generation_config.json: damaged"):
+    with pytest.raises(ValueError, match="generation_config.json:1: a JSON list"):
         EarlyExitCausalLM.from_pretrained(str(tmp_path))
 
 
