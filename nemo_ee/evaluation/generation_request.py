@@ -188,7 +188,7 @@ def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
         return _NO_PROMPTS
     if file is not None:
         return _prompts_of_file(Path(str(file)), faults)
-    if isinstance(given, str):
+    if given is not None and not isinstance(given, list | tuple):
         faults.append(f"prompts={given!r} must be a list; write prompts=['...']")
         return _NO_PROMPTS
     if not given:

@@ -95,7 +95,7 @@ def _merge_exits(block: dict, stored: list[dict]) -> dict:
         if isinstance(entry, dict):
             architecture = entry.get("architecture") or block.get("architecture") or EarlyExitConfig().architecture
             name = entry.get("name") or f"layer{entry.get('layer')}-{architecture}"  # as EarlyExitConfig names it
-            entry = {**by_name.get(name, {}), **entry}
+            entry = {**(by_name.get(name, {}) if isinstance(name, str) else {}), **entry}
         entries.append(entry)
     return {**block, "exits": entries}
 
@@ -171,7 +171,7 @@ def _learning_rate_faults(model: DictConfig) -> list[str]:
         return [f"model.optim.sched.min_lr={run_min:g} is above model.optim.lr={run_lr:g}; lower it"]
     faults = []
     for index, entry in enumerate((model.get("early_exit") or {}).get("exits") or []):
-        lr, min_lr = (entry.get(key) if hasattr(entry, "get") else None for key in ("lr", "min_lr"))
+        lr, min_lr = (entry.get(key) if OmegaConf.is_dict(entry) else None for key in ("lr", "min_lr"))
         if isinstance(lr, int | float) and min_lr is None and lr < run_min:
             faults.append(
                 f"model.early_exit.exits[{index}].lr={lr:g} is below model.optim.sched.min_lr={run_min:g}, to which "

@@ -33,6 +33,9 @@ def plan_run(cfg: DictConfig) -> DictConfig:
     usable = OmegaConf.create(OmegaConf.to_container(cfg, resolve=not problems))
     for key in problems:
         OmegaConf.update(usable, key, None, force_add=True)
+    for block in ("trainer", "exp_manager", "model.data"):
+        if not OmegaConf.is_dict(OmegaConf.select(usable, block)):
+            OmegaConf.update(usable, block, {}, force_add=True)
     if usable.exp_manager.get("create_early_stopping_callback") and not validates(usable):
         problems["exp_manager.create_early_stopping_callback"] = (
             "exp_manager.create_early_stopping_callback=True needs validation, which this run has none of; name "

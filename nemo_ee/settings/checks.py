@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nemo_ee.exits.block_reader import Check, number
+from nemo_ee.exits.block_reader import Check, number, one_of
 
 
 def anything(value: Any) -> Any:
@@ -107,4 +107,13 @@ def below(limit: float, check: Callable[[Any], float]) -> Check:
     return checked
 
 
+def block(value: Any) -> dict:
+    """A mapping; its own reader checks what is in it."""
+    if isinstance(value, dict):
+        return value
+    raise ValueError("must be a block of settings")
+
+
 share = number(high=1.0)
+criterion = one_of(("max_probability", "margin", "entropy"))  # nemo_ee.exits.confidence needs torch
+exit_names = or_null(list_of(text, what="a list of exits' names"))

@@ -8,7 +8,19 @@
 from __future__ import annotations
 
 from nemo_ee.exits.block_reader import boolean, integer, number, one_of
-from nemo_ee.settings.checks import anything, below, either, label, list_of, one_or_list_of, or_null, share, text
+from nemo_ee.settings.checks import (
+    anything,
+    below,
+    criterion,
+    either,
+    exit_names,
+    label,
+    list_of,
+    one_or_list_of,
+    or_null,
+    share,
+    text,
+)
 from nemo_ee.settings.known import KnownSettings
 
 _names = one_or_list_of(text, what="a name or a list of names")
@@ -21,7 +33,7 @@ _EXPORT = {
     "exits": or_null(_names),
     "dtype": or_null(one_of(("bfloat16", "float16", "float32"))),
     "thresholds": anything,
-    "criterion": one_of(("max_probability", "margin", "entropy")),
+    "criterion": criterion,
     "parity_gigabytes": anything,
     "progress": boolean,
 }
@@ -48,9 +60,10 @@ SERVE = KnownSettings(
         "dtype": or_null(one_of(("float32", "bfloat16", "float16"))),
         "host": text,
         "api_keys_file": or_null(text),
+        "exits": exit_names,
         **dict.fromkeys(
             (
-                "num_threads port mode criterion threshold exits max_waiting cost_rule num_slots max_length max_queue "
+                "num_threads port mode criterion threshold max_waiting cost_rule num_slots max_length max_queue "
                 "max_new_tokens max_choices max_body_bytes max_connections request_timeout shutdown_timeout"
             ).split(),
             anything,
@@ -110,12 +123,13 @@ PRETRAIN = KnownSettings(
             (
                 "model.num_hidden_layers model.hidden_size model.intermediate_size model.num_attention_heads "
                 "model.max_position_embeddings model.vocab_size sequence_length batch_size steps save_every "
-                "validate_every validation_windows final_validation_windows max_steps_this_run exit_layers "
+                "validate_every validation_windows final_validation_windows max_steps_this_run "
                 "exit_loss_weight precision max_document_bytes"
             ).split(),
             anything,
         ),
         "model.tie_word_embeddings": boolean,
+        "exit_layers": one_or_list_of(integer(1), what="a layer from 1, or a list of layers"),
         "warmup_steps": integer(0),
         "decay_steps": integer(1),
         "lr": number(above=True),

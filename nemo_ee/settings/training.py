@@ -14,8 +14,11 @@ from nemo_ee.exits.block_reader import Check, boolean, close_match, integer, num
 from nemo_ee.settings.checks import (
     anything,
     below,
+    block,
+    criterion,
     either,
     exactly,
+    exit_names,
     label,
     list_of,
     or_null,
@@ -51,6 +54,14 @@ def _data_prefix(value: Any) -> Any:
         if not all(kinds) or (entries and not any(isinstance(entry, str) for entry in entries)):
             raise ValueError("must hold prefixes of files, and numbers before them as weights where there are several")
     return value
+
+
+def _early_exit(value: Any) -> dict | None:
+    """What is in the block is checked with the model, whose layers count."""
+    exits = None if value is None else block(value).get("exits")
+    if exits is None or isinstance(exits, list):
+        return value
+    raise ValueError("must hold a list of exits under exits; write [{layer: 4}, {layer: 8, architecture: norm}]")
 
 
 _BLOCKS = {"trainer": trainer_keys, "model": model_keys}
@@ -147,7 +158,7 @@ TUNE = KnownSettings(
         "model.tensor_model_parallel_size": or_null(integer(1)),
         "model.pipeline_model_parallel_size": or_null(integer(1)),
         **_BATCHES,
-        "model.layer_split": anything,
+        "model.layer_split": or_null(block),
         "model.transformer_engine": or_null(boolean),
         "model.megatron_amp_O2": or_null(boolean),
         "model.val_agreement": or_null(boolean),
@@ -157,7 +168,7 @@ TUNE = KnownSettings(
         "model.activations_checkpoint_num_layers": or_null(integer(1)),
         "model.seed": or_null(_SEED),
         "model.gradient_as_bucket_view": boolean,
-        "model.early_exit": anything,
+        "model.early_exit": _early_exit,
         "model.data.data_impl": or_null(one_of(("mmap", "mock"))),
         "model.data.data_prefix": _data_prefix,
         "model.data.splits_string": or_null(_splits),
@@ -206,7 +217,7 @@ CONVERT = KnownSettings(
         "model.transformer_engine": or_null(boolean),
         "model.seed": _SEED,
         "model.distributed_timeout_minutes": number(above=True),
-        "model.early_exit": anything,
+        "model.early_exit": _early_exit,
     },
     _BLOCKS,
     optional=("trainer.num_nodes", "model."),
@@ -224,7 +235,7 @@ EVALUATE = KnownSettings(
     optional=("model.",),
 )
 
-_POLICY = dict.fromkeys("mode criterion threshold exits max_waiting cost_rule".split(), anything)
+_POLICY = dict.fromkeys("mode criterion threshold max_waiting cost_rule".split(), anything) | {"exits": exit_names}
 _SAMPLING = dict.fromkeys(
     "greedy temperature top_k top_p repetition_penalty seed add_BOS stop_on_eos".split(), anything
 )
@@ -245,7 +256,7 @@ GENERATE = KnownSettings(
         "batch_size": anything,
         **_SAMPLING,
         **_ONE_MODEL,
-        "model.layer_split": anything,
+        "model.layer_split": or_null(block),
     },
     _BLOCKS,
 )
@@ -261,7 +272,7 @@ CALIBRATE = KnownSettings(
             ).split(),
             anything,
         ),
-        "exits": or_null(list_of(text, what="a list of exits' names")),
+        "exits": exit_names,
         **_SAMPLING,
         "output": text,
         "certificate": or_null(text),
@@ -276,8 +287,8 @@ SWEEP_THRESHOLDS = KnownSettings(
         "data": text,
         "output": or_null(text),
         "thresholds": list_of(number(), what="a list of numbers of at least 0"),
-        "criterion": anything,
-        "exits": or_null(list_of(text, what="a list of exits' names")),
+        "criterion": criterion,
+        "exits": exit_names,
         "max_waiting": or_null(integer(0)),
         "length": integer(2),
         "max_tokens": or_null(integer(1)),
