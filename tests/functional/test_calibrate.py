@@ -351,7 +351,7 @@ def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path, monkeyp
         calibrate(**settings(start, tmp_path, data=str(bad), **wrong))
     message = str(caught.value)
     for part in (
-        "bad.jsonl, line 2: must be an object with a text under",
+        "bad.jsonl:2: must be an object with a text under",
         "certificate name 'No Name' must match",
         "max_waiting = -1 must be a whole number",
         "threshold = 2.0 must be a number in 0..1",
