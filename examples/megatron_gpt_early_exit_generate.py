@@ -14,7 +14,7 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.settings.training import GENERATE
 
 
@@ -22,15 +22,15 @@ from nemo_ee.settings.training import GENERATE
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
     with command(cfg, GENERATE, may_miss=True):
-        from nemo_ee.evaluation.certified import with_certificate
-        from nemo_ee.evaluation.generation_request import GenerationRequest
+        from nemo_ee.certificates.validity import with_certificate
+        from nemo_ee.commands.generation_request import GenerationRequest
 
         config = OmegaConf.to_container(cfg, resolve=True)
         request = with_certificate(GenerationRequest.from_config(config), config)
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 
-        from nemo_ee.evaluation.generate import open_generator
+        from nemo_ee.commands.generate import open_generator
 
         generator = open_generator(cfg, request)
         if generator is None:  # a later pipeline stage, and its work is done

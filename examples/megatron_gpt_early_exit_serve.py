@@ -10,7 +10,7 @@ Needs neither a GPU nor NeMo.
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.settings.files import SERVE
 
 

@@ -33,7 +33,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pretraining_settings import PretrainConfig, Progress
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.settings.files import PRETRAIN
 from nemo_ee.text.json_values import check_model_files
 

@@ -25,9 +25,9 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_ee import cpu_host
+from nemo_ee.certificates.validity import tokenizer_fingerprint
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of
-from nemo_ee.evaluation.certified import tokenizer_fingerprint
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.sampling import SamplingParams
@@ -109,7 +109,7 @@ class EarlyExitLM(TemplateLM):
         self._request = scoring_request(config)
         backbone_of(path, backbone_path, option="backbone_path")
         # NeMo is imported only now: the CPU host has to be on before.
-        from nemo_ee.evaluation.generate import is_transformers, open_generator
+        from nemo_ee.commands.generate import is_transformers, open_generator
 
         generator = open_generator(OmegaConf.create(config), self._request)
         self._engine, self._tokenizer = EarlyExitEngine(generator.model), generator.tokenizer
@@ -143,7 +143,7 @@ class EarlyExitLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of a text. `add_special_tokens`: False = none but those in the text, None = as `add_bos` says."""
-        from nemo_ee.evaluation.generate import prompt_ids
+        from nemo_ee.commands.generate import prompt_ids
 
         return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_bos)
 

@@ -108,7 +108,7 @@ class EarlyExitSource:
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
         skipped layers are not `kv: carry`'s. Read once; ask before anything is written, since they may be damaged."""
-        from nemo_ee.evaluation.certified import valid_certificates  # imports omegaconf
+        from nemo_ee.certificates.validity import valid_certificates  # imports omegaconf
 
         if self._certificates is None:
             self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]

@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.exits.layer_split import LayerSplitConfig
 from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_fault
+from nemo_ee.planning.layer_split import LayerSplitConfig
 from nemo_ee.settings.known import raise_problems
 
 # Read by the scripts, not by the model.

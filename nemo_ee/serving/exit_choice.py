@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_ee.checkpoint.certificate import Certificate
+from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
-from nemo_ee.serving.certified import find_certificate
 from nemo_ee.serving.errors import ApiError, shown
+from nemo_ee.serving.request_certificates import find_certificate
 
 # What a mode does not look at is refused, so that nobody believes it was.
 _UNUSED = {

@@ -10,19 +10,19 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from nemo_ee.checkpoint.certificate import Certificate
+from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.checks import too_long
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, course_of
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.serving.certified import check_setting, promise
 from nemo_ee.serving.chat_prompt import chat_prompt
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.messages import Conversation
 from nemo_ee.serving.protocol import Call
+from nemo_ee.serving.request_certificates import check_setting, promise
 from nemo_ee.text.special_tokens import EndOfText, prompt_ids
 
 

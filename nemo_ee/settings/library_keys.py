@@ -27,7 +27,7 @@ _NEMO_READERS = (
     "collections/nlp/models/language_modeling/megatron_base_model.py",
     "collections/nlp/parts/megatron_trainer_builder.py",
 )
-_OWN_READERS = ("models/megatron_early_exit_gpt_model.py", "models/layer_split.py", "models/trainer.py")
+_OWN_READERS = ("models/megatron_early_exit_gpt_model.py", "models/stage_layers.py", "models/trainer.py")
 _METHODS = ("get", "update", "pop", "lower", "items", "keys")
 
 

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from preprocess_text import existing_faults, replacing
 from tqdm import tqdm
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.settings.files import COLLECT_SOURCES
 from nemo_ee.text.text_files import read_json_lines
 

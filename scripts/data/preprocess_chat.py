@@ -44,7 +44,7 @@ from preprocess_text import (
 )
 from tqdm import tqdm
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.settings.files import PREPROCESS_CHAT
 from nemo_ee.text.text_files import TextError, read_document
 

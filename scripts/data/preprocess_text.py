@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
 from tqdm import tqdm
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.settings.files import PREPROCESS_TEXT
 from nemo_ee.text.json_values import JsonError, read_json
 from nemo_ee.text.text_files import TextError, is_gzipped, read_document, read_json_lines, sample_index_folder

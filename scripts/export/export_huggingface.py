@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command, names
+from nemo_ee.commands.command import command, names
 from nemo_ee.settings.files import EXPORT_HUGGINGFACE
 
 
@@ -20,7 +20,7 @@ from nemo_ee.settings.files import EXPORT_HUGGINGFACE
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg, EXPORT_HUGGINGFACE):
-        from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+        from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
         export_huggingface(
             ExportSettings(

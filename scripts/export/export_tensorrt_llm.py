@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command, names
+from nemo_ee.commands.command import command, names
 from nemo_ee.settings.files import EXPORT_TENSORRT_LLM
 
 
@@ -20,7 +20,7 @@ from nemo_ee.settings.files import EXPORT_TENSORRT_LLM
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg, EXPORT_TENSORRT_LLM):
-        from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
+        from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
 
         export_checkpoint(
             ExportSettings(

@@ -112,7 +112,7 @@ def test_every_family_goes_through(name: str, saved_by: int, tmp_path: Path) -> 
     """
     from transformers import AutoTokenizer
 
-    from nemo_ee.evaluation.generate import stored_tokenizer
+    from nemo_ee.commands.generate import stored_tokenizer
     from nemo_ee.models.connector import read_config
 
     folder = tmp_path / "source"
@@ -161,7 +161,7 @@ def test_a_source_of_mixed_dtypes(tmp_path: Path) -> None:
     from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource
     from nemo_ee.checkpoint.unpacked import open_nemo
-    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
     folder = tmp_path / "source"
     save_tiny_model(folder, "llama", dtype=torch.bfloat16)

@@ -16,8 +16,8 @@ from tests.helpers.megatron_models import exit_entry
 import torch  # isort: skip  # after the CPU host is on
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
+from nemo_ee.export.huggingface.remote_code import remote_code
 from nemo_ee.export.manifest import MANIFEST
-from nemo_ee.export.remote_code import remote_code
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from tests.functional import test_export_tensorrt_llm
 from tests.functional.test_export_huggingface import Made, export, stock
@@ -228,7 +228,7 @@ def test_certificates_are_read_once_and_before_anything_is_written(
         written.append([path.name for path in tmp_path.iterdir()])
         return []
 
-    monkeypatch.setattr("nemo_ee.evaluation.certified.valid_certificates", valid)
+    monkeypatch.setattr("nemo_ee.certificates.validity.valid_certificates", valid)
     export(one.path, tmp_path / "a")
     test_export_tensorrt_llm.export(one.path, tmp_path / "b")
     assert written == [[], ["a"]]

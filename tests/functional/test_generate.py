@@ -51,7 +51,7 @@ def run_script(*overrides: str, **changes: Any) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """`path` of an early-exit `.nemo`, converted from `directory`, and the transformers model it came from."""
-    from nemo_ee.convert.convert import convert
+    from nemo_ee.commands.convert import convert
 
     folder = tmp_path_factory.mktemp("generate")
     directory = folder / "hugging_face"
@@ -298,7 +298,7 @@ def test_a_bad_request_ends_the_process_with_one_message_before_nemo_is_loaded()
 
 
 def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tmp_path):
-    from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+    from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
 
     plain = MegatronDecodingModel.exit_logits
 
@@ -317,7 +317,7 @@ def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tm
 @pytest.mark.parametrize("colour", ["never", "always"])
 def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(colour, generate, monkeypatch, capsys):
     """Without a stored tokenizer: both faults, with the prompts' own numbers, before anything is generated."""
-    from nemo_ee.evaluation import generate as module
+    from nemo_ee.commands import generate as module
 
     monkeypatch.setattr(module, "stored_tokenizer", lambda path, stored: None)
     with pytest.raises(ValueError) as caught:
@@ -337,7 +337,7 @@ def ended(model, generate, tmp_path) -> SimpleNamespace:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
     _, free = generate(mode="full")
     stops = [0, free[0]["tokens"][4]["id"]]
@@ -361,8 +361,8 @@ def test_everything_ends_a_text_where_transformers_does(ended, generate, tmp_pat
     the tokenizer's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_ee.evaluation.calibrate import Calibrator, calibrate
-    from nemo_ee.evaluation.calibration_request import CalibrationRequest
+    from nemo_ee.calibration.calibrate import Calibrator, calibrate
+    from nemo_ee.calibration.calibration_request import CalibrationRequest
     from nemo_ee.runtime.auto_model import EarlyExitCausalLM
     from nemo_ee.serving.protocol import Limits, parse_call
     from nemo_ee.serving.serve import make_server
@@ -423,7 +423,7 @@ def test_a_prompt_is_the_same_tokens_everywhere(model, tmp_path):
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    from nemo_ee.evaluation.generate import prompt_ids, stored_tokenizer
+    from nemo_ee.commands.generate import prompt_ids, stored_tokenizer
     from nemo_ee.exits.config import ExitConfig
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.models.connector import read_config

@@ -260,9 +260,9 @@ def test_exits_only_files_and_further_tuning_keep_the_updates(
 @pytest.mark.parametrize("folder", ["model_weights", "exit_weights", "lora_weights"])
 def test_one_flipped_bit_is_noticed_by_whatever_reads_it(folder: str, lora: SimpleNamespace, tmp_path: Path) -> None:
     """Loading a model, an export, a certificate's identity; without `verify=full`."""
+    from nemo_ee.certificates.validity import identify
     from nemo_ee.checkpoint.nemo_archive import NemoArchive
-    from nemo_ee.evaluation.certified import identify
-    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
     with NemoArchive(lora.beside) as archive:
         archive.extract(tmp_path / "tree", [folder])

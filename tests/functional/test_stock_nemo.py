@@ -197,9 +197,9 @@ def test_stock_restore_of_the_converted_stock_file(stock: SimpleNamespace, tmp_p
 
 def test_a_certificate_s_identity_does_not_depend_on_padding(stock: SimpleNamespace, tmp_path: Path) -> None:
     """NeMo stores no vocabulary size; saving with more padding rows, as other layouts have, changes no fingerprint."""
+    from nemo_ee.certificates.validity import identify
     from nemo_ee.checkpoint.chunk_reader import ChunkReader
     from nemo_ee.checkpoint.unpacked import open_nemo
-    from nemo_ee.evaluation.certified import identify
     from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 
     first, again = tmp_path / "ee.nemo", tmp_path / "again.nemo"

@@ -19,7 +19,7 @@ SCRIPT = """
 import multiprocessing, os, time
 from contextlib import nullcontext
 from omegaconf import OmegaConf
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 def wait(count):
     print(os.getpid(), flush=True)

@@ -1,0 +1,242 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding under a certificate: is this the model, tokenizer and setting it is about?"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_ee.certificates.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
+from nemo_ee.checkpoint.chunk_reader import ChunkReader
+from nemo_ee.checkpoint.fingerprint import exits_fingerprint
+from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
+from nemo_ee.checkpoint.unpacked import open_nemo
+from nemo_ee.commands.generation_request import GenerationRequest
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.text.special_tokens import EndOfText
+
+KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
+_LORA, _TOKENIZER = "lora_weights", "tokenizer"
+_ARTIFACT, _ARTIFACT_KEYS = "nemo:", ("model", "vocab_file", "merge_file")  # NeMo's
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
+
+logger = logging.getLogger(__name__)
+
+
+def setting_of(config: Mapping[str, Any]) -> Setting:
+    """The setting that a script's config asks for; the keys are those of the generation and the calibration yaml.
+
+    Args:
+        config: plain containers, checked; top_k null and 0 both keep every token.
+    """
+    greedy = config["greedy"]
+    shaping = {"temperature": float(config["temperature"]), "top_p": float(config["top_p"])}
+    shaping["top_k"] = config["top_k"] or 0
+    sampling = {"greedy": greedy, "repetition_penalty": float(config["repetition_penalty"])}
+    return Setting(
+        mode=config["mode"],
+        kv=KV_POLICY,
+        precision="bf16" if str(config["trainer"]["precision"]).startswith("bf16") else "32",
+        tokens_to_generate=config["tokens_to_generate"],
+        stop_on_eos=config["stop_on_eos"],
+        add_BOS=config["add_BOS"],
+        sampling=sampling if greedy else {**sampling, **shaping},
+    )
+
+
+def identify(path: str | Path) -> Identity:
+    """Read and hash what a certificate of this `.nemo` depends on.
+
+    The backbone's fingerprint is the one that the file states; `model.verify=full` recomputes it when weights are
+    loaded. Exits and tokenizer are hashed here.
+
+    Raises:
+        ValueError: the file is damaged, has no exits, or does not state its backbone's fingerprint.
+    """
+    from nemo_ee.models.connector import read_config  # imports NeMo, which requests do without
+
+    stored = OmegaConf.to_container(read_config(path), resolve=True)
+    with NemoArchive(path) as archive:
+        tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
+        folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
+    block = stored.get("early_exit") or {}
+    if EXIT_WEIGHTS not in folders or not block.get("exits"):
+        raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+    if not stored.get("backbone_fingerprint"):
+        raise ValueError(
+            f"{path} does not state the fingerprint of its backbone, which a certificate names; write it anew with "
+            "examples/megatron_gpt_early_exit_convert.py, which computes one"
+        )
+    exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
+    with open_nemo(path) as archive:
+        fingerprint = exits_fingerprint(
+            ChunkReader(archive.folder(EXIT_WEIGHTS), prefix="exits."),
+            [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
+            updates=ChunkReader(archive.folder(_LORA), prefix="") if _LORA in folders else None,
+            vocab_size=stored.get("vocab_size"),
+        )
+    return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)
+
+
+def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str:
+    """sha256 over names and contents of the tokenizer's files: bundled, or in a directory; else over its settings.
+
+    NeMo bundles single files, such as a SentencePiece model, under `nemo:<random>_<name>`: their contents count, not
+    a name that is another after each saving.
+    """
+    digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 2\n")
+    block = {key: _setting_or_content(archive, key, value) for key, value in block.items()}
+    bundled = sorted(name for name in archive.members() if name.startswith(f"{_TOKENIZER}/"))
+    folder = Path(str(block.get("type")))
+    if bundled:
+        contents = ((name.partition("/")[2], lambda name=name: archive.open_member(name)) for name in bundled)
+    elif folder.is_dir():
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+        contents = ((file.name, lambda file=file: open(file, "rb")) for file in files)
+    else:
+        digest.update(repr(sorted(block.items())).encode())
+        contents = ()
+    for name, opened in contents:
+        with opened() as file:
+            digest.update(f"{name} {hashlib.sha256(file.read()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
+    """A tokenizer's setting; of a file the sha256 of what is in it."""
+    text = str(value)
+    member = text.removeprefix(_ARTIFACT)
+    if member != text and member in archive.members():
+        opened = archive.open_member(member)
+    elif key in _ARTIFACT_KEYS and Path(text).is_file():
+        opened = open(text, "rb")
+    else:
+        return text
+    with opened as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:
+    """Why the certificate says nothing about this model."""
+    parts = {
+        "backbone": "the backbone is another",
+        "exits": "the exits (or low-rank updates) have been changed or tuned since",
+        "tokenizer": "the tokenizer is another",
+    }
+    for part, meaning in parts.items():
+        certified, ours = getattr(certificate.model, part), getattr(found, part)
+        if certified != ours:
+            yield f"{meaning}: certified {certified[:12]}..., found {ours[:12]}...; calibrate this model"
+
+
+def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
+    """Where a setting leaves what was certified.
+
+    Shorter continuations are outside too: the risk is a mean over a continuation's tokens, and that over all of them
+    does not bound the one over the first of them.
+    """
+    certified = certificate.setting
+    for key in ("mode", "kv", "precision", "tokens_to_generate", "stop_on_eos", "add_BOS"):
+        if getattr(asked, key) != getattr(certified, key):
+            yield f"{key}={getattr(asked, key)}, certified {key}={getattr(certified, key)}"
+    ours, theirs = asked.sampling, certified.sampling
+    # Greedy settings say nothing about the shape of a distribution.
+    for key in ("greedy", *(key for key in ours if key in theirs and key != "greedy")):
+        if ours.get(key) != theirs.get(key):
+            yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
+
+
+def stop_faults(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
+    """Whether answers end at other tokens than in calibration.
+
+    Args:
+        stops: of the model at hand. No ids mean that its tokenizer alone says, and a tokenizer is part of the
+            certificate's identity.
+    """
+    setting = certificate.setting
+    certified = setting.stop_tokens
+    if certified is None:
+        certified = () if stops.tokenizer is None else (stops.tokenizer,)
+    ours = tuple(sorted(stops.ids))
+    if setting.stop_on_eos and ours and ours != certified:
+        yield f"answers end at the tokens {list(ours)}, certified stop tokens {list(certified)}"
+
+
+def valid_certificates(path: str | Path) -> list[Certificate]:
+    """The certificates of a `.nemo` that are about its present weights and tokenizer; others are warned of.
+
+    Raises:
+        ValueError: the file or a certificate is damaged.
+    """
+    with NemoArchive(path) as archive:
+        found = read_certificates(archive)
+    identity = identify(path) if found else None
+    valid = []
+    for certificate in found.values():
+        faults = list(model_faults(certificate, identity))
+        if faults:
+            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(faults))
+        else:
+            valid.append(certificate)
+    return valid
+
+
+def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> GenerationRequest:
+    """The request with the policy of a certificate, if its config asks for one.
+
+    Args:
+        request: made from `config`, which is thereby checked.
+        config: conf/megatron_gpt_early_exit_generate.yaml as plain containers; `certificate` and
+            `allow_other_setting` are read.
+
+    Raises:
+        ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
+            setting; all reasons in one message.
+    """
+    wanted, path = config["certificate"], request.path
+    faults = []
+    if not isinstance(wanted, bool | str | None):
+        faults.append(f"certificate={wanted!r} must be True, a name, or null")
+    if not isinstance(config["allow_other_setting"], bool):
+        faults.append(f"allow_other_setting={config['allow_other_setting']!r} must be True or False")
+    if faults:
+        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults))
+    if wanted in (None, False):
+        return request
+    certificate = find_certificate(path, wanted)
+    faults = list(model_faults(certificate, identify(path)))
+    outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
+    outside += stop_faults(certificate, stored_end_of_text(path))
+    if outside and not config["allow_other_setting"]:
+        way_out = "change it, or set allow_other_setting=True to run without the guarantee"
+        faults += [f"{one}; {way_out}" for one in outside]
+    if faults:
+        listed = "\n".join(f"  {one}" for one in faults)
+        raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
+    for one in outside:
+        logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
+    promise, thresholds = certificate.guarantee, dict(certificate.thresholds)
+    logger.info(
+        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
+        1 - promise.delta, f"thresholds {thresholds}" if thresholds else "full depth",
+    )  # fmt: skip
+    return dataclasses.replace(request, policy=certificate.policy(), mode=request.mode if thresholds else "full")
+
+
+def _length_faults(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
+    """Where answers end that ran on in calibration, or run on where they ended."""
+    if request.min_new_tokens:
+        yield f"min_tokens_to_generate={request.min_new_tokens}, certified min_tokens_to_generate=0"
+    # An answer that is compared up to a text may end there.
+    until = certificate.guarantee.answer_until
+    if request.end_strings and (until is None or request.end_strings != (until,)):
+        allowed = "[]" if until is None else f"[] or {[until]}"
+        yield f"end_strings={list(request.end_strings)}, certified end_strings={allowed}"

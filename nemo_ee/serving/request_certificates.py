@@ -1,0 +1,127 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Certificates of an export: which are about the weights at hand, and which requests they cover.
+
+An export lists the certificates of its `.nemo` in manifest.json, beside the sha256 of every file. A certificate is
+used only while those files are the exported ones, and only for requests inside the setting it was made in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_ee.certificates.certificate import DEFAULT_NAME, Certificate, Setting
+from nemo_ee.certificates.validity import KV_POLICY, setting_faults, stop_faults
+from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
+from nemo_ee.generation.request import Request
+from nemo_ee.serving.errors import ApiError, shown
+from nemo_ee.serving.protocol import Call
+from nemo_ee.text.special_tokens import EndOfText
+
+_LOG = logging.getLogger(__name__)
+
+
+def certificates_of(directory: Path) -> dict[str, Certificate]:
+    """The certificates that are about the files of this directory, by name; void ones are warned of.
+
+    Args:
+        directory: `hf_early_exit/` of an export. Its files are hashed where there are certificates.
+
+    Raises:
+        ValueError: the manifest beside it, or a certificate in it, is damaged.
+    """
+    export = directory.resolve().parent
+    if not (export / MANIFEST).is_file():
+        return {}
+    manifest = read_manifest(export)
+    listed = manifest.get("certificates") or []
+    found = [Certificate.from_mapping(values, str(export / MANIFEST)) for values in listed]
+    if not found:
+        return {}
+    prefix = f"{directory.resolve().name}/"
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(prefix)}
+    other = [name for name, digest in files.items() if not _is_file_of(export / name, digest)]
+    if other or not files:
+        _LOG.warning("the certificates are void: %s changed since the export", ", ".join(other) or prefix)
+        return {}
+    return {certificate.name: certificate for certificate in found}
+
+
+def _is_file_of(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
+
+
+def find_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate:
+    """The certificate a request names; true = the only one, or the one named `default`.
+
+    Raises:
+        ApiError: 400, there is none.
+    """
+    if wanted is True and len(certificates) == 1:
+        return next(iter(certificates.values()))
+    name = DEFAULT_NAME if wanted is True else wanted
+    if not isinstance(name, str) or name not in certificates:
+        rule = "this model carries no certificate; give a threshold"
+        if certificates:
+            rule = f"its certificates are {', '.join(certificates)}; name one of them"
+        raise ApiError(400, f"early_exit.certificate = {shown(wanted)}: {rule}", param="early_exit")
+    return certificates[name]
+
+
+def check_setting(
+    certificate: Certificate, call: Call, requests: Sequence[Request], precision: str, end_of_text: EndOfText
+) -> None:
+    """Hold a request against the setting its certificate was made in.
+
+    Args:
+        precision: of the weights, `32` or `bf16`, or another, which nothing is certified for.
+        end_of_text: what ends answers here.
+
+    Raises:
+        ApiError: 400, with every difference.
+    """
+    sampling = call.sampling
+    asked: dict[str, Any] = {"greedy": sampling.greedy, "repetition_penalty": sampling.repetition_penalty}
+    if not sampling.greedy:
+        asked |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
+    certified = certificate.setting.tokens_to_generate
+    setting = Setting(
+        mode="early_exit",
+        kv=KV_POLICY,
+        precision=precision,
+        tokens_to_generate=certified,  # see below: clients have another name for it
+        stop_on_eos=not call.ignore_eos,
+        add_BOS=None,  # as the tokenizer does
+        sampling=asked,
+    )
+    faults = [*setting_faults(certificate, setting), *stop_faults(certificate, end_of_text)]
+    others = sorted({request.max_new_tokens for request in requests} - {certified})
+    faults += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
+    given = {"stop": call.stops, "stop_token_ids": call.stop_token_ids, "min_tokens": call.min_tokens}
+    given |= {key: getattr(sampling, key) for key in ("presence_penalty", "frequency_penalty", "logit_bias")}
+    if not sampling.greedy:
+        given["min_p"] = sampling.min_p
+    faults += [f"{key} is given, certified without {key}" for key, value in given.items() if value]
+    if faults:
+        listed = "; ".join(faults)
+        raise ApiError(
+            400,
+            f"certificate {certificate.name!r} does not cover this request: {listed}. Change it, or give a threshold",
+            param="early_exit",
+        )
+
+
+def promise(certificate: Certificate) -> dict[str, Any]:
+    """What is promised, for answers and the model's card."""
+    made = certificate.guarantee
+    return {
+        "name": certificate.name,
+        "risk": made.risk,
+        "epsilon": made.epsilon,
+        "delta": made.delta,
+        "max_tokens": certificate.setting.tokens_to_generate,
+        "sampling": dict(certificate.setting.sampling),
+    }
