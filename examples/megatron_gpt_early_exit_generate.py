@@ -22,7 +22,7 @@ from nemo_ee.settings.training import GENERATE
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
     with command(cfg, GENERATE, may_miss=True):
-        from nemo_ee.certificates.validity import with_certificate
+        from nemo_ee.commands.certified_generation import with_certificate
         from nemo_ee.commands.generation_request import GenerationRequest
 
         config = OmegaConf.to_container(cfg, resolve=True)

@@ -1,25 +1,22 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding under a certificate: is this the model, tokenizer and setting it is about?"""
+"""Whether a certificate is valid here: for this model, this tokenizer and this setting."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nemo_ee.certificates.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.portable import read_plain_config
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import open_nemo
-from nemo_ee.commands.generation_request import GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.text.special_tokens import EndOfText
 
@@ -61,9 +58,7 @@ def identify(path: str | Path) -> Identity:
     Raises:
         ValueError: the file is damaged, has no exits, or does not state its backbone's fingerprint.
     """
-    from nemo_ee.models.connector import read_config  # imports NeMo, which requests do without
-
-    stored = OmegaConf.to_container(read_config(path), resolve=True)
+    stored = read_plain_config(Path(path))
     with NemoArchive(path) as archive:
         tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
         folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
@@ -187,56 +182,3 @@ def valid_certificates(path: str | Path) -> list[Certificate]:
         else:
             valid.append(certificate)
     return valid
-
-
-def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> GenerationRequest:
-    """The request with the policy of a certificate, if its config asks for one.
-
-    Args:
-        request: made from `config`, which is thereby checked.
-        config: conf/megatron_gpt_early_exit_generate.yaml as plain containers; `certificate` and
-            `allow_other_setting` are read.
-
-    Raises:
-        ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
-            setting; all reasons in one message.
-    """
-    wanted, path = config["certificate"], request.path
-    faults = []
-    if not isinstance(wanted, bool | str | None):
-        faults.append(f"certificate={wanted!r} must be True, a name, or null")
-    if not isinstance(config["allow_other_setting"], bool):
-        faults.append(f"allow_other_setting={config['allow_other_setting']!r} must be True or False")
-    if faults:
-        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults))
-    if wanted in (None, False):
-        return request
-    certificate = find_certificate(path, wanted)
-    faults = list(model_faults(certificate, identify(path)))
-    outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
-    outside += stop_faults(certificate, stored_end_of_text(path))
-    if outside and not config["allow_other_setting"]:
-        way_out = "change it, or set allow_other_setting=True to run without the guarantee"
-        faults += [f"{one}; {way_out}" for one in outside]
-    if faults:
-        listed = "\n".join(f"  {one}" for one in faults)
-        raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
-    for one in outside:
-        logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
-    promise, thresholds = certificate.guarantee, dict(certificate.thresholds)
-    logger.info(
-        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
-        1 - promise.delta, f"thresholds {thresholds}" if thresholds else "full depth",
-    )  # fmt: skip
-    return dataclasses.replace(request, policy=certificate.policy(), mode=request.mode if thresholds else "full")
-
-
-def _length_faults(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
-    """Where answers end that ran on in calibration, or run on where they ended."""
-    if request.min_new_tokens:
-        yield f"min_tokens_to_generate={request.min_new_tokens}, certified min_tokens_to_generate=0"
-    # An answer that is compared up to a text may end there.
-    until = certificate.guarantee.answer_until
-    if request.end_strings and (until is None or request.end_strings != (until,)):
-        allowed = "[]" if until is None else f"[] or {[until]}"
-        yield f"end_strings={list(request.end_strings)}, certified end_strings={allowed}"

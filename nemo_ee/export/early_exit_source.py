@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_ee.certificates.validity import valid_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of, read_plain_config
@@ -108,8 +109,6 @@ class EarlyExitSource:
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
         skipped layers are not `kv: carry`'s. Read once; ask before anything is written, since they may be damaged."""
-        from nemo_ee.certificates.validity import valid_certificates  # imports omegaconf
-
         if self._certificates is None:
             self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]
         return self._certificates
