@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.certificates.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
+from nemo_ee.certificates.certificate import Certificate, Identity, Setting, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
 from nemo_ee.checkpoint.portable import read_plain_config
-from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import open_nemo
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.text.special_tokens import EndOfText
