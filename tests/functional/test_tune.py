@@ -242,6 +242,13 @@ def test_chat_data_is_learnt_from_answers_only(start: SimpleNamespace) -> None:
         assert ours != pytest.approx(each.mean().item(), rel=1e-3), "control: all tokens give another loss"
 
 
+def test_a_run_without_validation_data_learns_the_same(tuned: SimpleNamespace, start: SimpleNamespace) -> None:
+    prefixes = {"train": [str(start.data)], "validation": None, "test": None}
+    data = {**model_block(start)["data"], "data_prefix": prefixes}
+    _, model, losses = tune(start, 2, data=data, trainer={"limit_val_batches": 0})
+    assert losses == tuned.losses[:2] and model._validation_ds is None
+
+
 # -- the script -----------------------------------------------------------------------------------------------------
 
 
