@@ -349,9 +349,12 @@ def is_transformers(tokenizer: Any) -> bool:
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text of token ids, special tokens included where the tokenizer can tell them apart."""
-    if is_transformers(tokenizer):
-        return tokenizer.ids_to_text(ids, remove_special_tokens=False)
+    """Text of token ids, special tokens included where the tokenizer can tell them apart.
+
+    A model may have more rows than its tokenizer has tokens; such ids have no text.
+    """
+    if is_transformers(tokenizer):  # NeMo's own ids_to_text fails on ids without a token
+        return tokenizer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return tokenizer.ids_to_text(ids)
 
 

@@ -13,6 +13,11 @@ class WholeModelHooks:
         for module in self.model if isinstance(self.model, list) else [self.model]:
             module.bfloat16()
 
+    def setup_validation_data(self, cfg) -> None:
+        """NeMo's, which takes for granted that there is validation data."""
+        if self._validation_ds is not None:
+            super().setup_validation_data(cfg)
+
     def initialize_last_rank_embeddings(self) -> None:
         """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
 

@@ -114,6 +114,14 @@ def test_never_leaving_early_prints_what_transformers_generates(generate, model)
         assert line["finish_reason"] == "length"
 
 
+def test_ids_that_the_tokenizer_lacks_have_no_text(model):
+    from nemo_ee.evaluation.generate import decode, stored_tokenizer
+    from nemo_ee.models.connector import read_config
+
+    tokenizer = stored_tokenizer(model.path, read_config(model.path))
+    assert decode(tokenizer, [40, 5000, 41]) == decode(tokenizer, [40, 41]) != ""
+
+
 def test_exits_are_shown_counted_and_written(generate, often_met):
     printed, lines = generate(threshold=often_met, greedy=False)
     exits = [token["exit"] for line in lines for token in line["tokens"]]

@@ -257,6 +257,13 @@ def test_data_made_again_under_the_same_prefix_is_what_is_read(start: SimpleName
     assert losses_of("again", 12, circles[0]) == first
 
 
+def test_a_run_without_validation_data_learns_the_same(tuned: SimpleNamespace, start: SimpleNamespace) -> None:
+    prefixes = {"train": [str(start.data)], "validation": None, "test": None}
+    data = {**model_block(start)["data"], "data_prefix": prefixes}
+    _, model, losses = tune(start, 2, data=data, trainer={"limit_val_batches": 0})
+    assert losses == tuned.losses[:2] and model._validation_ds is None
+
+
 # -- the script -----------------------------------------------------------------------------------------------------
 
 
