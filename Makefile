@@ -1,19 +1,22 @@
-# make demo | test | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
+# make demo | test-fast | test | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 export PYTHON
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test test-fast lint clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 venv:  ## virtual environment in .venv, remade only when setup.py, the constraints or Python change
 	@scripts/make_venv.sh $(VENV)
 
 demo: venv  ## a real language model becomes an early-exit model; results in outputs/demo/
 	$(PY) examples/run_demo.py $(ARGS)
+
+test-fast: venv  ## the unit tests alone, at most 3 minutes on two cores
+	$(PY) -m pytest tests/unit tests/test_import_levels.py tests/test_packaging.py $(ARGS)
 
 test: venv  ## the test suite, on the CPU; ARGS="-k name", ARGS=--run-slow
 	$(PY) -m pytest $(ARGS)

@@ -55,9 +55,6 @@ CPU = [
 # What nemo_ee/serving/ imports besides.
 SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
 
-# Kept empty until something in the folder of that name is there to need them.
-EXPORT: list[str] = []
-
 # lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
 EVAL = ["lm_eval>=0.4.9,<0.5"]
 
@@ -88,5 +85,5 @@ setup(
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js", "export/tensorrt_llm/files/*.py"]},
     install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "serving": SERVING, "export": EXPORT, "eval": EVAL, "test": TEST, "dev": DEV},
+    extras_require={"cpu": CPU, "serving": SERVING, "eval": EVAL, "test": TEST, "dev": DEV},
 )

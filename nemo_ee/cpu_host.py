@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 _ENABLED = False
 
@@ -49,28 +48,6 @@ MODEL_SETTINGS = {
 
 def enabled() -> bool:
     """Whether this process runs on the CPU host."""
-    return _ENABLED
-
-
-def requested(overrides: Iterable[str] | None = None) -> bool:
-    """Whether the Hydra overrides ask for the CPU host.
-
-    Args:
-        overrides: command-line overrides, default `sys.argv[1:]`. The last `trainer.accelerator=...` counts.
-    """
-    value = None
-    for override in sys.argv[1:] if overrides is None else overrides:
-        key, _, text = override.partition("=")
-        if key.lstrip("+") == "trainer.accelerator":
-            value = text.strip().strip("'\"").lower()
-    return value == "cpu"
-
-
-def enable_if_requested(overrides: Iterable[str] | None = None) -> bool:
-    """First statement of every script: switch the CPU host on when `trainer.accelerator=cpu` is among the
-    overrides."""
-    if requested(overrides):
-        enable()
     return _ENABLED
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +29,7 @@ COMMON_FILE = "common.pt"
 MODELOPT_FOLDER = "modelopt_state"
 
 _AGAIN = "fetch or save the checkpoint again"
-_WAY_OUT = "if you trust where the file comes from, pass trust_checkpoint=true"
+_WAY_OUT = "if you trust where the file comes from, set model.trust_checkpoint=true"
 
 
 class UnsafeCheckpointError(ValueError):
@@ -140,12 +141,13 @@ def load_metadata(folder: FileFolder) -> dcp_metadata.Metadata:
     return metadata
 
 
-def load_common(directory: Path | str, *, trust_checkpoint: bool = False) -> dict[str, Any]:
+def load_common(directory: Path | str, *, trust_checkpoint: bool = False, known: Sequence[Any] = ()) -> dict[str, Any]:
     """Loads `<directory>/common.pt`, the part of a distributed checkpoint that is not sharded ({} when absent).
 
     Args:
         directory: a torch_dist directory.
         trust_checkpoint: unpickle without restrictions; the file may then run code.
+        known: further classes that it may hold, which run nothing when they are unpickled.
 
     Raises:
         UnsafeCheckpointError: the file needs more than tensors and plain data, and `trust_checkpoint` is off.
@@ -154,13 +156,18 @@ def load_common(directory: Path | str, *, trust_checkpoint: bool = False) -> dic
     path = Path(directory) / COMMON_FILE
     if not path.exists():
         return {}
-    return _load_pickle(path, str(path), trust_checkpoint)
+    with torch.serialization.safe_globals(list(known)):
+        return _load_pickle(path, str(path), trust_checkpoint)
 
 
-def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = False) -> None:
+def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = False, known: Sequence[Any] = ()) -> None:
     """Checks every pickled part of a torch_dist directory, for use before NeMo or Megatron-core unpickle it freely.
 
     Byte payloads are streams within streams (Transformer Engine's `_extra_state`): the inner ones are checked too.
+
+    Args:
+        trust_checkpoint: check nothing.
+        known: see `load_common`.
 
     Raises:
         UnsafeCheckpointError: a part needs more than tensors and plain data, and `trust_checkpoint` is off.
@@ -172,7 +179,7 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
         # NeMo hands this folder to ModelOpt, which unpickles it before anything else is read.
         raise UnsafeCheckpointError(f"{directory}: refused, it has a {MODELOPT_FOLDER}/ folder; {_WAY_OUT}.")
     metadata = load_metadata(FileFolder.on_disk(directory))
-    load_common(directory)
+    load_common(directory, known=known)
     for index, place in (metadata.storage_data or {}).items():
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), dcp_metadata.BytesStorageMetadata):
             continue

@@ -30,8 +30,8 @@ from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
-from nemo_ee.generation.session import Request
 from nemo_ee.generation.stats import FINAL, TokenEvent, raise_failures
 from nemo_ee.text.stop_strings import EndStrings
 

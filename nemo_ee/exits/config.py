@@ -184,11 +184,6 @@ class EarlyExitConfig:
         """Exit names in the block's order."""
         return tuple(exit.name for exit in self.exits)
 
-    @property
-    def deepest_stop(self) -> int:
-        """The deepest tap's half-layer coordinate, 0 without exits."""
-        return max((exit.stop for exit in self.exits), default=0)
-
 
 # The yaml block's keys, in its order.
 BLOCK_KEYS = (

@@ -25,7 +25,7 @@ from nemo_ee.planning.layer_split import LayerSplitConfig
 from nemo_ee.settings.known import raise_problems
 
 # Read by the scripts, not by the model.
-_SCRIPT_KEYS = ("restore_from_path", "verify")
+_SCRIPT_KEYS = ("restore_from_path", "verify", "trust_checkpoint")
 # What the layout and the amount of data are computed from.
 _SIZES = (
     "trainer.devices", "trainer.num_nodes", "trainer.precision", "model.global_batch_size", "model.micro_batch_size",

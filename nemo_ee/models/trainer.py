@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +20,27 @@ from nemo.collections.nlp.parts.nlp_overrides import (
     NLPDDPStrategy,
     PipelineMixedPrecisionPlugin,
 )
-from omegaconf import DictConfig
+from omegaconf import AnyNode, DictConfig, ListConfig
+from omegaconf.base import ContainerMetadata, Metadata
 
 from nemo_ee import cpu_host
+from nemo_ee.checkpoint.restricted_pickle import refuse_unsafe_pickles
 from nemo_ee.models.training_checkpoints import StepsOfTheWholeRun
+
+# The model's config in a training checkpoint: Lightning stores it with the hyperparameters. All of it is data.
+_CONFIG_CLASSES = (
+    DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode, Any, defaultdict, dict, list, int, float, bool, str
+)  # fmt: skip
 
 
 class EarlyExitStrategy(NLPDDPStrategy):
-    """NeMo's strategy without a DDP wrapper: exits synchronise their own gradients, and a stage may have none."""
+    """NeMo's strategy without a DDP wrapper: exits synchronise their own gradients, and a stage may have none.
+
+    Attributes:
+        trust_checkpoint: a training checkpoint is unpickled without a check of what it would run.
+    """
+
+    trust_checkpoint = False
 
     def configure_ddp(self) -> None:
         """The bare model. torch DDP refuses a stage that has nothing to train."""
@@ -44,6 +58,8 @@ class EarlyExitStrategy(NLPDDPStrategy):
                 f"training checkpoint {checkpoint_path} is not a directory: exit tuning writes Megatron's distributed "
                 "checkpoints (directories); point at one of those, or start anew: exp_manager.resume_if_exists=False"
             )
+        # Megatron-core and PyTorch unpickle every part of it without restrictions.
+        refuse_unsafe_pickles(checkpoint_path, trust_checkpoint=self.trust_checkpoint, known=_CONFIG_CLASSES)
         common = dist_checkpointing.load_common_state_dict(str(checkpoint_path))
         trains, ours = common.get("trains", "exits"), self.lightning_module.early_exit.trains
         if trains != ours:
@@ -89,13 +105,15 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
     def _training_strategy(self) -> EarlyExitStrategy:
         check_accelerator(self.cfg)
         minutes = self.cfg.model.get("distributed_timeout_minutes", 30)
-        return EarlyExitStrategy(
+        strategy = EarlyExitStrategy(
             no_ddp_communication_hook=True,
             find_unused_parameters=False,
             nccl_communicator_config_path=self.cfg.model.get("nccl_communicator_config_path", None),
             sharp=self.cfg.model.get("sharp", False),
             timeout=timedelta(minutes=minutes),
         )
+        strategy.trust_checkpoint = bool(self.cfg.model.get("trust_checkpoint", False))
+        return strategy
 
     def _plugins(self) -> list:
         plugins = [_without_nemo_main_weights(plugin) for plugin in super()._plugins()]

@@ -123,6 +123,7 @@ TUNE = KnownSettings(
         "name": label,
         "save_to": or_null(text),
         "exits_only": boolean,
+        "model.trust_checkpoint": boolean,
         "trainer.accelerator": _ACCELERATOR,
         "trainer.devices": either(
             integer(1),

@@ -8,6 +8,7 @@ tests/data/earlier/make.sh wrote them; expected.json names the commit.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,32 @@ def test_a_training_checkpoint_goes_on(tmp_path: Path) -> None:
         f"model.data.data_prefix={{train: {data}, validation: {data}, test: {data}}}",
     )  # fmt: skip
     assert generated(tmp_path / "resumed.nemo", tmp_path / "out.jsonl") == ANSWERS["resumed-early_exit"]
+
+
+class _Touch:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_training_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    import nemo_ee.models  # noqa: F401
+    from nemo_ee.checkpoint.restricted_pickle import UnsafeCheckpointError
+    from nemo_ee.models.trainer import EarlyExitStrategy
+
+    checkpoint = shutil.copytree(next((EARLIER / "run").iterdir()), tmp_path / "checkpoint")
+    common = torch.load(checkpoint / "common.pt", weights_only=False)
+    bait = tmp_path / "executed"
+    torch.save({**common, "callbacks": _Touch(bait)}, checkpoint / "common.pt")
+    strategy = EarlyExitStrategy()
+    with pytest.raises(UnsafeCheckpointError, match=r"common\.pt: refused.*system.*model\.trust_checkpoint=true"):
+        strategy.load_checkpoint(checkpoint)
+    assert not bait.exists()
+    strategy.trust_checkpoint = True
+    with pytest.raises(AttributeError):  # there is no model to load it into
+        strategy.load_checkpoint(checkpoint)
+    assert bait.exists(), "control: trusting it runs it"

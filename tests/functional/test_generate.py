@@ -116,6 +116,7 @@ def test_never_leaving_early_prints_what_transformers_generates(generate, model)
 
 def test_ids_that_the_tokenizer_lacks_have_no_text(model):
     from nemo_ee.evaluation.generate import decode, stored_tokenizer
+
     from nemo_ee.models.connector import read_config
 
     tokenizer = stored_tokenizer(model.path, read_config(model.path))

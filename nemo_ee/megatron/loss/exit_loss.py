@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward, loss and backward of one exit on one microbatch: its graph lives here and nowhere else.
 
-Losses travel as (sum, count) and are divided once, when they are logged (see `TokenLoss`).
+Losses travel as (sum, count) and are divided once, when they are logged (see `TokenSums`).
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ def faults_of(block, num_layers=12):
 
 def test_empty_block_is_the_dataclass_defaults():
     assert read({}) == read(None) == read({key: None for key in BLOCK_KEYS}) == EarlyExitConfig()
-    assert read({}).deepest_stop == 0
 
 
 def test_keys_are_the_yaml_block():
@@ -62,7 +61,6 @@ def test_entries_take_the_block_defaults_and_their_own_values():
     assert config.exits[1] == ExitConfig("b", 4, "mlp", "lora", "shared", rank=4, lr=1e-3, seed=7)
     assert config.names == ("layer4-norm", "b")
     assert [exit.stop for exit in config.exits] == [8, 7]
-    assert config.deepest_stop == 8
 
 
 @pytest.mark.parametrize("architecture, stop", [("mlp", 23), ("embedding", 24), ("norm", 24), ("layer", 24)])
