@@ -127,9 +127,9 @@ def json_object(data: bytes, source: object) -> dict[str, Any]:
     try:
         values = parse_json(data)
     except JsonError as error:
-        raise ValueError(f"{source}:{error.line}: damaged, {error}; fetch or write the file again") from error
+        raise ValueError(f"{source}:{error.line}: {error}; fetch or write the file again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{source}: damaged, a JSON {type(values).__name__}, not an object; fetch or write it again")
+        raise ValueError(f"{source}:1: a JSON {type(values).__name__}, not an object; fetch or write the file again")
     return values
 
 

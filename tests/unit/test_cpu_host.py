@@ -127,7 +127,12 @@ def test_off_nothing_changes(seen: dict[str, Any]) -> None:
     """Importing the whole package, NeMo model included, leaves torch, Megatron and NeMo as they are."""
     assert seen["off"] == []
     assert seen["looked_at"] > 2500
-    for name in ("models.megatron_early_exit_gpt_model", "megatron.model.exit_head", "commands.convert", "models.connector"):
+    for name in (
+        "models.megatron_early_exit_gpt_model",
+        "megatron.model.exit_head",
+        "commands.convert",
+        "models.connector",
+    ):
         assert f"nemo_ee.{name}" in seen["imported"]
 
 
