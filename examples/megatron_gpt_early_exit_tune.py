@@ -28,6 +28,7 @@ def main(cfg: DictConfig) -> None:
         logging.info(f"\n\n************** Experiment configuration ***********\n{OmegaConf.to_yaml(cfg)}")
         plan = plan_run(cfg)
         trainer = EarlyExitTrainerBuilder(plan).create_trainer()
+        trainer.strategy.trust_checkpoint = bool(cfg.model.get("trust_checkpoint"))
         manage_experiment(trainer, plan.exp_manager)
         model = MegatronEarlyExitGPTModel.restore_from(
             cfg.model.restore_from_path,

@@ -140,7 +140,7 @@ def _check_kinds(config: Mapping[str, Any], faults: list[str]) -> None:
             faults.append(f"{key}={config[key]!r} must be a number between 0 and 1")
     if not _is_number(config["split"]) or not 0 <= config["split"] < 1:
         faults.append(f"split={config['split']!r} must be a number from 0, below 1")
-    if not _is_number(config["clip_nats"]) or not config["clip_nats"] > 0:
+    if not _is_number(config["clip_nats"]) or not 0 < config["clip_nats"] < float("inf"):
         faults.append(f"clip_nats={config['clip_nats']!r} must be a number of nats above 0")
     for key, known in (("risk", RISKS), ("criterion", CRITERIA)):
         if config[key] not in known:

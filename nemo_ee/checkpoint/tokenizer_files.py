@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, NemoArchive
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.text import json_values
 from nemo_ee.text.special_tokens import EndOfText, end_of_text, end_of_text_of
@@ -83,7 +83,10 @@ def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> End
         ValueError: the `.nemo` or one of the two configs is damaged.
     """
     with NemoArchive(path) as archive:
-        config = yaml.safe_load(archive.config_text())
+        try:
+            config = yaml.safe_load(archive.config_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({error}); fetch or save the file again") from error
         has_folder = archive.has(TOKENIZER_FOLDER)
     vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
     if not has_folder:

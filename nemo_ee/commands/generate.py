@@ -23,7 +23,7 @@ from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.commands.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.generation.checks import request_faults, token_faults
+from nemo_ee.generation.checks import request_faults, token_faults, too_long
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel, ExitPoint
 from nemo_ee.generation.policy import course_of
@@ -307,11 +307,8 @@ def _prompt_faults(
         if vocab_size is not None:
             yield from token_faults(vocab_size, f"prompt {index}", ids)
         if length + request.max_new_tokens > positions:
-            yield (
-                f"prompt {index}: {length} tokens + tokens_to_generate={request.max_new_tokens} are more than the "
-                f"model's {positions} positions; shorten the prompt or set tokens_to_generate to at most "
-                f"{max(positions - length, 0)}"
-            )
+            rule = f"the model's {positions} positions"
+            yield f"prompt {index}: {too_long(length, request.max_new_tokens, 'tokens_to_generate', positions, rule)}"
 
 
 def stored_tokenizer(path: Path, stored: DictConfig) -> Any:

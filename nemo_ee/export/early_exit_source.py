@@ -23,10 +23,12 @@ from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSourc
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of, read_plain_config
 from nemo_ee.checkpoint.tensor_checks import is_finite
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, read_json_object, special_token_ids
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, is_plain_file, special_token_ids
 from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
+from nemo_ee.text.huggingface_json import without_code
+from nemo_ee.text.json_values import read_json_object
 from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, token_of
 
 logger = logging.getLogger(__name__)
@@ -122,8 +124,7 @@ class EarlyExitSource:
             vocab_size: ids outside of it are left out.
         """
         tokens = special_token_ids(self.tokenizer)
-        bundled = (None if self.tokenizer is None else self.tokenizer / name for name in (GENERATION_CONFIG, CONFIG))
-        generation, config = (None if path is None else read_json_object(path) for path in bundled)
+        generation, config = (self._bundled(name) for name in (GENERATION_CONFIG, CONFIG))
         config = tokens if config is None else config
         end = end_of_text(generation, config, tokens["eos_token_id"], vocab_size=vocab_size, origin=self.path)
         if generation is None:
@@ -134,6 +135,11 @@ class EarlyExitSource:
         if end.ids and end.ids != (tuple(named) if isinstance(named, list) else (named,)):
             generation["eos_token_id"] = end.ids[0] if len(end.ids) == 1 else list(end.ids)
         return generation
+
+    def _bundled(self, name: str) -> dict[str, Any] | None:
+        """The values of a file of the original model, without keys that run code; None where there is none."""
+        path = None if self.tokenizer is None else self.tokenizer / name
+        return without_code(read_json_object(path)) if path is not None and is_plain_file(path) else None
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""

@@ -87,8 +87,9 @@ def _entries(logprobs: Tensor, tokens: Sequence[int]) -> list[float]:
 
 
 def most_likely(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """(token, ln p) of the most likely tokens. `logits`: `[v]`."""
+    """(token, ln p) of the most likely tokens, without those that are masked out. `logits`: `[v]`."""
     if not count:
         return ()
     values, tokens = logits.log_softmax(dim=0).topk(min(count, logits.shape[0]))
-    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    found = zip(tokens.tolist(), values.tolist(), strict=True)
+    return tuple((token, value) for token, value in found if value > -math.inf)

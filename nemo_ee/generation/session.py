@@ -222,16 +222,19 @@ class DecodingSession:
         return tuple(events)
 
     def _feeds(self, by_slot: dict[int, _Sequence]) -> dict[int, Feed]:
-        """What each sequence sends down next; a prompt that is to be scored waits where its logits have no room."""
+        """What each sequence sends down next; a prompt that is to be scored waits where its logits have no room.
+
+        Room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones by slot.
+        """
         room = rows_per_step(self._model.vocab_size)
         feeds = {}
-        for slot, sequence in sorted(by_slot.items()):
+        for slot, sequence in by_slot.items():
             if sequence.scorer is None:
                 feeds[slot] = self._feed(sequence)
             elif room:
                 feeds[slot] = sequence.scorer.feed(room)
                 room -= len(feeds[slot].tokens)
-        return feeds
+        return dict(sorted(feeds.items()))
 
     def _feed(self, sequence: _Sequence) -> Feed:
         """What a sequence sends down next."""

@@ -64,17 +64,17 @@ def content_keyed_index(cfg: DictConfig, vocab_size: int) -> Iterator[None]:
 
 
 def on_rank_0(make: Callable[[], str]) -> str:
-    """What rank 0 makes, or its ValueError, on every rank. Every rank must call it."""
+    """What rank 0 makes, or its error, on every rank. Every rank must call it."""
     if not torch.distributed.is_initialized():
         return make()
-    outcome: list[str | ValueError | None] = [None]
+    outcome: list[str | Exception | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             outcome[0] = make()
-        except ValueError as fault:
+        except Exception as fault:  # noqa: BLE001  the other ranks wait for an outcome, whatever it is
             outcome[0] = fault
     torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], ValueError):
+    if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
 
@@ -91,7 +91,7 @@ def make_index_folder(prefixes: Sequence[str], given: str | None) -> str:
     """
     parent = Path(given) if given else sample_index_folder(prefixes[0])
     try:
-        content = {prefix: sha256_of(Path(f"{prefix}.idx")) for prefix in prefixes}
+        content = {str(Path(prefix).resolve()): sha256_of(Path(f"{prefix}.idx")) for prefix in prefixes}
         text = json.dumps(content, sort_keys=True)
         folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
         _remove_outdated(parent, content)

@@ -77,7 +77,7 @@ def vocabulary_fault(
     size, needed = Path(f"{prefix}.bin").stat().st_size, count * kind.itemsize
     if size < needed:
         return f"{prefix}.bin has {size:,} bytes and {prefix}.idx describes {needed:,}; make the data anew"
-    if vocab_size is None:
+    if vocab_size is None or not count:
         return None
     # Read as unsigned, negative ids are large.
     unsigned = kind if kind.kind == "u" else numpy.dtype(f"u{kind.itemsize}")

@@ -105,15 +105,13 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
     def _training_strategy(self) -> EarlyExitStrategy:
         check_accelerator(self.cfg)
         minutes = self.cfg.model.get("distributed_timeout_minutes", 30)
-        strategy = EarlyExitStrategy(
+        return EarlyExitStrategy(
             no_ddp_communication_hook=True,
             find_unused_parameters=False,
             nccl_communicator_config_path=self.cfg.model.get("nccl_communicator_config_path", None),
             sharp=self.cfg.model.get("sharp", False),
             timeout=timedelta(minutes=minutes),
         )
-        strategy.trust_checkpoint = bool(self.cfg.model.get("trust_checkpoint", False))
-        return strategy
 
     def _plugins(self) -> list:
         plugins = [_without_nemo_main_weights(plugin) for plugin in super()._plugins()]

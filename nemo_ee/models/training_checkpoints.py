@@ -33,13 +33,14 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
 
     Args:
         params: fields of NeMo's `CallbackParams`; `filename` and `dirpath` are given.
-        resume: take over the best ones of an earlier start.
+        resume: take over the best ones of an earlier start; otherwise what lies there is another run's and stays.
     """
 
     def __init__(self, params: Mapping[str, Any], *, resume: bool) -> None:
         self.CHECKPOINT_NAME_LAST = params["filename"] + _LAST
         self._measured: dict[str, float] = {}  # metrics in the names, when the last checkpoint was written
         self._earlier: dict[str, float] = {}  # the same of an earlier start
+        self._foreign = set() if resume else {path.name for path in finished(Path(params["dirpath"]))}
         super().__init__(n_resume=resume, **params)
 
     def nemo_topk_check_previous_run(self) -> None:
@@ -55,7 +56,7 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
     ) -> str:
         """Lightning's, without the fields that nothing was measured for (which it writes as 0)."""
         pattern = _FIELD.sub(lambda field: field[0] if field[1] in metrics else "", filename or self.filename)
-        return super().format_checkpoint_name(metrics, pattern.rstrip("-"), ver)
+        return super().format_checkpoint_name(metrics, pattern.rstrip("-") or "{step}", ver)
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         earlier = {name: tensor(value) for name, value in self._earlier.items()}
@@ -97,7 +98,8 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
         resumed = Path(trainer.ckpt_path or "")
         kept |= set() if is_last(resumed) else {resumed.name}
         for path in trainer.strategy.broadcast([str(path) for path in finished(Path(self.dirpath))]):
-            if Path(path).name not in kept:
+            name = Path(path).name
+            if name not in kept | self._foreign and name.startswith(self.filename.partition("{")[0]):
                 self._remove_checkpoint(trainer, f"{path}{self.FILE_EXTENSION}")
 
 
@@ -121,7 +123,7 @@ def finished(folder: Path) -> list[Path]:
 
 def is_last(checkpoint: Path) -> bool:
     """Whether a checkpoint is one to resume from."""
-    return checkpoint.name.endswith(_LAST)
+    return f"-{checkpoint.name}".endswith(_LAST)
 
 
 def _step(checkpoint: Path) -> int:

@@ -184,7 +184,8 @@ def _activation(values: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     settings = rotary_settings(values)
-    return {**settings, "base": float(settings.pop("rope_theta"))}
+    base = float(settings.pop("rope_theta"))
+    return {**settings, "base": base}
 
 
 def _config(values: Mapping[str, Any]) -> RuntimeConfig:

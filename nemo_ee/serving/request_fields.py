@@ -66,7 +66,7 @@ class Fields:
     ) -> None:
         """A fault for each key of an object that is not known, but for neutral ones that hold nothing."""
         for key, value in given.items():
-            if key in known or key in neutral and (value is None or value == []):
+            if key in known or key in neutral and value in (None, [], ""):
                 continue
             self.fault(where, f"{where}.{key[:40]} is not supported here; {guess(key, known, 'leave it out')}")
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate
-from nemo_ee.generation.checks import too_long
+from nemo_ee.generation.checks import request_faults, too_long
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, course_of
@@ -145,6 +145,9 @@ class ServedModel:
                         policy=choice.policy,
                     )
                 )
+        faults = [fault for own in requests for fault in request_faults(self.model, "the request", own)]
+        if faults:
+            raise ApiError(400, "; ".join(dict.fromkeys(faults)))
         if choice.certificate is not None:
             check_setting(choice.certificate, call, requests, self.precision, self.end_of_text)
         texts = [""] * len(prompts)

@@ -18,7 +18,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from nemo_ee.exits.block_reader import Check, close_match
 
-_TAKEN_OVER = re.compile(r"\$\{([\w.]+)\}")
+_TAKEN_OVER = re.compile(r"\$\{(\.*\w[\w.]*)[\[}]")
 _TO_COME = object()  # the value of a setting that is still to be given, or that is worked out from one
 
 
@@ -57,7 +57,7 @@ class KnownSettings:
             if isinstance(value, OmegaConfBaseException):
                 unresolved[key] = f"{key} cannot be worked out: {str(value).splitlines()[0]}"
             elif entry is None:
-                if key not in taken_over:
+                if not _is_taken_over(key, taken_over):
                     found[key] = _unknown(key, value, [*self.checks, *more.get(block or "", ())])
             elif key == entry and value is not _TO_COME:
                 found |= _problem(key, value, known[key])
@@ -66,6 +66,14 @@ class KnownSettings:
                 found[key] = f"{key} is not in the config; take its line over from the script's yaml in conf/"
         # A value that others are worked out from is named alone.
         return {key: text for key, text in found.items() if not _sources(cfg, key) & found.keys()} or unresolved
+
+
+def _is_taken_over(key: str, names: Collection[str]) -> bool:
+    """Whether another value is worked out from a key or from a block that it is in; `.name` is relative to a block."""
+    parts = key.split(".")
+    blocks = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    relative = [name.lstrip(".") for name in names if name.startswith(".")]
+    return any(block in names or f".{block}".endswith(tuple(f".{one}" for one in relative)) for block in blocks)
 
 
 def missing(cfg: DictConfig) -> list[str]:

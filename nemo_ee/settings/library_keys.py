@@ -26,7 +26,10 @@ _NEMO_READERS = (
     "collections/nlp/models/language_modeling/megatron_gpt_model.py",
     "collections/nlp/models/language_modeling/megatron_base_model.py",
     "collections/nlp/parts/megatron_trainer_builder.py",
+    "core/classes/modelPT.py",
+    "utils/callbacks/dist_ckpt_io.py",
 )
+_READ_THE_WHOLE_CONFIG = ("megatron_trainer_builder.py", "trainer.py")  # the block is `model` in it
 _OWN_READERS = ("models/megatron_early_exit_gpt_model.py", "models/stage_layers.py", "models/trainer.py")
 _METHODS = ("get", "update", "pop", "lower", "items", "keys")
 
@@ -79,8 +82,12 @@ def model_keys() -> Mapping[str, Check]:
     typed = {field.name: _by_type(field.type) for field in dataclasses.fields(TransformerConfig)}
     roots = {_folder("nemo"): _NEMO_READERS, _folder("nemo_ee"): _OWN_READERS}
     sources = [root / name for root, names in roots.items() for name in names]
-    read = {key for source in sources for key in read_keys(source.read_text(encoding="utf-8"))}
-    read = {key.removeprefix("model.") for key in read if not key.startswith(("trainer.", "exp_manager."))}
+    read: set[str] = set()
+    for source in sources:
+        keys = read_keys(source.read_text(encoding="utf-8"))
+        if source.name in _READ_THE_WHOLE_CONFIG:
+            keys = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+        read |= keys
     blocks = {key.rpartition(".")[0] for key in read} | {"model", "trainer", "exp_manager"}
     return dict.fromkeys(read - blocks, anything) | typed
 
@@ -90,7 +97,7 @@ def _folder(package: str) -> Path:
 
 
 def read_keys(source: str) -> set[str]:
-    """Dotted keys that a Python source reads of a config called `cfg`: `cfg.a.b`, `cfg.get("a")`, `self.cfg["a"]`."""
+    """Dotted keys that a source reads of a `cfg` or `model_cfg`: `cfg.a.b`, `cfg.get("a")`, `self.cfg["a"]`."""
     found = (_key(node) for node in ast.walk(ast.parse(source)))
     return {".".join(parts) for parts in found if parts and not set(parts) & set(_METHODS)}
 
@@ -98,7 +105,7 @@ def read_keys(source: str) -> set[str]:
 def _key(node: ast.AST) -> tuple[str, ...] | None:
     """The parts of the key that an expression reads; () is the config itself, None something else."""
     if isinstance(node, ast.Name):
-        return () if node.id == "cfg" else None
+        return () if node.id in ("cfg", "model_cfg") else None
     if isinstance(node, ast.Attribute):
         return () if node.attr in ("cfg", "_cfg") else _below(node.value, node.attr)
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):

@@ -121,6 +121,7 @@ _EXP_MANAGER: dict[str, Check] = {
 TUNE = KnownSettings(
     {
         "name": label,
+        "cluster_type": or_null(text),
         "save_to": or_null(text),
         "exits_only": boolean,
         "model.trust_checkpoint": boolean,
@@ -197,7 +198,7 @@ TUNE = KnownSettings(
         "model.optim.sched.max_steps": or_null(integer(1)),
     },
     {**_BLOCKS, "exp_manager": exp_manager_keys},
-    optional=("name", "trainer.", "exp_manager.", "model."),
+    optional=("name", "cluster_type", "trainer.", "exp_manager.", "model."),
 )
 
 CONVERT = KnownSettings(

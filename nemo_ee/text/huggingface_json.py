@@ -125,5 +125,6 @@ def readable_tokenizer_config(values: Mapping[str, Any]) -> dict[str, Any]:
         values["additional_special_tokens"] = values.get("additional_special_tokens") or listed
     named = values.pop("model_specific_special_tokens", None)
     if isinstance(named, Mapping):
-        values["extra_special_tokens"] = {**named, **(values.get("extra_special_tokens") or {})}
+        extra = values.get("extra_special_tokens")
+        values["extra_special_tokens"] = {**named, **(extra if isinstance(extra, Mapping) else {})}
     return values

@@ -48,6 +48,10 @@ class EndOfText:
         """A sentence for a warning where the tokenizer's own token does not end a text."""
         if self.tokenizer is None or self.tokenizer in self.ids:
             return None
+        if not self.ids:
+            return (
+                f"nothing ends a text: the tokenizer's end-of-text token, {self.tokenizer}, is outside the vocabulary"
+            )
         return (
             f"decoding stops at token {', '.join(map(str, self.ids))}, which {GENERATION_CONFIG} or {CONFIG} names, "
             f"and not at the tokenizer's end-of-text token, {self.tokenizer}"

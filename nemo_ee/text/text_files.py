@@ -152,7 +152,7 @@ def read_json_lines(
     try:
         for number, line in read_lines(path, max_bytes, moved):
             try:
-                value = read(parse_json(line))
+                value = read(parse_json(line, wide_integers=True))
             except ValueError as error:
                 faults.append(f"{path}:{number}: {error}")
             else:

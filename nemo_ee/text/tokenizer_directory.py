@@ -60,12 +60,8 @@ def readable_tokenizer(directory: str | Path) -> Iterator[Path]:
     check_model_files(directory)
     config = directory / _CONFIG
     values = read_json_object(config, wide_integers=True) if config.is_file() else {}
-    try:
-        readable = readable_tokenizer_config(values)
-        good = readable == without_code(values)
-    except (TypeError, AttributeError):
-        good = True  # a value of the wrong type: transformers says so
-    if good:
+    readable = readable_tokenizer_config(values)
+    if readable == without_code(values):
         yield directory
         return
     with tempfile.TemporaryDirectory(prefix="nemo_ee-") as folder:

@@ -86,21 +86,26 @@ def test_the_code_in_an_export() -> None:
     assert ids[0, prompt.shape[1] :].tolist() == [token for token, _ in ANSWERS["complete-early_exit"][0]]
 
 
-def test_a_training_checkpoint_goes_on(tmp_path: Path) -> None:
-    """A run of four steps, resumed for four more, ends with the exits of the earlier commit's own resumed run."""
-    shutil.copytree(EARLIER / "run", tmp_path / "run" / "checkpoints")
+def resumed(folder: Path, *overrides: str) -> Path:
+    """The `.nemo` of the run in `folder / "run"`, resumed from step 4 for four more steps."""
     data = f"[{EARLIER / 'data'}]"
     run(
-        "tune", f"model.restore_from_path={EARLIER / 'complete.nemo'}", f"save_to={tmp_path / 'resumed.nemo'}",
-        f"exp_manager.explicit_log_dir={tmp_path / 'run'}", "trainer.max_steps=8", "trainer.precision=32",
+        "tune", f"model.restore_from_path={EARLIER / 'complete.nemo'}", f"save_to={folder / 'resumed.nemo'}",
+        f"exp_manager.explicit_log_dir={folder / 'run'}", "trainer.max_steps=8", "trainer.precision=32",
         "model.micro_batch_size=2", "model.global_batch_size=4", "model.encoder_seq_length=32",
         "trainer.val_check_interval=4", "trainer.limit_val_batches=2", "trainer.log_every_n_steps=1",
         "model.optim.lr=1e-2", "model.optim.sched.min_lr=1e-3", "model.optim.sched.name=Constant",
         "trainer.enable_progress_bar=False", "exp_manager.checkpoint_callback_params.save_top_k=0",
-        f"model.data.index_mapping_dir={tmp_path / 'index'}",
-        f"model.data.data_prefix={{train: {data}, validation: {data}, test: {data}}}",
+        f"model.data.index_mapping_dir={folder / 'index'}",
+        f"model.data.data_prefix={{train: {data}, validation: {data}, test: {data}}}", *overrides,
     )  # fmt: skip
-    assert generated(tmp_path / "resumed.nemo", tmp_path / "out.jsonl") == ANSWERS["resumed-early_exit"]
+    return folder / "resumed.nemo"
+
+
+def test_a_training_checkpoint_goes_on(tmp_path: Path) -> None:
+    """A run of four steps, resumed for four more, ends with the exits of the earlier commit's own resumed run."""
+    shutil.copytree(EARLIER / "run", tmp_path / "run" / "checkpoints")
+    assert generated(resumed(tmp_path), tmp_path / "out.jsonl") == ANSWERS["resumed-early_exit"]
 
 
 class _Touch:
@@ -113,20 +118,17 @@ class _Touch:
         return os.system, (f"touch {self.path}",)
 
 
-def test_a_training_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    import nemo_ee.models  # noqa: F401
+def test_a_training_checkpoint_that_would_run_code_needs_trust(tmp_path: Path) -> None:
     from nemo_ee.checkpoint.restricted_pickle import UnsafeCheckpointError
     from nemo_ee.models.trainer import EarlyExitStrategy
 
-    checkpoint = shutil.copytree(next((EARLIER / "run").iterdir()), tmp_path / "checkpoint")
+    shutil.copytree(EARLIER / "run", tmp_path / "run" / "checkpoints")
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
     common = torch.load(checkpoint / "common.pt", weights_only=False)
     bait = tmp_path / "executed"
-    torch.save({**common, "callbacks": _Touch(bait)}, checkpoint / "common.pt")
-    strategy = EarlyExitStrategy()
+    torch.save({**common, "more": _Touch(bait)}, checkpoint / "common.pt")
     with pytest.raises(UnsafeCheckpointError, match=r"common\.pt: refused.*system.*model\.trust_checkpoint=true"):
-        strategy.load_checkpoint(checkpoint)
+        EarlyExitStrategy().load_checkpoint(checkpoint)
     assert not bait.exists()
-    strategy.trust_checkpoint = True
-    with pytest.raises(AttributeError):  # there is no model to load it into
-        strategy.load_checkpoint(checkpoint)
+    assert resumed(tmp_path, "model.trust_checkpoint=True").is_file()
     assert bait.exists(), "control: trusting it runs it"

@@ -228,7 +228,7 @@ def test_certificates_are_read_once_and_before_anything_is_written(
         written.append([path.name for path in tmp_path.iterdir()])
         return []
 
-    monkeypatch.setattr("nemo_ee.certificates.validity.valid_certificates", valid)
+    monkeypatch.setattr("nemo_ee.export.early_exit_source.valid_certificates", valid)
     export(one.path, tmp_path / "a")
     test_export_tensorrt_llm.export(one.path, tmp_path / "b")
     assert written == [[], ["a"]]

@@ -115,8 +115,7 @@ def test_never_leaving_early_prints_what_transformers_generates(generate, model)
 
 
 def test_ids_that_the_tokenizer_lacks_have_no_text(model):
-    from nemo_ee.evaluation.generate import decode, stored_tokenizer
-
+    from nemo_ee.commands.generate import decode, stored_tokenizer
     from nemo_ee.models.connector import read_config
 
     tokenizer = stored_tokenizer(model.path, read_config(model.path))
@@ -275,7 +274,7 @@ def test_faults_that_the_file_shows_come_before_its_weights_and_at_once(mode, mo
     message = str(caught.value)
     assert "'one-mpl', which the model does not have (did you mean one-mlp?)" in message
     assert "prompt 0 ('') has no tokens; write something or set add_BOS=True" in message
-    assert re.search(r"prompt 1: \d+ tokens \+ tokens_to_generate=20 are more than the model's 32 positions", message)
+    assert re.search(r"prompt 1: \d+ prompt tokens \+ tokens_to_generate = 20 are more than .*; shorten the prompt by at least", message)
     assert "prompt 2" not in message
 
 

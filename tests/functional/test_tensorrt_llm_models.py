@@ -90,7 +90,7 @@ class Exported:
 
 
 def model_file(name: str) -> Path:
-    return Path(importlib.util.find_spec(f"nemo_ee.export.{name}").origin)
+    return Path(importlib.util.find_spec(f"nemo_ee.export.tensorrt_llm.files.{name}").origin)
 
 
 def set_early_exit(folder: Path, **values: Any) -> None:

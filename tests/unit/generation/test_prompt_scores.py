@@ -115,3 +115,23 @@ def test_what_cannot_be_is_refused(changes, words, model):
     request = Request(**{"prompt": (1,), "max_new_tokens": 2, **changes})
     with pytest.raises(ValueError, match=words):
         EarlyExitEngine(model).start([request], mode="full")
+
+
+def test_a_scored_prompt_is_not_overtaken_by_those_that_come_after_it(model, monkeypatch):
+    """The room for logits goes by arrival: a slot that gets free is taken again at once."""
+    monkeypatch.setattr(prompt_scores, "LOGITS_PER_QUESTION", model.vocab_size)  # one row a step
+    session = EarlyExitEngine(model).start([], mode="full", max_length=16, num_slots=2)
+    session.add(Request(PROMPTS[0], 0, prompt_logprobs=0))
+    second = session.add(Request(PROMPTS[0], 0, prompt_logprobs=0))
+    finished = []
+    for _ in range(4 * len(PROMPTS[0])):
+        for event in session.step():
+            finished.append(event.sequence)
+            if event.sequence != second:
+                session.add(Request(PROMPTS[0], 0, prompt_logprobs=0))
+    assert second in finished[:2]
+
+
+def test_tokens_that_are_masked_out_are_no_candidates():
+    logits = torch.tensor([0.0, float("-inf"), 1.0])
+    assert [token for token, _ in prompt_scores.most_likely(logits, 3)] == [2, 0]

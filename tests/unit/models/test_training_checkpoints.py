@@ -14,7 +14,7 @@ pytest.importorskip("nemo")
 import torch
 from nemo.utils.callbacks import NeMoModelCheckpoint
 
-from nemo_ee.models.training_checkpoints import TrainingCheckpoints, finished, mark_superseded
+from nemo_ee.models.training_checkpoints import TrainingCheckpoints, finished, is_last, mark_superseded
 
 FILENAME = "exits--{val_loss:.4f}-{step}-{consumed_samples}"
 BEST, LAST = (
@@ -96,3 +96,27 @@ def test_without_a_last_one_nothing_is_marked(tmp_path: Path) -> None:
     mark_superseded(tmp_path)
     mark_superseded(tmp_path / "none")
     assert finished(tmp_path) == [best]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_checkpoints_of_others_stay(resume: bool, tmp_path: Path, monkeypatch) -> None:
+    """A run that starts anew in a folder leaves what lies there; a resumed one removes only names of its own form."""
+    earlier, copy = checkpoint(tmp_path, BEST), checkpoint(tmp_path, "my-copy")
+    params = {"filename": FILENAME, "dirpath": str(tmp_path), "monitor": "val_loss", "save_last": True}
+    ours = TrainingCheckpoints({"save_top_k": 1, **params}, resume=resume)
+    ours.best_k_models.clear()
+    superseded = checkpoint(tmp_path, LAST)
+    removed: list[str] = []
+    monkeypatch.setattr(NeMoModelCheckpoint, "_save_last_checkpoint", lambda *_: None)
+    monkeypatch.setattr(ours, "_remove_checkpoint", lambda _, path: removed.append(Path(path).stem))
+    strategy = type("Strategy", (), {"broadcast": staticmethod(lambda paths: paths)})
+    ours._save_last_checkpoint(type("Trainer", (), {"ckpt_path": None, "strategy": strategy}), {})
+    assert set(removed) == {superseded.name, *([earlier.name] if resume else [])} and copy.exists()
+
+
+def test_a_name_without_a_measured_field_is_the_step(tmp_path: Path) -> None:
+    ours = callback(tmp_path, filename="{val_loss:.4f}")
+    metrics = {"step": torch.tensor(4)}
+    assert Path(ours.format_checkpoint_name(dict(metrics))).name == "step=4.ckpt"
+    last = Path(ours.format_checkpoint_name(dict(metrics), ours.CHECKPOINT_NAME_LAST))
+    assert is_last(last.with_suffix(""))

@@ -143,6 +143,13 @@ def test_keys_that_nothing_reads_are_refused(stem: str) -> None:
     assert "foo=1: there is no such setting" in problems["foo"] and "did you mean" in problems[key[:-1]]
 
 
+def test_a_helper_key_that_a_value_is_worked_out_from_is_read() -> None:
+    table = TABLES["preprocess_text"]
+    for helper, taken in (({"x": "a"}, "${my.x}"), (["a"], "${my[0]}"), ({"x": "a"}, "${my}"), ("a", "${.my}")):
+        assert table.problems(settings_of("preprocess_text", my=helper, text_key=taken)).keys() <= {"text_key"}
+    assert "my" in table.problems(settings_of("preprocess_text", my="a")), "control"
+
+
 def test_the_criteria_are_those_of_the_exits() -> None:
     from nemo_ee.exits.confidence import CRITERIA
 

@@ -181,3 +181,8 @@ def test_named_special_tokens_have_two_spellings_too() -> None:
     assert readable_tokenizer_config(old) == old
     new = {"tokenizer_class": "X", "model_specific_special_tokens": {"image_token": "<i>"}, "extra_special_tokens": []}
     assert readable_tokenizer_config(new) == {**old, "additional_special_tokens": []}
+
+
+def test_named_tokens_beside_something_else_than_a_mapping() -> None:
+    values = {"model_specific_special_tokens": {"a": "<a>"}, "extra_special_tokens": "x"}
+    assert readable_tokenizer_config(values)["extra_special_tokens"] == {"a": "<a>"}

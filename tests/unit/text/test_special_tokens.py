@@ -62,6 +62,8 @@ def test_tokens_outside_of_the_vocabulary_end_nothing() -> None:
     assert end_of_text({"eos_token_id": [40, 3, 3, -1]}, None, 7, vocab_size=32).ids == (3,)
     assert end_of_text(None, {"model_type": "gpt2"}, 7, vocab_size=32).ids == (7,)
     assert end_of_text(None, {"model_type": "gpt2"}, 7).ids == (50256,)
+    nothing = end_of_text(None, None, 50256, vocab_size=32)
+    assert nothing.ids == () and "nothing ends a text: the tokenizer's end-of-text token" in nothing.differs
 
 
 @pytest.mark.parametrize("value", ["2", True, [0, "12"], {"id": 2}, 2.0])
