@@ -28,7 +28,7 @@ from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
 from nemo_ee.text.huggingface_json import without_code
-from nemo_ee.text.json_values import read_json_object
+from nemo_ee.text.json_values import JsonError, read_json_object
 from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, token_of
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,15 @@ class EarlyExitSource:
         return generation
 
     def _bundled(self, name: str) -> dict[str, Any] | None:
-        """The values of a file of the original model, without keys that run code; None where there is none."""
+        """The values of a file of the original model, without keys that run code; None where none can be used."""
         path = None if self.tokenizer is None else self.tokenizer / name
-        return without_code(read_json_object(path)) if path is not None and is_plain_file(path) else None
+        if path is None or not is_plain_file(path):
+            return None
+        try:
+            return without_code(read_json_object(path))
+        except JsonError as error:
+            logger.warning("%s: tokenizer/%s is left out: %s", self.path, name, error)
+            return None
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""
