@@ -36,8 +36,8 @@ def decode_on_stage(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from nemo_ee.evaluation.generate import open_generator
-    from nemo_ee.evaluation.generation_request import GenerationRequest
+    from nemo_ee.commands.generate import open_generator
+    from nemo_ee.commands.generation_request import GenerationRequest
 
     overrides = [
         f"model.restore_from_path={options.model.resolve()}", "trainer.accelerator=cpu", "trainer.devices=2",
@@ -58,7 +58,7 @@ def decode_on_stage(rank: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def time_sides(generator: Any, options: argparse.Namespace) -> dict[str, Any]:
     """side -> seconds of every turn, its mean depth, and its share of tokens from each exit."""
-    from nemo_ee.evaluation.generate import prompt_ids
+    from nemo_ee.commands.generate import prompt_ids
     from nemo_ee.generation.engine import EarlyExitEngine
     from nemo_ee.generation.policy import ExitPolicy
 
@@ -118,7 +118,7 @@ def main() -> None:
     from nemo_ee import cpu_host
 
     cpu_host.enable()
-    import nemo_ee.evaluation.generate  # noqa: F401  (imported once, before the forks)
+    import nemo_ee.commands.generate  # noqa: F401  (imported once, before the forks)
 
     about: dict[str, Any] = {
         **provenance(), "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens,

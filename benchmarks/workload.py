@@ -25,11 +25,11 @@ from omegaconf import OmegaConf
 
 from benchmarks.measure import ROOT
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
-from nemo_ee.megatron.exit_loss import MicroBatch
-from nemo_ee.models.exit_metrics import ExitSums
+from nemo_ee.megatron.loss.exit_loss import MicroBatch
+from nemo_ee.megatron.loss.exit_metrics import ExitSums
+from nemo_ee.megatron.pipeline.tuning_step import tune_global_batch
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.trainer import EarlyExitTrainerBuilder
-from nemo_ee.models.tuning_step import tune_global_batch
 
 REFERENCE_MODEL = ROOT / "assets" / "reference-model"
 OPTIMIZER = {"name": "adamw", "lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": 0.01}

@@ -9,21 +9,21 @@ python examples/megatron_gpt_early_exit_calibrate.py model.restore_from_path=tun
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_calibrate")
 def main(cfg: DictConfig) -> None:
     """Check, load, measure, test, store, print."""
     with command(cfg, may_miss=True):
-        from nemo_ee.evaluation.calibration_request import CalibrationRequest
+        from nemo_ee.calibration.calibration_request import CalibrationRequest
 
         request = CalibrationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 
-        from nemo_ee.evaluation.calibrate import calibrate
-        from nemo_ee.evaluation.calibration_report import policy_table, summary
+        from nemo_ee.calibration.calibrate import calibrate
+        from nemo_ee.calibration.calibration_report import policy_table, summary
 
         report = calibrate(cfg, request)
         if is_global_rank_zero():

@@ -9,7 +9,7 @@ python examples/megatron_gpt_early_exit_convert.py source=assets/reference-model
 import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_convert")
@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils import logging
 
-        from nemo_ee.convert.convert import convert
+        from nemo_ee.commands.convert import convert
 
         result = convert(cfg)
         logging.info(f"{result.output}: exits {', '.join(result.exits)} (new: {', '.join(result.added) or 'none'})")

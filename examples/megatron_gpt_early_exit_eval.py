@@ -9,7 +9,7 @@ python examples/megatron_gpt_early_exit_eval.py model.restore_from_path=tuned.ne
 import hydra
 from omegaconf import DictConfig
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_eval")

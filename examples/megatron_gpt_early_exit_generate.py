@@ -14,22 +14,22 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
     with command(cfg, may_miss=True):
+        from nemo_ee.commands.generation_request import GenerationRequest
         from nemo_ee.evaluation.certified import with_certificate
-        from nemo_ee.evaluation.generation_request import GenerationRequest
 
         config = OmegaConf.to_container(cfg, resolve=True)
         request = with_certificate(GenerationRequest.from_config(config), config)
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 
-        from nemo_ee.evaluation.generate import open_generator
+        from nemo_ee.commands.generate import open_generator
 
         generator = open_generator(cfg, request)
         if generator is None:  # a later pipeline stage, and its work is done

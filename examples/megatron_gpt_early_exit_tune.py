@@ -9,7 +9,7 @@ python examples/megatron_gpt_early_exit_tune.py model.restore_from_path=ee.nemo 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_tune")

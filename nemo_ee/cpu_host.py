@@ -210,6 +210,6 @@ def adapt_nemo() -> None:
 
 
 def _local_layer_spec(spec_name, transformer_config=None, *args, **kwargs):
-    from nemo_ee.megatron.layer_spec import backbone_specs
+    from nemo_ee.megatron.model.layer_spec import backbone_specs
 
     return backbone_specs(transformer_config, transformer_engine=False).layer

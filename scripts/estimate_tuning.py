@@ -18,7 +18,15 @@ import json
 import sys
 from pathlib import Path
 
-from nemo_ee.exits.tuning_estimate import LLAMA_2, Assumptions, Estimate, Layout, estimate, fastest_layout, mlp_exits
+from nemo_ee.planning.tuning_estimate import (
+    LLAMA_2,
+    Assumptions,
+    Estimate,
+    Layout,
+    estimate,
+    fastest_layout,
+    mlp_exits,
+)
 
 _HELP = {
     "peak_tflops": "dense bf16 TFLOP/s of one GPU",

@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 from nemo_ee.evaluation.tuning_curves import Curve, draw_tuning_curves
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pretraining_settings import PretrainConfig, Progress
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 logger = logging.getLogger(__name__)
 

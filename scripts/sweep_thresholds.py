@@ -19,7 +19,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 
 def sweep(cfg: DictConfig) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: every fault of the settings, before weights are loaded.
     """
-    from nemo_ee.evaluation.generate import open_generator
+    from nemo_ee.commands.generate import open_generator
     from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
     from nemo_ee.evaluation.token_windows import TokenWindows
     from nemo_ee.generation.engine import EarlyExitEngine

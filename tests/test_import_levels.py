@@ -207,7 +207,7 @@ def test_imports_point_only_down() -> None:
         ("exits", "import numpy", "exits may not import numpy"),
         ("exits", "def f():\n    from nemo_ee.generation import engine", "exits may not import nemo_ee.generation"),
         ("generation", "import megatron.core", "may not import megatron.core"),
-        ("generation", "from nemo_ee.megatron.exit_head import ExitHead", "may not import nemo_ee.megatron"),
+        ("generation", "from nemo_ee.megatron.model.exit_head import ExitHead", "may not import nemo_ee.megatron"),
         ("megatron", "from megatron.training import get_args", "may not import megatron.training"),
         ("megatron", "from nemo_ee.checkpoint import chunk_reader", "may not import nemo_ee.checkpoint"),
         ("checkpoint", "from nemo_ee.runtime import model", "may not import nemo_ee.runtime"),

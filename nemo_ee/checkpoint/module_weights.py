@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from nemo_ee.checkpoint.chunk_reader import WeightSource
-from nemo_ee.megatron.exit_head_init import global_chunk, local_shards
+from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_ee.checkpoint.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
+from nemo_ee.certificates.certificate import Certificate, Identity, Setting, find_certificate, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive, open_nemo
-from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.commands.generation_request import GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
 
 KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly

@@ -104,7 +104,7 @@ class EarlyExitLM(TemplateLM):
         }
         self._request = scoring_request(config)
         # NeMo is imported only now: the CPU host has to be on before.
-        from nemo_ee.evaluation.generate import open_generator
+        from nemo_ee.commands.generate import open_generator
 
         generator = open_generator(OmegaConf.create(config), self._request)
         self._engine, self._tokenizer = EarlyExitEngine(generator.model), generator.tokenizer
@@ -132,7 +132,7 @@ class EarlyExitLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a begin-of-text token in front unless `add_special_tokens` is False or the model has none."""
-        from nemo_ee.evaluation.generate import prompt_ids
+        from nemo_ee.commands.generate import prompt_ids
 
         return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_bos)
 

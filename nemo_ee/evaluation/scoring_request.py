@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.evaluation.generation_request import GenerationRequest
+from nemo_ee.commands.generation_request import GenerationRequest
 
 # What conf/megatron_gpt_early_exit_generate.yaml asks and a request without prompts leaves open.
 _OPEN = {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nemo_ee.megatron.exit_loss import MicroBatch
+from nemo_ee.megatron.loss.exit_loss import MicroBatch
 
 
 def missing_files(prefix: str) -> list[str]:

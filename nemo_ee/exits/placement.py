@@ -3,7 +3,7 @@
 """Which pipeline stage runs which layers and which exits.
 
 Only the layers that run are split: those up to the deepest exit, or all of them when the final exit is needed. How
-many each stage gets is decided in `nemo_ee.exits.layer_split`.
+many each stage gets is decided in `nemo_ee.planning.layer_split`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def place_exits(
         num_layers: layers of the backbone.
         num_stages: pipeline-parallel size.
         full_depth: run every layer (the final exit is needed), not only those up to the deepest exit.
-        layers_per_stage: the split (see `nemo_ee.exits.layer_split`); None: as even as possible, larger stages first.
+        layers_per_stage: the split (see `nemo_ee.planning.layer_split`); None: as even as possible, larger stages first.
 
     Returns:
         One placement per stage; a stage may have no exits.

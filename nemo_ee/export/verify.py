@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from nemo_ee.export import huggingface_verify, tensorrt_llm_verify
 from nemo_ee.export.early_exit_source import EarlyExitSource
-from nemo_ee.export.huggingface_config import FORMAT
+from nemo_ee.export.huggingface.stock_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
 from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
 

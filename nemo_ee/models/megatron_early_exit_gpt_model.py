@@ -31,26 +31,26 @@ from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.megatron.backbone_training import prepare_backbone, trained_backbone_shards
-from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
-from nemo_ee.megatron.exit_loss import MicroBatch
-from nemo_ee.megatron.layer_spec import backbone_specs
-from nemo_ee.megatron.teacher_channel import TeacherChannel
-from nemo_ee.megatron.tuning_schedule import StageLink
+from nemo_ee.megatron.loss.exit_loss import MicroBatch
+from nemo_ee.megatron.loss.exit_metrics import ExitSums, mean_loss, named_metrics
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
+from nemo_ee.megatron.model.layer_spec import backbone_specs
+from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
+from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
+from nemo_ee.megatron.pipeline.backbone_training import prepare_backbone, trained_backbone_shards
+from nemo_ee.megatron.pipeline.joint_training import JointTraining
+from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
+from nemo_ee.megatron.pipeline.transport_setup import keeps_output_weight, stage_link, teacher_channel
+from nemo_ee.megatron.pipeline.tuning_schedule import StageLink
+from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import prepare_dataset
-from nemo_ee.models.exit_metrics import ExitSums, mean_loss, named_metrics
-from nemo_ee.models.exit_optimizers import exit_parameter_groups
-from nemo_ee.models.first_weights import fill_stage
-from nemo_ee.models.joint_training import JointTraining
-from nemo_ee.models.layer_split import choose_placements, read_layer_split
-from nemo_ee.models.learning_rate import ExitLearningRates, LearningRateSchedule
-from nemo_ee.models.optimizer_choice import exit_optimizers_for
-from nemo_ee.models.pipeline_ends import keeps_output_weight, stage_link, teacher_channel
+from nemo_ee.models.initial_weights import fill_stage
+from nemo_ee.models.nemo_overrides import WholeModelHooks
+from nemo_ee.models.optimizer_factory import exit_optimizers_for
+from nemo_ee.models.stage_layers import choose_placements, read_layer_split
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
-from nemo_ee.models.tuning_step import evaluate_global_batch, tune_global_batch
-from nemo_ee.models.what_trains import what_trains
-from nemo_ee.models.whole_model_hooks import WholeModelHooks
+from nemo_ee.models.trainable_summary import what_trains
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")

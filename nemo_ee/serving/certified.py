@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.certificate import DEFAULT_NAME, Certificate, Setting
+from nemo_ee.certificates.certificate import DEFAULT_NAME, Certificate, Setting
 from nemo_ee.evaluation.certified import KV_POLICY, setting_faults
 from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_ee.checkpoint.certificate import Certificate
+from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
 from nemo_ee.serving.certified import find_certificate

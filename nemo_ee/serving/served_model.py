@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from nemo_ee.checkpoint.certificate import Certificate
+from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.items import DecodingModel
 from nemo_ee.generation.policy import MODES, course_of

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from preprocess_text import existing_faults, replacing
 from tqdm import tqdm
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 logger = logging.getLogger(__name__)
 

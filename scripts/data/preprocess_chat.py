@@ -41,7 +41,7 @@ from preprocess_text import (
 )
 from tqdm import tqdm
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from preprocess_settings import DTYPES, PreprocessError, read_settings
 from tqdm import tqdm
 
-from nemo_ee.command import command
+from nemo_ee.commands.command import command
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command, names
+from nemo_ee.commands.command import command, names
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_huggingface")
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg):
-        from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+        from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
         export_huggingface(
             ExportSettings(

@@ -12,14 +12,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.command import command, names
+from nemo_ee.commands.command import command, names
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_tensorrt_llm")
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg):
-        from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
+        from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
 
         export_checkpoint(
             ExportSettings(

@@ -146,7 +146,7 @@ def gathered_digests(model) -> dict[str, str]:
     """sha256 of every whole tensor of the exits (true vocabulary rows only), the same on every rank."""
     import torch
 
-    from nemo_ee.megatron.exit_head_init import global_chunk, local_shards
+    from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards
 
     chunks = []
     for shard in local_shards(model.sharded_state_dict()):
@@ -172,7 +172,7 @@ def run_layout(folder: Path, layout: tuple[int, int, int, int], rank: int, saved
     """Everything one rank does under one layout."""
     import torch
 
-    from nemo_ee.models import layer_split
+    from nemo_ee.models import stage_layers as layer_split
     from nemo_ee.models.connector import read_config
 
     if rank:

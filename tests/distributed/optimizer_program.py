@@ -105,7 +105,7 @@ def whole_digests(sharded: dict, vocabulary: int) -> dict[str, str]:
 
 def facts(model) -> dict:
     """What this rank's optimizers hold, in elements."""
-    from nemo_ee.models.exit_optimizers import tensor_state
+    from nemo_ee.megatron.optim.exit_optimizers import tensor_state
 
     exits = model._optimizer.exits
     trained = [parameter for exit in exits for parameter in exit.parameters.values()]

@@ -31,7 +31,7 @@ def main(folder: Path, layouts: list[str]) -> None:
     from nemo_ee import cpu_host
 
     cpu_host.enable()
-    import nemo_ee.convert.convert  # noqa: F401 -- imported before the forks
+    import nemo_ee.commands.convert  # noqa: F401 -- imported before the forks
     from nemo_ee.evaluation.evaluate import evaluate
     from tests.helpers.megatron_models import script_config
     from tests.helpers.ranks import run_ranks

@@ -22,7 +22,7 @@ def main(settings: Path, logs: Path) -> None:
     from nemo_ee import cpu_host
 
     cpu_host.enable()
-    import nemo_ee.evaluation.generate  # noqa: F401 -- imported before the forks
+    import nemo_ee.commands.generate  # noqa: F401 -- imported before the forks
     from tests.functional.test_generate import run_script
     from tests.helpers.ranks import run_ranks
 

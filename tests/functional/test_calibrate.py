@@ -53,7 +53,7 @@ def generate(**changes: Any) -> None:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """`path` of an early-exit `.nemo`, and `data`: 60 prompts, and 60 documents."""
-    from nemo_ee.convert.convert import convert
+    from nemo_ee.commands.convert import convert
 
     folder = tmp_path_factory.mktemp("calibrate")
     save_tiny_model(folder / "hf", "llama", vocab_size=4096)
@@ -95,8 +95,8 @@ def certified(start, tmp_path_factory) -> SimpleNamespace:
 def test_the_report_holds_the_test_and_the_certificate_what_it_needs(start, certified):
     import hashlib
 
-    from nemo_ee.checkpoint.certificate import find_certificate
-    from nemo_ee.exits.risk_control import hoeffding_bentkus_p_value
+    from nemo_ee.calibration.risk_control import hoeffding_bentkus_p_value
+    from nemo_ee.certificates.certificate import find_certificate
 
     report = certified.report
     policies = report["policies"]
@@ -234,7 +234,7 @@ def test_a_file_without_a_certificate_says_how_to_get_one(start, certified, no_w
 def test_it_survives_restoring_and_saving(certified, tmp_path):
     from omegaconf import OmegaConf
 
-    from nemo_ee.checkpoint.certificate import find_certificate
+    from nemo_ee.certificates.certificate import find_certificate
     from nemo_ee.evaluation.certified import identify, model_faults
     from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
@@ -261,7 +261,7 @@ def test_an_exits_only_file_is_calibrated_in_place(start, certified, tmp_path):
 
     import yaml
 
-    from nemo_ee.checkpoint.certificate import find_certificate
+    from nemo_ee.certificates.certificate import find_certificate
     from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 
     with NemoArchive(certified.path) as archive:
@@ -298,7 +298,7 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
     import yaml
 
     from nemo_ee.checkpoint.nemo_archive import NemoArchive
-    from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
 
     with NemoArchive(certified.path) as archive:
         archive.extract(tmp_path / "other")

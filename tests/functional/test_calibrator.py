@@ -27,9 +27,9 @@ TOKENIZER = SimpleNamespace(eos_id=None, ids_to_text=lambda ids: " ".join(map(st
 
 def calibrator(tmp_path: Path, score=None, **changes: Any):
     """On 40 prompts of 3 tokens."""
-    from nemo_ee.evaluation.calibrate import Calibrator
-    from nemo_ee.evaluation.calibration_data import CalibrationPrompts
-    from nemo_ee.evaluation.calibration_request import CalibrationRequest
+    from nemo_ee.calibration.calibrate import Calibrator
+    from nemo_ee.calibration.calibration_prompts import CalibrationPrompts
+    from nemo_ee.calibration.calibration_request import CalibrationRequest
 
     (tmp_path / "model.nemo").touch()
     data = tmp_path / "prompts.jsonl"

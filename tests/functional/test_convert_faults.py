@@ -56,7 +56,7 @@ def tuned(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long work in these tests is a failure."""
-    from nemo_ee.convert import convert as module
+    from nemo_ee.commands import convert as module
 
     monkeypatch.setattr(module, "single_run_trainer", lambda *_: pytest.fail("work began before the faults were told"))
 
@@ -126,7 +126,7 @@ def test_unknown_keys_of_the_block_are_refused(source: Path, tmp_path: Path, not
     with script_config(
         SCRIPT, [f"source={source}", f"output={tmp_path / 'x.nemo'}", "+model.early_exit.evry=1/2"]
     ) as cfg:
-        from nemo_ee.convert.convert import convert
+        from nemo_ee.commands.convert import convert
 
         with pytest.raises(
             ValueError, match=r"early_exit.evry = '1/2': is not a key of this block \(did you mean every"
@@ -204,7 +204,7 @@ def test_a_failed_write_leaves_nothing(fault: str, source: Path, tmp_path: Path,
 
 
 def test_a_file_that_reads_back_differently_is_removed(source: Path, tmp_path: Path, monkeypatch) -> None:
-    from nemo_ee.convert import convert as module
+    from nemo_ee.commands import convert as module
 
     real = module.full_model_logits
     calls = []

@@ -57,8 +57,14 @@ def test_everything_a_user_looks_for_is_there(demo: Path) -> None:
 
 
 def test_a_failing_step_ends_the_demo_with_its_last_lines(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "run_demo.py"), "--output", str(tmp_path / "demo"), "--layers",
-    "99"]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "run_demo.py"),
+        "--output",
+        str(tmp_path / "demo"),
+        "--layers",
+        "99",
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=user_environment())
     assert ran.returncode == 1
     assert "convert failed" in ran.stderr

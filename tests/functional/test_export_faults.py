@@ -219,7 +219,7 @@ def test_numbers_that_float16_does_not_hold(tmp_path: Path) -> None:
 def test_an_interruption_leaves_nothing(
     fault: BaseException, place: str, checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from nemo_ee.export import tensorrt_llm_checkpoint as module
+    from nemo_ee.export.tensorrt_llm import unified_checkpoint as module
 
     real, calls = module.SafetensorsWriter.write, []
 

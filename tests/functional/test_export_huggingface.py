@@ -84,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
     settings = {"progress": False, **settings}
     return export_huggingface(ExportSettings(checkpoint=checkpoint, output=output, **settings))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_ee.export.manifest import MANIFEST, file_faults, read_manifest, sha256_of
 from nemo_ee.export.parity import parity_of, probe_tokens
-from nemo_ee.export.tensorrt_llm_runtime import load_checkpoint
+from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
 from nemo_ee.export.verify import verify_export
 from tests.helpers.huggingface_models import reference_logits
 
@@ -42,7 +42,7 @@ def parities(directory: Path) -> dict[str, Any]:
 
 
 def hugging_face(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.huggingface import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
     return export_huggingface(ExportSettings(checkpoint, output, progress=False, **settings))
 
@@ -219,7 +219,7 @@ def test_a_run_that_breaks_is_a_fault_like_others(fault: Exception, made, tmp_pa
 
 def test_what_cannot_be_run_is_not_exported(made, tmp_path: Path, monkeypatch) -> None:
     """Only an OPT without its final norm goes without a digest."""
-    from nemo_ee.export import huggingface
+    from nemo_ee.export.huggingface.exporter import exporter as huggingface
 
     def refuse(folder: Path) -> None:
         raise ValueError(f"{folder / 'config.json'}: damaged")

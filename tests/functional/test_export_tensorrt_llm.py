@@ -98,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.tensorrt_llm_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
 
     settings = {"dtype": None, "progress": False, **settings}
     return export_checkpoint(ExportSettings(checkpoint=checkpoint, output=output, **settings))
@@ -299,7 +299,7 @@ def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Pat
 
 
 def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> None:
-    from nemo_ee.models.full_model import full_model_logits
+    from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
     from tests.helpers.nemo_files import restore
 
     one = made("llama")

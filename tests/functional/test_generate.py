@@ -49,7 +49,7 @@ def run_script(*overrides: str, **changes: Any) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """`path` of an early-exit `.nemo`, converted from `directory`, and the transformers model it came from."""
-    from nemo_ee.convert.convert import convert
+    from nemo_ee.commands.convert import convert
 
     folder = tmp_path_factory.mktemp("generate")
     directory = folder / "hugging_face"
@@ -296,7 +296,7 @@ def test_a_bad_request_ends_the_process_with_one_message_before_nemo_is_loaded()
 
 
 def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tmp_path):
-    from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+    from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
 
     plain = MegatronDecodingModel.exit_logits
 
@@ -315,7 +315,7 @@ def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tm
 @pytest.mark.parametrize("colour", ["never", "always"])
 def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(colour, generate, monkeypatch, capsys):
     """Without a stored tokenizer: both faults, with the prompts' own numbers, before anything is generated."""
-    from nemo_ee.evaluation import generate as module
+    from nemo_ee.commands import generate as module
 
     monkeypatch.setattr(module, "stored_tokenizer", lambda path, stored: None)
     with pytest.raises(ValueError) as caught:

@@ -44,10 +44,10 @@ def batches_of(model, count: int = 2) -> list[tuple[torch.Tensor, ...]]:
 
 def train_once(model, batches) -> SimpleNamespace:
     """Gradients of one global batch, left on the model; `losses` per token by name."""
-    from nemo_ee.models.backbone_optimizer import build_backbone_optimizer
-    from nemo_ee.models.exit_metrics import ExitSums
-    from nemo_ee.models.exit_optimizers import build_exit_optimizers
-    from nemo_ee.models.joint_training import JointTraining
+    from nemo_ee.megatron.loss.exit_metrics import ExitSums
+    from nemo_ee.megatron.optim.backbone_optimizer import build_backbone_optimizer
+    from nemo_ee.megatron.optim.exit_optimizers import build_exit_optimizers
+    from nemo_ee.megatron.pipeline.joint_training import JointTraining
 
     backbone = build_backbone_optimizer(model.model, OPTIM, make=AdamW)
     optimizers = build_exit_optimizers(model.model.exits, OPTIM, make=AdamW, max_norm=0.0, more=[backbone])
@@ -68,8 +68,8 @@ def train_once(model, batches) -> SimpleNamespace:
 def gradient_differences(model, folder: Path) -> dict[str, float]:
     """Key -> largest difference of a gradient to the reference's, relative to the largest of the latter."""
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource
-    from nemo_ee.megatron.backbone_training import BACKBONE_PREFIX, trained_backbone_shards
-    from nemo_ee.megatron.exit_head_init import backbone_key, global_chunk, local_shards
+    from nemo_ee.megatron.model.exit_head_init import backbone_key, global_chunk, local_shards
+    from nemo_ee.megatron.pipeline.backbone_training import BACKBONE_PREFIX, trained_backbone_shards
 
     found = {}
 

@@ -21,7 +21,7 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_envi
 
 import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.exits.confidence import CRITERIA, confidence
-from nemo_ee.export.huggingface_config import CLASSES
+from nemo_ee.export.huggingface.stock_config import CLASSES
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
@@ -46,7 +46,7 @@ class Pair:
     """The same model as NeMo's, behind its adapter, and as an exported directory's in the runtime."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+        from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
 
         self.one = Made(folder, name, EXITS)
         self.output = export(self.one.path, folder / "out")

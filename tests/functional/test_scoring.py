@@ -77,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """`path` of an early-exit `.nemo`, and transformers' model and tokenizer of the same weights."""
     from transformers import AutoTokenizer
 
-    from nemo_ee.convert.convert import convert
+    from nemo_ee.commands.convert import convert
 
     folder = tmp_path_factory.mktemp("lm_eval")
     directory = folder / "hugging_face"

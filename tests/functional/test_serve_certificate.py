@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 
 import openai
 
-from nemo_ee.checkpoint.certificate import Certificate, Guarantee, Identity, Setting
+from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, Setting
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.serving.certified import certificates_of
 from nemo_ee.serving.serve import make_server

@@ -223,7 +223,7 @@ def test_an_engine_without_thresholds_is_the_stock_class(exported, stand_in) -> 
 
 
 def test_padding_rows_of_the_vocabulary_are_no_tokens(stand_in) -> None:
-    from nemo_ee.export.tensorrt_llm_model import Exit, all_sure
+    from nemo_ee.export.tensorrt_llm.files.tensorrt_llm_model import Exit, all_sure
 
     exit = Exit("a", 2, "norm", True, 0.63)
     logits = stand_in._wrap(torch.tensor([[2.0, 1.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]]))
@@ -365,4 +365,4 @@ def test_both_files_import_without_tensorrt_llm() -> None:
         assert "nemo_ee" not in {line.split()[1].split(".")[0] for line in model_file(name).read_text().splitlines()
                                  if line.strip().startswith(("import ", "from "))}  # fmt: skip
     with pytest.raises(ImportError):
-        importlib.import_module("nemo_ee.export.tensorrt_llm_model").EarlyExitLlamaForCausalLM  # noqa: B018
+        importlib.import_module("nemo_ee.export.tensorrt_llm.files.tensorrt_llm_model").EarlyExitLlamaForCausalLM  # noqa: B018

@@ -27,8 +27,8 @@ class Letters:
 
 def scripted(**changes: Any):
     """A generator over a model that wants to end at once and would otherwise say `b`."""
-    from nemo_ee.evaluation.generate import TextGenerator
-    from nemo_ee.evaluation.generation_request import GenerationRequest
+    from nemo_ee.commands.generate import TextGenerator
+    from nemo_ee.commands.generation_request import GenerationRequest
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.generation.sampling import GREEDY
 

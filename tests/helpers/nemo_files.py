@@ -20,7 +20,7 @@ SCRIPT = "megatron_gpt_early_exit_convert"
 def run_convert(source: Path, output: Path, exits: Sequence[dict] = (), *overrides: str, **early_exit: Any):
     """`convert` with the script's yaml."""
     import nemo_ee.models  # noqa: F401
-    from nemo_ee.convert.convert import convert
+    from nemo_ee.commands.convert import convert
 
     reset_batch_sizes()
     given = [f"source={source}", f"output={output}", "probe_tokens=16", "model.make_vocab_size_divisible_by=16"]

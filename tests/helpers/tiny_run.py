@@ -26,7 +26,7 @@ def write_start(folder: Path, exits: list[dict], *, num_layers: int, vocabulary:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import nemo_ee.models  # noqa: F401
-    from nemo_ee.convert.convert import convert
+    from nemo_ee.commands.convert import convert
 
     torch.manual_seed(5)
     source = folder / "hugging_face"

@@ -82,7 +82,7 @@ def layout_program(directory: Path, request: dict[str, Any], output: Path, name:
     from nemo_ee.exits.config import EarlyExitConfig
     from nemo_ee.exits.placement import place_exits
     from nemo_ee.generation.engine import EarlyExitEngine
-    from nemo_ee.megatron.pipelined_decoding import DecodingStage, open_decoding_model
+    from nemo_ee.megatron.decoding.pipelined_decoding import DecodingStage, open_decoding_model
     from tests.unit.megatron.test_decoding_adapter import build
 
     tensor, layers, wrong = LAYOUTS[name]
@@ -176,7 +176,7 @@ def main(directory: str, request: str, output: str) -> None:
     from nemo_ee import cpu_host
 
     cpu_host.enable()
-    import nemo_ee.megatron.pipelined_decoding  # noqa: F401
+    import nemo_ee.megatron.decoding.pipelined_decoding  # noqa: F401
     import tests.unit.megatron.test_decoding_adapter  # noqa: F401  (imported once, before the forks)
     from tests.helpers.ranks import run_ranks
 

@@ -88,9 +88,9 @@ def build(
     """
     from megatron.core import parallel_state
 
-    from nemo_ee.megatron.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
-    from nemo_ee.megatron.exit_head_init import initialise_exit_head
-    from nemo_ee.megatron.layer_spec import backbone_specs
+    from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
+    from nemo_ee.megatron.model.exit_head_init import initialise_exit_head
+    from nemo_ee.megatron.model.layer_spec import backbone_specs
 
     source = HuggingFaceSource(directory)
     config = source.backbone.nemo_config()
@@ -152,7 +152,7 @@ def draw_exits(model: Any) -> None:
 
 
 def engine_of(model: Any) -> EarlyExitEngine:
-    from nemo_ee.megatron.decoding_adapter import MegatronDecodingModel
+    from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
 
     return EarlyExitEngine(MegatronDecodingModel(model))
 
@@ -286,7 +286,7 @@ def often_met(model: Any, exits: Sequence[str]) -> ExitPolicy:
 
 def whole_sequence_taps(model: Any, tokens: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Megatron's own forward pass over whole sequences of one length."""
-    from nemo_ee.megatron.exit_loss import MicroBatch
+    from nemo_ee.megatron.loss.exit_loss import MicroBatch
 
     ids = torch.tensor(tokens)
     length = ids.shape[1]
@@ -328,9 +328,7 @@ def test_each_token_leaves_where_a_whole_sequence_pass_says(family, rotary_perce
             expected = sure[0] if sure and event.position > len(prompt) else None
             assert event.exit == expected
             assert event.confidence == pytest.approx(certainty[expected][row], abs=1e-5)
-            assert event.logprob == pytest.approx(
-                float(logits[expected][row].log_softmax(-1)[event.token]), abs=1e-4
-            )
+            assert event.logprob == pytest.approx(float(logits[expected][row].log_softmax(-1)[event.token]), abs=1e-4)
             left_at.add(expected)
         assert len(left_at) >= 3, f"tokens left only at {left_at}: the test says too little"
 

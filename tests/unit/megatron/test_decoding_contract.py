@@ -142,7 +142,7 @@ def test_rotation_is_megatrons_own(interleaved, size):
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    from nemo_ee.megatron.decoding_adapter import RotaryTable, rotate
+    from nemo_ee.megatron.decoding.decoding_adapter import RotaryTable, rotate
 
     embedding = RotaryEmbedding(10, size / 10, interleaved, use_cpu_initialization=True)
     config = SimpleNamespace(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_ee.megatron.differentiable_cross_entropy import differentiable_cross_entropy
-from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
-from nemo_ee.megatron.vocab_parallel import VocabularyShard
+from nemo_ee.megatron.loss.differentiable_cross_entropy import differentiable_cross_entropy
+from nemo_ee.megatron.loss.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard
 
 TOKENS, VOCABULARY, PADDED = 23, 13, 16
 WHOLE = VocabularyShard.of(vocab_size=VOCABULARY, padded_vocab_size=PADDED, rank=0, size=1, group=None)

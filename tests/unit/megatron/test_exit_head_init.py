@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("nemo", reason="models are built by NeMo")
 
-from nemo_ee.megatron.exit_head_init import backbone_key  # noqa: E402
+from nemo_ee.megatron.model.exit_head_init import backbone_key  # noqa: E402
 from tests.helpers.huggingface_models import save_tiny_model  # noqa: E402
 from tests.helpers.megatron_models import exit_entry, exit_logits, model_from_hugging_face, random_tokens  # noqa: E402
 
@@ -149,7 +149,7 @@ INITS_AND_OUTPUTS = [(init, output) for init in ("copy", "random", "lora") for o
 
 def _key_lines(folder: Path, family: str) -> list[str]:
     """`<model>: <checkpoint key> <global shape>` of every exit's every tensor."""
-    from nemo_ee.megatron.exit_head_init import local_shards
+    from nemo_ee.megatron.model.exit_head_init import local_shards
 
     entries = [
         exit_entry(2, architecture, init, output, rank=3)
@@ -214,9 +214,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.megatron.exit_head import ExitHead
-from nemo_ee.megatron.exit_head_init import local_shards
-from nemo_ee.megatron.layer_spec import backbone_specs
+from nemo_ee.megatron.model.exit_head import ExitHead
+from nemo_ee.megatron.model.exit_head_init import local_shards
+from nemo_ee.megatron.model.layer_spec import backbone_specs
 
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1")
 torch.cuda.set_device(0)

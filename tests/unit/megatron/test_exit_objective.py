@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
-from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
-from nemo_ee.megatron.teacher import FullTeacher, TopKTeacher
-from nemo_ee.megatron.vocab_parallel import VocabularyShard
+from nemo_ee.megatron.loss.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.loss.teacher import FullTeacher, TopKTeacher
+from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard
 
 TOKENS, VOCABULARY, PADDED, WIDTH = 23, 13, 16, 7
 WHOLE = VocabularyShard.of(vocab_size=VOCABULARY, padded_vocab_size=PADDED, rank=0, size=1, group=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
-from nemo_ee.megatron.joint_forward import attach_loss, recomputed_ranges
+from nemo_ee.megatron.pipeline.joint_forward import attach_loss, recomputed_ranges
 
 
 def _stage(attach) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_ee.megatron.linear_cross_entropy import linear_cross_entropy
-from nemo_ee.megatron.vocab_parallel import VocabularyShard
+from nemo_ee.megatron.loss.linear_cross_entropy import linear_cross_entropy
+from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard
 
 TOKENS, VOCABULARY, PADDED = 23, 13, 16
 WIDTHS = {"one term": (7,), "two terms": (7, 3)}

@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @torch.no_grad()
 def _merge(lora, plain) -> int:
     """Write W + B A into the plain head; returns how many updates there were."""
-    from nemo_ee.megatron.low_rank import LowRankLinear
+    from nemo_ee.megatron.model.low_rank import LowRankLinear
 
     merged = 0
     modules = dict(plain.named_modules())
@@ -75,7 +75,7 @@ def test_updates_equal_merged_weights(model, what: str) -> None:
 @pytest.mark.parametrize("what", ["mlp, own output", "layer, own output"])
 def test_gradients_of_updates_are_those_of_the_merged_weights(model, what: str) -> None:
     """dL/dB = dL/dW A^T and dL/dA = B^T dL/dW."""
-    from nemo_ee.megatron.low_rank import LowRankLinear
+    from nemo_ee.megatron.model.low_rank import LowRankLinear
 
     lora, plain = (model.model.exits[entry["name"]] for entry in TWINS[what])
     _merge(lora, plain)
@@ -96,7 +96,7 @@ def test_gradients_of_updates_are_those_of_the_merged_weights(model, what: str) 
 
 
 def test_every_linear_of_a_lora_head_has_an_update(model) -> None:
-    from nemo_ee.megatron.low_rank import LowRankLinear
+    from nemo_ee.megatron.model.low_rank import LowRankLinear
 
     names = {n for n, m in model.model.exits["l2-layer-lora-own"].named_modules() if isinstance(m, LowRankLinear)}
     assert names == {

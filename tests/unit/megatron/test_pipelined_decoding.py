@@ -76,7 +76,7 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     ],
 )
 def test_items_arrive_as_they_left(positions):
-    from nemo_ee.megatron.stage_lines import items_of, numbers_of
+    from nemo_ee.megatron.decoding.stage_lines import items_of, numbers_of
 
     items = Items.of(positions)
     numbers = numbers_of(items)

@@ -138,6 +138,8 @@ def test_what_needs_the_final_exit(full_depth, val_agreement, objective, needed)
     block = {"exits": [{"layer": 1}, {"layer": 2, "objective": objective}]}
     config = OmegaConf.create({"full_depth": full_depth, "val_agreement": val_agreement})
     assert needs_full_depth(config, EarlyExitConfig.from_mapping(block, num_layers=4)) is needed
+
+
 def test_main_weights_need_half_parameters() -> None:
     for precision in ("bf16", "bf16-mixed"):
         refuse_unsupported(_config(megatron_amp_O2=True), world_size=4, precision=precision)

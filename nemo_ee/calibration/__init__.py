@@ -1,0 +1,3 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Level 4: choose thresholds whose risk is bounded (Learn then Test)."""

@@ -1,0 +1,378 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A calibration from its config to its certificate.
+
+request -> model -> prompts -> the full model's continuations -> table of all exits -> Learn then Test
+        -> the chosen policy decoded freely -> certificate in the `.nemo`, calibration.json, calibration.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from nemo_ee.calibration.calibration_prompts import CalibrationPrompts, make_prompts
+from nemo_ee.calibration.calibration_report import draw_calibration
+from nemo_ee.calibration.calibration_request import CalibrationRequest
+from nemo_ee.calibration.learn_then_test import (
+    Measure,
+    PolicyResult,
+    candidate_faults,
+    divergence,
+    fastest,
+    learn_then_test,
+    measure_on,
+    one_threshold_path,
+    pareto_path,
+    split_prompts,
+)
+from nemo_ee.calibration.risk_control import fewest_prompts
+from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, store_certificate
+from nemo_ee.commands.generate import decode, prompt_ids, stored_tokenizer
+from nemo_ee.evaluation.certified import identify
+from nemo_ee.evaluation.report import write_json
+from nemo_ee.exits.confidence import NEVER_LEAVES
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
+from nemo_ee.generation.exit_table import ExitTable, TablePass
+from nemo_ee.generation.items import DecodingModel
+from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.sampling import SamplingParams
+from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
+from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+from nemo_ee.models.run_config import merge_model_config
+from nemo_ee.models.trainer import single_run_trainer
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[int, str], float]  # (index of the prompt, text of the answer) -> 0..1, 1 = best
+
+
+def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
+    """Run a calibration. Every rank must call it; rank 0 writes.
+
+    Args:
+        cfg: conf/megatron_gpt_early_exit_calibrate.yaml; `trainer` and `model` are read.
+        request: made from the same config.
+
+    Returns:
+        What calibration.json holds.
+
+    Raises:
+        ValueError: every fault that the file's config shows, and those of the prompts, before weights are loaded (of
+            prompts after that where the file's tokenizer is no Hugging Face one).
+    """
+    stored = read_config(request.path)
+    model_config = merge_model_config(stored, cfg.model)
+    # The layers are those of one stage, all of them, whatever the file was tuned with.
+    model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
+    positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
+    _check_model(request, stored, positions)
+    tokenizer = stored_tokenizer(request.path, stored)
+    prompts = None if tokenizer is None else _prompts(request, tokenizer, positions)  # faults before weights are read
+    identity = identify(request.path)
+    trainer = single_run_trainer(cfg)
+    model = MegatronEarlyExitGPTModel.restore_from(
+        str(request.path),
+        override_config_path=model_config,
+        trainer=trainer,
+        save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify),
+    )
+    if request.setting.precision == "bf16":
+        model.model.bfloat16()
+    prompts = prompts or _prompts(request, model.tokenizer, positions)
+    calibrator = Calibrator(MegatronDecodingModel(model.model), model.tokenizer, request, prompts)
+    report = calibrator.run()
+    certificate = _certificate(request, report, identity, prompts)
+    report["certificate"] = certificate.to_mapping()
+    if trainer.is_global_zero:
+        _write(request, report, certificate)
+    return report
+
+
+def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int) -> None:
+    faults = []
+    block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
+    names = [exit.name for exit in EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits]
+    if not names:
+        faults.append(f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+    for name in request.exits or ():
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            guess = f" (did you mean {close[0]}?)" if close else ""
+            faults.append(f"exits names {name!r}, which the model does not have{guess}; it has {', '.join(names)}")
+    if request.split:
+        asked = [name for name in names if request.exits is None or name in request.exits]
+        faults += candidate_faults(request.grid, len(asked), NEVER_LEAVES[request.criterion])
+    longest = request.setting.tokens_to_generate
+    if any(entry.is_document for entry in request.entries):
+        longest += request.prompt_tokens
+    if longest >= positions:
+        faults.append(
+            f"prompt_tokens + tokens_to_generate are {longest} of the model's {positions} positions; lower one of them"
+        )
+    if faults:
+        raise ValueError("nothing was calibrated:\n" + "\n".join(f"  {one}" for one in faults))
+
+
+def _prompts(request: CalibrationRequest, tokenizer: Any, positions: int) -> CalibrationPrompts:
+    asked = request.setting
+    if asked.add_BOS and tokenizer.bos_id is None:
+        raise ValueError("add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False")
+    if asked.stop_on_eos and tokenizer.eos_id is None:
+        raise ValueError("stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False")
+    prompts = make_prompts(
+        request.entries,
+        lambda text: prompt_ids(tokenizer, text, asked.add_BOS),
+        bos=tokenizer.bos_id,
+        prompt_tokens=request.prompt_tokens,
+        prompts_per_document=request.prompts_per_document,
+        num_prompts=request.num_prompts,
+        longest=positions - asked.tokens_to_generate,
+        seed=request.seed,
+        facts=request.data_facts,
+    )
+    set_aside = round(request.split * len(prompts.ids))
+    if request.split and not set_aside:
+        raise ValueError(
+            f"split={request.split} sets none of {len(prompts.ids)} prompts aside; raise it, or set split=0"
+        )
+    tested = len(prompts.ids) - set_aside
+    fewest = fewest_prompts(request.epsilon, request.delta)
+    if tested < fewest:
+        raise ValueError(
+            f"{tested} prompts are left to test, but epsilon={request.epsilon} and delta={request.delta} need "
+            f"{fewest} even where nothing is lost; give more prompts, or raise epsilon or delta"
+        )
+    return prompts
+
+
+class Calibrator:
+    """Learn then Test of one request on a model and its prompts.
+
+    Args:
+        model: what decodes.
+        tokenizer: NeMo's; the task risk reads the text of answers.
+        request: see `CalibrationRequest`.
+        prompts: what to calibrate on.
+        score: of the task risk, in 0..1; None = exact match with the prompt's answer.
+    """
+
+    def __init__(
+        self,
+        model: DecodingModel,
+        tokenizer: Any,
+        request: CalibrationRequest,
+        prompts: CalibrationPrompts,
+        score: Score | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.request, self.prompts = model, tokenizer, request, prompts
+        self.engine = EarlyExitEngine(model)
+        self.score = score or self._exact_match
+        self.exits = tuple(p for p in model.exits if request.exits is None or p.name in request.exits)
+        eos = tokenizer.eos_id
+        self._stops = (eos,) if request.setting.stop_on_eos and eos is not None else ()
+
+    def run(self) -> dict[str, Any]:
+        """The report: settings, policies in the order of the test, free-running divergence."""
+        asked, everyone = self.request, range(len(self.prompts.ids))
+        full = self._generate(everyone, None)
+        path = one_threshold_path(asked.grid, len(self.exits))
+        tested = list(everyone)
+        if asked.risk == "task":
+            measure = self._measure_task(full)
+        else:
+            table = self._table(full)
+            if asked.split:
+                found_on, tested = split_prompts(len(tested), asked.split, asked.seed)
+                path = pareto_path(
+                    asked.grid, len(self.exits), NEVER_LEAVES[asked.criterion], self._simulate(table.select(found_on))
+                )
+            measure = self._simulate(table.select(tested))
+        results = learn_then_test(
+            path, measure, epsilon=asked.epsilon, delta=asked.delta, all_of_it=asked.risk != "task"
+        )
+        chosen = fastest(results)
+        free = None if chosen is None else self._free_running(full, tested[: asked.free_running], chosen)
+        return self._report(results, chosen, free, len(tested))
+
+    def policy(self, thresholds: Sequence[float]) -> ExitPolicy:
+        """The policy with these thresholds."""
+        named = {point.name: value for point, value in zip(self.exits, thresholds, strict=True)}
+        return ExitPolicy(
+            named, criterion=self.request.criterion, active=tuple(named), max_waiting=self.request.max_waiting
+        )
+
+    def _sampling(self, index: int) -> SamplingParams:
+        # A seed for each prompt: prompts that share random numbers would not be independent.
+        sampling = self.request.sampling
+        return dataclasses.replace(sampling, seed=sampling.seed + index)
+
+    def _generate(self, indices: Sequence[int], policy: ExitPolicy | None) -> list[GenerationResult]:
+        """Answers of these prompts, a batch at a time; without a policy the full model's."""
+        size = self.request.batch_size
+        batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+        what = "full model" if policy is None else "early exit"
+        return [
+            self.engine.generate(
+                [self.prompts.ids[index] for index in batch],
+                max_new_tokens=self.request.setting.tokens_to_generate,
+                mode="full" if policy is None else "early_exit",
+                policy=policy,
+                sampling=[self._sampling(index) for index in batch],
+                stop_tokens=self._stops,
+            )
+            for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0)
+        ]
+
+    def _table(self, full: Sequence[GenerationResult]) -> ExitTable:
+        run = TablePass(self.model, [point.name for point in self.exits], self.request.criterion)
+        tables, first = [], 0
+        for result in tqdm(full, desc="all exits, batches", mininterval=1.0):
+            own = self.prompts.ids[first : first + len(result.tokens)]
+            sequences = [[*prompt, *new] for prompt, new in zip(own, result.tokens, strict=True)]
+            sampling = [self._sampling(first + index) for index in range(len(own))]
+            tables.append(run.run(sequences, [len(prompt) for prompt in own], sampling))
+            first += len(own)
+        return ExitTable.join(tables)
+
+    def _simulate(self, table: ExitTable) -> Measure:
+        return measure_on(table, self.request.risk, self.request.clip_nats, self.request.max_waiting)
+
+    def _measure_task(self, full: Sequence[GenerationResult]) -> Measure:
+        """Losses of the task risk: what the full model scores more than the policy, decoded freely."""
+        best = self._scores(full)
+
+        def measure(thresholds: Sequence[float]) -> tuple[torch.Tensor, float]:
+            results = self._generate(range(len(self.prompts.ids)), self.policy(thresholds))
+            return (best - self._scores(results)).clamp(min=0.0), _mean_depth(results)
+
+        return measure
+
+    def _scores(self, results: Sequence[GenerationResult]) -> torch.Tensor:
+        answers = [tokens for result in results for tokens in result.tokens]
+        texts = [decode(self.tokenizer, [t for t in answer if t not in self._stops]) for answer in answers]
+        scores = torch.tensor([self.score(index, text) for index, text in enumerate(texts)], dtype=torch.float64)
+        # A difference of scores would be clipped into 0..1 and look like a loss.
+        outside = scores[~((scores >= 0) & (scores <= 1))]
+        if outside.numel():
+            raise ValueError(f"scores must lie in 0..1, but one is {outside[0].item()}; scale them")
+        return scores
+
+    def _exact_match(self, index: int, text: str) -> float:
+        if self.request.answer_until is not None:
+            text = text.partition(self.request.answer_until)[0]
+        return float(text.strip() == (self.prompts.answers[index] or "").strip())
+
+    def _free_running(
+        self, full: Sequence[GenerationResult], indices: Sequence[int], chosen: PolicyResult
+    ) -> dict[str, Any] | None:
+        if not indices:
+            return None
+        results = self._generate(indices, self.policy(chosen.thresholds))
+        theirs = [tokens for result in full for tokens in result.tokens]
+        ours = [tokens for result in results for tokens in result.tokens]
+        return {**divergence(ours, [theirs[index] for index in indices]), "mean_depth": _mean_depth(results)}
+
+    def _report(
+        self,
+        results: Sequence[PolicyResult],
+        chosen: PolicyResult | None,
+        free: dict[str, Any] | None,
+        num_tested: int,
+    ) -> dict[str, Any]:
+        asked = self.request
+        names = [point.name for point in self.exits]
+        policies = [
+            {
+                **dataclasses.asdict(one),
+                "thresholds": dict(zip(names, one.thresholds, strict=True)),
+                "chosen": one is chosen,
+            }
+            for one in results
+        ]
+        return {
+            "model": str(asked.path),
+            "risk_name": asked.risk,
+            "epsilon": asked.epsilon,
+            "delta": asked.delta,
+            "criterion": asked.criterion,
+            "num_layers": self.model.num_layers,
+            "num_tested": num_tested,
+            "policies": policies,
+            "free_running": free,
+        }
+
+
+def _mean_depth(results: Sequence[GenerationResult]) -> float:
+    tokens = sum(one.stats.num_tokens for one in results)
+    return sum(one.stats.mean_depth * one.stats.num_tokens for one in results) / tokens
+
+
+def definition_of(request: CalibrationRequest) -> str:
+    """The risk in words."""
+    if request.risk == "disagreement":
+        return "share of a full-model continuation's tokens that the exit they are read at would have chosen otherwise"
+    if request.risk == "nll_excess":
+        return (
+            "mean nats by which a full-model continuation is less likely at the exits it is read at, clipped to "
+            f"0..{request.clip_nats:g} and divided by that"
+        )
+    until = "" if request.answer_until is None else f", up to {request.answer_until!r}"
+    return f"exact match of the full model's answer minus that of the freely decoded answer, at least 0{until}"
+
+
+def _certificate(
+    request: CalibrationRequest, report: dict[str, Any], identity: Identity, prompts: CalibrationPrompts
+) -> Certificate:
+    chosen = next((one for one in report["policies"] if one["chosen"]), None)
+    guarantee = Guarantee(
+        risk=request.risk,
+        definition=definition_of(request),
+        epsilon=request.epsilon,
+        delta=request.delta,
+        empirical_risk=0.0 if chosen is None else chosen["risk"],
+        p_value=None if chosen is None else chosen["p_value"],
+        mean_depth=float(report["num_layers"]) if chosen is None else chosen["mean_depth"],
+        num_layers=report["num_layers"],
+        answer_until=request.answer_until if request.risk == "task" else None,
+    )
+    return Certificate(
+        name=request.certificate or "not-stored",
+        created=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        model=identity,
+        setting=request.setting,
+        criterion=request.criterion,
+        thresholds={} if chosen is None else chosen["thresholds"],
+        max_waiting=request.max_waiting,
+        guarantee=guarantee,
+        data={**prompts.facts, "num_tested": report["num_tested"], "split": request.split},
+        free_running=report["free_running"],
+    )
+
+
+def _write(request: CalibrationRequest, report: dict[str, Any], certificate: Certificate) -> None:
+    output = Path(request.output)
+    write_json(output / "calibration.json", report)
+    facts = certificate.data
+    draw_calibration(
+        output / "calibration.png",
+        report,
+        title=f"Calibration of {request.path.name}: {request.risk} at most {request.epsilon:g} "
+        f"with confidence {1 - request.delta:g}",
+        caption=f"{report['num_tested']} prompts of {facts['file']}, {request.setting.tokens_to_generate} new tokens",
+    )
+    logger.info("wrote %s and %s", output / "calibration.json", output / "calibration.png")
+    if request.certificate is not None:
+        where = store_certificate(request.path, certificate, request.save_to)
+        logger.info("stored certificate %r in %s", request.certificate, where)

@@ -1,0 +1,230 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Add exits to a pre-trained model: Hugging Face directory or `.nemo` in, early-exit `.nemo` out.
+
+    read config -> check everything -> build -> load -> initialise exits -> write -> read back -> compare logits
+
+A `.nemo` source keeps its weights byte for byte and the exits it already has. What was written is read again and its
+full model's logits are compared: bitwise with those before writing, and for a Hugging Face source with those of
+`transformers` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+from nemo_ee.models.run_config import merge_model_config
+from nemo_ee.models.supported import planned_ranks, refuse_unsupported
+from nemo_ee.models.trainer import single_run_trainer
+
+# Relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
+LOGIT_TOLERANCE = 1e-5
+_LOOSER_TOLERANCES = {"cuda": 5e-3, "bf16": 5e-2}
+_BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        output: the file written.
+        exits: names of all exits in it.
+        added: names of those that are new.
+        fingerprint: of the backbone.
+        logit_difference: largest difference to `transformers`, relative to the largest logit; None where not compared.
+    """
+
+    output: Path
+    exits: tuple[str, ...]
+    added: tuple[str, ...]
+    fingerprint: str
+    logit_difference: float | None
+
+
+def convert(cfg: DictConfig) -> Conversion:
+    """Run a conversion; `cfg` is conf/megatron_gpt_early_exit_convert.yaml. Every rank must call it.
+
+    Raises:
+        ValueError: all faults of source, output and exits in one message, before anything is built; or, at the end, a
+            written file whose logits differ (it is removed).
+    """
+    source, output = Path(str(cfg.source)), Path(str(cfg.output))
+    faults = _check_paths(cfg, source, output)
+    base: dict = {}
+    config: EarlyExitConfig | None = None
+    train = cfg.model.early_exit.get("train")
+    if train in ("joint", "lora"):
+        faults.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
+    if source.exists():
+        try:
+            base = _base_config(cfg, source)
+        except ValueError as fault:
+            faults.append(str(fault))
+    if base:
+        for check in (_refuse_unsupported, _exits):
+            try:
+                config = check(cfg, base)
+            except ValueError as fault:
+                faults.append(str(fault))
+    if faults:
+        raise ValueError("nothing was converted:\n" + "\n".join(faults))
+    base["early_exit"] = config.to_mapping()
+    model_config = OmegaConf.create({**base, "full_depth": True})
+
+    trainer = single_run_trainer(cfg)
+    model = _build(cfg, source, model_config, trainer)
+    tokens = _probe_tokens(model, cfg.probe_tokens)
+    before = full_model_logits(model, tokens)
+    difference = None
+    if source.is_dir() and _is_hugging_face(source) and cfg.compare_with_transformers:
+        difference = _compare_with_transformers(source, tokens, before, model)
+    model.save_to(str(output))
+    del model
+    _check_written(cfg, output, tokens, before)
+    stored = OmegaConf.to_container(read_config(output))
+    already = {exit["name"] for exit in (base.get("_stored_exits") or [])}
+    names = config.names
+    return Conversion(
+        output, names, tuple(n for n in names if n not in already), stored["backbone_fingerprint"], difference
+    )
+
+
+def _check_paths(cfg: DictConfig, source: Path, output: Path) -> list[str]:
+    faults = []
+    if not source.exists():
+        faults.append(f"source={source} does not exist; give a Hugging Face directory or a .nemo file")
+    if output.suffix != ".nemo":
+        faults.append(f"output={output} must end in .nemo")
+    if output.is_dir():
+        faults.append(f"output={output} is a directory; give the name of a file")
+    elif output.exists() and not cfg.overwrite:
+        faults.append(f"output={output} exists; choose another name or add overwrite=True")
+    if output.exists() and source.exists() and output.resolve() == source.resolve():
+        faults.append(f"output={output} is the source itself; choose another name")
+    return faults
+
+
+def _is_hugging_face(source: Path) -> bool:
+    return source.is_dir() and not (source / "model_config.yaml").is_file()
+
+
+def _base_config(cfg: DictConfig, source: Path) -> dict:
+    """The model config of the source, the script's settings laid over it, exits left out."""
+    overrides = OmegaConf.to_container(cfg.model, resolve=True)
+    overrides.pop("early_exit", None)
+    if not _is_hugging_face(source):
+        stored = read_config(source)
+        merged = OmegaConf.to_container(merge_model_config(stored, OmegaConf.create(overrides)))
+        block = OmegaConf.to_container(stored).get("early_exit") or {}
+        merged["_stored_exits"] = block.get("exits") or []
+        return merged
+    backbone = HuggingFaceSource(source, overrides.get("encoder_seq_length")).backbone
+    merged = {key: value for key, value in overrides.items() if value is not None}
+    tokenizer = {"library": "huggingface", "type": str(source.resolve()), "use_fast": True}
+    return {**backbone.nemo_config(), "tokenizer": tokenizer, **merged, "_stored_exits": []}
+
+
+def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:
+    """What the model refuses when it is built, seen before its weights are unpacked."""
+    settings = {**base, "early_exit": OmegaConf.to_container(cfg.model.early_exit, resolve=True)}
+    config = OmegaConf.create(settings)
+    refuse_unsupported(config, world_size=planned_ranks(cfg.trainer, config), precision=cfg.trainer.precision)
+
+
+def _exits(cfg: DictConfig, base: Mapping) -> EarlyExitConfig:
+    """Stored exits and the new ones, checked together."""
+    block = OmegaConf.to_container(cfg.model.early_exit, resolve=True)
+    stored = base["_stored_exits"]
+    new = block.get("exits") or []
+    config = EarlyExitConfig.from_mapping({**block, "exits": [*stored, *new]}, num_layers=base["num_layers"])
+    if not config.exits:
+        raise ValueError(
+            "model.early_exit asks for no exits; add model.early_exit.every=1/4 or model.early_exit.exits=[{layer: 3}]"
+        )
+    return config
+
+
+def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> MegatronEarlyExitGPTModel:
+    config.pop("_stored_exits")
+    if not _is_hugging_face(source):
+        return MegatronEarlyExitGPTModel.restore_from(
+            str(source),
+            override_config_path=config,
+            trainer=trainer,
+            save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.verify),
+        )
+    weights = HuggingFaceSource(source, config.encoder_seq_length)
+    model = MegatronEarlyExitGPTModel(config, trainer)
+    if torch.cuda.is_available():
+        model = model.to(torch.device("cuda", torch.cuda.current_device()))
+    model.load_weights(weights, None)
+    model.backbone_dtype = weights.keys()["embedding.word_embeddings.weight"].dtype
+    model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
+    # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
+    model.bundled_files["tokenizer/config.json"] = source / "config.json"
+    return model
+
+
+def _probe_tokens(model: MegatronEarlyExitGPTModel, count: int) -> torch.Tensor:
+    """[1, n] tokens spread over the whole vocabulary, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    count = min(count, model.cfg.encoder_seq_length)
+    count -= count % model.cfg.get("tensor_model_parallel_size", 1)  # sequence parallelism splits it evenly
+    return torch.randint(0, model.vocab_size, (1, count), generator=generator)
+
+
+@torch.no_grad()
+def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.Tensor | None, model) -> float | None:
+    """Relative difference of the logits to `transformers`' on the same weights, in fp32, on rank 0 of the last
+    stage."""
+    if ours is None or parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
+        return None
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32, trust_remote_code=False)
+    theirs = reference(tokens).logits
+    difference = ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()
+    logging.info(f"full model against transformers: largest logit difference {difference:.2e} of the largest logit")
+    tolerance = LOGIT_TOLERANCE if ours.device.type == "cpu" else _LOOSER_TOLERANCES["cuda"]
+    if model.torch_dtype is not torch.float32:
+        tolerance = _LOOSER_TOLERANCES["bf16"]
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the converted model's logits differ from transformers' by {difference:.2e} of the largest logit, more "
+            f"than {tolerance:.0e}; nothing was written. This is a fault of the conversion: please report the model's "
+            "config.json"
+        )
+    return difference
+
+
+def _check_written(cfg: DictConfig, output: Path, tokens: torch.Tensor, before: torch.Tensor | None) -> None:
+    """Read the file back and compare the full model's logits, bitwise; a file that differs is removed."""
+    config = merge_model_config(read_config(output), OmegaConf.create({**cfg.model, "early_exit": None}))
+    config.full_depth = True
+    again = MegatronEarlyExitGPTModel.restore_from(
+        str(output), override_config_path=config, trainer=single_run_trainer(cfg)
+    )
+    after = full_model_logits(again, tokens)
+    same = torch.tensor(float(after is None or torch.equal(after, before)))
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(same, op=torch.distributed.ReduceOp.MIN)
+    if not same.item():
+        with contextlib.suppress(FileNotFoundError):
+            output.unlink()
+        raise ValueError(f"{output} was written but reads back with other logits; it was removed. Check the disk.")
+    logging.info(f"{output}: read back, the full model's logits are unchanged")

@@ -1,0 +1,342 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Generate text with an early-exit `.nemo`: check the request against the file, load, decode.
+
+request -> config and tokenizer of the file -> every fault of the two -> weights -> decoding engine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.commands.generation_request import OUTPUT_KEYS, GenerationRequest
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.generation.checks import request_faults
+from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.items import DecodingModel, ExitPoint
+from nemo_ee.generation.policy import course_of
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.session import DecodingSession
+from nemo_ee.generation.stats import FINAL, DecodingStats, Failure, TokenEvent
+from nemo_ee.megatron.decoding.pipelined_decoding import DecodingStage, PipelinedDecodingModel, open_decoding_model
+from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
+from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+from nemo_ee.models.run_config import merge_model_config
+from nemo_ee.models.trainer import single_run_trainer
+from nemo_ee.text.stop_strings import EndStrings
+from nemo_ee.text.token_view import Detokenizer, TokenText
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One prompt's answer.
+
+    Attributes:
+        prompt: the text.
+        tokens: the text of each new token, with its exit.
+        events: what the engine said about each new token.
+        finish_reason: `stop`, `length`, or `error` where the answer ends before its time.
+        error: what went wrong then.
+    """
+
+    prompt: str
+    tokens: tuple[TokenText, ...]
+    events: tuple[TokenEvent, ...]
+    finish_reason: str
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The new text."""
+        return "".join(token.text for token in self.tokens)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for a line of JSON."""
+        tokens = [
+            {
+                "text": token.text,
+                "id": event.token,
+                "exit": FINAL if event.exit is None else event.exit,
+                "layer": event.layer,
+                "confidence": event.confidence,
+                "logprob": event.logprob,
+            }
+            for token, event in zip(self.tokens, self.events, strict=True)
+        ]
+        line = {"prompt": self.prompt, "text": self.text, "finish_reason": self.finish_reason, "tokens": tokens}
+        line |= {} if self.error is None else {"error": self.error}
+        assert line.keys() <= set(OUTPUT_KEYS), "a prompt's own keys must not be written over"
+        return line
+
+
+class TextGenerator:
+    """Text in, text out, over a decoding engine. Leave it as a context manager: that lets other pipeline stages go.
+
+    Args:
+        model: what decodes.
+        tokenizer: NeMo's.
+        request: how to generate; its prompts are not read.
+    """
+
+    def __init__(self, model: DecodingModel, tokenizer: Any, request: GenerationRequest) -> None:
+        self.model, self.tokenizer, self.request = model, tokenizer, request
+        self.stats: DecodingStats | None = None
+        self.seconds = 0.0
+        self.num_failed = 0
+
+    def check(self, prompts: Sequence[str]) -> list[Request]:
+        """What the engine is asked for these prompts.
+
+        Raises:
+            ValueError: every fault of every prompt, by its number.
+        """
+        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, self.model.max_positions))
+        if not faults:
+            requests = [self._request(prompt) for prompt in prompts]
+            for index, own in enumerate(requests):
+                faults += request_faults(self.model, f"prompt {index}", own)
+        _raise(faults)
+        return requests
+
+    def __enter__(self) -> TextGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self.model, PipelinedDecodingModel):
+            self.model.close()
+
+    def generate(
+        self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None = None
+    ) -> Iterator[Generated]:
+        """Answers in the order of the prompts; `batch_size` prompts are decoded at a time, the next one as soon as one
+        of them ends. An answer that fails is one of them, with its `error`; `num_failed` counts those.
+
+        Args:
+            prompts: texts.
+            on_token: called with every token as it comes, for a display.
+
+        Raises:
+            ValueError: as `check`, before anything runs.
+        """
+        requests = self.check(prompts)
+        session = self._start(requests)
+        texts: list[list[TokenText]] = [[] for _ in prompts]
+        events: list[list[TokenEvent]] = [[] for _ in prompts]
+        ends: dict[int, TokenEvent | Failure] = {}
+        detokenizers = [Detokenizer(self.decode, own.prompt) for own in requests]
+        to_come = iter(requests)
+        given = 0
+        started = time.perf_counter()
+        while given < len(prompts):
+            while session.num_free_slots and (request := next(to_come, None)) is not None:
+                session.add(request)
+            for event in session.step():
+                index = event.sequence
+                if event.finish_reason is not None:
+                    ends[index] = event
+                if isinstance(event, Failure):
+                    continue
+                events[index].append(event)
+                text = detokenizers[index].push(event.token, last=event.finish_reason is not None)
+                texts[index].append(TokenText(text, event.exit))
+                if on_token is not None:
+                    on_token(texts[index][-1])
+            while given in ends:
+                self.seconds += time.perf_counter() - started
+                end = ends.pop(given)
+                error = end.message if isinstance(end, Failure) else None
+                self.num_failed += error is not None
+                yield Generated(prompts[given], tuple(texts[given]), tuple(events[given]), end.finish_reason, error)
+                started = time.perf_counter()
+                given += 1
+        stats = session.stats([event for own in events for event in own])
+        self.stats = stats if self.stats is None else _sum(self.stats, stats)
+
+    def _request(self, prompt: str) -> Request:
+        asked, eos = self.request, self.tokenizer.eos_id
+        ids = prompt_ids(self.tokenizer, prompt, asked.add_bos)
+        return Request(
+            tuple(ids),
+            asked.max_new_tokens,
+            asked.sampling,
+            stop_tokens=frozenset([eos] if asked.stop_on_eos else []),
+            min_new_tokens=asked.min_new_tokens,
+            ends=EndStrings(self.decode, asked.end_strings, ids) if asked.end_strings else None,
+        )
+
+    def _start(self, requests: Sequence[Request]) -> DecodingSession:
+        """An empty session in which each of these requests has room."""
+        asked, engine = self.request, EarlyExitEngine(self.model, cost_rule=self.request.cost_rule)
+        longest = max(len(own.prompt) + own.max_new_tokens for own in requests)
+        return engine.start(
+            [],
+            mode=asked.mode,
+            policy=asked.policy,
+            num_slots=min(asked.batch_size, len(requests)),
+            max_length=min(longest, self.model.max_positions),
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return decode(self.tokenizer, ids)
+
+
+def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator | None:
+    """Load the model for a request. Every rank must call it.
+
+    Args:
+        cfg: the script's config; `trainer` and `model` are read.
+        request: made from the same config.
+
+    Returns:
+        On the first pipeline stage the generator. Later stages do what it asks of them within this call, which returns
+        None when the generator is left.
+
+    Raises:
+        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
+            `TextGenerator.check` has those that only the loaded tokenizer shows.
+    """
+    stored = read_config(request.path)
+    model_config = merge_model_config(stored, cfg.model)
+    # All layers, however the file was tuned.
+    model_config.update({"full_depth": True, "sequence_parallel": False})
+    check_request(request, stored)
+    trainer = single_run_trainer(cfg)
+    model = MegatronEarlyExitGPTModel.restore_from(
+        str(request.path),
+        override_config_path=model_config,
+        trainer=trainer,
+        save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify),
+    )
+    if str(cfg.trainer.precision).startswith("bf16"):
+        model.model.bfloat16()
+    minutes = cfg.model.distributed_timeout_minutes
+    decoder = open_decoding_model(model.model, model.placements, timeout_minutes=minutes)
+    if isinstance(decoder, DecodingStage):
+        decoder.serve()
+        return None
+    return TextGenerator(decoder, model.tokenizer, request)
+
+
+def check_request(request: GenerationRequest, stored: DictConfig) -> None:
+    """Hold a request against the config of its `.nemo`.
+
+    Raises:
+        ValueError: every fault, in one message.
+    """
+    faults: list[str] = []
+    block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
+    if request.mode != "full":
+        if not block.get("exits") and not block.get("every"):
+            faults.append(
+                f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py, "
+                "or use mode=full"
+            )
+        else:
+            exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
+            points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
+            try:
+                course_of(request.mode, request.policy, points, stored.num_layers)
+            except ValueError as fault:
+                faults.append(str(fault))
+    tokenizer = stored_tokenizer(request.path, stored)
+    if tokenizer is not None:
+        positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
+        faults += _prompt_faults(request, request.prompts, tokenizer, positions)
+    _raise(faults)
+
+
+def _raise(faults: Sequence[str]) -> None:
+    if faults:
+        lines = dict.fromkeys(f"  {one}" for one in faults)  # a fault that all prompts share is one
+        raise ValueError("nothing was generated:\n" + "\n".join(lines))
+
+
+def _prompt_faults(
+    request: GenerationRequest, prompts: Sequence[str], tokenizer: Any, positions: int
+) -> Iterator[str]:
+    if request.add_bos and tokenizer.bos_id is None:
+        yield "add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False"
+        return
+    if request.stop_on_eos and tokenizer.eos_id is None:
+        yield "stop_on_eos=True, but the tokenizer has no end-of-text token; set stop_on_eos=False"
+    for index, prompt in enumerate(prompts):
+        length = len(prompt_ids(tokenizer, prompt, request.add_bos))
+        if not length:
+            yield f"prompt {index} ({prompt!r}) has no tokens; write something or set add_BOS=True"
+        elif length + request.max_new_tokens > positions:
+            yield (
+                f"prompt {index}: {length} tokens + tokens_to_generate={request.max_new_tokens} are more than the "
+                f"model's {positions} positions; shorten the prompt or set tokens_to_generate to at most "
+                f"{max(positions - length, 0)}"
+            )
+
+
+def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
+    """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before restoring,
+    then the prompts are checked after it."""
+    if stored.tokenizer.library != "huggingface":
+        return None
+    with NemoArchive(path) as archive, tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:
+        folder = Path(directory, "tokenizer")
+        if archive.has("tokenizer"):
+            archive.extract(directory, ["tokenizer"])
+        else:
+            folder = Path(str(stored.tokenizer.get("type")))
+        if not folder.is_dir():
+            return None
+        return get_nmt_tokenizer(library="huggingface", model_name=str(folder), use_fast=True)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, add_bos: bool | None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: NeMo's.
+        prompt: the text.
+        add_bos: put the begin-of-text token in front; None = if the Hugging Face tokenizer itself would.
+    """
+    ids = list(tokenizer.text_to_ids(prompt))
+    bos = tokenizer.bos_id
+    if add_bos is None:
+        own = getattr(tokenizer, "tokenizer", None)
+        add_bos = bos is not None and callable(own) and own("x").input_ids[:1] == [bos]
+    return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of token ids, special tokens included where the tokenizer can tell them apart."""
+    if hasattr(tokenizer, "include_special_tokens"):  # NeMo's wrapper around a Hugging Face tokenizer
+        return tokenizer.ids_to_text(ids, remove_special_tokens=False)
+    return tokenizer.ids_to_text(ids)
+
+
+def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
+    """Stats of two calls together."""
+    tokens = one.num_tokens + other.num_tokens
+    depth = one.mean_depth * one.num_tokens + other.mean_depth * other.num_tokens
+    return DecodingStats(
+        num_prompt_tokens=one.num_prompt_tokens + other.num_prompt_tokens,
+        num_tokens=tokens,
+        tokens_per_exit={name: count + other.tokens_per_exit[name] for name, count in one.tokens_per_exit.items()},
+        mean_depth=depth / tokens if tokens else 0.0,
+        num_layers=one.num_layers,
+        computed_layers=one.computed_layers + other.computed_layers,
+        drafted=one.drafted + other.drafted,
+        accepted=one.accepted + other.accepted,
+        checks=one.checks + other.checks,
+        num_fallbacks=one.num_fallbacks + other.num_fallbacks,
+        asked={
+            name: one.asked.get(name, 0) + other.asked.get(name, 0)
+            for name in dict.fromkeys([*one.asked, *other.asked])
+        },
+    )

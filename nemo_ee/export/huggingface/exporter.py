@@ -1,0 +1,369 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Write a `.nemo` as Hugging Face directories.
+
+    hf_full/          the backbone in its family's stock class
+    hf_exit_<name>/   an exit as a model of its own: k layers with the exit's MLP, norm and output, or k + 1
+    hf_early_exit/    the backbone with exit_heads.* beside it and the table of exits in config.json; in it
+                      early_exit_trtllm/, with which TensorRT-LLM's PyTorch backend leaves early
+    manifest.json     written last
+
+Tensor by tensor: read once per directory, low-rank updates folded in, one in memory at a time. Then each directory up
+to `parity_gigabytes` is read back whole, for its parity digest. All of it goes to `<output>.partial`, which gets its
+name when everything is on disk; after a fault or an interruption nothing is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nemo_ee.checkpoint.tokenizer_files import SPECIAL_TOKENS, special_token_ids
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.early_exit_source import EarlyExitSource, Origin, copy_tokenizer
+from nemo_ee.export.huggingface.exported_tensors import Reading, readings
+from nemo_ee.export.huggingface.remote_code import auto_map, remote_code
+from nemo_ee.export.huggingface.stock_config import (
+    FORMAT,
+    StockConfig,
+    exit_config,
+    exit_refusal,
+    read_bundled,
+    stock_configs,
+)
+from nemo_ee.export.huggingface.weight_files import num_bytes, write_json, write_weights
+from nemo_ee.export.manifest import write_manifest
+from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
+from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
+from nemo_ee.export.safetensors_writer import DTYPES
+from nemo_ee.export.tensorrt_llm.early_exit_files import (
+    PYTORCH_FAMILIES,
+    copy_pytorch_package,
+    threshold_block,
+    threshold_faults,
+)
+from nemo_ee.runtime.loader import load_model
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("full", "exits", "early_exit")
+NOT_LOADED = "nothing was loaded into transformers"
+POSITIONS = "embedding.position_embeddings.weight"
+_OWN_KV = "its own, every layer writes every position"
+_USES = {
+    "full": {"use": "the backbone in a stock class of transformers", "lossless": True, "kv": _OWN_KV},
+    "exit": {
+        "use": "an exit in a stock class: static depth, or a draft model (assistant_model) for hf_full",
+        "lossless": "with hf_full as the target; not when served alone",
+        "kv": _OWN_KV,
+    },
+    "early_exit": {
+        "use": "backbone and exits; nemo_ee.runtime decodes it, a stock class loads the backbone",
+        "lossless": "at full depth, in a stock class, and in mode self_speculative; not where thresholds decide",
+        "kv": "carry",
+    },
+}
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the script asks for; see conf/export_huggingface.yaml."""
+
+    checkpoint: Path
+    output: Path
+    backbone: Path | None = None
+    targets: tuple[str, ...] = TARGETS
+    exits: tuple[str, ...] | None = None
+    dtype: str | None = None
+    shard_gigabytes: float = 5.0
+    thresholds: float | Mapping[str, float] | None = None
+    criterion: str = "max_probability"
+    parity_gigabytes: float = DEFAULT_GIGABYTES
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One directory to write."""
+
+    directory: str
+    kind: str
+    stock: StockConfig
+    plan: list[Reading]
+    table: list[dict[str, Any]] | None = None
+    exit: ExitConfig | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection is the word embeddings."""
+        return self.stock.backbone.tied
+
+
+def export_huggingface(settings: ExportSettings) -> Path:
+    """Export.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
+            file or a disk that does not take the output. Nothing is left behind.
+    """
+    faults = _setting_faults(settings)
+    if faults:
+        raise ValueError("nothing was exported:\n" + "\n".join(faults))
+    source = EarlyExitSource(settings.checkpoint, settings.backbone)
+    faults = _exit_faults(settings, source)
+    if faults:
+        raise ValueError("nothing was exported:\n" + "\n".join(faults))
+    with source:
+        artefacts = plan_artefacts(settings, source)
+        source.certificates()  # a damaged one is a fault now, not after hours of writing
+        dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
+        _write(settings, source, artefacts, dtype)
+    logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artefacts))
+    return settings.output
+
+
+def _setting_faults(settings: ExportSettings) -> list[str]:
+    faults = []
+    if not settings.checkpoint.exists():
+        faults.append(f"checkpoint={settings.checkpoint} does not exist; give an early-exit .nemo")
+    faults += output_faults(settings.output)
+    for target in settings.targets:
+        if target not in TARGETS:
+            faults.append(f"targets: {target!r} is unknown; use some of {', '.join(TARGETS)}")
+    if not settings.targets:
+        faults.append(f"targets is empty; name some of {', '.join(TARGETS)}")
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        faults.append(f"dtype={settings.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
+    size = settings.shard_gigabytes
+    if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
+        faults.append(f"shard_gigabytes={size!r} must be a number above 0")
+    return faults + parity_setting_faults(settings.parity_gigabytes)
+
+
+def _exit_faults(settings: ExportSettings, source: EarlyExitSource) -> list[str]:
+    known = source.exits.names
+    faults = [
+        f"exits: no exit is called {name!r}; there are {', '.join(known) or 'none'}"
+        for name in settings.exits or ()
+        if name not in known
+    ]
+    exits = _wanted_exits(settings, source)
+    return faults + threshold_faults(exits, settings.thresholds, settings.criterion)
+
+
+def _wanted_exits(settings: ExportSettings, source: EarlyExitSource) -> list[ExitConfig]:
+    return [exit for exit in source.exits.exits if settings.exits is None or exit.name in settings.exits]
+
+
+def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artefact]:
+    """The directories to write.
+
+    Raises:
+        ValueError: no stock class computes the backbone, or an exit that was asked for by name; or config and weights
+            do not fit together.
+    """
+    stocks = _stocks(source)
+    exits = _wanted_exits(settings, source)
+    full, artefacts = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), []
+    faults = _threshold_faults(settings, stocks[0].family)
+    if "full" in settings.targets:
+        artefacts.append(full)
+    for exit in exits if "exits" in settings.targets else ():
+        reason = exit_refusal(stocks[0].family, exit)
+        if reason and settings.exits is not None:
+            faults.append(f"exit {exit.name!r} cannot be a model of its own: {reason}; leave it out")
+        elif reason:
+            logger.info("no hf_exit_%s: %s", exit.name, reason)
+        else:
+            artefacts.append(_first_that_fits(source, stocks, lambda stock, e=exit: _exit(source, stock, e)))
+    if "early_exit" in settings.targets:
+        table = [exit_entry(source, stocks[0].family, exit) for exit in exits]
+        heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
+        artefacts.append(_first_that_fits(source, stocks, lambda stock: _full(stock, heads, table)))
+    if not artefacts and not faults:
+        faults.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
+    if faults:
+        raise ValueError("nothing was exported:\n" + "\n".join(faults))
+    faults = tensor_faults(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
+    if faults:
+        raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
+    return artefacts
+
+
+def _threshold_faults(settings: ExportSettings, family: str) -> list[str]:
+    """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
+    if settings.thresholds is None:
+        return []
+    faults = []
+    if family not in PYTORCH_FAMILIES:
+        faults.append(
+            f"thresholds={settings.thresholds!r}: TensorRT-LLM's PyTorch backend reads them, and there is no model "
+            f"file for {family}, only for {', '.join(PYTORCH_FAMILIES)}; leave them out"
+        )
+    if "early_exit" not in settings.targets:
+        faults.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
+    return faults
+
+
+def exit_entry(source: EarlyExitSource, family: str, exit: ExitConfig) -> dict[str, Any]:
+    """A row of the table of exits in config.json and in the manifest."""
+    return {
+        "name": exit.name,
+        "layer": exit.layer,
+        "architecture": exit.architecture,
+        "output": "own" if source.has_own_output(exit.name) else "backbone",
+        "tensors": f"exit_heads.{exit.name}.",
+        "stand_alone_refused": exit_refusal(family, exit),
+    }
+
+
+def _stocks(source: EarlyExitSource) -> list[StockConfig]:
+    positions = source.shape(Origin("backbone", POSITIONS))
+    try:
+        return stock_configs(
+            source.config,
+            read_bundled(source.tokenizer, "config.json"),
+            special_token_ids(source.tokenizer),
+            stored_rows=source.vocabulary_rows(),
+            position_rows=None if positions is None else positions[0],
+        )
+    except ValueError as fault:
+        raise ValueError(f"{source.path}: {fault}") from None
+
+
+def _full(
+    stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
+) -> Artefact:
+    tied = stock.backbone.tied
+    model = full_model(stock.backbone.num_layers, heads, tied=tied, write_output=not tied)
+    kind = "full" if table is None else "early_exit"
+    return Artefact(f"hf_{kind}", kind, stock, readings(stock.backbone, model, model.exits), table)
+
+
+def _exit(source: EarlyExitSource, stock: StockConfig, exit: ExitConfig) -> Artefact:
+    stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
+    plan = readings(stock.backbone, draft_model(exit), final_norm=exit.architecture != "embedding")
+    return Artefact(f"hf_exit_{exit.name}", "exit", stock, plan, exit=exit)
+
+
+def _first_that_fits(
+    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artefact]
+) -> Artefact:
+    """The artefact of the first config whose constants are the parameters' values; the last config has none."""
+    for stock in stocks[:-1]:
+        artefact = make(stock)
+        if all(_is_constant(source, reading) for reading in artefact.plan if reading.fill is not None):
+            return artefact
+    return make(stocks[-1])
+
+
+def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
+    if source.shape(reading.origin) != reading.shape:
+        return False
+    return bool((source.read(reading.origin, reading.shape, torch.float32) == reading.fill).all())
+
+
+def _write(
+    settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
+) -> None:
+    total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
+    with whole_directory(settings.output, total) as partial:
+        thresholds = threshold_block(_wanted_exits(settings, source), settings.thresholds, settings.criterion)
+        models, digests = [], []
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
+        with bar:
+            for artefact in artefacts:
+                folder = partial / artefact.directory
+                folder.mkdir()
+                _write_config(folder, artefact, source, dtype, thresholds)
+                shard_bytes = settings.shard_gigabytes * 1e9
+                digests.append(write_weights(folder, artefact.plan, source, dtype, shard_bytes, bar.update))
+                copy_tokenizer(source, folder)
+                if artefact.table is not None:
+                    models.append(copy_pytorch_package(folder, artefact.stock.family))
+        parities = [_parity(partial, artefact, settings.parity_gigabytes) for artefact in artefacts]
+        facts = _manifest_facts(settings, source, artefacts, digests, parities, dtype)
+        write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
+
+
+def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[str, Any] | None:
+    if artefact.stock.values.get("_remove_final_layer_norm"):
+        logger.info("%s: no parity digest, our runtime computes no OPT without its final norm", artefact.directory)
+        return None
+    try:
+        return written_parity(partial / artefact.directory, load_model, parity_gigabytes=parity_gigabytes)
+    except ValueError as fault:
+        raise ValueError(
+            f"what was written cannot be run, so nothing was exported: {fault}\n"
+            "parity_gigabytes=0 exports without running it"
+        ) from fault
+
+
+def _write_config(
+    folder: Path, artefact: Artefact, source: EarlyExitSource, dtype: torch.dtype, thresholds: dict[str, Any]
+) -> None:
+    values = config_values(artefact, dtype, thresholds)
+    if artefact.table is not None:
+        for name, text in remote_code(artefact.stock.family).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", values)
+    generation = read_bundled(source.tokenizer, "generation_config.json")
+    names = [f"{role}_token_id" for role in SPECIAL_TOKENS]
+    if generation is None and all(name in values for name in names):
+        generation = {name: values[name] for name in names}
+    if generation is not None:  # without the file transformers takes these from config.json and its class's defaults
+        write_json(folder / "generation_config.json", generation)
+
+
+def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of an artefact. `thresholds`: of `threshold_block`, for one with a table of exits."""
+    values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if artefact.table is not None:
+        values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
+    return values
+
+
+def _manifest_facts(
+    settings: ExportSettings,
+    source: EarlyExitSource,
+    artefacts: Sequence[Artefact],
+    digests: Sequence[str],
+    parities: Sequence[dict[str, Any] | None],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    family = artefacts[0].stock.family
+    return {
+        "targets": ["Hugging Face transformers"],
+        "source": {"checkpoint": settings.checkpoint.name, "backbone_fingerprint": source.fingerprint},
+        "dtype": str(dtype).removeprefix("torch."),
+        "verified": {"transformers": None, "note": NOT_LOADED},
+        "exits": [exit_entry(source, family, exit) for exit in source.exits.exits],
+        "certificates": source.certificates(),
+        "artefacts": [
+            {
+                "directory": artefact.directory,
+                "format": FORMAT,
+                "kind": artefact.kind,
+                "class": artefact.stock.values["architectures"][0],
+                "exit": None if artefact.exit is None else artefact.exit.name,
+                "architecture": None if artefact.exit is None else artefact.exit.architecture,
+                "num_layers": artefact.stock.backbone.num_layers,
+                **_USES[artefact.kind],
+                "max_batch": None,
+                "digest": digest,
+                "parity": parity,
+            }
+            for artefact, digest, parity in zip(artefacts, digests, parities, strict=True)
+        ],
+    }

@@ -1,0 +1,165 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Check one exported Hugging Face directory against its config.json and, when given, the `.nemo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nemo_ee.checkpoint.huggingface_families import backbone_from_config
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.content_digest import ContentDigest
+from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of, readings
+from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artefacts
+from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.parity import parity_faults
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+from nemo_ee.runtime.loader import load_model
+
+# What the importer's reader refuses in a source, and an export says of itself.
+_NOT_READ = ("_remove_final_layer_norm", "auto_map")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def artefact_faults(
+    folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
+) -> list[str]:
+    """Every fault of the directory.
+
+    Args:
+        artefact: its entry in the manifest.
+        source: the opened `.nemo`, to compare the numbers with.
+        parity_gigabytes: largest model that is run.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plan, dtype = _plan(config, artefact), DTYPES[config["torch_dtype"]]
+    shapes = {piece.name: piece.shape for reading in plan for piece in reading.written}
+    faults: list[str] = []
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        for file_name in _file_names(folder):
+            file = stack.enter_context(safe_open(folder / file_name, framework="pt", device="cpu"))
+            faults += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
+            files |= dict.fromkeys(file.keys(), file)
+            places |= dict.fromkeys(file.keys(), file_name)
+        faults += [f"{name} is missing" for name in shapes if name not in files]
+        faults += [f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys())]
+        for name in shapes.keys() & files.keys():
+            stored = files[name].get_slice(name)
+            if tuple(stored.get_shape()) != shapes[name]:
+                faults.append(f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}")
+            if stored.get_dtype() != DTYPE_NAMES[dtype]:
+                faults.append(f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}")
+        faults += _index_faults(folder, places)
+        if source is not None:
+            faults += _config_faults(config, artefact, source)
+        if not faults:
+            faults += _weight_faults(plan, files, source, dtype, artefact.get("digest"))
+    if not faults:
+        faults += parity_faults(artefact.get("parity"), folder, load_model, parity_gigabytes=parity_gigabytes)
+    return faults
+
+
+def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+    """Where config.json is not what an export of the `.nemo` would say; the thresholds are the user's choice."""
+    block, kind = config.get("early_exit") or {}, artefact["kind"]
+    exits = [entry["name"] for entry in block.get("exits", ())] if kind == "early_exit" else [artefact["exit"]]
+    targets, exits = ("exits",) if kind == "exit" else (kind,), () if kind == "full" else tuple(exits)
+    settings = ExportSettings(source.path, source.path, targets=targets, exits=exits)
+    thresholds = {key: value for key, value in block.items() if key != "exits"}
+    (planned,) = plan_artefacts(settings, source)
+    wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
+    for key in sorted(wanted.keys() | config.keys()):
+        if wanted.get(key) != config.get(key) or (key in wanted) != (key in config):
+            found, must = (repr(values[key]) if key in values else "absent" for values in (config, wanted))
+            yield f"config.json: {key} is {found}, must be {must}"
+
+
+def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
+    """The readings of the model that a config.json describes; the origins are those of its export."""
+    values = {key: value for key, value in config.items() if key not in _NOT_READ}
+    # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
+    backbone = backbone_from_config(values, 1)
+    layers, tied = backbone.num_layers, backbone.tied
+    if artefact["kind"] == "exit":
+        shape = artefact["architecture"]
+        exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
+        model = draft_model(exit)
+        return readings(backbone, model, final_norm=shape != "embedding")
+    table = (config.get("early_exit") or {}).get("exits", []) if artefact["kind"] == "early_exit" else []
+    exits = [
+        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
+    ]
+    model = full_model(layers, exits, tied=tied, write_output=not tied)
+    return readings(backbone, model, model.exits)
+
+
+def _file_names(folder: Path) -> list[str]:
+    if not (folder / _INDEX).is_file():
+        return [_SINGLE]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _index_faults(folder: Path, places: dict[str, str]) -> Iterator[str]:
+    if not (folder / _INDEX).is_file():
+        return
+    weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for name in sorted(weight_map.keys() ^ places.keys()):
+        yield f"{name} is in only one of {_INDEX} and the files"
+    for name in sorted(weight_map.keys() & places.keys()):
+        if weight_map[name] != places[name]:
+            yield f"{name} is in {places[name]}, {_INDEX} says {weight_map[name]}"
+
+
+def _weight_faults(
+    plan: list[Reading],
+    files: dict[str, Any],
+    source: EarlyExitSource | None,
+    dtype: torch.dtype,
+    stated: str | None,
+) -> Iterator[str]:
+    """Numbers that are not the `.nemo`'s, and a digest that is another than the manifest's.
+
+    Args:
+        source: None to take the digest of what the files hold.
+        stated: the manifest's digest, if it has one.
+    """
+    digest, holder = ContentDigest(), "the files" if source is None else "the .nemo"
+    for reading in plan:
+        yield from _reading_faults(reading, files, source, dtype, digest)
+    if stated is not None and digest.hexdigest() != stated:
+        yield f"the manifest's digest is {stated}, that of {holder} is {digest.hexdigest()}"
+
+
+def _reading_faults(
+    reading: Reading, files: dict[str, Any], source: EarlyExitSource | None, dtype: torch.dtype, digest: ContentDigest
+) -> Iterator[str]:
+    if not reading.written:
+        return
+    origin = reading.origin
+    where = origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"
+    tensor = None
+    if source is not None:
+        if source.shape(origin) is None:
+            yield f"{where} is not in the .nemo"
+            return
+        tensor = source.read(origin, reading.shape, dtype)
+    for piece in reading.written:
+        stored = files[piece.name].get_tensor(piece.name)
+        made = stored if tensor is None else torch.cat(list(parts_of(tensor, piece)))
+        for _ in digest.passing(piece.name, DTYPE_NAMES[dtype], piece.shape, [made]):
+            pass
+        if tensor is not None and not torch.equal(stored, made):
+            yield f"{piece.name} differs from {where} of the .nemo"

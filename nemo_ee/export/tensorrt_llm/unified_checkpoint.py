@@ -1,0 +1,334 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Write a `.nemo` as TensorRT-LLM unified checkpoints: the full model with its exits beside it, and draft models.
+
+    trtllm_ckpt/      config.json, rank<r>.safetensors; a stock class builds it, exit_heads.* are carried along
+    draft_<name>/     an exit as a stand-alone model, for draft-target decoding
+    tensorrt_llm_model.py   a class for trtllm-build with which an engine of trtllm_ckpt/ (one stage) leaves early
+    tokenizer/        the `.nemo`'s
+    manifest.json     written last
+
+Tensor by tensor: read once, every rank's part written to its file. All of it goes to `<output>.partial`, which gets
+its name when everything is on disk; after a fault or an interruption nothing is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
+from nemo_ee.export.manifest import write_manifest
+from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
+from nemo_ee.export.output_directory import output_faults, whole_directory
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
+from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
+from nemo_ee.export.tensorrt_llm.early_exit_files import (
+    ENGINE_CRITERIA,
+    copy_engine_file,
+    engine_faults,
+    threshold_block,
+    threshold_faults,
+)
+from nemo_ee.export.tensorrt_llm.unified_config import checkpoint_config, stock_class
+from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
+from nemo_ee.export.tensorrt_llm.unified_tensors import (
+    Part,
+    Reading,
+    draft_refusal,
+    parallel_faults,
+    rank_shapes,
+    readings,
+    stage_of,
+)
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "trtllm_ckpt"
+TARGETS = ["TensorRT-LLM unified checkpoint, engine backend, 0.20.0 to 1.2.1"]
+NOT_RUN = "no real TensorRT-LLM has loaded these files"
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the script asks for; see conf/export_tensorrt_llm.yaml."""
+
+    checkpoint: Path
+    output: Path
+    backbone: Path | None = None
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    draft_tensor_parallel: int | None = None
+    dtype: str | None = "bfloat16"
+    exits: tuple[str, ...] | None = None
+    drafts: tuple[str, ...] | None = None
+    max_position_embeddings: int | None = None
+    thresholds: float | Mapping[str, float] | None = None
+    criterion: str = "max_probability"
+    parity_gigabytes: float = DEFAULT_GIGABYTES
+    progress: bool = True
+
+    @property
+    def draft_ranks(self) -> int:
+        """Tensor-parallel size of the draft models."""
+        return self.draft_tensor_parallel or self.tensor_parallel
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One checkpoint directory to write."""
+
+    directory: str
+    model: Model
+    plan: list[Reading]
+    tensor_parallel: int
+    pipeline_parallel: int
+    tied: bool
+    exit: ExitConfig | None = None
+
+
+def export_checkpoint(settings: ExportSettings) -> Path:
+    """Export; a single process does all ranks.
+
+    Returns:
+        The directory written.
+
+    Raises:
+        ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
+            file or a disk that does not take the output. Nothing is left behind.
+    """
+    faults = _setting_faults(settings)
+    if faults:
+        raise ValueError("nothing was exported:\n" + "\n".join(faults))
+    source = EarlyExitSource(settings.checkpoint, settings.backbone)
+    architecture, exits = _checked(settings, source)
+    with source:
+        if not source.config.get("vocab_size"):
+            architecture = dataclasses.replace(architecture, vocab_size=source.vocabulary_rows())
+        artefacts = plan_artefacts(settings, source, architecture, exits)
+        faults = tensor_faults(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
+        if faults:
+            raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
+        source.certificates()  # a damaged one is a fault now, not after hours of writing
+        dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
+        _write(settings, source, architecture, artefacts, exits, dtype)
+    logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artefacts), NOT_RUN)
+    return settings.output
+
+
+def _setting_faults(settings: ExportSettings) -> list[str]:
+    faults = []
+    if not settings.checkpoint.exists():
+        faults.append(f"checkpoint={settings.checkpoint} does not exist; give an early-exit .nemo")
+    faults += output_faults(settings.output)
+    for name in ("tensor_parallel", "pipeline_parallel", "draft_tensor_parallel", "max_position_embeddings"):
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            faults.append(f"{name}={value!r} must be a whole number of at least 1")
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        faults.append(f"dtype={settings.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
+    return faults + parity_setting_faults(settings.parity_gigabytes)
+
+
+def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Architecture, list[ExitConfig]]:
+    """The architecture and the exits to carry along, with all that can be refused from the config alone."""
+    faults: list[str] = []
+    names = settings.exits if settings.exits is not None else source.exits.names
+    drafts = settings.drafts or ()
+    for what, wanted in (("exits", names), ("drafts", drafts)):
+        for name in wanted:
+            if name not in source.exits.names:
+                faults.append(
+                    f"{what}: no exit is called {name!r}; there are {', '.join(source.exits.names) or 'none'}"
+                )
+    exits = [exit for exit in source.exits.exits if exit.name in names]
+    for exit in exits:
+        if "lm_head" in exit.name:
+            faults.append(
+                f"exit {exit.name!r}: TensorRT-LLM treats tensors called lm_head apart; leave it out (exits=[...])"
+            )
+    faults += threshold_faults(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
+    try:
+        architecture = read_architecture(source.config, stored_rows=1, max_positions=settings.max_position_embeddings)
+    except ValueError as fault:
+        faults.append(f"{settings.checkpoint}: {fault}")
+    else:
+        faults += parallel_faults(architecture, settings.tensor_parallel, settings.pipeline_parallel)
+        if settings.thresholds is not None:
+            faults += engine_faults(stock_class(architecture), settings.pipeline_parallel)
+        if settings.draft_ranks != settings.tensor_parallel:
+            faults += [f"draft_{fault}" for fault in parallel_faults(architecture, settings.draft_ranks, 1)]
+        for exit in source.exits.exits:
+            reason = draft_refusal(architecture, exit)
+            if exit.name in drafts and reason:
+                faults.append(f"drafts: exit {exit.name!r} cannot be one: {reason}; leave it out")
+    if faults:
+        raise ValueError("nothing was exported:\n" + "\n".join(faults))
+    return architecture, exits
+
+
+def plan_artefacts(
+    settings: ExportSettings, source: EarlyExitSource, architecture: Architecture, exits: Sequence[ExitConfig]
+) -> list[Artefact]:
+    """The directories to write. A tied output projection is left out only where one rank has the embeddings too."""
+    tp, pp = settings.tensor_parallel, settings.pipeline_parallel
+    tied = architecture.tied
+    heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
+    model = full_model(architecture.num_layers, heads, tied=tied, write_output=not tied or tp * pp > 1)
+    artefacts = [Artefact(CHECKPOINT, model, readings(architecture, model, pp), tp, pp, tied)]
+    for exit in source.exits.exits:
+        wanted = exit in exits if settings.drafts is None else exit.name in settings.drafts
+        reason = draft_refusal(architecture, exit)
+        if wanted and reason:
+            logger.info("no draft of exit %s: %s", exit.name, reason)
+        elif wanted:
+            model = draft_model(exit)
+            plan = readings(architecture, model, 1)
+            artefacts.append(Artefact(f"draft_{exit.name}", model, plan, settings.draft_ranks, 1, False, exit))
+    return artefacts
+
+
+def _write(
+    settings: ExportSettings,
+    source: EarlyExitSource,
+    architecture: Architecture,
+    artefacts: Sequence[Artefact],
+    exits: Sequence[ExitConfig],
+    dtype: torch.dtype,
+) -> None:
+    total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
+    with whole_directory(settings.output, total) as partial:
+        table = _exit_table(settings, architecture, artefacts, exits)
+        early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
+        with bar:
+            for artefact in artefacts:
+                is_draft = artefact.exit is not None
+                config = checkpoint_config(
+                    architecture, num_layers=len(artefact.model.layers), tensor_parallel=artefact.tensor_parallel,
+                    pipeline_parallel=artefact.pipeline_parallel, dtype=str(dtype).removeprefix("torch."),
+                    tied=artefact.tied, early_exit=None if is_draft else early_exit,
+                )  # fmt: skip
+                write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
+        copy_tokenizer(source, partial / "tokenizer")
+        gigabytes = settings.parity_gigabytes
+        parities = [
+            written_parity(partial / artefact.directory, load_checkpoint, parity_gigabytes=gigabytes)
+            for artefact in artefacts
+        ]
+        facts = _manifest_facts(settings, source, artefacts, parities, table, dtype)
+        model = copy_engine_file(partial, stock_class(architecture), settings.pipeline_parallel)
+        write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
+
+
+def _shapes(artefact: Artefact) -> list[dict[str, tuple[int, ...]]]:
+    return rank_shapes(artefact.plan, artefact.tensor_parallel, artefact.pipeline_parallel)
+
+
+def write_artefact(
+    directory: Path,
+    artefact: Artefact,
+    source: EarlyExitSource,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    on_bytes,  # noqa: ANN001  called with the number of bytes written
+) -> None:
+    """Write one checkpoint directory: config.json and one file per rank, all open at once."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                SafetensorsWriter(directory / f"rank{rank}.safetensors", {n: (dtype, s) for n, s in shapes.items()})
+            )
+            for rank, shapes in enumerate(_shapes(artefact))
+        ]
+        for reading in artefact.plan:
+            tensor = source.read(reading.origin, reading.shape, dtype)
+            if dtype is torch.float16 and not all(torch.isfinite(b).all() for b in tensor.split(4096)):
+                raise ValueError(f"{reading.origin.key} has values beyond float16; use dtype=bfloat16 or float32")
+            for rank, name, part in reading.parts(artefact.tensor_parallel):
+                writers[rank].write(name, part_of(tensor, part))
+                on_bytes(math.prod(part.shape) * dtype.itemsize)
+            del tensor
+
+
+def part_of(tensor: Tensor, part: Part) -> Iterator[Tensor]:
+    """A rank's part of a tensor in pieces of rows, zeros for its padding."""
+    for start, stop in part.rows:
+        rows = tensor[start:stop]
+        rows = rows if part.columns is None else rows[:, part.columns[0] : part.columns[1]]
+        for first, last in row_blocks(tuple(rows.shape)):
+            yield rows[first:last]
+    if part.padding:
+        yield torch.zeros((part.padding, *part.shape[1:]), dtype=tensor.dtype)
+
+
+def _exit_table(
+    settings: ExportSettings, architecture: Architecture, artefacts: Sequence[Artefact], exits: Sequence[ExitConfig]
+) -> list[dict[str, Any]]:
+    drafts = {a.exit.name for a in artefacts if a.exit is not None}
+    own = {exit.name for exit, output in artefacts[0].model.exits if output is not None}
+    return [
+        {
+            "name": exit.name,
+            "layer": exit.layer,
+            "architecture": exit.architecture,
+            "output": "own" if exit.name in own else "backbone",
+            "tensors": f"exit_heads.{exit.name}.",
+            "pipeline_rank": stage_of(exit.layer, architecture.num_layers, settings.pipeline_parallel),
+            "draft": f"draft_{exit.name}" if exit.name in drafts else None,
+            "draft_refused": draft_refusal(architecture, exit),
+        }
+        for exit in exits
+    ]
+
+
+def _manifest_facts(
+    settings: ExportSettings,
+    source: EarlyExitSource,
+    artefacts: Sequence[Artefact],
+    parities: Sequence[dict[str, Any] | None],
+    table: list[dict[str, Any]],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    described = [
+        {
+            "directory": artefact.directory,
+            "use": "target model; stock classes ignore exit_heads.*" if artefact.exit is None else "draft model",
+            "exit": None if artefact.exit is None else artefact.exit.name,
+            "architecture": None if artefact.exit is None else artefact.exit.architecture,
+            "num_layers": len(artefact.model.layers),
+            "tensor_parallel": artefact.tensor_parallel,
+            "pipeline_parallel": artefact.pipeline_parallel,
+            # Alone, a draft is the model cut at its exit; the target checks its tokens in draft-target decoding.
+            "lossless": True if artefact.exit is None else "with trtllm_ckpt as the target; not when served alone",
+            "kv": "its own, every layer writes every position",
+            "max_batch": None,
+            "parity": parity,
+        }
+        for artefact, parity in zip(artefacts, parities, strict=True)
+    ]
+    return {
+        "targets": TARGETS,
+        "source": {"checkpoint": settings.checkpoint.name, "backbone_fingerprint": source.fingerprint},
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_position_embeddings": settings.max_position_embeddings,
+        "exits": table,
+        "certificates": source.certificates(),
+        "artefacts": described,
+        "verified": {"tensorrt_llm": None, "note": NOT_RUN},
+    }

@@ -1,0 +1,258 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows and columns of which canonical tensor make up each tensor of a TensorRT-LLM unified checkpoint, per rank.
+
+Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renumbered from 0:
+
+    attention.qkv       [Q; K; V] of the rank's heads; Megatron stores one group after another
+    attention.dense     columns      mlp.fc      rows of the activated half (gate_proj)
+    mlp.proj            columns      mlp.gate    rows of the linear half (up_proj)
+    lm_head             rows, zeros up to a multiple of tp
+    norms, embeddings, biases of dense and proj: whole on every rank
+
+With fewer key-value heads than ranks, tp / heads ranks hold the same one. An exit's tensors are `exit_heads.<name>.*`
+on the stage of its layer; stock classes do not ask for them. None is called `lm_head`, which stock code looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from nemo_ee.checkpoint.architecture import Architecture
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.early_exit_source import EMBEDDING, Origin
+from nemo_ee.export.model_origins import Model
+from nemo_ee.export.tensorrt_llm.unified_config import stock_class
+
+_POSITIONS = "embedding.position_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a canonical tensor: row ranges one below the other, a range of columns, zero rows below."""
+
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int] | None  # None for a vector
+    padding: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        height = sum(stop - start for start, stop in self.rows) + self.padding
+        return (height,) if self.columns is None else (height, self.columns[1] - self.columns[0])
+
+
+# (shape of the canonical tensor, tensor-parallel size, tensor rank) -> the rank's part
+Split = Callable[[tuple[int, ...], int, int], Part]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One canonical tensor and the tensors written from it.
+
+    Attributes:
+        origin: where it comes from.
+        shape: its shape (of one layer).
+        written: name in the file -> how it is split over the tensor-parallel ranks.
+        stages: pipeline ranks whose files hold it.
+    """
+
+    origin: Origin
+    shape: tuple[int, ...]
+    written: tuple[tuple[str, Split], ...]
+    stages: tuple[int, ...]
+
+    def parts(self, tensor_parallel: int) -> Iterator[tuple[int, str, Part]]:
+        """(rank, name in its file, part) of everything written from it."""
+        for stage in self.stages:
+            for rank in range(tensor_parallel):
+                for name, split in self.written:
+                    yield stage * tensor_parallel + rank, name, split(self.shape, tensor_parallel, rank)
+
+
+def draft_refusal(architecture: Architecture, exit: ExitConfig) -> str | None:
+    """Why an exit cannot be a stand-alone model of a stock class; None where it can."""
+    if exit.architecture == "embedding":
+        return "an embedding exit has no norm, and no stock class can leave its final norm out"
+    if architecture.learned_positions:
+        return f"draft models are written for Llama, Mistral and Qwen2, not for {stock_class(architecture)}"
+    return None
+
+
+def stage_of(layer: int, num_layers: int, pipeline_parallel: int) -> int:
+    """The pipeline rank that holds 1-based `layer`."""
+    return (layer - 1) // (num_layers // pipeline_parallel)
+
+
+def readings(architecture: Architecture, model: Model, pipeline_parallel: int) -> list[Reading]:
+    """Every canonical tensor to read, in the order in which files hold what is written from them."""
+    a, last = architecture, pipeline_parallel - 1
+    num_layers, norm_kinds = len(model.layers), ("weight", "bias") if a.layer_norm else ("weight",)
+    matrix, result = (a.vocab_size, a.hidden_size), []
+    embedding = "transformer.vocab_embedding.weight"
+    result.append(Reading(Origin("backbone", EMBEDDING), matrix, ((embedding, _whole),), (0,)))
+    if a.learned_positions:
+        shape, name = (a.max_position_embeddings, a.hidden_size), "transformer.position_embedding.weight"
+        result.append(Reading(Origin("backbone", _POSITIONS), shape, ((name, _whole),), (0,)))
+    for index, layer in enumerate(model.layers):
+        stage = stage_of(index + 1, num_layers, pipeline_parallel)
+        local = index - stage * (num_layers // pipeline_parallel)
+        result += _layer(a, layer, f"transformer.layers.{local}.", (stage,))
+    for kind in norm_kinds:
+        name = f"transformer.ln_f.{kind}"
+        result.append(Reading(model.final_norm(kind), (a.hidden_size,), ((name, _whole),), (last,)))
+    if model.output is not None:
+        result.append(Reading(model.output, matrix, (("lm_head.weight", _vocabulary),), (last,)))
+    for exit, output in model.exits:
+        stages = (stage_of(exit.layer, num_layers, pipeline_parallel),)
+        result += _exit_head(a, exit, output, norm_kinds, stages)
+    return result
+
+
+def _exit_head(
+    a: Architecture, exit: ExitConfig, output: Origin | None, norm_kinds: tuple[str, ...], stages: tuple[int, ...]
+) -> list[Reading]:
+    prefix, result = f"exit_heads.{exit.name}.", []
+    if exit.architecture == "mlp":
+        result += _mlp(a, lambda key: Origin("exit", f"{exit.name}.{key}"), prefix, stages)
+    if exit.architecture == "layer":
+        result += _layer(a, lambda key: Origin("exit", f"{exit.name}.layer.{key}"), f"{prefix}layer.", stages)
+    if exit.architecture != "embedding":
+        for kind in norm_kinds:
+            origin = Origin("exit", f"{exit.name}.norm.{kind}")
+            result.append(Reading(origin, (a.hidden_size,), ((f"{prefix}norm.{kind}", _whole),), stages))
+    if output is not None:
+        matrix = (a.vocab_size, a.hidden_size)
+        result.append(Reading(output, matrix, ((f"{prefix}unembed.weight", _vocabulary),), stages))
+    return result
+
+
+def _layer(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:
+    heads, groups, size, hidden = a.num_attention_heads, a.num_query_groups, a.kv_channels, a.hidden_size
+    qkv, proj = "self_attention.linear_qkv.", "self_attention.linear_proj."
+    rows, split = (heads + 2 * groups) * size, _query_key_value(heads, groups, size)
+    result = _norm(a, origin, f"{qkv}layer_norm_", f"{prefix}input_layernorm.", stages)
+    result.append(Reading(origin(f"{qkv}weight"), (rows, hidden), ((f"{prefix}attention.qkv.weight", split),), stages))
+    if a.qkv_bias:
+        result.append(Reading(origin(f"{qkv}bias"), (rows,), ((f"{prefix}attention.qkv.bias", split),), stages))
+    shape, name = (hidden, heads * size), f"{prefix}attention.dense."
+    result.append(Reading(origin(f"{proj}weight"), shape, ((f"{name}weight", _columns),), stages))
+    if a.bias:
+        result.append(Reading(origin(f"{proj}bias"), (hidden,), ((f"{name}bias", _whole),), stages))
+    return result + _mlp(a, origin, prefix, stages)
+
+
+def _mlp(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:
+    hidden, ffn = a.hidden_size, a.ffn_hidden_size
+    halves = (("fc", _half(0)), ("gate", _half(1))) if a.gated else (("fc", _rows),)
+    height = ffn * len(halves)
+    fc1, fc2 = "mlp.linear_fc1.", "mlp.linear_fc2."
+    result = _norm(a, origin, f"{fc1}layer_norm_", f"{prefix}post_layernorm.", stages)
+    for kind, shape in (("weight", (height, hidden)), ("bias", (height,))):
+        if kind == "weight" or a.bias:
+            written = tuple((f"{prefix}mlp.{name}.{kind}", split) for name, split in halves)
+            result.append(Reading(origin(f"{fc1}{kind}"), shape, written, stages))
+    name = f"{prefix}mlp.proj."
+    result.append(Reading(origin(f"{fc2}weight"), (hidden, ffn), ((f"{name}weight", _columns),), stages))
+    if a.bias:
+        result.append(Reading(origin(f"{fc2}bias"), (hidden,), ((f"{name}bias", _whole),), stages))
+    return result
+
+
+def _norm(
+    a: Architecture, origin: Callable[[str], Origin], key: str, name: str, stages: tuple[int, ...]
+) -> list[Reading]:
+    kinds = ("weight", "bias") if a.layer_norm else ("weight",)
+    return [Reading(origin(f"{key}{kind}"), (a.hidden_size,), ((f"{name}{kind}", _whole),), stages) for kind in kinds]
+
+
+def _all_columns(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    return (0, shape[1]) if len(shape) == 2 else None
+
+
+def _whole(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+    return Part(((0, shape[0]),), _all_columns(shape))
+
+
+def _rows(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+    height = shape[0] // tp
+    return Part(((rank * height, (rank + 1) * height),), _all_columns(shape))
+
+
+def _columns(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+    width = shape[1] // tp
+    return Part(((0, shape[0]),), (rank * width, (rank + 1) * width))
+
+
+def _vocabulary(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+    height = -(-shape[0] // tp)
+    start, stop = min(rank * height, shape[0]), min((rank + 1) * height, shape[0])
+    return Part(((start, stop),), _all_columns(shape), height - (stop - start))
+
+
+def _half(index: int) -> Split:
+    def split(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+        half = shape[0] // 2
+        start = index * half + rank * (half // tp)
+        return Part(((start, start + half // tp),), _all_columns(shape))
+
+    return split
+
+
+def _query_key_value(heads: int, groups: int, size: int) -> Split:
+    per_group = heads // groups
+
+    def split(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+        def head(group: int, place: int) -> tuple[int, int]:
+            start = (group * (per_group + 2) + place) * size
+            return start, start + size
+
+        queries = range(rank * heads // tp, (rank + 1) * heads // tp)
+        held = range(rank * groups // tp, max((rank + 1) * groups // tp, rank * groups // tp + 1))
+        rows = [head(query // per_group, query % per_group) for query in queries]
+        rows += [head(group, per_group) for group in held]
+        rows += [head(group, per_group + 1) for group in held]
+        return Part(tuple(_joined(rows)), _all_columns(shape))
+
+    return split
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same rows in the same order with adjoining ranges made one."""
+    result = [ranges[0]]
+    for start, stop in ranges[1:]:
+        if start == result[-1][1]:
+            result[-1] = (result[-1][0], stop)
+        else:
+            result.append((start, stop))
+    return result
+
+
+def rank_shapes(
+    plan: Sequence[Reading], tensor_parallel: int, pipeline_parallel: int
+) -> list[dict[str, tuple[int, ...]]]:
+    """Per rank, name -> shape of what its file holds, in the order of the file."""
+    ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(tensor_parallel * pipeline_parallel)]
+    for reading in plan:
+        for rank, name, part in reading.parts(tensor_parallel):
+            ranks[rank][name] = part.shape
+    return ranks
+
+
+def parallel_faults(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> list[str]:
+    """Sizes that do not fit the model, each with the way out."""
+    a, tp, pp = architecture, tensor_parallel, pipeline_parallel
+    faults = [
+        f"tensor_parallel={tp} does not divide {name}={value}; choose a divisor"
+        for name, value in (("num_attention_heads", a.num_attention_heads), ("ffn_hidden_size", a.ffn_hidden_size))
+        if value % tp
+    ]
+    groups = a.num_query_groups
+    if groups % tp and tp % groups:
+        faults.append(
+            f"tensor_parallel={tp} and num_query_groups={groups}: one must divide the other; choose another size"
+        )
+    if a.num_layers % pp:
+        faults.append(f"pipeline_parallel={pp} does not divide num_layers={a.num_layers}; choose a divisor")
+    return faults

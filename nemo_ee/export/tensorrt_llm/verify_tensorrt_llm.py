@@ -1,0 +1,176 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Check one TensorRT-LLM checkpoint directory: config fields, names, shapes, shards; with its `.nemo`, every number.
+
+config.json is compared field by field with the one the export would write: for what the `.nemo` says where that is
+given, otherwise for what the file itself says of the model. Thresholds may be edited, so they are not compared.
+
+Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for and computes, in nemo_ee's own
+runtime, what its manifest states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nemo_ee.checkpoint.architecture import Architecture, read_architecture
+from nemo_ee.exits.config import ExitConfig
+from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
+from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.parity import parity_faults
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+from nemo_ee.export.tensorrt_llm.unified_checkpoint import part_of
+from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_class
+from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
+from nemo_ee.export.tensorrt_llm.unified_tensors import Reading, rank_shapes, readings
+
+
+def artefact_faults(
+    folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
+) -> list[str]:
+    """Every fault of a checkpoint directory.
+
+    Args:
+        artefact: its entry in the manifest, with the manifest's `max_position_embeddings`.
+        source: the opened `.nemo`, to compare the numbers with.
+        parity_gigabytes: largest model that is run.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture, sizes = architecture_of(config), config["mapping"]
+    tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
+    if sizes["world_size"] != tp * pp:
+        return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
+    if config["architecture"] != stock_class(architecture):
+        return [f"architecture: {config['architecture']}, but {stock_class(architecture)} computes what is described"]
+    faults = [*_config_faults(config, _expected_architecture(architecture, artefact, source))]
+    if source is not None:
+        faults += _exit_table_faults(config, source)
+    plan = _plan(architecture, config, artefact, tp * pp, pp)
+    for rank, shapes in enumerate(rank_shapes(plan, tp, pp)):
+        path = folder / f"rank{rank}.safetensors"
+        if not path.is_file():
+            faults.append(f"{path.name} is missing")
+            continue
+        faults += [f"{path.name}: {fault}" for fault in _header_faults(path, shapes, dtype)]
+    if source is not None and not faults:
+        faults += _weight_faults(folder, plan, source, dtype, tp, pp)
+    if not faults:
+        faults += parity_faults(artefact.get("parity"), folder, load_checkpoint, parity_gigabytes=parity_gigabytes)
+    return faults
+
+
+def _expected_architecture(
+    described: Architecture, artefact: dict[str, Any], source: EarlyExitSource | None
+) -> Architecture:
+    """What config.json has to describe: what it does without a source, else the `.nemo`'s model, or its draft."""
+    if source is None:
+        return described
+    expected = read_architecture(
+        source.config, stored_rows=source.vocabulary_rows(), max_positions=artefact.get("max_position_embeddings")
+    )
+    if artefact["exit"] is None:
+        return expected
+    exit = next((exit for exit in source.exits.exits if exit.name == artefact["exit"]), None)
+    if exit is None:
+        raise ValueError(f"the .nemo has no exit {artefact['exit']!r}")
+    return dataclasses.replace(expected, num_layers=exit.layer + (exit.architecture == "layer"), tied=False)
+
+
+def _config_faults(config: dict[str, Any], architecture: Architecture) -> Iterator[str]:
+    """Fields that differ from what the export writes for this model, on the ranks and in the dtype of the shards."""
+    sizes = config["mapping"]
+    expected = checkpoint_config(
+        architecture,
+        num_layers=architecture.num_layers,
+        tensor_parallel=sizes["tp_size"],
+        pipeline_parallel=sizes["pp_size"],
+        dtype=config["dtype"],
+        tied=architecture.tied,
+        early_exit=config.get("early_exit"),
+    )
+    for field in sorted(config.keys() | expected.keys()):
+        if field not in expected:
+            yield f"config.json: {field} does not belong there"
+        elif field not in config:
+            yield f"config.json: {field} is missing, must be {expected[field]!r}"
+        elif config[field] != expected[field]:
+            yield f"config.json: {field} is {config[field]!r}, must be {expected[field]!r}"
+
+
+def _exit_table_faults(config: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+    known = {exit.name: exit for exit in source.exits.exits}
+    for row in (config.get("early_exit") or {}).get("exits", []):
+        exit = known.get(row["name"])
+        if exit is None:
+            yield f"config.json: early_exit names {row['name']!r}, which is no exit of the .nemo"
+            continue
+        output = "own" if source.has_own_output(exit.name) else "backbone"
+        for field, value in (("layer", exit.layer), ("architecture", exit.architecture), ("output", output)):
+            if row[field] != value:
+                yield f"config.json: early_exit: {exit.name}: {field} is {row[field]!r}, must be {value!r}"
+
+
+def _plan(
+    architecture: Architecture, config: dict[str, Any], artefact: dict[str, Any], world_size: int, pp: int
+) -> list[Reading]:
+    """The readings of the checkpoint that a config.json describes; the origins are those of its export."""
+    table = (config.get("early_exit") or {}).get("exits", [])
+    exits = [
+        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
+    ]
+    if artefact["exit"] is None:
+        write_output = not architecture.tied or world_size > 1
+        layers, tied = architecture.num_layers, architecture.tied
+        return readings(architecture, full_model(layers, exits, tied=tied, write_output=write_output), pp)
+    layers, shape = architecture.num_layers, artefact["architecture"]
+    exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
+    return readings(architecture, draft_model(exit), pp)
+
+
+def _header_faults(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[str]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        found = set(file.keys())
+        yield from (f"{name} is missing" for name in shapes if name not in found)
+        yield from (f"{name} does not belong there" for name in sorted(found - shapes.keys()))
+        for name, shape in shapes.items():
+            if name not in found:
+                continue
+            stored = file.get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                yield f"{name} has shape {stored.get_shape()}, must be {list(shape)}"
+            if stored.get_dtype() != DTYPE_NAMES[dtype]:
+                yield f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"
+
+
+def _weight_faults(
+    folder: Path, plan: list[Reading], source: EarlyExitSource, dtype: torch.dtype, tp: int, pp: int
+) -> Iterator[str]:
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(folder / f"rank{rank}.safetensors", framework="pt", device="cpu"))
+            for rank in range(tp * pp)
+        ]
+        for reading in plan:
+            if source.shape(reading.origin) is None:
+                yield f"{_where(reading.origin)} is not in the .nemo"
+                continue
+            tensor = source.read(reading.origin, reading.shape, dtype)
+            for rank, name, part in reading.parts(tp):
+                expected = torch.cat(list(part_of(tensor, part)))
+                if not torch.equal(files[rank].get_tensor(name), expected):
+                    yield f"rank{rank}.safetensors: {name} differs from {_where(reading.origin)} of the .nemo"
+
+
+def _where(origin: Origin) -> str:
+    return origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"

@@ -1,0 +1,160 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What of a backbone trains, on one pipeline stage: everything (`joint`) or low-rank updates of its linears (`lora`).
+
+Also here: the backbone's output weight, of which several stages may hold a copy (the first one where it is tied to the
+embeddings, the last one, and every stage with an exit that shares it). Megatron sums the gradients of the first and
+the last stage for its own data-parallel wrapper only; here one group holds exactly the stages that have a copy, and
+every copy makes the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.placement import StagePlacement
+from nemo_ee.megatron.loss.vocab_parallel import output_weight_key
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards, seeded_normal
+from nemo_ee.megatron.model.low_rank import LowRankLinear, add_low_rank_updates
+
+BACKBONE_PREFIX = "backbone."  # of the trained backbone's keys in training checkpoints
+_LOW_RANK = ("low_rank_a", "low_rank_b")
+
+
+def prepare_backbone(model: EarlyExitGPTModel, early_exit: EarlyExitConfig) -> None:
+    """Let train what the config says: nothing of the backbone, all of it, or low-rank updates (added here).
+
+    Args:
+        model: a fresh stage; with `lora` its layers are built on the local spec.
+        early_exit: `train` and `lora.rank` are read.
+    """
+    if early_exit.train == "lora":
+        add_low_rank_updates(model.decoder, rank=early_exit.lora.rank, config=model.config)
+    exits = {id(parameter) for parameter in model.exits.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in exits:
+            continue
+        if ".q_layernorm." in name or ".k_layernorm." in name:
+            # Replicated, but each rank applies it to its own heads: gradients are summed over tensor parallelism.
+            parameter.sees_part_of_heads = True
+        parameter.requires_grad_(early_exit.train == "joint" or name.endswith(_LOW_RANK))
+    model.trains_backbone = early_exit.train == "joint"
+
+
+def backbone_parameters(model: EarlyExitGPTModel) -> dict[str, Parameter]:
+    """The backbone's trainable parameters on this stage, by their key in `trained_backbone_shards`."""
+    shards = trained_backbone_shards(model)
+    keys = {id(shard.data): key for key, shard in shards.items()}
+    exits = {id(parameter) for parameter in model.exits.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in exits]
+    return {keys[id(parameter)]: parameter for parameter in trainable}
+
+
+def trained_backbone_shards(model: EarlyExitGPTModel) -> dict:
+    """Sharded tensors of all that trains in the backbone, for a training checkpoint; empty with `exits`.
+
+    Copies of the output weight on further stages are replicas of the stored one.
+    """
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    sharded = model.sharded_backbone_to_save(BACKBONE_PREFIX)
+    if model.backbone_output is not None:
+        stored = output_weight_key(model.share_embeddings_and_output_weights)
+        shard = model.backbone_output.sharded_state_dict()["weight"]
+        # Megatron numbers the copy on the last stage 1.
+        replica = (2 + model.placement.stage, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
+        sharded[f"{BACKBONE_PREFIX}backbone_output.weight"] = replace(
+            shard, key=f"{BACKBONE_PREFIX}{stored}", replica_id=replica
+        )
+    return {key: shard for key, shard in sharded.items() if id(getattr(shard, "data", None)) in trainable}
+
+
+def low_rank_shards(model: EarlyExitGPTModel, prefix: str = "") -> dict:
+    """Sharded tensors of the backbone's low-rank updates, keys `<prefix>decoder.layers...low_rank_a|b`."""
+    return {key: shard for key, shard in model.sharded_backbone_to_save(prefix).items() if key.endswith(_LOW_RANK)}
+
+
+def merged_backbone_to_save(model: EarlyExitGPTModel, prefix: str) -> dict:
+    """`sharded_backbone_to_save` with every low-rank update W + B A folded into its linear's weight."""
+    merged = {
+        id(module.base.weight): module.merged_weight()
+        for module in model.modules()
+        if isinstance(module, LowRankLinear) and not _inside(model.exits, module)
+    }
+    sharded = model.sharded_backbone_to_save(prefix)
+    return {
+        key: replace(shard, data=merged[id(shard.data)]) if id(getattr(shard, "data", None)) in merged else shard
+        for key, shard in sharded.items()
+        if not key.endswith(_LOW_RANK)
+    }
+
+
+def _inside(parent: torch.nn.Module, module: torch.nn.Module) -> bool:
+    return any(module is child for child in parent.modules())
+
+
+@torch.no_grad()
+def initialise_low_rank(model: EarlyExitGPTModel, *, seed: int) -> None:
+    """First values of the backbone's low-rank updates: A ~ N(0, 1/in), B zero, the same for every layout."""
+    for shard in local_shards(low_rank_shards(model)):
+        if shard.key.endswith("low_rank_b"):
+            shard.data.zero_()
+            continue
+        (layer, *start), (_, *shape) = global_chunk(shard)
+        rank, width = shard.global_shape[-2:]
+        whole = seeded_normal([rank, width], f"{seed}/backbone/{layer}/{shard.key}") / math.sqrt(width)
+        rows, columns = (slice(first, first + length) for first, length in zip(start, shape, strict=True))
+        shard.data.copy_(whole[rows, columns].view(shard.data.shape))
+
+
+class SharedOutputWeight:
+    """The copies of a trained output weight on the stages of one pipeline. Every rank must build it.
+
+    Args:
+        model: this stage.
+        placements: all stages.
+    """
+
+    def __init__(self, model: EarlyExitGPTModel, placements: Sequence[StagePlacement]) -> None:
+        last = len(placements) - 1
+        stages = {p.stage for p in placements if any(exit.output != "own" for exit in p.exits)} | {last}
+        if model.share_embeddings_and_output_weights:
+            stages.add(0)
+        self._weight: Parameter | None = None
+        self._group: ProcessGroup | None = None
+        if len(stages) == 1:
+            return
+        group = _stages_group(sorted(stages))
+        if model.placement.stage in stages:
+            self._group, self._weight = group, model.backbone_output_weight()
+            self._weight.shared = model.placement.stage != min(stages)  # Megatron's mark: counted once in norms
+
+    def sum_gradients(self) -> None:
+        """Every copy gets the sum of all copies' gradients. Every rank calls it once a step, after the backward
+        passes."""
+        if self._weight is not None and self._weight.requires_grad:
+            torch.distributed.all_reduce(self._weight.grad, group=self._group)
+
+
+def _stages_group(stages: list[int]) -> ProcessGroup | None:
+    """The ranks of this rank's pipeline that are these stages; None on other stages. Every rank must call it."""
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if len(stages) == pipeline.size():
+        return pipeline
+    columns: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(columns, torch.distributed.get_process_group_ranks(pipeline))
+    own = torch.distributed.get_rank()
+    found = None
+    for column in sorted({tuple(column) for column in columns}):  # a group is made by all ranks, in one order
+        members = [column[stage] for stage in stages]
+        group = torch.distributed.new_group(members)
+        found = group if own in members else found
+    return found
