@@ -86,7 +86,7 @@ setup(
     keywords=INFO["__keywords__"],
     python_requires=">=3.10",
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
-    package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js"]},
+    package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js", "export/tensorrt_llm/files/*.py"]},
     install_requires=RUNTIME,
     extras_require={"cpu": CPU, "serving": SERVING, "export": EXPORT, "eval": EVAL, "test": TEST, "dev": DEV},
 )

@@ -40,34 +40,38 @@ def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Bou
 _LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf yaml numpy"
 # Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
 _LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
-_BELOW_4 = "exits generation text megatron checkpoint runtime models cpu_host command"
+_BELOW_4 = "exits planning generation text megatron checkpoint runtime certificates models cpu_host"
 
 BOUNDARIES = {
     # level 0
     "exits": _boundary("torch"),
     # level 1: siblings, only megatron -> generation is allowed (its adapter to the engine)
+    "planning": _boundary("torch", "exits"),
     "generation": _boundary("torch", "exits"),
     "text": _boundary("tokenizers", "exits generation"),
     "megatron": _boundary("torch megatron.core", "exits generation"),
     # level 2
     "checkpoint": _boundary("torch megatron.core safetensors yaml", "exits generation text megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "exits generation text"),
+    "certificates": _boundary("torch safetensors yaml", "exits generation text checkpoint"),
     # level 3
-    "models": _boundary(_LEVEL_3, "exits generation text megatron checkpoint runtime cpu_host"),
+    "models": _boundary(_LEVEL_3, "exits planning generation text megatron checkpoint runtime certificates cpu_host"),
     # level 4
-    "evaluation": _boundary(f"{_LEVEL_4} lm_eval", _BELOW_4),
-    "convert": _boundary(_LEVEL_4, _BELOW_4),
+    # commands is the lowest: evaluation and calibration decode with its text generator
+    "commands": _boundary(_LEVEL_4, _BELOW_4),
+    "evaluation": _boundary(f"{_LEVEL_4} lm_eval", f"{_BELOW_4} commands"),
+    "calibration": _boundary(_LEVEL_4, f"{_BELOW_4} commands evaluation"),
     # level 5
     # siblings, only serving -> export is allowed (the manifest of what it serves)
     "serving": _boundary(
-        f"{_LEVEL_4} fastapi starlette uvicorn prometheus_client jinja2", f"{_BELOW_4} evaluation convert export"
+        f"{_LEVEL_4} fastapi starlette uvicorn prometheus_client jinja2",
+        f"{_BELOW_4} commands evaluation calibration export",
     ),
-    "export": _boundary(_LEVEL_4, f"{_BELOW_4} evaluation convert", only_lazily="tensorrt_llm"),
+    "export": _boundary(_LEVEL_4, f"{_BELOW_4} commands evaluation calibration", only_lazily="tensorrt_llm"),
     # beside the levels
     "__init__": _boundary(),
     "package_info": _boundary(),
     "cpu_host": _boundary(only_lazily="torch megatron.core nemo nemo_ee.megatron"),
-    "command": _boundary("omegaconf", "cpu_host"),
 }
 
 
@@ -213,7 +217,7 @@ def test_imports_point_only_down() -> None:
         ("checkpoint", "from nemo_ee.runtime import model", "may not import nemo_ee.runtime"),
         ("checkpoint", "import nemo.collections.nlp", "may not import nemo.collections"),
         ("models", "from nemo_ee import evaluation", "may not import nemo_ee.evaluation"),
-        ("convert", "from nemo_ee.evaluation.evaluate import x", "may not import nemo_ee.evaluation"),
+        ("commands", "from nemo_ee.evaluation.evaluate import x", "may not import nemo_ee.evaluation"),
         ("exits", "import importlib\nimportlib.import_module('nemo.core')", "may not import nemo.core"),
         ("export", "import tensorrt_llm", "may not import tensorrt_llm outside a function"),
         ("cpu_host", "import torch", "may not import torch outside a function"),

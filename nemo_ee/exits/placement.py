@@ -64,7 +64,8 @@ def place_exits(
         num_layers: layers of the backbone.
         num_stages: pipeline-parallel size.
         full_depth: run every layer (the final exit is needed), not only those up to the deepest exit.
-        layers_per_stage: the split (see `nemo_ee.planning.layer_split`); None: as even as possible, larger stages first.
+        layers_per_stage: the split (see `nemo_ee.planning.layer_split`); None: as even as possible, larger
+            stages first.
 
     Returns:
         One placement per stage; a stage may have no exits.

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nemo_ee.export import huggingface_verify, tensorrt_llm_verify
 from nemo_ee.export.early_exit_source import EarlyExitSource
+from nemo_ee.export.huggingface import verify_huggingface
 from nemo_ee.export.huggingface.stock_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
 from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
+from nemo_ee.export.tensorrt_llm import verify_tensorrt_llm
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -55,9 +56,9 @@ def verify_export(
         # An export can be told the length that a model is used with; the `.nemo` does not say it.
         shared = {"max_position_embeddings": manifest.get("max_position_embeddings")}
         for artefact in manifest.get("artefacts", []):
-            name, check = str(artefact.get("directory")), tensorrt_llm_verify.artefact_faults
+            name, check = str(artefact.get("directory")), verify_tensorrt_llm.artefact_faults
             if artefact.get("format") == FORMAT:
-                check = huggingface_verify.artefact_faults
+                check = verify_huggingface.artefact_faults
             try:
                 found = check(directory / name, shared | artefact, source, parity_gigabytes=parity_gigabytes)
                 faults += [f"{name}: {fault}" for fault in found]

@@ -209,7 +209,7 @@ def test_numbers_that_float16_does_not_hold(tmp_path: Path) -> None:
 def test_an_interruption_leaves_nothing(
     fault: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
 ) -> None:
-    from nemo_ee.export.huggingface.exporter import exporter as module
+    from nemo_ee.export.huggingface import exporter as module
     from nemo_ee.export.huggingface.exporter import weight_files as weights
 
     real, calls = weights.SafetensorsWriter.write, []

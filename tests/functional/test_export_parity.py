@@ -219,7 +219,7 @@ def test_a_run_that_breaks_is_a_fault_like_others(fault: Exception, made, tmp_pa
 
 def test_what_cannot_be_run_is_not_exported(made, tmp_path: Path, monkeypatch) -> None:
     """Only an OPT without its final norm goes without a digest."""
-    from nemo_ee.export.huggingface.exporter import exporter as huggingface
+    from nemo_ee.export.huggingface import exporter as huggingface
 
     def refuse(folder: Path) -> None:
         raise ValueError(f"{folder / 'config.json'}: damaged")

@@ -20,7 +20,7 @@ pytest.importorskip("nemo")
 
 from tests.helpers.megatron_models import ROOT
 
-from nemo_ee.export import tensorrt_llm_model, tensorrt_llm_pytorch_model  # isort: skip  # after the CPU host is on
+from nemo_ee.export.tensorrt_llm.files import tensorrt_llm_model, tensorrt_llm_pytorch_model  # isort: skip  # after the CPU host is on
 
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.propagation import generate_propagating

@@ -20,6 +20,7 @@ from nemo_ee.exits.config import ExitConfig
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 
+_FILES = Path(__file__).with_name("files")  # copied into exports, never imported here
 ENGINE_FILE = "tensorrt_llm_model.py"
 # `architecture` of a unified checkpoint -> class of ENGINE_FILE.
 ENGINE_CLASSES = {
@@ -109,7 +110,7 @@ def copy_engine_file(to: Path, architecture: str, pipeline_parallel: int) -> dic
     """Copy the engine's model file into `to`; its entry for the manifest. None where it cannot build the export."""
     if engine_faults(architecture, pipeline_parallel):
         return None
-    shutil.copyfile(Path(__file__).with_name(ENGINE_FILE), to / ENGINE_FILE)
+    shutil.copyfile(_FILES / ENGINE_FILE, to / ENGINE_FILE)
     return {
         "file": ENGINE_FILE,
         "class": ENGINE_CLASSES[architecture],
@@ -124,7 +125,7 @@ def copy_pytorch_package(to: Path, family: str) -> dict[str, Any] | None:
     if family not in PYTORCH_FAMILIES:
         return None
     (to / PYTORCH_PACKAGE).mkdir()
-    shutil.copyfile(Path(__file__).with_name(PYTORCH_FILE), to / PYTORCH_PACKAGE / "__init__.py")
+    shutil.copyfile(_FILES / PYTORCH_FILE, to / PYTORCH_PACKAGE / "__init__.py")
     return {
         "file": f"{to.name}/{PYTORCH_PACKAGE}/__init__.py",
         "class": None,
