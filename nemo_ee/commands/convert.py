@@ -22,6 +22,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
@@ -136,7 +137,7 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
     backbone = HuggingFaceSource(source, overrides.get("encoder_seq_length")).backbone
     merged = {key: value for key, value in overrides.items() if value is not None}
     tokenizer = {"library": "huggingface", "type": str(source.resolve()), "use_fast": True}
-    return {**backbone.nemo_config(), "tokenizer": tokenizer, **merged, "_stored_exits": []}
+    return {**nemo_config(backbone), "tokenizer": tokenizer, **merged, "_stored_exits": []}
 
 
 def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:

@@ -17,9 +17,12 @@ from nemo_ee.families.gpt2 import GPT2
 from nemo_ee.families.llama import LLAMA, MISTRAL
 from nemo_ee.families.opt import OPT
 from nemo_ee.families.qwen2 import QWEN2
+from nemo_ee.families.qwen3 import QWEN3
 from nemo_ee.families.tensors import TensorTable, tensor_table
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, OPT, GPT2)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2)}
+
+ENGINE_CLASSES = tuple(family.engine for family in FAMILIES.values() if family.engine is not None)
 
 
 def read_config(
@@ -74,5 +77,4 @@ def tensors_of(architecture: Architecture) -> TensorTable:
 
 def engine_class(architecture: Architecture) -> EngineClass | None:
     """TensorRT-LLM's class that computes an architecture; None where none does."""
-    engines = (family.engine for family in FAMILIES.values() if family.engine is not None)
-    return next((engine for engine in engines if engine.computes(architecture)), None)
+    return next((engine for engine in ENGINE_CLASSES if engine.computes(architecture)), None)

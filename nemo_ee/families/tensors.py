@@ -11,7 +11,7 @@ reading the ranges it touches, and a stored tensor is written by the same ranges
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture
 
@@ -60,6 +60,16 @@ class Canonical:
         """The stored tensors it is made of, in the order of their first rows; empty for a constant."""
         return tuple(dict.fromkeys(rows.stored for rows in self.rows if rows.stored is not None))
 
+    def rows_of(self, stored: Stored) -> tuple[int, int]:
+        """First and last + 1 of the rows of a stored tensor (its columns, when transposed) that it is made of."""
+        parts = [rows for rows in self.rows if rows.stored == stored]
+        return min(rows.start for rows in parts), max(rows.stop for rows in parts)
+
+    def under(self, prefix: str) -> Canonical:
+        """The same tensor of a place whose stored names begin with `prefix`."""
+        named = {stored: replace(stored, name=f"{prefix}{stored.name}") for stored in self.stored}
+        return replace(self, rows=tuple(replace(rows, stored=named.get(rows.stored)) for rows in self.rows))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
@@ -101,17 +111,44 @@ class Names:
 
 @dataclass(frozen=True)
 class TensorTable:
-    """The canonical tensors of a model by name: those of a layer (without `LAYERS`), and the others."""
+    """The canonical tensors of a model by name.
+
+    Attributes:
+        layer: those of a layer, without `LAYERS`; their stored names are without the layer's prefix.
+        others: the others.
+        prefix: of a layer's stored names, with {} for its index from 0.
+    """
 
     layer: dict[str, Canonical]
     others: dict[str, Canonical]
+    prefix: str
 
-    def __getitem__(self, key: str) -> Canonical:
-        return self.layer[key.removeprefix(LAYERS)] if key.startswith(LAYERS) else self.others[key]
+    def of_layer(self, index: int) -> dict[str, Canonical]:
+        """The tensors of one layer under their full stored names; `index` from 0."""
+        return {key: tensor.under(self.prefix.format(index)) for key, tensor in self.layer.items()}
 
-    def keys(self) -> list[str]:
-        """Canonical names, sorted."""
-        return sorted([*(f"{LAYERS}{key}" for key in self.layer), *self.others])
+    def of_exit(self, architecture: str, own_output: bool) -> dict[str, Canonical]:
+        """The tensors of an exit head by their canonical names within it, beside a model of this family.
+
+        They are named like those of a layer; the norm is `norm`, the output projection `unembed`.
+
+        Args:
+            architecture: as in `nemo_ee.exits.config.ExitConfig`.
+            own_output: it has an output projection of its own.
+        """
+        found: dict[str, Canonical] = {}
+        if architecture == "mlp":
+            found |= {key: tensor for key, tensor in self.layer.items() if key.startswith("mlp.")}
+        if architecture == "layer":
+            found |= {f"layer.{key}": tensor.under("layer.") for key, tensor in self.layer.items()}
+        if architecture != "embedding":
+            for key, tensor in self.others.items():
+                name = f"norm.{key.removeprefix(FINAL_NORM)}"
+                if key.startswith(FINAL_NORM):
+                    found[name] = _whole(name, *tensor.shape) if tensor.stored else tensor
+        if own_output:
+            found["output.weight"] = _whole("unembed.weight", *self.others[WORDS].shape)
+        return found
 
 
 def tensor_table(names: Names, a: Architecture) -> TensorTable:
@@ -145,7 +182,7 @@ def tensor_table(names: Names, a: Architecture) -> TensorTable:
     others |= _norm(a, FINAL_NORM, names.final_norm)
     if not a.tied:
         others[OUTPUT] = _whole(names.output, *matrix)
-    return TensorTable(layer, others)
+    return TensorTable(layer, others, names.layer)
 
 
 def _parts(names: tuple[str, ...], heights: list[int]) -> list[tuple[str, list[int]]]:

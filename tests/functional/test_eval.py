@@ -50,9 +50,9 @@ def results(folder: Path) -> dict[str, dict]:
 def reference(folder: Path) -> dict[str, torch.Tensor]:
     """Per predicted token, from transformers: losses of the full model and the lenses, and whether a lens agrees."""
     import numpy
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder / "hugging_face").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "hugging_face").eval()
     text = torch.from_numpy(numpy.fromfile(folder / "data.bin", dtype=numpy.uint16).astype(numpy.int64))
     values: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(text) - 1, LENGTH):

@@ -20,7 +20,7 @@ import torch  # isort: skip  # after the CPU host is on
 import yaml
 from safetensors.torch import load_file, save_file
 
-from nemo_ee.checkpoint.architecture import read_architecture
+from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.export.manifest import MANIFEST, sha256_of
 from nemo_ee.export.verify import verify_export
 from tests.functional.test_export_tensorrt_llm import Made, export

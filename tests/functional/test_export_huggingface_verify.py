@@ -135,20 +135,19 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"model_type": "bloom"}, "model_type='bloom' is not run here; supported are gpt2, llama"),
-        ({"hidden_act": "gelu", "rope_scaling": {"rope_type": "yarn"}}, "activation 'gelu'.*rope type 'yarn'"),
+        ({"model_type": "bloom"}, "model_type: 'bloom' is not supported; supported are llama, mistral"),
+        ({"hidden_act": "gelu", "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'.*hidden_act: 'gelu'"),
         ({"early_exit": {"exits": [{"name": "x", "layer": 9, "architecture": "mlp"}]}}, "is no exit of a model of 3"),
-        ({"hidden_size": None}, "hidden_size=None must be a whole number"),
-        ({"vocab_size": 200}, "embed_tokens.weight has shape .* does not fit"),
+        ({"hidden_size": None}, "hidden_size: None, must be a whole number"),
+        ({"vocab_size": 200}, "embed_tokens.weight has shape .* by config.json"),
         ({"intermediate_size": 30}, "up_proj.weight has shape"),
         ({"mlp_bias": True}, "mlp.gate_proj.bias is missing; export again"),
-        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "low_freq_factor=None must .*high_freq_factor=None",
+            "low_freq_factor: None, must .*high_freq_factor: None",
         ),
-        ({"head_dim": 9}, "head_dim=9: rotary positions need an even number"),
+        ({"head_dim": 9}, "head_dim: 9, rotary positions need an even number"),
         (
             {"early_exit": {"exits": 2 * [{"name": "x", "layer": 1, "architecture": "norm"}]}},
             "two exits are called 'x'",

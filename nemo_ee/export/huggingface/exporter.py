@@ -45,11 +45,12 @@ from nemo_ee.export.output_directory import output_faults, whole_directory
 from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
 from nemo_ee.export.safetensors_writer import DTYPES
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
-    PYTORCH_FAMILIES,
     copy_pytorch_package,
     threshold_block,
     threshold_faults,
 )
+from nemo_ee.families.family import Family
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.runtime.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Artefact:
     @property
     def tied(self) -> bool:
         """Whether the output projection is the word embeddings."""
-        return self.stock.backbone.tied
+        return self.stock.architecture.tied
 
 
 def export_huggingface(settings: ExportSettings) -> Path:
@@ -201,22 +202,23 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
     return artefacts
 
 
-def _threshold_faults(settings: ExportSettings, family: str) -> list[str]:
+def _threshold_faults(settings: ExportSettings, family: Family) -> list[str]:
     """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
     if settings.thresholds is None:
         return []
     faults = []
-    if family not in PYTORCH_FAMILIES:
+    if not family.pytorch_early_exit:
+        able = ", ".join(name for name, other in FAMILIES.items() if other.pytorch_early_exit)
         faults.append(
             f"thresholds={settings.thresholds!r}: TensorRT-LLM's PyTorch backend reads them, and there is no model "
-            f"file for {family}, only for {', '.join(PYTORCH_FAMILIES)}; leave them out"
+            f"file for {family.model_type}, only for {able}; leave them out"
         )
     if "early_exit" not in settings.targets:
         faults.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
     return faults
 
 
-def exit_entry(source: EarlyExitSource, family: str, exit: ExitConfig) -> dict[str, Any]:
+def exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> dict[str, Any]:
     """A row of the table of exits in config.json and in the manifest."""
     return {
         "name": exit.name,
@@ -245,27 +247,36 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
 def _full(
     stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
 ) -> Artefact:
-    tied = stock.backbone.tied
-    model = full_model(stock.backbone.num_layers, heads, tied=tied, write_output=not tied)
+    tied = stock.architecture.tied
+    model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
     kind = "full" if table is None else "early_exit"
-    return Artefact(f"hf_{kind}", kind, stock, readings(stock.backbone, model, model.exits), table)
+    return Artefact(f"hf_{kind}", kind, stock, readings(stock.architecture, model, model.exits), table)
 
 
 def _exit(source: EarlyExitSource, stock: StockConfig, exit: ExitConfig) -> Artefact:
     stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
-    plan = readings(stock.backbone, draft_model(exit), final_norm=exit.architecture != "embedding")
+    plan = readings(stock.architecture, draft_model(exit), final_norm=stock.has_final_norm)
     return Artefact(f"hf_exit_{exit.name}", "exit", stock, plan, exit=exit)
 
 
 def _first_that_fits(
     source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artefact]
 ) -> Artefact:
-    """The artefact of the first config whose constants are the parameters' values; the last config has none."""
-    for stock in stocks[:-1]:
+    """The artefact of the first config whose constants are the parameters' values.
+
+    Raises:
+        ValueError: every config has a constant where the `.nemo` has other values.
+    """
+    for stock in stocks:
         artefact = make(stock)
-        if all(_is_constant(source, reading) for reading in artefact.plan if reading.fill is not None):
+        lost = [own for own in artefact.plan if own.fill is not None and not _is_constant(source, own)]
+        if not lost:
             return artefact
-    return make(stocks[-1])
+    names = ", ".join(sorted({reading.origin.key for reading in lost}))
+    raise ValueError(
+        f"{source.path}: {stocks[-1].family.model_class} has no {names}, and theirs are not the values that leaving "
+        "them out means; no stock class of transformers computes this model"
+    )
 
 
 def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
@@ -298,8 +309,8 @@ def _write(
 
 
 def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[str, Any] | None:
-    if artefact.stock.values.get("_remove_final_layer_norm"):
-        logger.info("%s: no parity digest, our runtime computes no OPT without its final norm", artefact.directory)
+    if not artefact.stock.has_final_norm:
+        logger.info("%s: no parity digest, our runtime computes no model without final norm", artefact.directory)
         return None
     try:
         return written_parity(partial / artefact.directory, load_model, parity_gigabytes=parity_gigabytes)
@@ -358,7 +369,7 @@ def _manifest_facts(
                 "class": artefact.stock.values["architectures"][0],
                 "exit": None if artefact.exit is None else artefact.exit.name,
                 "architecture": None if artefact.exit is None else artefact.exit.architecture,
-                "num_layers": artefact.stock.backbone.num_layers,
+                "num_layers": artefact.stock.architecture.num_layers,
                 **_USES[artefact.kind],
                 "max_batch": None,
                 "digest": digest,

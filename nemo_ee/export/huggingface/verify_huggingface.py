@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.content_digest import ContentDigest
 from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of, readings
 from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artefacts
+from nemo_ee.export.huggingface.stock_config import read_stock_config
 from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.parity import parity_faults
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
 from nemo_ee.runtime.loader import load_model
 
-# What the importer's reader refuses in a source, and an export says of itself.
-_NOT_READ = ("_remove_final_layer_norm", "auto_map")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -89,21 +87,19 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
 
 def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
-    values = {key: value for key, value in config.items() if key not in _NOT_READ}
-    # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
-    backbone = backbone_from_config(values, 1)
-    layers, tied = backbone.num_layers, backbone.tied
+    stock = read_stock_config(config)
+    layers, tied = stock.num_layers, stock.tied
     if artefact["kind"] == "exit":
         shape = artefact["architecture"]
         exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
         model = draft_model(exit)
-        return readings(backbone, model, final_norm=shape != "embedding")
+        return readings(stock, model, final_norm=shape != "embedding")
     table = (config.get("early_exit") or {}).get("exits", []) if artefact["kind"] == "early_exit" else []
     exits = [
         (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
     ]
     model = full_model(layers, exits, tied=tied, write_output=not tied)
-    return readings(backbone, model, model.exits)
+    return readings(stock, model, model.exits)
 
 
 def _file_names(folder: Path) -> list[str]:

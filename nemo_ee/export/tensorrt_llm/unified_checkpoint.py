@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_ee.checkpoint.architecture import Architecture, read_architecture
+from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.manifest import write_manifest
@@ -54,6 +54,7 @@ from nemo_ee.export.tensorrt_llm.unified_tensors import (
     readings,
     stage_of,
 )
+from nemo_ee.families.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -163,12 +164,13 @@ def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Archite
     faults += threshold_faults(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
     try:
         architecture = read_architecture(source.config, stored_rows=1, max_positions=settings.max_position_embeddings)
+        engine = stock_class(architecture)
     except ValueError as fault:
         faults.append(f"{settings.checkpoint}: {fault}")
     else:
         faults += parallel_faults(architecture, settings.tensor_parallel, settings.pipeline_parallel)
         if settings.thresholds is not None:
-            faults += engine_faults(stock_class(architecture), settings.pipeline_parallel)
+            faults += engine_faults(engine, settings.pipeline_parallel)
         if settings.draft_ranks != settings.tensor_parallel:
             faults += [f"draft_{fault}" for fault in parallel_faults(architecture, settings.draft_ranks, 1)]
         for exit in source.exits.exits:

@@ -1,13 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo`'s architecture in TensorRT-LLM's words: which stock class computes it, and the config.json of that class.
+"""A `.nemo`'s architecture in TensorRT-LLM's words: the config.json of the class that computes it.
 
-    RMSNorm, gated SiLU, rotary positions, no bias or all biases    LlamaForCausalLM (Llama, Mistral)
-    the same with a bias on query, key and value alone              Qwen2ForCausalLM
-    LayerNorm, ReLU, learned positions, all biases                  OPTForCausalLM
-    LayerNorm, tanh-GELU or ReLU, learned positions                 GPTForCausalLM
-
-Fields and classes: TensorRT-LLM 0.20 to 1.2.1. Anything that no stock class computes the same way is refused.
+Which class that is, and what only it asks for, is said in `nemo_ee.families`. Fields and classes: TensorRT-LLM 0.20 to
+1.2.1.
 """
 
 from __future__ import annotations
@@ -15,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.checkpoint.architecture import Architecture
+from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture
+from nemo_ee.families.family import EngineClass
+from nemo_ee.families.registry import engine_class
 
 
-def stock_class(a: Architecture) -> str:
-    """TensorRT-LLM's class that computes an architecture."""
-    if a.layer_norm:
-        return "OPTForCausalLM" if a.hidden_act == "relu" and a.bias else "GPTForCausalLM"
-    return "Qwen2ForCausalLM" if a.qkv_bias and not a.bias else "LlamaForCausalLM"
+def stock_class(architecture: Architecture) -> EngineClass:
+    """TensorRT-LLM's class that computes an architecture.
+
+    Raises:
+        ValueError: none does.
+    """
+    engine = engine_class(architecture)
+    if engine is None:
+        biases, norm = ", ".join(sorted(architecture.biases)) or "none", architecture.qk_norm
+        raise ValueError(f"no class of TensorRT-LLM computes this: biases in {biases}, qk_layernorm={norm}")
+    return engine
 
 
 def checkpoint_config(
@@ -42,9 +46,9 @@ def checkpoint_config(
         tied: the output projection is the word embeddings.
         early_exit: table of the exits; stock classes keep unknown keys and do nothing with them.
     """
-    a, name = architecture, stock_class(architecture)
+    a, engine = architecture, stock_class(architecture)
     config: dict[str, Any] = {
-        "architecture": name,
+        "architecture": engine.architecture,
         "dtype": dtype,
         "logits_dtype": "float32",
         "vocab_size": a.vocab_size,
@@ -69,13 +73,7 @@ def checkpoint_config(
         },
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
-    if a.learned_positions:
-        config |= {"do_layer_norm_before": True} if name.startswith("OPT") else {"gpt_variant": "gpt2", "bias": a.bias}
-    else:
-        config |= {"rotary_base": a.rotary_base, "rotary_scaling": a.rotary_scaling}
-        config |= {"attn_bias": a.qkv_bias, "mlp_bias": a.bias}
-        if name.startswith("Qwen2"):
-            config |= {"qwen_type": "qwen2"}
+    config |= engine.fields(a)
     if early_exit is not None:
         config["early_exit"] = dict(early_exit)
     return config
@@ -88,7 +86,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         KeyError: a field is missing.
     """
     learned = config["position_embedding_type"] == "learned_absolute"
-    bias = _bias_of(config, learned)
+    # OPT's class has all biases, GPT's a switch for all, the others one for query, key and value and one for the MLP.
+    bias = config.get("bias", True) if learned else config["mlp_bias"]
+    qkv_bias = not learned and config["attn_bias"]
     return Architecture(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -100,17 +100,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         max_position_embeddings=config["max_position_embeddings"],
         layer_norm=learned,
         norm_epsilon=config["norm_epsilon"],
+        qk_norm=config.get("qwen_type") == "qwen3",
         hidden_act=config["hidden_act"],
-        bias=bias,
-        qkv_bias=bias if learned else config["attn_bias"],
+        biases=ALL_LINEARS if bias else frozenset({QKV} if qkv_bias else ()),
         learned_positions=learned,
         rotary_base=config.get("rotary_base", 10000.0),
         rotary_scaling=config.get("rotary_scaling"),
         tied=config["tie_word_embeddings"],
     )
-
-
-def _bias_of(config: Mapping[str, Any], learned: bool) -> bool:
-    if not learned:
-        return config["mlp_bias"]
-    return True if config["architecture"] == "OPTForCausalLM" else config["bias"]

@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nemo_ee.checkpoint.architecture import Architecture
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EMBEDDING, Origin
 from nemo_ee.export.model_origins import Model
 from nemo_ee.export.tensorrt_llm.unified_config import stock_class
-
-_POSITIONS = "embedding.position_embeddings.weight"
+from nemo_ee.families.architecture import QKV, Architecture
+from nemo_ee.families.tensors import K_NORM, POSITIONS, Q_NORM
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def draft_refusal(architecture: Architecture, exit: ExitConfig) -> str | None:
     if exit.architecture == "embedding":
         return "an embedding exit has no norm, and no stock class can leave its final norm out"
     if architecture.learned_positions:
-        return f"draft models are written for Llama, Mistral and Qwen2, not for {stock_class(architecture)}"
+        name = stock_class(architecture).architecture
+        return f"draft models are written for models with rotary positions, not for {name}"
     return None
 
 
@@ -94,7 +94,7 @@ def readings(architecture: Architecture, model: Model, pipeline_parallel: int) -
     result.append(Reading(Origin("backbone", EMBEDDING), matrix, ((embedding, _whole),), (0,)))
     if a.learned_positions:
         shape, name = (a.max_position_embeddings, a.hidden_size), "transformer.position_embedding.weight"
-        result.append(Reading(Origin("backbone", _POSITIONS), shape, ((name, _whole),), (0,)))
+        result.append(Reading(Origin("backbone", POSITIONS), shape, ((name, _whole),), (0,)))
     for index, layer in enumerate(model.layers):
         stage = stage_of(index + 1, num_layers, pipeline_parallel)
         local = index - stage * (num_layers // pipeline_parallel)
@@ -131,12 +131,16 @@ def _exit_head(
 def _layer(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:
     heads, groups, size, hidden = a.num_attention_heads, a.num_query_groups, a.kv_channels, a.hidden_size
     qkv, proj = "self_attention.linear_qkv.", "self_attention.linear_proj."
-    rows, split = (heads + 2 * groups) * size, _query_key_value(heads, groups, size)
+    rows, split = a.qkv_rows, _query_key_value(heads, groups, size)
     result = _norm(a, origin, f"{qkv}layer_norm_", f"{prefix}input_layernorm.", stages)
     result.append(Reading(origin(f"{qkv}weight"), (rows, hidden), ((f"{prefix}attention.qkv.weight", split),), stages))
-    if a.qkv_bias:
+    if QKV in a.biases:
         result.append(Reading(origin(f"{qkv}bias"), (rows,), ((f"{prefix}attention.qkv.bias", split),), stages))
-    shape, name = (hidden, heads * size), f"{prefix}attention.dense."
+    if a.qk_norm:
+        for key in (Q_NORM, K_NORM):  # over one head, so whole on every rank
+            name = f"{prefix}attention.{key.removeprefix('self_attention.')}"
+            result.append(Reading(origin(key), (size,), ((name, _whole),), stages))
+    shape, name = (hidden, a.proj_columns), f"{prefix}attention.dense."
     result.append(Reading(origin(f"{proj}weight"), shape, ((f"{name}weight", _columns),), stages))
     if a.bias:
         result.append(Reading(origin(f"{proj}bias"), (hidden,), ((f"{name}bias", _whole),), stages))
@@ -146,10 +150,9 @@ def _layer(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages
 def _mlp(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:
     hidden, ffn = a.hidden_size, a.ffn_hidden_size
     halves = (("fc", _half(0)), ("gate", _half(1))) if a.gated else (("fc", _rows),)
-    height = ffn * len(halves)
     fc1, fc2 = "mlp.linear_fc1.", "mlp.linear_fc2."
     result = _norm(a, origin, f"{fc1}layer_norm_", f"{prefix}post_layernorm.", stages)
-    for kind, shape in (("weight", (height, hidden)), ("bias", (height,))):
+    for kind, shape in (("weight", (a.fc1_rows, hidden)), ("bias", (a.fc1_rows,))):
         if kind == "weight" or a.bias:
             written = tuple((f"{prefix}mlp.{name}.{kind}", split) for name, split in halves)
             result.append(Reading(origin(f"{fc1}{kind}"), shape, written, stages))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nemo_ee.checkpoint.architecture import Architecture, read_architecture
+from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
 from nemo_ee.export.model_origins import draft_model, full_model
@@ -31,6 +31,7 @@ from nemo_ee.export.tensorrt_llm.unified_checkpoint import part_of
 from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_class
 from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
 from nemo_ee.export.tensorrt_llm.unified_tensors import Reading, rank_shapes, readings
+from nemo_ee.families.architecture import Architecture
 
 
 def artefact_faults(
@@ -51,8 +52,9 @@ def artefact_faults(
     tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
     if sizes["world_size"] != tp * pp:
         return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
-    if config["architecture"] != stock_class(architecture):
-        return [f"architecture: {config['architecture']}, but {stock_class(architecture)} computes what is described"]
+    computed_by = stock_class(architecture).architecture
+    if config["architecture"] != computed_by:
+        return [f"architecture: {config['architecture']}, but {computed_by} computes what is described"]
     faults = [*_config_faults(config, _expected_architecture(architecture, artefact, source))]
     if source is not None:
         faults += _exit_table_faults(config, source)

@@ -90,6 +90,7 @@ def test_the_engine_class_of_an_architecture() -> None:
     for changes, expected in (
         ({}, "LlamaForCausalLM"),
         ({"biases": frozenset({QKV})}, "Qwen2ForCausalLM"),
+        ({"qk_norm": True}, "Qwen3ForCausalLM"),
         ({"qk_norm": True, "biases": frozenset({QKV})}, None),
         ({"layer_norm": True, "hidden_act": "relu", "biases": frozenset({FC1})}, "OPTForCausalLM"),
         ({"layer_norm": True, "hidden_act": "gelu", "biases": frozenset({FC1})}, "GPTForCausalLM"),

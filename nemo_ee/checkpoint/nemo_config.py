@@ -1,16 +1,17 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a backbone is: the one description that importers fill from a config.json, and exporters from a `.nemo`.
+"""A model's architecture in the words of NeMo's `MegatronGPTModel`.
 
-`Architecture.nemo_config` says it in the words of NeMo's `MegatronGPTModel`; `read_architecture` reads those words
-again with NeMo's own defaults, and refuses what no stock class of any target computes.
+`nemo_config` writes them; `read_architecture` reads them again with NeMo's own defaults, and refuses what no stock
+class of any target computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture, linear_scaling, llama3_scaling
 
 _SWIGLU = ("swiglu", "fast-swiglu")
 # Activation -> NeMo's activation and openai_gelu.
@@ -22,111 +23,58 @@ _NEMO_ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """A supported model's architecture.
+def nemo_config(a: Architecture) -> dict[str, Any]:
+    """The part of a NeMo `MegatronGPTModel` config that follows from the architecture.
 
-    Attributes:
-        vocab_size: the true one; layouts pad it as they need.
-        layer_norm: LayerNorm instead of RMSNorm.
-        hidden_act: `silu` of a gated MLP; `relu`, `gelu` (the tanh approximation) or `gelu_erf` of a plain one.
-        bias: all linears have one: Megatron's `add_bias_linear` is one switch.
-        qkv_bias: query, key and value have one, be it because of `bias`.
-        learned_positions: instead of rotary ones.
-        rotary_scaling: of `linear_scaling` or `llama3_scaling`; None = plain.
-        tied: the output projection is the word embeddings.
+    The keys are the same for all models, but for two: `bias_activation_fusion: false` is there only where fusing
+    would be wrong, NeMo's four numbers of `scale_positional_embedding` only when that is on. All but `vocab_size`,
+    `rope_scaling` (the numbers once more, for our own model) and `activation: relu` are read by NeMo's own model too.
     """
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    max_position_embeddings: int
-    layer_norm: bool
-    norm_epsilon: float
-    hidden_act: str
-    bias: bool
-    qkv_bias: bool
-    learned_positions: bool
-    rotary_base: float
-    rotary_scaling: dict[str, Any] | None
-    tied: bool
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP has two branches, one of them activated."""
-        return self.hidden_act == "silu"
-
-    def nemo_config(self) -> dict[str, Any]:
-        """The part of a NeMo `MegatronGPTModel` config that follows from the architecture.
-
-        The keys are the same for all models, but for two: `bias_activation_fusion: false` is there only where fusing
-        would be wrong, NeMo's four numbers of `scale_positional_embedding` only when that is on. All but `vocab_size`,
-        `rope_scaling` (the numbers once more, for our own model) and `activation: relu` are read by NeMo's own model
-        too.
-        """
-        scaling = self.rotary_scaling or {}
-        kind = scaling.get("type")
-        activation, openai_gelu = _NEMO_ACTIVATIONS[self.hidden_act]
-        config: dict[str, Any] = {
-            "mcore_gpt": True,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "ffn_hidden_size": self.ffn_hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "num_query_groups": self.num_query_groups,
-            "kv_channels": self.kv_channels,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.max_position_embeddings,
-            "normalization": "layernorm" if self.layer_norm else "rmsnorm",
-            "layernorm_epsilon": self.norm_epsilon,
-            "activation": activation,
-            "openai_gelu": openai_gelu,
-            "bias": self.bias,
-            "qkv_bias": self.qkv_bias,
-            "position_embedding_type": "learned_absolute" if self.learned_positions else "rope",
-            "rotary_percentage": 1.0,
-            "rotary_base": self.rotary_base,
-            "seq_len_interpolation_factor": scaling["factor"] if kind == "linear" else None,
-            "scale_positional_embedding": kind == "llama3",
-            "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_type"} or None,
-            "share_embeddings_and_output_weights": self.tied,
-            "transformer_block_type": "pre_ln",
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "ffn_dropout": 0.0,
-        }
-        if not self.gated:
-            # Megatron's fused GELU is the tanh approximation whatever is asked for, and there is no fused ReLU.
-            config["bias_activation_fusion"] = False
-        if kind == "llama3":
-            config |= {
-                "scale_factor": scaling["factor"],
-                "low_freq_factor": scaling["low_freq_factor"],
-                "high_freq_factor": scaling["high_freq_factor"],
-                "old_context_len": scaling["original_max_position_embeddings"],
-            }
-        return config
-
-
-def linear_scaling(factor: float) -> dict[str, Any]:
-    """All rotary frequencies / factor, with Hugging Face's names; the kind twice, since readers differ."""
-    return {"type": "linear", "rope_type": "linear", "factor": float(factor)}
-
-
-def llama3_scaling(factor: float, low: float, high: float, original: int) -> dict[str, Any]:
-    """Only the wavelengths beyond the original context length are stretched."""
-    return {
-        "type": "llama3",
-        "rope_type": "llama3",
-        "factor": float(factor),
-        "low_freq_factor": float(low),
-        "high_freq_factor": float(high),
-        "original_max_position_embeddings": int(original),
+    scaling = a.rotary_scaling or {}
+    kind = scaling.get("type")
+    activation, openai_gelu = _NEMO_ACTIVATIONS[a.hidden_act]
+    config: dict[str, Any] = {
+        "mcore_gpt": True,
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.ffn_hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        "num_query_groups": a.num_query_groups,
+        "kv_channels": a.kv_channels,
+        "vocab_size": a.vocab_size,
+        "max_position_embeddings": a.max_position_embeddings,
+        "encoder_seq_length": a.sequence_length or a.max_position_embeddings,
+        "normalization": "layernorm" if a.layer_norm else "rmsnorm",
+        "layernorm_epsilon": a.norm_epsilon,
+        "qk_layernorm": a.qk_norm,
+        "activation": activation,
+        "openai_gelu": openai_gelu,
+        "bias": a.bias,
+        "qkv_bias": QKV in a.biases,
+        "position_embedding_type": "learned_absolute" if a.learned_positions else "rope",
+        "rotary_percentage": 1.0,
+        "rotary_base": a.rotary_base,
+        "seq_len_interpolation_factor": scaling["factor"] if kind == "linear" else None,
+        "scale_positional_embedding": kind == "llama3",
+        "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_type"} or None,
+        "share_embeddings_and_output_weights": a.tied,
+        "transformer_block_type": "pre_ln",
+        "init_method_std": a.init_method_std,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "ffn_dropout": 0.0,
     }
+    if not a.gated:
+        # Megatron's fused GELU is the tanh approximation in every case, and there is no fused ReLU.
+        config["bias_activation_fusion"] = False
+    if kind == "llama3":
+        config |= {
+            "scale_factor": scaling["factor"],
+            "low_freq_factor": scaling["low_freq_factor"],
+            "high_freq_factor": scaling["high_freq_factor"],
+            "old_context_len": scaling["original_max_position_embeddings"],
+        }
+    return config
 
 
 def read_architecture(
@@ -166,6 +114,8 @@ def read_architecture(
         faults.append("activation=gelu without openai_gelu: TensorRT-LLM's GELU is the tanh approximation, not this")
     if gpt_like and get("qkv_bias") and not get("bias", True):
         faults.append("qkv_bias without bias: GPTForCausalLM has one switch for all biases")
+    if gpt_like and get("qk_layernorm"):
+        faults.append("qk_layernorm with layernorm: no stock class is known for this; Qwen3 has it with rmsnorm")
     faults += _faults_of_settings(get)
     scaling = None
     if llama_like:
@@ -173,8 +123,7 @@ def read_architecture(
         faults += fault
     if faults:
         raise ValueError("; ".join(faults))
-    bias = bool(get("bias", True))
-    qkv_bias = bool(get("qkv_bias", False)) or bias
+    biases = ALL_LINEARS if get("bias", True) else frozenset({QKV} if get("qkv_bias", False) else ())
     length = max_positions or get("max_position_embeddings") or get("encoder_seq_length")
     act = "silu" if llama_like else "relu" if activation == "relu" else "gelu" if tanh_gelu else "gelu_erf"
     return Architecture(
@@ -188,9 +137,9 @@ def read_architecture(
         max_position_embeddings=int(length),
         layer_norm=gpt_like,
         norm_epsilon=float(get("layernorm_epsilon") or 1e-5),
+        qk_norm=bool(get("qk_layernorm")),
         hidden_act=act,
-        bias=bias,
-        qkv_bias=qkv_bias,
+        biases=biases,
         learned_positions=gpt_like,
         rotary_base=float(get("rotary_base") or 10000.0),
         rotary_scaling=scaling,

@@ -1,0 +1,36 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3 (dense): a Llama whose query and key heads pass an RMSNorm before they are rotated, with a head size of its
+own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nemo_ee.families.architecture import PROJ, QKV, Architecture
+from nemo_ee.families.config_reader import ConfigReader
+from nemo_ee.families.family import EngineClass, Family
+from nemo_ee.families.llama import LLAMA_NAMES, llama_like_config, rotary_engine_fields
+from nemo_ee.families.qwen2 import read_qwen
+
+
+def _read(reader: ConfigReader) -> Architecture:
+    attention = frozenset({QKV, PROJ} if reader.flag("attention_bias", False) else ())
+    return read_qwen(reader, family="qwen3", default_head_size=128, qk_norm=True, biases=attention)
+
+
+QWEN3 = Family(
+    model_type="qwen3",
+    model_class="Qwen3ForCausalLM",
+    config_class="Qwen3Config",
+    names=replace(LLAMA_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    read=_read,
+    config=lambda a: llama_like_config(a) | {"attention_bias": PROJ in a.biases},
+    engine=EngineClass(
+        architecture="Qwen3ForCausalLM",  # from TensorRT-LLM 1.0 on
+        computes=lambda a: a.qk_norm and not a.biases,
+        fields=lambda a: {**rotary_engine_fields(a), "qwen_type": "qwen3"},
+        early_exit="EarlyExitQwen3ForCausalLM",
+    ),
+    pytorch_early_exit=True,
+)
