@@ -167,24 +167,34 @@ class NemoArchive:
 
 @contextlib.contextmanager
 def open_nemo(path: str | Path, prefixes: Sequence[str] | None = None) -> Iterator[Path]:
-    """The files of a `.nemo` as a directory, for code that needs one.
+    """The files of a `.nemo` as a directory; see `unpacked`.
+
+    Raises:
+        ValueError: see `NemoArchive` and `NemoArchive.extract`.
+    """
+    with NemoArchive(path) as archive, unpacked(archive, prefixes) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def unpacked(archive: NemoArchive, prefixes: Sequence[str] | None = None) -> Iterator[Path]:
+    """The files of an open `.nemo` as a directory, for code that needs one.
 
     A directory is used in place. An archive is unpacked (only `prefixes`) into a temporary directory, which is removed
     afterwards.
 
     Raises:
-        ValueError: see `NemoArchive` and `NemoArchive.extract`.
+        ValueError: see `NemoArchive.extract`.
     """
-    with NemoArchive(path) as archive:
-        if archive.path.is_dir():
-            for prefix in prefixes or ():
-                if not archive.has(prefix):
-                    raise ValueError(f"{archive.path}: no {prefix!r} in it.")
-            yield archive.path
-            return
-        with tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:
-            archive.extract(directory, prefixes)
-            yield Path(directory)
+    if archive.path.is_dir():
+        for prefix in prefixes or ():
+            if not archive.has(prefix):
+                raise ValueError(f"{archive.path}: no {prefix!r} in it.")
+        yield archive.path
+        return
+    with tempfile.TemporaryDirectory(prefix="nemo_ee-") as directory:
+        archive.extract(directory, prefixes)
+        yield Path(directory)
 
 
 def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str | NemoArchive]) -> Path:

@@ -8,12 +8,20 @@ class of any target computes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture, linear_scaling, llama3_scaling
+from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture, keyed, linear_scaling, llama3_scaling
 
 _SWIGLU = ("swiglu", "fast-swiglu")
+_KEYS = keyed(
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
+    "max_position_embeddings rotary_base init_method_std",
+    norm_epsilon="layernorm_epsilon",
+    qk_norm="qk_layernorm",
+    tied="share_embeddings_and_output_weights",
+)
 # Activation -> NeMo's activation and openai_gelu.
 _NEMO_ACTIVATIONS = {
     "silu": ("fast-swiglu", False),
@@ -35,31 +43,19 @@ def nemo_config(a: Architecture) -> dict[str, Any]:
     activation, openai_gelu = _NEMO_ACTIVATIONS[a.hidden_act]
     config: dict[str, Any] = {
         "mcore_gpt": True,
-        "num_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "ffn_hidden_size": a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "num_query_groups": a.num_query_groups,
-        "kv_channels": a.kv_channels,
-        "vocab_size": a.vocab_size,
-        "max_position_embeddings": a.max_position_embeddings,
+        **{key: getattr(a, field) for field, key in _KEYS.items()},
         "encoder_seq_length": a.sequence_length or a.max_position_embeddings,
         "normalization": "layernorm" if a.layer_norm else "rmsnorm",
-        "layernorm_epsilon": a.norm_epsilon,
-        "qk_layernorm": a.qk_norm,
         "activation": activation,
         "openai_gelu": openai_gelu,
         "bias": a.bias,
         "qkv_bias": QKV in a.biases,
         "position_embedding_type": "learned_absolute" if a.learned_positions else "rope",
         "rotary_percentage": 1.0,
-        "rotary_base": a.rotary_base,
         "seq_len_interpolation_factor": scaling["factor"] if kind == "linear" else None,
         "scale_positional_embedding": kind == "llama3",
         "rope_scaling": {key: value for key, value in scaling.items() if key != "rope_type"} or None,
-        "share_embeddings_and_output_weights": a.tied,
         "transformer_block_type": "pre_ln",
-        "init_method_std": a.init_method_std,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "ffn_dropout": 0.0,
@@ -124,26 +120,32 @@ def read_architecture(
     if faults:
         raise ValueError("; ".join(faults))
     biases = ALL_LINEARS if get("bias", True) else frozenset({QKV} if get("qkv_bias", False) else ())
-    length = max_positions or get("max_position_embeddings") or get("encoder_seq_length")
+    defaults = {  # NeMo's own
+        "ffn_hidden_size": 4 * hidden,
+        "num_query_groups": heads,
+        "kv_channels": hidden // heads,
+        "vocab_size": stored_rows,
+        "max_position_embeddings": get("encoder_seq_length"),
+        "norm_epsilon": 1e-5,
+        "qk_norm": False,
+        "rotary_base": 10000.0,
+        "init_method_std": 0.02,
+    }
+    types = {
+        own.name: {"int": int, "float": float, "bool": bool}.get(own.type) for own in dataclasses.fields(Architecture)
+    }
+    fields = {field: types[field](get(key) or defaults.get(field)) for field, key in _KEYS.items()}
+    fields |= {"num_attention_heads": heads, "tied": bool(get("share_embeddings_and_output_weights", True))}
+    if max_positions is not None:
+        fields["max_position_embeddings"] = max_positions
     act = "silu" if llama_like else "relu" if activation == "relu" else "gelu" if tanh_gelu else "gelu_erf"
     return Architecture(
-        num_layers=int(config["num_layers"]),
-        hidden_size=hidden,
-        ffn_hidden_size=int(get("ffn_hidden_size") or 4 * hidden),
-        num_attention_heads=heads,
-        num_query_groups=int(get("num_query_groups") or heads),
-        kv_channels=int(get("kv_channels") or hidden // heads),
-        vocab_size=int(get("vocab_size") or stored_rows),
-        max_position_embeddings=int(length),
+        **fields,
         layer_norm=gpt_like,
-        norm_epsilon=float(get("layernorm_epsilon") or 1e-5),
-        qk_norm=bool(get("qk_layernorm")),
         hidden_act=act,
         biases=biases,
         learned_positions=gpt_like,
-        rotary_base=float(get("rotary_base") or 10000.0),
         rotary_scaling=scaling,
-        tied=bool(get("share_embeddings_and_output_weights", True)),
     )
 
 

@@ -122,6 +122,11 @@ class Architecture:
                 yield entry.name, ours, theirs
 
 
+def keyed(same: str, **others: str) -> dict[str, str]:
+    """Field of `Architecture` -> the key that says it in some config. `same`: those that are called alike."""
+    return {field: field for field in same.split()} | others
+
+
 def linear_scaling(factor: float) -> dict[str, Any]:
     """All rotary frequencies / factor, with Hugging Face's names; the kind twice, since readers differ."""
     return {"type": "linear", "rope_type": "linear", "factor": float(factor)}

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.families.architecture import linear_scaling, llama3_scaling
+from nemo_ee.families.architecture import Architecture, linear_scaling, llama3_scaling
 
 # transformers' name of an activation -> `Architecture.hidden_act`, of an MLP with a gate and of one without.
 GATED = dict.fromkeys(("silu", "swish"), "silu")
@@ -36,7 +37,7 @@ class ConfigReader:
         """The value as it is."""
         return self.values.get(name, default)
 
-    def flag(self, name: str, default: bool) -> bool:
+    def flag(self, name: str, default: bool | None = False) -> bool:
         """A switch."""
         return bool(self.values.get(name, default))
 
@@ -57,6 +58,12 @@ class ConfigReader:
             self.problems.append(f"{name}: {value!r}, must be a number above 0")
             return 1.0
         return value
+
+    def fields(self, keys: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
+        """Fields of `Architecture`, each by the key that says it; required where there is no default."""
+        types = {field.name: field.type for field in dataclasses.fields(Architecture)}
+        readers = {"int": self.size, "float": self.number, "bool": self.flag}
+        return {field: readers[types[field]](key, defaults.get(field)) for field, key in keys.items()}
 
     def choice(self, name: str, default: str, known: Mapping[str, str]) -> str:
         """What one of the known words means."""
@@ -80,26 +87,27 @@ class ConfigReader:
         for name, reason in reasons.items():
             self.refuse_if(self.flag(name, not value) is value, f"{name}: {str(value).lower()}, {reason}")
 
-    def positions(self, name: str) -> int:
-        """The longest sequence; the length to use the model with must lie within."""
-        longest, wanted = self.size(name), self.sequence_length
+    def used_length(self, longest: int) -> int:
+        """The length the model is to be used with, which must be within the longest."""
+        wanted = self.sequence_length
         self.refuse_if(
             wanted is not None and not 1 <= wanted <= longest,
             f"sequence length {wanted}: must lie in 1..{longest}, the model's",
         )
-        return longest
+        return wanted or longest
 
-    def window(self, name: str, default: int | None, used_positions: int) -> int | None:
-        """An attention window, at least as long as the length the model is to be used with."""
-        window = self.values.get(name, default)
+    def window(self, length: int) -> int | None:
+        """The attention window, which must be at least as long as the length the model is to be used with."""
+        name = "sliding_window"
+        window = self.values.get(name, 4096)
         if window is None:
             return None
         if not isinstance(window, int) or isinstance(window, bool):
             self.problems.append(f"{name}: {window!r}, must be a whole number or null")
             return None
         self.refuse_if(
-            window < used_positions,
-            f"{name}: {window} is shorter than the sequence length {used_positions}, which Megatron's local attention "
+            window < length,
+            f"{name}: {window} is shorter than the sequence length {length}, which Megatron's local attention "
             f"cannot do; ask for a sequence length of at most {window}",
         )
         return window

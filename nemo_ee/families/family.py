@@ -38,11 +38,11 @@ class Family:
         model_type: transformers' name of the family.
         model_class, config_class: transformers' classes.
         names: where the tensors are stored.
+        keys: field of `Architecture` -> key of config.json, of those that are a number or a switch there too.
         read: the architecture that a config.json describes; problems are collected in the reader.
-        config: the keys of a config.json that describe an architecture. They need not describe it well: they are read
-            back and compared.
+        other_keys: the other keys of a config.json that describe an architecture. They need not describe it well: they
+            are read back and compared.
         chosen_for: whether a model of this architecture and of unknown origin is written as this family's.
-        layers_key, positions_key: keys of config.json with the number of layers and of positions.
         droppable_final_norm: key of config.json that leaves the final norm out, where the class knows one.
         engine: the class of TensorRT-LLM's engine backend; None = that of an earlier family, or none.
         pytorch_early_exit: `export/tensorrt_llm/files/tensorrt_llm_pytorch_model.py` adds exits to TensorRT-LLM's own
@@ -53,16 +53,16 @@ class Family:
     model_class: str
     config_class: str
     names: Names
+    keys: Mapping[str, str]
     read: Callable[[ConfigReader], Architecture]
-    config: Callable[[Architecture], dict[str, Any]]
+    other_keys: Callable[[Architecture], dict[str, Any]]
     chosen_for: Callable[[Architecture], bool] = lambda a: True
-    layers_key: str = "num_hidden_layers"
-    positions_key: str = "max_position_embeddings"
     droppable_final_norm: str | None = None
     engine: EngineClass | None = None
     pytorch_early_exit: bool = False
 
     def stock_config(self, architecture: Architecture) -> dict[str, Any]:
         """The values of a config.json that describe an architecture, class and family named."""
+        keyed = {key: getattr(architecture, field) for field, key in self.keys.items()}
         named = {"model_type": self.model_type, "architectures": [self.model_class]}
-        return named | self.config(architecture)
+        return {**named, **keyed, **self.other_keys(architecture)}

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.families.architecture import ALL_LINEARS, FC1, Architecture
+from nemo_ee.families.architecture import ALL_LINEARS, FC1, Architecture, keyed
 from nemo_ee.families.config_reader import PLAIN, ConfigReader
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.tensors import Names
@@ -31,25 +32,44 @@ _NAMES = Names(
 )
 
 
-def layer_norm_architecture(
-    reader: ConfigReader, keys: tuple[str, str, str], positions: int, **others: Any
+_KEYS = keyed(
+    "vocab_size",
+    hidden_size="n_embd",
+    ffn_hidden_size="n_inner",
+    num_layers="n_layer",
+    num_attention_heads="n_head",
+    max_position_embeddings="n_positions",
+    norm_epsilon="layer_norm_epsilon",
+    tied="tie_word_embeddings",
+    init_method_std="initializer_range",
+)
+
+
+def read_layer_norm_model(
+    reader: ConfigReader, keys: Mapping[str, str], activation: str, *, ffn: int | None = None, **others: Any
 ) -> Architecture:
-    """LayerNorm, learned positions, a key-value head per query head. `keys`: hidden size, layers, heads."""
-    hidden, layers, heads = (reader.size(key) for key in keys)
-    reader.refuse_if(hidden % heads, f"{keys[0]}: {hidden}, not a multiple of {keys[2]} {heads}")
+    """The architecture of a config.json: LayerNorm, learned positions, a key-value head per query head.
+
+    Args:
+        keys: as in `Family`.
+        activation: where `activation_function` is absent.
+        ffn: MLP size where its key is absent; None is that the key is required.
+        others: further fields of `Architecture`.
+    """
+    fields = reader.fields(keys, ffn_hidden_size=ffn, norm_epsilon=1e-5, tied=True, init_method_std=0.02)
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    names = keys["hidden_size"], keys["num_attention_heads"]
+    reader.refuse_if(hidden % heads, f"{names[0]}: {hidden}, not a multiple of {names[1]} {heads}")
+    reader.used_length(fields["max_position_embeddings"])
     return Architecture(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
+        **fields,
         num_query_groups=heads,
         kv_channels=max(hidden // heads, 1),
-        vocab_size=reader.size("vocab_size"),
-        max_position_embeddings=positions,
+        hidden_act=reader.choice("activation_function", activation, PLAIN),
         # Learned positions are a stored matrix, whose rows NeMo counts by encoder_seq_length.
-        sequence_length=positions,
+        sequence_length=fields["max_position_embeddings"],
         layer_norm=True,
         learned_positions=True,
-        tied=reader.flag("tie_word_embeddings", True),
         **others,
     )
 
@@ -63,31 +83,8 @@ def _read(reader: ConfigReader) -> Architecture:
     )
     reader.refuse({"scale_attn_weights": "unscaled attention is not supported"}, value=False)
     hidden = reader.get("n_embd")
-    return layer_norm_architecture(
-        reader,
-        ("n_embd", "n_layer", "n_head"),
-        reader.positions("n_positions"),
-        family="gpt2",
-        ffn_hidden_size=reader.size("n_inner", default=4 * hidden if isinstance(hidden, int) else 1),
-        norm_epsilon=reader.number("layer_norm_epsilon", 1e-5),
-        hidden_act=reader.choice("activation_function", "gelu_new", PLAIN),
-        biases=ALL_LINEARS,
-        init_method_std=reader.number("initializer_range", 0.02),
-    )
-
-
-def _config(a: Architecture) -> dict[str, Any]:
-    return {
-        "vocab_size": a.vocab_size,
-        "activation_function": ACTIVATIONS.get(a.hidden_act),
-        "tie_word_embeddings": a.tied,
-        "n_embd": a.hidden_size,
-        "n_inner": a.ffn_hidden_size,
-        "n_layer": a.num_layers,
-        "n_head": a.num_attention_heads,
-        "n_positions": a.max_position_embeddings,
-        "layer_norm_epsilon": a.norm_epsilon,
-    }
+    ffn = 4 * hidden if isinstance(hidden, int) else 1
+    return read_layer_norm_model(reader, _KEYS, "gelu_new", ffn=ffn, family="gpt2", biases=ALL_LINEARS)
 
 
 GPT2 = Family(
@@ -95,10 +92,9 @@ GPT2 = Family(
     model_class="GPT2LMHeadModel",
     config_class="GPT2Config",
     names=_NAMES,
+    keys=_KEYS,
     read=_read,
-    config=_config,
-    layers_key="n_layer",
-    positions_key="n_positions",
+    other_keys=lambda a: {"activation_function": ACTIVATIONS.get(a.hidden_act)},
     engine=EngineClass(
         architecture="GPTForCausalLM",
         computes=lambda a: a.layer_norm,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture
+from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture, keyed
 from nemo_ee.families.config_reader import GATED, ConfigReader
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.tensors import Names
@@ -30,9 +30,22 @@ LLAMA_NAMES = Names(
 )
 
 
+LLAMA_KEYS = keyed(
+    "vocab_size hidden_size num_attention_heads max_position_embeddings",
+    ffn_hidden_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_query_groups="num_key_value_heads",
+    kv_channels="head_dim",
+    norm_epsilon="rms_norm_eps",
+    tied="tie_word_embeddings",
+    init_method_std="initializer_range",
+)
+
+
 def read_llama_like(
     reader: ConfigReader,
     *,
+    windowed: bool = False,
     default_groups: int | None = None,
     default_head_size: int | None = None,
     **others: Any,
@@ -40,58 +53,42 @@ def read_llama_like(
     """The architecture of a config.json with Llama's keys.
 
     Args:
+        windowed: attention has a window.
         default_groups: key-value heads where `num_key_value_heads` is absent; None is one per query head.
         default_head_size: where `head_dim` is absent; None is hidden size / heads.
         others: further fields of `Architecture`.
     """
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    absent = "num_key_value_heads" not in reader.values
-    groups = reader.size("num_key_value_heads", default=(default_groups or heads) if absent else heads)
     if default_head_size is None:
         indivisible = reader.get("head_dim") is None and hidden % heads
         reader.refuse_if(indivisible, f"hidden_size: {hidden}, not a multiple of num_attention_heads {heads}")
-        default_head_size = max(hidden // heads, 1)
-    head_size = reader.size("head_dim", default=default_head_size)
+    fields = reader.fields(
+        LLAMA_KEYS,
+        num_query_groups=heads if "num_key_value_heads" in reader.values else default_groups or heads,
+        kv_channels=default_head_size or max(hidden // heads, 1),
+        norm_epsilon=1e-6,
+        init_method_std=0.02,
+    )
+    groups, head_size = fields["num_query_groups"], fields["kv_channels"]
     reader.refuse_if(heads % groups, f"num_key_value_heads: {groups}, does not divide num_attention_heads {heads}")
     reader.refuse_if(head_size % 2, f"head_dim: {head_size}, rotary positions need an even number")
+    length = reader.used_length(fields["max_position_embeddings"])
     base, scaling = reader.rope()
     return Architecture(
-        num_layers=reader.size("num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=reader.size("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        kv_channels=head_size,
-        vocab_size=reader.size("vocab_size"),
-        norm_epsilon=reader.number("rms_norm_eps", 1e-6),
+        **fields,
         hidden_act=reader.choice("hidden_act", "silu", GATED),
         rotary_base=base,
         rotary_scaling=scaling,
-        tied=reader.flag("tie_word_embeddings", False),
-        sequence_length=reader.sequence_length or others["max_position_embeddings"],
-        init_method_std=reader.number("initializer_range", 0.02),
+        sequence_length=length,
+        attention_window=reader.window(length) if windowed else None,
         **others,
     )
 
 
-def llama_like_config(a: Architecture) -> dict[str, Any]:
-    """Llama's keys, without its biases."""
-    scaling = a.rotary_scaling
-    return {
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_dim": a.kv_channels,
-        "hidden_act": "silu",
-        "max_position_embeddings": a.max_position_embeddings,
-        "rms_norm_eps": a.norm_epsilon,
-        "rope_theta": a.rotary_base,
-        "rope_scaling": scaling and {key: value for key, value in scaling.items() if key != "type"},
-        "tie_word_embeddings": a.tied,
-    }
+def rotary_keys(a: Architecture) -> dict[str, Any]:
+    """Llama's keys of rotary positions and of the activation."""
+    scaling = a.rotary_scaling and {key: value for key, value in a.rotary_scaling.items() if key != "type"}
+    return {"hidden_act": "silu", "rope_theta": a.rotary_base, "rope_scaling": scaling}
 
 
 def rotary_engine_fields(a: Architecture) -> Mapping[str, Any]:
@@ -105,25 +102,9 @@ def rotary_engine_fields(a: Architecture) -> Mapping[str, Any]:
 
 
 def _read_llama(reader: ConfigReader) -> Architecture:
-    attention = {QKV, PROJ} if reader.flag("attention_bias", False) else set()
-    mlp = {FC1, FC2} if reader.flag("mlp_bias", False) else set()
-    return read_llama_like(
-        reader,
-        family="llama",
-        max_position_embeddings=reader.positions("max_position_embeddings"),
-        biases=frozenset(attention | mlp),
-    )
-
-
-def _read_mistral(reader: ConfigReader) -> Architecture:
-    positions = reader.positions("max_position_embeddings")
-    return read_llama_like(
-        reader,
-        family="mistral",
-        default_groups=8,
-        max_position_embeddings=positions,
-        attention_window=reader.window("sliding_window", 4096, reader.sequence_length or positions),
-    )
+    attention = {QKV, PROJ} if reader.flag("attention_bias") else set()
+    mlp = {FC1, FC2} if reader.flag("mlp_bias") else set()
+    return read_llama_like(reader, family="llama", biases=frozenset(attention | mlp))
 
 
 LLAMA = Family(
@@ -131,8 +112,9 @@ LLAMA = Family(
     model_class="LlamaForCausalLM",
     config_class="LlamaConfig",
     names=LLAMA_NAMES,
+    keys=LLAMA_KEYS,
     read=_read_llama,
-    config=lambda a: llama_like_config(a) | {"attention_bias": PROJ in a.biases, "mlp_bias": FC1 in a.biases},
+    other_keys=lambda a: {**rotary_keys(a), "attention_bias": PROJ in a.biases, "mlp_bias": FC1 in a.biases},
     engine=EngineClass(
         architecture="LlamaForCausalLM",
         computes=lambda a: not (a.layer_norm or a.qk_norm or a.biases == {QKV}),
@@ -146,7 +128,8 @@ MISTRAL = Family(
     model_class="MistralForCausalLM",
     config_class="MistralConfig",
     names=LLAMA_NAMES,
-    read=_read_mistral,
-    config=lambda a: llama_like_config(a) | {"sliding_window": None},
+    keys=LLAMA_KEYS,
+    read=lambda reader: read_llama_like(reader, family="mistral", default_groups=8, windowed=True),
+    other_keys=lambda a: {**rotary_keys(a), "sliding_window": None},
     pytorch_early_exit=True,
 )

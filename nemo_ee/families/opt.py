@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_ee.families.architecture import ALL_LINEARS, FC1, Architecture
-from nemo_ee.families.config_reader import PLAIN, ConfigReader
+from nemo_ee.families.architecture import ALL_LINEARS, FC1, Architecture, keyed
+from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import EngineClass, Family
-from nemo_ee.families.gpt2 import ACTIVATIONS, layer_norm_architecture
+from nemo_ee.families.gpt2 import ACTIVATIONS, read_layer_norm_model
 from nemo_ee.families.tensors import Names
 
 _NO_FINAL_NORM = "_remove_final_layer_norm"
-_NORM_EPSILON = 1e-5  # the class has no key for it
 _NAMES = Names(
     base="model.",
     words="model.decoder.embed_tokens.weight",
@@ -30,6 +29,15 @@ _NAMES = Names(
 )
 
 
+_KEYS = keyed(  # none for the norms' epsilon, which is 1e-5
+    "vocab_size hidden_size num_attention_heads max_position_embeddings",
+    ffn_hidden_size="ffn_dim",
+    num_layers="num_hidden_layers",
+    tied="tie_word_embeddings",
+    init_method_std="init_std",
+)
+
+
 def _read(reader: ConfigReader) -> Architecture:
     hidden, projected = reader.get("hidden_size"), reader.get("word_embed_proj_dim")
     reader.refuse({"do_layer_norm_before": "norms after the residual (OPT-350m) are not supported"}, value=False)
@@ -38,31 +46,20 @@ def _read(reader: ConfigReader) -> Architecture:
         f"word_embed_proj_dim: {projected}, projected embeddings (hidden_size is {hidden}) are not supported",
     )
     reader.refuse({_NO_FINAL_NORM: "the final norm is needed"})
-    return layer_norm_architecture(
+    return read_layer_norm_model(
         reader,
-        ("hidden_size", "num_hidden_layers", "num_attention_heads"),
-        reader.positions("max_position_embeddings"),
+        _KEYS,
+        "relu",
         family="opt",
-        ffn_hidden_size=reader.size("ffn_dim"),
         norm_affine=reader.flag("layer_norm_elementwise_affine", True),
-        norm_epsilon=_NORM_EPSILON,
-        hidden_act=reader.choice("activation_function", "relu", PLAIN),
         biases=ALL_LINEARS if reader.flag("enable_bias", True) else frozenset(),
-        init_method_std=reader.number("init_std", 0.02),
     )
 
 
-def _config(a: Architecture) -> dict[str, Any]:
+def _other_keys(a: Architecture) -> dict[str, Any]:
     return {
-        "vocab_size": a.vocab_size,
         "activation_function": ACTIVATIONS.get(a.hidden_act),
-        "tie_word_embeddings": a.tied,
-        "hidden_size": a.hidden_size,
         "word_embed_proj_dim": a.hidden_size,
-        "ffn_dim": a.ffn_hidden_size,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "max_position_embeddings": a.max_position_embeddings,
         "do_layer_norm_before": True,
         "enable_bias": FC1 in a.biases,
     }
@@ -73,8 +70,9 @@ OPT = Family(
     model_class="OPTForCausalLM",
     config_class="OPTConfig",
     names=_NAMES,
+    keys=_KEYS,
     read=_read,
-    config=_config,
+    other_keys=_other_keys,
     chosen_for=lambda a: a.hidden_act == "relu" or not a.biases,
     droppable_final_norm=_NO_FINAL_NORM,
     engine=EngineClass(

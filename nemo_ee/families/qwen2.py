@@ -9,20 +9,15 @@ from typing import Any
 from nemo_ee.families.architecture import QKV, Architecture
 from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import EngineClass, Family
-from nemo_ee.families.llama import LLAMA_NAMES, llama_like_config, read_llama_like, rotary_engine_fields
+from nemo_ee.families.llama import LLAMA_KEYS, LLAMA_NAMES, read_llama_like, rotary_engine_fields, rotary_keys
 
 
 def read_qwen(reader: ConfigReader, **others: Any) -> Architecture:
     """The architecture of a config.json with the keys that Qwen2 and Qwen3 share; `others` as in `read_llama_like`."""
-    positions = reader.positions("max_position_embeddings")
     layers, first = reader.get("num_hidden_layers"), reader.get("max_window_layers", 28)
     no_layer = isinstance(layers, int) and isinstance(first, int) and first >= layers
-    window = None
-    if reader.flag("use_sliding_window", False) and not no_layer:
-        window = reader.window("sliding_window", 4096, reader.sequence_length or positions)
-    return read_llama_like(
-        reader, default_groups=32, max_position_embeddings=positions, attention_window=window, **others
-    )
+    windowed = reader.flag("use_sliding_window") and not no_layer
+    return read_llama_like(reader, default_groups=32, windowed=windowed, **others)
 
 
 QWEN2 = Family(
@@ -30,8 +25,9 @@ QWEN2 = Family(
     model_class="Qwen2ForCausalLM",
     config_class="Qwen2Config",
     names=LLAMA_NAMES,
+    keys=LLAMA_KEYS,
     read=lambda reader: read_qwen(reader, family="qwen2", biases=frozenset({QKV})),
-    config=llama_like_config,
+    other_keys=rotary_keys,
     engine=EngineClass(
         architecture="Qwen2ForCausalLM",
         computes=lambda a: not (a.layer_norm or a.qk_norm) and a.biases == {QKV},

@@ -10,12 +10,12 @@ from dataclasses import replace
 from nemo_ee.families.architecture import PROJ, QKV, Architecture
 from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import EngineClass, Family
-from nemo_ee.families.llama import LLAMA_NAMES, llama_like_config, rotary_engine_fields
+from nemo_ee.families.llama import LLAMA_KEYS, LLAMA_NAMES, rotary_engine_fields, rotary_keys
 from nemo_ee.families.qwen2 import read_qwen
 
 
 def _read(reader: ConfigReader) -> Architecture:
-    attention = frozenset({QKV, PROJ} if reader.flag("attention_bias", False) else ())
+    attention = frozenset({QKV, PROJ} if reader.flag("attention_bias") else ())
     return read_qwen(reader, family="qwen3", default_head_size=128, qk_norm=True, biases=attention)
 
 
@@ -24,8 +24,9 @@ QWEN3 = Family(
     model_class="Qwen3ForCausalLM",
     config_class="Qwen3Config",
     names=replace(LLAMA_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    keys=LLAMA_KEYS,
     read=_read,
-    config=lambda a: llama_like_config(a) | {"attention_bias": PROJ in a.biases},
+    other_keys=lambda a: {**rotary_keys(a), "attention_bias": PROJ in a.biases},
     engine=EngineClass(
         architecture="Qwen3ForCausalLM",  # from TensorRT-LLM 1.0 on
         computes=lambda a: a.qk_norm and not a.biases,

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.config_reader import ConfigReader
-from nemo_ee.families.family import EngineClass, Family
+from nemo_ee.families.family import Family
 from nemo_ee.families.gpt2 import GPT2
 from nemo_ee.families.llama import LLAMA, MISTRAL
 from nemo_ee.families.opt import OPT
@@ -21,8 +21,6 @@ from nemo_ee.families.qwen3 import QWEN3
 from nemo_ee.families.tensors import TensorTable, tensor_table
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2)}
-
-ENGINE_CLASSES = tuple(family.engine for family in FAMILIES.values() if family.engine is not None)
 
 
 def read_config(
@@ -47,7 +45,7 @@ def read_config(
     _refuse_what_no_family_has(reader)
     architecture = FAMILIES[family].read(reader)
     if reader.problems:
-        raise ValueError("; ".join(reader.problems))
+        raise ValueError("; ".join(dict.fromkeys(reader.problems)))
     return architecture
 
 
@@ -75,6 +73,7 @@ def tensors_of(architecture: Architecture) -> TensorTable:
     return tensor_table(FAMILIES[architecture.family].names, architecture)
 
 
-def engine_class(architecture: Architecture) -> EngineClass | None:
-    """TensorRT-LLM's class that computes an architecture; None where none does."""
-    return next((engine for engine in ENGINE_CLASSES if engine.computes(architecture)), None)
+def engine_family(architecture: Architecture) -> Family | None:
+    """The family whose class in TensorRT-LLM's engine backend computes an architecture; None where none does."""
+    able = (family for family in FAMILIES.values() if family.engine is not None)
+    return next((family for family in able if family.engine.computes(architecture)), None)

@@ -80,7 +80,7 @@ def exit_entries(table: list[Mapping[str, Any]]) -> tuple[ExitEntry, ...]:
 
 def _exit_problems(values: Mapping[str, Any], table: list[Mapping[str, Any]]) -> Iterator[str]:
     family = FAMILIES.get(values.get("model_type"))
-    layers = 0 if family is None else int(values.get(family.layers_key) or 0)
+    layers = 0 if family is None else int(values.get(family.keys["num_layers"]) or 0)
     for row in table:
         if row.get("architecture") not in ARCHITECTURES or not 1 <= int(row.get("layer", 0)) <= layers:
             yield f"early_exit.exits: {row} is no exit of a model of {layers} layers"

@@ -41,6 +41,7 @@ from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary import pairs_together
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_HALVES = {torch.bfloat16, torch.float16}
 
 
 class TensorSource(Protocol):
@@ -53,15 +54,11 @@ class TensorSource(Protocol):
     origin: Path
 
     def pieces(self, key: str) -> Iterable[tuple[str, Tensor]]:
-        """(stored name, rows) of the pieces of a canonical tensor from top to bottom.
+        """(stored name, rows) of the pieces of a canonical tensor from top to bottom, in their stored dtype.
 
         Raises:
             ValueError: there is no such tensor.
         """
-        ...
-
-    def half(self, key: str) -> torch.dtype | None:
-        """The half-precision dtype of the stored pieces; None where they are in another, or not in the same one."""
         ...
 
 
@@ -178,12 +175,6 @@ class _Directory:
             start, stop = tensor.rows_of(stored)
             yield stored.name, (part.t() if stored.transposed else part)[start:stop]
 
-    def half(self, key: str) -> torch.dtype | None:
-        """See `TensorSource`."""
-        names = [stored.name for stored in self._tensors[key].stored]
-        kinds = {self._files[name].get_slice(name).get_dtype() if name in self._files else None for name in names}
-        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop()) if len(kinds) == 1 else None
-
 
 class _Reader:
     """Puts the weights together."""
@@ -196,7 +187,7 @@ class _Reader:
 
     def weights(self) -> Weights:
         a = self.a
-        embedding, half = self._embedding()
+        embedding, half = self._stored(WORDS, a.vocab_size, a.hidden_size, keep_half=self.device.type == "cpu")
         positions = self._read(POSITIONS, a.max_position_embeddings, a.hidden_size) if a.learned_positions else None
         if a.tied:
             output = make_linear(embedding.to(self.dtype), None, stored_in_half=half)
@@ -207,24 +198,30 @@ class _Reader:
             heads[exit.name] = self._head(exit, output)
         return Weights(embedding, positions, tuple(self._layer(f"{LAYERS}{i}.") for i in range(a.num_layers)), heads)
 
-    def _read(self, key: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor on the device. `dtype`: None = the one to compute in."""
-        result, top, name = torch.empty(shape, dtype=dtype or self.dtype, device=self.device), 0, key
+    def _read(self, key: str, *shape: int) -> Tensor:
+        """A tensor on the device, in the dtype to compute in."""
+        return self._stored(key, *shape)[0]
+
+    def _stored(self, key: str, *shape: int, keep_half: bool = False) -> tuple[Tensor, bool]:
+        """A tensor on the device, and whether all of it is stored in one half-precision dtype.
+
+        Args:
+            keep_half: leave it in that dtype; otherwise it comes in the one to compute in.
+        """
+        result, top, kinds, origin = None, 0, set(), self.source.origin
         for name, piece in self.source.pieces(key):
+            if result is None:
+                dtype = piece.dtype if keep_half and piece.dtype in _HALVES else self.dtype
+                result = torch.empty(shape, dtype=dtype, device=self.device)
             stop = top + piece.shape[0]
             if piece.shape[1:] != result.shape[1:] or stop > shape[0]:
-                raise ValueError(f"{self.source.origin}: {name} has a shape that does not fit config.json")
+                raise ValueError(f"{origin}: {name} has a shape that does not fit config.json")
             result[top:stop] = piece
+            kinds.add(piece.dtype)
             top = stop
         if top != shape[0]:
-            raise ValueError(f"{self.source.origin}: {name} has too few rows for config.json; export again")
-        return result
-
-    def _embedding(self) -> tuple[Tensor, bool]:
-        """The word embeddings, and whether they are half-precision numbers, which stay so on the CPU."""
-        half = self.source.half(WORDS)
-        dtype = half if self.device.type == "cpu" else None
-        return self._read(WORDS, self.a.vocab_size, self.a.hidden_size, dtype=dtype), half is not None
+            raise ValueError(f"{origin}: {name} has too few rows for config.json; export again")
+        return result, len(kinds) == 1 and kinds <= _HALVES
 
     def _head(self, exit: ExitEntry, shared: Linear) -> HeadWeights:
         prefix = f"exits.{exit.name}."
@@ -270,17 +267,17 @@ class _Reader:
         return torch.cat(rows)
 
     def _output(self, key: str) -> Linear:
-        weight = self._read(key, self.a.vocab_size, self.a.hidden_size)
-        return make_linear(weight, None, stored_in_half=self.source.half(key) is not None)
+        weight, half = self._stored(key, self.a.vocab_size, self.a.hidden_size)
+        return make_linear(weight, None, stored_in_half=half)
 
     def _linear(self, prefix: str, linear: str, height: int, width: int) -> Linear:
         """One of a layer's linears, `width` to `height`."""
         key = f"{prefix}{LINEARS[linear]}"
-        weight = self._read(f"{key}weight", height, width)
+        weight, half = self._stored(f"{key}weight", height, width)
         bias = self._read(f"{key}bias", height) if linear in self.a.biases else None
         if linear == QKV and not self.a.learned_positions:
             turned = (self.a.num_attention_heads + self.a.num_query_groups) * self.a.kv_channels
             for tensor in (weight, bias):
                 if tensor is not None:
                     tensor[:turned] = pairs_together(tensor[:turned], self.a.kv_channels)
-        return make_linear(weight, bias, stored_in_half=self.source.half(f"{key}weight") is not None)
+        return make_linear(weight, bias, stored_in_half=half)

@@ -194,7 +194,7 @@ def test_damaged_files(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_that_no_stock_class_has_are_not_dropped(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    from nemo_ee.export.early_exit_source import EarlyExitSource
+    from nemo_ee.export.source import EarlyExitSource
 
     real = EarlyExitSource.backbone_names
     extra = {"decoder.layers.self_attention.q_layernorm.weight"}

@@ -46,7 +46,7 @@ EXITS = [
     exit_entry(2, "embedding", output="shared"),
 ]
 # Three layers, so that an exit's layer says which one it is.
-CHANGES = {name: {FAMILIES[family].layers_key: 3} for name, (family, _) in TINY_MODELS.items()}
+CHANGES = {name: {FAMILIES[family].keys["num_layers"]: 3} for name, (family, _) in TINY_MODELS.items()}
 
 
 class Made:

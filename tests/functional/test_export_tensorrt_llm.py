@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "opt": (FOUR_LAYERS, "OPTForCausalLM"),
 }
 FAMILIES |= {
-    name: ({family.layers_key: 4}, family.engine.architecture)
+    name: ({family.keys["num_layers"]: 4}, family.engine.architecture)
     for name, family in registry.FAMILIES.items()
     if name not in FAMILIES and family.engine is not None
 }

@@ -47,8 +47,9 @@ def _arguments(family: Family) -> dict[str, Any]:
     """Arguments of a family's config class."""
     for architecture in _ARCHITECTURES:
         with contextlib.suppress(ValueError):
-            if read_config(family.stock_config(architecture)) == architecture:
-                return family.config(architecture)
+            values = family.stock_config(architecture)
+            if read_config(values) == architecture:
+                return {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
     raise AssertionError(f"{family.model_type} describes none of the tiny architectures; add one")
 
 

@@ -8,18 +8,18 @@ one canonical tensor, so its rows are a list of ranges of that one. An exit's te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import Origin, row_blocks
 from nemo_ee.export.model_origins import Model
+from nemo_ee.export.source import Origin, row_blocks
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import tensors_of
-from nemo_ee.families.tensors import FINAL_NORM, OUTPUT, Canonical, Stored
+from nemo_ee.families.tensors import Canonical, Stored
 
 
 @dataclass(frozen=True)
@@ -50,36 +50,20 @@ class Reading:
     fill: float | None = None
 
 
-def readings(
-    architecture: Architecture, model: Model, exits: Sequence[tuple[ExitConfig, Origin | None]] = (),
-    *, final_norm: bool = True,
-) -> list[Reading]:  # fmt: skip
+def readings(architecture: Architecture, model: Model) -> list[Reading]:
     """Every canonical tensor to read, in the order in which the files hold what is written from them.
 
     Args:
         architecture: the stock model that is written; it has as many layers as `model`.
-        model: where its layers, final norm and output come from.
-        exits: heads beside it: (exit, its output projection or None where it is the backbone's).
-        final_norm: False leaves the final norm out.
     """
     table = tensors_of(architecture)
-    result = [
-        _reading(Origin("backbone", key), tensor)
-        for key, tensor in table.others.items()
-        if key.startswith("embedding.")
-    ]
-    for index, layer in enumerate(model.layers):
-        result += [_reading(layer(key), tensor) for key, tensor in table.of_layer(index).items()]
-    for key, tensor in table.others.items():
-        if key.startswith(FINAL_NORM) and final_norm:
-            result.append(_reading(model.final_norm(key.removeprefix(FINAL_NORM)), tensor))
-        elif key == OUTPUT:
-            result.append(_reading(model.output, tensor))
-    for exit, output in exits:
-        for key, tensor in table.of_exit(exit.architecture, output is not None).items():
-            origin = output if key == "output.weight" else Origin("exit", f"{exit.name}.{key}")
-            result.append(_reading(origin, tensor.under(f"exit_heads.{exit.name}.")))
-    return result
+
+    def prefix(place: int | ExitConfig | None) -> str:
+        if place is None:
+            return ""
+        return table.prefix.format(place) if isinstance(place, int) else f"exit_heads.{place.name}."
+
+    return [_reading(part.origin, part.tensor.under(prefix(part.place))) for part in model.parts(table)]
 
 
 def _reading(origin: Origin, tensor: Canonical) -> Reading:

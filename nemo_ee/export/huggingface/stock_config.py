@@ -73,7 +73,7 @@ def stock_configs(
     """
     wanted = read_architecture(config, stored_rows=stored_rows, max_positions=position_rows, erf_gelu=True)
     found, nearest = [], None
-    for values, is_original in _candidates(config, wanted, bundled, special_tokens):
+    for values, is_original in _candidates(wanted, bundled, special_tokens):
         try:
             made = read_config(values, _sequence_length(config, values))
         except ValueError as problem:
@@ -112,7 +112,7 @@ def exit_config(stock: StockConfig, exit: ExitConfig, *, own_output: bool) -> St
         own_output: its output projection is another matrix than the backbone's.
     """
     layers = exit.layer + (exit.architecture == "layer")
-    values = {**stock.values, stock.family.layers_key: layers}
+    values = {**stock.values, stock.family.keys["num_layers"]: layers}
     if own_output:
         values["tie_word_embeddings"] = False
     kinds = values.get("layer_types")
@@ -141,21 +141,17 @@ def read_bundled(folder: Path | None, name: str) -> dict[str, Any] | None:
 
 
 def _candidates(
-    config: Mapping[str, Any],
-    wanted: Architecture,
-    bundled: Mapping[str, Any] | None,
-    special_tokens: Mapping[str, int | None],
+    wanted: Architecture, bundled: Mapping[str, Any] | None, special_tokens: Mapping[str, int | None]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """(values, whether they are the original model's), the best first."""
     carried: dict[str, Any] = {
         name: None if token is None or token >= wanted.vocab_size else token for name, token in special_tokens.items()
     }
-    carried["initializer_range"] = float(config.get("init_method_std") or 0.02)
     original = None if bundled is None else FAMILIES.get(bundled.get("model_type"))
     if original is not None:
         values = {key: value for key, value in bundled.items() if key not in _LEFT_OUT}
         if wanted.learned_positions:
-            values[original.positions_key] = wanted.max_position_embeddings
+            values[original.keys["max_position_embeddings"]] = wanted.max_position_embeddings
         yield {**values, "vocab_size": wanted.vocab_size, "architectures": [original.model_class]}, True
         carried |= {key: bundled[key] for key in _TOKEN_IDS if key in bundled}
         yield {**carried, **original.stock_config(wanted)}, False

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.content_digest import ContentDigest
-from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of, readings
 from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artefacts
 from nemo_ee.export.huggingface.stock_config import read_stock_config
-from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.model_origins import described_model
 from nemo_ee.export.parity import parity_faults
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
-from nemo_ee.runtime.loader import load_model
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_faults
+from nemo_ee.export.source import EarlyExitSource
+from nemo_ee.runtime.loader import DTYPES, load_model
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,14 +51,7 @@ def artefact_faults(
             faults += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
             files |= dict.fromkeys(file.keys(), file)
             places |= dict.fromkeys(file.keys(), file_name)
-        faults += [f"{name} is missing" for name in shapes if name not in files]
-        faults += [f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys())]
-        for name in shapes.keys() & files.keys():
-            stored = files[name].get_slice(name)
-            if tuple(stored.get_shape()) != shapes[name]:
-                faults.append(f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}")
-            if stored.get_dtype() != DTYPE_NAMES[dtype]:
-                faults.append(f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}")
+        faults += header_faults(files, shapes, dtype)
         faults += _index_faults(folder, places)
         if source is not None:
             faults += _config_faults(config, artefact, source)
@@ -88,18 +80,10 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
 def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
     stock = read_stock_config(config)
-    layers, tied = stock.num_layers, stock.tied
-    if artefact["kind"] == "exit":
-        shape = artefact["architecture"]
-        exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
-        model = draft_model(exit)
-        return readings(stock, model, final_norm=shape != "embedding")
+    # A stock class ignores a table of exits, so one in another kind's config.json says nothing of its tensors.
     table = (config.get("early_exit") or {}).get("exits", []) if artefact["kind"] == "early_exit" else []
-    exits = [
-        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
-    ]
-    model = full_model(layers, exits, tied=tied, write_output=not tied)
-    return readings(stock, model, model.exits)
+    tied = stock.tied
+    return readings(stock, described_model(artefact, table, stock.num_layers, tied=tied, write_output=not tied))
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.families.family import EngineClass, Family
-from nemo_ee.families.registry import ENGINE_CLASSES
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 
@@ -86,7 +86,8 @@ def engine_faults(engine: EngineClass, pipeline_parallel: int) -> list[str]:
     """Why no class of the engine's model file builds a checkpoint of a class, so that thresholds would do nothing."""
     faults = []
     if engine.early_exit is None:
-        able = [own.architecture for own in ENGINE_CLASSES if own.early_exit is not None]
+        engines = [family.engine for family in FAMILIES.values() if family.engine is not None]
+        able = [own.architecture for own in engines if own.early_exit is not None]
         faults.append(
             f"thresholds: {engine.architecture} has no class with which an engine leaves early, only "
             f"{', '.join(able)} have; leave thresholds out"

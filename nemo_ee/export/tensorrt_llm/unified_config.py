@@ -11,22 +11,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture
-from nemo_ee.families.family import EngineClass
-from nemo_ee.families.registry import engine_class
+from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture, keyed
+from nemo_ee.families.family import Family
+from nemo_ee.families.registry import engine_family
+
+_KEYS = keyed(
+    "vocab_size hidden_size num_attention_heads max_position_embeddings hidden_act norm_epsilon",
+    ffn_hidden_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_query_groups="num_key_value_heads",
+    kv_channels="head_size",
+    tied="tie_word_embeddings",
+)
 
 
-def stock_class(architecture: Architecture) -> EngineClass:
-    """TensorRT-LLM's class that computes an architecture.
+def stock_family(architecture: Architecture) -> Family:
+    """The family whose class in TensorRT-LLM computes an architecture.
 
     Raises:
         ValueError: none does.
     """
-    engine = engine_class(architecture)
-    if engine is None:
+    family = engine_family(architecture)
+    if family is None:
         biases, norm = ", ".join(sorted(architecture.biases)) or "none", architecture.qk_norm
         raise ValueError(f"no class of TensorRT-LLM computes this: biases in {biases}, qk_layernorm={norm}")
-    return engine
+    return family
 
 
 def checkpoint_config(
@@ -46,26 +55,18 @@ def checkpoint_config(
         tied: the output projection is the word embeddings.
         early_exit: table of the exits; stock classes keep unknown keys and do nothing with them.
     """
-    a, engine = architecture, stock_class(architecture)
+    a, engine = architecture, stock_family(architecture).engine
     config: dict[str, Any] = {
         "architecture": engine.architecture,
         "dtype": dtype,
         "logits_dtype": "float32",
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.hidden_size,
+        **{key: getattr(a, field) for field, key in _KEYS.items()},
         "num_hidden_layers": num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_size": a.kv_channels,
-        "intermediate_size": a.ffn_hidden_size,
-        "hidden_act": a.hidden_act,
-        "norm_epsilon": a.norm_epsilon,
+        "tie_word_embeddings": tied,
         "position_embedding_type": "learned_absolute" if a.learned_positions else "rope_gpt_neox",
-        "max_position_embeddings": a.max_position_embeddings,
         # Embeddings stay whole on every rank: whether a class can share them out differs between releases.
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
-        "tie_word_embeddings": tied,
         "mapping": {
             "world_size": tensor_parallel * pipeline_parallel,
             "tp_size": tensor_parallel,
@@ -90,21 +91,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     bias = config.get("bias", True) if learned else config["mlp_bias"]
     qkv_bias = not learned and config["attn_bias"]
     return Architecture(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_size"],
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
+        **{field: config[key] for field, key in _KEYS.items()},
         layer_norm=learned,
-        norm_epsilon=config["norm_epsilon"],
         qk_norm=config.get("qwen_type") == "qwen3",
-        hidden_act=config["hidden_act"],
         biases=ALL_LINEARS if bias else frozenset({QKV} if qkv_bias else ()),
         learned_positions=learned,
         rotary_base=config.get("rotary_base", 10000.0),
         rotary_scaling=config.get("rotary_scaling"),
-        tied=config["tie_word_embeddings"],
     )

@@ -94,11 +94,6 @@ class _MergedShards:
         for name, make in self._pieces[key]:
             yield name, make()
 
-    def half(self, key: str) -> torch.dtype | None:
-        """See `TensorSource`; all tensors of a checkpoint are in one dtype."""
-        dtype = self.files[0].get_slice("transformer.vocab_embedding.weight").get_dtype()
-        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(dtype)
-
     def _add(self, make: Callable[[str, int], Tensor], key: str, stored: str, stage: int) -> None:
         """A piece below those there are, where the stage has what it is made from."""
         if stored in self._names[stage * self.tp]:

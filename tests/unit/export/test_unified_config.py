@@ -17,8 +17,8 @@ import pytest
 
 from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.export.tensorrt_llm import unified_config
-from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_class
-from nemo_ee.families.registry import ENGINE_CLASSES, FAMILIES
+from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_family
+from nemo_ee.families.registry import FAMILIES
 
 # Arguments without a default, and `vocab_size`, without which no embedding can be made.
 REQUIRED = {
@@ -128,13 +128,14 @@ def test_norms_and_biases_that_no_class_has_are_refused() -> None:
         ({"qk_layernorm": True, "bias": True}, "biases in fc1, fc2, proj, qkv, qk_layernorm=True"),
     ):
         with pytest.raises(ValueError, match=f"no class of TensorRT-LLM computes this: {words}"):
-            stock_class(read_architecture({**LLAMA, **changes}, stored_rows=136, max_positions=None))
+            stock_family(read_architecture({**LLAMA, **changes}, stored_rows=136, max_positions=None))
 
 
 def test_the_model_files_have_a_class_for_every_family_that_says_so() -> None:
     files = Path(unified_config.__file__).with_name("files")
     engine, pytorch = (runpy.run_path(str(files / f"tensorrt_llm_{name}.py")) for name in ("model", "pytorch_model"))
-    named = {own.early_exit: own.architecture for own in ENGINE_CLASSES if own.early_exit is not None}
+    engines = [family.engine for family in FAMILIES.values() if family.engine is not None]
+    named = {own.early_exit: own.architecture for own in engines if own.early_exit is not None}
     assert {name: architecture for name, (_, architecture) in engine["CLASSES"].items()} == named
     able = {family.model_class for family in FAMILIES.values() if family.pytorch_early_exit}
     assert set(pytorch["ARCHITECTURES"]) == able

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_ee.families.architecture import FC1, QKV, Architecture
-from nemo_ee.families.registry import FAMILIES, engine_class, read_config, tensors_of
+from nemo_ee.families.registry import FAMILIES, engine_family, read_config, tensors_of
 from nemo_ee.families.tensors import Stored, TensorTable
 from tests.helpers.huggingface_models import TINY_MODELS, tiny_model
 
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_again(name: str) -> None:
     config = AutoConfig.for_model(**values)
     assert type(config).__name__ == family.config_class
     assert type(AutoModelForCausalLM.from_config(config)).__name__ == family.model_class == values["architectures"][0]
-    other = read_config(values | {"vocab_size": 7, family.layers_key: 5})
+    other = read_config(values | {"vocab_size": 7, family.keys["num_layers"]: 5})
     assert [field for field, *_ in again.differences(other)] == ["num_layers", "vocab_size"], "control"
 
 
@@ -74,7 +74,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(name: str, tmp_path: Pa
         num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=32, num_query_groups=32, kv_channels=2,
         vocab_size=64, max_position_embeddings=64,
     )  # fmt: skip
-    bare = {key: value for key, value in family.config(sizes).items() if isinstance(value, int) and value > 1}
+    bare = {key: value for key, value in family.stock_config(sizes).items() if isinstance(value, int) and value > 1}
     for key in ("num_key_value_heads", "head_dim"):
         bare.pop(key, None)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **bare}))
@@ -84,7 +84,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(name: str, tmp_path: Pa
     assert dataclasses.asdict(ours) == dataclasses.asdict(theirs)
 
 
-def test_the_engine_class_of_an_architecture() -> None:
+def test_the_engine_family_of_an_architecture() -> None:
     """One class computes each; where a bias or a norm is of a kind that none has, none does."""
     sizes = read_config(described(tiny_model("llama")))
     for changes, expected in (
@@ -95,5 +95,5 @@ def test_the_engine_class_of_an_architecture() -> None:
         ({"layer_norm": True, "hidden_act": "relu", "biases": frozenset({FC1})}, "OPTForCausalLM"),
         ({"layer_norm": True, "hidden_act": "gelu", "biases": frozenset({FC1})}, "GPTForCausalLM"),
     ):
-        engine = engine_class(dataclasses.replace(sizes, **changes))
-        assert (engine and engine.architecture) == expected
+        family = engine_family(dataclasses.replace(sizes, **changes))
+        assert (family and family.engine.architecture) == expected

@@ -1,7 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An early-exit `.nemo` opened for export: its config, exits and weights, low-rank updates folded in as they are read.
+"""An early-exit `.nemo` opened for export: its config, exits, weights and certificates.
 
+The file is opened once and unpacked when the first weight is read; low-rank updates are folded in as weights are read.
 Nothing is built and NeMo is not imported; one tensor of one layer is in memory at a time.
 """
 
@@ -11,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,16 +22,16 @@ import yaml
 from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, open_nemo
+from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, unpacked
 from nemo_ee.checkpoint.portable import find_backbone
 from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
-from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.config import EarlyExitConfig, ExitConfig
+from nemo_ee.families.tensors import OUTPUT, POSITIONS, WORDS
 
 logger = logging.getLogger(__name__)
 
 LORA_WEIGHTS = "lora_weights"
 TOKENIZER = "tokenizer"
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _BLOCK_BYTES = 32 << 20
 
 
@@ -61,73 +63,101 @@ class EarlyExitSource:
 
     def __init__(self, path: str | Path, backbone: str | Path | None = None) -> None:
         self.path = Path(path)
-        self.config = read_plain_config(self.path)
-        block = self.config.get("early_exit")
-        self.exits = EarlyExitConfig.from_mapping(block, num_layers=self.config["num_layers"])
-        self.fingerprint: str | None = self.config.get("backbone_fingerprint")
-        with NemoArchive(self.path) as archive:
-            complete = archive.has(MODEL_WEIGHTS)
-            if self.exits.exits and not archive.has(EXIT_WEIGHTS):
-                raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
-            self._folders = [
-                name for name in (MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER) if archive.has(name)
-            ]
-        self._backbone_path = self.path if complete else self._base_of_exits(backbone)
         self._stack = ExitStack()
-        self._certificates: list[dict[str, Any]] | None = None
-
-    def __enter__(self) -> EarlyExitSource:
         try:
-            self._open()
+            self._archive = self._base = self._stack.enter_context(NemoArchive(self.path))
+            self.config = plain_config(self._archive)
+            block = self.config.get("early_exit")
+            self.exits = EarlyExitConfig.from_mapping(block, num_layers=self.config["num_layers"])
+            self.fingerprint: str | None = self.config.get("backbone_fingerprint")
+            if self.exits.exits and not self._archive.has(EXIT_WEIGHTS):
+                raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
+            if not self._archive.has(MODEL_WEIGHTS):
+                self._base = self._stack.enter_context(self._base_of_exits(backbone))
         except BaseException:
             self._stack.close()
             raise
+
+    def __enter__(self) -> EarlyExitSource:
         return self
 
     def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def _open(self) -> None:
-        own = self._stack.enter_context(open_nemo(self.path, self._folders))
-        base = own
-        if self._backbone_path != self.path:
-            base = self._stack.enter_context(open_nemo(self._backbone_path, [MODEL_WEIGHTS]))
-        self.backbone: WeightSource = ChunkReader(base / MODEL_WEIGHTS)
-        if LORA_WEIGHTS in self._folders:
-            from nemo_ee.checkpoint.low_rank_weights import MergedSource  # imports Megatron-core
-
-            self.backbone = MergedSource(self.backbone, ChunkReader(own / LORA_WEIGHTS, prefix=""))
-        self.exit_weights = ChunkReader(own / EXIT_WEIGHTS, "exits.") if EXIT_WEIGHTS in self._folders else None
-        self.tokenizer = own / TOKENIZER if TOKENIZER in self._folders else None
-        self._backbone_infos = self.backbone.keys()
-        self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
-
-    def _base_of_exits(self, given: str | Path | None) -> Path:
+    def _base_of_exits(self, given: str | Path | None) -> NemoArchive:
         path = find_backbone(self.path, stored=self.config.get("backbone_path"), given=given, option="backbone")
-        found = read_plain_config(path).get("backbone_fingerprint")
+        base = NemoArchive(path)
+        found = plain_config(base).get("backbone_fingerprint")
         if None not in (found, self.fingerprint) and found != self.fingerprint:
+            base.close()
             raise ValueError(
                 f"the exits were tuned on the backbone with fingerprint {self.fingerprint}, but {path} has {found}; "
                 "give the base model they were tuned on (backbone=...)"
             )
-        return path
+        return base
 
+    def _folder(self, name: str) -> Path | None:
+        return self._own / name if self._archive.has(name) else None
+
+    @cached_property
+    def _own(self) -> Path:
+        """The file unpacked."""
+        names = [MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER]
+        return self._stack.enter_context(unpacked(self._archive, [name for name in names if self._archive.has(name)]))
+
+    @cached_property
+    def backbone(self) -> WeightSource:
+        """The backbone's weights."""
+        base = (
+            self._own
+            if self._base is self._archive
+            else self._stack.enter_context(unpacked(self._base, [MODEL_WEIGHTS]))
+        )
+        weights, updates = ChunkReader(base / MODEL_WEIGHTS), self._folder(LORA_WEIGHTS)
+        if updates is None:
+            return weights
+        from nemo_ee.checkpoint.low_rank_weights import MergedSource  # imports Megatron-core
+
+        return MergedSource(weights, ChunkReader(updates, prefix=""))
+
+    @cached_property
+    def exit_weights(self) -> ChunkReader | None:
+        """The exits' weights; None in a file without exits."""
+        folder = self._folder(EXIT_WEIGHTS)
+        return None if folder is None else ChunkReader(folder, "exits.")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the bundled tokenizer, if there is one."""
+        return self._folder(TOKENIZER)
+
+    @cached_property
+    def _backbone_infos(self) -> dict[str, TensorInfo]:
+        return self.backbone.keys()
+
+    @cached_property
+    def _exit_infos(self) -> dict[str, TensorInfo]:
+        return self.exit_weights.keys() if self.exit_weights else {}
+
+    @cached_property
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
-        skipped layers are not `kv: carry`'s. Read once; ask before anything is written, since they may be damaged."""
+        skipped layers are not `kv: carry`'s. Read them before anything is written, since they may be damaged."""
         from nemo_ee.evaluation.certified import valid_certificates  # imports omegaconf
 
-        if self._certificates is None:
-            self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]
-        return self._certificates
+        return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
 
     def backbone_names(self) -> set[str]:
         """Canonical names of the backbone's tensors."""
         return {key for key in self._backbone_infos if "_extra_state" not in key and not key.startswith("exits.")}
 
+    def position_rows(self) -> int | None:
+        """Stored rows of learned positions; None without."""
+        return self._backbone_infos[POSITIONS].shape[0] if POSITIONS in self._backbone_infos else None
+
     def vocabulary_rows(self) -> int:
         """Stored rows of the word embeddings, padding included."""
-        return self._backbone_infos[EMBEDDING].shape[0] if EMBEDDING in self._backbone_infos else 0
+        return self._backbone_infos[WORDS].shape[0] if WORDS in self._backbone_infos else 0
 
     def shape(self, origin: Origin) -> tuple[int, ...] | None:
         """The stored shape of a tensor, without the layer axis; None where the file has no such tensor."""
@@ -140,7 +170,7 @@ class EarlyExitSource:
 
     def dtype(self) -> torch.dtype:
         """The dtype the backbone is stored in."""
-        return self._backbone_infos[EMBEDDING].dtype
+        return self._backbone_infos[WORDS].dtype
 
     def read(self, origin: Origin, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A whole tensor (of one layer) in `dtype`, low-rank updates added in fp32.
@@ -165,7 +195,17 @@ class EarlyExitSource:
 
     def output_key(self) -> str:
         """Canonical name of the backbone's output matrix: its own or the word embeddings."""
-        return OUTPUT if OUTPUT in self._backbone_infos else EMBEDDING
+        return OUTPUT if OUTPUT in self._backbone_infos else WORDS
+
+    def exit_row(self, exit: ExitConfig) -> dict[str, Any]:
+        """What every table of exits says of one."""
+        return {
+            "name": exit.name,
+            "layer": exit.layer,
+            "architecture": exit.architecture,
+            "output": "own" if self.has_own_output(exit.name) else "backbone",
+            "tensors": f"exit_heads.{exit.name}.",
+        }
 
     def has_own_output(self, name: str) -> bool:
         """Whether an exit's output projection is another matrix than the backbone's."""
@@ -188,21 +228,23 @@ class EarlyExitSource:
         return tall, wide
 
 
-def read_plain_config(path: Path) -> dict[str, Any]:
+def plain_config(archive: NemoArchive) -> dict[str, Any]:
     """The model config of a GPT's `.nemo` as plain values.
 
     Raises:
-        ValueError: the file is damaged, or not a GPT.
+        ValueError: it is damaged, or not a GPT's.
     """
-    with NemoArchive(path) as archive:
-        text = archive.config_text()
     try:
-        config = yaml.safe_load(text)
+        config = yaml.safe_load(archive.config_text())
     except yaml.YAMLError as fault:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
+        raise ValueError(
+            f"{archive.path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again"
+        ) from fault
     layers = config.get("num_layers") if isinstance(config, dict) else None
     if not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
+        raise ValueError(
+            f"{archive.path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one"
+        )
     return config
 
 
