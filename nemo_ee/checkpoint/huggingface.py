@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, present_rows
-from nemo_ee.checkpoint.huggingface_files import TensorFiles
+from nemo_ee.checkpoint.huggingface_files import TensorFiles, refuse_adapter
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import FAMILIES, read_config, tensors_of
 from nemo_ee.families.tensors import LAYERS, WORDS, Canonical, Stored
@@ -42,6 +42,7 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
     directory = Path(directory)
     path = directory / CONFIG_FILE
     if not path.is_file():
+        refuse_adapter(directory)
         raise ValueError(
             f"{directory}: no {CONFIG_FILE}; give the directory of a Hugging Face model (no name of a hub)."
         )

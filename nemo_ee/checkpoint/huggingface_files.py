@@ -24,6 +24,28 @@ _NAMES = (
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def refuse_adapter(directory: Path) -> None:
+    """For a directory without a model in it.
+
+    Raises:
+        ValueError: it holds a PEFT adapter; with the Python that merges it.
+    """
+    if not (directory / "adapter_config.json").is_file():
+        return
+    try:
+        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    of_base = f" of {base}" if isinstance(base, str) else ""
+    merged = f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload()"
+    raise ValueError(
+        f"{directory} is a PEFT adapter{of_base}, not a model; merge it first:\n"
+        "  from peft import AutoPeftModelForCausalLM\n"
+        f"  {merged}.save_pretrained('merged')\n"
+        "and give merged, with the tokenizer's files beside the model"
+    )
+
+
 class TensorFiles:
     """All tensors of a directory by their stored names.
 
@@ -79,11 +101,9 @@ class TensorFiles:
                 return self.directory / single, None
             if (self.directory / index).is_file():
                 return self.directory / single, self.directory / index
-        hint = ""
-        if (self.directory / "adapter_config.json").is_file():
-            hint = " It holds an adapter: merge it into its base model first (merge_and_unload)."
+        refuse_adapter(self.directory)
         looked_for = ", ".join(name for pair in _NAMES for name in pair)
-        raise ValueError(f"{self.directory}: no weights ({looked_for}).{hint}")
+        raise ValueError(f"{self.directory}: no weights ({looked_for}).")
 
     def _check_index(self, weight_map: dict[str, str]) -> list[str]:
         faults = []

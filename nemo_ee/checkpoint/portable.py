@@ -25,7 +25,9 @@ from typing import Any
 
 import yaml
 
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES, read_json_object
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.tokenizer_files import read_json_object
+from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +187,35 @@ def _bundle(folder: Path) -> dict[str, Path]:
         )
         return {}
     return {f"{TOKENIZER_FOLDER}/{name}": file for name, file in files.items()}
+
+
+def without_code_files(entries: Mapping[str, Path | bytes | str | NemoArchive]) -> dict[str, Any]:
+    """Entries of a `.nemo` (see `write_nemo`) without what makes transformers run code when it loads the tokenizer:
+    Python files, and such keys in the settings of `tokenizer/`.
+    """
+    kept: dict[str, Any] = {}
+    for name, source in entries.items():
+        folder, _, file = name.rpartition("/")
+        if name.endswith(".py"):
+            logger.warning("%s is code and is not stored", name)
+        elif folder != TOKENIZER_FOLDER or not has_settings(file):
+            kept[name] = source
+        else:
+            data = carried_settings(file, _contents(name, source))
+            if data is None:
+                logger.warning("%s is no JSON object and is not stored", name)
+            else:
+                kept[name] = data
+    return kept
+
+
+def _contents(name: str, source: Path | bytes | str | NemoArchive) -> bytes:
+    if isinstance(source, NemoArchive):
+        with source.open_member(name) as file:
+            return file.read()
+    if isinstance(source, Path):
+        return source.read_bytes()
+    return source.encode() if isinstance(source, str) else source
 
 
 def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
+
 SPECIAL_TOKENS = ("bos", "eos", "pad")
 
 
@@ -26,10 +24,22 @@ def is_plain_file(path: Path) -> bool:
 
 
 def copy_tokenizer_files(folder: Path, to: Path) -> list[str]:
-    """Copy what is in `TOKENIZER_FILES`, and nothing else, into the existing directory `to`. Returns the names."""
-    names = [name for name in TOKENIZER_FILES if is_plain_file(folder / name)]
-    for name in names:
-        shutil.copyfile(folder / name, to / name)
+    """Copy what is in `TOKENIZER_FILES`, and nothing else, into the existing directory `to`. Returns the names.
+
+    Settings go through `carried_settings`; those that are no JSON object are left out.
+    """
+    names = []
+    for name in TOKENIZER_FILES:
+        if not is_plain_file(folder / name):
+            continue
+        if has_settings(name):
+            data = carried_settings(name, (folder / name).read_bytes())
+            if data is None:
+                continue
+            (to / name).write_bytes(data)
+        else:
+            shutil.copyfile(folder / name, to / name)
+        names.append(name)
     return names
 
 

@@ -23,14 +23,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.nemo_config import nemo_config
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FILES
+from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 from nemo_ee.models.trainer import single_run_trainer
+from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
 # Relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
 LOGIT_TOLERANCE = 1e-5
@@ -195,9 +197,14 @@ def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.T
     stage."""
     if ours is None or parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
         return None
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32, trust_remote_code=False)
+    values = read_json_object((source / "config.json").resolve())
+    config_class = CONFIG_MAPPING[values["model_type"]]
+    known = with_both_spellings(values) if model.cfg.position_embedding_type == "rope" else values
+    reference = AutoModelForCausalLM.from_pretrained(
+        source, config=config_class.from_dict(known), torch_dtype=torch.float32, trust_remote_code=False
+    )
     theirs = reference(tokens).logits
     difference = ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()
     logging.info(f"full model against transformers: largest logit difference {difference:.2e} of the largest logit")
@@ -207,10 +214,28 @@ def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.T
     if not difference <= tolerance:
         raise ValueError(
             f"the converted model's logits differ from transformers' by {difference:.2e} of the largest logit, more "
-            f"than {tolerance:.0e}; nothing was written. This is a fault of the conversion: please report the model's "
-            "config.json"
+            f"than {tolerance:.0e}; nothing was written. {_reasons(values, config_class().to_dict())}"
         )
     return difference
+
+
+def _reasons(values: Mapping, defaults: Mapping) -> str:
+    """Why the installed transformers may compute another model than a config.json describes.
+
+    Args:
+        values: of the file.
+        defaults: of the config's class in the installed transformers.
+    """
+    import transformers
+
+    unknown = sorted(values.keys() - defaults.keys() - {"rope_parameters", "dtype"})
+    keys = f"does not know its keys {', '.join(unknown)}" if unknown else "knows all of its keys"
+    return (
+        f"config.json was saved by transformers {values.get('transformers_version', 'of an unknown version')}; the "
+        f"installed {transformers.__version__} {keys}. If it reads the file otherwise than the one that saved it, "
+        "compare_with_transformers=False converts without this check. Else the conversion is wrong: please report the "
+        "model's config.json"
+    )
 
 
 def _check_written(cfg: DictConfig, output: Path, tokens: torch.Tensor, before: torch.Tensor | None) -> None:

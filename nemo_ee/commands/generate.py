@@ -34,6 +34,7 @@ from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.trainer import single_run_trainer
 from nemo_ee.text.stop_strings import EndStrings
 from nemo_ee.text.token_view import Detokenizer, TokenText
+from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +295,8 @@ def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
             folder = Path(str(stored.tokenizer.get("type")))
         if not folder.is_dir():
             return None
-        return get_nmt_tokenizer(library="huggingface", model_name=str(folder), use_fast=True)
+        with readable_tokenizer(folder) as readable:
+            return get_nmt_tokenizer(library="huggingface", model_name=str(readable), use_fast=True)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, add_bos: bool | None) -> list[int]:

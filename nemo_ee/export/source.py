@@ -24,8 +24,8 @@ from torch import Tensor
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource
 from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive, unpacked
 from nemo_ee.checkpoint.portable import find_backbone
-from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files
 from nemo_ee.exits.config import EarlyExitConfig, ExitConfig
+from nemo_ee.export.tokenizer import write_tokenizer
 from nemo_ee.families.tensors import OUTPUT, POSITIONS, WORDS
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def plain_config(archive: NemoArchive) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
-    """Copies the tokenizer's own files, and nothing else, if the `.nemo` carries some.
+    """Writes the tokenizer, if the `.nemo` carries one; see `write_tokenizer`.
 
     Args:
         to: a directory, made if need be.
@@ -258,7 +258,7 @@ def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
         logger.info("%s: the .nemo has no tokenizer/ folder, so no tokenizer is written", to.name)
         return False
     to.mkdir(exist_ok=True)
-    return bool(copy_tokenizer_files(source.tokenizer, to))
+    return write_tokenizer(source.tokenizer, to)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, update: tuple[Tensor, Tensor] | None = None) -> Tensor:

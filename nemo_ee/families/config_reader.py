@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_ee.families.architecture import Architecture, linear_scaling, llama3_scaling
+from nemo_ee.families.rotary_settings import rotary_settings
 
 # transformers' name of an activation -> `Architecture.hidden_act`, of an MLP with a gate and of one without.
 GATED = dict.fromkeys(("silu", "swish"), "silu")
@@ -114,32 +115,21 @@ class ConfigReader:
 
     def rope(self) -> tuple[float, dict[str, Any] | None]:
         """Base and scaling of rotary positions."""
-        # transformers 5 writes rope_parameters, rope_theta in it; before, there were rope_theta and rope_scaling.
-        parameters = self.get("rope_parameters")
-        scaling = parameters if parameters is not None else self.get("rope_scaling")
-        if scaling is not None and not isinstance(scaling, dict):
-            self.problems.append(f"rope_scaling: {scaling!r}, must be a mapping")
-            scaling = None
-        scaling = scaling or {}
-        self.refuse_if(
-            any(isinstance(value, dict) for value in scaling.values()),
-            "rope_parameters: one set per kind of layer is not supported",
-        )
-        base = float(self.number("rope_theta", self.get("rope_theta") or 10000.0, within=scaling))
-        partial = scaling.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        try:
+            settings = rotary_settings(self.values)
+        except ValueError as problem:
+            self.problems.append(str(problem))
+            return 1.0, None
+        base, kind = float(self.number("rope_theta", within=settings)), settings["rope_type"]
+        partial = settings.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
         self.refuse_if(partial != 1.0, f"partial_rotary_factor: {partial!r}, only 1.0 is supported")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        self.refuse_if(
-            scaling.get("type", kind) != kind,
-            f"rope_scaling: type {scaling.get('type')!r} and rope_type {kind!r} disagree",
-        )
         if kind == "linear":
-            return base, linear_scaling(self.number("factor", within=scaling))
+            return base, linear_scaling(self.number("factor", within=settings))
         if kind == "llama3":
-            low, high = (self.number(name, within=scaling) for name in ("low_freq_factor", "high_freq_factor"))
+            low, high = (self.number(name, within=settings) for name in ("low_freq_factor", "high_freq_factor"))
             self.refuse_if(low >= high, f"low_freq_factor: {low}, must be below high_freq_factor {high}")
-            original = self.number("original_max_position_embeddings", within=scaling)
-            return base, llama3_scaling(self.number("factor", within=scaling), low, high, original)
+            original = self.number("original_max_position_embeddings", within=settings)
+            return base, llama3_scaling(self.number("factor", within=settings), low, high, original)
         self.refuse_if(
             kind != "default", f"rope type {kind!r} is not supported; supported are default, linear, llama3"
         )

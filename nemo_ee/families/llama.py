@@ -87,8 +87,7 @@ def read_llama_like(
 
 def rotary_keys(a: Architecture) -> dict[str, Any]:
     """Llama's keys of rotary positions and of the activation."""
-    scaling = a.rotary_scaling and {key: value for key, value in a.rotary_scaling.items() if key != "type"}
-    return {"hidden_act": "silu", "rope_theta": a.rotary_base, "rope_scaling": scaling}
+    return {"hidden_act": "silu", "rope_theta": a.rotary_base, "rope_scaling": a.rotary_scaling}
 
 
 def rotary_engine_fields(a: Architecture) -> Mapping[str, Any]:

@@ -39,6 +39,7 @@ from nemo_ee.checkpoint.portable import (
     forget_folder,
     portable_tokenizer,
     stored_backbone_path,
+    without_code_files,
     without_machine_paths,
 )
 from nemo_ee.exits.config import EarlyExitConfig
@@ -228,7 +229,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], entries, own=own)
             entries.update(files)
             entries[CONFIG] = OmegaConf.to_yaml(OmegaConf.create(plain))
-            write_nemo(output, entries)
+            write_nemo(output, without_code_files(entries))
         logging.info(f"wrote {output}")
 
 

@@ -51,6 +51,7 @@ from nemo_ee.models.optimizer_factory import exit_optimizers_for
 from nemo_ee.models.stage_layers import choose_placements, read_layer_split
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
 from nemo_ee.models.trainable_summary import what_trains
+from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
@@ -185,7 +186,9 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, MegatronGPTModel):
             block.trust_remote_code = False  # a config from a file must not run code
             if AppState().is_model_being_restored and block.library == "huggingface" and bundled.is_dir():
                 block.update(type=str(bundled), use_fast=block.get("use_fast") is not False)
-            super()._build_tokenizer()
+            with readable_tokenizer(str(block.get("type"))) as folder:
+                block.type = str(folder) if block.library == "huggingface" else named
+                super()._build_tokenizer()
             block.type = named
 
     def _build_vocab(self) -> None:

@@ -39,6 +39,7 @@ from nemo_ee.runtime.linear import Linear, make_linear
 from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, RuntimeModel, Weights
 from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary import pairs_together
+from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HALVES = {torch.bfloat16, torch.float16}
@@ -99,7 +100,7 @@ def model_of(exported: ExportedModel, source: TensorSource) -> RuntimeModel:
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The directory's tokenizer (transformers).
+    """The directory's tokenizer (transformers), whichever version of transformers saved it. No code in it is run.
 
     Raises:
         ValueError: there is none.
@@ -108,7 +109,10 @@ def load_tokenizer(directory: str | Path) -> Any:
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{directory}: no tokenizer in it; export from a .nemo that carries one, or use token ids")
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    with readable_tokenizer(directory) as readable:
+        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
 
 
 def _stored_tensors(exported: ExportedModel) -> dict[str, Canonical]:

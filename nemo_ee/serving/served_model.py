@@ -158,7 +158,9 @@ class ServedModel:
                 param="messages",
             )
         try:
-            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True)
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         except TemplateError as fault:  # what a template says to messages it was not made for
             raise ApiError(
                 400, f"the model's chat template refuses these messages: {fault}", param="messages"

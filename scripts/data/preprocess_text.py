@@ -113,10 +113,10 @@ def load_tokenizer(directory: str) -> Any:
     """
     if not Path(directory).is_dir():
         raise PreprocessError([f"tokenizer: {directory} is not a local directory; nothing is downloaded"])
-    from transformers import AutoTokenizer
+    from nemo_ee.runtime import loader
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return loader.load_tokenizer(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PreprocessError([f"tokenizer: cannot load one from {directory}: {error}"]) from error
 

@@ -8,6 +8,7 @@ One run of the script as a user starts it; everything else calls `convert` in th
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,13 @@ from tests.helpers.megatron_models import (
 import torch  # isort: skip  # after the CPU host is on
 
 from nemo_ee.families.registry import FAMILIES
-from tests.helpers.huggingface_models import reference_logits, save_tiny_model, tiny_model
+from tests.helpers.huggingface_models import (
+    as_transformers_5_saves,
+    change_config,
+    reference_logits,
+    save_tiny_model,
+    tiny_model,
+)
 from tests.helpers.nemo_files import SCRIPT, members, restore, rewritten, run_convert, with_moved_exits, with_tokenizer
 
 EXITS = [
@@ -96,12 +103,25 @@ def test_result_and_stored_config(source: Path, converted: Path, tmp_path: Path)
     assert str(source) not in members(converted)["model_config.yaml"].decode().replace(str(config.tokenizer.type), "")
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama"])
-def test_every_family_goes_through(name: str, tmp_path: Path) -> None:
-    """Written, read back, and the full model still equals transformers; exits equal what they were in memory."""
+@pytest.mark.parametrize(
+    ("name", "saved_by"),
+    [("llama-llama3", 5), *((name, 5 if index % 2 else 4) for index, name in enumerate(FAMILIES) if name != "llama")],
+)
+def test_every_family_goes_through(name: str, saved_by: int, tmp_path: Path) -> None:
+    """Written, read back, and the full model still equals transformers; exits equal what they were in memory.
+
+    Whichever version of transformers saved the directory: its rotary settings and its tokenizer are read.
+    """
+    from transformers import AutoTokenizer
+
+    from nemo_ee.commands.generate import stored_tokenizer
+    from nemo_ee.models.connector import read_config
+
     folder = tmp_path / "source"
-    reference = save_tiny_model(folder, name)
+    reference = save_tiny_model(folder, name, **{"rope_theta": 5e5} if name == "mistral" else {})
     with_tokenizer(folder)
+    if saved_by == 5:
+        as_transformers_5_saves(folder)
     result = run_convert(folder, tmp_path / "ee.nemo", every="1/2", architecture="norm")
     assert result.logit_difference < 1e-5 and result.exits == ("layer2-norm",)
     model = restore(tmp_path / "ee.nemo", verify="full")
@@ -110,6 +130,10 @@ def test_every_family_goes_through(name: str, tmp_path: Path) -> None:
         ours = model.model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)[..., : model.vocab_size]
     theirs = reference_logits(reference, tokens)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    text = "def naïve(x):  # 東京 🙂"
+    ids = AutoTokenizer.from_pretrained(REFERENCE_MODEL)(text).input_ids
+    assert model.tokenizer.text_to_ids(text) == ids
+    assert stored_tokenizer(tmp_path / "ee.nemo", read_config(tmp_path / "ee.nemo")).text_to_ids(text) == ids
 
 
 def test_weights_are_stored_in_the_source_s_precision(tmp_path: Path) -> None:
@@ -133,8 +157,16 @@ def test_a_conversion_that_computes_something_else_is_refused(source: Path, tmp_
 
     right = convert.nemo_config
     monkeypatch.setattr(convert, "nemo_config", lambda architecture: right(architecture) | {"rotary_base": 500})
-    with pytest.raises(ValueError, match=r"logits differ from transformers' by .* nothing was written"):
-        run_convert(source, tmp_path / "ee.nemo", EXITS)
+    change_config(shutil.copytree(source, tmp_path / "newer"), mup_width=3, transformers_version="9.0")
+    for folder, reason in (
+        (source, "knows all of its keys"),
+        (tmp_path / "newer", "does not know its keys mup_width"),
+    ):
+        with pytest.raises(ValueError, match=r"logits differ from transformers' by .* nothing was written") as caught:
+            run_convert(folder, tmp_path / "ee.nemo", EXITS)
+        assert reason in str(caught.value) and "compare_with_transformers=False" in str(caught.value)
+    assert "saved by transformers 9.0" in str(caught.value)
+    shutil.rmtree(tmp_path / "newer")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -120,11 +120,20 @@ def test_the_backbone_comes_back_bitwise(name: str, made, tmp_path: Path) -> Non
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     config, source = (json.loads((path / "config.json").read_text()) for path in (folder, one.source))
+    if "rope_theta" in source:  # and once more in the spelling of transformers 5
+        source["rope_scaling"] = source.get("rope_scaling")
+        expected = source["rope_scaling"] or {"rope_type": "default"}
+        assert config.pop("rope_parameters") == {**expected, "rope_theta": source["rope_theta"]}
     assert {k: v for k, v in source.items() if k != "transformers_version"} == config
     generation, source = (json.loads((path / "generation_config.json").read_text()) for path in (folder, one.source))
     assert generation == source
     assert torch.equal(transformers_logits(stock(folder), one.tokens), one.logits)
     HuggingFaceSource(folder)  # and the importer reads it without a fault
+    if name == "opt":
+        mask = torch.ones_like(one.tokens).index_fill(1, torch.arange(3), 0)  # [b, s], padded on the left
+        ours, theirs = (m(one.tokens, attention_mask=mask).logits for m in (stock(folder), one.reference))
+        assert torch.allclose(ours[:, 3:], theirs[:, 3:], rtol=0, atol=1e-6)
+        assert not torch.allclose(ours[:, :3], theirs[:, :3], rtol=0, atol=1e-2), "control: padding has row 1"
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -106,15 +106,25 @@ def test_a_config_that_the_export_did_not_write_shows_against_the_source(
     folder = copied(exported, tmp_path / "copy")
     for name in ("hf_full", f"hf_exit_{MLP}", "hf_early_exit"):
         path = folder / name / "config.json"
-        values = json.loads(path.read_text()) | {"rope_theta": 5e5}
+        values = json.loads(path.read_text()) | {"rope_theta": 5e5, "rope_parameters": None}
         values.pop("rms_norm_eps")
         path.write_text(json.dumps(values))
     signed(folder)
     assert all(": parity: " in fault for fault in verify_export(folder)), "it computes something else"
     faults = verify_export(folder, one.path)
-    assert len(faults) == 6
+    assert len(faults) == 9
     assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in faults
     assert any("hf_full: config.json: rms_norm_eps is absent, must be" in fault for fault in faults)
+
+
+def test_exports_of_earlier_versions_with_one_spelling_are_good(exported: Path, one: Made, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path / "copy")
+    for path in folder.glob("hf_*/config.json"):
+        values = json.loads(path.read_text())
+        del values["rope_parameters"]
+        path.write_text(json.dumps(values))
+    signed(folder)
+    assert verify_export(folder, one.path) == []
 
 
 def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
@@ -136,7 +146,8 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
     ("changes", "fault"),
     [
         ({"model_type": "bloom"}, "model_type: 'bloom' is not supported; supported are llama, mistral"),
-        ({"hidden_act": "gelu", "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'.*hidden_act: 'gelu'"),
+        ({"hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'.*hidden_act: 'gelu'"),
+        ({"rope_theta": 5e5}, "rope_theta 500000.0 and rope_parameters.rope_theta 10000.0 disagree"),
         ({"early_exit": {"exits": [{"name": "x", "layer": 9, "architecture": "mlp"}]}}, "is no exit of a model of 3"),
         ({"hidden_size": None}, "hidden_size: None, must be a whole number"),
         ({"vocab_size": 200}, "embed_tokens.weight has shape .* by config.json"),
@@ -144,7 +155,7 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp.gate_proj.bias is missing; export again"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
             "low_freq_factor: None, must .*high_freq_factor: None",
         ),
         ({"head_dim": 9}, "head_dim: 9, rotary positions need an even number"),

@@ -15,6 +15,8 @@ from tests.helpers.megatron_models import exit_entry
 
 import torch  # isort: skip  # after the CPU host is on
 
+from nemo_ee.export.remote_code import remote_code
+
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
@@ -64,6 +66,43 @@ def test_only_the_tokenizer_s_own_files_come_along(one: Made, tmp_path: Path) ->
         test_export_tensorrt_llm.export(path, tmp_path / name)
     assert contents(tmp_path / "trt") == contents(tmp_path / "trt_expected")
     assert contents(tmp_path / "trt" / "tokenizer") == GOOD
+
+
+def test_code_that_a_stranger_s_tokenizer_names_does_not_run(
+    one: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not for those who say `trust_remote_code=True`, as our own model file asks them to."""
+    from transformers import AutoTokenizer, dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    bait, words = tmp_path / "executed", {"a": 0, "<s>": 1}
+    code = f"open({str(bait)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast as Evil\n".encode()
+    named = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"], "AutoConfig": "evil.Evil"}}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", **named}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "a"}
+    hostile = {
+        "tokenizer.json": json.dumps({"version": "1.0", "added_tokens": [], "model": model}).encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+        "special_tokens_map.json": json.dumps({"bos_token": "<s>", **named}).encode(),
+        "generation_config.json": json.dumps(named).encode(),
+        "evil.py": code,
+        "custom_generate/generate.py": code,
+    }  # fmt: skip
+    path = with_tokenizer(one, tmp_path / "hostile.nemo", hostile)
+    output, engine = export(path, tmp_path / "out"), test_export_tensorrt_llm.export(path, tmp_path / "trt")
+    for folder in [*output.glob("hf_*"), engine / "tokenizer"]:
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("a<s>")
+        assert dict(made) == {"input_ids": [0, 1], "attention_mask": [1, 1]}
+        for file in folder.glob("*.json"):
+            assert "evil" not in file.read_text(), file
+        ours = {"early_exit_trtllm", *remote_code("llama")} if folder.name == "hf_early_exit" else set()
+        assert {file.relative_to(folder).parts[0] for file in folder.rglob("*.py")} <= ours
+    assert not bait.exists()
+    for name in ("tokenizer.json", "tokenizer_config.json", "evil.py"):
+        (output / "hf_full" / name).write_bytes(hostile[name])
+    AutoTokenizer.from_pretrained(output / "hf_full", trust_remote_code=True)
+    assert bait.exists(), "control: the folder as it came runs it"
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])

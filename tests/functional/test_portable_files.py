@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,17 @@ def test_bundling_changes_no_token(fast: bool | None, moved: SimpleNamespace, tm
     for name in ("eos_id", "bos_id", "pad_id", "additional_special_tokens_ids", "vocab_size"):
         assert getattr(again.tokenizer, name) == getattr(model.tokenizer, name), name
     assert again.tokenizer.tokenizer.chat_template == SPECIAL["chat_template"]
+
+
+def test_a_stranger_s_code_is_not_packed_again(moved: SimpleNamespace, tmp_path: Path) -> None:
+    path, name = moved.there / "ee.nemo", "tokenizer/tokenizer_config.json"
+    settings = json.loads(members(path)[name])
+    evil = json.dumps({**settings, "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}).encode()
+    restore(rewritten(path, tmp_path / "evil.nemo", {name: evil, "tokenizer/evil.py": b"x"})).save_to(
+        str(tmp_path / "copy.nemo")
+    )
+    found = members(tmp_path / "copy.nemo")
+    assert json.loads(found[name]) == settings and found.keys() == members(path).keys()
 
 
 def test_a_foreign_config_packs_no_file_of_mine(moved: SimpleNamespace, tmp_path: Path) -> None:

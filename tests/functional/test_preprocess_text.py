@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from tests.helpers.huggingface_models import as_transformers_5_saves
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "data" / "preprocess_text.py"
 TOKENIZER = ROOT / "assets" / "reference-model"
@@ -207,6 +209,14 @@ def test_tokenizer_without_end_of_text_or_files_is_an_error(script: ModuleType, 
     shutil.copy(TOKENIZER / "tokenizer.json", folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert "has no eos_token for append_eod; set it False" in faults_of(script, run)
+
+
+def test_a_tokenizer_that_transformers_5_saved_is_read(script: ModuleType, tokenize: Any, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, tmp_path)
+    as_transformers_5_saves(tmp_path)
+    tokenizer = script.load_tokenizer(str(tmp_path))
+    assert [tokenizer(text).input_ids for text in TEXTS] == [tokenize(text) for text in TEXTS]
 
 
 def test_tokenizer_code_is_never_run(script: ModuleType, tmp_path: Path) -> None:

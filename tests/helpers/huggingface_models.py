@@ -35,7 +35,7 @@ _TINY |= {"vocab_size": 133, "max_position_embeddings": 32, "norm_epsilon": 1e-6
 _ARCHITECTURES = [
     Architecture(**_TINY, num_query_groups=groups, qk_norm=qk_norm, biases=frozenset(biases), **kind)
     for groups, kind in (
-        (2, {"kv_channels": 12}),
+        (2, {"kv_channels": 12, "rotary_base": 5e5}),
         (4, {"kv_channels": 10, "layer_norm": True, "learned_positions": True, "hidden_act": "gelu"}),
     )
     for qk_norm in (False, True)
@@ -189,6 +189,28 @@ def change_config(directory: str | Path, **changes: Any) -> None:
     """Changes values of the config.json in `directory`."""
     path = Path(directory) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_transformers_5_saves(directory: str | Path) -> None:
+    """Rewrites config.json and tokenizer_config.json in `directory` as transformers 5.24 writes them.
+
+    A tokenizer becomes one of `TokenizersBackend`, with its additional special tokens under the other name.
+    """
+    path = Path(directory) / "config.json"
+    values = json.loads(path.read_text())
+    values |= {"dtype": values.pop("torch_dtype", "float32"), "transformers_version": "5.24.0"}
+    if "rope_theta" in values:
+        base, scaling = values.pop("rope_theta"), values.pop("rope_scaling", None) or {"rope_type": "default"}
+        values["rope_parameters"] = {**scaling, "rope_theta": base}
+    path.write_text(json.dumps(values))
+    path = Path(directory) / "tokenizer_config.json"
+    if path.is_file():
+        values = json.loads(path.read_text())
+        for name in ("added_tokens_decoder", "extra_special_tokens"):
+            values.pop(name, None)
+        values |= {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
+        values["extra_special_tokens"] = values.pop("additional_special_tokens", [])
+        path.write_text(json.dumps(values))
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ from nemo_ee.exits.config import ExitConfig
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES, read_config
+from nemo_ee.families.rotary_settings import with_both_spellings
+from nemo_ee.text.huggingface_json import without_code
 
 FORMAT = "huggingface"  # of a directory, in the manifest
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of somebody's config.json that say nothing about the exported model.
-_LEFT_OUT = ("_name_or_path", "transformers_version", "auto_map", "torch_dtype", "dtype", "early_exit")
+_LEFT_OUT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "early_exit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ def stock_configs(
         if problems:
             nearest = problems if nearest is None else min(nearest, problems, key=len)
             continue
-        found.append(StockConfig(values, made))
+        found.append(StockConfig(values if made.learned_positions else with_both_spellings(values), made))
         if not is_original:
             break
     if not found:
@@ -136,8 +138,9 @@ def read_stock_config(values: Mapping[str, Any]) -> Architecture:
 
 
 def read_bundled(folder: Path | None, name: str) -> dict[str, Any] | None:
-    """A JSON file of the original model that the `.nemo` carries beside its tokenizer; None without one."""
-    return None if folder is None else read_json_object(folder / name)
+    """A JSON file of the original model that the `.nemo` carries beside its tokenizer, without keys that make
+    transformers run code; None without one."""
+    return None if folder is None else without_code(read_json_object(folder / name))
 
 
 def _candidates(

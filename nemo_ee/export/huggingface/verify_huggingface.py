@@ -21,6 +21,7 @@ from nemo_ee.export.model_origins import described_model
 from nemo_ee.export.parity import parity_faults
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_faults
 from nemo_ee.export.source import EarlyExitSource
+from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.runtime.loader import DTYPES, load_model
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,6 +72,8 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
     thresholds = {key: value for key, value in block.items() if key != "exits"}
     (planned,) = plan_artefacts(settings, source)
     wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
+    if not planned.stock.architecture.learned_positions:  # exports of earlier versions have one spelling
+        config = with_both_spellings(config)
     for key in sorted(wanted.keys() | config.keys()):
         if wanted.get(key) != config.get(key) or (key in wanted) != (key in config):
             found, must = (repr(values[key]) if key in values else "absent" for values in (config, wanted))

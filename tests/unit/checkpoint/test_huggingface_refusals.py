@@ -27,6 +27,7 @@ REFUSED = [
     ("llama", {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}}, "disagree"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set per kind of layer"),
     ("llama", {"rope_scaling": "yes"}, "rope_scaling: 'yes', must be a mapping"),
+    ("llama", {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta 10000.0 and rope_parameters.rope_theta 5"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5, only 1.0"),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised weights are not read"),
     ("llama", {"num_local_experts": 8}, "num_local_experts: 8, mixtures of experts"),
@@ -139,11 +140,23 @@ def test_unreadable_directories_give_one_clear_error(saved: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"no weights \(model.safetensors,"):
         HuggingFaceSource(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="merge it into its base model"):
+    with pytest.raises(ValueError, match="is a PEFT adapter, not a model; merge it first"):
         HuggingFaceSource(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((saved / "llama" / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"model.safetensors: missing or damaged"):
         HuggingFaceSource(tmp_path)
+
+
+def test_an_adapter_is_refused_with_the_code_that_merges_it(tmp_path: Path) -> None:
+    """As PEFT saves one: no config.json."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="PEFT adapter of some/base, not a model; merge it first:") as caught:
+        HuggingFaceSource(tmp_path)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:3]]
+    assert lines[0] == "from peft import AutoPeftModelForCausalLM"
+    assert lines[1].startswith(f"AutoPeftModelForCausalLM.from_pretrained({str(tmp_path)!r}).merge_and_unload()")
+    compile("\n".join(lines), "lines", "exec")
 
 
 def test_broken_indices_name_every_fault(tmp_path: Path) -> None:

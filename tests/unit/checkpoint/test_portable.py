@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nemo_ee.checkpoint.portable import (
     find_backbone,
     portable_tokenizer,
     stored_backbone_path,
+    without_code_files,
     without_machine_paths,
 )
 
@@ -215,6 +217,27 @@ def test_how_a_directory_s_tokenizer_is_read_does_not_change(tmp_path: Path) -> 
         assert portable_tokenizer(block, ())[0] == {**block, "type": "tokenizer", "use_fast": fast}
     block = {"library": "huggingface", "type": "tokenizer"}
     assert portable_tokenizer(block, {"tokenizer/vocab.json"})[0] == {**block, "use_fast": True}, "as it was loaded"
+
+
+def test_code_does_not_get_into_an_archive(tmp_path: Path, caplog) -> None:
+    """From a directory, from memory, from another archive; what needs no change is copied byte for byte."""
+    evil, good = b'{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}, "a": "\xc3\xbc"}', b' {"a": 1}\n'
+    (tmp_path / "file").write_bytes(evil)
+    names = (
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/config.json",
+        "tokenizer/evil.py",
+        "evil/x.py",
+        "a/vocab.json",
+    )
+    archive = NemoArchive(write_nemo(tmp_path / "x.nemo", {"model_config.yaml": "a: 1", **dict.fromkeys(names, evil)}))
+    for source in (tmp_path / "file", evil, evil.decode(), archive):
+        kept = without_code_files(dict.fromkeys(names, source))
+        assert kept.keys() == {*names[:2], names[4]} and kept[names[4]] is source
+        assert all(json.loads(kept[name]) == {"a": "ü"} for name in names[:2])
+    assert "tokenizer/evil.py is code" in caplog.text
+    archive.close()
+    assert without_code_files({names[0]: good, "tokenizer/special_tokens_map.json": b"[1]"}) == {names[0]: good}
 
 
 def test_absolute_paths_are_dropped_from_a_config() -> None:
