@@ -34,8 +34,9 @@ _NEMO_ACTIVATIONS = {
 def nemo_config(a: Architecture) -> dict[str, Any]:
     """The part of a NeMo `MegatronGPTModel` config that follows from the architecture.
 
-    The keys are the same for all models, but for two: `bias_activation_fusion: false` is there only where fusing
-    would be wrong, NeMo's four numbers of `scale_positional_embedding` only when that is on. All but `vocab_size`,
+    The keys are the same for all models, but for three: `bias_activation_fusion: false` is there only where fusing
+    would be wrong, NeMo's four numbers of `scale_positional_embedding` only when that is on, and `name` only where
+    NeMo's own model needs another layer spec than its default. All but `vocab_size`,
     `rope_scaling` (the numbers once more, for our own model) and `activation: relu` are read by NeMo's own model too.
     """
     scaling = a.rotary_scaling or {}
@@ -63,6 +64,8 @@ def nemo_config(a: Architecture) -> dict[str, Any]:
     if not a.gated:
         # Megatron's fused GELU is the tanh approximation in every case, and there is no fused ReLU.
         config["bias_activation_fusion"] = False
+    if a.qk_norm:
+        config["name"] = "decoder_block_gpt"  # the only spec of NeMo's own model with norms of query and key
     if kind == "llama3":
         config |= {
             "scale_factor": scaling["factor"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nemo_ee.families.architecture import PROJ, QKV, Architecture
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.llama import LLAMA_KEYS, LLAMA_NAMES, rotary_engine_fields, rotary_keys
@@ -15,8 +15,9 @@ from nemo_ee.families.qwen2 import read_qwen
 
 
 def _read(reader: ConfigReader) -> Architecture:
-    attention = frozenset({QKV, PROJ} if reader.flag("attention_bias") else ())
-    return read_qwen(reader, family="qwen3", default_head_size=128, qk_norm=True, biases=attention)
+    # Megatron has one switch for the biases of attention and MLP, so exits would train what the class cannot hold.
+    reader.refuse({"attention_bias": "a Qwen3 with biases is not supported: its exits' MLPs would have some too"})
+    return read_qwen(reader, family="qwen3", default_head_size=128, qk_norm=True)
 
 
 QWEN3 = Family(
@@ -26,7 +27,7 @@ QWEN3 = Family(
     names=replace(LLAMA_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
     keys=LLAMA_KEYS,
     read=_read,
-    other_keys=lambda a: {**rotary_keys(a), "attention_bias": PROJ in a.biases},
+    other_keys=rotary_keys,
     engine=EngineClass(
         architecture="Qwen3ForCausalLM",  # from TensorRT-LLM 1.0 on
         computes=lambda a: a.qk_norm and not a.biases,

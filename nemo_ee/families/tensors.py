@@ -161,9 +161,12 @@ def tensor_table(names: Names, a: Architecture) -> TensorTable:
         FC1: (_parts(names.fc1, [a.ffn_hidden_size] * (1 + a.gated)), hidden),
         FC2: (_parts((names.fc2,), [hidden]), a.ffn_hidden_size),
     }
-    layer = _norm(a, ATTENTION_NORM, names.attention_norm) | _norm(a, MLP_NORM, names.mlp_norm)
+    norms = {QKV: (ATTENTION_NORM, names.attention_norm), FC1: (MLP_NORM, names.mlp_norm)}
+    layer: dict[str, Canonical] = {}
     for linear, (stored, columns) in parts.items():
         key = LINEARS[linear]
+        if linear in norms:
+            layer |= _norm(a, *norms[linear])
         layer[f"{key}weight"] = _linear(a, linear, stored, "weight", (columns,), names.transposed)
         bias = _linear(a, linear, stored, "bias")
         if linear in a.biases:

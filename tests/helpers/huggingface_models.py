@@ -136,10 +136,7 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 TINY_MODELS |= {name: (name, _arguments(own)) for name, own in FAMILIES.items() if name not in TINY_MODELS}
-TINY_MODELS["qwen3-tied-bias"] = (
-    "qwen3",
-    _LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_theta": 1e6},
-)
+TINY_MODELS["qwen3-tied"] = ("qwen3", _LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3, "rope_theta": 1e6})
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

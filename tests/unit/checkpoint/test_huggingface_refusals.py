@@ -14,6 +14,7 @@ import torch
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
 from nemo_ee.checkpoint.nemo_config import nemo_config
+from nemo_ee.families.registry import FAMILIES
 from tests.helpers.huggingface_models import change_config, save_tiny_model, tiny_model
 
 WORDS = "embedding.word_embeddings.weight"
@@ -41,6 +42,8 @@ REFUSED = [
     ("mistral", {"sliding_window": 31}, "sliding_window: 31 is shorter than the sequence length 32.*at most 31"),
     ("mistral", {"sliding_window": "x"}, "sliding_window: 'x', must be a whole number or null"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window: 8 is"),
+    ("qwen3", {"attention_bias": True}, "attention_bias: true, a Qwen3 with biases is not supported"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window: 8 is"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: true"),
     ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn: true"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: false"),
@@ -56,7 +59,7 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
-    for name in ("llama", "mistral", "qwen2", "gpt2", "opt"):
+    for name in FAMILIES:
         save_tiny_model(root / name, name)
     return root
 
