@@ -119,8 +119,7 @@ def _exit_table_faults(config: dict[str, Any], source: EarlyExitSource) -> Itera
         if exit is None:
             yield f"config.json: early_exit names {row['name']!r}, which is no exit of the .nemo"
             continue
-        output = "own" if source.has_own_output(exit.name) else "backbone"
-        for field, value in (("layer", exit.layer), ("architecture", exit.architecture), ("output", output)):
+        for field, value in source.exit_row(exit).items():
             if row[field] != value:
                 yield f"config.json: early_exit: {exit.name}: {field} is {row[field]!r}, must be {value!r}"
 
