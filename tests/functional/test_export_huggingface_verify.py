@@ -151,7 +151,7 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
         ({"early_exit": {"exits": [{"name": "x", "layer": 9, "architecture": "mlp"}]}}, "is no exit of a model of 3"),
         ({"hidden_size": None}, "hidden_size: None, must be a whole number"),
         ({"vocab_size": 200}, "embed_tokens.weight has shape .* by config.json"),
-        ({"intermediate_size": 30}, "up_proj.weight has shape"),
+        ({"intermediate_size": 30}, "gate_proj.weight has shape"),
         ({"mlp_bias": True}, "mlp.gate_proj.bias is missing; export again"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         (
