@@ -210,7 +210,7 @@ def test_an_interruption_leaves_nothing(
     fault: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
 ) -> None:
     from nemo_ee.export.huggingface import exporter as module
-    from nemo_ee.export.huggingface.exporter import weight_files as weights
+    from nemo_ee.export.huggingface import weight_files as weights
 
     real, calls = weights.SafetensorsWriter.write, []
 

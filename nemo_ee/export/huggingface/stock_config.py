@@ -74,25 +74,24 @@ def stock_configs(
         ValueError: no stock class computes this model; with the reasons of the nearest one.
     """
     wanted = read_architecture(config, stored_rows=stored_rows, max_positions=position_rows, erf_gelu=True)
-    found, nearest = [], None
+    found, nearest = [], []
     for values, is_original in _candidates(wanted, bundled, special_tokens):
         try:
             made = read_config(values, _sequence_length(config, values))
+            problems = [
+                f"{name} is {ours!r}, {values['architectures'][0]} has {theirs!r}"
+                for name, ours, theirs in wanted.differences(made.completed())
+            ]
         except ValueError as problem:
-            nearest = nearest or [str(problem)]
-            continue
-        problems = [
-            f"{name} is {ours!r}, {values['architectures'][0]} has {theirs!r}"
-            for name, ours, theirs in wanted.differences(made.completed())
-        ]
-        if problems:
-            nearest = problems if nearest is None else min(nearest, problems, key=len)
-            continue
-        found.append(StockConfig(values if made.learned_positions else with_both_spellings(values), made))
-        if not is_original:
-            break
+            problems = [str(problem)]
+        if not problems:
+            found.append(StockConfig(values if made.learned_positions else with_both_spellings(values), made))
+            if not is_original:
+                break
+        elif not is_original:  # the original's differ where the `.nemo` was changed, which says nothing of the class
+            nearest = min(nearest or problems, problems, key=len)
     if not found:
-        raise ValueError(f"no stock class of transformers computes this model: {'; '.join(nearest or [])}")
+        raise ValueError(f"no stock class of transformers computes this model: {'; '.join(nearest)}")
     return found
 
 
