@@ -45,6 +45,10 @@ class EarlyExitCausalLM:
         self.engine = EarlyExitEngine(self.model)
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: transformers 4.53 and later call it on classes of a directory, so that saving copies them."""
+
+    @classmethod
     def from_pretrained(cls, directory: str, *, config: Any = None, **settings: Any) -> EarlyExitCausalLM:
         """Load a local directory.
 
