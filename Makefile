@@ -15,7 +15,7 @@ venv:  ## virtual environment in .venv, remade only when setup.py, the constrain
 demo: venv  ## a real language model becomes an early-exit model; results in outputs/demo/
 	$(PY) examples/run_demo.py $(ARGS)
 
-test-fast: venv  ## the unit tests alone, at most 3 minutes on two cores
+test-fast: venv  ## the unit tests alone, about 5 minutes on two cores
 	$(PY) -m pytest tests/unit tests/test_import_levels.py tests/test_packaging.py $(ARGS)
 
 test: venv  ## the test suite, on the CPU; ARGS="-k name", ARGS=--run-slow

@@ -17,23 +17,16 @@ from typing import Any
 from torch import Tensor
 
 from nemo_ee.generation.items import Items
-from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.exported_model import ExportedModel
 from nemo_ee.runtime.model import RuntimeModel
 
 
-def half_layer_weights(config: RuntimeConfig) -> tuple[int, int]:
-    """Weights of an attention and of an MLP."""
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    gated = 3 if config.activation == "silu" else 2
-    return attention, gated * config.hidden_size * config.ffn_hidden_size
-
-
-def head_weights(config: RuntimeConfig) -> dict[str | None, int]:
+def head_weights(model: ExportedModel) -> dict[str | None, int]:
     """Weights that one question to each exit reads; the final exit under None."""
-    attention, mlp = half_layer_weights(config)
-    output = config.hidden_size * config.vocab_size
-    before = {"embedding": 0, "norm": 0, "mlp": mlp, "layer": attention + mlp}
-    return {None: output} | {exit.name: before[exit.architecture] + output for exit in config.exits}
+    a = model.architecture
+    output = a.hidden_size * a.vocab_size
+    before = {"embedding": 0, "norm": 0, "mlp": a.mlp_size, "layer": a.attention_size + a.mlp_size}
+    return {None: output} | {exit.name: before[exit.architecture] + output for exit in model.exits}
 
 
 class CountingModel:
@@ -45,7 +38,7 @@ class CountingModel:
 
     def __init__(self, model: RuntimeModel) -> None:
         self._model, self.touched = model, 0
-        self._halves, self._heads = half_layer_weights(model.config), head_weights(model.config)
+        self._heads = head_weights(model.config)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the model's."""
@@ -53,9 +46,8 @@ class CountingModel:
 
     def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: Any) -> Tensor:
         """See `DecodingModel.run`; odd half layers are attention, even ones MLPs."""
-        attention, mlp = self._halves
-        num_mlps = stop // 2 - start // 2
-        self.touched += num_mlps * mlp + (stop - start - num_mlps) * attention
+        a, num_mlps = self._model.architecture, stop // 2 - start // 2
+        self.touched += num_mlps * a.mlp_size + (stop - start - num_mlps) * a.attention_size
         return self._model.run(hidden, items, start, stop, cache)
 
     def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: Any) -> Tensor:

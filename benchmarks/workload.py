@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.measure import ROOT
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
+from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import ExitSums
 from nemo_ee.megatron.pipeline.tuning_step import tune_global_batch
@@ -120,7 +121,7 @@ def model_settings(sizes: Sizes, exits: Sequence[Mapping[str, Any]], **changes: 
     """The reference model's config with exits; `changes` win."""
     micro = changes.pop("microbatches", sizes.microbatches)
     return {
-        **read_backbone(REFERENCE_MODEL).nemo_config(),
+        **nemo_config(read_backbone(REFERENCE_MODEL)),
         "tokenizer": {"library": "huggingface", "type": str(REFERENCE_MODEL), "use_fast": True},
         "micro_batch_size": sizes.batch,
         "global_batch_size": sizes.batch * micro,

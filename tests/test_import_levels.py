@@ -40,25 +40,26 @@ def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Bou
 _LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf yaml numpy"
 # Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
 _LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
-_BELOW_4 = "exits planning generation text settings megatron checkpoint runtime certificates models cpu_host"
+_BELOW_4 = "families exits planning generation text settings megatron checkpoint runtime certificates models cpu_host"
 
 BOUNDARIES = {
     # level 0
+    "families": _boundary(),
     "exits": _boundary("torch"),
     # level 1: siblings, only megatron -> generation is allowed (its adapter to the engine)
-    "planning": _boundary("torch", "exits"),
+    "planning": _boundary("torch", "families exits"),
     "generation": _boundary("torch", "exits"),
     "text": _boundary("tokenizers", "exits generation"),
     # the libraries whose own keys a config may hold are looked at where one is met
     "settings": _boundary("omegaconf", "exits", only_lazily="lightning megatron.core nemo"),
     "megatron": _boundary("torch megatron.core", "exits generation"),
     # level 2
-    "checkpoint": _boundary("torch megatron.core safetensors yaml", "exits generation text megatron"),
-    "runtime": _boundary("torch safetensors transformers tokenizers", "exits generation text"),
+    "checkpoint": _boundary("torch megatron.core safetensors yaml", "families exits generation text megatron"),
+    "runtime": _boundary("torch safetensors transformers tokenizers", "families exits generation text"),
     "certificates": _boundary("torch safetensors yaml", "exits generation text checkpoint"),
     # level 3
     "models": _boundary(
-        _LEVEL_3, "exits planning generation text settings megatron checkpoint runtime certificates cpu_host"
+        _LEVEL_3, "families exits planning generation text settings megatron checkpoint runtime certificates cpu_host"
     ),
     # level 4
     # commands is the lowest: evaluation and calibration decode with its text generator
@@ -212,6 +213,7 @@ def test_imports_point_only_down() -> None:
 @pytest.mark.parametrize(
     ("part", "source", "word"),
     [
+        ("families", "import torch", "families may not import torch"),
         ("exits", "import numpy", "exits may not import numpy"),
         ("exits", "def f():\n    from nemo_ee.generation import engine", "exits may not import nemo_ee.generation"),
         ("generation", "import megatron.core", "may not import megatron.core"),

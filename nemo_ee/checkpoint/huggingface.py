@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, present_rows
-from nemo_ee.checkpoint.huggingface_backbone import HuggingFaceBackbone
-from nemo_ee.checkpoint.huggingface_families import backbone_from_config
 from nemo_ee.checkpoint.huggingface_files import TensorFiles, refuse_adapter
-from nemo_ee.checkpoint.huggingface_layout import LAYERS, LAYOUTS, Canonical, Stored, canonical_tensors
 from nemo_ee.checkpoint.tensor_checks import is_finite, non_finite_message
+from nemo_ee.families.architecture import Architecture
+from nemo_ee.families.registry import FAMILIES, read_config, tensors_of
+from nemo_ee.families.tensors import LAYERS, WORDS, Canonical, Stored
 from nemo_ee.text.json_values import JsonError, read_json_object
-
-__all__ = ["HuggingFaceBackbone", "HuggingFaceSource", "read_backbone"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ CONFIG_FILE = "config.json"
 _SHOWN_FAULTS = 20
 
 
-def read_backbone(directory: str | Path, sequence_length: int | None = None) -> HuggingFaceBackbone:
+def read_backbone(directory: str | Path, sequence_length: int | None = None) -> Architecture:
     """Reads config.json; needs neither the transformers library nor the weights.
 
     Args:
@@ -54,8 +52,13 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
         values = read_json_object(path)
     except JsonError as fault:
         raise ValueError(f"{fault}; the file is damaged, fetch it again.") from fault
+    code = values.get("auto_map")
+    own_code = isinstance(code, dict) and any("Model" in name for name in code)
+    refused = (
+        "auto_map: the model brings its own code, which is never run; remove it if the stock class computes the same"
+    )
     try:
-        return backbone_from_config(values, sequence_length)
+        return read_config(values, sequence_length, problems=[refused] if own_code else [])
     except ValueError as fault:
         raise ValueError(f"{path}: cannot be used. {fault}.") from None
 
@@ -78,10 +81,16 @@ class HuggingFaceSource:
             self._files = TensorFiles(self.directory)
         except ValueError as fault:
             raise ValueError(f"{self.directory}: cannot be used. {fault}") from None
-        self._canonical = canonical_tensors(self.backbone)
+        self._names = FAMILIES[self.backbone.family].names
+        table = tensors_of(self.backbone)
+        # Canonical name -> the tensor, of every layer where it is one of a layer.
+        self._places = {key: [tensor] for key, tensor in table.others.items()}
+        for index in range(self.backbone.num_layers):
+            for key, tensor in table.of_layer(index).items():
+                self._places.setdefault(f"{LAYERS}{key}", []).append(tensor)
         self._stored_names = self._without_base_prefix()
         self.check()
-        self._infos = {key: self._info(key, tensor) for key, tensor in sorted(self._canonical.items())}
+        self._infos = {key: self._info(key) for key in sorted(self._places)}
 
     def keys(self) -> dict[str, TensorInfo]:
         """Every canonical tensor. The dtype is the stored one; where a tensor's parts differ, the one that holds them
@@ -104,11 +113,12 @@ class HuggingFaceSource:
         inside = chunk if rows is None else chunk[:rows]
         if not inside.numel():
             return chunk
+        places = self._places[key]
         if key.startswith(LAYERS):
             for index, layer in enumerate(range(offset[0], offset[0] + inside.shape[0])):
-                self._fill(inside[index], self._canonical[key], layer, offset[1:])
+                self._fill(inside[index], places[layer], offset[1:])
         else:
-            self._fill(inside, self._canonical[key], 0, offset)
+            self._fill(inside, places[0], offset)
         return chunk
 
     def check(self) -> None:
@@ -127,9 +137,9 @@ class HuggingFaceSource:
                 faults.append(f"{stored_name} has shape {list(shape)}, must be {list(expected[name])}")
             if not isinstance(dtype, torch.dtype):
                 faults.append(f"{stored_name} has dtype {dtype}, must be a floating one (no quantised weights)")
-        layout, tied = LAYOUTS[self.backbone.family], self.backbone.tied
+        names, tied = self._names, self.backbone.tied
         for name in sorted(self._stored_names.keys() - expected.keys()):
-            if not layout.buffers.fullmatch(name) and not (tied and name == layout.output_name):
+            if not names.is_buffer(name) and not (tied and name == names.output):
                 faults.append(f"{self._stored_names[name]} is not read by a {self.backbone.family} of this config")
         if faults:
             more = f"; and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
@@ -140,9 +150,9 @@ class HuggingFaceSource:
 
     def _without_base_prefix(self) -> dict[str, str]:
         """Name without the base prefix (`model.`, `transformer.`), which files of bare models lack -> stored name."""
-        prefix, names = LAYOUTS[self.backbone.family].base_prefix, {}
+        names: dict[str, str] = {}
         for stored in sorted(self._files.names()):
-            name = stored.removeprefix(prefix)
+            name = stored.removeprefix(self._names.base)
             if name in names:
                 raise ValueError(
                     f"{self.directory}: holds both {names[name]!r} and {stored!r}, which is which cannot be told; "
@@ -152,27 +162,25 @@ class HuggingFaceSource:
         return names
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        expected = {}
-        for key, tensor in self._canonical.items():
-            for stored in {rows.stored for rows in tensor.rows if rows.stored is not None}:
-                for layer in range(self.backbone.num_layers if key.startswith(LAYERS) else 1):
-                    expected[stored.name.format(layer=layer)] = stored.shape
-        return expected
+        tensors = (tensor for places in self._places.values() for tensor in places)
+        return {self._bare(stored): stored.shape for tensor in tensors for stored in tensor.stored}
 
-    def _info(self, key: str, tensor: Canonical) -> TensorInfo:
-        layered = key.startswith(LAYERS)
-        layers = range(self.backbone.num_layers if layered else 1)
-        stored = {rows.stored for rows in tensor.rows if rows.stored is not None}
-        if not stored:
-            # A constant has no dtype of its own; it goes with the weights around it.
-            stored = {self._canonical["embedding.word_embeddings.weight"].rows[0].stored}
-        dtypes = {self._files.dtype(self._stored_names[s.name.format(layer=i)]) for s in stored for i in layers}
-        shape = (self.backbone.num_layers, *tensor.shape) if layered else tensor.shape
+    def _bare(self, stored: Stored) -> str:
+        """A stored tensor's name without the base prefix."""
+        return stored.name.removeprefix(self._names.base)
+
+    def _info(self, key: str) -> TensorInfo:
+        places = self._places[key]
+        stored = [own for tensor in places for own in tensor.stored]
+        # A constant has no dtype of its own; it goes with the weights around it.
+        stored = stored or self._places[WORDS][0].stored
+        dtypes = {self._files.dtype(self._stored_names[self._bare(own)]) for own in stored}
+        layers = (len(places),) if key.startswith(LAYERS) else ()
         dtype = reduce(torch.promote_types, dtypes)
-        return TensorInfo(shape, torch.float32 if dtype is torch.float64 else dtype)
+        return TensorInfo((*layers, *places[0].shape), torch.float32 if dtype is torch.float64 else dtype)
 
-    def _fill(self, target: Tensor, tensor: Canonical, layer: int, offset: tuple[int, ...]) -> None:
-        """Fills `target` with the part of one layer's canonical tensor that starts at `offset`."""
+    def _fill(self, target: Tensor, tensor: Canonical, offset: tuple[int, ...]) -> None:
+        """Fills `target` with the part of a canonical tensor that starts at `offset`."""
         first, last = offset[0], offset[0] + target.shape[0]
         columns = tuple((start, start + size) for start, size in zip(offset[1:], target.shape[1:], strict=True))
         top = 0
@@ -185,12 +193,11 @@ class HuggingFaceSource:
                     part.fill_(rows.fill)
                 else:
                     source = (rows.start + low - top, rows.start + high - top)
-                    part.copy_(self._read_stored(rows.stored, layer, (source, *columns)))
+                    part.copy_(self._read_stored(rows.stored, (source, *columns)))
             top += height
 
-    def _read_stored(self, stored: Stored, layer: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-        name = self._stored_names[stored.name.format(layer=layer)]
-        part = self._files.read(name, ranges[::-1] if stored.transposed else ranges)
+    def _read_stored(self, stored: Stored, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        part = self._files.read(self._stored_names[self._bare(stored)], ranges[::-1] if stored.transposed else ranges)
         if not is_finite(part):
             raise ValueError(non_finite_message(str(self.directory), self._whole_tensors()))
         return part.t() if stored.transposed else part

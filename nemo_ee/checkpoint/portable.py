@@ -42,13 +42,18 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def read_plain_config(path: str | Path) -> dict[str, Any]:
+    """`plain_config` of a `.nemo` that is not open."""
+    with NemoArchive(path) as archive:
+        return plain_config(archive)
+
+
+def plain_config(archive: NemoArchive) -> dict[str, Any]:
     """The model config of a GPT's `.nemo` as plain values.
 
     Raises:
         ValueError: the file is damaged, or not a GPT.
     """
-    with NemoArchive(path) as archive:
-        text = archive.config_text()
+    path, text = archive.path, archive.config_text()
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as fault:

@@ -26,17 +26,27 @@ PREFIX = "nemo_ee.unpacked-"
 
 @contextlib.contextmanager
 def open_nemo(path: str | Path) -> Iterator[NemoArchive]:
-    """A `.nemo` whose folders can be read where they lie; only a compressed one is unpacked for that.
+    """A `.nemo` whose folders can be read where they lie; see `readable`.
 
     Raises:
         ValueError: see `NemoArchive` and `NemoArchive.extract`.
     """
-    with NemoArchive(path) as archive:
-        if not archive.is_compressed:
-            yield archive
-            return
-        with unpacked(archive) as directory:
-            yield NemoArchive(path, unpacked=directory)
+    with NemoArchive(path) as archive, readable(archive) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def readable(archive: NemoArchive) -> Iterator[NemoArchive]:
+    """An open archive, whose folders can be read where they lie; only a compressed one is unpacked for that.
+
+    Raises:
+        ValueError: see `NemoArchive.extract`.
+    """
+    if not archive.is_compressed:
+        yield archive
+        return
+    with unpacked(archive) as directory:
+        yield NemoArchive(archive.path, unpacked=directory)
 
 
 @contextlib.contextmanager

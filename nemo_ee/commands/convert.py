@@ -26,16 +26,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.chunk_reader import dtype_shares
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 from nemo_ee.models.trainer import single_run_trainer
-from nemo_ee.text.huggingface_json import with_both_spellings
 from nemo_ee.text.json_values import check_model_files
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
@@ -147,7 +148,7 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
     backbone = HuggingFaceSource(source, overrides.get("encoder_seq_length")).backbone
     merged = {key: value for key, value in overrides.items() if value is not None}
     tokenizer = {"library": "huggingface", "type": str(source.resolve()), "use_fast": True}
-    return {**backbone.nemo_config(), "tokenizer": tokenizer, **merged, "_stored_exits": []}
+    return {**nemo_config(backbone), "tokenizer": tokenizer, **merged, "_stored_exits": []}
 
 
 def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:

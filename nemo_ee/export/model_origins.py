@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EMBEDDING, OUTPUT, EarlyExitSource, Origin
-
-_LAYERS = "decoder.layers."
-_FINAL_NORM = "decoder.final_layernorm."
+from nemo_ee.export.source import EarlyExitSource, Origin
+from nemo_ee.families.tensors import FINAL_NORM, LAYERS, OUTPUT, WORDS, Canonical, TensorTable
 
 
 @dataclass(frozen=True)
@@ -21,15 +19,54 @@ class Model:
 
     Attributes:
         layers: per layer, canonical name within a layer -> origin.
-        final_norm: `weight` or `bias` -> origin.
+        final_norm: `weight` or `bias` -> origin; None leaves it out.
         output: the output projection; None where it is the word embeddings and left out.
         exits: heads carried along: (exit, the output projection or None where it is the backbone's).
     """
 
     layers: tuple[Callable[[str], Origin], ...]
-    final_norm: Callable[[str], Origin]
+    final_norm: Callable[[str], Origin] | None
     output: Origin | None
     exits: tuple[tuple[ExitConfig, Origin | None], ...] = ()
+
+    def parts(self, table: TensorTable) -> Iterator[ModelTensor]:
+        """Every canonical tensor to read, in the order in which files hold what is written from them.
+
+        Args:
+            table: the tensors of the stock model that is written.
+        """
+        for key, tensor in table.others.items():
+            if key.startswith("embedding."):
+                yield ModelTensor(Origin("backbone", key), None, key, tensor)
+        for index, layer in enumerate(self.layers):
+            for key, tensor in table.layer.items():
+                yield ModelTensor(layer(key), index, key, tensor)
+        for key, tensor in table.others.items():
+            if key.startswith(FINAL_NORM) and self.final_norm is not None:
+                yield ModelTensor(self.final_norm(key.removeprefix(FINAL_NORM)), None, key, tensor)
+        if self.output is not None:
+            yield ModelTensor(self.output, None, OUTPUT, table.others.get(OUTPUT, table.others[WORDS]))
+        for exit, output in self.exits:
+            for key, tensor in table.of_exit(exit.architecture, output is not None).items():
+                origin = output if key == "output.weight" else Origin("exit", f"{exit.name}.{key}")
+                yield ModelTensor(origin, exit, key, tensor)
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A canonical tensor of a model that is written.
+
+    Attributes:
+        origin: where it comes from.
+        place: what it belongs to: a layer, by its index from 0; an exit; None for the others.
+        key: its canonical name in that place.
+        tensor: its rows; stored names are without the place's prefix.
+    """
+
+    origin: Origin
+    place: int | ExitConfig | None
+    key: str
+    tensor: Canonical
 
 
 def full_model(num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tied: bool, write_output: bool) -> Model:
@@ -40,28 +77,56 @@ def full_model(num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tie
         tied: the output projection is the word embeddings.
         write_output: False leaves out an output projection that is the word embeddings.
     """
-    output = Origin("backbone", EMBEDDING if tied else OUTPUT)
+    output = Origin("backbone", WORDS if tied else OUTPUT)
     return Model(
         layers=tuple(_backbone_layer(index) for index in range(num_layers)),
-        final_norm=lambda kind: Origin("backbone", f"{_FINAL_NORM}{kind}"),
+        final_norm=lambda kind: Origin("backbone", f"{FINAL_NORM}{kind}"),
         output=output if write_output else None,
         exits=tuple((exit, Origin("output", exit.name) if own else None) for exit, own in exits),
     )
 
 
-def draft_model(exit: ExitConfig) -> Model:
-    """An exit as a model of its own: k layers, the last one with the exit's MLP, or k + 1; its norm and output."""
+def described_model(
+    artefact: Mapping[str, Any], table: Sequence[Mapping[str, Any]], num_layers: int, *, tied: bool, write_output: bool
+) -> Model:
+    """The model of a directory that was written; its origins are those of its export.
+
+    Args:
+        artefact: its entry in the manifest.
+        table: the exits beside it.
+        num_layers, tied: as its config.json says.
+        write_output: see `full_model`.
+    """
+    if artefact["exit"] is None:
+        exits = [(_described_exit(row), row["output"] == "own") for row in table]
+        return full_model(num_layers, exits, tied=tied, write_output=write_output)
+    layer = num_layers - (artefact["architecture"] == "layer")
+    exit = {"name": artefact["exit"], "layer": layer, "architecture": artefact["architecture"]}
+    return draft_model(_described_exit(exit), write_output=write_output)
+
+
+def _described_exit(row: Mapping[str, Any]) -> ExitConfig:
+    return ExitConfig(row["name"], row["layer"], row["architecture"], "copy", "own")
+
+
+def draft_model(exit: ExitConfig, *, write_output: bool = True) -> Model:
+    """An exit as a model of its own: k layers, the last one with the exit's MLP, or k + 1; its norm and its output.
+
+    Args:
+        write_output: False leaves out an output projection that is the word embeddings.
+    """
     layers = [_backbone_layer(index) for index in range(exit.layer)]
     if exit.architecture == "mlp":
         attention = layers[-1]
         layers[-1] = lambda key: Origin("exit", f"{exit.name}.{key}") if key.startswith("mlp.") else attention(key)
     if exit.architecture == "layer":
         layers.append(lambda key: Origin("exit", f"{exit.name}.layer.{key}"))
-    return Model(tuple(layers), lambda kind: Origin("exit", f"{exit.name}.norm.{kind}"), Origin("output", exit.name))
+    norm = None if exit.architecture == "embedding" else lambda kind: Origin("exit", f"{exit.name}.norm.{kind}")
+    return Model(tuple(layers), norm, Origin("output", exit.name) if write_output else None)
 
 
 def _backbone_layer(index: int) -> Callable[[str], Origin]:
-    return lambda key: Origin("backbone", f"{_LAYERS}{key}", index)
+    return lambda key: Origin("backbone", f"{LAYERS}{key}", index)
 
 
 class Wanted(Protocol):
@@ -71,12 +136,16 @@ class Wanted(Protocol):
     shape: tuple[int, ...]
 
 
-def tensor_faults(source: EarlyExitSource, plans: Sequence[Sequence[Wanted]], *, tied: bool) -> list[str]:
-    """Tensors that are missing or of another shape, and tensors of the backbone that nothing is written from.
+def check_tensors(source: EarlyExitSource, plans: Sequence[Sequence[Wanted]], *, tied: bool) -> None:
+    """Compare what is read with what is there.
 
     Args:
         plans: what the directories are written from; that of the whole backbone is among them.
         tied: the output projection is the word embeddings, and a stored one is not read.
+
+    Raises:
+        ValueError: tensors that are missing or of another shape, or tensors of the backbone that nothing is written
+            from.
     """
     faults, read = [], set()
     for reading in {reading.origin: reading for plan in plans for reading in plan}.values():
@@ -85,7 +154,7 @@ def tensor_faults(source: EarlyExitSource, plans: Sequence[Sequence[Wanted]], *,
         if origin.part == "backbone":
             read.add(origin.key)
         # Vocabulary matrices are padded, by rows that are not exported; exits and backbone may differ in it.
-        padded = origin.part == "output" or origin.key in (EMBEDDING, OUTPUT)
+        padded = origin.part == "output" or origin.key in (WORDS, OUTPUT)
         if shape is None:
             faults.append(f"{where} is missing")
         elif shape != reading.shape and not (
@@ -96,4 +165,5 @@ def tensor_faults(source: EarlyExitSource, plans: Sequence[Sequence[Wanted]], *,
     unknown = sorted(source.backbone_names() - read - tied_output)
     if unknown:
         faults.append(f"the backbone holds tensors that no stock class has: {', '.join(unknown)}")
-    return faults
+    if faults:
+        raise ValueError(f"{source.path}: config and weights do not fit together:\n" + "\n".join(faults))

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A safetensors file written tensor by tensor: the header first, then each tensor's bytes as they come.
+"""A safetensors file written tensor by tensor: the header first, then each tensor's bytes; and the check of headers.
 
 The `safetensors` library's own writer takes all tensors at once; here no more than one piece of one tensor is in
 memory. Layout: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the
@@ -12,16 +12,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-# What an export may be asked for, by name.
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -104,3 +102,23 @@ def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def header_faults(
+    files: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> Iterator[str]:
+    """Where tensors are not what they must be.
+
+    Args:
+        files: name of every tensor -> the open safetensors file that holds it.
+        shapes: name -> shape of every tensor that must be there.
+        dtype: of all of them.
+    """
+    yield from (f"{name} is missing" for name in shapes if name not in files)
+    yield from (f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys()))
+    for name in shapes.keys() & files.keys():
+        stored = files[name].get_slice(name)
+        if tuple(stored.get_shape()) != shapes[name]:
+            yield f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}"
+        if stored.get_dtype() != DTYPE_NAMES[dtype]:
+            yield f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface import verify_huggingface
 from nemo_ee.export.huggingface.stock_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
 from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
+from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm import verify_tensorrt_llm
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)

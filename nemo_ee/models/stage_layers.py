@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import StagePlacement, layers_that_run, place_exits, skips_last_mlp
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.megatron.loss.vocab_parallel import DEFAULT_CHUNK_BYTES
 from nemo_ee.planning.cost_measurement import stopwatch
 from nemo_ee.planning.cost_model import ModelShape, StageCosts, count_flops
@@ -51,14 +52,19 @@ def _sizes(model: MegatronEarlyExitGPTModel, cfg: DictConfig) -> dict[str, Any]:
 
 def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size: int) -> ModelShape:
     """The sizes that products depend on, from NeMo's and Megatron's config."""
+    model = Architecture(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        hidden_act="silu" if config.gated_linear_unit else "gelu",  # only the gate counts
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        kv_channels=config.kv_channels,
+        vocab_size=padded_vocab_size,
+        max_position_embeddings=cfg.encoder_seq_length,
+    )
     return ModelShape(
-        hidden=config.hidden_size,
-        ffn=config.ffn_hidden_size,
-        gated=config.gated_linear_unit,
-        heads=config.num_attention_heads,
-        groups=config.num_query_groups or config.num_attention_heads,
-        head_dim=config.kv_channels,
-        vocabulary=padded_vocab_size,
+        model,
         sequence=cfg.encoder_seq_length,
         micro_batch=cfg.get("micro_batch_size") or 1,
         # Megatron's local attention forms the whole square; Transformer Engine's kernels skip the masked half.

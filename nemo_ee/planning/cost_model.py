@@ -23,6 +23,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.families.architecture import Architecture
 
 # Backward over forward: attention that keeps its weights multiplies four times, a fused kernel forms them once more.
 _ATTENTION_BACKWARD = {False: 2.0, True: 2.5}
@@ -30,27 +31,17 @@ _ATTENTION_BACKWARD = {False: 2.0, True: 2.5}
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The sizes that products depend on, of the whole model.
+    """A model and how its microbatches run.
 
     Attributes:
-        hidden: hidden size h.
-        ffn: width of the MLP.
-        gated: the MLP's first matrix is [gate; up], twice as wide (SwiGLU and its kind).
-        heads, groups, head_dim: query heads, key-value groups, width of one head (`kv_channels`).
-        vocabulary: padded vocabulary size.
+        model: its sizes, the vocabulary padded.
         sequence, micro_batch: tokens per sequence, sequences per microbatch.
         fused_attention: causal attention in one kernel that skips the masked half; otherwise the whole square.
         tensor_parallel: ranks that share every matrix.
         chunk_bytes: size of one chunk of fp32 logits in the loss.
     """
 
-    hidden: int
-    ffn: int
-    gated: bool
-    heads: int
-    groups: int
-    head_dim: int
-    vocabulary: int
+    model: Architecture
     sequence: int
     micro_batch: int
     fused_attention: bool = False
@@ -61,16 +52,6 @@ class ModelShape:
     def tokens(self) -> int:
         """Tokens of one microbatch."""
         return self.sequence * self.micro_batch
-
-    @property
-    def qkv(self) -> int:
-        """Rows of the QKV matrix."""
-        return (self.heads + 2 * self.groups) * self.head_dim
-
-    @property
-    def fc1(self) -> int:
-        """Rows of the MLP's first matrix."""
-        return self.ffn * (2 if self.gated else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,29 +128,36 @@ def layer_operations(
         backward: and its backward.
         trained: with `backward`, its matrices train; otherwise gradients only pass through (LoRA).
     """
+    model = shape.model
     tokens, tp = shape.tokens, shape.tensor_parallel
     gradients = {"input_gradient": backward, "weight_gradient": backward and trained}
-    width = shape.heads * shape.head_dim // tp
+    width = model.proj_columns // tp
     operations: list[Operation] = [
-        Pointwise("norm", tokens, shape.hidden, backward=backward),
-        Product(tokens, shape.hidden, shape.qkv // tp, **gradients),
+        Pointwise("norm", tokens, model.hidden_size, backward=backward),
+        Product(tokens, model.hidden_size, model.qkv_rows // tp, **gradients),
         Attention(
-            shape.micro_batch, shape.sequence, shape.heads // tp, shape.head_dim, shape.fused_attention, backward
+            shape.micro_batch,
+            shape.sequence,
+            model.num_attention_heads // tp,
+            model.kv_channels,
+            shape.fused_attention,
+            backward,
         ),
-        Product(tokens, width, shape.hidden, **gradients),
+        Product(tokens, width, model.hidden_size, **gradients),
     ]
     return operations + (mlp_operations(shape, backward=backward, trained=trained) if mlp else [])
 
 
 def mlp_operations(shape: ModelShape, *, backward: bool = False, trained: bool = True) -> list[Operation]:
     """A layer's MLP with the norm in front of it. Arguments as in `layer_operations`."""
-    tokens, ffn, tp = shape.tokens, shape.ffn // shape.tensor_parallel, shape.tensor_parallel
+    model = shape.model
+    tokens, ffn, tp = shape.tokens, model.ffn_hidden_size // shape.tensor_parallel, shape.tensor_parallel
     gradients = {"input_gradient": backward, "weight_gradient": backward and trained}
     return [
-        Pointwise("norm", tokens, shape.hidden, backward=backward),
-        Product(tokens, shape.hidden, shape.fc1 // tp, **gradients),
-        Pointwise("activation", tokens, ffn, gated=shape.gated, backward=backward),
-        Product(tokens, ffn, shape.hidden, **gradients),
+        Pointwise("norm", tokens, model.hidden_size, backward=backward),
+        Product(tokens, model.hidden_size, model.fc1_rows // tp, **gradients),
+        Pointwise("activation", tokens, ffn, gated=model.gated, backward=backward),
+        Product(tokens, ffn, model.hidden_size, **gradients),
     ]
 
 
@@ -193,7 +181,7 @@ def exit_operations(
     if lora and operations:
         operations = _without_first_gradient(operations) + _low_rank_operations(shape, exit)
     if exit.architecture != "embedding":
-        operations.append(Pointwise("norm", shape.tokens, shape.hidden, backward=not lora))
+        operations.append(Pointwise("norm", shape.tokens, shape.model.hidden_size, backward=not lora))
     # Whether a gradient is wanted in front of the output projection.
     reaches = exit.architecture in ("mlp", "layer") or (exit.architecture == "norm" and not lora)
     return operations + _output_operations(shape, exit, reaches) + (taught + again) * _logits(shape)
@@ -208,10 +196,11 @@ def _without_first_gradient(operations: list[Operation]) -> list[Operation]:
 
 def _low_rank_operations(shape: ModelShape, exit: ExitConfig) -> list[Operation]:
     """Low-rank updates of every linear in an exit's MLP or layer; the first one's input needs no gradient."""
+    model = shape.model
     tp, tokens, rank = shape.tensor_parallel, shape.tokens, exit.rank
-    linears = [(shape.hidden, shape.fc1 // tp), (shape.ffn // tp, shape.hidden)]
+    linears = [(model.hidden_size, model.fc1_rows // tp), (model.ffn_hidden_size // tp, model.hidden_size)]
     if exit.architecture == "layer":
-        linears = [(shape.hidden, shape.qkv // tp), (shape.heads * shape.head_dim // tp, shape.hidden), *linears]
+        linears = [(model.hidden_size, model.qkv_rows // tp), (model.proj_columns // tp, model.hidden_size), *linears]
     operations: list[Operation] = []
     for index, (inputs, outputs) in enumerate(linears):
         operations.append(Product(tokens, inputs, rank, input_gradient=index > 0, weight_gradient=True))
@@ -220,15 +209,16 @@ def _low_rank_operations(shape: ModelShape, exit: ExitConfig) -> list[Operation]
 
 
 def _output_operations(shape: ModelShape, exit: ExitConfig, reaches: bool) -> list[Operation]:
-    rows, tokens = shape.vocabulary // shape.tensor_parallel, shape.tokens
+    model = shape.model
+    rows, tokens = model.vocab_size // shape.tensor_parallel, shape.tokens
     chunk = max(1, min(tokens, shape.chunk_bytes // (4 * rows)))
     trained = exit.output == "own" and exit.init != "lora"
     operations: list[Operation] = [
-        Product(tokens, shape.hidden, rows, input_gradient=reaches, weight_gradient=trained, rows_at_once=chunk)
+        Product(tokens, model.hidden_size, rows, input_gradient=reaches, weight_gradient=trained, rows_at_once=chunk)
     ]
     if exit.output == "low_rank" or (exit.output == "own" and exit.init == "lora"):
         operations += [
-            Product(tokens, shape.hidden, exit.rank, input_gradient=reaches, weight_gradient=True),
+            Product(tokens, model.hidden_size, exit.rank, input_gradient=reaches, weight_gradient=True),
             Product(tokens, exit.rank, rows, input_gradient=True, weight_gradient=True, rows_at_once=chunk),
         ]
     return [*operations, Pointwise("loss", tokens, rows, backward=True, rows_at_once=chunk)]
@@ -236,17 +226,17 @@ def _output_operations(shape: ModelShape, exit: ExitConfig, reaches: bool) -> li
 
 def _logits(shape: ModelShape, **gradients: bool) -> list[Operation]:
     """One product with an output matrix and the softmax of it."""
-    rows, tokens = shape.vocabulary // shape.tensor_parallel, shape.tokens
+    rows, tokens = shape.model.vocab_size // shape.tensor_parallel, shape.tokens
     chunk = max(1, min(tokens, shape.chunk_bytes // (4 * rows)))
     return [
-        Product(tokens, shape.hidden, rows, rows_at_once=chunk, **gradients),
+        Product(tokens, shape.model.hidden_size, rows, rows_at_once=chunk, **gradients),
         Pointwise("loss", tokens, rows, rows_at_once=chunk, backward=bool(gradients)),
     ]
 
 
 def final_exit_operations(shape: ModelShape, *, train: str = "exits") -> list[Operation]:
     """The final norm, and the backbone's output with its loss: forward only, or with what trains the backbone."""
-    norm = Pointwise("norm", shape.tokens, shape.hidden, backward=train != "exits")
+    norm = Pointwise("norm", shape.tokens, shape.model.hidden_size, backward=train != "exits")
     if train == "exits":
         return [norm, *_logits(shape)]
     return [norm, *_logits(shape, input_gradient=True, weight_gradient=train == "joint"), *_logits(shape)]
@@ -254,7 +244,7 @@ def final_exit_operations(shape: ModelShape, *, train: str = "exits") -> list[Op
 
 def embedding_operations(shape: ModelShape) -> list[Operation]:
     """The lookup of the word embeddings."""
-    return [Pointwise("lookup", shape.tokens, shape.hidden)]
+    return [Pointwise("lookup", shape.tokens, shape.model.hidden_size)]
 
 
 def exit_parameters(shape: ModelShape, exit: ExitConfig) -> tuple[int, int]:
@@ -263,11 +253,10 @@ def exit_parameters(shape: ModelShape, exit: ExitConfig) -> tuple[int, int]:
     A frozen copy of the backbone's output (`shared`, `low_rank`) counts as frozen: a stage keeps one, whatever the
     number of exits.
     """
-    mlp = shape.hidden * shape.fc1 + shape.ffn * shape.hidden
-    attention = shape.hidden * shape.qkv + shape.heads * shape.head_dim * shape.hidden
-    body = {"mlp": mlp, "layer": mlp + attention}.get(exit.architecture, 0)
-    output = shape.hidden * shape.vocabulary
-    update = exit.rank * (shape.hidden + shape.vocabulary)
+    model = shape.model
+    body = {"mlp": model.mlp_size, "layer": model.mlp_size + model.attention_size}.get(exit.architecture, 0)
+    output = model.hidden_size * model.vocab_size
+    update = exit.rank * (model.hidden_size + model.vocab_size)
     if exit.init == "lora":
         whole = dataclasses.replace(shape, tensor_parallel=1, micro_batch=1, sequence=1)
         low_rank = _low_rank_operations(whole, exit) if body else []

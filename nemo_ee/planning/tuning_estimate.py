@@ -22,6 +22,7 @@ from functools import cache
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.exits.partition import balanced_cut
 from nemo_ee.exits.placement import StagePlacement, layers_that_run, place_exits, skips_last_mlp
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.planning.cost_model import (
     ModelShape,
     StageCosts,
@@ -35,24 +36,17 @@ from nemo_ee.planning.cost_model import (
 _OPTIMIZER_TRAFFIC = 30
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """A backbone: number of layers and the sizes of `ModelShape` that are its own."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    gated: bool
-    heads: int
-    groups: int
-    head_dim: int
-    vocabulary: int
+def _llama_2(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> Architecture:
+    return Architecture(
+        num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads, num_query_groups=groups,
+        kv_channels=128, vocab_size=32000, max_position_embeddings=4096,
+    )  # fmt: skip
 
 
 LLAMA_2 = {
-    "7B": ModelSizes(32, 4096, 11008, True, 32, 32, 128, 32000),
-    "13B": ModelSizes(40, 5120, 13824, True, 40, 40, 128, 32000),
-    "70B": ModelSizes(80, 8192, 28672, True, 64, 8, 128, 32000),
+    "7B": _llama_2(32, 4096, 11008, 32, 32),
+    "13B": _llama_2(40, 5120, 13824, 40, 40),
+    "70B": _llama_2(80, 8192, 28672, 64, 8),
 }
 
 
@@ -151,24 +145,23 @@ class Estimate:
     even_slowest_share: float
 
 
-def mlp_exits(model: ModelSizes, count: int) -> tuple[ExitConfig, ...]:
+def mlp_exits(model: Architecture, count: int) -> tuple[ExitConfig, ...]:
     """The paper's exits: one at a quarter of the depth, or `count` at equal steps down to the full depth.
 
     Raises:
         ValueError: more exits than layers.
     """
-    if not 1 <= count <= model.layers:
-        raise ValueError(f"exits = {count} must be in 1..{model.layers}, the model's layers")
+    if not 1 <= count <= model.num_layers:
+        raise ValueError(f"exits = {count} must be in 1..{model.num_layers}, the model's layers")
     shares = [0.25] if count == 1 else [(index + 1) / count for index in range(count)]
-    layers = [max(1, round(share * model.layers)) for share in shares]
+    layers = [max(1, round(share * model.num_layers)) for share in shares]
     return tuple(ExitConfig(f"layer{layer}-mlp", layer, "mlp", "copy", "own") for layer in layers)
 
 
-def shape_of(model: ModelSizes, layout: Layout, assumptions: Assumptions) -> ModelShape:
-    """The sizes of `model` for the cost model."""
-    sizes = {key: value for key, value in dataclasses.asdict(model).items() if key != "layers"}
+def shape_of(model: Architecture, layout: Layout, assumptions: Assumptions) -> ModelShape:
+    """A model and a run of it, for the cost model."""
     return ModelShape(
-        **sizes,
+        model,
         sequence=assumptions.sequence_length,
         micro_batch=assumptions.micro_batch,
         fused_attention=assumptions.fused_attention,
@@ -177,9 +170,9 @@ def shape_of(model: ModelSizes, layout: Layout, assumptions: Assumptions) -> Mod
     )
 
 
-def layout_fault(model: ModelSizes, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions) -> str:
+def layout_fault(model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions) -> str:
     """Why a run cannot have this layout; empty if it can."""
-    to_run = layers_that_run(exits, num_layers=model.layers, full_depth=False)
+    to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
     per_rank = assumptions.micro_batch * layout.data
     if layout.pipeline > to_run:
         return f"{layout.pipeline} stages are more than the {to_run} layers that run"
@@ -188,14 +181,15 @@ def layout_fault(model: ModelSizes, exits: Sequence[ExitConfig], layout: Layout,
             f"{assumptions.sequences} sequences per step are not a multiple of micro batch {assumptions.micro_batch} "
             f"x data-parallel size {layout.data}"
         )
-    for name, size in (("heads", model.heads), ("query groups", model.groups), ("MLP width", model.ffn)):
+    sizes = {"heads": model.num_attention_heads, "query groups": model.num_query_groups}
+    for name, size in {**sizes, "MLP width": model.ffn_hidden_size}.items():
         if size % layout.tensor:
             return f"{size} {name} are not a multiple of the tensor-parallel size {layout.tensor}"
     return ""
 
 
 def estimate(
-    model: ModelSizes, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions = Assumptions()
+    model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions = Assumptions()
 ) -> Estimate:
     """Time and memory of a run with a frozen backbone, cut at its deepest exit.
 
@@ -206,13 +200,13 @@ def estimate(
     if fault:
         raise ValueError(f"TP {layout.tensor} x PP {layout.pipeline} x DP {layout.data}: {fault}")
     shape = shape_of(model, layout, assumptions)
-    to_run = layers_that_run(exits, num_layers=model.layers, full_depth=False)
+    to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
     skip = skips_last_mlp(exits, layers_to_run=to_run, full_depth=False)
     costs = StageCosts.of(shape, exits, count_flops)
     layer_costs = costs.per_layer(exits, layers_to_run=to_run, skip_last_mlp=skip, final_exit=False)
     counts = _cut(tuple(round(cost, 9) for cost in layer_costs), layout.pipeline)
     placements = place_exits(
-        exits, num_layers=model.layers, num_stages=layout.pipeline, full_depth=False, layers_per_stage=counts
+        exits, num_layers=model.num_layers, num_stages=layout.pipeline, full_depth=False, layers_per_stage=counts
     )
     even = balanced_cut([1.0] * to_run, layout.pipeline)
     stages = tuple(_stage(shape, placement, layout, assumptions) for placement in placements)
@@ -275,7 +269,7 @@ def _stage_seconds(
 ) -> dict[str, float]:
     """Seconds of one step by part."""
     rate = assumptions.peak_tflops * 1e12 * assumptions.utilisation
-    hidden = shape.tokens * shape.hidden * assumptions.bytes_activation
+    hidden = shape.tokens * shape.model.hidden_size * assumptions.bytes_activation
     reduce_hidden = _ring(hidden, layout.tensor, assumptions.tensor_link_gb_s)
     skipped = int(stage.skip_last_mlp)
     layers = (stage.num_layers - skipped) * sum(map(count_flops, layer_operations(shape)))
@@ -301,15 +295,14 @@ def _stage_memory(
     shape: ModelShape, stage: StagePlacement, layout: Layout, assumptions: Assumptions
 ) -> dict[str, float]:
     """Bytes of one GPU by part."""
-    mlp = shape.hidden * shape.fc1 + shape.ffn * shape.hidden
-    attention = shape.hidden * shape.qkv + shape.heads * shape.head_dim * shape.hidden
+    mlp, attention = shape.model.mlp_size, shape.model.attention_size
     backbone = stage.num_layers * (attention + mlp) - (mlp if stage.skip_last_mlp else 0)
-    backbone += shape.vocabulary * shape.hidden if stage.stage == 0 else 0
+    backbone += shape.model.vocab_size * shape.model.hidden_size if stage.stage == 0 else 0
     counts = [exit_parameters(shape, exit) for exit in stage.exits]
     sharded = layout.data if assumptions.distributed_optimizer else 1
     state = assumptions.bytes_weight + assumptions.bytes_gradient + assumptions.bytes_optimizer / sharded
-    hidden = shape.tokens * shape.hidden * assumptions.bytes_activation
-    logits = min(shape.chunk_bytes, 4 * shape.tokens * shape.vocabulary // layout.tensor)
+    hidden = shape.tokens * shape.model.hidden_size * assumptions.bytes_activation
+    logits = min(shape.chunk_bytes, 4 * shape.tokens * shape.model.vocab_size // layout.tensor)
     return {
         "backbone": backbone * assumptions.bytes_backbone / layout.tensor,
         "exits": sum(trained * state + frozen * assumptions.bytes_backbone for trained, frozen in counts)
@@ -325,17 +318,18 @@ def _stage_memory(
 
 def _activations(shape: ModelShape, stage: StagePlacement, layout: Layout) -> float:
     """Numbers alive in a layer's forward, or in the forward and backward of the largest exit."""
-    inner = (shape.fc1 + shape.ffn) / layout.tensor
-    around_attention = (shape.qkv + shape.heads * shape.head_dim) / layout.tensor
-    kinds = {"embedding": 2 * shape.hidden, "norm": 4 * shape.hidden}
-    kinds["mlp"] = kinds["norm"] + 2 * shape.hidden + 2 * inner  # values kept, and their gradients
-    kinds["layer"] = kinds["mlp"] + 4 * shape.hidden + 2 * around_attention
-    forward = 3 * shape.hidden + max(inner, around_attention)
+    model = shape.model
+    inner = (model.fc1_rows + model.ffn_hidden_size) / layout.tensor
+    around_attention = (model.qkv_rows + model.proj_columns) / layout.tensor
+    kinds = {"embedding": 2 * model.hidden_size, "norm": 4 * model.hidden_size}
+    kinds["mlp"] = kinds["norm"] + 2 * model.hidden_size + 2 * inner  # values kept, and their gradients
+    kinds["layer"] = kinds["mlp"] + 4 * model.hidden_size + 2 * around_attention
+    forward = 3 * model.hidden_size + max(inner, around_attention)
     return shape.tokens * max([forward, *(kinds[exit.architecture] for exit in stage.exits)])
 
 
 def fastest_layout(
-    model: ModelSizes,
+    model: Architecture,
     exits: Sequence[ExitConfig],
     gpus: int,
     assumptions: Assumptions = Assumptions(),

@@ -3,30 +3,64 @@
 """Loads an exported directory: config.json, safetensors, tokenizer. Nothing in it is executed.
 
 Projections that are computed together are put into one matrix as they are read, so that no tensor is in memory twice.
+Tensors are asked for by Megatron's canonical names, those of a layer with its index from 0 (`decoder.layers.0.mlp...`)
+and those of an exit under `exits.<name>.`; query, key and value rows come one below the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_ee.runtime.config import ExitEntry, RuntimeConfig, read_config
+from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV
+from nemo_ee.families.registry import tensors_of
+from nemo_ee.families.tensors import (
+    ATTENTION_NORM,
+    FINAL_NORM,
+    K_NORM,
+    LAYERS,
+    LINEARS,
+    MLP_NORM,
+    OUTPUT,
+    POSITIONS,
+    Q_NORM,
+    WORDS,
+    Canonical,
+)  # fmt: skip
+from nemo_ee.runtime.exported_model import ExitEntry, ExportedModel, read_exported_model
 from nemo_ee.runtime.linear import Linear, make_linear
 from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, RuntimeModel, Weights
-from nemo_ee.runtime.names import NAMES
 from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary import pairs_together
 from nemo_ee.text.json_values import read_json_object
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_HALVES = {torch.bfloat16, torch.float16}
+
+
+class TensorSource(Protocol):
+    """Where the tensors of an exported model come from.
+
+    Attributes:
+        origin: what messages name.
+    """
+
+    origin: Path
+
+    def pieces(self, key: str) -> Iterable[tuple[str, Tensor]]:
+        """(stored name, rows) of the pieces of a canonical tensor from top to bottom, in their stored dtype.
+
+        Raises:
+            ValueError: there is no such tensor.
+        """
+        ...
 
 
 def load_model(
@@ -44,29 +78,25 @@ def load_model(
         ValueError: a model that is not run here, or files that are missing, damaged or do not fit together.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    exported = read_exported_model(directory)
     if isinstance(dtype, str) or dtype is None:
-        name = dtype or ("float32" if torch.device(device).type == "cpu" else config.dtype)
+        name = dtype or ("float32" if torch.device(device).type == "cpu" else exported.dtype)
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[name]
-    with _Tensors(directory, torch.device(device), dtype) as tensors:
-        weights = _Reader(config, tensors).weights()
-    return RuntimeModel(config, weights, dtype)
+    with _Directory(directory, exported) as source:
+        weights = _Reader(exported, source, torch.device(device), dtype).weights()
+    return RuntimeModel(exported, weights, dtype)
 
 
-def model_of_files(config: RuntimeConfig, files: Mapping[str, Any], origin: Path) -> RuntimeModel:
-    """A model in fp32 on the CPU, from tensors that are named as in a directory of the config's family.
-
-    Args:
-        files: name -> an open safetensors file that holds it, or anything else with its `get_tensor` and `get_slice`.
-        origin: what messages name.
+def model_of(exported: ExportedModel, source: TensorSource) -> RuntimeModel:
+    """A model in fp32 on the CPU.
 
     Raises:
-        ValueError: a tensor is missing or does not fit the config.
+        ValueError: a tensor is missing or does not fit the description.
     """
-    tensors = _Tensors(origin, torch.device("cpu"), torch.float32, files)
-    return RuntimeModel(config, _Reader(config, tensors).weights(), torch.float32)
+    weights = _Reader(exported, source, torch.device("cpu"), torch.float32).weights()
+    return RuntimeModel(exported, weights, torch.float32)
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -85,18 +115,28 @@ def load_tokenizer(directory: str | Path) -> Any:
     return tokenizer
 
 
-class _Tensors:
-    """The stored tensors by name; a context manager that opens the directory's files, where `files` does not say which
-    open one has what."""
+def _stored_tensors(exported: ExportedModel) -> dict[str, Canonical]:
+    """Every tensor of a directory by its name here."""
+    table = tensors_of(exported.architecture)
+    found = dict(table.others)
+    for index in range(exported.architecture.num_layers):
+        found |= {f"{LAYERS}{index}.{key}": tensor for key, tensor in table.of_layer(index).items()}
+    for exit in exported.exits:
+        for key, tensor in table.of_exit(exit.architecture, exit.own_output).items():
+            found[f"exits.{exit.name}.{key}"] = tensor.under(f"exit_heads.{exit.name}.")
+    return found
 
-    def __init__(
-        self, directory: Path, device: torch.device, dtype: torch.dtype, files: Mapping[str, Any] | None = None
-    ) -> None:
-        self.directory, self.device, self.dtype = directory, device, dtype
+
+class _Directory:
+    """The tensors of a directory's safetensors files; a context manager."""
+
+    def __init__(self, directory: Path, exported: ExportedModel) -> None:
+        self.origin = directory
+        self._tensors = _stored_tensors(exported)
         self._stack = ExitStack()
-        self._files: dict[str, Any] = dict(files or {})
+        self._files: dict[str, Any] = {}
 
-    def __enter__(self) -> _Tensors:
+    def __enter__(self) -> _Directory:
         try:
             for path in self._paths():
                 try:
@@ -113,148 +153,135 @@ class _Tensors:
         self._stack.close()
 
     def _paths(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
+        index = self.origin / "model.safetensors.index.json"
         if not index.is_file():
-            return [self.directory / "model.safetensors"]
+            return [self.origin / "model.safetensors"]
         try:
             names = sorted(set(read_json_object(index)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise ValueError(f"{index}: damaged ({fault!r}); export again") from fault
         if any(Path(str(name)).name != name for name in names):
             raise ValueError(f"{index}: refused, it names files outside of the directory")
-        return [self.directory / name for name in names]
+        return [self.origin / name for name in names]
 
-    def half(self, names: Sequence[str]) -> torch.dtype | None:
-        """The half-precision dtype these are stored in; None where they are not, or not in the same one."""
-        kinds = {self._files[name].get_slice(name).get_dtype() if name in self._files else None for name in names}
-        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(kinds.pop()) if len(kinds) == 1 else None
-
-    def read(self, name: str, *shape: int) -> Tensor:
-        """One tensor, converted and on the device.
-
-        Raises:
-            ValueError: missing, or of another shape.
-        """
-        return self.below([name], *shape)
-
-    def below(
-        self,
-        names: Sequence[str],
-        height: int,
-        width: int | None = None,
-        *,
-        turned: Mapping[str, int] = MappingProxyType({}),
-        transposed: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Tensors one below the other as one.
-
-        Args:
-            height, width: of the result; a vector has no width.
-            turned: name -> head size, for rows whose rotary pairs are put together.
-            transposed: each is stored as its transpose.
-            dtype: of the result; None = the one to compute in.
-        """
-        shape, top = (height,) if width is None else (height, width), 0
-        result = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        for name in names:
-            if name not in self._files:
-                raise ValueError(f"{self.directory}: {name} is missing; export again")
-            part = self._files[name].get_tensor(name)
-            part = part.t() if transposed else part
-            stop = top + part.shape[0]
-            if part.shape[1:] != result.shape[1:] or stop > height or (len(names) == 1 and stop != height):
-                shape = list(part.t().shape if transposed else part.shape)
-                raise ValueError(f"{self.directory}: {name} has shape {shape}, which does not fit config.json")
-            result[top:stop] = pairs_together(part, turned[name]) if name in turned else part
-            top = stop
-        if top != height:
-            raise ValueError(f"{self.directory}: {name} has too few rows for config.json; export again")
-        return result
+    def pieces(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """See `TensorSource`. Only the rows that are used are read of a tensor with others."""
+        tensor = self._tensors.get(key)
+        if tensor is None or not tensor.stored:
+            raise ValueError(f"{self.origin}: a model of this config has no {key}")
+        for stored in tensor.stored:
+            if stored.name not in self._files:
+                raise ValueError(f"{self.origin}: {stored.name} is missing; export again")
+            part = self._files[stored.name].get_tensor(stored.name)
+            if tuple(part.shape) != stored.shape:
+                shapes = f"shape {list(part.shape)}, must be {list(stored.shape)}"
+                raise ValueError(f"{self.origin}: {stored.name} has {shapes} by config.json; export again")
+            start, stop = tensor.rows_of(stored)
+            yield stored.name, (part.t() if stored.transposed else part)[start:stop]
 
 
 class _Reader:
-    """Puts the weights together, by the names of the config's family."""
+    """Puts the weights together."""
 
-    def __init__(self, config: RuntimeConfig, tensors: _Tensors) -> None:
-        self.config, self.tensors, self.names = config, tensors, NAMES[config.family]
+    def __init__(
+        self, exported: ExportedModel, source: TensorSource, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.exported, self.a, self.source = exported, exported.architecture, source
+        self.device, self.dtype = device, dtype
 
     def weights(self) -> Weights:
-        config, names, read = self.config, self.names, self.tensors.read
-        embedding, half = self._embedding()
-        positions = None
-        if names.positions is not None:
-            positions = read(names.positions, config.max_positions + config.position_offset, config.hidden_size)
-        if config.tied:
-            output = make_linear(embedding.to(self.tensors.dtype), None, stored_in_half=half)
+        a = self.a
+        embedding, half = self._stored(WORDS, a.vocab_size, a.hidden_size, keep_half=self.device.type == "cpu")
+        positions = self._read(POSITIONS, a.max_position_embeddings, a.hidden_size) if a.learned_positions else None
+        if a.tied:
+            output = make_linear(embedding.to(self.dtype), None, stored_in_half=half)
         else:
-            output = self._output("lm_head")
-        heads: dict[str | None, HeadWeights] = {None: HeadWeights(None, None, self._norm(names.final_norm), output)}
-        for exit in config.exits:
+            output = self._output(OUTPUT)
+        heads: dict[str | None, HeadWeights] = {None: HeadWeights(None, None, self._norm(FINAL_NORM), output)}
+        for exit in self.exported.exits:
             heads[exit.name] = self._head(exit, output)
-        layers = tuple(self._layer(names.layer.format(index)) for index in range(config.num_layers))
-        return Weights(embedding, positions, layers, heads)
+        return Weights(embedding, positions, tuple(self._layer(f"{LAYERS}{i}.") for i in range(a.num_layers)), heads)
 
-    def _embedding(self) -> tuple[Tensor, bool]:
-        """The word embeddings, and whether they are half-precision numbers, which stay so on the CPU."""
-        name, half = self.names.embedding, self.tensors.half([self.names.embedding])
-        dtype = half if self.tensors.device.type == "cpu" else None
-        matrix = (self.config.vocab_size, self.config.hidden_size)
-        return self.tensors.below([name], *matrix, dtype=dtype), half is not None
+    def _read(self, key: str, *shape: int) -> Tensor:
+        """A tensor on the device, in the dtype to compute in."""
+        return self._stored(key, *shape)[0]
+
+    def _stored(self, key: str, *shape: int, keep_half: bool = False) -> tuple[Tensor, bool]:
+        """A tensor on the device, and whether all of it is stored in one half-precision dtype.
+
+        Args:
+            keep_half: leave it in that dtype; otherwise it comes in the one to compute in.
+        """
+        result, top, kinds, origin = None, 0, set(), self.source.origin
+        for name, piece in self.source.pieces(key):
+            if result is None:
+                dtype = piece.dtype if keep_half and piece.dtype in _HALVES else self.dtype
+                result = torch.empty(shape, dtype=dtype, device=self.device)
+            stop = top + piece.shape[0]
+            if piece.shape[1:] != result.shape[1:] or stop > shape[0]:
+                raise ValueError(f"{origin}: {name} has a shape that does not fit config.json")
+            result[top:stop] = piece
+            kinds.add(piece.dtype)
+            top = stop
+        if top != shape[0]:
+            raise ValueError(f"{origin}: {name} has too few rows for config.json; export again")
+        return result, len(kinds) == 1 and kinds <= _HALVES
 
     def _head(self, exit: ExitEntry, shared: Linear) -> HeadWeights:
-        prefix = f"exit_heads.{exit.name}."
+        prefix = f"exits.{exit.name}."
         return HeadWeights(
             layer=self._layer(f"{prefix}layer.") if exit.architecture == "layer" else None,
             mlp=self._mlp(prefix) if exit.architecture == "mlp" else None,
-            norm=None if exit.architecture == "embedding" else self._norm(f"{prefix}norm"),
-            output=self._output(f"{prefix}unembed") if exit.own_output else shared,
+            norm=None if exit.architecture == "embedding" else self._norm(f"{prefix}norm."),
+            output=self._output(f"{prefix}output.weight") if exit.own_output else shared,
         )
 
     def _layer(self, prefix: str) -> LayerWeights:
-        config, names = self.config, self.names
-        size, heads = config.head_dim, config.num_heads
-        height = (heads + 2 * config.num_kv_heads) * size
-        qkv = [f"{prefix}{name}" for name in names.qkv]
-        # Rotary pairs are put together in query and key, which then are two separate tensors.
-        turned = {} if config.rope is None else dict.fromkeys(qkv[:2], size)
+        a = self.a
         return LayerWeights(
-            norm=self._norm(f"{prefix}{names.attention_norm}"),
-            qkv=self._linear(qkv, height, config.hidden_size, config.qkv_bias, turned),
-            proj=self._linear([f"{prefix}{names.proj}"], config.hidden_size, heads * size, config.proj_bias),
+            norm=self._norm(f"{prefix}{ATTENTION_NORM}"),
+            qkv=self._linear(prefix, QKV, a.qkv_rows, a.hidden_size),
+            heads_norm=self._heads_norm(prefix) if a.qk_norm else None,
+            proj=self._linear(prefix, PROJ, a.hidden_size, a.proj_columns),
             mlp=self._mlp(prefix),
         )
 
     def _mlp(self, prefix: str) -> MlpWeights:
-        config, names = self.config, self.names
-        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.mlp_bias
+        a = self.a
         return MlpWeights(
-            norm=self._norm(f"{prefix}{names.mlp_norm}"),
-            fc1=self._linear([f"{prefix}{name}" for name in names.fc1], len(names.fc1) * ffn, hidden, bias),
-            fc2=self._linear([f"{prefix}{names.fc2}"], hidden, ffn, bias),
+            norm=self._norm(f"{prefix}{MLP_NORM}"),
+            fc1=self._linear(prefix, FC1, a.fc1_rows, a.hidden_size),
+            fc2=self._linear(prefix, FC2, a.hidden_size, a.ffn_hidden_size),
         )
 
-    def _norm(self, name: str) -> Norm:
-        config, read = self.config, self.tensors.read
-        weight = read(f"{name}.weight", config.hidden_size) if config.norm_affine else None
-        if not config.layer_norm:
-            return make_rms_norm(weight, config.norm_epsilon)
-        bias = read(f"{name}.bias", config.hidden_size) if config.norm_affine else None
-        return LayerNorm(weight, bias, config.norm_epsilon)
+    def _norm(self, key: str) -> Norm:
+        a = self.a
+        weight = self._read(f"{key}weight", a.hidden_size) if a.norm_affine else None
+        if not a.layer_norm:
+            return make_rms_norm(weight, a.norm_epsilon)
+        return LayerNorm(weight, self._read(f"{key}bias", a.hidden_size) if a.norm_affine else None, a.norm_epsilon)
 
-    def _output(self, name: str) -> Linear:
-        weight = self.tensors.read(f"{name}.weight", self.config.vocab_size, self.config.hidden_size)
-        return make_linear(weight, None, stored_in_half=self.tensors.half([f"{name}.weight"]) is not None)
+    def _heads_norm(self, prefix: str) -> Tensor:
+        """Weights of the norms of every query and key head, `[H + K, d]`, pairs together as in the heads."""
+        a = self.a
+        rows = [
+            pairs_together(self._read(f"{prefix}{key}", a.kv_channels), a.kv_channels).expand(count, -1)
+            for key, count in ((Q_NORM, a.num_attention_heads), (K_NORM, a.num_query_groups))
+        ]
+        return torch.cat(rows)
 
-    def _linear(
-        self, names: list[str], height: int, width: int, bias: bool, turned: Mapping[str, int] | None = None
-    ) -> Linear:
-        """Linears that read the same input as one, `width` to `height`. `turned`: see `_Tensors.below`."""
+    def _output(self, key: str) -> Linear:
+        weight, half = self._stored(key, self.a.vocab_size, self.a.hidden_size)
+        return make_linear(weight, None, stored_in_half=half)
 
-        def of(kind: str, *shape: int, **layout: bool) -> Tensor:
-            heads = {f"{name}.{kind}": size for name, size in (turned or {}).items()}
-            return self.tensors.below([f"{name}.{kind}" for name in names], *shape, turned=heads, **layout)
-
-        weight = of("weight", height, width, transposed=self.names.transposed)
-        half = self.tensors.half([f"{name}.weight" for name in names]) is not None
-        return make_linear(weight, of("bias", height) if bias else None, stored_in_half=half)
+    def _linear(self, prefix: str, linear: str, height: int, width: int) -> Linear:
+        """One of a layer's linears, `width` to `height`."""
+        key = f"{prefix}{LINEARS[linear]}"
+        weight, half = self._stored(f"{key}weight", height, width)
+        bias = self._read(f"{key}bias", height) if linear in self.a.biases else None
+        if linear == QKV and not self.a.learned_positions:
+            turned = (self.a.num_attention_heads + self.a.num_query_groups) * self.a.kv_channels
+            for tensor in (weight, bias):
+                if tensor is not None:
+                    tensor[:turned] = pairs_together(tensor[:turned], self.a.kv_channels)
+        return make_linear(weight, bias, stored_in_half=half)

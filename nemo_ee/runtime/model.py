@@ -4,7 +4,8 @@
 
     x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_2 act(W_1 norm(x'))
 
-with RMSNorm, gated SiLU and rotary positions, or LayerNorm, GELU or ReLU and learned positions.
+with RMSNorm, gated SiLU and rotary positions, or LayerNorm, GELU or ReLU and learned positions; in some families the
+query and key heads pass an RMSNorm before they are rotated.
 
 Few operations per token are what makes it fast: query, key and value are one product, gate and up another, residuals
 are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention runs in
@@ -25,7 +26,7 @@ from torch import LongTensor, Tensor
 
 from nemo_ee.generation.items import Items
 from nemo_ee.runtime.attention import Placement, RuntimeCache
-from nemo_ee.runtime.config import RuntimeConfig
+from nemo_ee.runtime.exported_model import ExportedModel
 from nemo_ee.runtime.linear import Linear
 from nemo_ee.runtime.norm import Norm
 from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
@@ -39,8 +40,8 @@ def _gated_silu(inner: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": _gated_silu,
     "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "gelu_erf": F.gelu,
 }
 
 
@@ -55,10 +56,12 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A transformer layer. `qkv`: h to (H + 2K) d, pairs of rotary dimensions together; `proj`: H d to h."""
+    """A transformer layer. `qkv`: h to (H + 2K) d, pairs of rotary dimensions together; `heads_norm`: weights of the
+    RMSNorm over every query and key head, `[H + K, d]`, or None; `proj`: H d to h."""
 
     norm: Norm
     qkv: Linear
+    heads_norm: Tensor | None
     proj: Linear
     mlp: MlpWeights
 
@@ -87,29 +90,31 @@ class RuntimeModel:
     """A `DecodingModel` over loaded weights; made by `nemo_ee.runtime.loader.load_model`.
 
     Attributes:
-        config: what it is.
+        config: what it is, with its exits; `architecture`: without.
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
     """
 
-    def __init__(self, config: RuntimeConfig, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, config: ExportedModel, weights: Weights, dtype: torch.dtype) -> None:
         self.config, self.weights = config, weights
-        self.num_layers, self.vocab_size = config.num_layers, config.vocab_size
-        self.max_positions = config.max_positions
+        architecture = self.architecture = config.architecture
+        self.num_layers, self.vocab_size = architecture.num_layers, architecture.vocab_size
+        self.max_positions = architecture.usable_positions
         self.exits = tuple(exit.point for exit in config.exits)
         self.device, self.dtype = weights.embedding.device, dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None
-        if config.rope is not None:
-            frequencies = inverse_frequencies(config.rope, config.head_dim)
-            self._rotary = RotaryTable(frequencies, self.device)
-        self._num_turned = config.num_heads + config.num_kv_heads
-        self._activate = ACTIVATIONS[config.activation]
-        self._scale = config.head_dim**-0.5
+        if not architecture.learned_positions:
+            self._rotary = RotaryTable(inverse_frequencies(architecture), self.device)
+        self._num_heads, self._num_kv_heads = architecture.num_attention_heads, architecture.num_query_groups
+        self._num_turned = self._num_heads + self._num_kv_heads
+        self._activate = ACTIVATIONS[architecture.hidden_act]
+        self._head_dim = architecture.kv_channels
+        self._scale = self._head_dim**-0.5
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> RuntimeCache:
         """Room for every layer (slots 0..L-1) and every active `layer` exit (slot = its name)."""
         own = [name for name in active_exits if self.weights.heads[name].layer is not None]
-        shape = (num_sequences, 2 * self.config.num_kv_heads, max_length, self.config.head_dim)
+        shape = (num_sequences, 2 * self._num_kv_heads, max_length, self._head_dim)
         return RuntimeCache([*range(self.num_layers), *own], shape, self._cache_dtype, self.device)
 
     @torch.inference_mode()
@@ -118,7 +123,7 @@ class RuntimeModel:
         hidden, positions = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
         if positions is None:
             return hidden
-        return hidden + F.embedding(items.position + self.config.position_offset, positions)
+        return hidden + F.embedding(items.position, positions)
 
     @torch.inference_mode()
     def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
@@ -175,7 +180,10 @@ class RuntimeModel:
 
     def _heads(self, layer: LayerWeights, hidden: Tensor, rotation: Tensor | None) -> Tensor:
         """`[n, h]` -> queries, keys and values `[n, H + 2K, d]` in the cache's dtype, turned to their positions."""
-        heads = layer.qkv(layer.norm(hidden)).view(hidden.shape[0], -1, self.config.head_dim)
+        heads = layer.qkv(layer.norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        if layer.heads_norm is not None:
+            turned, epsilon = heads[:, : self._num_turned].float(), self.architecture.norm_epsilon
+            heads[:, : self._num_turned] = F.rms_norm(turned, (self._head_dim,), eps=epsilon) * layer.heads_norm
         if rotation is not None:
             # A pair of neighbouring numbers is a complex one; values, which stand last, are not turned.
             heads = heads.float()
@@ -186,7 +194,7 @@ class RuntimeModel:
         self, layer: LayerWeights, hidden: Tensor, placement: Placement, rotation: Tensor | None, slab: Tensor
     ) -> Tensor:
         """A layer's attention and residual. `hidden`: `[n, h]`, as is the result."""
-        heads, num_heads = self._heads(layer, hidden, rotation), self.config.num_heads
+        heads, num_heads = self._heads(layer, hidden, rotation), self._num_heads
         placement.write(heads[:, num_heads:], slab)
         attended = placement.attend(heads[:, :num_heads], slab, self._scale).to(hidden.dtype)
         return layer.proj.added_to(hidden, attended)
@@ -194,4 +202,4 @@ class RuntimeModel:
     def _remember(self, layer: LayerWeights, hidden: Tensor, items: Items, slab: Tensor) -> None:
         """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
         placement, rotation = self._place(items)
-        placement.write(self._heads(layer, hidden, rotation)[:, self.config.num_heads :], slab)
+        placement.write(self._heads(layer, hidden, rotation)[:, self._num_heads :], slab)

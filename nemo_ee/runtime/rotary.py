@@ -11,12 +11,11 @@ Hugging Face pairs dimension j with j + d/2; the loader reorders the rows of the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.generation.items import Items
 
 
@@ -26,22 +25,23 @@ def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
     return by_head.transpose(1, 2).reshape(rows.shape)
 
 
-def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
-    """The angle per position of each pair. Returns `[d/2]`, fp32.
+def inverse_frequencies(architecture: Architecture) -> Tensor:
+    """The angle per position of each pair of dimensions of a head. Returns `[d/2]`, fp32.
 
     `linear` divides all of them by `factor`; `llama3` only the wavelengths beyond the original context length, with a
     blend between (Llama 3.1's own rule).
     """
+    head_dim, scaling = architecture.kv_channels, architecture.rotary_scaling
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / (rope["base"] ** exponents)
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
-    if rope["rope_type"] == "default":
+    frequencies = 1.0 / (architecture.rotary_base**exponents)
+    if scaling is None:
         return frequencies
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    if scaling["type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
 
 
 class RotaryTable:

@@ -146,7 +146,7 @@ def try_engine(options: argparse.Namespace) -> None:
     models = read_json_object(export / "manifest.json")["early_exit_models"]
     if not models:
         raise SystemExit(
-            f"{export}: no model file was exported with it; that is for Llama, Mistral and Qwen2 with one stage only"
+            f"{export}: no model file was exported with it; that is for Llama, Mistral, Qwen2 and Qwen3 with one stage"
         )
     built_in = early_exit_of(export / "trtllm_ckpt")
     if options.reference is not None and not same_thresholds(built_in, early_exit_of(options.reference)):

@@ -32,25 +32,25 @@ FULL = {
     "activations_checkpoint_num_layers": 1,
 }
 CASES = {
-    "llama joint": ("llama", "joint", {}),
+    "qwen3 joint": ("qwen3", "joint", {}),
     "gpt2 joint recomputed": ("gpt2", "joint", FULL),
-    "llama lora": ("llama", "lora", {}),
+    "qwen3 lora": ("qwen3", "lora", {}),
 }
 # One rank only: dropout draws differ between layouts.
-DROPOUT = "llama joint with dropout"
-CASES_OF_ONE_RANK = {**CASES, DROPOUT: ("llama", "joint", {"hidden_dropout": 0.3, "attention_dropout": 0.3})}
+DROPOUT = "qwen3 joint with dropout"
+CASES_OF_ONE_RANK = {**CASES, DROPOUT: ("qwen3", "joint", {"hidden_dropout": 0.3, "attention_dropout": 0.3})}
 LENGTH = 16
 
 
 def write_starts(folder: Path) -> None:
-    """`llama.nemo`, `gpt2.nemo` (tied, learned positions) of four layers, and `data.{bin,idx}`."""
+    """`qwen3.nemo`, `gpt2.nemo` (tied, learned positions) of four layers, and `data.{bin,idx}`."""
     import torch
 
     from tests.helpers.huggingface_models import save_tiny_model
     from tests.helpers.megatron_models import write_data
     from tests.helpers.nemo_files import run_convert, with_tokenizer
 
-    depth = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
+    depth = {"qwen3": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
     for name, changes in depth.items():
         save_tiny_model(folder / name, name, **changes)
         run_convert(with_tokenizer(folder / name), folder / f"{name}.nemo", EXITS)

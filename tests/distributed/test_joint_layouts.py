@@ -79,13 +79,13 @@ def test_a_run_resumes_under_another_layout(results, name: str, case: str) -> No
 
 def test_dropout_was_on(results) -> None:
     """Control of the resumed run with dropout."""
-    plain, dropped = results[REFERENCE]["llama joint"]["steps"], results[REFERENCE][DROPOUT]["steps"]
+    plain, dropped = results[REFERENCE]["qwen3 joint"]["steps"], results[REFERENCE][DROPOUT]["steps"]
     assert all(a["full_model/loss"] != b["full_model/loss"] for a, b in zip(plain, dropped, strict=True))
 
 
 def test_the_comparisons_can_fail(results) -> None:
     """Control: another step, and another mode on the same data, are not within the tolerance."""
-    joint, lora = results[REFERENCE]["llama joint"]["steps"], results[REFERENCE]["llama lora"]["steps"]
+    joint, lora = results[REFERENCE]["qwen3 joint"]["steps"], results[REFERENCE]["qwen3 lora"]["steps"]
     assert relative_difference(joint[1], joint[2]) > 1e-3
     assert joint[0]["full_model/loss"] == pytest.approx(lora[0]["full_model/loss"], rel=1e-6)
     assert abs(joint[1]["full_model/loss"] / lora[1]["full_model/loss"] - 1) > 1e-4

@@ -20,7 +20,7 @@ import torch  # isort: skip  # after the CPU host is on
 import yaml
 from safetensors.torch import load_file, save_file
 
-from nemo_ee.checkpoint.architecture import read_architecture
+from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.export.manifest import MANIFEST, sha256_of
 from nemo_ee.export.verify import verify_export
 from tests.functional.test_export_tensorrt_llm import Made, export
@@ -194,7 +194,7 @@ def test_damaged_files(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_that_no_stock_class_has_are_not_dropped(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    from nemo_ee.export.early_exit_source import EarlyExitSource
+    from nemo_ee.export.source import EarlyExitSource
 
     real = EarlyExitSource.backbone_names
     extra = {"decoder.layers.self_attention.q_layernorm.weight"}

@@ -23,6 +23,7 @@ import torch  # isort: skip  # after the CPU host is on
 from safetensors.torch import load_file
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.families.registry import FAMILIES
 from tests.functional.test_export_tensorrt_llm import moved
 from tests.helpers.huggingface_models import TINY_MODELS
 from tests.helpers.huggingface_models import reference_logits as transformers_logits
@@ -45,8 +46,7 @@ EXITS = [
     exit_entry(2, "embedding", output="shared"),
 ]
 # Three layers, so that an exit's layer says which one it is.
-CHANGES = {name: {"n_layer" if family == "gpt2" else "num_hidden_layers": 3}
-           for name, (family, _) in TINY_MODELS.items()}  # fmt: skip
+CHANGES = {name: {FAMILIES[family].keys["num_layers"]: 3} for name, (family, _) in TINY_MODELS.items()}
 
 
 class Made:

@@ -23,8 +23,8 @@ import torch  # isort: skip  # after the CPU host is on
 import yaml
 from safetensors.torch import load_file
 
-from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.manifest import MANIFEST
+from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.verify import verify_export
 from tests.functional.test_export_faults import run_script
 from tests.functional.test_export_huggingface import TOLERANCE, Made, export, stock

@@ -65,7 +65,7 @@ def test_the_numbers_are_the_models(name: str, made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
 def test_all_exports_of_a_model_have_the_same_numbers(name: str, dtype: str, made, tmp_path: Path) -> None:
     one = made(name)
     whole = export(one.path, tmp_path / "one", dtype=dtype)
@@ -79,7 +79,7 @@ def test_all_exports_of_a_model_have_the_same_numbers(name: str, dtype: str, mad
     assert stock["hf_early_exit"] == first["trtllm_ckpt"]
     assert stock["hf_full"]["heads"]["final"] == first["trtllm_ckpt"]["heads"]["final"]
     drafts = {directory.removeprefix("draft_"): own for directory, own in first.items() if directory[:5] == "draft"}
-    assert len(drafts) == (5 if name in ("llama", "qwen2") else 0)
+    assert len(drafts) == (5 if name in ("llama", "qwen3") else 0)
     for exit, own in drafts.items():
         assert own == stock[f"hf_exit_{exit}"]
         head, alone = first["trtllm_ckpt"]["heads"][exit], own["heads"]["final"]

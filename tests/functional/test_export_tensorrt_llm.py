@@ -22,6 +22,7 @@ from tests.helpers.megatron_models import exit_entry, exit_logits, random_tokens
 
 import torch  # isort: skip  # after the CPU host is on
 
+from nemo_ee.families import registry
 from tests.helpers.huggingface_models import reference_logits as transformers_logits
 from tests.helpers.tensorrt_llm_reference import (
     read_config,
@@ -45,6 +46,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "qwen2": (FOUR_LAYERS, "Qwen2ForCausalLM"),
     "gpt2": ({"n_layer": 4}, "GPTForCausalLM"),
     "opt": (FOUR_LAYERS, "OPTForCausalLM"),
+}
+FAMILIES |= {
+    name: ({family.keys["num_layers"]: 4}, family.engine.architecture)
+    for name, family in registry.FAMILIES.items()
+    if name not in FAMILIES and family.engine is not None
 }
 EXITS = [
     exit_entry(1, "mlp", "random"),
@@ -239,7 +245,9 @@ def test_two_ranks_joined_are_one_rank(name: str, made, tmp_path: Path) -> None:
 # -- draft models ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "tp"), [("llama", 1), ("llama", 2), ("llama", 4), ("mistral", 1), ("qwen2", 2)])
+@pytest.mark.parametrize(
+    ("name", "tp"), [("llama", 1), ("llama", 2), ("llama", 4), ("mistral", 1), ("qwen2", 2), ("qwen3", 2)]
+)
 def test_a_draft_s_logits_are_the_exit_s(name: str, tp: int, made, tmp_path: Path) -> None:
     one = made(name)
     output = export(one.path, tmp_path / "out", draft_tensor_parallel=tp)

@@ -18,6 +18,7 @@ import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.export.huggingface.remote_code import remote_code
 from nemo_ee.export.manifest import MANIFEST
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from tests.functional import test_export_tensorrt_llm
 from tests.functional.test_export_huggingface import Made, export, stock
@@ -76,7 +77,8 @@ def test_code_that_a_stranger_s_tokenizer_names_does_not_run(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     bait, words = tmp_path / "executed", {"a": 0, "<s>": 1}
-    code = f"open({str(bait)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast as Evil\n".encode()
+    code = f"open({str(bait)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n".encode()
+    code += b"class Evil(PreTrainedTokenizerFast): pass\n"  # transformers marks the class that it finds
     named = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"], "AutoConfig": "evil.Evil"}}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", **named}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "a"}
@@ -95,7 +97,7 @@ def test_code_that_a_stranger_s_tokenizer_names_does_not_run(
         assert dict(made) == {"input_ids": [0, 1], "attention_mask": [1, 1]}
         for file in folder.glob("*.json"):
             assert "evil" not in file.read_text(), file
-        ours = {"early_exit_trtllm", *remote_code("llama")} if folder.name == "hf_early_exit" else set()
+        ours = {"early_exit_trtllm", *remote_code(FAMILIES["llama"])} if folder.name == "hf_early_exit" else set()
         assert {file.relative_to(folder).parts[0] for file in folder.rglob("*.py")} <= ours
     assert not bait.exists()
     for name in ("tokenizer.json", "tokenizer_config.json", "evil.py"):
@@ -228,7 +230,7 @@ def test_certificates_are_read_once_and_before_anything_is_written(
         written.append([path.name for path in tmp_path.iterdir()])
         return []
 
-    monkeypatch.setattr("nemo_ee.export.early_exit_source.valid_certificates", valid)
+    monkeypatch.setattr("nemo_ee.export.source.valid_certificates", valid)
     export(one.path, tmp_path / "a")
     test_export_tensorrt_llm.export(one.path, tmp_path / "b")
     assert written == [[], ["a"]]

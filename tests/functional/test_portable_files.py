@@ -151,7 +151,7 @@ def test_a_foreign_config_packs_no_file_of_mine(moved: SimpleNamespace, tmp_path
 
 
 def test_the_exports_find_the_base_too(moved: SimpleNamespace, tmp_path: Path) -> None:
-    from nemo_ee.export.early_exit_source import EarlyExitSource
+    from nemo_ee.export.source import EarlyExitSource
 
     with EarlyExitSource(moved.there / "exits.nemo") as source:
         assert source.backbone_names()

@@ -21,7 +21,7 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_envi
 
 import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.exits.confidence import CRITERIA, confidence
-from nemo_ee.export.huggingface.stock_config import CLASSES
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
@@ -134,7 +134,7 @@ def test_thresholds_that_are_never_met_give_generate_s_tokens(name: str, pair) -
     assert [list(own) for own in full.tokens] == [greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_assisted_generation_with_an_exit_is_lossless(name: str, pair) -> None:
     output = pair(name).output
     reference, drafts = stock(output / "hf_full"), sorted(output.glob("hf_exit_*"))
@@ -213,7 +213,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_directory_s_own_code(name: str, pair, tmp_path: Path) -> None:
     """In a process of its own without nemo_ee: the runtime's tokens; other models of the family stay stock."""
     both = pair(name)
@@ -232,7 +232,7 @@ def test_the_directory_s_own_code(name: str, pair, tmp_path: Path) -> None:
     assert found["exits"] == [event.exit for event in ours.events] and len(set(found["exits"])) > 1
     full = both.runtime.generate(prompts[:1], max_new_tokens=12, mode="full")
     assert found["full"] == [prompts[0] + list(full.tokens[0])]
-    assert found["classes"] == ["EarlyExitForCausalLM", CLASSES[name], CLASSES[name]]
+    assert found["classes"] == ["EarlyExitForCausalLM", FAMILIES[name].model_class, FAMILIES[name].model_class]
     assert found["logits"] < 1e-5 and found["same"]
     words = ("num_beams: not supported", "threshold = 2.0 must be", "active names the exit 'x'", "runs on one device")
     assert all(word in fault for word, fault in zip(words, found["faults"], strict=True)), found["faults"]

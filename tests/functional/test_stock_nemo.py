@@ -65,7 +65,7 @@ def early_exit(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """`path` of a complete early-exit file and the transformers model it was made from."""
     folder = tmp_path_factory.mktemp("early_exit")
     # The tokenizer's 4096 entries: NeMo itself knows no other vocabulary size.
-    reference = save_tiny_model(folder / "source", "llama", vocab_size=4096)
+    reference = save_tiny_model(folder / "source", "qwen3", vocab_size=4096)
     run_convert(with_tokenizer(folder / "source"), folder / "ee.nemo", EXITS)
     return SimpleNamespace(path=folder / "ee.nemo", reference=reference, source=folder / "source")
 

@@ -162,7 +162,7 @@ def test_families_without_a_model_file_are_exported_without(tmp_path: Path) -> N
     path = test_export_huggingface.Made(tmp_path, "gpt2", EXITS[1:2]).path
     with pytest.raises(ValueError, match="thresholds: GPTForCausalLM has no class with which an engine leaves early"):
         test_export_tensorrt_llm.export(path, tmp_path / "trt", thresholds=0.5)
-    with pytest.raises(ValueError, match="there is no model file for gpt2, only for llama, mistral, qwen2"):
+    with pytest.raises(ValueError, match="there is no model file for gpt2, only for llama, mistral, qwen2, qwen3"):
         test_export_huggingface.export(path, tmp_path / "exported", thresholds=0.5)
     for export, name in ((test_export_tensorrt_llm.export, "trt"), (test_export_huggingface.export, "exported")):
         output = export(path, tmp_path / name)

@@ -26,6 +26,7 @@ from tests.helpers.megatron_models import exit_entry
 import torch  # isort: skip  # after the CPU host is on
 
 from nemo_ee.exits.confidence import CRITERIA, confidence
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import PropagatingBatch, generate_propagating
@@ -47,8 +48,12 @@ TOLERANCE = 1e-5
 ENGINE_CLASSES = {
     "llama": "EarlyExitLlamaForCausalLM", "llama-tied": "EarlyExitLlamaForCausalLM",
     "llama-bias": "EarlyExitLlamaForCausalLM", "mistral": "EarlyExitLlamaForCausalLM",
-    "qwen2": "EarlyExitQwen2ForCausalLM",
 }  # fmt: skip
+ENGINE_CLASSES |= {
+    name: family.engine.early_exit
+    for name, family in FAMILIES.items()
+    if name not in ENGINE_CLASSES and family.engine is not None and family.engine.early_exit is not None
+}
 
 
 class Exported:
@@ -309,7 +314,7 @@ def test_pytorch_skipped_layers_run_attention_alone(exported, torch_stand_in) ->
     assert torch_stand_in.lines == [f"early exit, steps by exit: {{'{name}': 1000}}"]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.pytorch_early_exit])
 def test_the_directory_s_own_config_class_is_no_other_model(name: str, exported, torch_stand_in) -> None:
     """The backend trusts a directory's code; whoever switches that off gets the stock config class. Bitwise."""
     one, steps = exported(name), []

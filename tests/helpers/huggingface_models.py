@@ -8,11 +8,16 @@ groups and MLP sizes are even (two tensor-parallel ranks), vocabularies are not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture
+from nemo_ee.families.family import Family
+from nemo_ee.families.registry import FAMILIES, read_config
 
 _ROPE = {"vocab_size": 133, "max_position_embeddings": 32, "num_hidden_layers": 3, "tie_word_embeddings": False}
 _LLAMA = {
@@ -23,6 +28,30 @@ _LLAMA = {
     "num_key_value_heads": 2,
     "head_dim": 10,
 }
+
+# A model of a family that is not in the table is the first of these that the family describes.
+_TINY = {"num_layers": 3, "hidden_size": 40, "ffn_hidden_size": 56, "num_attention_heads": 4}
+_TINY |= {"vocab_size": 133, "max_position_embeddings": 32, "norm_epsilon": 1e-6}
+_ARCHITECTURES = [
+    Architecture(**_TINY, num_query_groups=groups, qk_norm=qk_norm, biases=frozenset(biases), **kind)
+    for groups, kind in (
+        (2, {"kv_channels": 12, "rotary_base": 5e5}),
+        (4, {"kv_channels": 10, "layer_norm": True, "learned_positions": True, "hidden_act": "gelu"}),
+    )
+    for qk_norm in (False, True)
+    for biases in ((), {QKV}, ALL_LINEARS)
+]
+
+
+def _arguments(family: Family) -> dict[str, Any]:
+    """Arguments of a family's config class."""
+    for architecture in _ARCHITECTURES:
+        with contextlib.suppress(ValueError):
+            values = family.stock_config(architecture)
+            if read_config(values) == architecture:
+                return {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+    raise AssertionError(f"{family.model_type} describes none of the tiny architectures; add one")
+
 
 # name -> (transformers family, arguments of its config class)
 TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,6 +134,9 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+TINY_MODELS |= {name: (name, _arguments(own)) for name, own in FAMILIES.items() if name not in TINY_MODELS}
+TINY_MODELS["qwen3-tied"] = ("qwen3", _LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3, "rope_theta": 1e6})
 
 
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -92,11 +92,12 @@ def model_from_hugging_face(
 
     import nemo_ee.models  # noqa: F401 -- answers NeMo's Apex guards
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
+    from nemo_ee.checkpoint.nemo_config import nemo_config
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 
     reset_batch_sizes()
     config = {
-        **read_backbone(folder).nemo_config(),
+        **nemo_config(read_backbone(folder)),
         "tokenizer": {"library": "huggingface", "type": str(REFERENCE_MODEL), "use_fast": True},
         "micro_batch_size": MICRO_BATCH,
         "global_batch_size": GLOBAL_BATCH,

@@ -36,7 +36,7 @@ def _layer_tensors(c: dict[str, Any], tp: int) -> dict[str, tuple[int, ...]]:
     """Names and per-rank shapes of one layer, by the table of the format."""
     h, f, d = c["hidden_size"], c["intermediate_size"] // tp, c["head_size"]
     q, kv = c["num_attention_heads"] // tp, max(c["num_key_value_heads"] // tp, 1)
-    llama = c["architecture"] in ("LlamaForCausalLM", "Qwen2ForCausalLM")
+    llama = c["architecture"] in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     tensors = {
         "input_layernorm.weight": (h,), "attention.qkv.weight": ((q + 2 * kv) * d, h),
         "attention.dense.weight": (h, q * d), "post_layernorm.weight": (h,),
@@ -44,6 +44,8 @@ def _layer_tensors(c: dict[str, Any], tp: int) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     if llama:
         tensors["mlp.gate.weight"] = (f, h)
+        if c.get("qwen_type") == "qwen3":
+            tensors |= {"attention.q_layernorm.weight": (d,), "attention.k_layernorm.weight": (d,)}
         attention, dense, mlp = c["attn_bias"], c["attn_bias"] and "Qwen2" not in c["architecture"], c["mlp_bias"]
     else:
         tensors |= {"input_layernorm.bias": (h,), "post_layernorm.bias": (h,)}
@@ -127,6 +129,8 @@ def attention(c: dict[str, Any], ranks: list[dict[str, Tensor]], prefix: str, x:
         qkv = _linear(weights, f"{prefix}attention.qkv", _norm(c, weights, f"{prefix}input_layernorm", x))
         q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in qkv.split(
             [heads * d, groups * d, groups * d], dim=-1))  # fmt: skip
+        if c.get("qwen_type") == "qwen3":
+            q, k = (_norm(c, weights, f"{prefix}attention.{n}_layernorm", x) for n, x in (("q", q), ("k", k)))
         if c["position_embedding_type"] == "rope_gpt_neox":
             q, k = _rotated(c, q), _rotated(c, k)
         k, v = (part.repeat_interleave(heads // groups, dim=1) for part in (k, v))

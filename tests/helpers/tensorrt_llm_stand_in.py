@@ -210,6 +210,8 @@ class Attention(Module):
         rows = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_size
         self.qkv = ColumnLinear(c.hidden_size, rows, c.attn_bias)
         self.dense = ColumnLinear(c.num_attention_heads * c.head_size, c.hidden_size, dense_bias)
+        if getattr(c, "qwen_type", None) == "qwen3":
+            self.q_layernorm, self.k_layernorm = (RmsNorm(c.head_size, c.norm_epsilon, c.dtype) for _ in "qk")
 
     @staticmethod
     def fill_attention_params(model: Any, attention_params: Any) -> Any:
@@ -223,6 +225,8 @@ class Attention(Module):
         q, k, v = (
             p.unflatten(-1, (-1, d)) for p in self.qkv(hidden).split([c.num_attention_heads * d, kv * d, kv * d], -1)
         )
+        if hasattr(self, "q_layernorm"):
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
         row = 0
         for sequence, first, count in attention_params.sequences:
             rows = builtins.slice(row, row + count)

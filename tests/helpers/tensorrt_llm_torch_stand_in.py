@@ -103,6 +103,10 @@ class Attention(nn.Module):
         heads = config.num_attention_heads * self.d
         self.qkv_proj = Linear(config.hidden_size, heads + 2 * config.num_key_value_heads * self.d, bias)
         self.o_proj = Linear(heads, config.hidden_size, dense_bias)
+        self.q_norm = self.k_norm = None
+        if config.model_type == "qwen3":
+            norm = {"hidden_size": self.d, "eps": config.rms_norm_eps, "dtype": config.torch_dtype}
+            self.q_norm, self.k_norm = RMSNorm(**norm), RMSNorm(**norm)
 
     def forward(self, position_ids: Tensor, hidden_states: Tensor, attn_metadata: Any, **kwargs: Any) -> Tensor:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -112,6 +116,8 @@ class Attention(nn.Module):
         groups = c.num_attention_heads // c.num_key_value_heads
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.d)).transpose(0, 1)  # [H + 2K, tokens, d]
         q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = LlamaRotaryEmbedding(c)(hidden_states, position_ids)
         q, k = (part[0] for part in apply_rotary_pos_emb(q[None], k[None], cos, sin))
         for sequence, first, count in attn_metadata.sequences:
@@ -157,7 +163,7 @@ class _PostInit(type):
 
 
 class Stock(nn.Module, metaclass=_PostInit):
-    """What the three stock classes have in common; the prompt goes through `forward`."""
+    """What the stock classes have in common; the prompt goes through `forward`."""
 
     qwen = False
 
@@ -218,6 +224,10 @@ class MistralForCausalLM(Stock):
 
 class Qwen2ForCausalLM(Stock):
     qwen = True
+
+
+class Qwen3ForCausalLM(Stock):
+    pass
 
 
 # -- the executor --------------------------------------------------------------------------------------------------
@@ -291,7 +301,7 @@ def installed() -> Iterator[None]:
             module.__spec__, module.__path__ = ModuleSpec(module.__name__, None), []
             vars(module).update(contents)
             sys.modules[module.__name__] = module
-        for stock in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM):
+        for stock in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
             register_auto_model(stock.__name__)(stock)
         yield
     finally:

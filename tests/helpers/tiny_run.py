@@ -15,7 +15,7 @@ REFERENCE_MODEL = Path(__file__).parents[2] / "assets" / "reference-model"
 
 
 def write_start(folder: Path, exits: list[dict], *, num_layers: int, vocabulary: int, length: int) -> None:
-    """`folder/start.nemo`, made from a random Hugging Face Llama with grouped queries, and `folder/data.{bin,idx}`."""
+    """`folder/start.nemo`, made from a random Hugging Face Qwen3, and `folder/data.{bin,idx}`."""
     from nemo_ee import cpu_host
 
     cpu_host.enable()
@@ -23,19 +23,23 @@ def write_start(folder: Path, exits: list[dict], *, num_layers: int, vocabulary:
     import torch
     from hydra import compose, initialize_config_dir
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     import nemo_ee.models  # noqa: F401
     from nemo_ee.commands.convert import convert
 
     torch.manual_seed(5)
     source = folder / "hugging_face"
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=80, num_hidden_layers=num_layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=64,
         tie_word_embeddings=False, initializer_range=0.2,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(source)
+    model = Qwen3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(source)
     for file in REFERENCE_MODEL.glob("*token*.json"):
         (source / file.name).write_bytes(file.read_bytes())
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=numpy.uint16)

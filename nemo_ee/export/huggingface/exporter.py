@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EarlyExitSource, Origin, copy_tokenizer
 from nemo_ee.export.huggingface.exported_tensors import Reading, readings
 from nemo_ee.export.huggingface.remote_code import auto_map, remote_code
 from nemo_ee.export.huggingface.stock_config import (
@@ -40,16 +39,18 @@ from nemo_ee.export.huggingface.stock_config import (
 )
 from nemo_ee.export.huggingface.weight_files import num_bytes, write_json, write_weights
 from nemo_ee.export.manifest import write_manifest
-from nemo_ee.export.model_origins import draft_model, full_model, tensor_faults
-from nemo_ee.export.output_directory import output_faults, whole_directory
-from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
-from nemo_ee.export.safetensors_writer import DTYPES
+from nemo_ee.export.model_origins import check_tensors, draft_model, full_model
+from nemo_ee.export.output_directory import whole_directory
+from nemo_ee.export.parity import written_parity
+from nemo_ee.export.shared_settings import SharedSettings, refuse, unknown_exits
+from nemo_ee.export.source import EarlyExitSource, copy_tokenizer
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
-    PYTORCH_FAMILIES,
     copy_pytorch_package,
     threshold_block,
     threshold_faults,
 )
+from nemo_ee.families.family import Family
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
@@ -57,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("full", "exits", "early_exit")
 NOT_LOADED = "nothing was loaded into transformers"
-POSITIONS = "embedding.position_embeddings.weight"
 _OWN_KV = "its own, every layer writes every position"
 _USES = {
     "full": {"use": "the backbone in a stock class of transformers", "lossless": True, "kv": _OWN_KV},
@@ -75,20 +75,11 @@ _USES = {
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    """What the script asks for; see conf/export_huggingface.yaml."""
+class ExportSettings(SharedSettings):
+    """See conf/export_huggingface.yaml."""
 
-    checkpoint: Path
-    output: Path
-    backbone: Path | None = None
     targets: tuple[str, ...] = TARGETS
-    exits: tuple[str, ...] | None = None
-    dtype: str | None = None
     shard_gigabytes: float = 5.0
-    thresholds: float | Mapping[str, float] | None = None
-    criterion: str = "max_probability"
-    parity_gigabytes: float = DEFAULT_GIGABYTES
-    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ class Artefact:
     @property
     def tied(self) -> bool:
         """Whether the output projection is the word embeddings."""
-        return self.stock.backbone.tied
+        return self.stock.architecture.tied
 
 
 def export_huggingface(settings: ExportSettings) -> Path:
@@ -118,53 +109,29 @@ def export_huggingface(settings: ExportSettings) -> Path:
         ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
             file or a disk that does not take the output. Nothing is left behind.
     """
-    faults = _setting_faults(settings)
-    if faults:
-        raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    source = EarlyExitSource(settings.checkpoint, settings.backbone)
-    faults = _exit_faults(settings, source)
-    if faults:
-        raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    with source:
+    refuse(_setting_faults(settings))
+    with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
+        exits = settings.wanted_exits(source)
+        unknown = unknown_exits("exits", settings.exits, source)
+        refuse(unknown + threshold_faults(exits, settings.thresholds, settings.criterion))
         artefacts = plan_artefacts(settings, source)
-        source.certificates()  # a damaged one is a fault now, not after hours of writing
-        dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
-        _write(settings, source, artefacts, dtype)
+        _ = source.certificates  # a damaged one is a problem now, not after hours of writing
+        _write(settings, source, artefacts, settings.dtype_of(source))
     logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artefacts))
     return settings.output
 
 
 def _setting_faults(settings: ExportSettings) -> list[str]:
-    faults = []
-    if not settings.checkpoint.exists():
-        faults.append(f"checkpoint={settings.checkpoint} does not exist; give an early-exit .nemo")
-    faults += output_faults(settings.output)
+    faults = settings.problems()
     for target in settings.targets:
         if target not in TARGETS:
             faults.append(f"targets: {target!r} is unknown; use some of {', '.join(TARGETS)}")
     if not settings.targets:
         faults.append(f"targets is empty; name some of {', '.join(TARGETS)}")
-    if settings.dtype is not None and settings.dtype not in DTYPES:
-        faults.append(f"dtype={settings.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
     size = settings.shard_gigabytes
     if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
         faults.append(f"shard_gigabytes={size!r} must be a number above 0")
-    return faults + parity_setting_faults(settings.parity_gigabytes)
-
-
-def _exit_faults(settings: ExportSettings, source: EarlyExitSource) -> list[str]:
-    known = source.exits.names
-    faults = [
-        f"exits: no exit is called {name!r}; there are {', '.join(known) or 'none'}"
-        for name in settings.exits or ()
-        if name not in known
-    ]
-    exits = _wanted_exits(settings, source)
-    return faults + threshold_faults(exits, settings.thresholds, settings.criterion)
-
-
-def _wanted_exits(settings: ExportSettings, source: EarlyExitSource) -> list[ExitConfig]:
-    return [exit for exit in source.exits.exits if settings.exits is None or exit.name in settings.exits]
+    return faults
 
 
 def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artefact]:
@@ -175,7 +142,7 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
             do not fit together.
     """
     stocks = _stocks(source)
-    exits = _wanted_exits(settings, source)
+    exits = settings.wanted_exits(source)
     full, artefacts = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), []
     faults = _threshold_faults(settings, stocks[0].family)
     if "full" in settings.targets:
@@ -194,50 +161,40 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
         artefacts.append(_first_that_fits(source, stocks, lambda stock: _full(stock, heads, table)))
     if not artefacts and not faults:
         faults.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
-    if faults:
-        raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    faults = tensor_faults(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
-    if faults:
-        raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
+    refuse(faults)
+    check_tensors(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
     return artefacts
 
 
-def _threshold_faults(settings: ExportSettings, family: str) -> list[str]:
+def _threshold_faults(settings: ExportSettings, family: Family) -> list[str]:
     """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
     if settings.thresholds is None:
         return []
     faults = []
-    if family not in PYTORCH_FAMILIES:
+    if not family.pytorch_early_exit:
+        able = ", ".join(name for name, other in FAMILIES.items() if other.pytorch_early_exit)
         faults.append(
             f"thresholds={settings.thresholds!r}: TensorRT-LLM's PyTorch backend reads them, and there is no model "
-            f"file for {family}, only for {', '.join(PYTORCH_FAMILIES)}; leave them out"
+            f"file for {family.model_type}, only for {able}; leave them out"
         )
     if "early_exit" not in settings.targets:
         faults.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
     return faults
 
 
-def exit_entry(source: EarlyExitSource, family: str, exit: ExitConfig) -> dict[str, Any]:
+def exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> dict[str, Any]:
     """A row of the table of exits in config.json and in the manifest."""
-    return {
-        "name": exit.name,
-        "layer": exit.layer,
-        "architecture": exit.architecture,
-        "output": "own" if source.has_own_output(exit.name) else "backbone",
-        "tensors": f"exit_heads.{exit.name}.",
-        "stand_alone_refused": exit_refusal(family, exit),
-    }
+    return {**source.exit_row(exit), "stand_alone_refused": exit_refusal(family, exit)}
 
 
 def _stocks(source: EarlyExitSource) -> list[StockConfig]:
-    positions = source.shape(Origin("backbone", POSITIONS))
     try:
         return stock_configs(
             source.config,
             read_bundled(source.tokenizer, "config.json"),
             special_token_ids(source.tokenizer),
             stored_rows=source.vocabulary_rows(),
-            position_rows=None if positions is None else positions[0],
+            position_rows=source.position_rows(),
         )
     except ValueError as fault:
         raise ValueError(f"{source.path}: {fault}") from None
@@ -246,27 +203,36 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
 def _full(
     stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
 ) -> Artefact:
-    tied = stock.backbone.tied
-    model = full_model(stock.backbone.num_layers, heads, tied=tied, write_output=not tied)
+    tied = stock.architecture.tied
+    model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
     kind = "full" if table is None else "early_exit"
-    return Artefact(f"hf_{kind}", kind, stock, readings(stock.backbone, model, model.exits), table)
+    return Artefact(f"hf_{kind}", kind, stock, readings(stock.architecture, model), table)
 
 
 def _exit(source: EarlyExitSource, stock: StockConfig, exit: ExitConfig) -> Artefact:
     stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
-    plan = readings(stock.backbone, draft_model(exit), final_norm=exit.architecture != "embedding")
+    plan = readings(stock.architecture, draft_model(exit, write_output=not stock.architecture.tied))
     return Artefact(f"hf_exit_{exit.name}", "exit", stock, plan, exit=exit)
 
 
 def _first_that_fits(
     source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artefact]
 ) -> Artefact:
-    """The artefact of the first config whose constants are the parameters' values; the last config has none."""
-    for stock in stocks[:-1]:
+    """The artefact of the first config whose constants are the parameters' values.
+
+    Raises:
+        ValueError: every config has a constant where the `.nemo` has other values.
+    """
+    for stock in stocks:
         artefact = make(stock)
-        if all(_is_constant(source, reading) for reading in artefact.plan if reading.fill is not None):
+        lost = [own for own in artefact.plan if own.fill is not None and not _is_constant(source, own)]
+        if not lost:
             return artefact
-    return make(stocks[-1])
+    names = ", ".join(sorted({reading.origin.key for reading in lost}))
+    raise ValueError(
+        f"{source.path}: {stocks[-1].family.model_class} has no {names}, and theirs are not the values that leaving "
+        "them out means; no stock class of transformers computes this model"
+    )
 
 
 def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
@@ -279,9 +245,9 @@ def _write(
     settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
 ) -> None:
     total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
-    generation = source.generation_config(artefacts[0].stock.backbone.vocab_size)
+    generation = source.generation_config(artefacts[0].stock.architecture.vocab_size)
     with whole_directory(settings.output, total) as partial:
-        thresholds = threshold_block(_wanted_exits(settings, source), settings.thresholds, settings.criterion)
+        thresholds = threshold_block(settings.wanted_exits(source), settings.thresholds, settings.criterion)
         models, digests = [], []
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
@@ -301,8 +267,8 @@ def _write(
 
 
 def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[str, Any] | None:
-    if artefact.stock.values.get("_remove_final_layer_norm"):
-        logger.info("%s: no parity digest, our runtime computes no OPT without its final norm", artefact.directory)
+    if not artefact.stock.has_final_norm:
+        logger.info("%s: no parity digest, our runtime computes no model without final norm", artefact.directory)
         return None
     try:
         return written_parity(partial / artefact.directory, load_model, parity_gigabytes=parity_gigabytes)
@@ -339,11 +305,9 @@ def _manifest_facts(
     family = artefacts[0].stock.family
     return {
         "targets": ["Hugging Face transformers"],
-        "source": {"checkpoint": settings.checkpoint.name, "backbone_fingerprint": source.fingerprint},
-        "dtype": str(dtype).removeprefix("torch."),
+        **settings.manifest_facts(source, dtype),
         "verified": {"transformers": None, "note": NOT_LOADED},
         "exits": [exit_entry(source, family, exit) for exit in source.exits.exits],
-        "certificates": source.certificates(),
         "artefacts": [
             {
                 "directory": artefact.directory,
@@ -352,7 +316,7 @@ def _manifest_facts(
                 "class": artefact.stock.values["architectures"][0],
                 "exit": None if artefact.exit is None else artefact.exit.name,
                 "architecture": None if artefact.exit is None else artefact.exit.architecture,
-                "num_layers": artefact.stock.backbone.num_layers,
+                "num_layers": artefact.stock.architecture.num_layers,
                 **_USES[artefact.kind],
                 "max_batch": None,
                 "digest": digest,

@@ -15,16 +15,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
+from nemo_ee.families.family import Family
+
 ROOT_MODULE = "nemo_ee.runtime.auto_model"
 MODELING = "modeling_early_exit"
 LICENCE = "LICENSE.early_exit_code"  # beside the code; the weights have their own
-STOCK_CONFIGS = {
-    "llama": "LlamaConfig",
-    "mistral": "MistralConfig",
-    "qwen2": "Qwen2Config",
-    "gpt2": "GPT2Config",
-    "opt": "OPTConfig",
-}
 _IMPORT = re.compile(r"^(\s*)from (nemo_ee(?:\.\w+)+) import", re.MULTILINE)
 
 _TEMPLATE = '''# Copyright 2026 The nemo_ee authors.
@@ -59,7 +54,7 @@ def auto_map() -> dict[str, str]:
     return {"AutoConfig": f"{MODELING}.EarlyExitConfig", "AutoModelForCausalLM": f"{MODELING}.EarlyExitForCausalLM"}
 
 
-def remote_code(family: str) -> dict[str, str]:
+def remote_code(family: Family) -> dict[str, str]:
     """File name -> text of everything a directory of this family needs, with the licence of the code."""
     files, waiting = {}, [ROOT_MODULE]
     while waiting:
@@ -73,7 +68,9 @@ def remote_code(family: str) -> dict[str, str]:
     root = _flat(ROOT_MODULE)
     stems = sorted(name.removesuffix(".py") for name in files if name != f"{root}.py")
     others = "\n".join(f"from .{stem} import __name__ as _" for stem in stems)
-    files[f"{MODELING}.py"] = _TEMPLATE.format(family=family, stock=STOCK_CONFIGS[family], root=root, others=others)
+    files[f"{MODELING}.py"] = _TEMPLATE.format(
+        family=family.model_type, stock=family.config_class, root=root, others=others
+    )
     licence = _licence()
     if licence is not None:
         files[LICENCE] = licence

@@ -13,21 +13,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nemo_ee.checkpoint.huggingface_families import backbone_from_config
-from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.content_digest import ContentDigest
-from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of, readings
 from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artefacts
-from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.export.huggingface.stock_config import read_stock_config
+from nemo_ee.export.model_origins import described_model
 from nemo_ee.export.parity import parity_faults
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
-from nemo_ee.runtime.loader import load_model
-from nemo_ee.text.huggingface_json import with_both_spellings
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_faults
+from nemo_ee.export.source import EarlyExitSource
+from nemo_ee.families.rotary_settings import with_both_spellings
+from nemo_ee.runtime.loader import DTYPES, load_model
 from nemo_ee.text.json_values import read_json_object
 
-# What the importer's reader refuses in a source, and an export says of itself.
-_NOT_READ = ("_remove_final_layer_norm", "auto_map")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -56,14 +53,7 @@ def artefact_faults(
             faults += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
             files |= dict.fromkeys(file.keys(), file)
             places |= dict.fromkeys(file.keys(), file_name)
-        faults += [f"{name} is missing" for name in shapes if name not in files]
-        faults += [f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys())]
-        for name in shapes.keys() & files.keys():
-            stored = files[name].get_slice(name)
-            if tuple(stored.get_shape()) != shapes[name]:
-                faults.append(f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}")
-            if stored.get_dtype() != DTYPE_NAMES[dtype]:
-                faults.append(f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}")
+        faults += header_faults(files, shapes, dtype)
         faults += _index_faults(folder, places)
         if source is not None:
             faults += _config_faults(config, artefact, source)
@@ -83,7 +73,7 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
     thresholds = {key: value for key, value in block.items() if key != "exits"}
     (planned,) = plan_artefacts(settings, source)
     wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
-    if not planned.stock.backbone.learned_positions:  # exports of earlier versions have one spelling
+    if not planned.stock.architecture.learned_positions:  # exports of earlier versions have one spelling
         config = with_both_spellings(config)
     for key in sorted(wanted.keys() | config.keys()):
         if wanted.get(key) != config.get(key) or (key in wanted) != (key in config):
@@ -93,21 +83,11 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
 
 def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
-    values = {key: value for key, value in config.items() if key not in _NOT_READ}
-    # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
-    backbone = backbone_from_config(values, 1)
-    layers, tied = backbone.num_layers, backbone.tied
-    if artefact["kind"] == "exit":
-        shape = artefact["architecture"]
-        exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
-        model = draft_model(exit)
-        return readings(backbone, model, final_norm=shape != "embedding")
+    stock = read_stock_config(config)
+    # A stock class ignores a table of exits, so one in another kind's config.json says nothing of its tensors.
     table = (config.get("early_exit") or {}).get("exits", []) if artefact["kind"] == "early_exit" else []
-    exits = [
-        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
-    ]
-    model = full_model(layers, exits, tied=tied, write_output=not tied)
-    return readings(backbone, model, model.exits)
+    tied = stock.tied
+    return readings(stock, described_model(artefact, table, stock.num_layers, tied=tied, write_output=not tied))
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from nemo_ee.export.content_digest import ContentDigest
-from nemo_ee.export.early_exit_source import EarlyExitSource
 from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of
 from nemo_ee.export.safetensors_writer import DTYPE_NAMES, SafetensorsWriter
+from nemo_ee.export.source import EarlyExitSource
 
 
 def write_json(path: Path, values: Any) -> None:

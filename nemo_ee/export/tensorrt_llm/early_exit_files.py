@@ -17,20 +17,16 @@ from typing import Any
 
 from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.families.family import EngineClass, Family
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 
 _FILES = Path(__file__).with_name("files")  # copied into exports, never imported here
 ENGINE_FILE = "tensorrt_llm_model.py"
-# `architecture` of a unified checkpoint -> class of ENGINE_FILE.
-ENGINE_CLASSES = {
-    "LlamaForCausalLM": "EarlyExitLlamaForCausalLM",
-    "Qwen2ForCausalLM": "EarlyExitQwen2ForCausalLM",
-}
 ENGINE_CRITERIA = ("max_probability", "entropy")
 PYTORCH_FILE = "tensorrt_llm_pytorch_model.py"
 PYTORCH_PACKAGE = "early_exit_trtllm"
-PYTORCH_FAMILIES = ("llama", "mistral", "qwen2")
 VERIFIED = "on an eager stand-in of the API it uses, on the CPU, one rank, fp32; no real TensorRT-LLM has loaded it"
 
 
@@ -86,17 +82,15 @@ def threshold_faults(
     return []
 
 
-def engine_faults(architecture: str, pipeline_parallel: int) -> list[str]:
-    """Why no class of the engine's model file builds a checkpoint, so that thresholds in it would do nothing.
-
-    Args:
-        architecture: `architecture` of the checkpoint's config.json.
-    """
+def engine_faults(engine: EngineClass, pipeline_parallel: int) -> list[str]:
+    """Why no class of the engine's model file builds a checkpoint of a class, so that thresholds would do nothing."""
     faults = []
-    if architecture not in ENGINE_CLASSES:
+    if engine.early_exit is None:
+        engines = [family.engine for family in FAMILIES.values() if family.engine is not None]
+        able = [own.architecture for own in engines if own.early_exit is not None]
         faults.append(
-            f"thresholds: {architecture} has no class with which an engine leaves early, only "
-            f"{' and '.join(ENGINE_CLASSES)} have; leave thresholds out"
+            f"thresholds: {engine.architecture} has no class with which an engine leaves early, only "
+            f"{', '.join(able)} have; leave thresholds out"
         )
     if pipeline_parallel > 1:
         faults.append(
@@ -106,23 +100,23 @@ def engine_faults(architecture: str, pipeline_parallel: int) -> list[str]:
     return faults
 
 
-def copy_engine_file(to: Path, architecture: str, pipeline_parallel: int) -> dict[str, Any] | None:
+def copy_engine_file(to: Path, engine: EngineClass, pipeline_parallel: int) -> dict[str, Any] | None:
     """Copy the engine's model file into `to`; its entry for the manifest. None where it cannot build the export."""
-    if engine_faults(architecture, pipeline_parallel):
+    if engine_faults(engine, pipeline_parallel):
         return None
     shutil.copyfile(_FILES / ENGINE_FILE, to / ENGINE_FILE)
     return {
         "file": ENGINE_FILE,
-        "class": ENGINE_CLASSES[architecture],
+        "class": engine.early_exit,
         "loads": "trtllm_ckpt",
         "backend": "TensorRT engines, TensorRT-LLM 0.20.0 to 1.2.1",
         **_decision("runs the attention of every layer, skips MLPs"),
     }
 
 
-def copy_pytorch_package(to: Path, family: str) -> dict[str, Any] | None:
+def copy_pytorch_package(to: Path, family: Family) -> dict[str, Any] | None:
     """Copy the PyTorch backend's model file into `to` as a package; its entry for the manifest, or None."""
-    if family not in PYTORCH_FAMILIES:
+    if not family.pytorch_early_exit:
         return None
     (to / PYTORCH_PACKAGE).mkdir()
     shutil.copyfile(_FILES / PYTORCH_FILE, to / PYTORCH_PACKAGE / "__init__.py")

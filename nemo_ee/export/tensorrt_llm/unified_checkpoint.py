@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +28,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_ee.checkpoint.architecture import Architecture, read_architecture
+from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.huggingface.weight_files import write_json
 from nemo_ee.export.manifest import write_manifest
-from nemo_ee.export.model_origins import Model, draft_model, full_model, tensor_faults
-from nemo_ee.export.output_directory import output_faults, whole_directory
-from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults, written_parity
-from nemo_ee.export.safetensors_writer import DTYPES, SafetensorsWriter
+from nemo_ee.export.model_origins import Model, check_tensors, draft_model, full_model
+from nemo_ee.export.output_directory import whole_directory
+from nemo_ee.export.parity import written_parity
+from nemo_ee.export.safetensors_writer import SafetensorsWriter
+from nemo_ee.export.shared_settings import SharedSettings, refuse, unknown_exits
+from nemo_ee.export.source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
     ENGINE_CRITERIA,
     copy_engine_file,
@@ -44,7 +45,7 @@ from nemo_ee.export.tensorrt_llm.early_exit_files import (
     threshold_block,
     threshold_faults,
 )
-from nemo_ee.export.tensorrt_llm.unified_config import checkpoint_config, stock_class
+from nemo_ee.export.tensorrt_llm.unified_config import checkpoint_config, stock_family
 from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
 from nemo_ee.export.tensorrt_llm.unified_tensors import (
     Part,
@@ -55,6 +56,7 @@ from nemo_ee.export.tensorrt_llm.unified_tensors import (
     readings,
     stage_of,
 )
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -65,23 +67,15 @@ NOT_RUN = "no real TensorRT-LLM has loaded these files"
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    """What the script asks for; see conf/export_tensorrt_llm.yaml."""
+class ExportSettings(SharedSettings):
+    """See conf/export_tensorrt_llm.yaml."""
 
-    checkpoint: Path
-    output: Path
-    backbone: Path | None = None
+    dtype: str | None = "bfloat16"
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     draft_tensor_parallel: int | None = None
-    dtype: str | None = "bfloat16"
-    exits: tuple[str, ...] | None = None
     drafts: tuple[str, ...] | None = None
     max_position_embeddings: int | None = None
-    thresholds: float | Mapping[str, float] | None = None
-    criterion: str = "max_probability"
-    parity_gigabytes: float = DEFAULT_GIGABYTES
-    progress: bool = True
 
     @property
     def draft_ranks(self) -> int:
@@ -112,51 +106,33 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
             file or a disk that does not take the output. Nothing is left behind.
     """
-    faults = _setting_faults(settings)
-    if faults:
-        raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    source = EarlyExitSource(settings.checkpoint, settings.backbone)
-    architecture, exits = _checked(settings, source)
-    with source:
+    refuse(_setting_faults(settings))
+    with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
+        exits = settings.wanted_exits(source)
+        architecture = _checked(settings, source, exits)
         if not source.config.get("vocab_size"):
             architecture = dataclasses.replace(architecture, vocab_size=source.vocabulary_rows())
         artefacts = plan_artefacts(settings, source, architecture, exits)
-        faults = tensor_faults(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
-        if faults:
-            raise ValueError(f"{settings.checkpoint}: config and weights do not fit together:\n" + "\n".join(faults))
-        source.certificates()  # a damaged one is a fault now, not after hours of writing
-        dtype = DTYPES[settings.dtype] if settings.dtype else source.dtype()
-        _write(settings, source, architecture, artefacts, exits, dtype)
+        check_tensors(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
+        _ = source.certificates  # a damaged one is a problem now, not after hours of writing
+        _write(settings, source, architecture, artefacts, exits, settings.dtype_of(source))
     logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artefacts), NOT_RUN)
     return settings.output
 
 
 def _setting_faults(settings: ExportSettings) -> list[str]:
-    faults = []
-    if not settings.checkpoint.exists():
-        faults.append(f"checkpoint={settings.checkpoint} does not exist; give an early-exit .nemo")
-    faults += output_faults(settings.output)
+    faults = settings.problems()
     for name in ("tensor_parallel", "pipeline_parallel", "draft_tensor_parallel", "max_position_embeddings"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             faults.append(f"{name}={value!r} must be a whole number of at least 1")
-    if settings.dtype is not None and settings.dtype not in DTYPES:
-        faults.append(f"dtype={settings.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
-    return faults + parity_setting_faults(settings.parity_gigabytes)
+    return faults
 
 
-def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Architecture, list[ExitConfig]]:
-    """The architecture and the exits to carry along, with all that can be refused from the config alone."""
-    faults: list[str] = []
-    names = settings.exits if settings.exits is not None else source.exits.names
+def _checked(settings: ExportSettings, source: EarlyExitSource, exits: Sequence[ExitConfig]) -> Architecture:
+    """The architecture, with all that can be refused from the config alone."""
     drafts = settings.drafts or ()
-    for what, wanted in (("exits", names), ("drafts", drafts)):
-        for name in wanted:
-            if name not in source.exits.names:
-                faults.append(
-                    f"{what}: no exit is called {name!r}; there are {', '.join(source.exits.names) or 'none'}"
-                )
-    exits = [exit for exit in source.exits.exits if exit.name in names]
+    faults = unknown_exits("exits", settings.exits, source) + unknown_exits("drafts", drafts, source)
     for exit in exits:
         if "lm_head" in exit.name:
             faults.append(
@@ -165,21 +141,21 @@ def _checked(settings: ExportSettings, source: EarlyExitSource) -> tuple[Archite
     faults += threshold_faults(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
     try:
         architecture = read_architecture(source.config, stored_rows=1, max_positions=settings.max_position_embeddings)
+        engine = stock_family(architecture).engine
     except ValueError as fault:
         faults.append(f"{settings.checkpoint}: {fault}")
     else:
         faults += parallel_faults(architecture, settings.tensor_parallel, settings.pipeline_parallel)
         if settings.thresholds is not None:
-            faults += engine_faults(stock_class(architecture), settings.pipeline_parallel)
+            faults += engine_faults(engine, settings.pipeline_parallel)
         if settings.draft_ranks != settings.tensor_parallel:
             faults += [f"draft_{fault}" for fault in parallel_faults(architecture, settings.draft_ranks, 1)]
         for exit in source.exits.exits:
             reason = draft_refusal(architecture, exit)
             if exit.name in drafts and reason:
                 faults.append(f"drafts: exit {exit.name!r} cannot be one: {reason}; leave it out")
-    if faults:
-        raise ValueError("nothing was exported:\n" + "\n".join(faults))
-    return architecture, exits
+    refuse(faults)
+    return architecture
 
 
 def plan_artefacts(
@@ -214,7 +190,7 @@ def _write(
     total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
     generation = source.generation_config(architecture.vocab_size)
     with whole_directory(settings.output, total) as partial:
-        table = _exit_table(settings, architecture, artefacts, exits)
+        table = _exit_table(settings, source, architecture, artefacts, exits)
         early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
         with bar:
@@ -234,7 +210,7 @@ def _write(
             for artefact in artefacts
         ]
         facts = _manifest_facts(settings, source, artefacts, parities, table, dtype)
-        model = copy_engine_file(partial, stock_class(architecture), settings.pipeline_parallel)
+        model = copy_engine_file(partial, stock_family(architecture).engine, settings.pipeline_parallel)
         write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
 
@@ -280,17 +256,16 @@ def part_of(tensor: Tensor, part: Part) -> Iterator[Tensor]:
 
 
 def _exit_table(
-    settings: ExportSettings, architecture: Architecture, artefacts: Sequence[Artefact], exits: Sequence[ExitConfig]
+    settings: ExportSettings,
+    source: EarlyExitSource,
+    architecture: Architecture,
+    artefacts: Sequence[Artefact],
+    exits: Sequence[ExitConfig],
 ) -> list[dict[str, Any]]:
     drafts = {a.exit.name for a in artefacts if a.exit is not None}
-    own = {exit.name for exit, output in artefacts[0].model.exits if output is not None}
     return [
         {
-            "name": exit.name,
-            "layer": exit.layer,
-            "architecture": exit.architecture,
-            "output": "own" if exit.name in own else "backbone",
-            "tensors": f"exit_heads.{exit.name}.",
+            **source.exit_row(exit),
             "pipeline_rank": stage_of(exit.layer, architecture.num_layers, settings.pipeline_parallel),
             "draft": f"draft_{exit.name}" if exit.name in drafts else None,
             "draft_refused": draft_refusal(architecture, exit),
@@ -326,11 +301,9 @@ def _manifest_facts(
     ]
     return {
         "targets": TARGETS,
-        "source": {"checkpoint": settings.checkpoint.name, "backbone_fingerprint": source.fingerprint},
-        "dtype": str(dtype).removeprefix("torch."),
+        **settings.manifest_facts(source, dtype),
         "max_position_embeddings": settings.max_position_embeddings,
         "exits": table,
-        "certificates": source.certificates(),
         "artefacts": described,
         "verified": {"tensorrt_llm": None, "note": NOT_RUN},
     }

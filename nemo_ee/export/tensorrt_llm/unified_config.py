@@ -1,13 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo`'s architecture in TensorRT-LLM's words: which stock class computes it, and the config.json of that class.
+"""A `.nemo`'s architecture in TensorRT-LLM's words: the config.json of the class that computes it.
 
-    RMSNorm, gated SiLU, rotary positions, no bias or all biases    LlamaForCausalLM (Llama, Mistral)
-    the same with a bias on query, key and value alone              Qwen2ForCausalLM
-    LayerNorm, ReLU, learned positions, all biases                  OPTForCausalLM
-    LayerNorm, tanh-GELU or ReLU, learned positions                 GPTForCausalLM
-
-Fields and classes: TensorRT-LLM 0.20 to 1.2.1. Anything that no stock class computes the same way is refused.
+Which class that is, and what only it asks for, is said in `nemo_ee.families`. Fields and classes: TensorRT-LLM 0.20 to
+1.2.1.
 """
 
 from __future__ import annotations
@@ -15,14 +11,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_ee.checkpoint.architecture import Architecture
+from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture, keyed
+from nemo_ee.families.family import Family
+from nemo_ee.families.registry import engine_family
+
+_KEYS = keyed(
+    "vocab_size hidden_size num_attention_heads max_position_embeddings hidden_act norm_epsilon",
+    ffn_hidden_size="intermediate_size",
+    num_layers="num_hidden_layers",
+    num_query_groups="num_key_value_heads",
+    kv_channels="head_size",
+    tied="tie_word_embeddings",
+)
 
 
-def stock_class(a: Architecture) -> str:
-    """TensorRT-LLM's class that computes an architecture."""
-    if a.layer_norm:
-        return "OPTForCausalLM" if a.hidden_act == "relu" and a.bias else "GPTForCausalLM"
-    return "Qwen2ForCausalLM" if a.qkv_bias and not a.bias else "LlamaForCausalLM"
+def stock_family(architecture: Architecture) -> Family:
+    """The family whose class in TensorRT-LLM computes an architecture.
+
+    Raises:
+        ValueError: none does.
+    """
+    family = engine_family(architecture)
+    if family is None:
+        biases, norm = ", ".join(sorted(architecture.biases)) or "none", architecture.qk_norm
+        raise ValueError(f"no class of TensorRT-LLM computes this: biases in {biases}, qk_layernorm={norm}")
+    return family
 
 
 def checkpoint_config(
@@ -42,26 +55,18 @@ def checkpoint_config(
         tied: the output projection is the word embeddings.
         early_exit: table of the exits; stock classes keep unknown keys and do nothing with them.
     """
-    a, name = architecture, stock_class(architecture)
+    a, engine = architecture, stock_family(architecture).engine
     config: dict[str, Any] = {
-        "architecture": name,
+        "architecture": engine.architecture,
         "dtype": dtype,
         "logits_dtype": "float32",
-        "vocab_size": a.vocab_size,
-        "hidden_size": a.hidden_size,
+        **{key: getattr(a, field) for field, key in _KEYS.items()},
         "num_hidden_layers": num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_size": a.kv_channels,
-        "intermediate_size": a.ffn_hidden_size,
-        "hidden_act": a.hidden_act,
-        "norm_epsilon": a.norm_epsilon,
+        "tie_word_embeddings": tied,
         "position_embedding_type": "learned_absolute" if a.learned_positions else "rope_gpt_neox",
-        "max_position_embeddings": a.max_position_embeddings,
         # Embeddings stay whole on every rank: whether a class can share them out differs between releases.
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
-        "tie_word_embeddings": tied,
         "mapping": {
             "world_size": tensor_parallel * pipeline_parallel,
             "tp_size": tensor_parallel,
@@ -69,13 +74,7 @@ def checkpoint_config(
         },
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
-    if a.learned_positions:
-        config |= {"do_layer_norm_before": True} if name.startswith("OPT") else {"gpt_variant": "gpt2", "bias": a.bias}
-    else:
-        config |= {"rotary_base": a.rotary_base, "rotary_scaling": a.rotary_scaling}
-        config |= {"attn_bias": a.qkv_bias, "mlp_bias": a.bias}
-        if name.startswith("Qwen2"):
-            config |= {"qwen_type": "qwen2"}
+    config |= engine.fields(a)
     if early_exit is not None:
         config["early_exit"] = dict(early_exit)
     return config
@@ -88,29 +87,15 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         KeyError: a field is missing.
     """
     learned = config["position_embedding_type"] == "learned_absolute"
-    bias = _bias_of(config, learned)
+    # OPT's class has all biases, GPT's a switch for all, the others one for query, key and value and one for the MLP.
+    bias = config.get("bias", True) if learned else config["mlp_bias"]
+    qkv_bias = not learned and config["attn_bias"]
     return Architecture(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_size"],
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
+        **{field: config[key] for field, key in _KEYS.items()},
         layer_norm=learned,
-        norm_epsilon=config["norm_epsilon"],
-        hidden_act=config["hidden_act"],
-        bias=bias,
-        qkv_bias=bias if learned else config["attn_bias"],
+        qk_norm=config.get("qwen_type") == "qwen3",
+        biases=ALL_LINEARS if bias else frozenset({QKV} if qkv_bias else ()),
         learned_positions=learned,
         rotary_base=config.get("rotary_base", 10000.0),
         rotary_scaling=config.get("rotary_scaling"),
-        tied=config["tie_word_embeddings"],
     )
-
-
-def _bias_of(config: Mapping[str, Any], learned: bool) -> bool:
-    if not learned:
-        return config["mlp_bias"]
-    return True if config["architecture"] == "OPTForCausalLM" else config["bias"]

@@ -19,13 +19,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nemo_ee.checkpoint.architecture import Architecture
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EMBEDDING, Origin
 from nemo_ee.export.model_origins import Model
-from nemo_ee.export.tensorrt_llm.unified_config import stock_class
-
-_POSITIONS = "embedding.position_embeddings.weight"
+from nemo_ee.export.source import Origin
+from nemo_ee.export.tensorrt_llm.unified_config import stock_family
+from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture
+from nemo_ee.families.tensors import (
+    ATTENTION_NORM,
+    FINAL_NORM,
+    K_NORM,
+    LINEARS,
+    MLP_NORM,
+    OUTPUT,
+    POSITIONS,
+    Q_NORM,
+    WORDS,
+    tensor_table,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,8 @@ def draft_refusal(architecture: Architecture, exit: ExitConfig) -> str | None:
     if exit.architecture == "embedding":
         return "an embedding exit has no norm, and no stock class can leave its final norm out"
     if architecture.learned_positions:
-        return f"draft models are written for Llama, Mistral and Qwen2, not for {stock_class(architecture)}"
+        name = stock_family(architecture).engine.architecture
+        return f"draft models are written for models with rotary positions, not for {name}"
     return None
 
 
@@ -87,84 +98,48 @@ def stage_of(layer: int, num_layers: int, pipeline_parallel: int) -> int:
 
 def readings(architecture: Architecture, model: Model, pipeline_parallel: int) -> list[Reading]:
     """Every canonical tensor to read, in the order in which files hold what is written from them."""
-    a, last = architecture, pipeline_parallel - 1
-    num_layers, norm_kinds = len(model.layers), ("weight", "bias") if a.layer_norm else ("weight",)
-    matrix, result = (a.vocab_size, a.hidden_size), []
-    embedding = "transformer.vocab_embedding.weight"
-    result.append(Reading(Origin("backbone", EMBEDDING), matrix, ((embedding, _whole),), (0,)))
-    if a.learned_positions:
-        shape, name = (a.max_position_embeddings, a.hidden_size), "transformer.position_embedding.weight"
-        result.append(Reading(Origin("backbone", _POSITIONS), shape, ((name, _whole),), (0,)))
-    for index, layer in enumerate(model.layers):
-        stage = stage_of(index + 1, num_layers, pipeline_parallel)
-        local = index - stage * (num_layers // pipeline_parallel)
-        result += _layer(a, layer, f"transformer.layers.{local}.", (stage,))
-    for kind in norm_kinds:
-        name = f"transformer.ln_f.{kind}"
-        result.append(Reading(model.final_norm(kind), (a.hidden_size,), ((name, _whole),), (last,)))
-    if model.output is not None:
-        result.append(Reading(model.output, matrix, (("lm_head.weight", _vocabulary),), (last,)))
-    for exit, output in model.exits:
-        stages = (stage_of(exit.layer, num_layers, pipeline_parallel),)
-        result += _exit_head(a, exit, output, norm_kinds, stages)
+    num_layers, names = len(model.layers), _names(architecture)
+    result = []
+    for part in model.parts(tensor_table(stock_family(architecture).names, architecture)):
+        place, key, prefix = part.place, part.key, ""
+        if place is None:
+            stage = 0 if key.startswith("embedding.") else pipeline_parallel - 1
+        elif isinstance(place, int):
+            stage = stage_of(place + 1, num_layers, pipeline_parallel)
+            prefix = f"transformer.layers.{place - stage * (num_layers // pipeline_parallel)}."
+        else:
+            stage, prefix = stage_of(place.layer, num_layers, pipeline_parallel), f"exit_heads.{place.name}."
+        if key.startswith("layer."):
+            prefix, key = f"{prefix}layer.", key.removeprefix("layer.")
+        written = tuple((f"{prefix}{name}", split) for name, split in names[key])
+        result.append(Reading(part.origin, part.tensor.shape, written, (stage,)))
     return result
 
 
-def _exit_head(
-    a: Architecture, exit: ExitConfig, output: Origin | None, norm_kinds: tuple[str, ...], stages: tuple[int, ...]
-) -> list[Reading]:
-    prefix, result = f"exit_heads.{exit.name}.", []
-    if exit.architecture == "mlp":
-        result += _mlp(a, lambda key: Origin("exit", f"{exit.name}.{key}"), prefix, stages)
-    if exit.architecture == "layer":
-        result += _layer(a, lambda key: Origin("exit", f"{exit.name}.layer.{key}"), f"{prefix}layer.", stages)
-    if exit.architecture != "embedding":
-        for kind in norm_kinds:
-            origin = Origin("exit", f"{exit.name}.norm.{kind}")
-            result.append(Reading(origin, (a.hidden_size,), ((f"{prefix}norm.{kind}", _whole),), stages))
-    if output is not None:
-        matrix = (a.vocab_size, a.hidden_size)
-        result.append(Reading(output, matrix, ((f"{prefix}unembed.weight", _vocabulary),), stages))
-    return result
-
-
-def _layer(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:
-    heads, groups, size, hidden = a.num_attention_heads, a.num_query_groups, a.kv_channels, a.hidden_size
-    qkv, proj = "self_attention.linear_qkv.", "self_attention.linear_proj."
-    rows, split = (heads + 2 * groups) * size, _query_key_value(heads, groups, size)
-    result = _norm(a, origin, f"{qkv}layer_norm_", f"{prefix}input_layernorm.", stages)
-    result.append(Reading(origin(f"{qkv}weight"), (rows, hidden), ((f"{prefix}attention.qkv.weight", split),), stages))
-    if a.qkv_bias:
-        result.append(Reading(origin(f"{qkv}bias"), (rows,), ((f"{prefix}attention.qkv.bias", split),), stages))
-    shape, name = (hidden, heads * size), f"{prefix}attention.dense."
-    result.append(Reading(origin(f"{proj}weight"), shape, ((f"{name}weight", _columns),), stages))
-    if a.bias:
-        result.append(Reading(origin(f"{proj}bias"), (hidden,), ((f"{name}bias", _whole),), stages))
-    return result + _mlp(a, origin, prefix, stages)
-
-
-def _mlp(a: Architecture, origin: Callable[[str], Origin], prefix: str, stages: tuple[int, ...]) -> list[Reading]:
-    hidden, ffn = a.hidden_size, a.ffn_hidden_size
+def _names(a: Architecture) -> dict[str, tuple[tuple[str, Split], ...]]:
+    """Canonical name in its place -> what is written from it there: name and split over the ranks."""
+    query_key_value = _query_key_value(a.num_attention_heads, a.num_query_groups, a.kv_channels)
     halves = (("fc", _half(0)), ("gate", _half(1))) if a.gated else (("fc", _rows),)
-    height = ffn * len(halves)
-    fc1, fc2 = "mlp.linear_fc1.", "mlp.linear_fc2."
-    result = _norm(a, origin, f"{fc1}layer_norm_", f"{prefix}post_layernorm.", stages)
-    for kind, shape in (("weight", (height, hidden)), ("bias", (height,))):
-        if kind == "weight" or a.bias:
-            written = tuple((f"{prefix}mlp.{name}.{kind}", split) for name, split in halves)
-            result.append(Reading(origin(f"{fc1}{kind}"), shape, written, stages))
-    name = f"{prefix}mlp.proj."
-    result.append(Reading(origin(f"{fc2}weight"), (hidden, ffn), ((f"{name}weight", _columns),), stages))
-    if a.bias:
-        result.append(Reading(origin(f"{fc2}bias"), (hidden,), ((f"{name}bias", _whole),), stages))
-    return result
-
-
-def _norm(
-    a: Architecture, origin: Callable[[str], Origin], key: str, name: str, stages: tuple[int, ...]
-) -> list[Reading]:
-    kinds = ("weight", "bias") if a.layer_norm else ("weight",)
-    return [Reading(origin(f"{key}{kind}"), (a.hidden_size,), ((f"{name}{kind}", _whole),), stages) for kind in kinds]
+    names = {
+        WORDS: (("transformer.vocab_embedding.weight", _whole),),
+        POSITIONS: (("transformer.position_embedding.weight", _whole),),
+        OUTPUT: (("lm_head.weight", _vocabulary),),
+        "output.weight": (("unembed.weight", _vocabulary),),
+        Q_NORM: (("attention.q_layernorm.weight", _whole),),  # over one head, so whole on every rank
+        K_NORM: (("attention.k_layernorm.weight", _whole),),
+    }
+    for kind, columns in (("weight", _columns), ("bias", _whole)):
+        names |= {
+            f"{ATTENTION_NORM}{kind}": ((f"input_layernorm.{kind}", _whole),),
+            f"{LINEARS[QKV]}{kind}": ((f"attention.qkv.{kind}", query_key_value),),
+            f"{LINEARS[PROJ]}{kind}": ((f"attention.dense.{kind}", columns),),
+            f"{MLP_NORM}{kind}": ((f"post_layernorm.{kind}", _whole),),
+            f"{LINEARS[FC1]}{kind}": tuple((f"mlp.{name}.{kind}", split) for name, split in halves),
+            f"{LINEARS[FC2]}{kind}": ((f"mlp.proj.{kind}", columns),),
+            f"{FINAL_NORM}{kind}": ((f"transformer.ln_f.{kind}", _whole),),
+            f"norm.{kind}": ((f"norm.{kind}", _whole),),
+        }
+    return names
 
 
 def _all_columns(shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nemo_ee.checkpoint.architecture import Architecture, read_architecture
-from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.early_exit_source import EarlyExitSource, Origin
-from nemo_ee.export.model_origins import draft_model, full_model
+from nemo_ee.checkpoint.nemo_config import read_architecture
+from nemo_ee.export.model_origins import described_model
 from nemo_ee.export.parity import parity_faults
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES, DTYPES
+from nemo_ee.export.safetensors_writer import header_faults
+from nemo_ee.export.source import EarlyExitSource, Origin
 from nemo_ee.export.tensorrt_llm.unified_checkpoint import part_of
-from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_class
+from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_family
 from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
 from nemo_ee.export.tensorrt_llm.unified_tensors import Reading, rank_shapes, readings
+from nemo_ee.families.architecture import Architecture
+from nemo_ee.runtime.loader import DTYPES
 from nemo_ee.text.json_values import read_json_object
 
 
@@ -51,8 +52,9 @@ def artefact_faults(
     tp, pp, dtype = sizes["tp_size"], sizes["pp_size"], DTYPES[config["dtype"]]
     if sizes["world_size"] != tp * pp:
         return [f"mapping: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}"]
-    if config["architecture"] != stock_class(architecture):
-        return [f"architecture: {config['architecture']}, but {stock_class(architecture)} computes what is described"]
+    computed_by = stock_family(architecture).engine.architecture
+    if config["architecture"] != computed_by:
+        return [f"architecture: {config['architecture']}, but {computed_by} computes what is described"]
     faults = [*_config_faults(config, _expected_architecture(architecture, artefact, source))]
     if source is not None:
         faults += _exit_table_faults(config, source)
@@ -62,7 +64,9 @@ def artefact_faults(
         if not path.is_file():
             faults.append(f"{path.name} is missing")
             continue
-        faults += [f"{path.name}: {fault}" for fault in _header_faults(path, shapes, dtype)]
+        with safe_open(path, framework="pt", device="cpu") as file:
+            wrong = header_faults(dict.fromkeys(file.keys(), file), shapes, dtype)
+            faults += [f"{path.name}: {fault}" for fault in wrong]
     if source is not None and not faults:
         faults += _weight_faults(folder, plan, source, dtype, tp, pp)
     if not faults:
@@ -115,8 +119,7 @@ def _exit_table_faults(config: dict[str, Any], source: EarlyExitSource) -> Itera
         if exit is None:
             yield f"config.json: early_exit names {row['name']!r}, which is no exit of the .nemo"
             continue
-        output = "own" if source.has_own_output(exit.name) else "backbone"
-        for field, value in (("layer", exit.layer), ("architecture", exit.architecture), ("output", output)):
+        for field, value in source.exit_row(exit).items():
             if row[field] != value:
                 yield f"config.json: early_exit: {exit.name}: {field} is {row[field]!r}, must be {value!r}"
 
@@ -126,31 +129,10 @@ def _plan(
 ) -> list[Reading]:
     """The readings of the checkpoint that a config.json describes; the origins are those of its export."""
     table = (config.get("early_exit") or {}).get("exits", [])
-    exits = [
-        (ExitConfig(e["name"], e["layer"], e["architecture"], "copy", "own"), e["output"] == "own") for e in table
-    ]
-    if artefact["exit"] is None:
-        write_output = not architecture.tied or world_size > 1
-        layers, tied = architecture.num_layers, architecture.tied
-        return readings(architecture, full_model(layers, exits, tied=tied, write_output=write_output), pp)
-    layers, shape = architecture.num_layers, artefact["architecture"]
-    exit = ExitConfig(artefact["exit"], layers - 1 if shape == "layer" else layers, shape, "copy", "own")
-    return readings(architecture, draft_model(exit), pp)
-
-
-def _header_faults(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[str]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        found = set(file.keys())
-        yield from (f"{name} is missing" for name in shapes if name not in found)
-        yield from (f"{name} does not belong there" for name in sorted(found - shapes.keys()))
-        for name, shape in shapes.items():
-            if name not in found:
-                continue
-            stored = file.get_slice(name)
-            if tuple(stored.get_shape()) != shape:
-                yield f"{name} has shape {stored.get_shape()}, must be {list(shape)}"
-            if stored.get_dtype() != DTYPE_NAMES[dtype]:
-                yield f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"
+    layers, tied = architecture.num_layers, architecture.tied
+    write_output = artefact["exit"] is not None or not tied or world_size > 1
+    model = described_model(artefact, table, layers, tied=tied, write_output=write_output)
+    return readings(architecture, model, pp)
 
 
 def _weight_faults(

@@ -71,6 +71,9 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
     local = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     local.submodules.input_layernorm = TorchNorm
     local.submodules.pre_mlp_layernorm = TorchNorm
+    if config.qk_layernorm:
+        heads = local.submodules.self_attention.submodules
+        heads.q_layernorm = heads.k_layernorm = TorchNorm
     if not transformer_engine:
         return BackboneSpecs(layer=local, norm=TorchNorm, local_layer=local)
     try:

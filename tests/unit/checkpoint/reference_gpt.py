@@ -29,6 +29,7 @@ def build_gpt(config: dict[str, Any]) -> Any:
         gated_linear_unit=config["activation"].endswith("glu"),
         add_bias_linear=config["bias"],
         add_qkv_bias=config["qkv_bias"],
+        qk_layernorm=config["qk_layernorm"],
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -44,7 +45,7 @@ def build_gpt(config: dict[str, Any]) -> Any:
     )
     model = GPTModel(
         config=transformer,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=norm),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=norm, qk_layernorm=config["qk_layernorm"]),
         vocab_size=-(-config["vocab_size"] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         max_sequence_length=config["encoder_seq_length"],
         share_embeddings_and_output_weights=config["share_embeddings_and_output_weights"],

@@ -14,6 +14,7 @@ from nemo_ee.checkpoint import fingerprint
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.nemo_config import nemo_config
 from tests.helpers.huggingface_models import save_tiny_model
 
 STACKED = "decoder.layers.mlp.linear_fc2.weight"
@@ -108,7 +109,7 @@ def test_a_saved_megatron_checkpoint_has_the_fingerprint_of_its_source(
 
     save_tiny_model(tmp_path / "hf", name, dtype=torch.float32)
     source = HuggingFaceSource(tmp_path / "hf")
-    gpt = build_gpt(source.backbone.nemo_config())
+    gpt = build_gpt(nemo_config(source.backbone))
     fill(gpt, source)
     (tmp_path / "weights").mkdir()
     dist_checkpointing.save({"state_dict": gpt.sharded_state_dict(prefix="model.")}, str(tmp_path / "weights"))

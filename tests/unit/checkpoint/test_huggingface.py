@@ -16,6 +16,8 @@ import torch
 
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, WeightSource
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.nemo_config import nemo_config
+from nemo_ee.families.architecture import QKV as QKV_LINEAR
 from tests.helpers.huggingface_models import TINY_MODELS, change_config, reference_logits, save_tiny_model
 from tests.unit.checkpoint.reference_gpt import build_gpt, fill, gpt_logits
 
@@ -43,7 +45,7 @@ class Changed:
 
 def _difference(source: HuggingFaceSource, model: Any, filled_from: WeightSource | None = None) -> float:
     """Largest difference of the two models' logits, relative to the largest logit."""
-    config = source.backbone.nemo_config()
+    config = nemo_config(source.backbone)
     gpt = build_gpt(config)
     keys = fill(gpt, filled_from or source)
     assert keys == source.keys().keys()
@@ -94,7 +96,7 @@ def test_control_a_wrong_config_value_shows_in_the_logits(
 ) -> None:
     model = save_tiny_model(tmp_path, name)
     source = HuggingFaceSource(tmp_path)
-    config = source.backbone.nemo_config()
+    config = nemo_config(source.backbone)
     assert config[key] != value
     gpt = build_gpt(config | {key: value})
     fill(gpt, source)
@@ -168,11 +170,11 @@ def test_rows_past_the_vocabulary_are_zeros_only_on_request(tmp_path: Path) -> N
 def test_biases_that_only_some_linears_have_are_completed_with_zeros(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "mlp", "llama-mlp-bias")
     source = HuggingFaceSource(tmp_path / "mlp")
-    assert source.backbone.bias and not source.backbone.nemo_config()["qkv_bias"]
+    assert source.backbone.bias and not nemo_config(source.backbone)["qkv_bias"]
     assert not source.read(PROJ_BIAS, (0, 0), source.keys()[PROJ_BIAS].shape).any()
     save_tiny_model(tmp_path / "qwen2", "qwen2")
     source = HuggingFaceSource(tmp_path / "qwen2")
-    assert source.backbone.qkv_bias and not source.backbone.bias and PROJ_BIAS not in source.keys()
+    assert source.backbone.biases == {QKV_LINEAR} and not source.backbone.bias and PROJ_BIAS not in source.keys()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
+from nemo_ee.checkpoint.nemo_config import nemo_config
+from nemo_ee.families.registry import FAMILIES
 from tests.helpers.huggingface_models import change_config, save_tiny_model, tiny_model
 
 WORDS = "embedding.word_embeddings.weight"
 REFUSED = [
-    ("llama", {"model_type": "gemma"}, "'gemma' is not supported; supported are llama, mistral, qwen2, gpt2, opt"),
+    ("llama", {"model_type": "gemma"}, "'gemma' is not supported; supported are llama, mistral, .*, gpt2"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' .* default, linear, llama3"),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
     ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
@@ -40,6 +42,8 @@ REFUSED = [
     ("mistral", {"sliding_window": 31}, "sliding_window: 31 is shorter than the sequence length 32.*at most 31"),
     ("mistral", {"sliding_window": "x"}, "sliding_window: 'x', must be a whole number or null"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window: 8 is"),
+    ("qwen3", {"attention_bias": True}, "attention_bias: true, a Qwen3 with biases is not supported"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window: 8 is"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: true"),
     ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn: true"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights: false"),
@@ -55,7 +59,7 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
-    for name in ("llama", "mistral", "qwen2", "gpt2", "opt"):
+    for name in FAMILIES:
         save_tiny_model(root / name, name)
     return root
 
@@ -75,8 +79,9 @@ def test_all_reasons_come_in_one_message(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "mistral", tmp_path / "model")
     changes = {"sliding_window": 4, "hidden_act": "relu", "rope_scaling": {"rope_type": "yarn"}, "vocab_size": None}
     change_config(tmp_path / "model", **changes)
-    with pytest.raises(ValueError, match="hidden_act.*sliding_window.*yarn.*vocab_size"):
+    with pytest.raises(ValueError) as caught:
         read_backbone(tmp_path / "model")
+    assert all(word in str(caught.value) for word in ("hidden_act", "sliding_window", "yarn", "vocab_size"))
 
 
 def test_a_window_is_no_fault_where_it_does_not_bite(saved: Path, tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ def test_a_window_is_no_fault_where_it_does_not_bite(saved: Path, tmp_path: Path
     change_config(tmp_path / "mistral", sliding_window=None)
     assert read_backbone(tmp_path / "mistral").sequence_length == 32
     change_config(tmp_path / "mistral", sliding_window=16)
-    config = read_backbone(tmp_path / "mistral", sequence_length=16).nemo_config()
+    config = nemo_config(read_backbone(tmp_path / "mistral", sequence_length=16))
     assert (config["encoder_seq_length"], config["max_position_embeddings"]) == (16, 32)
     with pytest.raises(ValueError, match="sequence length 33: must lie in 1..32"):
         read_backbone(tmp_path / "mistral", sequence_length=33)
@@ -98,7 +103,7 @@ def test_a_window_is_no_fault_where_it_does_not_bite(saved: Path, tmp_path: Path
     change_config(tmp_path / "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3)
     read_backbone(tmp_path / "qwen2")
     # Learned positions are stored: a shorter use does not cut them.
-    assert read_backbone(saved / "gpt2", sequence_length=8).nemo_config()["encoder_seq_length"] == 32
+    assert nemo_config(read_backbone(saved / "gpt2", sequence_length=8))["encoder_seq_length"] == 32
 
 
 def test_the_newer_spelling_of_rope_is_read(saved: Path, tmp_path: Path) -> None:
@@ -108,7 +113,7 @@ def test_the_newer_spelling_of_rope_is_read(saved: Path, tmp_path: Path) -> None
     del values["rope_theta"], values["rope_scaling"]
     values["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 12345.0}
     path.write_text(json.dumps(values))
-    config = read_backbone(tmp_path / "model").nemo_config()
+    config = nemo_config(read_backbone(tmp_path / "model"))
     assert (config["rotary_base"], config["seq_len_interpolation_factor"]) == (12345.0, 4.0)
     assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}
 

@@ -9,12 +9,16 @@ is kept and ignored without a word, and a field that is left out has a default t
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_ee.checkpoint.architecture import read_architecture
-from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config
+from nemo_ee.checkpoint.nemo_config import read_architecture
+from nemo_ee.export.tensorrt_llm import unified_config
+from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_family
+from nemo_ee.families.registry import FAMILIES
 
 # Arguments without a default, and `vocab_size`, without which no embedding can be made.
 REQUIRED = {
@@ -30,6 +34,7 @@ OURS = {"tie_word_embeddings", "early_exit"}
 ALLOWED = {
     "LlamaForCausalLM": {"mlp_bias", "attn_bias", "rotary_base", "rotary_scaling"},
     "Qwen2ForCausalLM": {"mlp_bias", "attn_bias", "rotary_base", "rotary_scaling", "qwen_type"},
+    "Qwen3ForCausalLM": {"mlp_bias", "attn_bias", "rotary_base", "rotary_scaling", "qwen_type"},  # from 1.0 on
     "GPTForCausalLM": {"gpt_variant", "bias", "rotary_pct", "rotary_base", "rotary_scaling"},
     "OPTForCausalLM": {"do_layer_norm_before"},
 }
@@ -81,6 +86,10 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**LLAMA, "qkv_bias": True},
         {**LLAMA_COMMON, "architecture": "Qwen2ForCausalLM", "attn_bias": True, "qwen_type": "qwen2"},
     ),
+    "qwen3": (
+        {**LLAMA, "qk_layernorm": True},
+        {**LLAMA_COMMON, "architecture": "Qwen3ForCausalLM", "attn_bias": False, "qwen_type": "qwen3"},
+    ),
     "gpt2": (
         {**GPT, "activation": "gelu"},
         {**GPT_COMMON, "architecture": "GPTForCausalLM", "hidden_act": "gelu", "gpt_variant": "gpt2", "bias": True},
@@ -113,6 +122,25 @@ def test_the_whole_file(name: str) -> None:
     assert architecture_of(config) == architecture
 
 
+def test_norms_and_biases_that_no_class_has_are_refused() -> None:
+    for changes, words in (
+        ({"qk_layernorm": True, "qkv_bias": True}, "biases in qkv, qk_layernorm=True"),
+        ({"qk_layernorm": True, "bias": True}, "biases in fc1, fc2, proj, qkv, qk_layernorm=True"),
+    ):
+        with pytest.raises(ValueError, match=f"no class of TensorRT-LLM computes this: {words}"):
+            stock_family(read_architecture({**LLAMA, **changes}, stored_rows=136, max_positions=None))
+
+
+def test_the_model_files_have_a_class_for_every_family_that_says_so() -> None:
+    files = Path(unified_config.__file__).with_name("files")
+    engine, pytorch = (runpy.run_path(str(files / f"tensorrt_llm_{name}.py")) for name in ("model", "pytorch_model"))
+    engines = [family.engine for family in FAMILIES.values() if family.engine is not None]
+    named = {own.early_exit: own.architecture for own in engines if own.early_exit is not None}
+    assert {name: architecture for name, (_, architecture) in engine["CLASSES"].items()} == named
+    able = {family.model_class for family in FAMILIES.values() if family.pytorch_early_exit}
+    assert set(pytorch["ARCHITECTURES"]) == able
+
+
 def test_a_draft_says_nothing_of_exits() -> None:
     architecture = read_architecture(LLAMA, stored_rows=136, max_positions=16)
     config = checkpoint_config(
@@ -126,4 +154,4 @@ def test_a_draft_says_nothing_of_exits() -> None:
 def test_control_the_tables_of_the_classes_differ() -> None:
     """A field of one class in the file of another is noticed."""
     fields = [expected.keys() - BASE - OURS for _, expected in EXPECTED.values()]
-    assert not fields[0] <= ALLOWED["GPTForCausalLM"] and not fields[4] <= ALLOWED["LlamaForCausalLM"]
+    assert not fields[0] <= ALLOWED["GPTForCausalLM"] and not fields[5] <= ALLOWED["LlamaForCausalLM"]

@@ -15,6 +15,7 @@ import torch
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.module_weights import load_shards
+from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
@@ -61,6 +62,7 @@ def transformer_config(config: dict[str, Any]) -> Any:
         gated_linear_unit=config["activation"].endswith("glu"),
         add_bias_linear=config["bias"],
         add_qkv_bias=config["qkv_bias"],
+        qk_layernorm=config["qk_layernorm"],
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -93,7 +95,7 @@ def build(
     from nemo_ee.megatron.model.layer_spec import backbone_specs
 
     source = HuggingFaceSource(directory)
-    config = source.backbone.nemo_config()
+    config = nemo_config(source.backbone)
     num_layers = config["num_layers"]
     early_exit = EarlyExitConfig.from_mapping({"exits": list(exits)}, num_layers=num_layers)
     stage, num_stages = (

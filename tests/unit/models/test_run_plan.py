@@ -98,6 +98,7 @@ def test_what_libraries_read_besides_the_yaml_is_let_through(cfg: DictConfig) ->
         "trainer.benchmark": True, "model.hidden_dropout": 0.1, "model.data.add_fim": False,
         "exp_manager.max_time_per_run": "00:01:00:00", "exp_manager.wandb_logger_kwargs.project": "exits",
         "model.mcore_customization_config.final_logit_softcapping": None, "model.vocab_size": 300,
+        "model.dist_ckpt_parallel_save": True, "model.nsys_profile.enabled": False, "cluster_type": "BCP",
     }  # fmt: skip
     assert run_plan.plan_run(change(cfg, **more)).model.hidden_dropout == 0.1
     assert "model.hidden_dropout='much' must be a finite number" in problems(

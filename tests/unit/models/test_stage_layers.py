@@ -102,7 +102,9 @@ def test_an_exit(model, shape, stage, entry) -> None:
 def test_control_other_sizes_are_noticed(model, shape) -> None:
     from nemo_ee.planning.cost_model import count_flops, layer_operations
 
-    other = dataclasses.replace(shape, ffn=shape.ffn + 1)
+    other = dataclasses.replace(
+        shape, model=dataclasses.replace(shape.model, ffn_hidden_size=shape.model.ffn_hidden_size + 1)
+    )
     assert sum(map(count_flops, layer_operations(other))) != sum(map(count_flops, layer_operations(shape)))
 
 
@@ -115,7 +117,7 @@ def test_parameters_of_an_exit(model, shape) -> None:
         trained = sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
         frozen = sum(matrix.numel() for matrix in matrices if not matrix.requires_grad)
         if head.exit.output != "own":  # the backbone's, which the stage keeps once
-            frozen += shape.hidden * shape.vocabulary
+            frozen += shape.model.hidden_size * shape.model.vocab_size
         assert exit_parameters(shape, head.exit) == (trained, frozen), head.exit.name
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.planning.cost_measurement import stopwatch
 from nemo_ee.planning.cost_model import (
     Attention,
@@ -26,9 +27,11 @@ from nemo_ee.planning.cost_model import (
 from nemo_ee.planning.tuning_estimate import LLAMA_2, Assumptions, Layout, shape_of
 
 # 3 tokens twice; QKV 8 x 16, attention output 8 x 8, gated MLP 8 x 20 and 10 x 8, output 8 x 32.
-SHAPE = ModelShape(
-    hidden=8, ffn=10, gated=True, heads=2, groups=1, head_dim=4, vocabulary=32, sequence=3, micro_batch=2
-)
+MODEL = Architecture(
+    num_layers=4, hidden_size=8, ffn_hidden_size=10, num_attention_heads=2, num_query_groups=1, kv_channels=4,
+    vocab_size=32, max_position_embeddings=3,
+)  # fmt: skip
+SHAPE = ModelShape(MODEL, sequence=3, micro_batch=2)
 QKV, OUT, MLP, VOCABULARY = 8 * 16, 8 * 8, 8 * 20 + 10 * 8, 8 * 32
 ATTENTION = 2 * 2 * (2 * 3 * 3 * 4 * 2)  # two products of 2 x 3 x 3 x 4 for each of 2 sequences
 
@@ -77,7 +80,7 @@ def test_frozen_weights_have_no_gradient_product() -> None:
 
 
 def test_tensor_parallelism_shares_everything_out() -> None:
-    shape = dataclasses.replace(SHAPE, groups=2)
+    shape = dataclasses.replace(SHAPE, model=dataclasses.replace(MODEL, num_query_groups=2))
     halved = dataclasses.replace(shape, tensor_parallel=2)
     assert 2 * flops(layer_operations(halved)) == flops(layer_operations(shape))
     assert 2 * flops(exit_operations(halved, exit_of("mlp"))) == flops(exit_operations(shape, exit_of("mlp")))

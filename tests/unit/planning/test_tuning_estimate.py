@@ -9,11 +9,11 @@ import dataclasses
 import pytest
 
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.families.architecture import Architecture
 from nemo_ee.planning.tuning_estimate import (
     LLAMA_2,
     Assumptions,
     Layout,
-    ModelSizes,
     all_reduces,
     estimate,
     fastest_layout,
@@ -22,7 +22,10 @@ from nemo_ee.planning.tuning_estimate import (
 )
 
 # Per layer: QKV and output 4 x 8 x 8, gated MLP 3 x 8 x 16; an mlp exit: 384 and the output 8 x 32.
-MODEL = ModelSizes(layers=4, hidden=8, ffn=16, gated=True, heads=2, groups=2, head_dim=4, vocabulary=32)
+MODEL = Architecture(
+    num_layers=4, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=2, kv_channels=4,
+    vocab_size=32, max_position_embeddings=16,
+)  # fmt: skip
 EXITS = (ExitConfig("e", 2, "mlp", "copy", "own"),)
 ATTENTION, MLP, OUTPUT = 4 * 8 * 8, 3 * 8 * 16, 8 * 32
 # 4 tokens a sequence; links and memory so fast that only products and one reduction count.

@@ -195,7 +195,7 @@ def test_pairs_are_reordered_within_each_head() -> None:
 def test_frequencies_are_transformers(name: str, tmp_path: Path) -> None:
     reference = save_tiny_model(tmp_path, name)
     model = load_model(tmp_path)
-    ours = inverse_frequencies(model.config.rope, model.config.head_dim)
+    ours = inverse_frequencies(model.architecture)
     assert torch.allclose(ours, reference.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
 
 

@@ -41,8 +41,8 @@ TABLES = {
     "pretrain_reference_model": files.PRETRAIN,
     "sweep_thresholds": training.SWEEP_THRESHOLDS,
 }
-# Read, and not in a yaml: the length of a schedule is the run's, unless a stored config says otherwise.
-NOT_IN_THE_YAML = {"model.optim.sched.max_steps"}
+# Read, and not in a yaml: the length of a schedule is the run's; the type of a cluster is NeMo's.
+NOT_IN_THE_YAML = {"model.optim.sched.max_steps", "cluster_type"}
 # The sweep's own keys, which its values take over.
 OF_THE_SWEEP = {"layer", "lora_lr", "lora_min_lr"}
 

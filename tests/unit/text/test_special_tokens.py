@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.text.special_tokens import end_of_text, end_of_text_of, prompt_ids, token_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "opt")
 TOKENIZER_ID = 7
 NO_FILE, NO_KEY = object(), object()
 

@@ -5,7 +5,7 @@
     trtllm-build --checkpoint_dir trtllm_ckpt --model_cls_file tensorrt_llm_model.py \
         --model_cls_name EarlyExitLlamaForCausalLM --workers 1 --reduce_fusion disable ...
 
-or EarlyExitQwen2ForCausalLM, by the `architecture` in trtllm_ckpt/config.json. Exits with a threshold in that file's
+or another name of `CLASSES`, by the `architecture` in trtllm_ckpt/config.json. Exits with a threshold in that file's
 `early_exit.thresholds` are built in; all others cost nothing. No real TensorRT-LLM has loaded this file.
 
 An engine has no branches per sequence. TensorRT's if-conditional decides once per step, so tokens leave at an exit iff
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 CLASSES = {
     "EarlyExitLlamaForCausalLM": ("LLaMAForCausalLM", "LlamaForCausalLM"),
     "EarlyExitQwen2ForCausalLM": ("QWenForCausalLM", "Qwen2ForCausalLM"),
+    "EarlyExitQwen3ForCausalLM": ("QWenForCausalLM", "Qwen3ForCausalLM"),  # TensorRT-LLM 1.0 and later
 }
 CRITERIA = ("max_probability", "entropy")
 EXIT_INDEX_OUTPUT = "early_exit_index"

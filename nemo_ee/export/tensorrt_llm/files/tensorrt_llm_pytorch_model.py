@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file gives Llama, Mistral and Qwen2 exits.
+"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file gives Llama, Mistral, Qwen2 and Qwen3
+exits.
 
     TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve hf_early_exit --backend pytorch \
         --custom_module_dirs hf_early_exit/early_exit_trtllm --extra_llm_api_options serve.yaml
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CRITERIA = ("max_probability", "margin", "entropy")
 FINAL = "final"
 LOG_EVERY = 1000  # decoding steps

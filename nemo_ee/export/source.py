@@ -1,7 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An early-exit `.nemo` opened for export: its config, exits and weights, low-rank updates folded in as they are read.
+"""An early-exit `.nemo` opened for export: its config, exits, weights and certificates.
 
+The file is opened once and its weights are read where they lie (a compressed one is unpacked when the first is read);
+low-rank updates are folded in as weights are read.
 Nothing is built and NeMo is not imported; one tensor of one layer is in memory at a time.
 """
 
@@ -11,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,12 +24,13 @@ from torch import Tensor
 from nemo_ee.certificates.validity import valid_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
 from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
-from nemo_ee.checkpoint.portable import backbone_of, read_plain_config
+from nemo_ee.checkpoint.portable import backbone_of, plain_config
 from nemo_ee.checkpoint.tensor_checks import is_finite
 from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, is_plain_file, special_token_ids
-from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
-from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.checkpoint.unpacked import readable, unpacked
+from nemo_ee.exits.config import EarlyExitConfig, ExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
+from nemo_ee.families.tensors import OUTPUT, POSITIONS, WORDS
 from nemo_ee.text.huggingface_json import without_code
 from nemo_ee.text.json_values import JsonError, read_json_object
 from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, token_of
@@ -34,7 +38,6 @@ from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, 
 logger = logging.getLogger(__name__)
 
 LORA_WEIGHTS = "lora_weights"
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _BLOCK_BYTES = 32 << 20
 
 
@@ -67,53 +70,70 @@ class EarlyExitSource:
 
     def __init__(self, path: str | Path, backbone: str | Path | None = None, *, option: str = "backbone") -> None:
         self.path = Path(path)
-        self.config = read_plain_config(self.path)
-        block = self.config.get("early_exit")
-        self.exits = EarlyExitConfig.from_mapping(block, num_layers=self.config["num_layers"])
-        self.fingerprint: str | None = self.config.get("backbone_fingerprint")
-        with NemoArchive(self.path) as archive:
-            if self.exits.exits and not archive.has(EXIT_WEIGHTS):
-                raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
-            self._folders = [
-                name for name in (MODEL_WEIGHTS, EXIT_WEIGHTS, LORA_WEIGHTS, TOKENIZER_FOLDER) if archive.has(name)
-            ]
-        self._backbone_path = backbone_of(self.path, backbone, option)
         self._stack = ExitStack()
-        self._certificates: list[dict[str, Any]] | None = None
-
-    def __enter__(self) -> EarlyExitSource:
         try:
-            self._open()
+            self._archive = self._base = self._stack.enter_context(NemoArchive(self.path))
+            self.config = plain_config(self._archive)
+            block = self.config.get("early_exit")
+            self.exits = EarlyExitConfig.from_mapping(block, num_layers=self.config["num_layers"])
+            self.fingerprint: str | None = self.config.get("backbone_fingerprint")
+            if self.exits.exits and not self._archive.has(EXIT_WEIGHTS):
+                raise ValueError(f"{self.path}: its config names exits, but there is no {EXIT_WEIGHTS}/ in it")
+            if not self._archive.has(MODEL_WEIGHTS):
+                self._base = self._stack.enter_context(NemoArchive(backbone_of(self.path, backbone, option)))
         except BaseException:
             self._stack.close()
             raise
+
+    def __enter__(self) -> EarlyExitSource:
         return self
 
     def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def _open(self) -> None:
-        own = base = self._stack.enter_context(open_nemo(self.path))
-        if self._backbone_path != self.path:
-            base = self._stack.enter_context(open_nemo(self._backbone_path))
-        self.backbone: WeightSource = ChunkReader(base.folder(MODEL_WEIGHTS))
-        if LORA_WEIGHTS in self._folders:
-            from nemo_ee.checkpoint.low_rank_weights import MergedSource  # imports Megatron-core
+    @cached_property
+    def _own(self) -> NemoArchive:
+        """The file, to read its weights where they lie."""
+        return self._stack.enter_context(readable(self._archive))
 
-            self.backbone = MergedSource(self.backbone, ChunkReader(own.folder(LORA_WEIGHTS), prefix=""))
-        self.exit_weights = ChunkReader(own.folder(EXIT_WEIGHTS), "exits.") if EXIT_WEIGHTS in self._folders else None
-        self.tokenizer: Path | None = None
-        if TOKENIZER_FOLDER in self._folders:
-            self.tokenizer = self._stack.enter_context(unpacked(own, [TOKENIZER_FOLDER])) / TOKENIZER_FOLDER
-        self._backbone_infos = self.backbone.keys()
-        self._exit_infos: dict[str, TensorInfo] = self.exit_weights.keys() if self.exit_weights else {}
+    @cached_property
+    def backbone(self) -> WeightSource:
+        """The backbone's weights."""
+        base = self._own if self._base is self._archive else self._stack.enter_context(readable(self._base))
+        weights = ChunkReader(base.folder(MODEL_WEIGHTS))
+        if not self._archive.has(LORA_WEIGHTS):
+            return weights
+        from nemo_ee.checkpoint.low_rank_weights import MergedSource  # imports Megatron-core
 
+        return MergedSource(weights, ChunkReader(self._own.folder(LORA_WEIGHTS), prefix=""))
+
+    @cached_property
+    def exit_weights(self) -> ChunkReader | None:
+        """The exits' weights; None in a file without exits."""
+        if not self._archive.has(EXIT_WEIGHTS):
+            return None
+        return ChunkReader(self._own.folder(EXIT_WEIGHTS), "exits.")
+
+    @cached_property
+    def tokenizer(self) -> Path | None:
+        """The folder of the bundled tokenizer, if there is one."""
+        if not self._archive.has(TOKENIZER_FOLDER):
+            return None
+        return self._stack.enter_context(unpacked(self._own, [TOKENIZER_FOLDER])) / TOKENIZER_FOLDER
+
+    @cached_property
+    def _backbone_infos(self) -> dict[str, TensorInfo]:
+        return self.backbone.keys()
+
+    @cached_property
+    def _exit_infos(self) -> dict[str, TensorInfo]:
+        return self.exit_weights.keys() if self.exit_weights else {}
+
+    @cached_property
     def certificates(self) -> list[dict[str, Any]]:
         """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
-        skipped layers are not `kv: carry`'s. Read once; ask before anything is written, since they may be damaged."""
-        if self._certificates is None:
-            self._certificates = [certificate.to_mapping() for certificate in valid_certificates(self.path)]
-        return self._certificates
+        skipped layers are not `kv: carry`'s. Read them before anything is written, since they may be damaged."""
+        return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
 
     def generation_config(self, vocab_size: int) -> dict[str, Any]:
         """The values of generation_config.json for every exported directory: the original model's, else what
@@ -151,9 +171,13 @@ class EarlyExitSource:
         """Canonical names of the backbone's tensors."""
         return {key for key in self._backbone_infos if "_extra_state" not in key and not key.startswith("exits.")}
 
+    def position_rows(self) -> int | None:
+        """Stored rows of learned positions; None without."""
+        return self._backbone_infos[POSITIONS].shape[0] if POSITIONS in self._backbone_infos else None
+
     def vocabulary_rows(self) -> int:
         """Stored rows of the word embeddings, padding included."""
-        return self._backbone_infos[EMBEDDING].shape[0] if EMBEDDING in self._backbone_infos else 0
+        return self._backbone_infos[WORDS].shape[0] if WORDS in self._backbone_infos else 0
 
     def shape(self, origin: Origin) -> tuple[int, ...] | None:
         """The stored shape of a tensor, without the layer axis; None where the file has no such tensor."""
@@ -172,7 +196,7 @@ class EarlyExitSource:
         if len({info.dtype for info in infos.values()}) > 1:
             logger.warning(
                 "%s: the backbone is stored as %s; all of it is written as %s, which dtype=... changes",
-                self._backbone_path, dtype_shares(infos), str(dtype).removeprefix("torch."),
+                self._base.path, dtype_shares(infos), str(dtype).removeprefix("torch."),
             )  # fmt: skip
         return dtype
 
@@ -210,7 +234,17 @@ class EarlyExitSource:
 
     def output_key(self) -> str:
         """Canonical name of the backbone's output matrix: its own or the word embeddings."""
-        return OUTPUT if OUTPUT in self._backbone_infos else EMBEDDING
+        return OUTPUT if OUTPUT in self._backbone_infos else WORDS
+
+    def exit_row(self, exit: ExitConfig) -> dict[str, Any]:
+        """What every table of exits says of one."""
+        return {
+            "name": exit.name,
+            "layer": exit.layer,
+            "architecture": exit.architecture,
+            "output": "own" if self.has_own_output(exit.name) else "backbone",
+            "tensors": f"exit_heads.{exit.name}.",
+        }
 
     def has_own_output(self, name: str) -> bool:
         """Whether an exit's output projection is another matrix than the backbone's."""

@@ -1,0 +1,68 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a file of a family says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_ee.families.architecture import Architecture
+from nemo_ee.families.config_reader import ConfigReader
+from nemo_ee.families.tensors import Names
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineClass:
+    """A class of TensorRT-LLM's engine backend (unified checkpoints, 0.20 to 1.2.1).
+
+    Attributes:
+        architecture: the class's name in a checkpoint's config.json.
+        computes: whether it computes an architecture.
+        fields: keys of config.json that only this class has.
+        early_exit: the class in `export/tensorrt_llm/files/tensorrt_llm_model.py` that adds exits to it, if any.
+    """
+
+    architecture: str
+    computes: Callable[[Architecture], bool]
+    fields: Callable[[Architecture], Mapping[str, Any]]
+    early_exit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of models that share a class of the transformers library.
+
+    Attributes:
+        model_type: transformers' name of the family.
+        model_class, config_class: transformers' classes.
+        names: where the tensors are stored.
+        keys: field of `Architecture` -> key of config.json, of those that are a number or a switch there too.
+        read: the architecture that a config.json describes; problems are collected in the reader.
+        other_keys: the other keys of a config.json that describe an architecture. They need not describe it well: they
+            are read back and compared.
+        chosen_for: whether a model of this architecture and of unknown origin is written as this family's.
+        droppable_final_norm: key of config.json that leaves the final norm out, where the class knows one.
+        engine: the class of TensorRT-LLM's engine backend; None = that of an earlier family, or none.
+        pytorch_early_exit: `export/tensorrt_llm/files/tensorrt_llm_pytorch_model.py` adds exits to TensorRT-LLM's own
+            PyTorch class, which is called as transformers' is.
+    """
+
+    model_type: str
+    model_class: str
+    config_class: str
+    names: Names
+    keys: Mapping[str, str]
+    read: Callable[[ConfigReader], Architecture]
+    other_keys: Callable[[Architecture], dict[str, Any]]
+    chosen_for: Callable[[Architecture], bool] = lambda a: True
+    droppable_final_norm: str | None = None
+    engine: EngineClass | None = None
+    pytorch_early_exit: bool = False
+
+    def stock_config(self, architecture: Architecture) -> dict[str, Any]:
+        """The values of a config.json that describe an architecture, class and family named."""
+        keyed = {key: getattr(architecture, field) for field, key in self.keys.items()}
+        named = {"model_type": self.model_type, "architectures": [self.model_class]}
+        return {**named, **keyed, **self.other_keys(architecture)}

@@ -1,0 +1,246 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Where each row of Megatron's canonical tensors lies in a stored model, as a table.
+
+Every canonical tensor is a column of row ranges of stored tensors, one below the other. So the query-key-value
+matrix, whose rows Megatron groups as [query heads of a group, its key, its value], a gated MLP's [gate; up], GPT-2's
+transposed matrices and OPT's positions that start at row 2 are all the same kind of thing: any chunk is read by
+reading the ranges it touches, and a stored tensor is written by the same ranges turned around.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture
+
+LAYERS = "decoder.layers."  # of a layer's canonical names
+WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
+FINAL_NORM, OUTPUT = "decoder.final_layernorm.", "output_layer.weight"
+# The canonical names of a layer's linears, and of the norms in front of the first and the third.
+LINEARS = {
+    QKV: "self_attention.linear_qkv.",
+    PROJ: "self_attention.linear_proj.",
+    FC1: "mlp.linear_fc1.",
+    FC2: "mlp.linear_fc2.",
+}
+ATTENTION_NORM, MLP_NORM = f"{LINEARS[QKV]}layer_norm_", f"{LINEARS[FC1]}layer_norm_"
+Q_NORM, K_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored tensor; its name in a layer is without the layer's prefix."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of a stored tensor (its columns, when transposed), or a constant where nothing is stored."""
+
+    stored: Stored | None
+    start: int
+    stop: int
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A canonical tensor: its shape (of one layer, without the layer axis) and its rows from top to bottom."""
+
+    shape: tuple[int, ...]
+    rows: tuple[Rows, ...]
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """The stored tensors it is made of, in the order of their first rows; empty for a constant."""
+        return tuple(dict.fromkeys(rows.stored for rows in self.rows if rows.stored is not None))
+
+    def rows_of(self, stored: Stored) -> tuple[int, int]:
+        """First and last + 1 of the rows of a stored tensor (its columns, when transposed) that it is made of."""
+        parts = [rows for rows in self.rows if rows.stored == stored]
+        return min(rows.start for rows in parts), max(rows.stop for rows in parts)
+
+    def under(self, prefix: str) -> Canonical:
+        """The same tensor of a place whose stored names begin with `prefix`."""
+        named = {stored: replace(stored, name=f"{prefix}{stored.name}") for stored in self.stored}
+        return replace(self, rows=tuple(replace(rows, stored=named.get(rows.stored)) for rows in self.rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """How a family calls its tensors. Those of a layer are without its prefix, linears and norms without `.weight`.
+
+    Attributes:
+        base: prefix that files of a bare model (without its output projection) lack.
+        layer: prefix of a layer, with {} for its index from 0.
+        qkv: query, key and value, or one linear that holds them one below the other.
+        fc1: the MLP's first matrix: gate and up of a gated one.
+        q_norm, k_norm: norms of query and key heads, where the family has them.
+        positions: learned positions, where the family has them; position p is row p + `position_offset`.
+        transposed: linears are stored as [in, out].
+        buffers: stored tensors that are no weights.
+    """
+
+    base: str
+    words: str
+    layer: str
+    attention_norm: str
+    qkv: tuple[str, ...]
+    proj: str
+    mlp_norm: str
+    fc1: tuple[str, ...]
+    fc2: str
+    final_norm: str
+    output: str = "lm_head.weight"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    positions: str | None = None
+    position_offset: int = 0
+    transposed: bool = False
+    buffers: str = r"(?!)"
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a stored tensor, named without `base`, is no weight."""
+        return re.fullmatch(self.buffers, name) is not None
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """The canonical tensors of a model by name.
+
+    Attributes:
+        layer: those of a layer, without `LAYERS`; their stored names are without the layer's prefix.
+        others: the others.
+        prefix: of a layer's stored names, with {} for its index from 0.
+    """
+
+    layer: dict[str, Canonical]
+    others: dict[str, Canonical]
+    prefix: str
+
+    def of_layer(self, index: int) -> dict[str, Canonical]:
+        """The tensors of one layer under their full stored names; `index` from 0."""
+        return {key: tensor.under(self.prefix.format(index)) for key, tensor in self.layer.items()}
+
+    def of_exit(self, architecture: str, own_output: bool) -> dict[str, Canonical]:
+        """The tensors of an exit head by their canonical names within it, beside a model of this family.
+
+        They are named like those of a layer; the norm is `norm`, the output projection `unembed`.
+
+        Args:
+            architecture: as in `nemo_ee.exits.config.ExitConfig`.
+            own_output: it has an output projection of its own.
+        """
+        found: dict[str, Canonical] = {}
+        if architecture == "mlp":
+            found |= {key: tensor for key, tensor in self.layer.items() if key.startswith("mlp.")}
+        if architecture == "layer":
+            found |= {f"layer.{key}": tensor.under("layer.") for key, tensor in self.layer.items()}
+        if architecture != "embedding":
+            for key, tensor in self.others.items():
+                name = f"norm.{key.removeprefix(FINAL_NORM)}"
+                if key.startswith(FINAL_NORM):
+                    found[name] = _whole(name, *tensor.shape) if tensor.stored else tensor
+        if own_output:
+            found["output.weight"] = _whole("unembed.weight", *self.others[WORDS].shape)
+        return found
+
+
+def tensor_table(names: Names, a: Architecture) -> TensorTable:
+    """The canonical tensors of a model whose family has these names."""
+    heads = [a.num_attention_heads * a.kv_channels] + [a.num_query_groups * a.kv_channels] * 2
+    matrix, hidden = (a.vocab_size, a.hidden_size), a.hidden_size
+    parts = {  # linear -> (its stored parts with their heights, the columns of its matrix)
+        QKV: (_parts(names.qkv, heads), hidden),
+        PROJ: (_parts((names.proj,), [hidden]), a.proj_columns),
+        FC1: (_parts(names.fc1, [a.ffn_hidden_size] * (1 + a.gated)), hidden),
+        FC2: (_parts((names.fc2,), [hidden]), a.ffn_hidden_size),
+    }
+    norms = {QKV: (ATTENTION_NORM, names.attention_norm), FC1: (MLP_NORM, names.mlp_norm)}
+    layer: dict[str, Canonical] = {}
+    for linear, (stored, columns) in parts.items():
+        key = LINEARS[linear]
+        if linear in norms:
+            layer |= _norm(a, *norms[linear])
+        layer[f"{key}weight"] = _linear(a, linear, stored, "weight", (columns,), names.transposed)
+        bias = _linear(a, linear, stored, "bias")
+        if linear in a.biases:
+            layer[f"{key}bias"] = bias
+        elif a.bias:  # Megatron has one switch for all of them
+            layer[f"{key}bias"] = _constant(0.0, *bias.shape)
+    if a.qk_norm:
+        assert names.q_norm is not None and names.k_norm is not None, "a family without query and key norms"
+        layer[Q_NORM] = _whole(f"{names.q_norm}.weight", a.kv_channels)
+        layer[K_NORM] = _whole(f"{names.k_norm}.weight", a.kv_channels)
+    others = {WORDS: _whole(names.words, *matrix)}
+    if names.positions is not None:
+        first, last = names.position_offset, names.position_offset + a.max_position_embeddings
+        stored = Stored(names.positions, (last, hidden))
+        others[POSITIONS] = Canonical((last - first, hidden), (Rows(stored, first, last),))
+    others |= _norm(a, FINAL_NORM, names.final_norm)
+    if not a.tied:
+        others[OUTPUT] = _whole(names.output, *matrix)
+    return TensorTable(layer, others, names.layer)
+
+
+def _parts(names: tuple[str, ...], heights: list[int]) -> list[tuple[str, list[int]]]:
+    """Stored linears with the heights of the parts that each holds."""
+    if len(names) == len(heights):
+        return [(name, [height]) for name, height in zip(names, heights, strict=True)]
+    (name,) = names
+    return [(name, heights)]
+
+
+def _linear(
+    a: Architecture,
+    linear: str,
+    parts: list[tuple[str, list[int]]],
+    kind: str,
+    columns: tuple[int, ...] = (),
+    transposed: bool = False,
+) -> Canonical:
+    """A linear's matrix or bias: its parts one below the other, those of `QKV` in Megatron's order."""
+    rows = []
+    for name, heights in parts:
+        shape = (sum(heights), *columns)
+        stored, start = Stored(f"{name}.{kind}", shape[::-1] if transposed else shape, transposed), 0
+        for height in heights:
+            rows.append(Rows(stored, start, start + height))
+            start += height
+    if linear == QKV:
+        rows = _by_group(a, *rows)
+    return Canonical((sum(part.stop - part.start for part in rows), *columns), tuple(rows))
+
+
+def _by_group(a: Architecture, query: Rows, key: Rows, value: Rows) -> list[Rows]:
+    """Query, key and value rows in Megatron's order: per group its query heads, its key head, its value head."""
+    size, groups = a.kv_channels, a.num_query_groups
+    per_group = a.num_attention_heads // groups * size
+    return [
+        Rows(rows.stored, rows.start + group * height, rows.start + (group + 1) * height)
+        for group in range(groups)
+        for rows, height in ((query, per_group), (key, size), (value, size))
+    ]
+
+
+def _norm(a: Architecture, key: str, name: str) -> dict[str, Canonical]:
+    constants = {"weight": 1.0, "bias": 0.0}
+    return {
+        f"{key}{kind}": _whole(f"{name}.{kind}", a.hidden_size)
+        if a.norm_affine
+        else _constant(constants[kind], a.hidden_size)
+        for kind in (("weight", "bias") if a.layer_norm else ("weight",))
+    }
+
+
+def _whole(name: str, *shape: int) -> Canonical:
+    return Canonical(shape, (Rows(Stored(name, shape), 0, shape[0]),))
+
+
+def _constant(value: float, *shape: int) -> Canonical:
+    return Canonical(shape, (Rows(None, 0, shape[0], value),))
