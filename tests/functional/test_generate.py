@@ -274,7 +274,8 @@ def test_faults_that_the_file_shows_come_before_its_weights_and_at_once(mode, mo
     message = str(caught.value)
     assert "'one-mpl', which the model does not have (did you mean one-mlp?)" in message
     assert "prompt 0 ('') has no tokens; write something or set add_BOS=True" in message
-    assert re.search(r"prompt 1: \d+ prompt tokens \+ tokens_to_generate = 20 are more than .*; shorten the", message)
+    too_long = r"prompt 1: \d+ prompt tokens \+ tokens_to_generate = 20 are more than the model's 32 positions; "
+    assert re.search(too_long + r"shorten the prompt by at least \d+ tokens", message)
     assert "prompt 2" not in message
 
 
