@@ -76,10 +76,11 @@ def test_an_export(mode: str) -> None:
     assert answers == ANSWERS[f"complete-{mode}"]
 
 
-def test_the_code_in_an_export() -> None:
+def test_the_code_in_an_export(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    directory = EARLIER / "export" / "hf_early_exit"
+    # transformers names a directory's modules after its last folder, once per process: not that of today's exports
+    directory = shutil.copytree(EARLIER / "export" / "hf_early_exit", tmp_path / "hf_early_exit_of_9a1bd94")
     prompt = torch.tensor([load_tokenizer(directory)(PROMPTS[0])["input_ids"]])
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     ids = model.generate(prompt, max_new_tokens=NEW_TOKENS, eos_token_id=None, early_exit_threshold=THRESHOLD)
