@@ -62,8 +62,8 @@ def time_sides(generator: Any, options: argparse.Namespace) -> dict[str, Any]:
     from nemo_ee.generation.engine import EarlyExitEngine
     from nemo_ee.generation.policy import ExitPolicy
 
-    if options.fill_ahead is not None:
-        generator.model.fill_ahead = options.fill_ahead or None
+    if options.run_pending_after is not None:
+        generator.model.run_pending_after = options.run_pending_after or None
     engine = EarlyExitEngine(generator.model)
     policies = {f"early_exit_{number:g}": ExitPolicy(number, active=options.exits) for number in options.thresholds}
     sides: dict[str, dict[str, Any]] = {

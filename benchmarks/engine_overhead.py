@@ -26,8 +26,8 @@ import torch  # isort: skip  # after the path is set
 
 from benchmarks.measure import median_of_ratios, provenance
 from benchmarks.plain_decoding import PlainDecoder
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 
@@ -53,7 +53,7 @@ class Nothing:
     def truncate(self, sequence: int, length: int) -> None:
         """Nothing is kept."""
 
-    def embed(self, tokens: torch.Tensor, items: Any) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, positions: Any) -> torch.Tensor:
         """Zeros."""
         return self.hidden[: tokens.shape[0]]
 
@@ -61,10 +61,10 @@ class Nothing:
         """What it is given."""
         return hidden
 
-    def observe_exit(self, *call: Any) -> None:
+    def write_exit_kv(self, *call: Any) -> None:
         """Nothing."""
 
-    def exit_logits(self, name: str | None, hidden: torch.Tensor, items: Any, cache: Any) -> torch.Tensor:
+    def exit_logits(self, name: str | None, hidden: torch.Tensor, positions: Any, cache: Any) -> torch.Tensor:
         """Always the same."""
         return (self.sure_logits if name in self.sure else self.unsure_logits)[: hidden.shape[0]]
 
@@ -75,16 +75,16 @@ CASES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...], dict[str, Any]]]
     "full": ((None,), SHORT, {"mode": "full"}),
     "static_depth": (("layer6",), SHORT, {"mode": "static_depth", "policy": ExitPolicy(1.0, active=("layer6",))}),
     "early_exit_never_sure": ((), SHORT, {"policy": ExitPolicy(0.9)}),
-    "early_exit_sure_at_first": ((None, "layer3"), SHORT, {"policy": ExitPolicy(0.9, max_waiting=8)}),
-    "early_exit_sure_at_last": ((None, "layer9"), SHORT, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    "early_exit_sure_at_first": ((None, "layer3"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
+    "early_exit_sure_at_last": ((None, "layer9"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "self_speculative": (
-        (None, "layer3"), SHORT, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_waiting=4)},
+        (None, "layer3"), SHORT, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_pending_tokens=4)},
     ),
-    "early_exit_batch_8": ((None, "layer3"), SHORT * 8, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    "early_exit_batch_8": ((None, "layer3"), SHORT * 8, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     # Nothing may grow with the text that is there already.
-    "early_exit_long_context": ((None, "layer3"), LONG, {"policy": ExitPolicy(0.9, max_waiting=8)}),
+    "early_exit_long_context": ((None, "layer3"), LONG, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "self_speculative_long_context": (
-        (None, "layer3"), LONG, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_waiting=4)},
+        (None, "layer3"), LONG, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_pending_tokens=4)},
     ),
 }  # fmt: skip
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.touched_weights import CountingModel
-from nemo_ee.generation.descent import Descent, Feed
-from nemo_ee.generation.exit_table import ExitTable, TablePass
-from nemo_ee.generation.items import Items
-from nemo_ee.generation.policy import ExitPolicy, course_of
+from nemo_ee.generation.decoding_model import TokenPositions
+from nemo_ee.generation.exit_trace import ExitTrace, TracePass
+from nemo_ee.generation.policy import ExitPolicy, plan_exits
+from nemo_ee.generation.staged_forward import StagedForward, TokenInput
 
 THRESHOLDS = tuple(number / 100 for number in range(20, 100, 2)) + (0.99, 0.995, 0.998)
 Outcome = tuple[float, float, tuple[float, ...]]  # (mean excess in nats, seconds, thresholds)
@@ -46,18 +46,18 @@ class Forced:
 @torch.inference_mode()
 def force(model: CountingModel, tokens: Sequence[int], policy: ExitPolicy | None) -> Forced:
     """Feed `tokens` one by one; the first is read from the final exit, as a prompt is. `policy`: None = full depth."""
-    course = course_of("full" if policy is None else "early_exit", policy, model.exits, model.num_layers)
-    descent = Descent(model, model.new_cache(1, len(tokens), course.exit_names))
-    descent.admit(0, course)
+    plan = plan_exits("full" if policy is None else "early_exit", policy, model.exits, model.num_layers)
+    forward = StagedForward(model, model.new_cache(1, len(tokens), plan.exit_names))
+    forward.admit(0, plan)
     before, result = model.touched, Forced([], [], [], 0)
     for position, (token, target) in enumerate(itertools.pairwise(tokens)):
-        cap = course.max_waiting
-        may_leave = position > 0 and bool(course.exits) and (cap is None or descent.waiting(0) < cap)
-        (reading,) = descent.step({0: Feed(position, (token,), may_leave)})
-        row = reading.logits[0]
+        cap = plan.max_pending_tokens
+        allow_exit = position > 0 and bool(plan.exits) and (cap is None or forward.num_pending(0) < cap)
+        (output,) = forward.step({0: TokenInput(position, (token,), allow_exit)})
+        row = output.logits[0]
         result.logprobs.append(float(row[target] - row.logsumexp(dim=0)))
         result.choices.append(int(row.argmax()))
-        result.layers.append(reading.layer)
+        result.layers.append(output.layer)
     return Forced(result.logprobs, result.choices, result.layers, model.touched - before)
 
 
@@ -95,8 +95,8 @@ class PolicyChoice:
     """
 
     def __init__(self, model: Any, windows: Sequence[Sequence[int]]) -> None:
-        passes = TablePass(model, None, "max_probability")
-        table = ExitTable.join([passes.run([own], [1]) for own in windows])
+        passes = TracePass(model, None, "max_probability")
+        table = ExitTrace.join([passes.run([own], [1]) for own in windows])
         asked = table.valid.clone()
         asked[:, 0] = False  # the first token of a window is the final exit's under every policy
         self.names = [point.name for point in table.exits]
@@ -199,13 +199,13 @@ def _measured_costs(model: Any) -> dict[str | None, float]:
     names = tuple(point.name for point in model.exits)
     cache, bottom, calls = model.new_cache(1, 256, names), 2 * model.num_layers, {}
     for rows in (1, FILLED):
-        items = Items.of({0: range(256 - rows, 256)})
-        hidden = model.embed(torch.ones(rows, dtype=torch.long), items)
-        calls[rows] = lambda hidden=hidden, items=items: model.run(hidden, items, 0, bottom, cache)
+        positions = TokenPositions.of({0: range(256 - rows, 256)})
+        hidden = model.embed(torch.ones(rows, dtype=torch.long), positions)
+        calls[rows] = lambda hidden=hidden, positions=positions: model.run(hidden, positions, 0, bottom, cache)
         if rows == 1:
             for name in (*names, None):
-                calls[name] = lambda name=name, hidden=hidden, items=items: (
-                    model.exit_logits(name, hidden, items, cache).softmax(dim=1).max().item()
+                calls[name] = lambda name=name, hidden=hidden, positions=positions: (
+                    model.exit_logits(name, hidden, positions, cache).softmax(dim=1).max().item()
                 )
     # The least of many, in turns: what is chosen should not depend on what else the machine does.
     costs = dict.fromkeys(calls, math.inf)

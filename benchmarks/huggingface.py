@@ -77,14 +77,14 @@ class Sides:
     @torch.inference_mode()
     def by_loop(self, prompt: list[int]) -> list[int]:
         """The runtime without the engine."""
-        from nemo_ee.generation.items import Items
+        from nemo_ee.generation.decoding_model import TokenPositions
 
         model, end, tokens = self.runtime, 2 * self.runtime.num_layers, []
         cache, positions, feed = model.new_cache(1, len(prompt) + self.new_tokens, ()), range(len(prompt)), prompt
         while len(tokens) < self.new_tokens:
-            items = Items.of({0: positions})
-            hidden = model.run(model.embed(torch.tensor(feed), items), items, 0, end, cache)
-            tokens.append(int(model.exit_logits(None, hidden[-1:], items, cache).argmax()))
+            positions = TokenPositions.of({0: positions})
+            hidden = model.run(model.embed(torch.tensor(feed), positions), positions, 0, end, cache)
+            tokens.append(int(model.exit_logits(None, hidden[-1:], positions, cache).argmax()))
             positions, feed = range(positions.stop, positions.stop + 1), tokens[-1:]
         return tokens
 

@@ -52,14 +52,14 @@ def propagated(
     model: RuntimeModel, texts: Sequence[Sequence[int]], context: int, policy: ExitPolicy, batch_size: int
 ) -> Quality:
     """`kv: propagate`, `batch_size` texts of equal length at a time."""
-    asked = policy.asked_exits(model.exits)
+    asked = policy.evaluated_exits(model.exits)
     layers = {exit.point.name: exit.point.layer for exit in asked} | {None: model.num_layers}
     surprise, depth, count = 0.0, 0, 0
     for first in range(0, len(texts), batch_size):
         group = texts[first : first + batch_size]
         length = len(group[0])
         batch = PropagatingBatch(model, asked, policy.criterion, len(group), length)
-        exit, logits = batch.feed({i: (0, text[:context]) for i, text in enumerate(group)}, asking=False)
+        exit, logits = batch.feed({i: (0, text[:context]) for i, text in enumerate(group)}, evaluating=False)
         for position in range(context, length):
             targets = torch.tensor([text[position] for text in group], device=logits.device)
             surprise += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
@@ -67,7 +67,7 @@ def propagated(
             count += len(group)
             if position + 1 < length:
                 step = {i: (position, [text[position]]) for i, text in enumerate(group)}
-                exit, logits = batch.feed(step, asking=True)
+                exit, logits = batch.feed(step, evaluating=True)
     return Quality(math.exp(surprise / count), depth / count)
 
 

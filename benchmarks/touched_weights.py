@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.runtime.exported_model import ExportedModel
 from nemo_ee.runtime.model import RuntimeModel
 
@@ -44,13 +44,13 @@ class CountingModel:
         """Everything else is the model's."""
         return getattr(self._model, name)
 
-    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: Any) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: Any) -> Tensor:
         """See `DecodingModel.run`; odd half layers are attention, even ones MLPs."""
         a, num_mlps = self._model.architecture, stop // 2 - start // 2
         self.touched += num_mlps * a.mlp_size + (stop - start - num_mlps) * a.attention_size
-        return self._model.run(hidden, items, start, stop, cache)
+        return self._model.run(hidden, positions, start, stop, cache)
 
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: Any) -> Tensor:
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: Any) -> Tensor:
         """See `DecodingModel.exit_logits`."""
         self.touched += self._heads[name]
-        return self._model.exit_logits(name, hidden, items, cache)
+        return self._model.exit_logits(name, hidden, positions, cache)

@@ -84,7 +84,7 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
         depth += scored.stats.mean_depth * scored.stats.num_tokens
         # `update` keeps the exits that no token left at; `+` would drop them.
         counts.update(scored.stats.tokens_per_exit)
-        asked.update(scored.stats.asked)
+        asked.update(scored.stats.evaluations)
     return {
         "perplexity": math.exp(-total / tokens),
         "depth": depth / tokens,

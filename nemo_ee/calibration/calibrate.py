@@ -43,9 +43,9 @@ from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored
 from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.confidence import NEVER_LEAVES
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
-from nemo_ee.generation.exit_table import ExitTable, TablePass
-from nemo_ee.generation.items import DecodingModel
+from nemo_ee.generation.exit_trace import ExitTrace, TracePass
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
@@ -225,7 +225,10 @@ class Calibrator:
         """The policy with these thresholds."""
         named = {point.name: value for point, value in zip(self.exits, thresholds, strict=True)}
         return ExitPolicy(
-            named, criterion=self.request.criterion, active=tuple(named), max_waiting=self.request.max_waiting
+            named,
+            criterion=self.request.criterion,
+            active=tuple(named),
+            max_pending_tokens=self.request.max_pending_tokens,
         )
 
     def _sampling(self, index: int) -> SamplingParams:
@@ -250,8 +253,8 @@ class Calibrator:
             for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0)
         ]
 
-    def _table(self, full: Sequence[GenerationResult]) -> ExitTable:
-        run = TablePass(self.model, [point.name for point in self.exits], self.request.criterion)
+    def _table(self, full: Sequence[GenerationResult]) -> ExitTrace:
+        run = TracePass(self.model, [point.name for point in self.exits], self.request.criterion)
         tables, first = [], 0
         for result in tqdm(full, desc="all exits, batches", mininterval=1.0):
             own = self.prompts.ids[first : first + len(result.tokens)]
@@ -259,10 +262,10 @@ class Calibrator:
             sampling = [self._sampling(first + index) for index in range(len(own))]
             tables.append(run.run(sequences, [len(prompt) for prompt in own], sampling))
             first += len(own)
-        return ExitTable.join(tables)
+        return ExitTrace.join(tables)
 
-    def _simulate(self, table: ExitTable) -> Measure:
-        return measure_on(table, self.request.risk, self.request.clip_nats, self.request.max_waiting)
+    def _simulate(self, table: ExitTrace) -> Measure:
+        return measure_on(table, self.request.risk, self.request.clip_nats, self.request.max_pending_tokens)
 
     def _measure_task(self, full: Sequence[GenerationResult]) -> Measure:
         """Losses of the task risk: what the full model scores more than the policy, decoded freely."""
@@ -373,7 +376,7 @@ def _certificate(
         setting=dataclasses.replace(request.setting, stop_tokens=tuple(sorted(stops)) or None),
         criterion=request.criterion,
         thresholds={} if chosen is None else chosen["thresholds"],
-        max_waiting=request.max_waiting,
+        max_pending_tokens=request.max_pending_tokens,
         guarantee=guarantee,
         data={**prompts.facts, "num_tested": report["num_tested"], "split": request.split},
         free_running=report["free_running"],

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.generation.checks import token_faults
+from nemo_ee.generation.validation import token_problems
 from nemo_ee.text.text_files import (
     MAX_DOCUMENT_BYTES,
     data_prefix,
@@ -125,7 +125,7 @@ def make_prompts(
     for number, entry in enumerate(entries):
         ids = list(to_ids(entry.text))
         if vocab_size is not None and ids:
-            faults += token_faults(vocab_size, f"prompt {number}", ids)
+            faults += token_problems(vocab_size, f"prompt {number}", ids)
         if entry.is_document:
             pieces = _pieces(ids, bos, prompt_tokens, prompts_per_document, chance)
             short += not pieces

@@ -47,7 +47,7 @@ class CalibrationRequest:
         risk, epsilon, delta: what is to hold.
         clip_nats: of `nll_excess`: the mean excess that counts as risk 1.
         answer_until: of `task`: an answer ends before this text; None = it is compared whole.
-        criterion, grid, exits, max_waiting: the policies; the grid from the safest to the fastest.
+        criterion, grid, exits, max_pending_tokens: the policies; the grid from the safest to the fastest.
         split: share of the prompts that find an order of policies with a threshold per exit; 0 = one threshold for
             all exits, and every prompt tests.
         setting, sampling: how the model runs.
@@ -73,7 +73,7 @@ class CalibrationRequest:
     criterion: str
     grid: tuple[float, ...]
     exits: tuple[str, ...] | None
-    max_waiting: int | None
+    max_pending_tokens: int | None
     split: float
     setting: Setting
     sampling: SamplingParams
@@ -115,7 +115,7 @@ class CalibrationRequest:
             certificate=config["certificate"] or None,
             **{key: config[key] for key in (
                 "prompt_tokens", "prompts_per_document", "num_prompts", "risk", "epsilon", "delta", "clip_nats",
-                "answer_until", "criterion", "max_waiting", "free_running", "batch_size", "seed",
+                "answer_until", "criterion", "max_pending_tokens", "free_running", "batch_size", "seed",
             )},
         )  # fmt: skip
 
@@ -169,7 +169,9 @@ def _grid(config: Mapping[str, Any], faults: list[str]) -> tuple[float, ...]:
         return ()
     try:
         for value in given:
-            ExitPolicy(value, criterion=criterion, active=config["exits"], max_waiting=config["max_waiting"])
+            ExitPolicy(
+                value, criterion=criterion, active=config["exits"], max_pending_tokens=config["max_pending_tokens"]
+            )
     except ValueError as fault:
         faults.append(f"grid: {fault}")
         return ()
@@ -178,7 +180,9 @@ def _grid(config: Mapping[str, Any], faults: list[str]) -> tuple[float, ...]:
 
 def _check_risk(config: Mapping[str, Any], faults: list[str]) -> None:
     try:
-        ExitPolicy(0.5, criterion=config["criterion"], active=config["exits"], max_waiting=config["max_waiting"])
+        ExitPolicy(
+            0.5, criterion=config["criterion"], active=config["exits"], max_pending_tokens=config["max_pending_tokens"]
+        )
     except ValueError as fault:
         faults.append(str(fault))
     if config["risk"] == "task" and config["split"]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.calibration.risk_control import fixed_sequence, hoeffding_bentkus_p_value, mean_loss, pareto_order
-from nemo_ee.generation.exit_table import ExitTable
+from nemo_ee.generation.exit_trace import ExitTrace
 
 # Policies that `split` may compare while it looks for an order.
 MOST_CANDIDATES = 4096
@@ -83,7 +83,7 @@ def fastest(results: Sequence[PolicyResult]) -> PolicyResult | None:
     return min((one for one in results if one.certified), key=lambda one: one.mean_depth, default=None)
 
 
-def table_losses(table: ExitTable, choice: torch.LongTensor, risk: str, clip_nats: float) -> Tensor:
+def table_losses(table: ExitTrace, choice: torch.LongTensor, risk: str, clip_nats: float) -> Tensor:
     """Losses of every prompt `[n]`, fp64, in [0, 1], of a risk that a table can simulate.
 
     Args:
@@ -95,11 +95,11 @@ def table_losses(table: ExitTable, choice: torch.LongTensor, risk: str, clip_nat
     return (table.nll_excess(choice) / clip_nats).clamp(0.0, 1.0)
 
 
-def measure_on(table: ExitTable, risk: str, clip_nats: float, max_waiting: int | None) -> Measure:
+def measure_on(table: ExitTrace, risk: str, clip_nats: float, max_pending_tokens: int | None) -> Measure:
     """A `Measure` that simulates on a table."""
 
     def measure(thresholds: Sequence[float]) -> tuple[Tensor, float]:
-        choice = table.choices(thresholds, max_waiting)
+        choice = table.choices(thresholds, max_pending_tokens)
         tokens = table.valid.sum(dim=1)
         depth = (table.depth(choice) * tokens).sum() / tokens.sum()
         return table_losses(table, choice, risk, clip_nats), depth.item()

@@ -101,7 +101,7 @@ class Certificate:
         created: date, ISO 8601.
         model: the fingerprints.
         setting: how it was run.
-        criterion, thresholds, max_waiting: the policy; no thresholds = full depth.
+        criterion, thresholds, max_pending_tokens: the policy; no thresholds = full depth.
         guarantee: the promise.
         data: sha256, num_prompts, and how the prompts came about.
         free_running: measured, not promised.
@@ -113,7 +113,7 @@ class Certificate:
     setting: Setting
     criterion: str
     thresholds: Mapping[str, float]
-    max_waiting: int | None
+    max_pending_tokens: int | None
     guarantee: Guarantee
     data: Mapping[str, Any]
     free_running: Mapping[str, Any] | None = None
@@ -125,7 +125,7 @@ class Certificate:
             dict(self.thresholds),
             criterion=self.criterion,
             active=tuple(self.thresholds),
-            max_waiting=self.max_waiting,
+            max_pending_tokens=self.max_pending_tokens,
         )
 
     def to_mapping(self) -> dict[str, Any]:

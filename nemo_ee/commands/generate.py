@@ -23,13 +23,13 @@ from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.commands.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.generation.checks import request_faults, token_faults, too_long
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.items import DecodingModel, ExitPoint
-from nemo_ee.generation.policy import course_of
+from nemo_ee.generation.policy import plan_exits
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
 from nemo_ee.generation.stats import FINAL, DecodingStats, Failure, TokenEvent
+from nemo_ee.generation.validation import request_problems, token_problems, too_long
 from nemo_ee.megatron.decoding.pipelined_decoding import DecodingStage, PipelinedDecodingModel, open_decoding_model
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
@@ -123,7 +123,7 @@ class TextGenerator:
         if not faults:
             requests = [self._request(prompt) for prompt in prompts]
             for index, own in enumerate(requests):
-                faults += request_faults(self.model, f"prompt {index}", own)
+                faults += request_problems(self.model, f"prompt {index}", own)
         _raise(faults)
         return requests
 
@@ -268,7 +268,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
             exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
             points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
             try:
-                course_of(request.mode, request.policy, points, stored.num_layers)
+                plan_exits(request.mode, request.policy, points, stored.num_layers)
             except ValueError as fault:
                 faults.append(str(fault))
     tokenizer = stored_tokenizer(request.path, stored)
@@ -305,7 +305,7 @@ def _prompt_faults(
             yield f"prompt {index} ({prompt!r}) has no tokens; write something or set add_BOS=True"
             continue
         if vocab_size is not None:
-            yield from token_faults(vocab_size, f"prompt {index}", ids)
+            yield from token_problems(vocab_size, f"prompt {index}", ids)
         if length + request.max_new_tokens > positions:
             rule = f"the model's {positions} positions"
             yield f"prompt {index}: {too_long(length, request.max_new_tokens, 'tokens_to_generate', positions, rule)}"
@@ -368,10 +368,10 @@ def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
         computed_layers=one.computed_layers + other.computed_layers,
         drafted=one.drafted + other.drafted,
         accepted=one.accepted + other.accepted,
-        checks=one.checks + other.checks,
+        checks=one.num_verifications + other.num_verifications,
         num_fallbacks=one.num_fallbacks + other.num_fallbacks,
         asked={
-            name: one.asked.get(name, 0) + other.asked.get(name, 0)
-            for name in dict.fromkeys([*one.asked, *other.asked])
+            name: one.evaluations.get(name, 0) + other.evaluations.get(name, 0)
+            for name in dict.fromkeys([*one.evaluations, *other.evaluations])
         },
     )

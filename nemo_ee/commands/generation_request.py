@@ -125,7 +125,10 @@ def _or_fault(faults: list[str], make: Callable[[], Any]) -> Any:
 
 def _policy(config: Mapping[str, Any]) -> ExitPolicy:
     return ExitPolicy(
-        config["threshold"], criterion=config["criterion"], active=config["exits"], max_waiting=config["max_waiting"]
+        config["threshold"],
+        criterion=config["criterion"],
+        active=config["exits"],
+        max_pending_tokens=config["max_pending_tokens"],
     )
 
 

@@ -50,7 +50,7 @@ class EarlyExitLM(TemplateLM):
         threshold: one number, or `exit:number+exit:number`; a token leaves iff more sure (entropy: less).
         criterion: `max_probability`, `margin` or `entropy`.
         exits: names joined by `+` of the exits that may be left at, None = all.
-        max_waiting: tokens that may wait for their deeper layers, None = no cap.
+        max_pending_tokens: tokens that may wait for their deeper layers, None = no cap.
         backbone_path: `.nemo` of the base model, for exits-only files whose base has moved.
         precision: 32 or bf16.
         tensor_model_parallel_size: ranks that share every layer.
@@ -74,7 +74,7 @@ class EarlyExitLM(TemplateLM):
         threshold: float | str | Mapping[str, float] = 0.9,
         criterion: str = "max_probability",
         exits: str | Sequence[str] | None = None,
-        max_waiting: int | None = None,
+        max_pending_tokens: int | None = None,
         backbone_path: str | None = None,
         precision: int | str = 32,
         tensor_model_parallel_size: int = 1,
@@ -95,7 +95,7 @@ class EarlyExitLM(TemplateLM):
             "criterion": criterion,
             "threshold": _thresholds(threshold),
             "exits": exits.split("+") if isinstance(exits, str) else exits,
-            "max_waiting": max_waiting,
+            "max_pending_tokens": max_pending_tokens,
             "add_BOS": add_bos,
             "batch_size": self.batch_size or 1,
             "trainer": {

@@ -48,7 +48,7 @@ def scoring_request(config: Mapping[str, Any]) -> GenerationRequest:
     """A checked request without prompts.
 
     Args:
-        config: mode, criterion, threshold, exits, max_waiting, add_BOS, batch_size, and the blocks trainer and model,
+        config: mode, criterion, threshold, exits, max_pending_tokens, add_BOS, batch_size, and the blocks trainer and model,
             each as in conf/megatron_gpt_early_exit_generate.yaml.
 
     Raises:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from nemo_ee.generation.known_text import KnownTextPass
+from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 from nemo_ee.runtime.model import RuntimeModel
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def parity_of(model: RuntimeModel) -> dict[str, Any]:
         largest logit) and logsumexp of each position; plain JSON values.
     """
     tokens = probe_tokens(model.vocab_size, model.max_positions)
-    text = KnownTextPass(model, [[*tokens, tokens[0]]], tuple(exit.name for exit in model.exits))
+    text = TeacherForcedPass(model, [[*tokens, tokens[0]]], tuple(exit.name for exit in model.exits))
     rows, heads = range(len(tokens)), {}
     for stop in text.run_to({*(exit.stop for exit in model.exits), 2 * model.num_layers}):
         for exit in model.exits:
@@ -65,8 +65,8 @@ def parity_of(model: RuntimeModel) -> dict[str, Any]:
     return {"tokens": tokens, "heads": {FINAL: _summary(text, None, rows), **heads}}
 
 
-def _summary(text: KnownTextPass, exit: str | None, rows: Sequence[int]) -> dict[str, list]:
-    logits = torch.cat([answers.logits for answers in text.ask(exit, rows)])  # [n, v]
+def _summary(text: TeacherForcedPass, exit: str | None, rows: Sequence[int]) -> dict[str, list]:
+    logits = torch.cat([answers.logits for answers in text.evaluate(exit, rows)])  # [n, v]
     first, second = logits.topk(2, dim=-1).values.unbind(-1)
     numbers = {"logit": first, "margin": first - second, "logsumexp": logits.double().logsumexp(-1)}
     rounded = {name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in numbers.items()}

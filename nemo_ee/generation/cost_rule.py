@@ -5,7 +5,7 @@
 Of a sequence's fed tokens a share p_i goes past the i-th of the stops where its exits are. With B sequences like it in
 the session, a flight runs segment i if any of them goes there, with the tokens that have waited since the last time:
 
-    a_i = 1 - (1 - p_i)^B,    t(policy) = sum_i a_i [start + halves_i c(1 / a_i) + asked_i] + a_end final
+    a_i = 1 - (1 - p_i)^B,    t(policy) = sum_i a_i [start + halves_i c(1 / a_i) + exit_i] + a_end final
     t(full) = start + halves c(1) + final;    exits pay iff fed * t(policy) <= emitted * t(full)
 
 c(m): seconds of a half layer on m rows of each of B sequences. Products read their weights once for many rows, so
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import CRITERIA, confidence
-from nemo_ee.generation.descent import Descent, Feed
-from nemo_ee.generation.items import DecodingModel, Items
-from nemo_ee.generation.policy import AskedExit, Course
+from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
+from nemo_ee.generation.policy import EvaluatedExit, ExitPlan
+from nemo_ee.generation.staged_forward import StagedForward, TokenInput
 
 COST_RULES = ("none", "fallback")
 
@@ -54,14 +54,14 @@ class CostTable:
     Attributes:
         num_sequences: B.
         half_layer: (rows of each sequence, seconds of a half layer), ascending from 1 row.
-        asked: of asking each exit about one row of each sequence, by name.
+        exits: seconds of evaluating each exit on one row of each sequence, by name.
         final: of reading one row of each sequence from the final exit.
         start: of beginning another segment, beside its half layers.
     """
 
     num_sequences: int
     half_layer: tuple[tuple[float, float], ...]
-    asked: Mapping[str, float]
+    exits: Mapping[str, float]
     final: float
     start: float = 0.0
 
@@ -77,11 +77,11 @@ class CostTable:
 
 @dataclasses.dataclass(frozen=True)
 class CostRule:
-    """When a sequence stops asking its exits.
+    """When a sequence stops evaluating its exits.
 
     Attributes:
         table: for sessions of `table.num_sequences` places.
-        trial_tokens: fed tokens in which a sequence follows its policy. Then it stops asking as soon as that is slower
+        trial_tokens: fed tokens in which a sequence follows its policy. Then it stops evaluating as soon as that is slower
             by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good. It decides only when no
             drafts wait, as they are fed tokens of which nobody knows yet whether they are emitted.
     """
@@ -89,8 +89,8 @@ class CostRule:
     table: CostTable
     trial_tokens: int = 16
 
-    def faults(self, asked: Sequence[str], num_slots: int) -> Iterator[str]:
-        """Why it cannot be that of a session of so many places in which these exits are asked."""
+    def problems(self, evaluated: Sequence[str], num_slots: int) -> Iterator[str]:
+        """Why it cannot be that of a session of so many places in which these exits are evaluated."""
         if isinstance(self.trial_tokens, bool) or not isinstance(self.trial_tokens, int) or self.trial_tokens < 1:
             yield f"the cost rule's trial_tokens = {self.trial_tokens!r} must be a whole number from 1"
         if self.table.num_sequences != num_slots:
@@ -98,15 +98,15 @@ class CostRule:
                 f"the cost rule's table is of num_sequences = {self.table.num_sequences}, the session has {num_slots} "
                 "places; give a table that was measured with as many, or cost_rule='fallback'"
             )
-        yield from self.missing(asked)
+        yield from self.missing(evaluated)
 
-    def missing(self, asked: Sequence[str]) -> Iterator[str]:
-        """The fault of exits whose seconds its table does not have."""
-        missing = [name for name in asked if name not in self.table.asked]
+    def missing(self, evaluated: Sequence[str]) -> Iterator[str]:
+        """The problem of exits whose seconds its table does not have."""
+        missing = [name for name in evaluated if name not in self.table.exits]
         if missing:
             yield (
-                f"the cost rule's table has no seconds of asking exit {', '.join(missing)}, only of "
-                f"{', '.join(self.table.asked) or 'none'}; measure with every exit that may be asked"
+                f"the cost rule's table has no seconds of evaluating exit {', '.join(missing)}, only of "
+                f"{', '.join(self.table.exits) or 'none'}; measure with every exit that may be evaluated"
             )
 
     def is_due(self, fed: int) -> bool:
@@ -114,20 +114,20 @@ class CostRule:
         without a cap on them there might never be a verdict."""
         return fed in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
-    def verdict(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
+    def verdict(self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
         """Whether a sequence's exits pay; None while that is open. Arguments: see `pays`."""
         fed = sum(left.values())
         if fed < self.trial_tokens:
             return None
         if fed >= _TRIALS * self.trial_tokens:
-            return self.pays(course, num_layers, left, emitted)
-        return None if self.pays(course, num_layers, left, emitted * (1 + _CLEARLY)) else False
+            return self.pays(plan, num_layers, left, emitted)
+        return None if self.pays(plan, num_layers, left, emitted * (1 + _CLEARLY)) else False
 
-    def pays(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: float) -> bool:
+    def pays(self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: float) -> bool:
         """Whether exits pay for a sequence that goes on as it began.
 
         Args:
-            course: asks at least one exit.
+            plan: evaluates at least one exit.
             num_layers: of the model.
             left: how many of its fed tokens left at each exit; None = went to the end.
             emitted: how many of them are tokens of its answer, from 1; fewer where drafts were rejected.
@@ -140,11 +140,11 @@ class CostRule:
             passing = self._any(going)
             return 0.0 if passing == 0 else passing * (table.start + (stop - depth) * table.seconds(1 / passing))
 
-        for exit in course.exits:
+        for exit in plan.exits:
             if exit.point.stop > depth:
                 policy += segment(exit.point.stop)
                 depth = exit.point.stop
-            policy += self._any(going) * table.asked[exit.point.name]
+            policy += self._any(going) * table.exits[exit.point.name]
             going = max(0.0, going - left.get(exit.point.name, 0) / fed)
         policy += segment(2 * num_layers) + self._any(going) * table.final
         full = table.start + 2 * num_layers * table.seconds(1) + table.final
@@ -162,14 +162,14 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
 
     Args:
         model: on one stage.
-        exits: names of those that may be asked.
+        exits: names of those that may be evaluated.
         num_sequences: in a flight.
 
     Raises:
         ValueError: the model stands on several ranks, or its cache cannot be truncated.
     """
     alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if getattr(model, "fill_ahead", None) is not None or not (alone or torch.distributed.get_world_size() == 1):
+    if getattr(model, "run_pending_after", None) is not None or not (alone or torch.distributed.get_world_size() == 1):
         # Ranks that share layers would each measure their own times, and decide differently.
         raise ValueError("cost_rule = 'fallback' cannot time a model on several ranks; use 'none', or one rank")
     rows = [count for count in _ROWS if count == 1 or 2 * count <= model.max_positions]
@@ -177,12 +177,12 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
     slots, cache = range(num_sequences), model.new_cache(num_sequences, context + rows[-1], tuple(exits))
     if not hasattr(cache, "truncate"):
         raise ValueError("cost_rule = 'fallback' needs a model whose cache can be truncated; use 'none'")
-    descent = Descent(model, cache)
-    # Never sure, but heard of by its exits: those with a layer of their own have keys and values of the context.
-    course = Course(tuple(AskedExit(point, math.inf) for point in model.exits if point.name in exits))
+    forward = StagedForward(model, cache)
+    # Never confident, but heard of by its exits: those with a layer of their own have keys and values of the context.
+    plan = ExitPlan(tuple(EvaluatedExit(point, math.inf) for point in model.exits if point.name in exits))
     for slot in slots:
-        descent.admit(slot, course)
-    descent.step({slot: Feed(0, [0] * context) for slot in slots}, reading=False)
+        forward.admit(slot, plan)
+    forward.step({slot: TokenInput(0, [0] * context) for slot in slots}, read_ends=False)
     calls = _calls(model, exits, rows, dict.fromkeys(slots, context), cache)
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(_TURNS):
@@ -204,10 +204,10 @@ def _calls(
     """What is timed: by number of rows, "start", "half layer", name of an exit. `places`: slot -> next position."""
     device = getattr(model, "device", torch.device("cpu"))
 
-    def embedded(count: int) -> tuple[Tensor, Items]:
+    def embedded(count: int) -> tuple[Tensor, TokenPositions]:
         positions = {slot: range(place, place + count) for slot, place in places.items()}
-        items, tokens = Items.with_tokens(positions, None, device)
-        return model.embed(tokens, items), items
+        positions, tokens = TokenPositions.with_tokens(positions, None, device)
+        return model.embed(tokens, positions), positions
 
     def wait() -> None:
         if device.type == "cuda":
@@ -217,33 +217,33 @@ def _calls(
         model.run(*embedded(count), 0, 2 * model.num_layers, cache)
         wait()
 
-    hidden, items = embedded(1)
+    hidden, positions = embedded(1)
 
     def start() -> None:
         again = torch.cat(hidden.split(1))
-        fresh = Items.of({slot: range(place, place + 1) for slot, place in places.items()}, device)
+        fresh = TokenPositions.of({slot: range(place, place + 1) for slot, place in places.items()}, device)
         model.run(again, fresh, 0, 1, cache)
         wait()
 
     def half_layer() -> None:
-        model.run(hidden, items, 0, 1, cache)
+        model.run(hidden, positions, 0, 1, cache)
         wait()
 
-    def ask(name: str | None, at: Tensor) -> list[float]:
-        return confidence(model.exit_logits(name, at, items, cache), CRITERIA[0]).tolist()
+    def evaluate(name: str | None, at: Tensor) -> list[float]:
+        return confidence(model.exit_logits(name, at, positions, cache), CRITERIA[0]).tolist()
 
     stops = {point.name: point.stop for point in model.exits} | {None: 2 * model.num_layers}
     taps = {}
     for name in (*exits, None):
-        taps[name] = model.run(hidden, items, 0, stops[name], cache)
+        taps[name] = model.run(hidden, positions, 0, stops[name], cache)
         for slot, place in places.items():
             cache.truncate(slot, place)
 
     calls: dict[int | str | None, Callable[[], object]] = {count: partial(run, count) for count in rows}
     calls |= {"start": start, "half layer": half_layer}
-    return calls | {name: partial(ask, name, at) for name, at in taps.items()}
+    return calls | {name: partial(evaluate, name, at) for name, at in taps.items()}
 
 
 def unknown_cost_rule(rule: object) -> str:
-    """The fault of a rule that is none of `COST_RULES`."""
+    """The problem of a rule that is none of `COST_RULES`."""
     return f"cost_rule = {rule!r} is unknown; use one of {', '.join(COST_RULES)}"

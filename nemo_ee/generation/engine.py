@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding engine: checks a call, then generates, streams or scores.
 
-    early_exit         a token is read at the first active exit that is sure
+    early_exit         a token is read at the first active exit that is confident
     self_speculative   such a token is a draft, checked against the final exit: the full model's output
     static_depth       every token is read from one exit, and nothing below it ever runs
     full               every token is read from the final exit
@@ -17,15 +17,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from nemo_ee.generation.checks import is_whole, per_sequence, raise_all, request_faults, token_faults
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
-from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, course_of, unknown_mode
+from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.policy import MODES, ExitPolicy, plan_exits, unknown_mode
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
 from nemo_ee.generation.session import DecodingSession
 from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, raise_failures
+from nemo_ee.generation.validation import is_whole, per_sequence, raise_all, request_problems, token_problems
 
 __all__ = ["MODES", "EarlyExitEngine", "GenerationResult", "Request"]
 
@@ -56,9 +56,9 @@ class EarlyExitEngine:
 
     Args:
         model: anything that follows `DecodingModel`.
-        cost_rule: `none`, or `fallback`: a sequence whose exits do not pay stops asking them (`generation.cost_rule`),
+        cost_rule: `none`, or `fallback`: a sequence whose exits do not pay stops evaluating them (`generation.cost_rule`),
             by a table that is measured when a session of that many places is first started; or a rule with a table. A
-            session that is started without an exit to ask has none.
+            session that is started without an exit to evaluate has none.
 
     Raises:
         ValueError: an unknown rule.
@@ -96,7 +96,7 @@ class EarlyExitEngine:
             stop_tokens: ids that end a sequence.
 
         Raises:
-            ValueError: with every fault of the call, before anything runs.
+            ValueError: with every problem of the call, before anything runs.
             RuntimeError: with every sequence whose logits are not numbers, after all have ended.
         """
         requests = self._requests(prompts, max_new_tokens, sampling, stop_tokens)
@@ -153,20 +153,20 @@ class EarlyExitEngine:
                 where there are none.
 
         Raises:
-            ValueError: with every fault of the call.
+            ValueError: with every problem of the call.
         """
-        faults: list[str] = []
-        courses = []
+        problems: list[str] = []
+        plans = []
         for index, own in enumerate(requests):
-            faults += request_faults(self.model, f"prompt {index}", own)
-            courses.append(resolve(self.model, own, mode, policy, faults))
+            problems += request_problems(self.model, f"prompt {index}", own)
+            plans.append(resolve(self.model, own, mode, policy, problems))
         if policy is not None or (exits is None and not requests):
-            course = resolve(self.model, Request((), 1), mode, policy, faults)
-            courses += [course] if exits is None else []
+            plan = resolve(self.model, Request((), 1), mode, policy, problems)
+            plans += [plan] if exits is None else []
         elif mode not in MODES:
-            faults.append(unknown_mode(mode))
-        faults += self._room_faults(requests, exits, num_slots)
-        raise_all(faults)
+            problems.append(unknown_mode(mode))
+        problems += self._room_problems(requests, exits, num_slots)
+        raise_all(problems)
         needed = max((len(own.prompt) + own.max_new_tokens for own in requests), default=1)
         if max_length is None:
             max_length = needed if requests else self.model.max_positions
@@ -175,30 +175,30 @@ class EarlyExitEngine:
                 f"max_length = {max_length!r} must be at least what the requests need ({needed}) and at most the "
                 f"model's {self.model.max_positions} positions"
             )
-        names = {name for course in courses for name in course.exit_names} | set(exits or ())
+        names = {name for plan in plans for name in plan.exit_names} | set(exits or ())
         num_slots = num_slots or len(requests)
-        asked = {exit.point.name for course in courses for exit in course.exits} | set(exits or ())
-        rule = self._rule_for(asked, num_slots)
+        evaluated = {exit.point.name for plan in plans for exit in plan.exits} | set(exits or ())
+        rule = self._rule_for(evaluated, num_slots)
         session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule)
-        for own, course in zip(requests, courses, strict=False):
-            session.admit(own, course)
+        for own, plan in zip(requests, plans, strict=False):
+            session.admit(own, plan)
         return session
 
-    def _rule_for(self, asked: Collection[str], num_slots: int) -> CostRule | None:
-        """The cost rule of a session of so many places that asks these exits, None without any; measures its table if
+    def _rule_for(self, evaluated: Collection[str], num_slots: int) -> CostRule | None:
+        """The cost rule of a session of so many places that evaluates these exits, None without any; measures its table if
         there is none yet."""
         rule = self._cost_rule
-        if rule == "none" or not asked:
+        if rule == "none" or not evaluated:
             return None
         if isinstance(rule, CostRule):
-            raise_all(list(rule.faults(sorted(asked), num_slots)))
+            raise_all(list(rule.problems(sorted(evaluated), num_slots)))
             return rule
-        key = (num_slots, tuple(sorted(asked)))
+        key = (num_slots, tuple(sorted(evaluated)))
         if key not in self._tables:
             self._tables[key] = measure_costs(self.model, key[1], num_slots)
         return CostRule(self._tables[key])
 
-    def _room_faults(
+    def _room_problems(
         self, requests: Sequence[Request], exits: Sequence[str] | None, num_slots: int | None
     ) -> Iterator[str]:
         if not requests and num_slots is None:
@@ -232,29 +232,29 @@ class EarlyExitEngine:
             policy: as in `generate`.
 
         Raises:
-            ValueError: with every fault of the call, before anything runs.
+            ValueError: with every problem of the call, before anything runs.
         """
-        faults: list[str] = [] if tokens else ["no sequences were given; give at least one"]
-        contexts = per_sequence("num_context", num_context, len(tokens), int, faults)
+        problems: list[str] = [] if tokens else ["no sequences were given; give at least one"]
+        contexts = per_sequence("num_context", num_context, len(tokens), int, problems)
         for index, (own, context) in enumerate(zip(tokens, contexts, strict=False)):
-            faults += token_faults(self.model.vocab_size, f"sequence {index}", own)
+            problems += token_problems(self.model.vocab_size, f"sequence {index}", own)
             if not is_whole(context) or not 1 <= context < len(own):
-                faults.append(
+                problems.append(
                     f"sequence {index}: num_context = {context!r} must be at least 1 and leave one of its {len(own)} "
                     "tokens to score; put a begin-of-text token before text without context"
                 )
             if len(own) - 1 > self.model.max_positions:  # the last token is only predicted
-                faults.append(
+                problems.append(
                     f"sequence {index}: {len(own) - 1} tokens before the last one are more than the model's "
                     f"{self.model.max_positions} positions; shorten it or score it in windows"
                 )
         try:
             own_mode = "full" if mode == "self_speculative" else mode
-            course = course_of(own_mode, policy, self.model.exits, self.model.num_layers)
+            plan = plan_exits(own_mode, policy, self.model.exits, self.model.num_layers)
         except ValueError as error:
-            faults.append(str(error))
-        raise_all(faults)
-        return Scorer(self.model, course).score(tokens, contexts)
+            problems.append(str(error))
+        raise_all(problems)
+        return Scorer(self.model, plan).score(tokens, contexts)
 
     def _requests(
         self,
@@ -263,10 +263,10 @@ class EarlyExitEngine:
         sampling: SamplingParams | Sequence[SamplingParams],
         stop_tokens: Collection[int],
     ) -> list[Request]:
-        faults: list[str] = []
-        lengths = per_sequence("max_new_tokens", max_new_tokens, len(prompts), int, faults)
-        params = per_sequence("sampling", sampling, len(prompts), SamplingParams, faults)
-        raise_all(faults)
+        problems: list[str] = []
+        lengths = per_sequence("max_new_tokens", max_new_tokens, len(prompts), int, problems)
+        params = per_sequence("sampling", sampling, len(prompts), SamplingParams, problems)
+        raise_all(problems)
         stops = frozenset(stop_tokens)
         return [
             Request(tuple(prompt), length, own, stops)

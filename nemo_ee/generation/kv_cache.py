@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import BoolTensor, Tensor
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 
 
 class KVCache:
@@ -48,45 +48,45 @@ class KVCache:
         # nothing beside a tensor operation and never makes a device wait.
         self._written = {slot: [bytearray(max_length) for _ in range(num_sequences)] for slot in slots}
 
-    def write(self, slot: Hashable, items: Items, key: Tensor, value: Tensor) -> None:
+    def write(self, slot: Hashable, positions: TokenPositions, key: Tensor, value: Tensor) -> None:
         """Store keys and values of new positions.
 
         Args:
             slot: layer or exit.
-            items: n pairs, none of which was written to this slot before.
+            positions: n pairs, none of which was written to this slot before.
             key, value: `[n, num_kv_heads, head_dim]`.
 
         Raises:
             AssertionError: a position is written twice, or lies past `max_length`.
         """
-        self._mark(slot, items)
+        self._mark(slot, positions)
         keys, values = self._keys[slot], self._values[slot]
-        if len(items.groups) == 1 and isinstance(items.groups[0].positions, range):
-            sequence, _, _, length, positions = items.groups[0]
-            keys[sequence, :, positions.start : length] = key.transpose(0, 1)
-            values[sequence, :, positions.start : length] = value.transpose(0, 1)
+        if len(positions.groups) == 1 and isinstance(positions.groups[0].positions, range):
+            sequence, _, _, length, span = positions.groups[0]
+            keys[sequence, :, span.start : length] = key.transpose(0, 1)
+            values[sequence, :, span.start : length] = value.transpose(0, 1)
         else:
-            # Advanced indices on both sides of a slice put the items' axis first: [n, num_kv_heads, head_dim].
-            keys[items.sequence, :, items.position] = key.to(keys.dtype)
-            values[items.sequence, :, items.position] = value.to(values.dtype)
+            # Advanced indices on both sides of a slice put the positions' axis first: [n, num_kv_heads, head_dim].
+            keys[positions.sequence, :, positions.position] = key.to(keys.dtype)
+            values[positions.sequence, :, positions.position] = value.to(values.dtype)
 
-    def _mark(self, slot: Hashable, items: Items) -> None:
-        for group in items.groups:
-            sequence, length, positions = group.sequence, group.length, group.positions
+    def _mark(self, slot: Hashable, positions: TokenPositions) -> None:
+        for group in positions.groups:
+            sequence, length, span = group.sequence, group.length, group.positions
             assert length <= self.max_length, f"slot {slot}: position {length - 1} is past {self.max_length}"
             written = self._written[slot][sequence]
-            for run in [positions] if isinstance(positions, range) else [range(p, p + 1) for p in positions]:
+            for run in [span] if isinstance(span, range) else [range(p, p + 1) for p in span]:
                 twice = written.find(1, run.start, run.stop)
                 assert twice < 0, f"slot {slot}: {(sequence, twice)} is written for the second time"
                 written[run.start : run.stop] = b"\1" * len(run)
 
-    def attend(self, slot: Hashable, query: Tensor, items: Items, scale: float) -> Tensor:
+    def attend(self, slot: Hashable, query: Tensor, positions: TokenPositions, scale: float) -> Tensor:
         """Attend from each item to the positions of its sequence up to its own.
 
         Args:
-            slot: layer or exit, with every position up to the items' own written.
+            slot: layer or exit, with every position up to the positions' own written.
             query: `[n, num_heads, head_dim]`; head i reads key/value head i // (num_heads / num_kv_heads).
-            items: n pairs.
+            positions: n pairs.
             scale: multiplies the scores.
 
         Returns:
@@ -96,7 +96,7 @@ class KVCache:
             AssertionError: a position that should be seen was never written.
         """
         outputs = []
-        for sequence, first, last, length, _ in items.groups:
+        for sequence, first, last, length, _ in positions.groups:
             gap = self._written[slot][sequence].find(0, 0, length)
             assert gap < 0, f"slot {slot}: {(sequence, gap)} is attended to but was never written"
             outputs.append(
@@ -104,7 +104,7 @@ class KVCache:
                     query[first : last + 1],
                     self._keys[slot][sequence, :, :length],
                     self._values[slot][sequence, :, :length],
-                    items.position[first : last + 1],
+                    positions.position[first : last + 1],
                     scale,
                 )
             )

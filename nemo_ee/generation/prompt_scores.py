@@ -3,7 +3,7 @@
 """Log-probabilities of tokens, and of a prompt's own tokens while it runs.
 
 A prompt runs at full depth (in `static_depth` to the one exit), and its tokens are scored where it ends. A scored
-prompt runs in pieces, one a step, so that the logits in memory stay small; the keys and values are those of one piece.
+prompt runs in pieces, one a step, so that the logits in memory accepted small; the keys and values are those of one piece.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_ee.generation.descent import Feed, Reading
-from nemo_ee.generation.known_text import LOGITS_PER_QUESTION
 from nemo_ee.generation.request import Request
+from nemo_ee.generation.staged_forward import ExitOutput, TokenInput
 from nemo_ee.generation.stats import Failure, PromptScores
+from nemo_ee.generation.teacher_forcing import LOGITS_PER_CALL
 
 
 def rows_per_step(vocab_size: int) -> int:
     """Most prompt tokens that are scored in one step, all sequences together."""
-    return max(1, LOGITS_PER_QUESTION // vocab_size)
+    return max(1, LOGITS_PER_CALL // vocab_size)
 
 
 class PromptScorer:
@@ -35,41 +35,41 @@ class PromptScorer:
 
     def __init__(self, sequence: int, request: Request) -> None:
         self._sequence, self._request = sequence, request
-        self._num_fed = 0
+        self._num_run = 0
         self._logprobs: list[float] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
 
-    def feed(self, room: int) -> Feed:
+    def next_input(self, room: int) -> TokenInput:
         """The next tokens to feed, at most `room` of them."""
-        prompt, start = self._request.prompt, self._num_fed
-        self._num_fed = min(start + room, len(prompt))
-        return Feed(start, prompt[start : self._num_fed], read_all=True)
+        prompt, start = self._request.prompt, self._num_run
+        self._num_run = min(start + room, len(prompt))
+        return TokenInput(start, prompt[start : self._num_run], read_all=True)
 
-    def take(self, reading: Reading) -> PromptScores | Failure | None:
+    def take(self, output: ExitOutput) -> PromptScores | Failure | None:
         """Score the tokens that follow those just fed.
 
         Args:
-            reading: a row for each token that was fed.
+            output: a row for each token that was fed.
 
         Returns:
             None while tokens are left to feed. A `PromptScores` with a finish reason, and a `Failure`, is the
             sequence's last event.
         """
         request = self._request
-        start = self._num_fed - reading.logits.shape[0]
-        following = request.prompt[start + 1 : self._num_fed + 1]  # nothing is known to follow the last token
+        start = self._num_run - output.logits.shape[0]
+        following = request.prompt[start + 1 : self._num_run + 1]  # nothing is known to follow the last token
         if following:
-            logprobs = reading.logits[: len(following)].log_softmax(dim=1)
+            logprobs = output.logits[: len(following)].log_softmax(dim=1)
             self._logprobs += _entries(logprobs, following)
             if request.prompt_logprobs:
                 values, tokens = logprobs.topk(min(request.prompt_logprobs, logprobs.shape[1]), dim=1)
                 rows = zip(tokens.tolist(), values.tolist(), strict=True)
                 self._top += [tuple(zip(*row, strict=True)) for row in rows]
-        if self._num_fed < len(request.prompt):
+        if self._num_run < len(request.prompt):
             return None
         broken = [position for position, logprob in enumerate(self._logprobs, start=1) if math.isnan(logprob)]
         if broken:
-            return Failure.of_logits(self._sequence, broken[0], reading.exit)
+            return Failure.of_logits(self._sequence, broken[0], output.exit)
         finish_reason = None if request.max_new_tokens else "length"
         return PromptScores(self._sequence, tuple(self._logprobs), tuple(self._top), finish_reason)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import Course, ExitPolicy, course_of
+from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.policy import ExitPlan, ExitPolicy, plan_exits
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 
 
@@ -23,7 +23,7 @@ class Request:
         stop_tokens: ids that end it; the one that does is its last token.
         min_new_tokens: before so many new tokens no exit gives a stop token any probability.
         ends: from the new tokens so far to whether they end the sequence, e.g. with a stop string. It must depend on
-            nothing else: a drafted token may be asked about more than once, or be thrown away. The list is the
+            nothing else: a drafted token may be evaluated about more than once, or be thrown away. The list is the
             session's own and goes on growing: read it, keep a copy of what is to be kept.
         num_top: report this many most likely tokens beside each token, from 0.
         prompt_logprobs: report ln p of the prompt's tokens (`PromptScores`), and this many most likely tokens beside
@@ -43,11 +43,13 @@ class Request:
     policy: ExitPolicy | None = None
 
 
-def resolve(model: DecodingModel, request: Request, mode: str, policy: ExitPolicy | None, faults: list[str]) -> Course:
-    """The course of a request in a session of this mode and policy; what is wrong with it is appended to `faults`."""
+def resolve(
+    model: DecodingModel, request: Request, mode: str, policy: ExitPolicy | None, problems: list[str]
+) -> ExitPlan:
+    """The plan of a request in a session of this mode and policy; what is wrong with it is appended to `problems`."""
     try:
         own_policy = policy if request.policy is None else request.policy
-        return course_of(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
+        return plan_exits(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
     except ValueError as error:
-        faults.append(str(error))
-        return Course()
+        problems.append(str(error))
+        return ExitPlan()

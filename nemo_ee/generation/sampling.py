@@ -39,7 +39,7 @@ class SamplingParams:
         logit_bias: (token id, number to add to its logit) pairs, each id once.
 
     Raises:
-        ValueError: with every fault.
+        ValueError: with every problem.
     """
 
     greedy: bool = True
@@ -54,29 +54,29 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        faults = []
+        problems = []
         for key in ("temperature", "repetition_penalty"):
             value = getattr(self, key)
             if not _is_number(value) or value <= 0:
                 way_out = "; for the most likely token set greedy=True" if key == "temperature" else "; 1.0 = none"
-                faults.append(f"{key} = {value!r} must be a finite number above 0{way_out}")
+                problems.append(f"{key} = {value!r} must be a finite number above 0{way_out}")
         if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
-            faults.append(f"top_k = {self.top_k!r} must be a whole number from 1; None keeps every token")
+            problems.append(f"top_k = {self.top_k!r} must be a whole number from 1; None keeps every token")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            faults.append(f"top_p = {self.top_p!r} must be above 0 and at most 1; 1.0 keeps every token")
+            problems.append(f"top_p = {self.top_p!r} must be above 0 and at most 1; 1.0 keeps every token")
         if not _is_whole(self.seed) or self.seed < 0:
-            faults.append(f"seed = {self.seed!r} must be a whole number from 0")
+            problems.append(f"seed = {self.seed!r} must be a whole number from 0")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
-            faults.append(f"min_p = {self.min_p!r} must be from 0 to 1; 0 keeps every token")
+            problems.append(f"min_p = {self.min_p!r} must be from 0 to 1; 0 keeps every token")
         for key in ("presence_penalty", "frequency_penalty"):
             if not _is_number(getattr(self, key)):
-                faults.append(f"{key} = {getattr(self, key)!r} must be a finite number; 0 = none")
+                problems.append(f"{key} = {getattr(self, key)!r} must be a finite number; 0 = none")
         bad = [pair for pair in self.logit_bias if not (_is_whole(pair[0]) and pair[0] >= 0 and _is_number(pair[1]))]
         if bad or len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             shown = repr(bad[0]) if bad else "a token twice"
-            faults.append(f"logit_bias holds {shown}; it must hold (token id, finite number) pairs, each id once")
-        if faults:
-            raise ValueError("sampling: " + "; ".join(faults))
+            problems.append(f"logit_bias holds {shown}; it must hold (token id, finite number) pairs, each id once")
+        if problems:
+            raise ValueError("sampling: " + "; ".join(problems))
 
     @property
     def takes_the_most_likely(self) -> bool:

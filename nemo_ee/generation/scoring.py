@@ -3,7 +3,7 @@
 """Scoring known text: the log-probability of each token at the exit it would leave at.
 
 Early exit changes where a token is read, never a hidden state: what waits is computed later with the same values. So
-known text needs no token-by-token decoding. It runs once at full depth, the exits are asked about many rows at a time,
+known text needs no token-by-token decoding. It runs once at full depth, the exits are evaluated about many rows at a time,
 and each sequence's decisions are then replayed in order (only the cap on waiting tokens makes them depend on earlier
 ones). The result is that of feeding the text token by token.
 """
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.generation.items import DecodingModel, ExitPoint
-from nemo_ee.generation.known_text import KnownTextPass
-from nemo_ee.generation.policy import Course
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
+from nemo_ee.generation.policy import ExitPlan
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
+from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ScoreResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Answer:
+class _ExitPrediction:
     """What one exit says about the token after one row."""
 
     point: ExitPoint | None  # None = the final exit
@@ -57,48 +57,50 @@ class Scorer:
 
     Args:
         model: what to run.
-        course: the exits to ask, or the one to read everything from.
+        plan: the exits to evaluate, or the one to read everything from.
     """
 
-    def __init__(self, model: DecodingModel, course: Course) -> None:
-        self.model, self.course = model, course
-        self.exits, self.criterion, self.max_waiting = course.exits, course.criterion, course.max_waiting
-        self.asked = dict.fromkeys((*course.exit_names, FINAL), 0)
+    def __init__(self, model: DecodingModel, plan: ExitPlan) -> None:
+        self.model, self.plan = model, plan
+        self.exits, self.criterion, self.max_pending_tokens = plan.exits, plan.criterion, plan.max_pending_tokens
+        self.evaluations = dict.fromkeys((*plan.exit_names, FINAL), 0)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]], num_context: Sequence[int]) -> ScoreResult:
         """Score `sequences[i][num_context[i]:]`, every sequence longer than its context and that at least 1."""
-        static = self.course.end
+        static = self.plan.end
         end = 2 * self.model.num_layers if static is None else static.stop
-        text = KnownTextPass(self.model, sequences, self.course.exit_names)
+        text = TeacherForcedPass(self.model, sequences, self.plan.exit_names)
         first_rows, lengths = text.first_rows, [len(own) - 1 for own in sequences]
-        # A context's last row is read from the final exit, as after a prompt; the rows after it are asked.
-        asking = [
+        # A context's last row is read from the final exit, as after a prompt; the rows after it are evaluated.
+        evaluating = [
             row + position
             for row, length, context in zip(first_rows, lengths, num_context, strict=True)
             for position in range(context, length)
         ]
-        early: dict[int, _Answer] = {}
+        early: dict[int, _ExitPrediction] = {}
         for stop in text.run_to({*(exit.point.stop for exit in self.exits), end}):
             for exit in self.exits:
                 if exit.point.stop == stop:
-                    asked = [row for row in asking if row not in early]
-                    early |= self._ask(text, exit.point, exit.threshold, asked)
+                    evaluated = [row for row in evaluating if row not in early]
+                    early |= self._evaluate(text, exit.point, exit.threshold, evaluated)
         final_rows = []
         for row, length, context in zip(first_rows, lengths, num_context, strict=True):
             final_rows += self._read_from_final(row, context, length, early)
-        final = self._ask(text, static, None, final_rows)
+        final = self._evaluate(text, static, None, final_rows)
         answers = [
             [(early | final)[row + position] for position in range(context - 1, length)]
             for row, length, context in zip(first_rows, lengths, num_context, strict=True)
         ]
-        return self._result(sequences, num_context, answers, len(text.items) * end / 2)
+        return self._result(sequences, num_context, answers, len(text.positions) * end / 2)
 
-    def _read_from_final(self, first_row: int, context: int, length: int, early: dict[int, _Answer]) -> list[int]:
+    def _read_from_final(
+        self, first_row: int, context: int, length: int, early: dict[int, _ExitPrediction]
+    ) -> list[int]:
         """Replay one sequence's decisions; those the cap forces to full depth lose their early answer."""
         rows, waiting = [first_row + context - 1], 0
         for row in range(first_row + context, first_row + length):
-            forced = self.max_waiting is not None and waiting >= self.max_waiting
+            forced = self.max_pending_tokens is not None and waiting >= self.max_pending_tokens
             if forced:
                 early.pop(row, None)
             if row not in early:
@@ -108,28 +110,30 @@ class Scorer:
             waiting = 0 if at_end else waiting + 1
         return rows
 
-    def _ask(
-        self, text: KnownTextPass, point: ExitPoint | None, threshold: float | None, asked: Sequence[int]
-    ) -> dict[int, _Answer]:
-        """Ask an exit about these rows (ascending); keep the answers that are sure, without a threshold all."""
+    def _evaluate(
+        self, text: TeacherForcedPass, point: ExitPoint | None, threshold: float | None, evaluated: Sequence[int]
+    ) -> dict[int, _ExitPrediction]:
+        """Ask an exit about these rows (ascending); keep the answers that are confident, without a threshold all."""
         name = None if point is None else point.name
-        answers: dict[int, _Answer] = {}
-        for rows, logits, tokens, logprobs in text.ask(name, asked):
+        answers: dict[int, _ExitPrediction] = {}
+        for rows, logits, tokens, logprobs in text.evaluate(name, evaluated):
             columns = (confidence(logits, self.criterion), logprobs, logits.argmax(dim=1) == tokens)
-            sure = [True] * len(rows)
+            confident = [True] * len(rows)
             if threshold is not None:
-                sure = leaves(columns[0], threshold, self.criterion).tolist()
-            for row, is_sure, *said in zip(rows, sure, *(column.tolist() for column in columns), strict=True):
-                if is_sure:
-                    answers[row] = _Answer(point, *said)
-            self.asked[FINAL if name is None else name] += len(rows)
+                confident = leaves(columns[0], threshold, self.criterion).tolist()
+            for row, is_confident, *said in zip(
+                rows, confident, *(column.tolist() for column in columns), strict=True
+            ):
+                if is_confident:
+                    answers[row] = _ExitPrediction(point, *said)
+            self.evaluations[FINAL if name is None else name] += len(rows)
         return answers
 
     def _result(
         self,
         sequences: Sequence[Sequence[int]],
         num_context: Sequence[int],
-        answers: Sequence[Sequence[_Answer]],
+        answers: Sequence[Sequence[_ExitPrediction]],
         computed_layers: float,
     ) -> ScoreResult:
         per_sequence: dict[int, list[TokenEvent]] = defaultdict(list)
@@ -161,6 +165,6 @@ class Scorer:
                 mean_depth=mean_depth(events),
                 num_layers=self.model.num_layers,
                 computed_layers=computed_layers,
-                asked={point.name: 0 for point in self.model.exits} | self.asked,
+                evaluations={point.name: 0 for point in self.model.exits} | self.evaluations,
             ),
         )

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from nemo_ee.generation.checks import raise_all, request_faults
 from nemo_ee.generation.cost_rule import CostRule
-from nemo_ee.generation.descent import Descent, Feed, Reading
-from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import Course, ExitPolicy
+from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.policy import ExitPlan, ExitPolicy
 from nemo_ee.generation.prompt_scores import PromptScorer, most_likely, rows_per_step, token_logprobs
 from nemo_ee.generation.request import Request, resolve
 from nemo_ee.generation.sampling import Choice, choose
-from nemo_ee.generation.speculation import Draft, check
+from nemo_ee.generation.staged_forward import ExitOutput, StagedForward, TokenInput
 from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, exit_histogram, mean_depth
+from nemo_ee.generation.validation import raise_all, request_problems
+from nemo_ee.generation.verification import Draft, verify
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,11 +35,11 @@ class _Sequence:
     index: int
     slot: int
     request: Request
-    course: Course
+    plan: ExitPlan
     answer: list[int] = dataclasses.field(default_factory=list)
     drafts: list[Draft] = dataclasses.field(default_factory=list)
     has_begun: bool = False
-    must_check: bool = False  # a draft would end the sequence
+    must_verify: bool = False  # a draft would end the sequence
     left: dict[str | None, int] = dataclasses.field(default_factory=dict)  # fed tokens by exit, None = the end
     exits_pay: bool | None = None  # by the cost rule; None = not decided
     scorer: PromptScorer | None = None  # of a prompt that is to be scored, until it has run
@@ -72,7 +72,7 @@ class DecodingSession:
         exits: names of the exits that requests may use.
         num_slots: most sequences at a time.
         max_length: most tokens of a sequence, prompt included.
-        cost_rule: when a sequence stops asking its exits; None = never.
+        cost_rule: when a sequence stops evaluating its exits; None = never.
 
     Attributes:
         cache: the model's key/value storage; sequences of `start` stand in it in their order.
@@ -95,13 +95,13 @@ class DecodingSession:
         self._exits, self._max_length = tuple(point.name for point in model.exits if point.name in exits), max_length
         with torch.inference_mode():
             self.cache: Any = model.new_cache(num_slots, max_length, self._exits)
-        self._descent = Descent(model, self.cache)
+        self._forward = StagedForward(model, self.cache)
         self._free = list(range(num_slots))
         self._used: set[int] = set()
         self._running: dict[int, _Sequence] = {}  # by index, ascending
         self._slots: dict[int, int] = {}  # index -> slot, ended sequences too until their slot is used again
         self._num_added = self._num_prompt_tokens = 0
-        self._drafted = self._accepted = self._checks = 0
+        self._drafted = self._accepted = self._num_verifications = 0
 
     @property
     def finished(self) -> bool:
@@ -120,47 +120,47 @@ class DecodingSession:
             Its index: the `sequence` of its events. Indices count up from 0 and are never used twice.
 
         Raises:
-            ValueError: with every fault of the request.
+            ValueError: with every problem of the request.
             RuntimeError: no slot is free.
         """
         what = f"sequence {self._num_added}"
-        faults = list(request_faults(self._model, what, request, self._max_length))
-        course = resolve(self._model, request, self._mode, self._policy, faults)
-        missing = [name for name in course.exit_names if name not in self._exits]
+        problems = list(request_problems(self._model, what, request, self._max_length))
+        plan = resolve(self._model, request, self._mode, self._policy, problems)
+        missing = [name for name in plan.exit_names if name not in self._exits]
         if missing:
-            faults.append(
+            problems.append(
                 f"{what}: exit {', '.join(missing)} is not one of the session's ({', '.join(self._exits) or 'none'}); "
                 "name it under exits when the session is started"
             )
         elif self._cost_rule is not None:
-            faults += self._cost_rule.missing([exit.point.name for exit in course.exits])
-        raise_all(faults)
+            problems += self._cost_rule.missing([exit.point.name for exit in plan.exits])
+        raise_all(problems)
         if not self._free:
             raise RuntimeError(
                 "every slot of the session is taken; wait until a sequence ends, cancel one, or start the session "
                 "with more num_slots"
             )
-        return self.admit(request, course)
+        return self.admit(request, plan)
 
-    def admit(self, request: Request, course: Course) -> int:
-        """`add` without its checks: a request that fits, on its course, with a slot free."""
+    def admit(self, request: Request, plan: ExitPlan) -> int:
+        """`add` without its checks: a request that fits, on its plan, with a slot free."""
         slot = self._free[0]
-        if course.checks or slot in self._used:
-            self._needs_truncate("mode = 'self_speculative'" if course.checks else "a slot that is used again")
+        if plan.verify or slot in self._used:
+            self._needs_truncate("mode = 'self_speculative'" if plan.verify else "a slot that is used again")
         if slot in self._used:
-            self._descent.truncate(slot, 0)
+            self._forward.truncate(slot, 0)
             self._slots = {index: own for index, own in self._slots.items() if own != slot}
         del self._free[0]
         self._used.add(slot)
-        held = None
+        masked = None
         if request.min_new_tokens and request.stop_tokens:
-            held = (len(request.prompt) + request.min_new_tokens, request.stop_tokens, len(request.prompt))
-        self._descent.admit(slot, course, held)
+            masked = (len(request.prompt) + request.min_new_tokens, request.stop_tokens, len(request.prompt))
+        self._forward.admit(slot, plan, masked)
         index = self._num_added
         self._num_added += 1
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
-        self._running[index] = sequence = _Sequence(index, slot, request, course)
+        self._running[index] = sequence = _Sequence(index, slot, request, plan)
         if request.prompt_logprobs is not None:
             sequence.scorer = PromptScorer(index, request)
         return index
@@ -178,7 +178,7 @@ class DecodingSession:
 
     def _release(self, sequence: _Sequence) -> None:
         del self._running[sequence.index]
-        self._descent.release(sequence.slot)
+        self._forward.release(sequence.slot)
         self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
@@ -194,26 +194,26 @@ class DecodingSession:
         if not self._running:
             return ()
         by_slot = {own.slot: own for own in self._running.values()}
-        readings = self._descent.step(self._feeds(by_slot))
+        outputs = self._forward.step(self._next_inputs(by_slot))
         events: list[Event] = []
-        singles: list[tuple[_Sequence, Reading]] = []
-        for reading in readings:
-            sequence = by_slot[reading.slot]
+        singles: list[tuple[_Sequence, ExitOutput]] = []
+        for output in outputs:
+            sequence = by_slot[output.slot]
             if sequence.scorer is not None:
-                scored = sequence.scorer.take(reading)
+                scored = sequence.scorer.take(output)
                 if scored is not None:
                     events.append(scored)
                     sequence.scorer = None
                 if scored is None or scored.finish_reason is not None:
                     continue
-                reading = _newest(reading)
-            if sequence.has_begun and not sequence.must_check:  # which feeds no token
-                sequence.left[reading.exit] = sequence.left.get(reading.exit, 0) + 1
+                output = _newest(output)
+            if sequence.has_begun and not sequence.must_verify:  # which feeds no token
+                sequence.left[output.exit] = sequence.left.get(output.exit, 0) + 1
             sequence.has_begun = True
-            if sequence.drafts and reading.exit is None:
-                singles += self._check(sequence, reading, events)
+            if sequence.drafts and output.exit is None:
+                singles += self._verify(sequence, output, events)
             else:
-                singles.append((sequence, reading))
+                singles.append((sequence, output))
         events += self._choose(singles)
         for event in events:
             if event.finish_reason is not None:
@@ -221,114 +221,116 @@ class DecodingSession:
         events.sort(key=lambda event: event.sequence)
         return tuple(events)
 
-    def _feeds(self, by_slot: dict[int, _Sequence]) -> dict[int, Feed]:
+    def _next_inputs(self, by_slot: dict[int, _Sequence]) -> dict[int, TokenInput]:
         """What each sequence sends down next; a prompt that is to be scored waits where its logits have no room.
 
         Room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones by slot.
         """
         room = rows_per_step(self._model.vocab_size)
-        feeds = {}
+        inputs = {}
         for slot, sequence in by_slot.items():
             if sequence.scorer is None:
-                feeds[slot] = self._feed(sequence)
+                inputs[slot] = self._next_input(sequence)
             elif room:
-                feeds[slot] = sequence.scorer.feed(room)
-                room -= len(feeds[slot].tokens)
+                inputs[slot] = sequence.scorer.next_input(room)
+                room -= len(inputs[slot].tokens)
         return dict(sorted(feeds.items()))
 
-    def _feed(self, sequence: _Sequence) -> Feed:
+    def _next_input(self, sequence: _Sequence) -> TokenInput:
         """What a sequence sends down next."""
-        course = sequence.course
+        plan = sequence.plan
         if not sequence.has_begun:
-            return Feed(0, sequence.request.prompt)
+            return TokenInput(0, sequence.request.prompt)
         position = sequence.length - 1
-        if sequence.must_check:
-            return Feed(position, (), read_all=True)
-        cap = course.max_waiting
-        may_leave = bool(course.exits) and self._exits_pay(sequence)
-        may_leave = may_leave and (cap is None or self._descent.waiting(sequence.slot) < cap)
-        if course.checks:
+        if sequence.must_verify:
+            return TokenInput(position, (), read_all=True)
+        cap = plan.max_pending_tokens
+        allow_exit = bool(plan.exits) and self._exits_pay(sequence)
+        allow_exit = allow_exit and (cap is None or self._forward.num_pending(sequence.slot) < cap)
+        if plan.verify:
             request = sequence.request
             # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
-            may_leave = may_leave and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
-        return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
+            allow_exit = allow_exit and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
+        return TokenInput(position, (sequence.answer[-1],), allow_exit, read_all=plan.verify)
 
     def _exits_pay(self, sequence: _Sequence) -> bool:
-        """Whether a sequence is to ask its exits: by what its first tokens did, then for good."""
+        """Whether a sequence is to evaluate its exits: by what its first tokens did, then for good."""
         rule = self._cost_rule
         if rule is None or sequence.exits_pay:
             return True
         if sequence.exits_pay is None:
             if sequence.drafts:
-                # What they are worth is known when they are checked, so where a verdict is due they are.
+                # What they are worth is known when they are verified, so where a verdict is due they are.
                 return not rule.is_due(sum(sequence.left.values()))
             # The first token of an answer came with the prompt.
             emitted = len(sequence.answer) - 1
-            sequence.exits_pay = rule.verdict(sequence.course, self._model.num_layers, sequence.left, emitted)
+            sequence.exits_pay = rule.verdict(sequence.plan, self._model.num_layers, sequence.left, emitted)
             if sequence.exits_pay is None:
                 return True
             self._num_fallbacks += not sequence.exits_pay
-        if not sequence.exits_pay and not self._descent.waiting(sequence.slot):
+        if not sequence.exits_pay and not self._forward.num_pending(sequence.slot):
             # Later tokens run to the end in one piece.
-            self._descent.stop_asking(sequence.slot)
-            sequence.course = dataclasses.replace(sequence.course, exits=())
+            self._forward.disable_exits(sequence.slot)
+            sequence.plan = dataclasses.replace(sequence.plan, exits=())
         return sequence.exits_pay
 
-    def _check(self, sequence: _Sequence, reading: Reading, events: list[Event]) -> list[tuple[_Sequence, Reading]]:
-        """Keep the drafts that stand. Returns the reading of the token after them, if one is to be chosen."""
+    def _verify(
+        self, sequence: _Sequence, output: ExitOutput, events: list[Event]
+    ) -> list[tuple[_Sequence, ExitOutput]]:
+        """Keep the drafts that stand. Returns the output of the token after them, if one is to be chosen."""
         drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
-        rows = reading.logits[: len(drafts)]
+        rows = output.logits[: len(drafts)]
         params = sequence.request.sampling
-        sequence.drafts, sequence.must_check = [], False
+        sequence.drafts, sequence.must_verify = [], False
         del sequence.answer[-len(drafts) :]
         self._drafted += len(drafts)
-        self._checks += 1
+        self._num_verifications += 1
         num_prompt = len(sequence.request.prompt)
-        checked = list(check(rows, drafts, params, first, sequence.previous(), num_prompt))
-        logprobs = token_logprobs(rows[: len(checked)], [token for token, _ in checked])
-        all_stay = checked[-1][1]
-        if not all_stay and reading.logits.shape[0] > len(checked):
+        verified = list(verify(rows, drafts, params, first, sequence.previous(), num_prompt))
+        logprobs = token_logprobs(rows[: len(verified)], [token for token, _ in verified])
+        all_accepted = verified[-1][1]
+        if not all_accepted and output.logits.shape[0] > len(verified):
             # Row i stands at position first - 1 + i; what was fed after the last row that was checked goes.
-            self._descent.truncate(sequence.slot, first - 1 + len(checked))
-        for row, ((token, stays), draft) in enumerate(zip(checked, drafts, strict=False)):
-            source = draft if stays else None
-            events += self._events(sequence, token, logprobs[row], reading, row, source)
+            self._forward.truncate(sequence.slot, first - 1 + len(verified))
+        for row, ((token, accepted), draft) in enumerate(zip(verified, drafts, strict=False)):
+            source = draft if accepted else None
+            events += self._events(sequence, token, logprobs[row], output, row, source)
             if isinstance(events[-1], Failure):
                 return []
-            self._accepted += stays
-        if not all_stay or reading.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
+            self._accepted += accepted
+        if not all_accepted or output.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
             return []
-        return [(sequence, _newest(reading))]
+        return [(sequence, _newest(output))]
 
-    def _choose(self, readings: Sequence[tuple[_Sequence, Reading]]) -> list[TokenEvent | Failure]:
-        """A token from each reading of one row; those of early exits that are to be checked become drafts."""
+    def _choose(self, outputs: Sequence[tuple[_Sequence, ExitOutput]]) -> list[TokenEvent | Failure]:
+        """A token from each output of one row; those of early exits that are to be checked become drafts."""
         events: list[TokenEvent | Failure] = []
-        drafted: list[tuple[_Sequence, Reading]] = []
-        certain: list[tuple[_Sequence, Reading]] = []
-        for one in readings:
-            (drafted if one[0].course.checks and one[1].exit is not None else certain).append(one)
-        for (sequence, reading), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
-            sequence.drafts.append(Draft(token, reading.exit, reading.layer, reading.confidence[0], shaped))
+        drafted: list[tuple[_Sequence, ExitOutput]] = []
+        certain: list[tuple[_Sequence, ExitOutput]] = []
+        for one in outputs:
+            (drafted if one[0].plan.verify and one[1].exit is not None else certain).append(one)
+        for (sequence, output), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
+            sequence.drafts.append(Draft(token, output.exit, output.layer, output.confidence[0], shaped))
             sequence.answer.append(token)
             try:
-                sequence.must_check = sequence.finish_reason() is not None
-            except Exception:  # of the caller's `ends`: it counts if the draft stays, and is asked again then
-                sequence.must_check = True
+                sequence.must_verify = sequence.finish_reason() is not None
+            except Exception:  # of the caller's `ends`: it counts if the draft accepted, and is evaluated again then
+                sequence.must_verify = True
         if certain:
             tokens = [choice.token for choice in _sample(certain, "token")]
             logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
             logprobs = token_logprobs(logits, tokens)
-            for (sequence, reading), token, logprob in zip(certain, tokens, logprobs, strict=True):
-                events += self._events(sequence, token, logprob, reading, 0, None)
+            for (sequence, output), token, logprob in zip(certain, tokens, logprobs, strict=True):
+                events += self._events(sequence, token, logprob, output, 0, None)
         return events
 
     def _events(
-        self, sequence: _Sequence, token: int, logprob: float, reading: Reading, row: int, draft: Draft | None
+        self, sequence: _Sequence, token: int, logprob: float, output: ExitOutput, row: int, draft: Draft | None
     ) -> list[TokenEvent | Failure]:
         """Record a token that is certain. `draft`: what it was before, if it was one."""
         position = sequence.length
         if math.isnan(logprob):
-            return [Failure.of_logits(sequence.index, position, reading.exit)]
+            return [Failure.of_logits(sequence.index, position, output.exit)]
         sequence.answer.append(token)
         finish_reason, failures = None, []
         try:
@@ -340,12 +342,12 @@ class DecodingSession:
             sequence=sequence.index,
             position=position,
             token=token,
-            exit=reading.exit if draft is None else draft.exit,
-            layer=reading.layer if draft is None else draft.layer,
-            confidence=reading.confidence[row] if draft is None else draft.confidence,
+            exit=output.exit if draft is None else draft.exit,
+            layer=output.layer if draft is None else draft.layer,
+            confidence=output.confidence[row] if draft is None else draft.confidence,
             logprob=logprob,
             finish_reason=finish_reason,
-            top=most_likely(reading.logits[row], sequence.request.num_top),
+            top=most_likely(output.logits[row], sequence.request.num_top),
         )
         return [event, *failures]
 
@@ -355,12 +357,12 @@ class DecodingSession:
 
         Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
         """
-        self._descent.flush(leaving=[own.slot for own in self._running.values() if own.drafts])
+        self._forward.flush(leaving=[own.slot for own in self._running.values() if own.drafts])
 
-    def waiting(self, sequence: int) -> int:
+    def num_pending(self, sequence: int) -> int:
         """How many tokens of the sequence wait for deeper layers."""
         slot = self._slots.get(sequence)
-        return 0 if slot is None else self._descent.waiting(slot)
+        return 0 if slot is None else self._forward.num_pending(slot)
 
     def stats(self, events: Sequence[Event]) -> DecodingStats:
         """Sums over the tokens among these events, and over the work done so far."""
@@ -371,30 +373,30 @@ class DecodingSession:
             tokens_per_exit=exit_histogram(events, self._model.exits),
             mean_depth=mean_depth(events),
             num_layers=self._model.num_layers,
-            computed_layers=self._descent.computed_half_layers / 2,
-            asked=dict(self._descent.asked),
+            computed_layers=self._forward.computed_half_layers / 2,
+            evaluations=dict(self._forward.evaluations),
             drafted=self._drafted,
             accepted=self._accepted,
-            checks=self._checks,
+            num_verifications=self._num_verifications,
             num_fallbacks=self._num_fallbacks,
         )
 
 
-def _sample(readings: Sequence[tuple[_Sequence, Reading]], purpose: str) -> list[Choice]:
+def _sample(outputs: Sequence[tuple[_Sequence, ExitOutput]], purpose: str) -> list[Choice]:
     """The next token of each, drafts included in what came before."""
-    if not readings:
+    if not outputs:
         return []
-    logits = readings[0][1].logits if len(readings) == 1 else torch.cat([reading.logits for _, reading in readings])
+    logits = outputs[0][1].logits if len(outputs) == 1 else torch.cat([output.logits for _, output in outputs])
     return choose(
         logits,
-        [sequence.request.sampling for sequence, _ in readings],
-        [sequence.length for sequence, _ in readings],
-        [sequence.previous() for sequence, _ in readings],
+        [sequence.request.sampling for sequence, _ in outputs],
+        [sequence.length for sequence, _ in outputs],
+        [sequence.previous() for sequence, _ in outputs],
         purpose,
-        [len(sequence.request.prompt) for sequence, _ in readings],
+        [len(sequence.request.prompt) for sequence, _ in outputs],
     )
 
 
-def _newest(reading: Reading) -> Reading:
-    """The reading of its last row alone."""
-    return dataclasses.replace(reading, confidence=reading.confidence[-1:], logits=reading.logits[-1:])
+def _newest(output: ExitOutput) -> ExitOutput:
+    """The output of its last row alone."""
+    return dataclasses.replace(output, confidence=output.confidence[-1:], logits=output.logits[-1:])

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 
 FINAL = "final"  # the name under which the final exit (None in an event) is counted
 
@@ -63,7 +63,7 @@ class PromptScores:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A sequence's last event when it ends by a fault of its own: no token, the reason instead. Others go on.
+    """A sequence's last event when it ends by a problem of its own: no token, the reason instead. Others go on.
 
     Attributes:
         sequence: index of the sequence in the call.
@@ -113,11 +113,11 @@ class DecodingStats:
         num_layers: of the model.
         computed_layers: sum over all positions of the layers that were really run for them (halves count), prompt
             and thrown-away drafts included; the work, where `mean_depth` is only where tokens left.
-        asked: how many times each exit of the model was asked, `final` included; the work of the heads.
+        evaluations: how many times each exit of the model was evaluated, `final` included; the work of the heads.
         drafted, accepted: tokens drafted and checked or thrown away, and those of them that stayed
             (`self_speculative`).
-        checks: how many times drafts of a sequence were checked.
-        num_fallbacks: sequences that stopped asking their exits because they did not pay (`cost_rule`).
+        num_verifications: how many times drafts of a sequence were checked.
+        num_fallbacks: sequences that stopped evaluating their exits because they did not pay (`cost_rule`).
     """
 
     num_prompt_tokens: int
@@ -126,10 +126,10 @@ class DecodingStats:
     mean_depth: float
     num_layers: int
     computed_layers: float
-    asked: dict[str, int]
+    evaluations: dict[str, int]
     drafted: int = 0
     accepted: int = 0
-    checks: int = 0
+    num_verifications: int = 0
     num_fallbacks: int = 0
 
     @property
@@ -140,7 +140,7 @@ class DecodingStats:
     @property
     def mean_accepted_length(self) -> float:
         """Drafted tokens that stayed, per check; 0.0 without checks."""
-        return self.accepted / self.checks if self.checks else 0.0
+        return self.accepted / self.num_verifications if self.num_verifications else 0.0
 
     @property
     def computed_depth(self) -> float:

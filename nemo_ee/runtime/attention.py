@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values by position, where items stand in them, and attention over them.
+"""Keys and values by position, where positions stand in them, and attention over them.
 
-What depends on the items alone (which rows attend together, which positions they see, where they write) is worked out
+What depends on the positions alone (which rows attend together, which positions they see, where they write) is worked out
 once per flight (`Placement`), not once per layer.
 
-Shapes: n items, H query heads, K key-value heads, d their size.
+Shapes: n positions, H query heads, K key-value heads, d their size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_ee.generation.items import ItemGroup, Items
+from nemo_ee.generation.decoding_model import SequenceRows, TokenPositions
 
 
 class RuntimeCache:
@@ -32,8 +32,8 @@ class RuntimeCache:
         self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
         self._lengths = [0] * shape[0]  # positions of each sequence that may have been written
 
-    def reach(self, groups: Iterable[ItemGroup]) -> None:
-        """Keys and values of these items are about to be written, in some slot or other."""
+    def reach(self, groups: Iterable[SequenceRows]) -> None:
+        """Keys and values of these positions are about to be written, in some slot or other."""
         for group in groups:
             if group.length > self._lengths[group.sequence]:
                 self._lengths[group.sequence] = group.length
@@ -53,7 +53,7 @@ class Block(NamedTuple):
     """Rows that attend in one call: one row of each of some neighbouring sequences, or several rows of one sequence.
 
     Attributes:
-        first_row, stop_row: of the items.
+        first_row, stop_row: of the positions.
         first, stop: sequences.
         length: positions to look at, from 0.
         mask: added to the scores, 0 or -inf, `[sequences, 1, 1, length]` or `[rows, length]`; None = each row sees all
@@ -76,21 +76,21 @@ class Block(NamedTuple):
 
 
 class Placement:
-    """Where items stand in a cache, and with whom they attend. `dtype`: the cache's."""
+    """Where positions stand in a cache, and with whom they attend. `dtype`: the cache's."""
 
-    def __init__(self, items: Items, dtype: torch.dtype) -> None:
-        # Not the items, which keep it.
-        self._sequence, self._position = items.sequence, items.position
-        groups = items.groups
-        self.run: ItemGroup | None = None  # all of the items, where they are consecutive ones of one sequence
+    def __init__(self, positions: TokenPositions, dtype: torch.dtype) -> None:
+        # Not the positions, which keep it.
+        self._sequence, self._position = positions.sequence, positions.position
+        groups = positions.groups
+        self.run: SequenceRows | None = None  # all of the positions, where they are consecutive ones of one sequence
         if len(groups) == 1 and isinstance(groups[0].positions, range):
             self.run = groups[0]
-        self.blocks = tuple(_blocks(items, dtype))
+        self.blocks = tuple(_blocks(positions, dtype))
 
     def write(self, keys_values: Tensor, slab: Tensor) -> None:
-        """Store `[n, 2K, d]` at the items' places in `[sequences, 2K, max_length, d]`."""
+        """Store `[n, 2K, d]` at the positions' places in `[sequences, 2K, max_length, d]`."""
         if self.run is None:
-            # Advanced indices on both sides of a slice put the items' axis first: [n, 2K, d].
+            # Advanced indices on both sides of a slice put the positions' axis first: [n, 2K, d].
             slab[self._sequence, :, self._position] = keys_values
         elif keys_values.shape[0] == 1:
             slab[self.run.sequence, :, self.run.length - 1] = keys_values[0]
@@ -102,7 +102,7 @@ class Placement:
 
         Args:
             queries: `[n, H, d]`, in the slab's dtype.
-            slab: `[sequences, 2K, max_length, d]`, the items' own keys and values written.
+            slab: `[sequences, 2K, max_length, d]`, the positions' own keys and values written.
             scale: multiplies the scores.
 
         Returns:
@@ -115,34 +115,34 @@ class Placement:
         )
 
 
-def _blocks(items: Items, dtype: torch.dtype) -> Iterator[Block]:
-    alike: list[ItemGroup] = []  # neighbours of one item each
-    for group in items.groups:
+def _blocks(positions: TokenPositions, dtype: torch.dtype) -> Iterator[Block]:
+    alike: list[SequenceRows] = []  # neighbours of one item each
+    for group in positions.groups:
         single = group.first_row == group.last_row
         if alike and not (single and group.sequence == alike[-1].sequence + 1):
-            yield _neighbours(alike, items, dtype)
+            yield _neighbours(alike, positions, dtype)
             alike = []
         if single:
             alike.append(group)
         else:
-            yield _several_of_one(group, items, dtype)
+            yield _several_of_one(group, positions, dtype)
     if alike:
-        yield _neighbours(alike, items, dtype)
+        yield _neighbours(alike, positions, dtype)
 
 
-def _neighbours(groups: list[ItemGroup], items: Items, dtype: torch.dtype) -> Block:
+def _neighbours(groups: list[SequenceRows], positions: TokenPositions, dtype: torch.dtype) -> Block:
     first, last = groups[0], groups[-1]
     length, mask = max(group.length for group in groups), None
     if min(group.length for group in groups) < length:
-        own = items.position[first.first_row : last.last_row + 1]
+        own = positions.position[first.first_row : last.last_row + 1]
         mask = _mask(own, length, dtype)[:, None, None]
     return Block(first.first_row, last.last_row + 1, first.sequence, last.sequence + 1, length, mask, causal=False)
 
 
-def _several_of_one(group: ItemGroup, items: Items, dtype: torch.dtype) -> Block:
+def _several_of_one(group: SequenceRows, positions: TokenPositions, dtype: torch.dtype) -> Block:
     causal, mask = isinstance(group.positions, range) and group.positions.start == 0, None
     if not causal:
-        own = items.position[group.first_row : group.last_row + 1]
+        own = positions.position[group.first_row : group.last_row + 1]
         mask = _mask(own, group.length, dtype)
     return Block(
         group.first_row, group.last_row + 1, group.sequence, group.sequence + 1, group.length, mask, causal=causal

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor
 
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
-from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
@@ -93,11 +93,11 @@ class EarlyExitCausalLM:
         batch, length = input_ids.shape
         if length > self.model.max_positions:
             raise ValueError(f"{length} tokens are more than the model's {self.model.max_positions} positions")
-        items = Items.of({row: range(length) for row in range(batch)}, self.device)
+        positions = TokenPositions.of({row: range(length) for row in range(batch)}, self.device)
         cache = self.model.new_cache(batch, length, ())
-        hidden = self.model.embed(input_ids.flatten().to(self.device), items)
-        hidden = self.model.run(hidden, items, 0, 2 * self.model.num_layers, cache)
-        return self.model.exit_logits(None, hidden, items, cache).view(batch, length, -1)
+        hidden = self.model.embed(input_ids.flatten().to(self.device), positions)
+        hidden = self.model.run(hidden, positions, 0, 2 * self.model.num_layers, cache)
+        return self.model.exit_logits(None, hidden, positions, cache).view(batch, length, -1)
 
     def generate(
         self,
@@ -107,7 +107,7 @@ class EarlyExitCausalLM:
         early_exit_threshold: float | Mapping[str, float] | None = None,
         early_exit_criterion: str = "max_probability",
         early_exits: Sequence[str] | None = None,
-        max_waiting: int | None = None,
+        max_pending_tokens: int | None = None,
         max_new_tokens: int = 20,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -125,7 +125,7 @@ class EarlyExitCausalLM:
         Args:
             input_ids: `[b, s]`, padded on either side where `attention_mask` is 0.
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
-            early_exit_criterion, early_exits, max_waiting: `criterion`, `active` and `max_waiting` of `ExitPolicy`.
+            early_exit_criterion, early_exits, max_pending_tokens: `criterion`, `active` and `max_pending_tokens` of `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
             eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's. The
                 tokenizer is not asked.
@@ -136,7 +136,7 @@ class EarlyExitCausalLM:
             `[b, s + n]`, int64, the prompts with the new tokens behind them.
 
         Raises:
-            ValueError: every fault of the call.
+            ValueError: every problem of the call.
         """
         others.pop("token_type_ids", None)  # some tokenizers give them unasked; these models have one kind
         if others:
@@ -148,7 +148,7 @@ class EarlyExitCausalLM:
         policy = None
         if early_exit_threshold is not None:
             active = None if early_exits is None else tuple(early_exits)
-            policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_waiting)
+            policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_pending_tokens)
         stops = self._stops() if eos_token_id is None else _list(eos_token_id)
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         result = self.engine.generate(

@@ -15,7 +15,7 @@ from typing import Any
 from nemo_ee.exits.config import ARCHITECTURES
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import FAMILIES, read_config
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.text.json_values import JsonError, read_json_object
 
 

@@ -141,15 +141,15 @@ class _Directory:
             for path in self._paths():
                 try:
                     file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                except (SafetensorError, OSError) as fault:
-                    raise ValueError(f"{path}: missing or damaged ({fault}); export again") from fault
+                except (SafetensorError, OSError) as problem:
+                    raise ValueError(f"{path}: missing or damaged ({problem}); export again") from problem
                 self._files |= dict.fromkeys(file.keys(), file)
         except BaseException:
             self._stack.close()
             raise
         return self
 
-    def __exit__(self, *fault: object) -> None:
+    def __exit__(self, *problem: object) -> None:
         self._stack.close()
 
     def _paths(self) -> list[Path]:
@@ -158,8 +158,8 @@ class _Directory:
             return [self.origin / "model.safetensors"]
         try:
             names = sorted(set(read_json_object(index)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise ValueError(f"{index}: damaged ({fault!r}); export again") from fault
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{index}: damaged ({problem!r}); export again") from problem
         if any(Path(str(name)).name != name for name in names):
             raise ValueError(f"{index}: refused, it names files outside of the directory")
         return [self.origin / name for name in names]

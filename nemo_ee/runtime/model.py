@@ -11,7 +11,7 @@ Few operations per token are what makes it fast: query, key and value are one pr
 are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention runs in
 fp32 on the CPU whatever the weights' dtype is, which is both exact and faster there.
 
-Shapes: n items, h hidden, H query heads, K key-value heads, d their size, v vocabulary.
+Shapes: n positions, h hidden, H query heads, K key-value heads, d their size, v vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.runtime.attention import Placement, RuntimeCache
 from nemo_ee.runtime.exported_model import ExportedModel
 from nemo_ee.runtime.linear import Linear
@@ -118,18 +118,18 @@ class RuntimeModel:
         return RuntimeCache([*range(self.num_layers), *own], shape, self._cache_dtype, self.device)
 
     @torch.inference_mode()
-    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
+    def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
         """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
-        hidden, positions = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
-        if positions is None:
+        hidden, learned = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
+        if learned is None:
             return hidden
-        return hidden + F.embedding(items.position, positions)
+        return hidden + F.embedding(positions.position, positions)
 
     @torch.inference_mode()
-    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: RuntimeCache) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: RuntimeCache) -> Tensor:
         """Run the half layers (start, stop]; odd ones are attention, even ones MLPs. `hidden`: `[n, h]`."""
-        placement, rotation = self._place(items)
-        cache.reach(items.groups)  # exits write at positions that have come to them, so these are all
+        placement, rotation = self._place(positions)
+        cache.reach(positions.groups)  # exits write at positions that have come to them, so these are all
         for half in range(start, stop):
             layer = self.weights.layers[half >> 1]
             if half & 1:
@@ -139,24 +139,24 @@ class RuntimeModel:
         return hidden
 
     @torch.inference_mode()
-    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: RuntimeCache) -> None:
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: RuntimeCache) -> None:
         """A `layer` exit writes its keys and values; other exits do nothing. `hidden`: `[n, h]`."""
         layer = self.weights.heads[name].layer
         if layer is not None:
-            self._remember(layer, hidden, items, cache.slabs[name])
+            self._remember(layer, hidden, positions, cache.slabs[name])
 
     @torch.inference_mode()
-    def propagate(self, hidden: Tensor, items: Items, stop: int, cache: RuntimeCache) -> None:
+    def propagate(self, hidden: Tensor, positions: TokenPositions, stop: int, cache: RuntimeCache) -> None:
         """Write keys and values of all layers past `stop` as if `hidden` `[n, h]` came in (`runtime.propagation`)."""
         for index in range((stop + 1) // 2, self.num_layers):
-            self._remember(self.weights.layers[index], hidden, items, cache.slabs[index])
+            self._remember(self.weights.layers[index], hidden, positions, cache.slabs[index])
 
     @torch.inference_mode()
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: RuntimeCache) -> Tensor:
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: RuntimeCache) -> Tensor:
         """Logits of an exit, or of the final exit (None). `hidden`: `[n, h]`. Returns `[n, v]`, fp32."""
         head = self.weights.heads[name]
         if head.layer is not None:
-            hidden = self._attention(head.layer, hidden, *self._place(items), cache.slabs[name])
+            hidden = self._attention(head.layer, hidden, *self._place(positions), cache.slabs[name])
             hidden = self._mlp(head.layer.mlp, hidden)
         if head.mlp is not None:
             hidden = self._mlp(head.mlp, hidden)
@@ -167,15 +167,15 @@ class RuntimeModel:
     def _mlp(self, mlp: MlpWeights, hidden: Tensor) -> Tensor:
         return mlp.fc2.added_to(hidden, self._activate(mlp.fc1(mlp.norm(hidden))))
 
-    def _place(self, items: Items) -> tuple[Placement, Tensor | None]:
-        """Where the items stand, and their rotation, `[n, 1, d/2]`; None without rotary positions.
+    def _place(self, positions: TokenPositions) -> tuple[Placement, Tensor | None]:
+        """Where the positions stand, and their rotation, `[n, 1, d/2]`; None without rotary positions.
 
-        Kept with the items, since every segment of a flight asks for the same, and others may ask in between.
+        Kept with the positions, since every segment of a flight asks for the same, and others may ask in between.
         """
-        kept = items.__dict__.get("placed")
+        kept = positions.__dict__.get("placed")
         if kept is None or kept[0] is not self:
-            rotation = None if self._rotary is None else self._rotary.at(items)
-            kept = items.__dict__["placed"] = self, Placement(items, self._cache_dtype), rotation
+            rotation = None if self._rotary is None else self._rotary.at(positions)
+            kept = positions.__dict__["placed"] = self, Placement(positions, self._cache_dtype), rotation
         return kept[1], kept[2]
 
     def _heads(self, layer: LayerWeights, hidden: Tensor, rotation: Tensor | None) -> Tensor:
@@ -199,7 +199,7 @@ class RuntimeModel:
         attended = placement.attend(heads[:, :num_heads], slab, self._scale).to(hidden.dtype)
         return layer.proj.added_to(hidden, attended)
 
-    def _remember(self, layer: LayerWeights, hidden: Tensor, items: Items, slab: Tensor) -> None:
+    def _remember(self, layer: LayerWeights, hidden: Tensor, positions: TokenPositions, slab: Tensor) -> None:
         """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
-        placement, rotation = self._place(items)
+        placement, rotation = self._place(positions)
         placement.write(self._heads(layer, hidden, rotation)[:, self._num_heads :], slab)

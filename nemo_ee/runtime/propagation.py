@@ -7,7 +7,7 @@
 (the state propagation of CALM, arXiv 2207.07061, section 3.3). Nothing waits and nothing is computed later, so the
 result is an approximation, also for the tokens that go to full depth. It is what an engine can do that keeps one
 cache length for all layers and decides once for the whole batch, and is here as the reference for exports to such
-engines: a step's tokens leave at an exit iff that exit is sure of every one of them. `generation.engine` is exact.
+engines: a step's tokens leave at an exit iff that exit is confident of every one of them. `generation.engine` is exact.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.generation.items import Items
-from nemo_ee.generation.policy import AskedExit, ExitPolicy
+from nemo_ee.generation.decoding_model import TokenPositions
+from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy
 from nemo_ee.runtime.model import RuntimeModel
 
 
@@ -37,42 +37,42 @@ class PropagatingBatch:
 
     Args:
         model: what to run.
-        asked: exits to ask, in the model's order.
+        exits: exits to evaluate, in the model's order.
         criterion: of the confidence.
         num_sequences, max_length: room in the cache.
     """
 
     def __init__(
-        self, model: RuntimeModel, asked: Sequence[AskedExit], criterion: str, num_sequences: int, max_length: int
+        self, model: RuntimeModel, exits: Sequence[EvaluatedExit], criterion: str, num_sequences: int, max_length: int
     ) -> None:
         self.model, self.criterion = model, criterion
-        self.asked = tuple(asked)
+        self.exits = tuple(exits)
         self.cache = model.new_cache(num_sequences, max_length, ())
 
-    def feed(self, tokens: Mapping[int, tuple[int, Sequence[int]]], *, asking: bool) -> tuple[str | None, Tensor]:
+    def feed(self, tokens: Mapping[int, tuple[int, Sequence[int]]], *, evaluating: bool) -> tuple[str | None, Tensor]:
         """Run tokens of some sequences, each from a first position on, and read the last of each sequence.
 
         Args:
             tokens: sequence -> (first position, tokens), sequences ascending.
-            asking: ask the exits, in a step of one token per sequence; False runs to full depth, as for prompts.
+            evaluating: evaluate the exits, in a step of one token per sequence; False runs to full depth, as for prompts.
 
         Returns:
             The exit that the logits are from (None = the final exit), and logits `[sequences, v]`, fp32.
         """
         positions = {sequence: range(first, first + len(own)) for sequence, (first, own) in tokens.items()}
-        items = Items.of(positions, self.model.device)
+        positions = TokenPositions.of(positions, self.model.device)
         flat = torch.tensor([token for _, own in tokens.values() for token in own], device=self.model.device)
-        hidden, depth = self.model.embed(flat, items), 0
-        for exit in self.asked if asking else ():
-            hidden = self.model.run(hidden, items, depth, exit.point.stop, self.cache)
+        hidden, depth = self.model.embed(flat, positions), 0
+        for exit in self.exits if evaluating else ():
+            hidden = self.model.run(hidden, positions, depth, exit.point.stop, self.cache)
             depth = exit.point.stop
-            logits = self.model.exit_logits(exit.point.name, hidden, items, self.cache)
+            logits = self.model.exit_logits(exit.point.name, hidden, positions, self.cache)
             if bool(leaves(confidence(logits, self.criterion), exit.threshold, self.criterion).all()):
-                self.model.propagate(hidden, items, depth, self.cache)
+                self.model.propagate(hidden, positions, depth, self.cache)
                 return exit.point.name, logits
-        hidden = self.model.run(hidden, items, depth, 2 * self.model.num_layers, self.cache)
-        last = items.select(torch.tensor([group.last_row for group in items.groups]))
-        rows = torch.tensor([group.last_row for group in items.groups], device=self.model.device)
+        hidden = self.model.run(hidden, positions, depth, 2 * self.model.num_layers, self.cache)
+        last = positions.select(torch.tensor([group.last_row for group in positions.groups]))
+        rows = torch.tensor([group.last_row for group in positions.groups], device=self.model.device)
         return None, self.model.exit_logits(None, hidden[rows], last, self.cache)
 
 
@@ -95,15 +95,15 @@ def generate_propagating(
     Raises:
         ValueError: an exit that attends, a cap, or sequences that do not fit the model.
     """
-    asked = _checked(model, prompts, max_new_tokens, policy)
+    evaluated = _checked(model, prompts, max_new_tokens, policy)
     lengths = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
-    batch = PropagatingBatch(model, asked, policy.criterion, len(prompts), max(lengths))
+    batch = PropagatingBatch(model, evaluated, policy.criterion, len(prompts), max(lengths))
     tokens: list[list[int]] = [[] for _ in prompts]
     exits: list[list[str | None]] = [[] for _ in prompts]
     feed = {sequence: (0, list(prompt)) for sequence, prompt in enumerate(prompts)}
-    asking = False
+    evaluating = False
     while feed:
-        exit, logits = batch.feed(feed, asking=asking)
+        exit, logits = batch.feed(feed, evaluating=evaluating)
         for sequence, token in zip(feed, logits.argmax(dim=-1).tolist(), strict=True):
             tokens[sequence].append(token)
             exits[sequence].append(exit)
@@ -112,30 +112,30 @@ def generate_propagating(
             for sequence, (first, own) in feed.items()
             if len(tokens[sequence]) < max_new_tokens[sequence] and tokens[sequence][-1] not in stop_tokens
         }
-        asking = True
+        evaluating = True
     return PropagationResult(tuple(map(tuple, tokens)), tuple(map(tuple, exits)))
 
 
 def _checked(
     model: RuntimeModel, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], policy: ExitPolicy
-) -> tuple[AskedExit, ...]:
-    asked, faults = policy.asked_exits(model.exits), []
-    attending = [exit.point.name for exit in asked if model.weights.heads[exit.point.name].layer is not None]
+) -> tuple[EvaluatedExit, ...]:
+    evaluated, problems = policy.evaluated_exits(model.exits), []
+    attending = [exit.point.name for exit in evaluated if model.weights.heads[exit.point.name].layer is not None]
     if attending:
-        faults.append(
+        problems.append(
             f"exits {', '.join(attending)} have a transformer layer of their own, whose keys and values kv: propagate "
             "does not keep; leave them out (ExitPolicy(active=...))"
         )
-    if policy.max_waiting is not None:
-        faults.append(f"max_waiting={policy.max_waiting}: with kv: propagate no token waits; use None")
+    if policy.max_pending_tokens is not None:
+        problems.append(f"max_pending_tokens={policy.max_pending_tokens}: with kv: propagate no token waits; use None")
     if len(prompts) != len(max_new_tokens) or not prompts:
-        faults.append(f"{len(prompts)} prompts and {len(max_new_tokens)} max_new_tokens: give one number per prompt")
+        problems.append(f"{len(prompts)} prompts and {len(max_new_tokens)} max_new_tokens: give one number per prompt")
     for index, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=False)):
         if not prompt or new < 1 or len(prompt) + new > model.max_positions:
-            faults.append(
+            problems.append(
                 f"prompt {index} has {len(prompt)} tokens and asks for {new}; both must be at least 1 and their "
                 f"sum at most {model.max_positions}"
             )
-    if faults:
-        raise ValueError("; ".join(faults))
-    return asked
+    if problems:
+        raise ValueError("; ".join(problems))
+    return evaluated

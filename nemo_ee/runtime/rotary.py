@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.families.architecture import Architecture
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 
 
 def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
@@ -56,13 +56,13 @@ class RotaryTable:
         self._frequencies, self._device = frequencies.to(device), device
         self._table = torch.empty((0, len(frequencies)), dtype=torch.complex64, device=device)
 
-    def at(self, items: Items) -> Tensor:
-        """For the items' positions. Returns `[n, 1, d/2]`, complex64."""
-        groups = items.groups
+    def at(self, positions: TokenPositions) -> Tensor:
+        """For the positions' positions. Returns `[n, 1, d/2]`, complex64."""
+        groups = positions.groups
         table = self._reaching(max(group.length for group in groups))
         if len(groups) == 1 and isinstance(groups[0].positions, range):
             return table[groups[0].positions.start : groups[0].length, None]
-        return table[items.position][:, None]
+        return table[positions.position][:, None]
 
     def _reaching(self, length: int) -> Tensor:
         """The table with at least so many positions. Threads may grow it at the same time, each gets one that does."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.stats import FINAL, PromptScores, TokenEvent
 from nemo_ee.serving.protocol import Call
 from nemo_ee.serving.request_certificates import promise

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate
-from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
+from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.policy import MODES, ExitPolicy, plan_exits
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.request_certificates import find_certificate
 
 # What a mode does not look at is refused, so that nobody believes it was.
 _UNUSED = {
-    "full": ("threshold", "certificate", "exits", "max_waiting"),
-    "static_depth": ("threshold", "certificate", "max_waiting"),
+    "full": ("threshold", "certificate", "exits", "max_pending_tokens"),
+    "static_depth": ("threshold", "certificate", "max_pending_tokens"),
     "self_speculative": ("certificate",),
     "early_exit": (),
 }
@@ -67,9 +67,9 @@ def exit_choice(
             0.0 if "threshold" in _UNUSED[mode] else given.get("threshold", default.policy.thresholds),
             criterion=given.get("criterion", default.policy.criterion),
             active=given.get("exits", default.policy.active),
-            max_waiting=given.get("max_waiting", default.policy.max_waiting),
+            max_pending_tokens=given.get("max_pending_tokens", default.policy.max_pending_tokens),
         )
-        course_of(mode, policy, model.exits, model.num_layers)
+        plan_exits(mode, policy, model.exits, model.num_layers)
     except (ValueError, TypeError) as fault:
         raise ApiError(400, f"early_exit: {fault}", param="early_exit") from None
     return ExitChoice(mode, policy)
@@ -83,7 +83,7 @@ def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
     if unused:
         yield f"early_exit: mode {mode!r} does not look at {', '.join(unused)}; leave that out or use another mode"
     if "certificate" in given:
-        other = [key for key in ("threshold", "exits", "criterion", "max_waiting") if key in given]
+        other = [key for key in ("threshold", "exits", "criterion", "max_pending_tokens") if key in given]
         if other:
             yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
     exits = given.get("exits")

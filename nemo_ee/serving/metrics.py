@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -42,8 +42,8 @@ class Metrics:
         )
         self.queued = Gauge("nemo_ee_queued_sequences", "Sequences that wait for a slot.", registry=registry)
         self.running = Gauge("nemo_ee_running_sequences", "Sequences being decoded.", registry=registry)
-        self.waiting = Gauge(
-            "nemo_ee_waiting_tokens", "Tokens that left early and wait for deeper layers.", registry=registry
+        self.pending = Gauge(
+            "nemo_ee_pending_tokens", "Tokens that left early and wait for deeper layers.", registry=registry
         )
         self.prompt_tokens = Counter("nemo_ee_prompt_tokens", "Prompt tokens taken in.", registry=registry)
         self._tokens = Counter(

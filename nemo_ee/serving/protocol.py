@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests of OpenAI's completions and chat completions, checked field by field, with early exit as one more field.
 
-    early_exit: {mode, threshold | certificate, exits, criterion, max_waiting}
+    early_exit: {mode, threshold | certificate, exits, criterion, max_pending_tokens}
 
 Every fault of a request is reported at once. What this server cannot do is refused (`other_fields.py`), never ignored.
 """
@@ -31,7 +31,7 @@ _OF_CHAT = frozenset(
     "add_generation_prompt chat_template_kwargs".split()
 )
 FIELDS = {False: _BOTH | {"prompt", "echo"}, True: _BOTH | _OF_CHAT}
-EXIT_FIELDS = ("mode", "threshold", "certificate", "exits", "criterion", "max_waiting")
+EXIT_FIELDS = ("mode", "threshold", "certificate", "exits", "criterion", "max_pending_tokens")
 MAX_STOPS, MAX_STOP_LENGTH, MAX_EXITS, MAX_BIASES = 16, 256, 256, 1024
 _LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
 

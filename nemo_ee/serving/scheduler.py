@@ -205,7 +205,7 @@ class Scheduler:
         with self._news:
             self._num_taken = len(self._running) + num_coming
         self._metrics.running.set(len(self._running))
-        self._metrics.waiting.set(sum(self._session.waiting(index) for index in self._running))
+        self._metrics.pending.set(sum(self._session.num_pending(index) for index in self._running))
 
     def _end(self, index: int) -> None:
         self._session.cancel(index)
@@ -255,4 +255,4 @@ class Scheduler:
             if not sequence.cancelled:
                 sequence.deliver(Update(error=ApiError(status, message)))
         self._metrics.running.set(0)
-        self._metrics.waiting.set(0)
+        self._metrics.pending.set(0)

@@ -11,12 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate
-from nemo_ee.generation.checks import request_faults, too_long
+from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, course_of
+from nemo_ee.generation.policy import MODES, plan_exits
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
+from nemo_ee.generation.validation import request_problems, too_long
 from nemo_ee.serving.chat_prompt import chat_prompt
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
@@ -81,7 +81,7 @@ class ServedModel:
             raise ValueError(
                 f"max_length={self.max_length} is more than the model's {model.max_positions} positions; lower it"
             )
-        course_of(default.mode, default.policy, model.exits, model.num_layers)
+        plan_exits(default.mode, default.policy, model.exits, model.num_layers)
 
     @property
     def has_chat_template(self) -> bool:
@@ -145,7 +145,7 @@ class ServedModel:
                         policy=choice.policy,
                     )
                 )
-        faults = [fault for own in requests for fault in request_faults(self.model, "the request", own)]
+        faults = [fault for own in requests for fault in request_problems(self.model, "the request", own)]
         if faults:
             raise ApiError(400, "; ".join(dict.fromkeys(faults)))
         if choice.certificate is not None:
@@ -228,7 +228,7 @@ class ServedModel:
                     "threshold": default.policy.thresholds,
                     "criterion": default.policy.criterion,
                     "exits": None if default.policy.active is None else list(default.policy.active),
-                    "max_waiting": default.policy.max_waiting,
+                    "max_pending_tokens": default.policy.max_pending_tokens,
                 },
             },
         }

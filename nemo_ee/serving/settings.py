@@ -207,7 +207,7 @@ def _default(config: Mapping[str, Any], faults: list[str]) -> ExitChoice | None:
             config["threshold"],
             criterion=config["criterion"],
             active=config["exits"],
-            max_waiting=config["max_waiting"],
+            max_pending_tokens=config["max_pending_tokens"],
         )
     except (ValueError, TypeError) as fault:
         faults.append(str(fault))

@@ -63,7 +63,7 @@ SERVE = KnownSettings(
         "exits": exit_names,
         **dict.fromkeys(
             (
-                "num_threads port mode criterion threshold max_waiting cost_rule num_slots max_length max_queue "
+                "num_threads port mode criterion threshold max_pending_tokens cost_rule num_slots max_length max_queue "
                 "max_new_tokens max_choices max_body_bytes max_connections request_timeout shutdown_timeout"
             ).split(),
             anything,

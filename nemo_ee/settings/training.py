@@ -237,7 +237,9 @@ EVALUATE = KnownSettings(
     optional=("model.",),
 )
 
-_POLICY = dict.fromkeys("mode criterion threshold max_waiting cost_rule".split(), anything) | {"exits": exit_names}
+_POLICY = dict.fromkeys("mode criterion threshold max_pending_tokens cost_rule".split(), anything) | {
+    "exits": exit_names
+}
 _SAMPLING = dict.fromkeys(
     "greedy temperature top_k top_p repetition_penalty seed add_BOS stop_on_eos".split(), anything
 )
@@ -269,7 +271,7 @@ CALIBRATE = KnownSettings(
         **dict.fromkeys(
             (
                 "prompt_tokens prompts_per_document num_prompts risk epsilon delta clip_nats answer_until criterion "
-                "grid max_waiting split tokens_to_generate batch_size free_running "
+                "grid max_pending_tokens split tokens_to_generate batch_size free_running "
                 "max_document_bytes"
             ).split(),
             anything,
@@ -291,7 +293,7 @@ SWEEP_THRESHOLDS = KnownSettings(
         "thresholds": list_of(number(), what="a list of numbers of at least 0"),
         "criterion": criterion,
         "exits": exit_names,
-        "max_waiting": or_null(integer(0)),
+        "max_pending_tokens": or_null(integer(0)),
         "length": integer(2),
         "max_tokens": or_null(integer(1)),
         "batch_size": integer(1),

@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.stats import FINAL, DecodingStats
 
 _RESET = "\x1b[0m"
@@ -195,7 +195,7 @@ def exit_table(
     if seconds:
         total += f", {stats.num_tokens / seconds:.1f} tokens/s"
     lines.append(total)
-    if stats.checks:
+    if stats.num_verifications:
         lines.append(
             f"{stats.drafted} tokens drafted, {100 * stats.acceptance_rate:.1f} % accepted, "
             f"{stats.mean_accepted_length:.2f} per check; {stats.computed_depth:.2f} layers run per token"

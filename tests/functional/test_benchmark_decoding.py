@@ -70,7 +70,7 @@ def window() -> list[int]:
 
 def test_forced_decoding_is_what_score_says(model: CountingModel, window: list[int]) -> None:
     depths = []
-    for policy in (ExitPolicy(0.3), ExitPolicy(0.05, max_waiting=3), ExitPolicy(1.0)):
+    for policy in (ExitPolicy(0.3), ExitPolicy(0.05, max_pending_tokens=3), ExitPolicy(1.0)):
         ours, theirs = force(model, window, policy), EarlyExitEngine(model).score([window], 1, policy=policy)
         assert ours.layers == [event.layer for event in theirs.events]
         torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs[0]), atol=1e-4, rtol=0)
@@ -94,7 +94,7 @@ def test_full_depth_is_transformers(folder: Path, model: CountingModel, window: 
 def test_weights_of_a_token_that_leaves_are_those_above_its_exit(model: CountingModel, window: list[int]) -> None:
     """Threshold 0: after the first token, six layers and the head of the exit; then the layers once for all that
     wait."""
-    policy = ExitPolicy(0.0, active=("l6-norm-copy-own",), max_waiting=4)
+    policy = ExitPolicy(0.0, active=("l6-norm-copy-own",), max_pending_tokens=4)
     ours, full = force(model, window[:7], policy), force(model, window[:2], None).touched
     output = 256 * 4096
     above = (full - output) // 2

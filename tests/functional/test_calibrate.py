@@ -347,13 +347,13 @@ def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path, monkeyp
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"promt": "y"}\n')
     with pytest.raises(ValueError) as caught:
-        wrong = {"num_prompts": 5, "certificate": "No Name", "max_waiting": -1, "grid": [2.0]}
+        wrong = {"num_prompts": 5, "certificate": "No Name", "max_pending_tokens": -1, "grid": [2.0]}
         calibrate(**settings(start, tmp_path, data=str(bad), **wrong))
     message = str(caught.value)
     for part in (
         "bad.jsonl:2: must be an object with a text under",
         "certificate name 'No Name' must match",
-        "max_waiting = -1 must be a whole number",
+        "max_pending_tokens = -1 must be a whole number",
         "threshold = 2.0 must be a number in 0..1",
     ):
         assert part in message

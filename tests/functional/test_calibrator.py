@@ -70,10 +70,10 @@ def test_scores_out_of_bounds_are_refused(tmp_path, wrong):
 
 
 def test_a_split_tests_on_other_prompts_than_it_found_its_order_on(tmp_path, monkeypatch):
-    from nemo_ee.generation.exit_table import ExitTable
+    from nemo_ee.generation.exit_trace import ExitTrace
 
-    selected, whole = [], ExitTable.select
-    monkeypatch.setattr(ExitTable, "select", lambda table, rows: selected.append(list(rows)) or whole(table, rows))
+    selected, whole = [], ExitTrace.select
+    monkeypatch.setattr(ExitTrace, "select", lambda table, rows: selected.append(list(rows)) or whole(table, rows))
     report = calibrator(tmp_path, split=0.25, epsilon=0.3).run()
     found_on, tested = selected
     assert len(found_on) == 10 and report["num_tested"] == len(tested) == 30

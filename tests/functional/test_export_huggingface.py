@@ -170,7 +170,7 @@ def test_an_exit_s_logits_in_transformers(name: str, made, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_runtime_s_logits(name: str, made, tmp_path: Path) -> None:
-    from nemo_ee.generation.items import Items
+    from nemo_ee.generation.decoding_model import TokenPositions
     from nemo_ee.runtime.loader import load_model
 
     one = made(name)
@@ -178,13 +178,13 @@ def test_the_runtime_s_logits(name: str, made, tmp_path: Path) -> None:
     names = [point.name for point in model.exits]
     assert sorted(names) == sorted(one.exits)
     batch, length = one.tokens.shape
-    items = Items.of({row: range(length) for row in range(batch)})
+    positions = TokenPositions.of({row: range(length) for row in range(batch)})
     cache = model.new_cache(batch, length, tuple(names))
-    hidden, depth = model.embed(one.tokens.flatten(), items), 0
+    hidden, depth = model.embed(one.tokens.flatten(), positions), 0
     for point in model.exits:
-        hidden, depth = model.run(hidden, items, depth, point.stop, cache), point.stop
-        logits = model.exit_logits(point.name, hidden, items, cache).view(batch, length, -1)
+        hidden, depth = model.run(hidden, positions, depth, point.stop, cache), point.stop
+        logits = model.exit_logits(point.name, hidden, positions, cache).view(batch, length, -1)
         assert relative_difference(logits, one.exits[point.name]) <= TOLERANCE, point.name
-    hidden = model.run(hidden, items, depth, 2 * model.num_layers, cache)
-    logits = model.exit_logits(None, hidden, items, cache).view(batch, length, -1)
+    hidden = model.run(hidden, positions, depth, 2 * model.num_layers, cache)
+    logits = model.exit_logits(None, hidden, positions, cache).view(batch, length, -1)
     assert relative_difference(logits, one.logits) <= TOLERANCE

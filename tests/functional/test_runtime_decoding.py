@@ -77,7 +77,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory):
 def assert_same(ours: GenerationResult, theirs: GenerationResult) -> None:
     assert ours.tokens == theirs.tokens and ours.finish_reasons == theirs.finish_reasons
     assert [event.exit for event in ours.events] == [event.exit for event in theirs.events]
-    assert ours.stats.computed_layers == theirs.stats.computed_layers and ours.stats.asked == theirs.stats.asked
+    assert (
+        ours.stats.computed_layers == theirs.stats.computed_layers
+        and ours.stats.evaluations == theirs.stats.evaluations
+    )
     for own, other in zip(ours.events, theirs.events, strict=True):
         assert own.confidence == pytest.approx(other.confidence, rel=1e-5, abs=1e-5)
 
@@ -90,7 +93,7 @@ def test_tokens_and_exit_layers_are_the_nemo_model_s(name: str, criterion: str, 
     both = pair(name)
     depths = []
     for quantile in (0.1, 0.5, 0.9):
-        policy = ExitPolicy(both.thresholds(criterion, quantile), criterion, max_waiting=4)
+        policy = ExitPolicy(both.thresholds(criterion, quantile), criterion, max_pending_tokens=4)
         for sampling in (GREEDY, VARIED):
             call = {"max_new_tokens": NEW_TOKENS, "policy": policy, "sampling": sampling}
             ours = both.runtime.generate(PROMPTS, **call)
@@ -130,7 +133,7 @@ def test_thresholds_that_are_never_met_give_generate_s_tokens(name: str, pair) -
     asked = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, policy=never)
     full = both.runtime.generate(PROMPTS, max_new_tokens=NEW_TOKENS, mode="full")
     assert asked.tokens == full.tokens and all(event.exit is None for event in asked.events)
-    assert asked.stats.asked[EXITS[0]["name"]] > 0
+    assert asked.stats.evaluations[EXITS[0]["name"]] > 0
     assert [list(own) for own in full.tokens] == [greedy(reference, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 

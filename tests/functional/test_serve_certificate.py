@@ -29,7 +29,7 @@ CERTIFICATE = Certificate(
     setting=Setting("early_exit", "carry", "32", 16, True, None, GREEDY),
     criterion="max_probability",
     thresholds={"layer6-mlp": 0.2, "layer9-mlp": 0.1},
-    max_waiting=3,
+    max_pending_tokens=3,
     guarantee=Guarantee("disagreement", "share", 0.1, 0.05, 0.03, 0.01, 9.5, 12),
     data={"sha256": "d" * 64, "num_prompts": 100},
 )
@@ -66,7 +66,7 @@ def ask(client, certificate, **changes):
 
 def test_the_certificate_s_thresholds_are_what_is_used(client) -> None:
     answer = ask(client, "default")
-    given = {"threshold": CERTIFICATE.thresholds, "exits": ["layer6-mlp", "layer9-mlp"], "max_waiting": 3}
+    given = {"threshold": CERTIFICATE.thresholds, "exits": ["layer6-mlp", "layer9-mlp"], "max_pending_tokens": 3}
     plain = client.completions.create(
         model="demo", prompt="def test_add(self):", max_tokens=16, temperature=0, extra_body={"early_exit": given | {
             "mode": "early_exit"}},
@@ -99,7 +99,7 @@ def test_no_thresholds_means_full_depth(client) -> None:
         ("sampled", {"temperature": 0.7, "top_p": 0.9}, "temperature=0.7, certified temperature=0.8"),
         ("other", {}, "its certificates are default, sampled"),
         (3, {}, "its certificates are"),
-        ("default", {"early_exit": {"max_waiting": 1}}, "a certificate says it all"),
+        ("default", {"early_exit": {"max_pending_tokens": 1}}, "a certificate says it all"),
         ("default", {"early_exit": {"mode": "self_speculative"}}, "does not look at certificate"),
     ],
 )

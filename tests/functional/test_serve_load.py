@@ -56,7 +56,7 @@ class Asked:
     def body(self) -> dict:
         early_exit: dict = {"mode": self.mode}
         if self.mode in ("early_exit", "self_speculative"):
-            early_exit |= {"threshold": self.threshold, "max_waiting": 4}
+            early_exit |= {"threshold": self.threshold, "max_pending_tokens": 4}
         if self.mode == "static_depth":
             early_exit |= {"exits": ["layer9-mlp"]}
         return {"model": "demo", "prompt": self.prompt, "max_tokens": self.tokens, "seed": self.seed,
@@ -71,7 +71,7 @@ class Asked:
             [server.model.tokenizer(self.prompt)["input_ids"]],
             max_new_tokens=self.tokens,
             mode=self.mode,
-            policy=ExitPolicy(self.threshold, active=active, max_waiting=4),
+            policy=ExitPolicy(self.threshold, active=active, max_pending_tokens=4),
             sampling=sampling,
             stop_tokens=server.model.stop_tokens,
         )

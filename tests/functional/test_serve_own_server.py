@@ -166,9 +166,9 @@ def test_a_sequence_that_fails_ends_alone(model_path: Path, monkeypatch) -> None
     alone = EarlyExitEngine(model).generate([good], max_new_tokens=20, mode="full").tokens[0]
     real = model.embed
 
-    def poisoned(tokens, items):
-        hidden = real(tokens, items)
-        rows = torch.isin(items.sequence, items.sequence[tokens == bad[-1]])
+    def poisoned(tokens, positions):
+        hidden = real(tokens, positions)
+        rows = torch.isin(positions.sequence, positions.sequence[tokens == bad[-1]])
         return hidden.masked_fill(rows[:, None], torch.nan)
 
     monkeypatch.setattr(model, "embed", poisoned)

@@ -75,7 +75,7 @@ def decode(
     *,
     thresholds: Mapping[str, float],
     criterion: str = "max_probability",
-    max_waiting: int | None = None,
+    max_pending_tokens: int | None = None,
     forced: Sequence[int] | None = None,
 ) -> tuple[list[int], list[str | None], list[Tensor]]:
     """Greedy decoding of one sequence.
@@ -92,7 +92,7 @@ def decode(
     for step in range(num_new_tokens):
         states = hidden_by_stop(model, tokens)
         chosen = None
-        if step > 0 and (max_waiting is None or waiting < max_waiting):
+        if step > 0 and (max_pending_tokens is None or waiting < max_pending_tokens):
             for point in model.exits:
                 name = point.name
                 if name in thresholds and sure(logits_at(model, name, states)[-1], criterion, thresholds[name]):
@@ -115,7 +115,7 @@ def speculate(
     *,
     thresholds: Mapping[str, float],
     criterion: str = "max_probability",
-    max_waiting: int | None = None,
+    max_pending_tokens: int | None = None,
     stop: int | None = None,
 ) -> tuple[list[int], list[str | None], list[tuple[int, int]]]:
     """Greedy self-speculation of one sequence: drafts are collected, then each is held against the full model.
@@ -142,7 +142,7 @@ def speculate(
         ahead = [*tokens, *(token for token, _ in drafts)]
         at_stop = bool(drafts) and drafts[-1][0] == stop
         is_last = len(ahead) + 1 == len(prompt) + num_new_tokens
-        at_cap = max_waiting is not None and len(drafts) >= max_waiting
+        at_cap = max_pending_tokens is not None and len(drafts) >= max_pending_tokens
         draft = None if at_stop or is_last or at_cap else draft_of(ahead)
         if draft is not None:
             drafts.append(draft)

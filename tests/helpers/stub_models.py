@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.generation.items import ExitPoint, Items
+from nemo_ee.generation.decoding_model import ExitPoint, TokenPositions
 from nemo_ee.generation.kv_cache import KVCache
 
 
@@ -37,14 +37,14 @@ class ScriptedCache:
     max_length: int
     active_exits: tuple[str, ...]
     computed: dict[int, set[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    heard: dict[str, set[tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    asked: Counter = dataclasses.field(default_factory=Counter)
+    exit_kv: dict[str, set[tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    evaluations: Counter = dataclasses.field(default_factory=Counter)
     rows_per_run: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # (start, stop, rows)
     thrown_away: int = 0  # (sequence, position, half layer) triples that `truncate` took back
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget a sequence's positions from `length` on."""
-        for places in (self.computed, self.heard):
+        for places in (self.computed, self.exit_kv):
             for key, done in places.items():
                 kept = {pair for pair in done if pair[0] != sequence or pair[1] < length}
                 self.thrown_away += (places is self.computed and key != 0) * (len(done) - len(kept))
@@ -79,38 +79,38 @@ class ScriptedModel:
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> ScriptedCache:
         self.cache = ScriptedCache(num_sequences, max_length, active_exits)
         self.cache.computed = {half: set() for half in range(2 * self.num_layers + 1)}
-        self.cache.heard = {name: set() for name in active_exits}
+        self.cache.exit_kv = {name: set() for name in active_exits}
         return self.cache
 
-    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
-        self._compute(0, items, self.cache)
-        return torch.stack([tokens, items.position, torch.zeros_like(tokens)], dim=1).float()
+    def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
+        self._compute(0, positions, self.cache)
+        return torch.stack([tokens, positions.position, torch.zeros_like(tokens)], dim=1).float()
 
-    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: ScriptedCache) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: ScriptedCache) -> Tensor:
         assert start < stop <= 2 * self.num_layers, "an empty or impossible segment"
-        self._check(hidden, items, start)
-        cache.rows_per_run.append((start, stop, len(items)))
+        self._check(hidden, positions, start)
+        cache.rows_per_run.append((start, stop, len(positions)))
         for half in range(start + 1, stop + 1):
-            self._compute(half, items, cache)
+            self._compute(half, positions, cache)
         hidden = hidden.clone()
         hidden[:, 2] = stop
         return hidden
 
-    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: ScriptedCache) -> None:
-        self._check(hidden, items, self._stop_of(name))
-        self._hear(name, items, cache)
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: ScriptedCache) -> None:
+        self._check(hidden, positions, self._stop_of(name))
+        self._write_kv(name, positions, cache)
 
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: ScriptedCache) -> Tensor:
-        self._check(hidden, items, self._stop_of(name))
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: ScriptedCache) -> Tensor:
+        self._check(hidden, positions, self._stop_of(name))
         if name is not None:
-            self._hear(name, items, cache)
-            for pair in pairs(items):  # a `layer` exit would attend to all of these
-                assert {(pair[0], earlier) for earlier in range(pair[1])} <= cache.heard[name], (
+            self._write_kv(name, positions, cache)
+            for pair in pairs(positions):  # a `layer` exit would attend to all of these
+                assert {(pair[0], earlier) for earlier in range(pair[1])} <= cache.exit_kv[name], (
                     f"{name}: gap at {pair}"
                 )
         rows = []
         for token, position, _ in hidden.long().tolist():
-            cache.asked[name] += 1
+            cache.evaluations[name] += 1
             rows.append(self._logits(*self.script(name, token, position)))
         return torch.stack(rows)
 
@@ -123,32 +123,32 @@ class ScriptedModel:
     def _stop_of(self, name: str | None) -> int:
         return 2 * self.num_layers if name is None else next(own.stop for own in self.exits if own.name == name)
 
-    def _check(self, hidden: Tensor, items: Items, depth: int) -> None:
-        assert hidden.shape == (len(items), 3), "one row per item"
+    def _check(self, hidden: Tensor, positions: TokenPositions, depth: int) -> None:
+        assert hidden.shape == (len(positions), 3), "one row per item"
         assert (hidden[:, 2] == depth).all(), f"hidden states at depth {hidden[:, 2].tolist()} taken as depth {depth}"
-        assert (hidden[:, 1] == items.position).all(), "rows and items are out of step"
-        assert pairs(items) == sorted(set(pairs(items))), "items ascend by sequence, then by position"
+        assert (hidden[:, 1] == positions.position).all(), "rows and positions are out of step"
+        assert pairs(positions) == sorted(set(pairs(positions))), "positions ascend by sequence, then by position"
 
-    def _compute(self, half: int, items: Items, cache: ScriptedCache) -> None:
+    def _compute(self, half: int, positions: TokenPositions, cache: ScriptedCache) -> None:
         done = cache.computed[half]
-        twice = done & set(pairs(items))
+        twice = done & set(pairs(positions))
         assert not twice, f"half layer {half} computed twice for {sorted(twice)}"
-        assert all(position < cache.max_length for _, position in pairs(items)), "past the cache"
-        done |= set(pairs(items))
-        for sequence, position in pairs(items):
+        assert all(position < cache.max_length for _, position in pairs(positions)), "past the cache"
+        done |= set(pairs(positions))
+        for sequence, position in pairs(positions):
             missing = [earlier for earlier in range(position) if (sequence, earlier) not in done]
             assert not missing, f"half layer {half} of {(sequence, position)} misses the positions {missing}"
 
-    def _hear(self, name: str, items: Items, cache: ScriptedCache) -> None:
+    def _write_kv(self, name: str, positions: TokenPositions, cache: ScriptedCache) -> None:
         assert name in cache.active_exits, f"exit {name} is not active"
-        twice = cache.heard[name] & set(pairs(items))
-        assert not twice, f"exit {name} hears twice of {sorted(twice)}"
-        cache.heard[name] |= set(pairs(items))
+        twice = cache.exit_kv[name] & set(pairs(positions))
+        assert not twice, f"exit {name} writes twice for {sorted(twice)}"
+        cache.exit_kv[name] |= set(pairs(positions))
 
 
-def pairs(items: Items) -> list[tuple[int, int]]:
+def pairs(positions: TokenPositions) -> list[tuple[int, int]]:
     """The (sequence, position) pairs as a list."""
-    return list(zip(items.sequence.tolist(), items.position.tolist(), strict=True))
+    return list(zip(positions.sequence.tolist(), positions.position.tolist(), strict=True))
 
 
 @dataclasses.dataclass
@@ -215,41 +215,45 @@ class TinyTransformer:
         slots = [*range(1, self.num_layers + 1), *attending]
         return KVCache(slots, num_sequences, max_length, self.num_kv_heads, self.head_dim)
 
-    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
-        return self.word_embeddings[tokens] + self.position_embeddings[items.position]
+    def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
+        return self.word_embeddings[tokens] + self.position_embeddings[positions.position]
 
-    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: KVCache) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: KVCache) -> Tensor:
         for half in range(start + 1, stop + 1):
             number = (half + 1) // 2
             layer = self.layers[number - 1]
-            hidden = self._attention(number, layer, hidden, items, cache) if half % 2 else mlp(layer, hidden)
+            hidden = self._attention(number, layer, hidden, positions, cache) if half % 2 else mlp(layer, hidden)
         return hidden
 
-    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: KVCache) -> None:
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: KVCache) -> None:
         if self.configs[name].architecture == "layer":
-            self._write(name, self.exit_layers[name], normed(hidden), items, cache)
+            self._write(name, self.exit_layers[name], normed(hidden), positions, cache)
 
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: KVCache) -> Tensor:
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: KVCache) -> Tensor:
         architecture = "norm" if name is None else self.configs[name].architecture
         if architecture == "layer":
-            hidden = self._attention(name, self.exit_layers[name], hidden, items, cache)
+            hidden = self._attention(name, self.exit_layers[name], hidden, positions, cache)
         if architecture in ("layer", "mlp"):
             hidden = mlp(self.exit_layers[name], hidden)
         if architecture != "embedding":
             hidden = normed(hidden)
         return hidden @ self.outputs[name].T
 
-    def _write(self, slot: int | str, layer: LayerWeights, source: Tensor, items: Items, cache: KVCache) -> None:
+    def _write(
+        self, slot: int | str, layer: LayerWeights, source: Tensor, positions: TokenPositions, cache: KVCache
+    ) -> None:
         key, value = (
             (source @ weight.T).unflatten(1, (self.num_kv_heads, self.head_dim)) for weight in (layer.key, layer.value)
         )
-        cache.write(slot, items, key, value)
+        cache.write(slot, positions, key, value)
 
-    def _attention(self, slot: int | str, layer: LayerWeights, hidden: Tensor, items: Items, cache: KVCache) -> Tensor:
+    def _attention(
+        self, slot: int | str, layer: LayerWeights, hidden: Tensor, positions: TokenPositions, cache: KVCache
+    ) -> Tensor:
         source = normed(hidden)
-        self._write(slot, layer, source, items, cache)
+        self._write(slot, layer, source, positions, cache)
         query = (source @ layer.query.T).unflatten(1, (self.num_heads, self.head_dim))
-        return hidden + cache.attend(slot, query, items, self.scale).flatten(1) @ layer.output.T
+        return hidden + cache.attend(slot, query, positions, self.scale).flatten(1) @ layer.output.T
 
 
 def normed(hidden: Tensor) -> Tensor:

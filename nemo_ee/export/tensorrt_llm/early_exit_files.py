@@ -19,7 +19,7 @@ from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.registry import FAMILIES
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 
 _FILES = Path(__file__).with_name("files")  # copied into exports, never imported here
@@ -54,7 +54,7 @@ def threshold_block(
         )
     points = [ExitPoint(exit.name, exit.layer, 2 * exit.layer) for exit in exits if exit.name not in attending]
     policy = ExitPolicy(thresholds, criterion, None if named is None else tuple(named))
-    asked = {exit.point.name: exit.threshold for exit in policy.asked_exits(points)}
+    asked = {exit.point.name: exit.threshold for exit in policy.evaluated_exits(points)}
     return {"criterion": criterion, "thresholds": asked}
 
 

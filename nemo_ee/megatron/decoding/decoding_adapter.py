@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import LongTensor, Tensor
 from torch.nn.functional import linear
 
-from nemo_ee.generation.items import ExitPoint, Items
+from nemo_ee.generation.decoding_model import ExitPoint, Items
 from nemo_ee.generation.kv_cache import KVCache
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 
@@ -98,7 +98,7 @@ class MegatronDecodingModel:
         return hidden[:, 0]
 
     @torch.inference_mode()
-    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: KVCache) -> None:
+    def write_exit_kv(self, name: str, hidden: Tensor, items: Items, cache: KVCache) -> None:
         """A `layer` exit writes its keys and values for items it is not asked about; other exits do nothing."""
         head = self.model.exits[name]
         if head.exit.architecture == "layer":

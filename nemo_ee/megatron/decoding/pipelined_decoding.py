@@ -16,7 +16,7 @@ and confidences are those of one stage. Hidden states past the first stage stay 
 state once it has run on from it.
 
 Only ASK waits. A token that leaves on the first stage goes into its next step at once, and what it still owes deeper
-layers is sent on after a few such tokens (`fill_ahead`) as a RUN nobody waits for: later stages fill in meanwhile.
+layers is sent on after a few such tokens (`run_pending_after`) as a RUN nobody waits for: later stages fill in meanwhile.
 A token that leaves on a later stage costs the answer's way back; its fill-in too runs beside the next token.
 """
 
@@ -31,7 +31,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.generation.items import ExitPoint, Items
+from nemo_ee.generation.decoding_model import ExitPoint, Items
 from nemo_ee.generation.kv_cache import KVCache
 from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
 from nemo_ee.megatron.decoding.stage_lines import FINAL_EXIT, Command, Op, StageLines, items_of, numbers_of
@@ -39,7 +39,7 @@ from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 
 # How many tokens of a sequence wait before they are sent on. More of them run in one batch and so cost later stages
 # (and the rest of the first one) less; fewer leave less to do when a token goes deep.
-FILL_AHEAD = 8
+RUN_PENDING_AFTER = 8
 
 
 def open_decoding_model(
@@ -107,10 +107,10 @@ class PipelinedDecodingModel(_Pipeline):
     Use it as a context manager, or call `close`: it lets the other stages go.
 
     Attributes:
-        num_layers, vocab_size, max_positions, exits, device, fill_ahead: see `DecodingModel`.
+        num_layers, vocab_size, max_positions, exits, device, run_pending_after: see `DecodingModel`.
     """
 
-    fill_ahead = FILL_AHEAD
+    run_pending_after = RUN_PENDING_AFTER
 
     def __init__(self, own: MegatronDecodingModel, placements: Sequence[StagePlacement], lines: StageLines) -> None:
         super().__init__(own, placements, lines)
@@ -175,11 +175,11 @@ class PipelinedDecodingModel(_Pipeline):
             self.lines.send(1, hidden)
         return hidden.new_empty(len(items), 0)
 
-    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: PipelineCache) -> None:
+    def write_exit_kv(self, name: str, hidden: Tensor, items: Items, cache: PipelineCache) -> None:
         """See `MegatronDecodingModel`; `hidden` as in `run`."""
         stage = self._holder_of[name]
         if stage == 0:
-            self.own.observe_exit(name, hidden, items, cache.own)
+            self.own.write_exit_kv(name, hidden, items, cache.own)
         else:
             number = self._number_of[name]
             self.lines.command(stage, Command(Op.OBSERVE, cache.number, number, numbers=numbers_of(items)))
@@ -275,7 +275,7 @@ class DecodingStage(_Pipeline):
 
     def _observe(self, command: Command) -> None:
         cache, items = self.caches[command.cache], items_of(command.numbers, self.device)
-        self.own.observe_exit(self.exits[command.first].name, self._states(cache, items), items, cache.own)
+        self.own.write_exit_kv(self.exits[command.first].name, self._states(cache, items), items, cache.own)
 
     def _ask(self, command: Command) -> None:
         cache, items = self.caches[command.cache], items_of(command.numbers, self.device)

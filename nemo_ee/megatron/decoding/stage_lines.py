@@ -23,7 +23,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work, irecv, isend
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import Items
 
 # Whole numbers in a command's first message; what has no room follows in a second one.
 _MESSAGE_SIZE = 32

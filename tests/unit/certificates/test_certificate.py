@@ -32,7 +32,7 @@ CERTIFICATE = Certificate(
     setting=Setting("early_exit", "carry", "32", 64, True, None, GREEDY),
     criterion="margin",
     thresholds={"a": 0.5, "b": 0.75},
-    max_waiting=3,
+    max_pending_tokens=3,
     guarantee=Guarantee("disagreement", "share", 0.1, 0.05, 0.03, 0.01, 9.5, 12),
     data={"sha256": "d" * 64, "num_prompts": 100},
 )
@@ -50,9 +50,9 @@ def test_it_reads_back_as_it_was_and_gives_the_policy(plain, tmp_path):
     assert find_certificate(plain, True) == find_certificate(plain, "default") == CERTIFICATE
     policy = CERTIFICATE.policy()
     assert policy.thresholds == {"a": 0.5, "b": 0.75} and policy.active == ("a", "b")
-    assert (policy.criterion, policy.max_waiting) == ("margin", 3)
+    assert (policy.criterion, policy.max_pending_tokens) == ("margin", 3)
     full_depth = dataclasses.replace(CERTIFICATE, thresholds={})
-    assert full_depth.policy().asked_exits([]) == ()
+    assert full_depth.policy().evaluated_exits([]) == ()
 
 
 def test_several_have_names_and_one_of_a_name_is_replaced(plain, tmp_path):

@@ -22,7 +22,7 @@ CERTIFICATE = Certificate(
     setting=SETTING,
     criterion="margin",
     thresholds={"a": 0.5},
-    max_waiting=None,
+    max_pending_tokens=None,
     guarantee=Guarantee("disagreement", "share", 0.1, 0.05, 0.03, 0.01, 9.5, 12),
     data={},
 )

@@ -50,10 +50,10 @@ def test_the_yamls_defaults_are_a_request(tmp_path):
 
 def test_thresholds_and_exits_reach_the_policy(tmp_path):
     request = GenerationRequest.from_config(
-        config(tmp_path, threshold={"a": 0.5, "b": 1}, exits=["a", "b"], criterion="margin", max_waiting=4)
+        config(tmp_path, threshold={"a": 0.5, "b": 1}, exits=["a", "b"], criterion="margin", max_pending_tokens=4)
     )
     assert request.policy.thresholds == {"a": 0.5, "b": 1} and request.policy.active == ("a", "b")
-    assert request.policy.criterion == "margin" and request.policy.max_waiting == 4
+    assert request.policy.criterion == "margin" and request.policy.max_pending_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"threshold": "0.5"}, ["'0.5'", "must be a number"]),
         ({"threshold": {"a": -1}}, ["exit 'a' = -1"]),
         ({"exits": "a"}, ["must be a list"]),
-        ({"max_waiting": -1}, ["max_waiting = -1", "None for no cap"]),
+        ({"max_pending_tokens": -1}, ["max_pending_tokens = -1", "None for no cap"]),
         ({"temperature": 0}, ["temperature = 0", "above 0"]),
         ({"top_p": 1.1}, ["top_p = 1.1"]),
         ({"top_k": -3}, ["top_k = -3"]),

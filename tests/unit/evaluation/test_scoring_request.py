@@ -11,7 +11,7 @@ from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 
 def settings(path, **changes):
     return {
-        "mode": "early_exit", "criterion": "margin", "threshold": 0.5, "exits": None, "max_waiting": None,
+        "mode": "early_exit", "criterion": "margin", "threshold": 0.5, "exits": None, "max_pending_tokens": None,
         "add_BOS": None, "batch_size": 1, "trainer": {"devices": 1, "num_nodes": 1, "precision": 32},
         "model": model_settings(str(path), None, 1),
     } | changes  # fmt: skip

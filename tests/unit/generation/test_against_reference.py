@@ -40,7 +40,7 @@ def random_case(seed):
     active = [name for name in exits if rng.random() < 0.8]
     thresholds = {name: rng.uniform(*EDGES[criterion]) for name in active}
     policy = ExitPolicy(
-        thresholds, criterion=criterion, active=tuple(active), max_waiting=rng.choice([None, None, 0, 1, 3])
+        thresholds, criterion=criterion, active=tuple(active), max_pending_tokens=rng.choice([None, None, 0, 1, 3])
     )
     prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 7))] for _ in range(rng.randint(1, 4))]
     return model, policy, prompts, [rng.randint(1, 14) for _ in prompts]
@@ -53,7 +53,7 @@ def reference(model, policy, prompt, count, forced=None):
         count,
         thresholds=policy.thresholds,
         criterion=policy.criterion,
-        max_waiting=policy.max_waiting,
+        max_pending_tokens=policy.max_pending_tokens,
         forced=forced,
     )
 
@@ -91,7 +91,7 @@ def test_thresholds_never_met_is_full_greedy_decoding(seed):
         early = EarlyExitEngine(model).generate(prompts, max_new_tokens=15, policy=ExitPolicy(threshold))
         assert early.tokens == full.tokens
         assert {event.exit for event in early.events} == {None}
-        assert [early.stats.asked[exit.name] for exit in ALL_KINDS] == [questions] * len(ALL_KINDS)
+        assert [early.stats.evaluations[exit.name] for exit in ALL_KINDS] == [questions] * len(ALL_KINDS)
     assert list(full.tokens[0]) == decode(model, prompts[0], 15, thresholds={})[0]
 
 
@@ -193,14 +193,14 @@ def test_scoring_in_small_questions_changes_nothing(monkeypatch):
     model, policy, prompts, _ = random_case(7)
     texts = [own + [1, 2, 3, 4, 5, 6] for own in prompts]
     whole = EarlyExitEngine(model).score(texts, 1, policy=policy)
-    monkeypatch.setattr("nemo_ee.generation.known_text.LOGITS_PER_QUESTION", 2 * model.vocab_size)
+    monkeypatch.setattr("nemo_ee.generation.teacher_forcing.LOGITS_PER_CALL", 2 * model.vocab_size)
     pieces = EarlyExitEngine(model).score(texts, 1, policy=policy)
     assert pieces.exits == whole.exits and pieces.stats == whole.stats
     assert sum(pieces.logprobs, ()) == pytest.approx(sum(whole.logprobs, ()), abs=1e-5)
 
 
 def test_the_reference_itself_reads_every_exit_from_the_right_stop():
-    """The control of the reference: reading an exit one stop off gives other logits."""
+    """The control of the reference: output an exit one stop off gives other logits."""
     model = TinyTransformer(ALL_KINDS, seed=0)
     states = hidden_by_stop(model, [1, 2, 3])
     for exit in ALL_KINDS:

@@ -121,7 +121,7 @@ def test_a_slot_is_used_again_and_its_old_sequence_leaves_nothing_behind():
     while not session.finished:
         events += session.step()
     assert {event.sequence for event in events} == {2} and len(events) == 15
-    assert session.waiting(0) == session.waiting(1) == 0
+    assert session.num_pending(0) == session.num_pending(1) == 0
 
 
 def test_a_prompt_runs_in_the_same_flight_as_the_others_tokens():
@@ -233,7 +233,7 @@ def test_a_cache_that_forgets_nothing_is_noticed(mode, monkeypatch):
         return (token + (name is None)) % 50, 0.9
 
     engine = EarlyExitEngine(ScriptedModel(6, EXITS, script))
-    session = engine.start([Request((1, 2), 4)], mode=mode, policy=ExitPolicy(0.5, max_waiting=2))
+    session = engine.start([Request((1, 2), 4)], mode=mode, policy=ExitPolicy(0.5, max_pending_tokens=2))
     with pytest.raises(AssertionError, match="computed twice"):
         for _ in range(20):
             if session.finished:

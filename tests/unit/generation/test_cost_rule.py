@@ -11,7 +11,7 @@ import pytest
 
 from nemo_ee.generation.cost_rule import CostRule, CostTable, measure_costs
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.policy import ExitPolicy, course_of
+from nemo_ee.generation.policy import ExitPolicy, plan_exits
 from nemo_ee.generation.request import Request
 from tests.helpers.stub_models import ScriptedModel, TinyTransformer, exit_points
 from tests.unit.generation.test_against_reference import ALL_KINDS
@@ -19,7 +19,7 @@ from tests.unit.generation.test_against_reference import ALL_KINDS
 LAYERS = 6
 EXITS = exit_points(("a", 2, 3), ("b", 4, 8))
 POLICY = ExitPolicy(0.5)
-COURSE = course_of("early_exit", POLICY, EXITS, LAYERS)
+COURSE = plan_exits("early_exit", POLICY, EXITS, LAYERS)
 FREE = dict.fromkeys(("a", "b"), 0.0)
 
 
@@ -84,11 +84,11 @@ def test_seconds_between_and_beyond_what_was_measured():
 
 def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
     _, stats = decode(CostRule(table(asked=1.0), trial_tokens=5), [[1, 2]], when=lambda *_: False)
-    assert stats.num_fallbacks == 1 and stats.asked["a"] == 5, "nothing is saved where nobody leaves"
+    assert stats.num_fallbacks == 1 and stats.evaluations["a"] == 5, "nothing is saved where nobody leaves"
     (events,), stats = decode(CostRule(table(asked=10.0), trial_tokens=5), [[1, 2]])
     # The first comes with the prompt, then the trial's, then nobody leaves.
     assert [event.exit for event in events] == [None] + ["a"] * 5 + [None] * 14
-    assert stats.num_fallbacks == 1 and stats.asked["a"] == 5
+    assert stats.num_fallbacks == 1 and stats.evaluations["a"] == 5
     # Half layers of every position but the newest, which nobody needs: what waited was taken along, once.
     assert stats.computed_layers == LAYERS * 21
     (events,), stats = decode(CostRule(table(), trial_tokens=5), [[1, 2]])
@@ -149,7 +149,7 @@ def test_drafting_that_pays_goes_on(cap):
     """Every draft stays. Exit b alone saves a third of the half layers, less a check for every `cap` tokens."""
     free, dear = (CostRule(table(asked=asked)) for asked in (0.0, 6.0))
     for active, rule, fallbacks in ((None, free, 0), (("b",), free, 0), (("b",), dear, 1)):
-        policy = ExitPolicy(0.5, active=active, max_waiting=cap)
+        policy = ExitPolicy(0.5, active=active, max_pending_tokens=cap)
         _, stats = decode(rule, [[1, 2]], length=100, mode="self_speculative", policy=policy)
         assert stats.num_fallbacks == fallbacks and stats.accepted == stats.drafted, (active, "the last: control")
         assert stats.drafted > 80 if not fallbacks else stats.drafted <= 16
@@ -181,7 +181,7 @@ def test_a_check_that_feeds_no_token_counts_none():
     (sequence,) = session._running.values()
     while not session.finished:
         session.step()
-    assert session.stats([]).checks > 5, "control: there were such checks"
+    assert session.stats([]).num_verifications > 5, "control: there were such checks"
     assert sum(sequence.left.values()) == len(sequence.answer) - 1
 
 
@@ -190,8 +190,8 @@ def test_measured_table_of_a_real_model():
     tiny = TinyTransformer(ALL_KINDS)
     names = [point.name for point in tiny.exits]
     costs = measure_costs(tiny, names, 2)
-    assert costs.num_sequences == 2 and set(costs.asked) == set(names)
-    assert all(seconds > 0 for seconds in (*costs.asked.values(), costs.final, *(own for _, own in costs.half_layer)))
+    assert costs.num_sequences == 2 and set(costs.exits) == set(names)
+    assert all(seconds > 0 for seconds in (*costs.exits.values(), costs.final, *(own for _, own in costs.half_layer)))
 
 
 def test_refusals():
@@ -203,26 +203,26 @@ def test_refusals():
         with pytest.raises(ValueError, match="trial_tokens = .* must be a whole number from 1"):
             decode(CostRule(table(), trial_tokens), [[1]])
     staged = model()
-    staged.fill_ahead = 8
+    staged.run_pending_after = 8
     with pytest.raises(ValueError, match="several ranks; use 'none'"):
         EarlyExitEngine(staged, cost_rule="fallback").generate([[1]], max_new_tokens=2, policy=POLICY)
 
 
 def test_an_explicit_table_has_every_exit_that_is_asked():
     """Refused before anything runs, when a session starts and when a request joins it."""
-    only_a = dataclasses.replace(table(), asked={"a": 0.0})
+    only_a = dataclasses.replace(table(), exits={"a": 0.0})
     engine = EarlyExitEngine(model(), cost_rule=CostRule(only_a, trial_tokens=3))
-    with pytest.raises(ValueError, match="no seconds of asking exit b, only of a"):
+    with pytest.raises(ValueError, match="no seconds of evaluating exit b, only of a"):
         engine.start([Request((1, 2), 9)], policy=POLICY)
     assert engine.model.cache is None
-    with pytest.raises(ValueError, match="no seconds of asking exit b"):
+    with pytest.raises(ValueError, match="no seconds of evaluating exit b"):
         engine.start([], policy=ExitPolicy(0.5, active=("a",)), exits=("a", "b"), num_slots=1)
     a, b = (ExitPolicy(0.5, active=(name,)) for name in "ab")
     requests = [Request((1, 2), 9, mode="static_depth", policy=b), Request((1, 2), 9)]
     both = EarlyExitEngine(model(), cost_rule=CostRule(dataclasses.replace(only_a, num_sequences=2)))
     session = both.start(requests, policy=a)
     session.cancel(0)
-    with pytest.raises(ValueError, match="no seconds of asking exit b"):
+    with pytest.raises(ValueError, match="no seconds of evaluating exit b"):
         session.add(Request((1, 2), 5, policy=b))
     session.add(Request((1, 2), 5, mode="static_depth", policy=b))
 

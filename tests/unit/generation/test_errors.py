@@ -56,7 +56,7 @@ def test_generate(engine, change, message):
 def test_all_faults_of_a_call_in_one_message(engine):
     with pytest.raises(ValueError) as caught:
         engine.generate([[], [99]], max_new_tokens=100, mode="x", policy=POLICY, stop_tokens=[70])
-    for part in ("6 faults", "prompt 0 is empty", "token 99", "max_new_tokens = 100", "stop token 70", "mode = 'x'"):
+    for part in ("6 problems", "prompt 0 is empty", "token 99", "max_new_tokens = 100", "stop token 70", "mode = 'x'"):
         assert part in str(caught.value)
 
 

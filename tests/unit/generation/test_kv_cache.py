@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Items, and the key/value cache against attention written out position by position."""
+"""TokenPositions, and the key/value cache against attention written out position by position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from nemo_ee.generation.items import ItemGroup, Items
+from nemo_ee.generation.decoding_model import SequenceRows, TokenPositions
 from nemo_ee.generation.kv_cache import KVCache
 
 HEADS, KV_HEADS, DIM = 6, 2, 4
@@ -33,23 +33,23 @@ def naive(query, keys, values, sequence_of, position_of, scale):
 
 
 def test_items_group_by_sequence():
-    items = Items.of({0: [3], 2: [0, 1, 5], 3: [7, 8]})
-    assert items.sequence.tolist() == [0, 2, 2, 2, 3, 3] and items.position.tolist() == [3, 0, 1, 5, 7, 8]
-    assert items.groups == (
-        ItemGroup(0, 0, 0, 4, range(3, 4)),
-        ItemGroup(2, 1, 3, 6, (0, 1, 5)),
-        ItemGroup(3, 4, 5, 9, range(7, 9)),
+    positions = TokenPositions.of({0: [3], 2: [0, 1, 5], 3: [7, 8]})
+    assert positions.sequence.tolist() == [0, 2, 2, 2, 3, 3] and positions.position.tolist() == [3, 0, 1, 5, 7, 8]
+    assert positions.groups == (
+        SequenceRows(0, 0, 0, 4, range(3, 4)),
+        SequenceRows(2, 1, 3, 6, (0, 1, 5)),
+        SequenceRows(3, 4, 5, 9, range(7, 9)),
     )
-    picked = items.select(torch.tensor([0, 3, 4]))
+    picked = positions.select(torch.tensor([0, 3, 4]))
     assert [(group.sequence, *group.positions) for group in picked.groups] == [(0, 3), (2, 5), (3, 7)]
-    by_hand = Items(items.sequence, items.position)  # as a model adapter may make them
-    assert by_hand.groups == items.groups and len(by_hand) == 6
+    by_hand = TokenPositions(positions.sequence, positions.position)  # as a model adapter may make them
+    assert by_hand.groups == positions.groups and len(by_hand) == 6
 
 
 @pytest.mark.parametrize("pairs", [([0, 0], [1, 1]), ([0, 0], [2, 1]), ([1, 0], [0, 0])])
 def test_items_must_ascend(pairs):
     with pytest.raises(AssertionError, match="ascend"):
-        _ = Items(*map(torch.tensor, pairs)).groups
+        _ = TokenPositions(*map(torch.tensor, pairs)).groups
 
 
 def test_ragged_writes_and_attention_equal_the_naive_loop():
@@ -57,16 +57,16 @@ def test_ragged_writes_and_attention_equal_the_naive_loop():
     keys, values = {}, {}
     # Sequence 0 is filled in two goes, sequence 2 in one with a single query; sequence 1 stays empty.
     for seed, positions in enumerate([{0: [0, 1, 2], 2: [0]}, {0: [3, 4], 2: [1, 2, 3, 4, 5]}, {2: [6]}]):
-        items = Items.of(positions)
-        n = len(items)
+        positions = TokenPositions.of(positions)
+        n = len(positions)
         key, value = random(n, KV_HEADS, DIM, seed=seed), random(n, KV_HEADS, DIM, seed=seed + 10)
         query = random(n, HEADS, DIM, seed=seed + 20)
-        pairs = list(zip(items.sequence.tolist(), items.position.tolist(), strict=True))
+        pairs = list(zip(positions.sequence.tolist(), positions.position.tolist(), strict=True))
         keys |= dict(zip(pairs, key, strict=True))
         values |= dict(zip(pairs, value, strict=True))
-        cache.write("a", items, key, value)
-        got = cache.attend("a", query, items, 0.5)
-        expected = naive(query, keys, values, items.sequence.tolist(), items.position.tolist(), 0.5)
+        cache.write("a", positions, key, value)
+        got = cache.attend("a", query, positions, 0.5)
+        expected = naive(query, keys, values, positions.sequence.tolist(), positions.position.tolist(), 0.5)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     valid = torch.zeros(3, 10, dtype=torch.bool)
     valid[0, :5] = valid[2, :7] = True
@@ -79,7 +79,7 @@ def test_ragged_writes_and_attention_equal_the_naive_loop():
 def test_earlier_queries_do_not_see_later_positions_already_written():
     cache = KVCache([0], 1, 4, KV_HEADS, DIM)
     key, value, query = random(4, KV_HEADS, DIM), random(4, KV_HEADS, DIM, seed=1), random(4, HEADS, DIM, seed=2)
-    everything = Items.of({0: range(4)})
+    everything = TokenPositions.of({0: range(4)})
     cache.write(0, everything, key, value)
     together = cache.attend(0, query, everything, 1.0)
     some = everything.select(torch.tensor([0, 2]))
@@ -89,31 +89,31 @@ def test_earlier_queries_do_not_see_later_positions_already_written():
 def test_writing_twice_gaps_and_overflow_are_caught():
     cache = KVCache([0], 2, 4, KV_HEADS, DIM)
     kv = random(1, KV_HEADS, DIM)
-    cache.write(0, Items.of({1: [0]}), kv, kv)
-    cache.write(0, Items.of({0: [0]}), kv, kv)  # the other sequence is another place
+    cache.write(0, TokenPositions.of({1: [0]}), kv, kv)
+    cache.write(0, TokenPositions.of({0: [0]}), kv, kv)  # the other sequence is another place
     with pytest.raises(AssertionError, match=r"\(1, 0\) is written for the second time"):
-        cache.write(0, Items.of({1: [0]}), kv, kv)
-    cache.write(0, Items.of({1: [2]}), kv, kv)
+        cache.write(0, TokenPositions.of({1: [0]}), kv, kv)
+    cache.write(0, TokenPositions.of({1: [2]}), kv, kv)
     with pytest.raises(AssertionError, match=r"\(1, 1\) is attended to but was never written"):
-        cache.attend(0, random(1, HEADS, DIM), Items.of({1: [2]}), 1.0)
+        cache.attend(0, random(1, HEADS, DIM), TokenPositions.of({1: [2]}), 1.0)
     with pytest.raises(AssertionError, match="position 4 is past 4"):
-        cache.write(0, Items.of({1: [4]}), kv, kv)
+        cache.write(0, TokenPositions.of({1: [4]}), kv, kv)
     with pytest.raises(AssertionError, match="second time"):
-        cache.write(0, Items.of({1: [1, 2]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
+        cache.write(0, TokenPositions.of({1: [1, 2]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
     with pytest.raises(AssertionError, match="second time"):
-        cache.write(0, Items.of({1: [0, 3]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
+        cache.write(0, TokenPositions.of({1: [0, 3]}), random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM))
     cache.truncate(1, 0)
     assert cache.valid(0)[1].sum() == 0 and cache.valid(0)[0].sum() == 1
-    cache.write(0, Items.of({1: [0]}), kv, kv)
+    cache.write(0, TokenPositions.of({1: [0]}), kv, kv)
 
 
 def test_half_precision_storage():
     cache = KVCache([0], 1, 3, KV_HEADS, DIM, dtype=torch.bfloat16)
     kv = random(3, KV_HEADS, DIM).bfloat16()
-    items = Items.of({0: range(3)})
-    cache.write(0, items, kv, kv)
+    positions = TokenPositions.of({0: range(3)})
+    cache.write(0, positions, kv, kv)
     query = random(3, HEADS, DIM, seed=1).bfloat16()
-    got = cache.attend(0, query, items, 1.0)
+    got = cache.attend(0, query, positions, 1.0)
     assert got.dtype == torch.bfloat16
     pairs = {(0, p): kv[p].float() for p in range(3)}
     expected = naive(query.float(), pairs, pairs, [0] * 3, range(3), 1.0)

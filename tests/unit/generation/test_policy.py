@@ -8,23 +8,23 @@ import dataclasses
 
 import pytest
 
-from nemo_ee.generation.policy import AskedExit, ExitPolicy
+from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy
 from tests.helpers.stub_models import exit_points
 
 EXITS = exit_points(("early", 2, 3), ("middle", 4, 7), ("late", 6, 12))
 
 
 def names(policy):
-    return [exit.point.name for exit in policy.asked_exits(EXITS)]
+    return [exit.point.name for exit in policy.evaluated_exits(EXITS)]
 
 
 def test_one_number_is_for_every_exit():
-    assert ExitPolicy(0.5).asked_exits(EXITS) == tuple(AskedExit(point, 0.5) for point in EXITS)
+    assert ExitPolicy(0.5).evaluated_exits(EXITS) == tuple(EvaluatedExit(point, 0.5) for point in EXITS)
 
 
 def test_thresholds_by_name_and_a_subset_keep_the_model_order():
     policy = ExitPolicy({"late": 0.3, "early": 0.2}, active=["late", "early"])
-    assert policy.asked_exits(EXITS) == (AskedExit(EXITS[0], 0.2), AskedExit(EXITS[2], 0.3))
+    assert policy.evaluated_exits(EXITS) == (EvaluatedExit(EXITS[0], 0.2), EvaluatedExit(EXITS[2], 0.3))
     assert names(ExitPolicy({"early": 0.1, "middle": 0.2, "late": 0.3}, active=("middle",))) == ["middle"]
     assert names(ExitPolicy(0.5, active=())) == []
 
@@ -41,7 +41,7 @@ def test_it_is_frozen_and_keeps_its_own_copy():
     thresholds["early"] = 0.1
     assert policy.thresholds == {"early": 0.5} and policy.active == ("early",)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        policy.max_waiting = 3
+        policy.max_pending_tokens = 3
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "0.5", None, True])
@@ -59,8 +59,13 @@ def test_entropy_thresholds_may_exceed_one():
 
 def test_all_faults_of_the_policy_in_one_message():
     with pytest.raises(ValueError) as caught:
-        ExitPolicy({"a": 2, "b": -1}, active=("a", "a"), max_waiting=-1)
-    for part in ("exit 'a' = 2", "exit 'b' = -1", "names an exit twice", "max_waiting = -1 must be a whole number"):
+        ExitPolicy({"a": 2, "b": -1}, active=("a", "a"), max_pending_tokens=-1)
+    for part in (
+        "exit 'a' = 2",
+        "exit 'b' = -1",
+        "names an exit twice",
+        "max_pending_tokens = -1 must be a whole number",
+    ):
         assert part in str(caught.value)
     with pytest.raises(ValueError, match="criterion = 'probability' is unknown, use one of max_probability"):
         ExitPolicy(0.5, criterion="probability")
@@ -70,10 +75,10 @@ def test_all_faults_of_the_policy_in_one_message():
 
 def test_all_faults_against_the_model_in_one_message():
     with pytest.raises(ValueError) as caught:
-        ExitPolicy({"erly": 0.5, "late": 0.5}, active=("late", "middle", "none")).asked_exits(EXITS)
+        ExitPolicy({"erly": 0.5, "late": 0.5}, active=("late", "middle", "none")).evaluated_exits(EXITS)
     for part in (
         "active names the exit 'none', which the model does not have; its exits are early, middle, late",
         "thresholds names the exit 'erly', which the model does not have (did you mean early?)",
-        "thresholds has no number for the active exit middle; add one, or list the exits to ask under active",
+        "thresholds has no number for the active exit middle; add one, or list the exits to evaluate under active",
     ):
         assert part in str(caught.value)

@@ -20,7 +20,7 @@ PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9,), (3, 3, 8), (5, 1, 2, 2, 4)]
 MODES = {
     "full": None,
     "early_exit": ExitPolicy(0.2),
-    "self_speculative": ExitPolicy(0.2, max_waiting=3),
+    "self_speculative": ExitPolicy(0.2, max_pending_tokens=3),
     "static_depth": ExitPolicy(0.0, active=("layer1-layer",)),
 }
 
@@ -51,7 +51,7 @@ def expected(model, prompt, mode):
 def test_they_are_a_naive_forward_s_and_the_answer_stays_what_it_was(mode, rows, model, monkeypatch):
     plain = decode(model, [Request(prompt, 6) for prompt in PROMPTS], mode)
     if rows is not None:
-        monkeypatch.setattr(prompt_scores, "LOGITS_PER_QUESTION", rows * model.vocab_size)
+        monkeypatch.setattr(prompt_scores, "LOGITS_PER_CALL", rows * model.vocab_size)
     requests = [Request(prompt, 6, prompt_logprobs=2) for prompt in PROMPTS]
     for prompt, own, (scores, *answer) in zip(PROMPTS, plain, decode(model, requests, mode), strict=True):
         logprobs, rows_of_reference = expected(model, prompt, mode)
@@ -90,9 +90,9 @@ def test_the_least_length_is_the_answer_s_and_not_the_prompt_s(model):
 def test_logits_that_are_not_numbers_end_their_own_sequence(model, monkeypatch):
     real = model.embed
 
-    def poisoned(tokens, items):
-        return real(tokens, items).masked_fill(
-            (items.sequence == 0)[:, None] & (items.position >= 2)[:, None], torch.nan
+    def poisoned(tokens, positions):
+        return real(tokens, positions).masked_fill(
+            (positions.sequence == 0)[:, None] & (positions.position >= 2)[:, None], torch.nan
         )
 
     monkeypatch.setattr(model, "embed", poisoned)
@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused(changes, words, model):
 
 def test_a_scored_prompt_is_not_overtaken_by_those_that_come_after_it(model, monkeypatch):
     """The room for logits goes by arrival: a slot that gets free is taken again at once."""
-    monkeypatch.setattr(prompt_scores, "LOGITS_PER_QUESTION", model.vocab_size)  # one row a step
+    monkeypatch.setattr(prompt_scores, "LOGITS_PER_CALL", model.vocab_size)  # one row a step
     session = EarlyExitEngine(model).start([], mode="full", max_length=16, num_slots=2)
     session.add(Request(PROMPTS[0], 0, prompt_logprobs=0))
     second = session.add(Request(PROMPTS[0], 0, prompt_logprobs=0))

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from nemo_ee.generation import sampling as sampling_module
-from nemo_ee.generation import speculation
+from nemo_ee.generation import verification
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
@@ -79,7 +79,7 @@ def numbers(monkeypatch):
         "draw": draw,
         "accepts": lambda probability, key: own.split(key, [min(probability, 1.0)]) == 0,
     }
-    for module in (sampling_module, speculation):
+    for module in (sampling_module, verification):
         for name, replacement in replacements.items():
             monkeypatch.setattr(module, name, replacement)
     return own
@@ -147,7 +147,7 @@ SHAPES = [
     {"logit_bias": ((0, 1.5), (2, -1.0)), "min_p": 0.1, "frequency_penalty": 0.7, "temperature": 1.2},
 ]
 POLICIES = [
-    ExitPolicy(0.0, active=("a",), max_waiting=2),  # every token is drafted
+    ExitPolicy(0.0, active=("a",), max_pending_tokens=2),  # every token is drafted
     ExitPolicy({"a": 0.6, "b": 0.4}),  # some are, from either exit
 ]
 
@@ -199,12 +199,12 @@ def test_the_other_modes_by_the_same_enumeration(numbers):
 @pytest.mark.parametrize("flaw", ["accept always", "redraw from p", "one number for all"])
 def test_controls_that_must_fail(numbers, monkeypatch, flaw):
     if flaw == "accept always":
-        monkeypatch.setattr(speculation, "accepts", lambda probability, key: True)
+        monkeypatch.setattr(verification, "accepts", lambda probability, key: True)
     elif flaw == "redraw from p":
         # (p - q) clamped at 0 becomes p: what is drawn after a rejection comes from the wrong distribution.
         monkeypatch.setattr(torch.Tensor, "clamp", lambda self, min: torch.zeros_like(self))
     else:
-        for module in (sampling_module, speculation):
+        for module in (sampling_module, verification):
             monkeypatch.setattr(module, "uniform", lambda seed, position, purpose: position)
     request = Request((1,), 3, SamplingParams(greedy=False))
     with pytest.raises(AssertionError):

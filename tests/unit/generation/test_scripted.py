@@ -12,9 +12,9 @@ import random
 import pytest
 import torch
 
-from nemo_ee.generation.descent import Feed
 from nemo_ee.generation.engine import EarlyExitEngine, Request
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.staged_forward import TokenInput
 from tests.helpers.stub_models import ScriptedModel, exit_points
 
 LAYERS = 6
@@ -55,18 +55,18 @@ def test_always_sure():
     result = run(model, [[1, 2, 3]], ExitPolicy(0.5))
     assert [event.exit for event in result.events] == [None] + ["a"] * 11
     assert depths(model.cache, 0, 14) == [12] * 3 + [3] * 11
-    assert model.cache.asked == {None: 1, "a": 11}  # no deeper head is ever asked
+    assert model.cache.evaluations == {None: 1, "a": 11}  # no deeper head is ever asked
     assert result.stats.mean_depth == (6 + 11 * 2) / 12
     assert result.stats.computed_layers == 3 * 6 + 11 * 1.5
     assert result.stats.tokens_per_exit == {"a": 11, "b": 0, "b2": 0, "c": 0, "final": 1}
-    assert result.stats.asked == {"a": 11, "b": 0, "b2": 0, "c": 0, "final": 1}
+    assert result.stats.evaluations == {"a": 11, "b": 0, "b2": 0, "c": 0, "final": 1}
 
 
 def test_never_sure_asks_everyone_and_waits_for_nothing():
     model = model_that_is_sure(lambda *_: False)
     result = run(model, [[1, 2, 3]], ExitPolicy(0.5))
     assert {event.exit for event in result.events} == {None}
-    assert model.cache.asked == {None: 12, **dict.fromkeys(NAMES, 11)}
+    assert model.cache.evaluations == {None: 12, **dict.fromkeys(NAMES, 11)}
     assert depths(model.cache, 0, 14) == [12] * 14
     full = EarlyExitEngine(model_that_is_sure(lambda *_: False)).generate([[1, 2, 3]], mode="full", **NO_STOP)
     assert full.tokens == result.tokens
@@ -80,7 +80,7 @@ def test_full_mode_and_inactive_exits_cost_nothing():
     ):
         model = model_that_is_sure(lambda *_: True)
         run(model, [[1, 2, 3]], **options)
-        assert model.cache.active_exits == () and model.cache.asked == {None: 12}
+        assert model.cache.active_exits == () and model.cache.evaluations == {None: 12}
         assert {(start, stop) for start, stop, _ in model.cache.rows_per_run} == {(0, 12)}
 
 
@@ -89,7 +89,7 @@ def test_segments_lie_between_the_active_exits():
     run(model, [[1, 2]], ExitPolicy(0.5, active=("a", "c")))
     assert model.cache.active_exits == ("a", "c")
     assert {(start, stop) for start, stop, _ in model.cache.rows_per_run} == {(0, 3), (3, 9), (9, 12)}
-    assert set(model.cache.asked) == {None, "a", "c"}
+    assert set(model.cache.evaluations) == {None, "a", "c"}
 
 
 def test_waiting_tokens_join_the_next_deeper_one_in_one_batch():
@@ -100,7 +100,7 @@ def test_waiting_tokens_join_the_next_deeper_one_in_one_batch():
     waiting = []
     while not session.finished:
         session.step()
-        waiting.append(session.waiting(0))
+        waiting.append(session.num_pending(0))
     assert waiting == [0, 1, 2, 3, 4, 5, 0, 0]
     runs = model.cache.rows_per_run
     prompt = [(0, 3, 1), (3, 8, 1), (8, 9, 1), (9, 12, 1)]
@@ -113,33 +113,33 @@ def test_waiting_tokens_join_the_next_deeper_one_in_one_batch():
 def test_the_first_sure_exit_of_a_shared_stop_wins_in_the_order_of_the_model():
     model = model_that_is_sure(lambda name, *_: name in ("b", "b2"))
     assert {event.exit for event in run(model, [[1]], ExitPolicy(0.5)).events[1:]} == {"b"}
-    assert model.cache.asked["b2"] == 0
+    assert model.cache.evaluations["b2"] == 0
     model = model_that_is_sure(lambda name, *_: name == "b2")
     assert {event.exit for event in run(model, [[1]], ExitPolicy(0.5)).events[1:]} == {"b2"}
-    assert model.cache.asked["b"] == model.cache.asked["b2"] == 11
+    assert model.cache.evaluations["b"] == model.cache.evaluations["b2"] == 11
 
 
 def test_every_active_exit_hears_once_of_every_position_that_reaches_it():
     model = model_that_is_sure(sometimes)
     run(model, [[1, 2, 3], [4]], ExitPolicy(0.5), max_new_tokens=20)
     for point in EXITS:
-        assert model.cache.heard[point.name] == model.cache.computed[point.stop]
+        assert model.cache.exit_kv[point.name] == model.cache.computed[point.stop]
 
 
 @pytest.mark.parametrize("cap", [0, 1, 2, 5])
 def test_the_cap_forces_full_depth(cap):
     model = model_that_is_sure(lambda *_: True)
-    session = EarlyExitEngine(model).start([Request((1, 2), 20)], policy=ExitPolicy(0.5, max_waiting=cap))
+    session = EarlyExitEngine(model).start([Request((1, 2), 20)], policy=ExitPolicy(0.5, max_pending_tokens=cap))
     events, most = [], 0
     while not session.finished:
         events += session.step()
-        most = max(most, session.waiting(0))
+        most = max(most, session.num_pending(0))
     assert most == cap
     exits = [event.exit for event in events]
     period = [*["a"] * cap, None]
     assert exits == [None, *(period * 20)[:19]]
     # A token that is going to full depth anyway is not asked on the way.
-    assert model.cache.asked["a"] == exits.count("a")
+    assert model.cache.evaluations["a"] == exits.count("a")
 
 
 def test_an_exit_at_the_end_of_the_stack_leaves_nothing_waiting():
@@ -150,9 +150,9 @@ def test_an_exit_at_the_end_of_the_stack_leaves_nothing_waiting():
     events = []
     while not session.finished:
         events += session.step()
-        assert (session.waiting(0) == 0) == (events[-1].exit != "a")
+        assert (session.num_pending(0) == 0) == (events[-1].exit != "a")
     assert [event.exit for event in events[1:]] == ["a", "a", "end"] * 3
-    assert model.cache.asked[None] == 1
+    assert model.cache.evaluations[None] == 1
 
 
 def test_each_sequence_stops_by_itself():
@@ -177,9 +177,9 @@ def test_ended_sequences_are_flushed_too():
     )
     while not session.finished:
         session.step()
-    assert sum(session.waiting(i) for i in range(3)) > 0
+    assert sum(session.num_pending(i) for i in range(3)) > 0
     session.flush()
-    assert [session.waiting(i) for i in range(3)] == [0, 0, 0]
+    assert [session.num_pending(i) for i in range(3)] == [0, 0, 0]
     assert all(done == model.cache.computed[0] for done in model.cache.computed.values())
     session.flush()  # nothing waits: nothing runs, or the model would complain
 
@@ -190,7 +190,7 @@ def test_random_scripts_policies_and_batches(seed):
     rng = random.Random(seed)
     share = rng.random()
     active = tuple(name for name in NAMES if rng.random() < 0.7)
-    policy = ExitPolicy(0.5, active=active, max_waiting=rng.choice([None, 0, 1, 2, 4]))
+    policy = ExitPolicy(0.5, active=active, max_pending_tokens=rng.choice([None, 0, 1, 2, 4]))
 
     def when(name, token, position):
         return random.Random(f"{seed}/{name}/{token}/{position}").random() < share
@@ -204,7 +204,7 @@ def test_random_scripts_policies_and_batches(seed):
     while not session.finished:
         events += session.step()
         for index in range(len(prompts)):
-            assert policy.max_waiting is None or session.waiting(index) <= policy.max_waiting
+            assert policy.max_pending_tokens is None or session.num_pending(index) <= policy.max_pending_tokens
     session.flush()
     fed = {(i, p) for i, own in enumerate(prompts) for p in range(len(own))}
     fed |= {(event.sequence, event.position) for event in events if event.finish_reason is None}
@@ -246,14 +246,14 @@ def test_the_scripted_model_does_detect_wrong_engines():
     model = model_that_is_sure(sometimes)
     session = EarlyExitEngine(model).start([Request((1, 2), 5)], policy=ExitPolicy(0.5))
     session.step()
-    descent = session._descent
+    forward = session._forward
     with pytest.raises(AssertionError, match="computed twice"):
-        descent.step({0: Feed(1, (4,))})
+        forward.step({0: TokenInput(1, (4,))})
     with pytest.raises(AssertionError, match=r"misses the positions \[2\]"):
-        descent.step({0: Feed(3, (4,))})
+        forward.step({0: TokenInput(3, (4,))})
     with pytest.raises(AssertionError, match="taken as depth"):
-        rows = descent._embed({0: Feed(2, (4,))})
-        model.run(rows.hidden, descent.items_of(rows.positions), 3, 8, model.cache)
+        rows = forward._embed({0: TokenInput(2, (4,))})
+        model.run(rows.hidden, forward.items_of(rows.positions), 3, 8, model.cache)
 
 
 def test_a_sequence_that_has_ended_cuts_no_flight_any_more():
@@ -265,10 +265,10 @@ def test_a_sequence_that_has_ended_cuts_no_flight_any_more():
         session.step()
     before = len(model.cache.rows_per_run)
     session.step()
-    assert model.cache.rows_per_run[before:] == [(0, 12, 1)] and session.waiting(0) == 3
+    assert model.cache.rows_per_run[before:] == [(0, 12, 1)] and session.num_pending(0) == 3
     session.cancel(1)
     session.flush()
-    assert session.waiting(0) == 0 and all((0, 4) in done for done in model.cache.computed.values())
+    assert session.num_pending(0) == 0 and all((0, 4) in done for done in model.cache.computed.values())
     session.add(Request((5,), 3))
     while not session.finished:
         session.step()

@@ -62,18 +62,18 @@ def full_tokens(request):
 def test_drafts_that_always_agree_are_all_kept_and_nothing_is_computed_twice():
     model = scripted(lambda *_: True)
     request = Request((1, 2), 12)
-    events, per_step, session = decode(model, [request], ExitPolicy(0.5, max_waiting=3))
+    events, per_step, session = decode(model, [request], ExitPolicy(0.5, max_pending_tokens=3))
     assert [event.token for event in events] == full_tokens(request)[0]
     # The prompt's token; three drafts, then a check that gives four; twice; then two drafts and the last token.
     assert per_step == [1, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 3]
     assert [event.exit for event in events] == [None, *["a", "a", "a", None] * 2, "a", "a", None]
     assert model.cache.thrown_away == 0
     stats = session.stats(events)
-    assert (stats.drafted, stats.accepted, stats.checks) == (8, 8, 3)
+    assert (stats.drafted, stats.accepted, stats.num_verifications) == (8, 8, 3)
     assert stats.acceptance_rate == 1.0 and stats.mean_accepted_length == pytest.approx(8 / 3)
     assert stats.computed_layers == 13 * 6
     # Each check asks the final exit about every draft and the newest token.
-    assert stats.asked == {"a": 8, "b": 0, "final": 1 + 4 + 4 + 3}
+    assert stats.evaluations == {"a": 8, "b": 0, "final": 1 + 4 + 4 + 3}
     waiting = [rows for start, stop, rows in model.cache.rows_per_run if (start, stop) == (3, 8)]
     assert waiting == [2, 4, 4, 3], "what waits runs in one batch"
 
@@ -81,7 +81,7 @@ def test_drafts_that_always_agree_are_all_kept_and_nothing_is_computed_twice():
 def test_drafts_that_never_agree_cost_but_change_nothing():
     model = scripted(lambda *_: False)
     request = Request((1, 2), 8)
-    events, per_step, session = decode(model, [request], ExitPolicy(0.5, max_waiting=2))
+    events, per_step, session = decode(model, [request], ExitPolicy(0.5, max_pending_tokens=2))
     assert [event.token for event in events] == full_tokens(request)[0]
     assert {event.exit for event in events} == {None}
     assert per_step == [1, *[0, 0, 1] * 5, 0, 1, 1]
@@ -95,7 +95,7 @@ def test_drafts_that_never_agree_cost_but_change_nothing():
 def test_unsure_drafts_are_not_made():
     model = scripted(lambda *_: False, is_sure=lambda *_: False)
     events, per_step, session = decode(model, [Request((1,), 9)], ExitPolicy(0.5))
-    assert per_step == [1] * 9 and session.stats(events).checks == 0 and model.cache.thrown_away == 0
+    assert per_step == [1] * 9 and session.stats(events).num_verifications == 0 and model.cache.thrown_away == 0
 
 
 def test_the_first_mismatch_cuts_what_follows():
@@ -159,7 +159,7 @@ def test_an_exit_at_the_very_end_drafts_nothing():
     )
     model = scripted(lambda *_: False, exits=exits)
     events, per_step, session = decode(model, [Request((1,), 5)], ExitPolicy(0.5))
-    assert per_step == [1] * 5 and session.stats(events).asked["end"] == 0
+    assert per_step == [1] * 5 and session.stats(events).evaluations["end"] == 0
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -175,7 +175,7 @@ def test_random_scripts_caps_and_batches(seed):
         return scripted(happens("agrees", right), happens("sure", share))
 
     policy = ExitPolicy(
-        0.5, active=tuple(n for n in "ab" if rng.random() < 0.8), max_waiting=rng.choice([None, 0, 1, 4])
+        0.5, active=tuple(n for n in "ab" if rng.random() < 0.8), max_pending_tokens=rng.choice([None, 0, 1, 4])
     )
     requests = [
         Request(
@@ -225,14 +225,14 @@ def test_tokens_drafts_and_acceptance_equal_the_naive_decoder(seed):
             request.max_new_tokens,
             thresholds=policy.thresholds,
             criterion=policy.criterion,
-            max_waiting=policy.max_waiting,
+            max_pending_tokens=policy.max_pending_tokens,
             stop=stop,
         )
         own = [event for event in events if event.sequence == index]
         assert [event.token for event in own] == tokens and [event.exit for event in own] == exits
         totals += checks
     stats = session.stats(events)
-    assert (stats.checks, stats.drafted, stats.accepted) == (
+    assert (stats.num_verifications, stats.drafted, stats.accepted) == (
         len(totals),
         *map(sum, zip(*totals or [(0, 0)], strict=True)),
     )
@@ -258,7 +258,7 @@ def test_the_random_cases_accept_and_reject():
 @pytest.mark.parametrize("seed", range(8))
 def test_after_rollbacks_the_cache_is_that_of_a_full_run(seed):
     model = TinyTransformer(ALL_KINDS, seed=seed)
-    policy = ExitPolicy(0.15, max_waiting=4)
+    policy = ExitPolicy(0.15, max_pending_tokens=4)
     requests = [Request((1, 2, 3), 14), Request((9,), 10)]
     events, _, session = decode(model, requests, policy)
     assert session.stats(events).drafted > session.stats(events).accepted, "nothing was rolled back"
@@ -279,7 +279,9 @@ def test_after_rollbacks_the_cache_is_that_of_a_full_run(seed):
 def test_a_repetition_penalty_is_applied_to_draft_and_check_alike():
     model = TinyTransformer(ALL_KINDS, seed=2)
     requests = [Request((1, 2, 3), 20, SamplingParams(repetition_penalty=1.5))]
-    outputs = [decode(model, requests, ExitPolicy(0.15, max_waiting=4), mode) for mode in ("self_speculative", "full")]
+    outputs = [
+        decode(model, requests, ExitPolicy(0.15, max_pending_tokens=4), mode) for mode in ("self_speculative", "full")
+    ]
     ours, theirs = ([event.token for event in events] for events, _, _ in outputs)
     assert ours == theirs
     assert 0 < outputs[0][2].stats(outputs[0][0]).accepted
@@ -314,15 +316,15 @@ def test_a_check_that_keeps_everything_is_noticed(monkeypatch):
     def keeps(logits, drafts, params, position, previous, num_prompt):
         return iter([(draft.token, True) for draft in drafts])
 
-    monkeypatch.setattr(session_module, "check", keeps)
+    monkeypatch.setattr(session_module, "verify", keeps)
     request = Request((1, 2), 8)
-    events, _, _ = decode(scripted(lambda *_: False), [request], ExitPolicy(0.5, max_waiting=2))
+    events, _, _ = decode(scripted(lambda *_: False), [request], ExitPolicy(0.5, max_pending_tokens=2))
     assert [event.token for event in events] != full_tokens(request)[0]
 
 
 def test_no_copy_of_the_text_is_made_where_nobody_reads_it(monkeypatch):
     """A long context costs nothing per token but where a penalty looks at it."""
-    choose, check, lengths = session_module.choose, session_module.check, []
+    choose, verify, lengths = session_module.choose, session_module.verify, []
 
     def choosing(logits, params, positions, previous, *others):
         lengths.extend(map(len, previous))
@@ -330,10 +332,10 @@ def test_no_copy_of_the_text_is_made_where_nobody_reads_it(monkeypatch):
 
     def checking(logits, drafts, params, position, previous, num_prompt):
         lengths.append(len(previous))
-        return check(logits, drafts, params, position, previous, num_prompt)
+        return verify(logits, drafts, params, position, previous, num_prompt)
 
     monkeypatch.setattr(session_module, "choose", choosing)
-    monkeypatch.setattr(session_module, "check", checking)
+    monkeypatch.setattr(session_module, "verify", checking)
     for settings, longest in (
         ({}, 0),
         ({"min_p": 0.1, "logit_bias": ((3, 1.0),)}, 0),

@@ -35,8 +35,8 @@ def test_nothing_below_the_exit_ever_runs(name):
     result = EarlyExitEngine(model).generate([[1, 2, 3], [7]], max_new_tokens=5, **only(name))
     point = next(exit for exit in EXITS if exit.name == name)
     assert [half for half, done in model.cache.computed.items() if done] == list(range(point.stop + 1))
-    assert set(model.cache.asked) == {name} and model.cache.active_exits == (name,)
-    assert model.cache.heard[name] == model.cache.computed[point.stop]
+    assert set(model.cache.evaluations) == {name} and model.cache.active_exits == (name,)
+    assert model.cache.exit_kv[name] == model.cache.computed[point.stop]
     assert {(event.exit, event.layer) for event in result.events} == {(name, point.layer)}
     assert result.stats.computed_layers == (3 + 1 + 4 + 4) * point.stop / 2
     assert result.stats.mean_depth == point.layer
@@ -68,7 +68,7 @@ def test_scoring_reads_every_token_from_the_exit(exit):
     assert result.exits[0] == (exit.name,) * 7
     assert result.stats.computed_layers == (7 + 4) * exit.stop / 2
     # The rows before the first scored token are never asked about.
-    assert result.stats.asked[exit.name] == 7 + 2 and result.stats.asked["final"] == 0
+    assert result.stats.evaluations[exit.name] == 7 + 2 and result.stats.evaluations["final"] == 0
 
 
 def test_a_models_only_exit_need_not_be_named_and_sampling_is_the_exits():

@@ -28,7 +28,7 @@ LAYOUTS = {
     "the first stage dies": (1, [1, 2], "first dies"),
 }
 # How many tokens wait before they are sent on, where it is not the default.
-FILL_AHEAD = {"exits on both stages": 2, "three stages": 1, "tensor parallel": 3}
+RUN_PENDING_AFTER = {"exits on both stages": 2, "three stages": 1, "tensor parallel": 3}
 
 
 def decode(engine: Any, calls: list[dict[str, Any]]) -> list[list[list[Any]]]:
@@ -38,7 +38,9 @@ def decode(engine: Any, calls: list[dict[str, Any]]) -> list[list[list[Any]]]:
 
     found = []
     for call in calls:
-        policy = ExitPolicy(call["thresholds"], active=call.get("active"), max_waiting=call.get("max_waiting"))
+        policy = ExitPolicy(
+            call["thresholds"], active=call.get("active"), max_pending_tokens=call.get("max_pending_tokens")
+        )
         if "num_context" in call:
             result = engine.score(call["prompts"], call["num_context"], mode=call["mode"], policy=policy)
         else:
@@ -70,7 +72,7 @@ def decode_and_flush(engine: Any, call: dict[str, Any]) -> tuple[list[list[int]]
         for event in session.step():
             tokens[event.sequence].append(event.token)
     session.flush()
-    assert not any(session.waiting(index) for index in range(len(tokens)))
+    assert not any(session.num_pending(index) for index in range(len(tokens)))
     return [own[:-1] for own in tokens], session.cache
 
 
@@ -108,7 +110,7 @@ def layout_program(directory: Path, request: dict[str, Any], output: Path, name:
             model.serve()
         caches = {layer: model.caches[max(model.caches)].own for layer in stage_layers(stage)} if not wrong else {}
     else:
-        model.fill_ahead = FILL_AHEAD.get(name, model.fill_ahead)
+        model.run_pending_after = RUN_PENDING_AFTER.get(name, model.run_pending_after)
         with said_in(prefix), model:
             if name == "three stages":
                 time.sleep(13)
@@ -139,7 +141,9 @@ def said_in(prefix: Path):
 def break_stage(model: Any, wrong: str | None) -> None:
     """Make a later stage do something wrong."""
     if wrong == "position":
-        model._states = lambda cache, items: cache.states[items.sequence, (items.position - 1).clamp(min=0)]
+        model._states = lambda cache, positions: cache.states[
+            positions.sequence, (positions.position - 1).clamp(min=0)
+        ]
     if wrong == "truncate":
         from nemo_ee.generation.kv_cache import KVCache
 

@@ -19,8 +19,8 @@ from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
@@ -233,7 +233,9 @@ def test_thresholds_never_met_give_transformers_greedy_tokens(family, directory)
     engine = engine_of(build(tiny.path, exits))
     prompts = some_prompts(engine.model.vocab_size)
     result = engine.generate(prompts, max_new_tokens=14, policy=ExitPolicy(NEVER_MET))
-    assert all(result.stats.asked[exit["name"]] == 3 * 13 for exit in exits), "every exit is asked about every token"
+    assert all(result.stats.evaluations[exit["name"]] == 3 * 13 for exit in exits), (
+        "every exit is asked about every token"
+    )
     for index, prompt in enumerate(prompts):
         assert_same(result.events_of(index), huggingface_greedy(tiny.reference, prompt, 14))
     assert engine.generate(prompts, max_new_tokens=14, mode="full").tokens == result.tokens
@@ -256,20 +258,22 @@ def test_control_wrong_positions_are_noticed(family, positions, directory):
     engine = engine_of(build(tiny.path, []))
     model = engine.model
 
-    def wrong(items: Items) -> torch.Tensor:
+    def wrong(positions: TokenPositions) -> torch.Tensor:
         if positions == "all zero":
-            return torch.zeros_like(items.position)
-        return items.position - 1 if len(items) == 1 else items.position
+            return torch.zeros_like(positions.position)
+        return positions.position - 1 if len(positions) == 1 else positions.position
 
     prompt = some_prompts(model.vocab_size, (5,))[0]
     expected = huggingface_greedy(tiny.reference, prompt, 14)
     assert_same(engine.generate([prompt], max_new_tokens=14, mode="full").events, expected)
     if family == "llama":
         table = model._rotary
-        model._rotary = SimpleNamespace(at=lambda items: (table._cos[wrong(items)], table._sin[wrong(items)]))
+        model._rotary = SimpleNamespace(
+            at=lambda positions: (table._cos[wrong(positions)], table._sin[wrong(positions)])
+        )
     else:
         embed = model.embed
-        model.embed = lambda tokens, items: embed(tokens, SimpleNamespace(position=wrong(items)))
+        model.embed = lambda tokens, positions: embed(tokens, SimpleNamespace(position=wrong(positions)))
     with pytest.raises(AssertionError):
         assert_same(engine.generate([prompt], max_new_tokens=14, mode="full").events, expected)
 
@@ -342,13 +346,13 @@ def test_after_flush_the_cache_is_that_of_a_full_depth_run(exit, directory, llam
     prompts = some_prompts(133, (6, 2))
     session = engine.start([Request(tuple(prompt), 24, VARIED) for prompt in prompts], policy=policy)
     events = []
-    while len(events) < 30 or not any(session.waiting(index) for index in range(2)):
+    while len(events) < 30 or not any(session.num_pending(index) for index in range(2)):
         assert not session.finished, "nothing waits, so flush() has nothing to do"
         events += session.step()
     left = sum(event.exit is not None for event in events)
     assert 5 < left < len(events) - 5, f"{left} of {len(events)} tokens left early: the test says too little"
     session.flush()
-    assert not any(session.waiting(index) for index in range(2))
+    assert not any(session.num_pending(index) for index in range(2))
     for index, prompt in enumerate(prompts):
         # The last token is never fed.
         fed = [*prompt, *(event.token for event in events if event.sequence == index)][:-1]
@@ -362,10 +366,10 @@ def test_after_flush_the_cache_is_that_of_a_full_depth_run(exit, directory, llam
             torch.testing.assert_close(found[1], values[0], atol=1e-5, rtol=1e-5)
         if exit["architecture"] == "layer":
             alone = engine.model.new_cache(1, 32, (exit["name"],))
-            items = Items.of({0: range(len(fed))})
+            positions = TokenPositions.of({0: range(len(fed))})
             stop = next(point.stop for point in engine.model.exits if point.name == exit["name"])
-            hidden = engine.model.run(engine.model.embed(torch.tensor(fed), items), items, 0, stop, alone)
-            engine.model.observe_exit(exit["name"], hidden, items, alone)
+            hidden = engine.model.run(engine.model.embed(torch.tensor(fed), positions), positions, 0, stop, alone)
+            engine.model.write_exit_kv(exit["name"], hidden, positions, alone)
             for side in ("keys", "values"):
                 torch.testing.assert_close(
                     getattr(session.cache, side)(exit["name"])[index, :, : len(fed)],

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from tests.unit.checkpoint.conftest import megatron  # noqa: F401  (fixture)
@@ -76,15 +76,15 @@ def test_two_tensor_parallel_ranks_decode_what_one_does(directory, tmp_path):  #
 
 def test_splitting_a_run_into_half_layers_changes_nothing(llama):  # noqa: F811
     model = engine_of(llama).model
-    items = Items.of({0: range(4), 1: range(7)})
+    positions = TokenPositions.of({0: range(4), 1: range(7)})
     tokens = torch.tensor([token for prompt in some_prompts(133, (4, 7)) for token in prompt])
     whole, split = (model.new_cache(2, 8, ()) for _ in range(2))
-    hidden = model.embed(tokens, items)
-    expected = model.run(hidden, items, 0, 6, whole)
+    hidden = model.embed(tokens, positions)
+    expected = model.run(hidden, positions, 0, 6, whole)
     for stop in range(6):
-        hidden = model.run(hidden, items, stop, stop + 1, split)
+        hidden = model.run(hidden, positions, stop, stop + 1, split)
     assert torch.equal(hidden, expected)
-    logits = model.exit_logits(None, hidden, items, split)
+    logits = model.exit_logits(None, hidden, positions, split)
     assert logits.shape == (11, 133) and logits.dtype == torch.float32, "padded rows of the vocabulary are cut off"
 
 
@@ -152,6 +152,6 @@ def test_rotation_is_megatrons_own(interleaved, size):
     expected = apply_rotary_pos_emb(heads[:, None], embedding(400), config)[:, 0]
     table = RotaryTable(embedding, device=torch.device("cpu"), dtype=torch.float32)
     for first, last in ((0, 3), (3, 4), (390, 400)):  # the table grows in between
-        items = Items.of({0: range(first, last)})
-        found = rotate(heads[first:last], *table.at(items), interleaved=interleaved)
+        positions = TokenPositions.of({0: range(first, last)})
+        found = rotate(heads[first:last], *table.at(positions), interleaved=interleaved)
         torch.testing.assert_close(found, expected[first:last], atol=1e-6, rtol=1e-6)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 from tests.unit.checkpoint.conftest import megatron  # noqa: F401  (fixture)
 from tests.unit.megatron import decode_over_stages
 from tests.unit.megatron.test_decoding_adapter import (  # noqa: F401  (`directory` is a fixture)
@@ -47,8 +47,8 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     options = {"thresholds": thresholds, "max_new_tokens": NUM_NEW, "sampling": dataclasses.asdict(VARIED)}
     modes = ("early_exit", "self_speculative", "full")
     calls = [{**options, "prompts": prompts, "mode": mode} for prompts in (three, one) for mode in modes]
-    calls += [{**calls[1], "thresholds": 0.0, "max_waiting": 2, "sampling": GREEDY}]
-    calls += [{**calls[0], "max_waiting": 2}]
+    calls += [{**calls[1], "thresholds": 0.0, "max_pending_tokens": 2, "sampling": GREEDY}]
+    calls += [{**calls[0], "max_pending_tokens": 2}]
     # Twelve sequences do not fit into a command's first message.
     calls += [{**calls[0], "prompts": some_prompts(133, (1, 2, 3) * 4)}]
     calls += [{**calls[0], "mode": "static_depth", "active": [name]} for name in ("norm1", "layer2")]
@@ -76,13 +76,13 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     ],
 )
 def test_items_arrive_as_they_left(positions):
-    from nemo_ee.megatron.decoding.stage_lines import items_of, numbers_of
+    from nemo_ee.megatron.decoding.stage_lines import decode_positions, encode_positions
 
-    items = Items.of(positions)
-    numbers = numbers_of(items)
-    found = items_of(numbers, torch.device("cpu"))
-    assert torch.equal(found.sequence, items.sequence) and torch.equal(found.position, items.position)
-    assert found.groups == items.groups
+    positions = TokenPositions.of(positions)
+    numbers = encode_positions(positions)
+    found = decode_positions(numbers, torch.device("cpu"))
+    assert torch.equal(found.sequence, positions.sequence) and torch.equal(found.position, positions.position)
+    assert found.groups == positions.groups
     assert len(numbers) == 3 * sum(1 if isinstance(own, range) else 2 + (own[0] == 0) for own in positions.values())
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.items import Items
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import Failure
@@ -53,11 +53,11 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
 def whole(model: RuntimeModel, tokens: Tensor, exit: str | None = None) -> Tensor:
     """Logits `[b, s, v]` of an exit, all positions in one go."""
     batch, length = tokens.shape
-    items = Items.of({row: range(length) for row in range(batch)})
+    positions = TokenPositions.of({row: range(length) for row in range(batch)})
     cache = model.new_cache(batch, length, tuple(point.name for point in model.exits))
     stop = next((point.stop for point in model.exits if point.name == exit), 2 * model.num_layers)
-    hidden = model.run(model.embed(tokens.flatten(), items), items, 0, stop, cache)
-    return model.exit_logits(exit, hidden, items, cache).view(batch, length, -1)
+    hidden = model.run(model.embed(tokens.flatten(), positions), positions, 0, stop, cache)
+    return model.exit_logits(exit, hidden, positions, cache).view(batch, length, -1)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -88,12 +88,12 @@ def test_pieces_fill_the_cache_as_the_whole_does(name: str, tmp_path: Path) -> N
         {0: range(9, 14), 1: range(8, 14)},
     ]
     for positions in steps:
-        items = Items.of({row: list(own) for row, own in positions.items()})
-        hidden = model.embed(tokens[items.sequence, items.position], items)
+        positions = TokenPositions.of({row: list(own) for row, own in positions.items()})
+        hidden = model.embed(tokens[positions.sequence, positions.position], positions)
         for stop in range(end):
-            hidden = model.run(hidden, items, stop, stop + 1, cache)
-        logits = model.exit_logits(None, hidden, items, cache)
-        assert close(logits, expected[items.sequence, items.position])
+            hidden = model.run(hidden, positions, stop, stop + 1, cache)
+        logits = model.exit_logits(None, hidden, positions, cache)
+        assert close(logits, expected[positions.sequence, positions.position])
 
 
 def test_a_norm_exit_is_the_logit_lens(tmp_path: Path) -> None:
@@ -285,8 +285,8 @@ def test_a_cut_leaves_no_keys_and_values_behind(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, "llama")
     model = load_model(tmp_path)
     for count in (2, 1):
-        cache, items = model.new_cache(count, 9, ()), Items.of(dict.fromkeys(range(count), range(6)))
-        model.run(model.embed(torch.arange(1, 6 * count + 1), items), items, 0, 2 * model.num_layers, cache)
+        cache, positions = model.new_cache(count, 9, ()), TokenPositions.of(dict.fromkeys(range(count), range(6)))
+        model.run(model.embed(torch.arange(1, 6 * count + 1), positions), positions, 0, 2 * model.num_layers, cache)
         before = {slot: slab.clone() for slot, slab in cache.slabs.items()}
         cache.truncate(count - 1, 2)
         for slot, slab in cache.slabs.items():
@@ -303,12 +303,12 @@ def test_places_are_worked_out_once_for_each_items(tmp_path: Path, monkeypatch: 
     model, other, built = load_model(tmp_path), load_model(tmp_path), []
     whole_init = Placement.__init__
     monkeypatch.setattr(Placement, "__init__", lambda self, *how: built.append(how[0]) or whole_init(self, *how))
-    items = Items.of({0: range(3), 1: range(2)})
-    picked, cache = items.select(torch.tensor([2, 4])), model.new_cache(2, 3, ())
-    hidden = model.embed(torch.arange(5), items)
+    positions = TokenPositions.of({0: range(3), 1: range(2)})
+    picked, cache = positions.select(torch.tensor([2, 4])), model.new_cache(2, 3, ())
+    hidden = model.embed(torch.arange(5), positions)
     for stop in range(4):
-        hidden = model.run(hidden, items, stop, stop + 1, cache)
+        hidden = model.run(hidden, positions, stop, stop + 1, cache)
         model.run(hidden[[2, 4]], picked, stop, stop + 1, model.new_cache(2, 3, ()))
-    assert len(built) == 2 and built[0] is items and built[1] is picked
-    other.run(hidden, items, 0, 1, other.new_cache(2, 3, ()))
+    assert len(built) == 2 and built[0] is positions and built[1] is picked
+    other.run(hidden, positions, 0, 1, other.new_cache(2, 3, ()))
     assert len(built) == 3, "a model turns and stores in its own way"

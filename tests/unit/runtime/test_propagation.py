@@ -36,12 +36,12 @@ def quantiles(model, prompts, criterion: str, quantile: float) -> dict[str, floa
     """Per exit the value that this share of its confidences lies below, over one full-depth pass."""
     never = {"entropy": 1e-7}.get(criterion, 1 - 1e-7)
     seen: dict[str, list[float]] = {exit.name: [] for exit in model.exits}
-    asked = ExitPolicy(never, criterion).asked_exits(model.exits)
+    asked = ExitPolicy(never, criterion).evaluated_exits(model.exits)
     batch = PropagatingBatch(model, asked, criterion, 1, 32)
     original = model.exit_logits
 
-    def recording(name, hidden, items, cache):
-        logits = original(name, hidden, items, cache)
+    def recording(name, hidden, positions, cache):
+        logits = original(name, hidden, positions, cache)
         if name is not None:
             seen[name] += confidence(logits, criterion).tolist()
         return logits
@@ -49,7 +49,7 @@ def quantiles(model, prompts, criterion: str, quantile: float) -> dict[str, floa
     model.exit_logits = recording
     try:
         for position, token in enumerate(sum(prompts, [])):
-            batch.feed({0: (position, [token])}, asking=True)
+            batch.feed({0: (position, [token])}, evaluating=True)
     finally:
         del model.exit_logits
     return {name: torch.tensor(values).quantile(quantile).item() for name, values in seen.items()}
@@ -81,13 +81,13 @@ def test_tokens_and_exits_are_the_naive_decoder_s(criterion: str, made) -> None:
 def test_logits_after_tokens_that_left_and_a_control(made) -> None:
     """A token that leaves in between changes the next full-depth logits, in just the way the reference says."""
     reference, folder, model = made
-    asked = ExitPolicy(0.0).asked_exits(model.exits)[:1]
+    asked = ExitPolicy(0.0).evaluated_exits(model.exits)[:1]
     naive, text = NaivePropagation(reference, folder), [5, 71, 13, 9, 0, 44]
     rows, full = [], []
     for leave in (True, False):
         batch = PropagatingBatch(model, asked if leave else (), "max_probability", 1, 16)
         for position, token in enumerate(text):
-            logits = batch.feed({0: (position, [token])}, asking=position in (2, 3))[1]
+            logits = batch.feed({0: (position, [token])}, evaluating=position in (2, 3))[1]
             (rows if leave else full).append(logits[0])
     for position, token in enumerate(text):
         thresholds = {asked[0].point.name: 0.0} if position in (2, 3) else {}
@@ -130,5 +130,5 @@ def test_a_stop_token_ends_a_sequence(made) -> None:
 
 def test_what_it_cannot_do_is_refused(made, tmp_path: Path) -> None:
     _, _, model = made
-    with pytest.raises(ValueError, match="max_waiting=2.*prompt 0 has 1 tokens and asks for 99"):
-        generate_propagating(model, [[1]], max_new_tokens=[99], policy=ExitPolicy(0.5, max_waiting=2))
+    with pytest.raises(ValueError, match="max_pending_tokens=2.*prompt 0 has 1 tokens and asks for 99"):
+        generate_propagating(model, [[1]], max_new_tokens=[99], policy=ExitPolicy(0.5, max_pending_tokens=2))

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import PromptScores, TokenEvent

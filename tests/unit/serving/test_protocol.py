@@ -9,7 +9,7 @@ import difflib
 import pytest
 
 from nemo_ee.exits.confidence import CRITERIA
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.serving.errors import MAX_MESSAGE, ApiError, shown
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice

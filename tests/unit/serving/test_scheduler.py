@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.stats import TokenEvent
 from nemo_ee.serving import scheduler as module
 from nemo_ee.serving.metrics import Metrics
@@ -63,7 +63,7 @@ class Session:
                 del self.own[index]
         return tuple(events)
 
-    def waiting(self, index: int) -> int:
+    def num_pending(self, index: int) -> int:
         return 3 if index in self.own else 0
 
     def stats(self, _events) -> SimpleNamespace:
@@ -161,11 +161,11 @@ def test_nothing_waits_in_sequences_that_were_cancelled() -> None:
         own.submit([one])
         news.get(timeout=20)
         session.may_step.clear()
-        assert value(own, "waiting_tokens") == 3
+        assert value(own, "pending_tokens") == 3
         own.cancel([one])
         session.may_step.set()
         end = time.monotonic() + 20
-        while value(own, "waiting_tokens") or value(own, "running_sequences"):
+        while value(own, "pending_tokens") or value(own, "running_sequences"):
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -177,7 +177,7 @@ def test_stopping_tells_who_runs_and_who_waits() -> None:
         own.submit([one for one, _ in works])
         own.stop()
         assert {last(news).error.status for _, news in works} == {503}
-    assert value(own, "waiting_tokens") == 0
+    assert value(own, "pending_tokens") == 0
 
 
 def test_answers_that_fell_back_are_counted_over_sessions():

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from nemo_ee.generation.items import ExitPoint
+from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.stats import DecodingStats
 from nemo_ee.text.token_view import (
     Detokenizer,
@@ -153,7 +153,7 @@ def stats(num_tokens: int = 8, **counts: int) -> DecodingStats:
         mean_depth=4.5,
         num_layers=6,
         computed_layers=60.0,
-        asked={},
+        evaluations={},
     )
 
 

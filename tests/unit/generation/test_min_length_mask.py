@@ -10,26 +10,26 @@ import random
 import pytest
 import torch
 
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.held_tokens import HeldTokens
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.min_length_mask import MinLengthMask
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from tests.helpers.stub_models import ScriptedModel, exit_points
 
 
 def test_only_rows_before_the_least_length_lose_only_their_tokens():
-    held = HeldTokens()
+    held = MinLengthMask()
     held.hold(0, 5, {3, 1})
     held.hold(2, 9, {0})
     logits = torch.randn(5, 6)
-    items = Items.of({0: [3, 4], 1: [1], 2: [7, 8]})
+    positions = TokenPositions.of({0: [3, 4], 1: [1], 2: [7, 8]})
     expected = logits.clone()
     expected[0, [1, 3]] = -math.inf
     expected[3, 0] = -math.inf
     kept = logits.clone()
-    assert torch.equal(held.without(logits, items), expected) and torch.equal(logits, kept)
-    passed = Items.of({0: [4, 5], 1: [1], 2: [8, 9]})
+    assert torch.equal(held.without(logits, positions), expected) and torch.equal(logits, kept)
+    passed = TokenPositions.of({0: [4, 5], 1: [1], 2: [8, 9]})
     assert held.without(logits, passed) is logits, "nothing is copied where nothing is held"
 
 
@@ -37,11 +37,13 @@ def test_only_rows_before_the_least_length_lose_only_their_tokens():
 def test_a_sequence_that_has_its_least_length_holds_nothing_any_more(mode):
     model = ScriptedModel(6, exit_points(("a", 2, 3)), lambda name, token, position: ((token * 7 + 1) % 50, 0.9))
     requests = [Request((1, 2), 12, min_new_tokens=3, stop_tokens=frozenset({7}))]
-    session = EarlyExitEngine(model).start(requests, mode=mode, policy=ExitPolicy(0.5, max_waiting=2), max_length=20)
-    assert len(session._descent._held) == 1
+    session = EarlyExitEngine(model).start(
+        requests, mode=mode, policy=ExitPolicy(0.5, max_pending_tokens=2), max_length=20
+    )
+    assert len(session._forward._min_length) == 1
     for _ in range(7):
         session.step()
-    assert len(session._descent._held) == 0 and not session.finished
+    assert len(session._forward._min_length) == 0 and not session.finished
 
 
 def test_a_sequence_that_ends_early_leaves_nothing_held():
@@ -51,7 +53,7 @@ def test_a_sequence_that_ends_early_leaves_nothing_held():
     )
     session.step()
     session.cancel(0)
-    assert len(session._descent._held) == 0
+    assert len(session._forward._min_length) == 0
 
 
 @pytest.mark.parametrize("least", range(1, 9))
@@ -69,7 +71,7 @@ def test_drafts_that_are_taken_back_are_held_again(least, right):
     def tokens(mode):
         model = ScriptedModel(6, exit_points(("a", 2, 3)), script)
         requests = [Request((1, 2), 10, min_new_tokens=least, stop_tokens=frozenset({7}))]
-        session = EarlyExitEngine(model).start(requests, mode=mode, policy=ExitPolicy(0.5, max_waiting=3))
+        session = EarlyExitEngine(model).start(requests, mode=mode, policy=ExitPolicy(0.5, max_pending_tokens=3))
         events = []
         while not session.finished:
             events += session.step()

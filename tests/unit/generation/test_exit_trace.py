@@ -11,7 +11,7 @@ import torch
 
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.exit_table import ExitTable, TablePass
+from nemo_ee.generation.exit_trace import ExitTrace, TracePass
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
 from tests.helpers.reference_decoder import decode, hidden_by_stop, logits_at
@@ -41,16 +41,16 @@ def case(seed):
     names = [point.name for point in model.exits if rng.random() < 0.8]
     thresholds = {name: rng.uniform(*RANGES[criterion]) for name in names}
     cap = rng.choice([None, 0, 1, 3])
-    policy = ExitPolicy(thresholds, criterion=criterion, active=tuple(names), max_waiting=cap)
+    policy = ExitPolicy(thresholds, criterion=criterion, active=tuple(names), max_pending_tokens=cap)
     return model, prompts, sequences, policy, sampling
 
 
 def simulate(model, prompts, sequences, policy, sampling):
     """(table, choices) under the policy."""
-    table = TablePass(model, policy.active, policy.criterion).run(
+    table = TracePass(model, policy.active, policy.criterion).run(
         sequences, [len(prompt) for prompt in prompts], [sampling] * len(prompts)
     )
-    return table, table.choices([policy.thresholds[point.name] for point in table.exits], policy.max_waiting)
+    return table, table.choices([policy.thresholds[point.name] for point in table.exits], policy.max_pending_tokens)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -81,7 +81,7 @@ def test_risks_are_those_of_a_decoder_that_recomputes_everything(seed):
         forced = sequence[len(prompt) :]
         _, exits, logits = decode(
             model, prompt, len(forced), thresholds=policy.thresholds, criterion=policy.criterion,
-            max_waiting=policy.max_waiting, forced=forced,
+            max_pending_tokens=policy.max_pending_tokens, forced=forced,
         )  # fmt: skip
         states = hidden_by_stop(model, sequence)
         final = logits_at(model, None, states).log_softmax(dim=1)
@@ -112,13 +112,13 @@ def test_batches_join_and_rows_are_selected():
     model, prompts, sequences, policy, sampling = case(3)
     whole, choice = simulate(model, prompts, sequences, policy, sampling)
     parts = [simulate(model, prompts[i : i + 1], sequences[i : i + 1], policy, sampling)[0] for i in range(4)]
-    joined = ExitTable.join(parts)
+    joined = ExitTrace.join(parts)
     thresholds = [policy.thresholds[point.name] for point in whole.exits]
-    assert torch.equal(joined.choices(thresholds, policy.max_waiting)[whole.valid], choice[whole.valid])
+    assert torch.equal(joined.choices(thresholds, policy.max_pending_tokens)[whole.valid], choice[whole.valid])
     assert torch.allclose(joined.nll_excess(choice), whole.nll_excess(choice), atol=1e-5)
     assert torch.equal(whole.select([2]).valid, whole.valid[2:3])
 
 
 def test_an_unknown_exit_is_refused():
     with pytest.raises(ValueError, match=r"exits \['nine'\] are not the model's; its exits are"):
-        TablePass(case(1)[0], ["nine"], "margin")
+        TracePass(case(1)[0], ["nine"], "margin")

@@ -39,7 +39,7 @@ class Draft:
     distribution: Tensor | None
 
 
-def check(
+def verify(
     logits: Tensor,
     drafts: Sequence[Draft],
     params: SamplingParams,

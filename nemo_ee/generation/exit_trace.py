@@ -4,7 +4,7 @@
 
 A token that leaves early keeps its hidden state, and what waits runs through the deeper layers with the values of a
 full-depth run. So at a position of a known text an exit's distribution does not depend on where earlier tokens left,
-and one full-depth pass that asks every exit at every position holds all that any policy would see there. Only the cap
+and one full-depth pass that evaluates every exit at every position holds all that any policy would see there. Only the cap
 on waiting tokens looks back; it is replayed.
 """
 
@@ -17,17 +17,17 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.generation.items import DecodingModel, ExitPoint
-from nemo_ee.generation.known_text import KnownTextPass
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
+from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ExitTable:
+class ExitTrace:
     """n continuations of at most t tokens, e exits; everything on the CPU. Padding is where `valid` is False.
 
     Attributes:
-        exits: the exits asked, in the model's order; index e in a choice means the final exit.
+        exits: the exits evaluated, in the model's order; index e in a choice means the final exit.
         num_layers: of the model.
         criterion: of the confidences.
         valid: `[n, t]`, bool, whether the continuation has such a token.
@@ -45,7 +45,7 @@ class ExitTable:
     logprobs: Tensor
 
     @staticmethod
-    def join(tables: Sequence[ExitTable]) -> ExitTable:
+    def join(tables: Sequence[ExitTrace]) -> ExitTrace:
         """The continuations of several tables of the same exits in one."""
         first, longest = tables[0], max(table.valid.shape[1] for table in tables)
         assert all((own.exits, own.criterion) == (first.exits, first.criterion) for own in tables)
@@ -53,37 +53,37 @@ class ExitTable:
         joined = {name: torch.cat([_padded(getattr(own, name), longest) for own in tables]) for name in names}
         return dataclasses.replace(first, **joined)
 
-    def select(self, rows: Sequence[int]) -> ExitTable:
+    def select(self, rows: Sequence[int]) -> ExitTrace:
         """These continuations alone."""
         names = ("valid", "confidences", "agrees", "logprobs")
         return dataclasses.replace(self, **{name: getattr(self, name)[list(rows)] for name in names})
 
-    def choices(self, thresholds: Sequence[float], max_waiting: int | None = None) -> LongTensor:
+    def choices(self, thresholds: Sequence[float], max_pending_tokens: int | None = None) -> LongTensor:
         """Where each token would be read: `[n, t]`, index of the exit, e = the final exit.
 
         Args:
             thresholds: one for each of `exits`.
-            max_waiting: as in `ExitPolicy`.
+            max_pending_tokens: as in `ExitPolicy`.
         """
         num_exits = len(self.exits)
         assert len(thresholds) == num_exits, "one threshold for each exit"
-        sure = torch.ones(*self.valid.shape, num_exits + 1, dtype=torch.bool)
+        confident = torch.ones(*self.valid.shape, num_exits + 1, dtype=torch.bool)
         for index, threshold in enumerate(thresholds):
-            sure[..., index] = leaves(self.confidences[..., index], threshold, self.criterion)
-        choice = sure.int().argmax(dim=2)  # the first that is sure
+            confident[..., index] = leaves(self.confidences[..., index], threshold, self.criterion)
+        choice = confident.int().argmax(dim=2)  # the first that is confident
         choice[:, :1] = num_exits  # the first new token comes from the final exit
-        if max_waiting is not None:
-            self._cap(choice, max_waiting)
+        if max_pending_tokens is not None:
+            self._cap(choice, max_pending_tokens)
         return choice
 
-    def _cap(self, choice: LongTensor, max_waiting: int) -> None:
+    def _cap(self, choice: LongTensor, max_pending_tokens: int) -> None:
         """Send tokens to full depth where so many wait already, in place."""
         final = len(self.exits)
         # At an exit that taps the end of the stack nothing is left to wait for.
         at_end = torch.tensor([*(point.stop == 2 * self.num_layers for point in self.exits), True])
         waiting = torch.zeros(len(choice), dtype=torch.long)
         for step in range(1, choice.shape[1]):
-            choice[:, step].masked_fill_(waiting >= max_waiting, final)
+            choice[:, step].masked_fill_(waiting >= max_pending_tokens, final)
             waiting = torch.where(at_end[choice[:, step]], 0, waiting + 1)
 
     def disagreement(self, choice: LongTensor) -> Tensor:
@@ -119,12 +119,12 @@ def _padded(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, missing], dim=1)
 
 
-class TablePass:
+class TracePass:
     """The pass that fills a table.
 
     Args:
         model: what to run.
-        exits: names of the exits to ask; None = all.
+        exits: names of the exits to evaluate; None = all.
         criterion: of the confidence.
 
     Raises:
@@ -145,8 +145,8 @@ class TablePass:
         sequences: Sequence[Sequence[int]],
         num_context: Sequence[int],
         sampling: Sequence[SamplingParams] | None = None,
-    ) -> ExitTable:
-        """Run a batch once at full depth and ask everybody about every continuation token.
+    ) -> ExitTrace:
+        """Run a batch once at full depth and evaluate everybody about every continuation token.
 
         Args:
             sequences: token ids, prompt and continuation.
@@ -154,11 +154,11 @@ class TablePass:
             sampling: how each continuation was chosen, so that an exit's own token is the one it would give under the
                 same random numbers; None = greedily.
         """
-        text = KnownTextPass(self.model, sequences, tuple(point.name for point in self.exits))
+        text = TeacherForcedPass(self.model, sequences, tuple(point.name for point in self.exits))
         lengths = [len(own) - context for own, context in zip(sequences, num_context, strict=True)]
         batch = _Batch(sequences, text.first_rows, num_context, sampling or [GREEDY] * len(sequences))
         shape = (len(sequences), max(lengths))
-        table = ExitTable(
+        table = ExitTrace(
             exits=self.exits,
             num_layers=self.model.num_layers,
             criterion=self.criterion,
@@ -170,17 +170,19 @@ class TablePass:
         for stop in text.run_to({*(point.stop for point in self.exits), 2 * self.model.num_layers}):
             for index, point in enumerate(self.exits):
                 if point.stop == stop:
-                    self._ask(point.name, index, text, batch, table)
-        self._ask(None, len(self.exits), text, batch, table)
+                    self._evaluate(point.name, index, text, batch, table)
+        self._evaluate(None, len(self.exits), text, batch, table)
         return table
 
-    def _ask(self, name: str | None, index: int, text: KnownTextPass, batch: _Batch, table: ExitTable) -> None:
+    def _evaluate(
+        self, name: str | None, index: int, text: TeacherForcedPass, batch: _Batch, table: ExitTrace
+    ) -> None:
         """Fill one exit's column.
 
-        The first new token is the final exit's whatever the policy, but its row is asked about like any other: it is
+        The first new token is the final exit's whatever the policy, but its row is evaluated about like any other: it is
         the last of the prompt, and an exit that attends must have heard of it before the next.
         """
-        for rows, logits, tokens, logprobs in text.ask(name, list(batch.cells)):
+        for rows, logits, tokens, logprobs in text.evaluate(name, list(batch.cells)):
             cells = [batch.cells[row] for row in rows]
             where = tuple(torch.tensor(cells).T)
             table.logprobs[(*where, index)] = logprobs.float().cpu()

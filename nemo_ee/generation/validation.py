@@ -8,18 +8,20 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
-from nemo_ee.generation.items import DecodingModel
+from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.request import Request
 
 
-def request_faults(model: DecodingModel, what: str, request: Request, max_length: int | None = None) -> Iterator[str]:
+def request_problems(
+    model: DecodingModel, what: str, request: Request, max_length: int | None = None
+) -> Iterator[str]:
     """Faults of a request that need no mode to be seen.
 
     Args:
         what: how to call it in a message, e.g. "prompt 3".
         max_length: of a session's sequences; None = the model's positions.
     """
-    yield from token_faults(model.vocab_size, what, request.prompt)
+    yield from token_problems(model.vocab_size, what, request.prompt)
     yield from (
         f"stop token {token!r} is not in the vocabulary 0..{model.vocab_size - 1}; remove it"
         for token in request.stop_tokens
@@ -64,7 +66,7 @@ def too_long(num_prompt: int, new: int, key: str, limit: int, rule: str) -> str:
     return f"{num_prompt} prompt tokens + {key} = {new} are more than {rule}; {way_out}"
 
 
-def token_faults(vocab_size: int, what: str, tokens: Sequence[int]) -> Iterator[str]:
+def token_problems(vocab_size: int, what: str, tokens: Sequence[int]) -> Iterator[str]:
     """No tokens, or tokens that a model of this true vocabulary size does not have."""
     if len(tokens) == 0:
         yield f"{what} is empty; give at least one token, e.g. the begin-of-text token"
@@ -86,22 +88,24 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def per_sequence(key: str, value: Any, count: int, kind: type, faults: list[str]) -> list[Any]:
+def per_sequence(key: str, value: Any, count: int, kind: type, problems: list[str]) -> list[Any]:
     """`value` for every sequence: itself `count` times when it is a `kind`, else one each."""
     if isinstance(value, kind):
         return [value] * count
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
-        faults.append(
+        problems.append(
             f"{key} = {value!r} must be one {kind.__name__}, or a list with one for each of {count} sequences"
         )
         return []
     return list(value)
 
 
-def raise_all(faults: Sequence[str]) -> None:
-    """One `ValueError` with every fault; nothing without any."""
-    faults = list(dict.fromkeys(faults))  # a stop token shared by all prompts is one fault
-    if len(faults) == 1:
-        raise ValueError(faults[0])
-    if faults:
-        raise ValueError("\n".join([f"the call has {len(faults)} faults:", *(f"  - {fault}" for fault in faults)]))
+def raise_all(problems: Sequence[str]) -> None:
+    """One `ValueError` with every problem; nothing without any."""
+    problems = list(dict.fromkeys(problems))  # a stop token shared by all prompts is one problem
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        raise ValueError(
+            "\n".join([f"the call has {len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+        )

@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from nemo_ee.generation.items import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 
 
-class HeldTokens:
+class MinLengthMask:
     """What each slot's sequence may not have before which position."""
 
     def __init__(self) -> None:
@@ -31,16 +31,16 @@ class HeldTokens:
         if slot in self._by_slot and (position is None or position + 1 >= self._by_slot[slot][0]):
             del self._by_slot[slot]
 
-    def without(self, logits: Tensor, items: Items) -> Tensor:
-        """`-inf` for the tokens that may not yet follow these items; the same tensor where there are none.
+    def without(self, logits: Tensor, positions: TokenPositions) -> Tensor:
+        """`-inf` for the tokens that may not yet follow these positions; the same tensor where there are none.
 
         Args:
-            logits: `[n, v]`, for the tokens after the items; not changed.
-            items: n pairs.
+            logits: `[n, v]`, for the tokens after the positions; not changed.
+            positions: n pairs.
         """
         rows: list[int] = []
         columns: list[int] = []
-        for row, (slot, position) in enumerate(zip(*(side.tolist() for side in items.on_host), strict=True)):
+        for row, (slot, position) in enumerate(zip(*(side.tolist() for side in positions.on_host), strict=True)):
             first, tokens, num_prompt = self._by_slot.get(slot, (0, (), 0))
             if num_prompt <= position + 1 < first:
                 rows += [row] * len(tokens)
