@@ -152,7 +152,7 @@ class Decoding:
             f"{name}.acceptance": accepted / max(1, drafts),
             f"{name}.accepted_per_check": accepted / max(1, checks),
             f"{name}.same_tokens": same_tokens(tokens["drafted"], tokens["full"]),
-            f"{name}.policy": f"{_words(policy)}, at most {policy.max_pending_tokens} drafts",
+            f"{name}.policy": f"{_words(policy)}, at most {policy.num_draft_tokens} drafts",
             other: median_of_ratios(seconds["hf_assistant"], seconds["drafted"]),
             f"{other}.same_tokens": same_tokens(tokens["drafted"], results["hf_assistant"]),
             f"{other}.setting": f"assistant_early_exit={layer}, num_assistant_tokens={drafted}",
@@ -162,7 +162,7 @@ class Decoding:
     def _best_drafts(self) -> ExitPolicy:
         """Exits, thresholds and longest draft with the most tokens a second: one exit, or two of the best ones."""
         singles = [
-            ExitPolicy({point.name: threshold}, active=(point.name,), max_pending_tokens=cap)
+            ExitPolicy({point.name: threshold}, active=(point.name,), num_draft_tokens=cap)
             for point in self.model.exits
             for threshold in (0.0, 0.4, 0.6, 0.8, 0.9)
             for cap in (2, 4, 8)
@@ -174,9 +174,7 @@ class Decoding:
 
         best = self._quickest(singles, drafted, num_prompts=1)[:8]
         pairs = [
-            ExitPolicy(
-                both, active=tuple(both), max_pending_tokens=max(one.max_pending_tokens, other.max_pending_tokens)
-            )
+            ExitPolicy(both, active=tuple(both), num_draft_tokens=max(one.num_draft_tokens, other.num_draft_tokens))
             for one, other in itertools.combinations(best, 2)
             if len(both := {**one.thresholds, **other.thresholds}) == 2
         ]

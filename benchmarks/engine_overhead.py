@@ -26,7 +26,7 @@ import torch  # isort: skip  # after the path is set
 
 from benchmarks.measure import median_of_ratios, provenance
 from benchmarks.plain_decoding import PlainDecoder
-from nemo_ee.generation.decoding_model import ExitPoint
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
@@ -35,7 +35,7 @@ VOCABULARY, LONGEST, TARGET = 4096, 4096, 0.10
 EXITS = tuple(ExitPoint(f"layer{k}", k, 2 * k - 1) for k in (3, 6, 9))
 
 
-class Nothing:
+class Nothing(DecodingModel):
     """A `DecodingModel` and its cache that compute nothing. `sure`: the exits that are."""
 
     num_layers, vocab_size, max_positions, exits = 12, VOCABULARY, LONGEST, EXITS
@@ -78,13 +78,13 @@ CASES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...], dict[str, Any]]]
     "early_exit_sure_at_first": ((None, "layer3"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "early_exit_sure_at_last": ((None, "layer9"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "self_speculative": (
-        (None, "layer3"), SHORT, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_pending_tokens=4)},
+        (None, "layer3"), SHORT, {"mode": "self_speculative", "policy": ExitPolicy(0.9, num_draft_tokens=4)},
     ),
     "early_exit_batch_8": ((None, "layer3"), SHORT * 8, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     # Nothing may grow with the text that is there already.
     "early_exit_long_context": ((None, "layer3"), LONG, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "self_speculative_long_context": (
-        (None, "layer3"), LONG, {"mode": "self_speculative", "policy": ExitPolicy(0.9, max_pending_tokens=4)},
+        (None, "layer3"), LONG, {"mode": "self_speculative", "policy": ExitPolicy(0.9, num_draft_tokens=4)},
     ),
 }  # fmt: skip
 

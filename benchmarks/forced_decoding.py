@@ -4,7 +4,7 @@
 
     perplexity = exp(-sum of ln p / tokens)
 
-The work of a step is that of generation, the engine's own descent with its waiting tokens, an argmax and ln p; only
+The work of a step is that of generation, the engine's own staged forward with its pending tokens, an argmax and ln p; only
 the next token is given instead of chosen. So speed and quality are of the same tokens. And the choice of a policy:
 one pass at full depth asks every exit about every token, which gives the perplexity and the price of any policy.
 """
@@ -45,7 +45,7 @@ class Forced:
 
 @torch.inference_mode()
 def force(model: CountingModel, tokens: Sequence[int], policy: ExitPolicy | None) -> Forced:
-    """Feed `tokens` one by one; the first is read from the final exit, as a prompt is. `policy`: None = full depth."""
+    """Run `tokens` one by one; the first is read from the final exit, as a prompt is. `policy`: None = full depth."""
     plan = plan_exits("full" if policy is None else "early_exit", policy, model.exits, model.num_layers)
     forward = StagedForward(model, model.new_cache(1, len(tokens), plan.exit_names))
     forward.admit(0, plan)

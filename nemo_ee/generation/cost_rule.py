@@ -1,18 +1,18 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether exits pay: seconds of a token under a policy against seconds of a token at full depth, from a cost table.
+"""Whether exits save time: seconds per token under a policy against those at full depth, from a cost table.
 
-Of a sequence's fed tokens a share p_i goes past the i-th of the stops where its exits are. With B sequences like it in
-the session, a flight runs segment i if any of them goes there, with the tokens that have waited since the last time:
+A share p_i of a sequence's tokens goes past the i-th stop with an exit. With B sequences like it in the session, the
+forward pass runs segment i if any of them goes there, together with the tokens that are pending since the last time:
 
     a_i = 1 - (1 - p_i)^B,    t(policy) = sum_i a_i [start + halves_i c(1 / a_i) + exit_i] + a_end final
-    t(full) = start + halves c(1) + final;    exits pay iff fed * t(policy) <= emitted * t(full)
+    t(full) = start + halves c(1) + final;    exits pay iff run * t(policy) <= emitted * t(full)
 
-c(m): seconds of a half layer on m rows of each of B sequences. Products read their weights once for many rows, so
-where c is flat (one sequence) tokens that wait save time, and where it is steep (many sequences) they do not.
+c(m): seconds of a half layer on m rows of each of B sequences. A matrix product reads its weights once for all rows.
+Where c is flat (one sequence) pending tokens therefore save time; where it is steep (many sequences) they do not.
 
-The decision is one sequence's own: it depends on its tokens, on the table and on B, the places in the session, taken
-or not; never on who its neighbours are. So for one table and one B a batch gives each sequence what it gets alone.
+Each sequence decides alone: by its tokens, the table and B, the number of slots of the session (free ones count),
+never by its neighbours. So for one table and one B a batch gives each sequence what it gets alone.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ _CONTEXT = 96
 
 @dataclasses.dataclass(frozen=True)
 class CostTable:
-    """Seconds, with so many sequences in one flight.
+    """Measured seconds for a batch of `num_sequences` sequences, all at one context length.
 
-    All of them at one length of the sequences, in a table of `measure_costs` `_CONTEXT` tokens. Longer ones attend to
-    more, which it does not say: where attention is much of a half layer a verdict on long texts can be wrong. It does
-    not follow a session's `max_length`, which may come from the longest of a batch: neighbours would then matter.
+    `measure_costs` uses a context of `_CONTEXT` tokens. Longer contexts cost more attention time, which this table
+    ignores: where attention is much of a half layer, decisions for long texts can be wrong. The table does not follow
+    a session's `max_length`, because that may come from the longest sequence of a batch: neighbours must not matter.
 
     Attributes:
         num_sequences: B.
         half_layer: (rows of each sequence, seconds of a half layer), ascending from 1 row.
-        exits: seconds of evaluating each exit on one row of each sequence, by name.
-        final: of reading one row of each sequence from the final exit.
-        start: of beginning another segment, beside its half layers.
+        exits: exit name -> seconds of evaluating it at one row of each sequence.
+        final: seconds of evaluating the final exit at one row of each sequence.
+        start: seconds of starting another segment, in addition to its half layers.
     """
 
     num_sequences: int
@@ -66,7 +66,7 @@ class CostTable:
     start: float = 0.0
 
     def seconds(self, rows: float) -> float:
-        """Of a half layer on `rows` (from 1) of each sequence: linear between, and beyond, what was measured."""
+        """Seconds of a half layer on `rows` (from 1) rows of each sequence; linear between measured points."""
         points = self.half_layer
         if len(points) == 1:
             return points[0][1] * rows
@@ -80,28 +80,28 @@ class CostRule:
     """When a sequence stops evaluating its exits.
 
     Attributes:
-        table: for sessions of `table.num_sequences` places.
-        trial_tokens: fed tokens in which a sequence follows its policy. Then it stops evaluating as soon as that is slower
-            by more than `_CLEARLY`; after `_TRIALS` times as many tokens it decides for good. It decides only when no
-            drafts wait, as they are fed tokens of which nobody knows yet whether they are emitted.
+        table: the costs, for sessions of `table.num_sequences` slots.
+        trial_tokens: number of tokens in which a sequence follows its policy. From then on it stops evaluating exits
+            as soon as they cost more than `_CLEARLY` extra time; after `_TRIALS` times as many tokens it decides
+            finally. It decides only without unverified drafts, because it is not known how many are accepted.
     """
 
     table: CostTable
     trial_tokens: int = 16
 
     def problems(self, evaluated: Sequence[str], num_slots: int) -> Iterator[str]:
-        """Why it cannot be that of a session of so many places in which these exits are evaluated."""
+        """Why it does not fit a session with so many slots that evaluates these exits."""
         if isinstance(self.trial_tokens, bool) or not isinstance(self.trial_tokens, int) or self.trial_tokens < 1:
             yield f"the cost rule's trial_tokens = {self.trial_tokens!r} must be a whole number from 1"
         if self.table.num_sequences != num_slots:
             yield (
                 f"the cost rule's table is of num_sequences = {self.table.num_sequences}, the session has {num_slots} "
-                "places; give a table that was measured with as many, or cost_rule='fallback'"
+                "slots; give a table that was measured with as many, or cost_rule='fallback'"
             )
         yield from self.missing(evaluated)
 
     def missing(self, evaluated: Sequence[str]) -> Iterator[str]:
-        """The problem of exits whose seconds its table does not have."""
+        """The problem of exits that are not in the table."""
         missing = [name for name in evaluated if name not in self.table.exits]
         if missing:
             yield (
@@ -110,12 +110,12 @@ class CostRule:
             )
 
     def is_due(self, fed: int) -> bool:
-        """Whether this is the end of the trial, or of the time to decide: drafts that wait then are checked first, or
-        without a cap on them there might never be a verdict."""
+        """Whether a verdict is due after so many tokens. Drafts are then verified first: without a cap on them there
+        might never be a verdict."""
         return fed in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
     def verdict(self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
-        """Whether a sequence's exits pay; None while that is open. Arguments: see `pays`."""
+        """Whether a sequence's exits pay; None = not decided yet. Arguments: see `pays`."""
         fed = sum(left.values())
         if fed < self.trial_tokens:
             return None
@@ -127,16 +127,16 @@ class CostRule:
         """Whether exits pay for a sequence that goes on as it began.
 
         Args:
-            plan: evaluates at least one exit.
-            num_layers: of the model.
-            left: how many of its fed tokens left at each exit; None = went to the end.
-            emitted: how many of them are tokens of its answer, from 1; fewer where drafts were rejected.
+            plan: with at least one exit.
+            num_layers: number of the model's layers.
+            left: exit name -> number of tokens that left there; None = ran to the end.
+            emitted: how many of these tokens are in the answer, from 1; fewer where drafts were rejected.
         """
         table, fed = self.table, sum(left.values())
         going, depth, policy = 1.0, 0, 0.0
 
         def segment(stop: int) -> float:
-            """From `depth` on; where every token leaves nothing deeper is counted."""
+            """Seconds from `depth` to `stop`; 0 where every token has left."""
             passing = self._any(going)
             return 0.0 if passing == 0 else passing * (table.start + (stop - depth) * table.seconds(1 / passing))
 
@@ -151,34 +151,33 @@ class CostRule:
         return fed * policy <= emitted * full
 
     def _any(self, share: float) -> float:
-        """Of flights in which at least one of the sequences does what this share of the tokens does."""
+        """Share of forward passes in which at least one sequence does what this share of the tokens does."""
         return 1 - (1 - share) ** self.table.num_sequences
 
 
 @torch.inference_mode()
 def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int) -> CostTable:
-    """Run a few tokens after a context of `_CONTEXT`, or what there is room for, and take the time: the least of some
-    turns. Takes as long as some fifty steps of decoding.
+    """Time a few tokens after a context of `_CONTEXT` tokens (or what there is room for); the least of some turns.
+
+    Takes as long as about fifty steps of decoding.
 
     Args:
-        model: on one stage.
-        exits: names of those that may be evaluated.
-        num_sequences: in a flight.
+        model: a model on one rank.
+        exits: names of the exits that may be evaluated.
+        num_sequences: number of sequences in the forward pass.
 
     Raises:
-        ValueError: the model stands on several ranks, or its cache cannot be truncated.
+        ValueError: the model is on several ranks.
     """
     alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if getattr(model, "run_pending_after", None) is not None or not (alone or torch.distributed.get_world_size() == 1):
+    if model.run_pending_after is not None or not (alone or torch.distributed.get_world_size() == 1):
         # Ranks that share layers would each measure their own times, and decide differently.
         raise ValueError("cost_rule = 'fallback' cannot time a model on several ranks; use 'none', or one rank")
     rows = [count for count in _ROWS if count == 1 or 2 * count <= model.max_positions]
     context = max(1, min(_CONTEXT, model.max_positions - rows[-1]))
     slots, cache = range(num_sequences), model.new_cache(num_sequences, context + rows[-1], tuple(exits))
-    if not hasattr(cache, "truncate"):
-        raise ValueError("cost_rule = 'fallback' needs a model whose cache can be truncated; use 'none'")
     forward = StagedForward(model, cache)
-    # Never confident, but heard of by its exits: those with a layer of their own have keys and values of the context.
+    # Infinite thresholds: no token leaves, but exits with a layer of their own write their keys and values.
     plan = ExitPlan(tuple(EvaluatedExit(point, math.inf) for point in model.exits if point.name in exits))
     for slot in slots:
         forward.admit(slot, plan)
@@ -187,7 +186,7 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(_TURNS):
         for kind, call in calls.items():
-            for _ in range(2):  # the first brings back into the caches what other calls drove out
+            for _ in range(2):  # the first call fills the processor caches
                 started = time.perf_counter()
                 call()
                 seconds[kind] = min(seconds[kind], time.perf_counter() - started)
@@ -201,13 +200,13 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
 def _calls(
     model: DecodingModel, exits: Sequence[str], rows: Sequence[int], places: Mapping[int, int], cache: Any
 ) -> dict[int | str | None, Callable[[], object]]:
-    """What is timed: by number of rows, "start", "half layer", name of an exit. `places`: slot -> next position."""
-    device = getattr(model, "device", torch.device("cpu"))
+    """The timed calls, by number of rows, "start", "half layer" and exit name. `places`: slot -> next position."""
+    device = model.device
 
     def embedded(count: int) -> tuple[Tensor, TokenPositions]:
-        positions = {slot: range(place, place + count) for slot, place in places.items()}
-        positions, tokens = TokenPositions.with_tokens(positions, None, device)
-        return model.embed(tokens, positions), positions
+        spans = {slot: range(place, place + count) for slot, place in places.items()}
+        rows, tokens = TokenPositions.with_tokens(spans, None, device)
+        return model.embed(tokens, rows), rows
 
     def wait() -> None:
         if device.type == "cuda":
@@ -245,5 +244,5 @@ def _calls(
 
 
 def unknown_cost_rule(rule: object) -> str:
-    """The problem of a rule that is none of `COST_RULES`."""
+    """The message for a rule that is not one of `COST_RULES`."""
     return f"cost_rule = {rule!r} is unknown; use one of {', '.join(COST_RULES)}"

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine and a model tell each other: positions to compute, exits to evaluate, half-layer ranges to run.
+"""The interface between the engine and a model: token positions, exit points, `DecodingModel` and its cache.
 
 Depth is counted in half layers ("stops"): 0 = after the embedding; 2k-1 = after layer k's attention and residual,
 before its MLP; 2k = after layer k; 2 num_layers = the end of the stack, before the final norm. An `mlp` exit at layer
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import LongTensor, Tensor
@@ -22,9 +21,13 @@ _CPU = torch.device("cpu")
 
 
 class SequenceRows(NamedTuple):
-    """The rows `first_row : last_row + 1` of an `TokenPositions`, which belong to one sequence.
+    """The rows `first_row` to `last_row` of a `TokenPositions`, which all belong to one sequence.
 
-    `positions` are theirs, a range where they are consecutive (as all of the engine's are); `length` = the last + 1.
+    Attributes:
+        sequence: slot of the sequence in the cache.
+        first_row, last_row: first and last row, both included.
+        length: the last position + 1.
+        positions: position of each row; a range where they are consecutive, as all of the engine's are.
     """
 
     sequence: int
@@ -34,36 +37,45 @@ class SequenceRows(NamedTuple):
     positions: range | tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class TokenPositions:
     """n (sequence, position) pairs, ordered by sequence, then by position.
 
-    Row i of every tensor that travels with an `TokenPositions` is about pair i. A batch of ragged sequences, some with waiting
-    tokens and some without, is simply a longer list of pairs; nothing is padded.
+    Row i of every tensor that accompanies a `TokenPositions` belongs to pair i. A batch of ragged sequences, some with
+    pending tokens and some without, is a longer list of pairs; nothing is padded.
 
-    Attributes:
+    Args:
         sequence: `[n]`, int64, slot of the sequence in the cache, from 0.
         position: `[n]`, int64, position in the sequence, from 0.
+        on_host: the same two tensors in host memory, where they exist already.
+        groups: the rows of each sequence in row order, where they are known already.
+
+    Attributes:
+        sequence, position: as above, on the model's device.
     """
 
-    sequence: LongTensor
-    position: LongTensor
+    __slots__ = ("sequence", "position", "_on_host", "_groups", "__weakref__")
 
-    def __post_init__(self) -> None:
-        assert self.sequence.ndim == 1 and len(self.sequence) == len(self.position), (
-            "TokenPositions are two [n] tensors"
-        )
+    def __init__(
+        self,
+        sequence: LongTensor,
+        position: LongTensor,
+        on_host: tuple[LongTensor, LongTensor] | None = None,
+        groups: tuple[SequenceRows, ...] | None = None,
+    ) -> None:
+        assert sequence.ndim == 1 and len(sequence) == len(position), "TokenPositions are two [n] tensors"
+        self.sequence, self.position = sequence, position
+        self._on_host, self._groups = on_host, groups
 
     @classmethod
     def of(cls, positions: Mapping[int, Sequence[int]], device: torch.device | str = "cpu") -> TokenPositions:
-        """Items from each sequence's positions; sequences and their positions ascend."""
+        """Make one from the positions of each sequence; sequences and their positions ascend."""
         return cls.with_tokens(positions, None, device)[0]
 
     @classmethod
     def with_tokens(
         cls, positions: Mapping[int, Sequence[int]], tokens: Sequence[int] | None, device: torch.device | str = "cpu"
     ) -> tuple[TokenPositions, LongTensor]:
-        """`of`, and the tokens of the positions as a tensor `[n]` (of zeros without any) on the same way to the device."""
+        """`of`, and the token ids as a tensor `[n]` (zeros for None); one transfer brings both to the device."""
         sequence: list[int] = []
         position: list[int] = []
         groups = []
@@ -80,84 +92,105 @@ class TokenPositions:
         on_host = torch.tensor([sequence, position, last], dtype=torch.long)
         rows = on_host.unbind()
         on_device = rows if device == _CPU or device == "cpu" else on_host.to(device).unbind()
-        positions = cls(on_device[0], on_device[1])
-        # Kept beside the device's copy so that grouping by sequence never waits for the device.
-        positions.__dict__["on_host"] = rows[:2]
-        positions.__dict__["groups"] = tuple(groups)
-        return positions, on_device[2]
+        # The host's copy is kept, so that grouping by sequence never waits for the device.
+        return cls(on_device[0], on_device[1], rows[:2], tuple(groups)), on_device[2]
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
 
     def select(self, rows: LongTensor) -> TokenPositions:
         """The pairs at these rows, which ascend. `rows`: `[m]`, int64, on the host."""
-        picked = TokenPositions(*(side[rows.to(side.device)] for side in (self.sequence, self.position)))
-        picked.__dict__["on_host"] = tuple(side[rows] for side in self.on_host)
-        return picked
+        sequence, position = self.on_host
+        own = rows.to(self.sequence.device)
+        return TokenPositions(self.sequence[own], self.position[own], (sequence[rows], position[rows]))
 
-    @cached_property
+    @property
     def on_host(self) -> tuple[LongTensor, LongTensor]:
         """`sequence` and `position` in host memory."""
-        return self.sequence.cpu(), self.position.cpu()
+        if self._on_host is None:
+            self._on_host = self.sequence.cpu(), self.position.cpu()
+        return self._on_host
 
-    @cached_property
+    @property
     def groups(self) -> tuple[SequenceRows, ...]:
-        """The sequences in row order."""
-        sequences, positions = (side.tolist() for side in self.on_host)
-        pairs = list(zip(sequences, positions, strict=True))
-        assert all(a < b for a, b in pairwise(pairs)), "TokenPositions ascend by sequence, then position"
-        last_rows = [row for row in range(len(pairs)) if row + 1 == len(pairs) or sequences[row + 1] != sequences[row]]
-        first_rows = [0, *(row + 1 for row in last_rows[:-1])]
-        groups = []
-        for first, last in zip(first_rows, last_rows, strict=False):
-            own: range | tuple[int, ...] = range(positions[first], positions[last] + 1)
-            if len(own) != last + 1 - first:
-                own = tuple(positions[first : last + 1])
-            groups.append(SequenceRows(sequences[last], first, last, positions[last] + 1, own))
-        return tuple(groups)
+        """The rows of each sequence, in row order."""
+        if self._groups is None:
+            self._groups = tuple(_groups(*(side.tolist() for side in self.on_host)))
+        return self._groups
+
+
+def _groups(sequences: list[int], positions: list[int]) -> list[SequenceRows]:
+    pairs = list(zip(sequences, positions, strict=True))
+    assert all(a < b for a, b in pairwise(pairs)), "TokenPositions ascend by sequence, then position"
+    last_rows = [row for row in range(len(pairs)) if row + 1 == len(pairs) or sequences[row + 1] != sequences[row]]
+    first_rows = [0, *(row + 1 for row in last_rows[:-1])]
+    groups = []
+    for first, last in zip(first_rows, last_rows, strict=False):
+        own: range | tuple[int, ...] = range(positions[first], positions[last] + 1)
+        if len(own) != last + 1 - first:
+            own = tuple(positions[first : last + 1])
+        groups.append(SequenceRows(sequences[last], first, last, positions[last] + 1, own))
+    return groups
 
 
 @dataclasses.dataclass(frozen=True)
 class ExitPoint:
-    """An exit as the engine sees it: its name, the layers below it, and where it taps the stack."""
+    """An exit as the engine sees it: its name, the number of layers below it, and its tap in half layers."""
 
     name: str
     layer: int
     stop: int
 
 
-class DecodingModel(Protocol):
-    """A model that can be run piece by piece. n = number of positions, h = hidden size.
+class DecodingCache(Protocol):
+    """Keys and values of some sequences. Only `truncate` is called by the engine; the rest is the model's own."""
 
-    Implementations return for each row what they would return for it alone: rows only meet in attention, and only
-    within their sequence. An implementation may have an attribute `device`; without it the engine uses the CPU.
-    Its cache may have `truncate(sequence, length)`: keep the first `length` positions of one sequence, everywhere.
-    Mode `self_speculative` and sessions that use a sequence's place twice need it. An attribute `run_pending_after` (int)
-    asks for waiting tokens to be run on as soon as a sequence has that many, not when one of its tokens goes deeper.
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` positions of one sequence in every layer; later ones may be written again."""
+        ...
+
+
+class DecodingModel(Protocol):
+    """A model that runs piece by piece. Implementations inherit from it. n = number of rows, h = hidden size.
+
+    The result of each row must not depend on the other rows of the call, except through attention within its sequence.
+
+    Attributes:
+        num_layers, vocab_size: size of the model.
+        max_positions: largest number of tokens in a sequence.
+        exits: the exits, sorted by stop; exits at one stop are evaluated in this order.
+        device: device of hidden states and logits.
+        run_pending_after: run a sequence's pending tokens through the deeper layers as soon as it has this many,
+            instead of together with the next token that goes deeper. None = never. For models whose deeper layers are
+            on other ranks, which then work while the first rank decodes on.
     """
 
     num_layers: int
     vocab_size: int
     max_positions: int
-    exits: tuple[ExitPoint, ...]  # sorted by stop; exits that share a stop are evaluated in this order
+    exits: tuple[ExitPoint, ...]
+    device: torch.device = _CPU
+    run_pending_after: int | None = None
 
-    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> Any:
-        """Key/value storage for sequences 0..num_sequences-1 of at most max_length positions; opaque to the engine."""
+    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> DecodingCache:
+        """Storage of keys and values for sequences 0..num_sequences-1 of at most max_length positions."""
         ...
 
     def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
         """The hidden states at stop 0. `tokens`: `[n]`, int64. Returns `[n, h]`."""
         ...
 
-    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: Any) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: DecodingCache) -> Tensor:
         """Run the half layers (start, stop] on `hidden` `[n, h]` and write their keys and values. Returns `[n, h]`."""
         ...
 
-    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: Any) -> None:
-        """Tell an active exit of positions that reach its tap without being evaluated: a `layer` exit writes its own keys and
-        values for them, every other exit does nothing. `hidden`: `[n, h]` at the exit's stop."""
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: DecodingCache) -> None:
+        """Write an exit's own keys and values for rows that reach its tap but are not evaluated.
+
+        Only a `layer` exit has keys and values; other exits do nothing. `hidden`: `[n, h]` at the exit's stop.
+        """
         ...
 
-    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: Any) -> Tensor:
-        """Ask an exit, or the final exit (None). `hidden`: `[n, h]` at its stop. Returns `[n, vocab_size]`, fp32."""
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: DecodingCache) -> Tensor:
+        """Logits of an exit, or of the final exit (None). `hidden`: `[n, h]` at its stop. Returns `[n, v]`, fp32."""
         ...

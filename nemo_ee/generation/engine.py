@@ -1,15 +1,15 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The decoding engine: checks a call, then generates, streams or scores.
+"""The decoding engine: validates a call, then generates, streams or scores.
 
-    early_exit         a token is read at the first active exit that is confident
-    self_speculative   such a token is a draft, checked against the final exit: the full model's output
-    static_depth       every token is read from one exit, and nothing below it ever runs
+    early_exit         a token is read at the first active exit whose confidence passes its threshold
+    self_speculative   such a token is a draft, verified by the final exit: the output is the full model's
+    static_depth       every token is read from one exit, and nothing past it ever runs
     full               every token is read from the final exit
 
-The prompt runs at full depth and the first new token comes from the final exit, except in `static_depth`, where both
-end at the one exit. Every sequence of a batch gets what it would get alone: decisions, random numbers and stops are
-its own.
+The prompt runs at full depth and the first new token comes from the final exit; in `static_depth` both end at the one
+exit. Every sequence of a batch gets what it gets alone: decisions, random numbers and stops are per sequence. For the
+algorithm without caches and batches read `nemo_ee/generation/reference.py` first.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from dataclasses import dataclass
 
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
 from nemo_ee.generation.decoding_model import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, plan_exits, unknown_mode
-from nemo_ee.generation.request import Request, resolve
+from nemo_ee.generation.policy import MODES, ExitPolicy, unknown_mode
+from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
 from nemo_ee.generation.session import DecodingSession
 from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, raise_failures
-from nemo_ee.generation.validation import is_whole, per_sequence, raise_all, request_problems, token_problems
+from nemo_ee.generation.validation import (
+    is_whole,
+    per_sequence,
+    plan_or_problem,
+    plan_request,
+    raise_all,
+    token_problems,
+)
 
 __all__ = ["MODES", "EarlyExitEngine", "GenerationResult", "Request"]
 
@@ -37,7 +44,7 @@ class GenerationResult:
     Attributes:
         tokens: new tokens of each sequence, a stop token included.
         finish_reasons: `stop` or `length` for each sequence.
-        events: an event per token in the order they came.
+        events: one event for each token, in the order of generation.
         stats: sums over the events.
     """
 
@@ -55,10 +62,10 @@ class EarlyExitEngine:
     """Generates and scores text with a model that has exits.
 
     Args:
-        model: anything that follows `DecodingModel`.
-        cost_rule: `none`, or `fallback`: a sequence whose exits do not pay stops evaluating them (`generation.cost_rule`),
-            by a table that is measured when a session of that many places is first started; or a rule with a table. A
-            session that is started without an exit to evaluate has none.
+        model: a `DecodingModel`.
+        cost_rule: `none`; `fallback`: a sequence whose exits do not save time stops evaluating them
+            (`generation.cost_rule`), by a cost table that is measured when the first session with that number of
+            slots starts; or a `CostRule` with a table. A session without an exit to evaluate uses no rule.
 
     Raises:
         ValueError: an unknown rule.
@@ -88,11 +95,11 @@ class EarlyExitEngine:
 
         Args:
             prompts: token ids of each sequence, ragged.
-            max_new_tokens: for all, or one per prompt.
+            max_new_tokens: one number for all prompts, or one for each.
             mode: one of `MODES`.
             policy: where tokens may leave; needed by every mode except `full`. `full` and `static_depth` ignore its
                 thresholds, `static_depth` takes its one active exit.
-            sampling: for all, or one per prompt.
+            sampling: one for all prompts, or one for each.
             stop_tokens: ids that end a sequence.
 
         Raises:
@@ -141,16 +148,16 @@ class EarlyExitEngine:
         num_slots: int | None = None,
         max_length: int | None = None,
     ) -> DecodingSession:
-        """A session over these requests, each with its own length, sampling and stops, to which more can be added.
+        """Start a session with these requests, to which more can be added.
 
         Args:
-            requests: may be empty where `num_slots` is given.
-            mode, policy: of requests that do not say.
-            exits: names of the exits that later requests may use, beside those of these requests; None = those of the
-                session's mode and policy.
-            num_slots: most sequences at a time; None = as many as there are requests.
-            max_length: most tokens of a sequence, prompt included; None = of these requests, or the model's positions
-                where there are none.
+            requests: each with its own length, sampling and stops; may be empty where `num_slots` is given.
+            mode, policy: for requests without their own.
+            exits: names of the exits that later requests may use, in addition to those of these requests; None = those
+                of the session's mode and policy.
+            num_slots: largest number of sequences at a time; None = the number of requests.
+            max_length: largest number of tokens of a sequence, prompt included; None = what these requests need, or
+                the model's positions where there are none.
 
         Raises:
             ValueError: with every problem of the call.
@@ -158,10 +165,9 @@ class EarlyExitEngine:
         problems: list[str] = []
         plans = []
         for index, own in enumerate(requests):
-            problems += request_problems(self.model, f"prompt {index}", own)
-            plans.append(resolve(self.model, own, mode, policy, problems))
+            plans.append(plan_request(self.model, f"prompt {index}", own, mode, policy, problems))
         if policy is not None or (exits is None and not requests):
-            plan = resolve(self.model, Request((), 1), mode, policy, problems)
+            plan = plan_or_problem(self.model, mode, policy, problems)
             plans += [plan] if exits is None else []
         elif mode not in MODES:
             problems.append(unknown_mode(mode))
@@ -185,8 +191,8 @@ class EarlyExitEngine:
         return session
 
     def _rule_for(self, evaluated: Collection[str], num_slots: int) -> CostRule | None:
-        """The cost rule of a session of so many places that evaluates these exits, None without any; measures its table if
-        there is none yet."""
+        """The cost rule of a session with so many slots that evaluates these exits; None without exits. Measures the
+        cost table where there is none yet."""
         rule = self._cost_rule
         if rule == "none" or not evaluated:
             return None
@@ -219,15 +225,15 @@ class EarlyExitEngine:
         mode: str = "early_exit",
         policy: ExitPolicy | None = None,
     ) -> ScoreResult:
-        """Score known text: each token after the context at the exit it would leave at.
+        """Score given text: each token after the context at the exit at which it would leave.
 
-        The first scored token is read from the final exit, as the first generated one is; in `static_depth` from the
-        one exit, as every token.
+        The first scored token is read from the final exit, as the first generated one is; in `static_depth` every
+        token is read from the one exit.
 
         Args:
             tokens: token ids of each sequence, ragged, context included; at most the model's positions and one, since
                 the last token is predicted and not read.
-            num_context: how many leading tokens are context (at least 1), for all or one per sequence.
+            num_context: number of leading tokens that are context (at least 1), for all sequences or for each.
             mode: one of `MODES`; `self_speculative` scores as `full` does.
             policy: as in `generate`.
 
@@ -248,11 +254,7 @@ class EarlyExitEngine:
                     f"sequence {index}: {len(own) - 1} tokens before the last one are more than the model's "
                     f"{self.model.max_positions} positions; shorten it or score it in windows"
                 )
-        try:
-            own_mode = "full" if mode == "self_speculative" else mode
-            plan = plan_exits(own_mode, policy, self.model.exits, self.model.num_layers)
-        except ValueError as error:
-            problems.append(str(error))
+        plan = plan_or_problem(self.model, "full" if mode == "self_speculative" else mode, policy, problems)
         raise_all(problems)
         return Scorer(self.model, plan).score(tokens, contexts)
 
@@ -275,7 +277,7 @@ class EarlyExitEngine:
 
 
 def _events_of(session: DecodingSession) -> Iterator[TokenEvent]:
-    """The tokens of a session as they come; what failed is raised when the others have ended."""
+    """The tokens of a session as they are generated. Failures are raised when all sequences have ended."""
     failures: list[Failure] = []
     while not session.finished:
         for event in session.step():

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every exit says along known continuations, from one pass; and every exit policy simulated on it.
+"""Confidence, agreement and log-probability of every exit along given text, and the simulation of any policy on them.
 
-A token that leaves early keeps its hidden state, and what waits runs through the deeper layers with the values of a
-full-depth run. So at a position of a known text an exit's distribution does not depend on where earlier tokens left,
-and one full-depth pass that evaluates every exit at every position holds all that any policy would see there. Only the cap
-on waiting tokens looks back; it is replayed.
+A token that leaves early keeps its hidden state, and pending tokens run through the deeper layers with the values of a
+full-depth run. So at a position of given text an exit's distribution does not depend on where earlier tokens left, and
+one full-depth pass that evaluates every exit at every position contains what any policy would see there. Only the cap
+on pending tokens depends on earlier decisions; it is replayed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class ExitTrace:
     """n continuations of at most t tokens, e exits; everything on the CPU. Padding is where `valid` is False.
 
     Attributes:
-        exits: the exits evaluated, in the model's order; index e in a choice means the final exit.
-        num_layers: of the model.
-        criterion: of the confidences.
+        exits: the evaluated exits, in the model's order; index e in a choice means the final exit.
+        num_layers: number of the model's layers.
+        criterion: criterion of the confidences.
         valid: `[n, t]`, bool, whether the continuation has such a token.
         confidences: `[n, t, e]`, fp32.
-        agrees: `[n, t, e]`, bool, whether the exit's own next token is the continuation's.
-        logprobs: `[n, t, e + 1]`, fp32, ln of the continuation's token at each exit, the final one last.
+        agrees: `[n, t, e]`, bool, whether the exit's own next token equals the continuation's.
+        logprobs: `[n, t, e + 1]`, fp32, ln p of the continuation's token at each exit, the final exit last.
     """
 
     exits: tuple[ExitPoint, ...]
@@ -45,12 +45,12 @@ class ExitTrace:
     logprobs: Tensor
 
     @staticmethod
-    def join(tables: Sequence[ExitTrace]) -> ExitTrace:
-        """The continuations of several tables of the same exits in one."""
-        first, longest = tables[0], max(table.valid.shape[1] for table in tables)
-        assert all((own.exits, own.criterion) == (first.exits, first.criterion) for own in tables)
+    def join(traces: Sequence[ExitTrace]) -> ExitTrace:
+        """Join the continuations of several traces of the same exits."""
+        first, longest = traces[0], max(trace.valid.shape[1] for trace in traces)
+        assert all((own.exits, own.criterion) == (first.exits, first.criterion) for own in traces)
         names = ("valid", "confidences", "agrees", "logprobs")
-        joined = {name: torch.cat([_padded(getattr(own, name), longest) for own in tables]) for name in names}
+        joined = {name: torch.cat([_padded(getattr(own, name), longest) for own in traces]) for name in names}
         return dataclasses.replace(first, **joined)
 
     def select(self, rows: Sequence[int]) -> ExitTrace:
@@ -59,7 +59,7 @@ class ExitTrace:
         return dataclasses.replace(self, **{name: getattr(self, name)[list(rows)] for name in names})
 
     def choices(self, thresholds: Sequence[float], max_pending_tokens: int | None = None) -> LongTensor:
-        """Where each token would be read: `[n, t]`, index of the exit, e = the final exit.
+        """The exit at which each token would be read: `[n, t]`, its index, e = the final exit.
 
         Args:
             thresholds: one for each of `exits`.
@@ -67,40 +67,40 @@ class ExitTrace:
         """
         num_exits = len(self.exits)
         assert len(thresholds) == num_exits, "one threshold for each exit"
-        confident = torch.ones(*self.valid.shape, num_exits + 1, dtype=torch.bool)
+        passes = torch.ones(*self.valid.shape, num_exits + 1, dtype=torch.bool)
         for index, threshold in enumerate(thresholds):
-            confident[..., index] = leaves(self.confidences[..., index], threshold, self.criterion)
-        choice = confident.int().argmax(dim=2)  # the first that is confident
+            passes[..., index] = leaves(self.confidences[..., index], threshold, self.criterion)
+        choice = passes.int().argmax(dim=2)  # the first exit that passes
         choice[:, :1] = num_exits  # the first new token comes from the final exit
         if max_pending_tokens is not None:
             self._cap(choice, max_pending_tokens)
         return choice
 
     def _cap(self, choice: LongTensor, max_pending_tokens: int) -> None:
-        """Send tokens to full depth where so many wait already, in place."""
+        """Run tokens to full depth where so many are pending, in place."""
         final = len(self.exits)
-        # At an exit that taps the end of the stack nothing is left to wait for.
+        # A token that leaves at the end of the stack is not pending.
         at_end = torch.tensor([*(point.stop == 2 * self.num_layers for point in self.exits), True])
-        waiting = torch.zeros(len(choice), dtype=torch.long)
+        pending = torch.zeros(len(choice), dtype=torch.long)
         for step in range(1, choice.shape[1]):
-            choice[:, step].masked_fill_(waiting >= max_pending_tokens, final)
-            waiting = torch.where(at_end[choice[:, step]], 0, waiting + 1)
+            choice[:, step].masked_fill_(pending >= max_pending_tokens, final)
+            pending = torch.where(at_end[choice[:, step]], 0, pending + 1)
 
     def disagreement(self, choice: LongTensor) -> Tensor:
-        """Share of each continuation's tokens that the exit they are read at would have chosen otherwise. `[n]`, fp64.
+        """Share of each continuation's tokens that the exit they are read at would not choose. `[n]`, fp64.
 
-        The final exit never disagrees: the continuation is its own.
+        The final exit never disagrees, because the continuation is its own.
         """
         agrees = torch.cat([self.agrees, torch.ones_like(self.valid)[..., None]], dim=2)
         return self._mean(~_at(agrees, choice))
 
     def nll_excess(self, choice: LongTensor) -> Tensor:
-        """Mean nats by which each continuation is less likely than under the final exit alone. `[n]`, fp64."""
+        """Mean ln p of each continuation under the final exit minus that under the chosen exits. `[n]`, fp64, nats."""
         excess = self.logprobs[..., -1].double() - _at(self.logprobs, choice).double()
         return self._mean(excess)
 
     def depth(self, choice: LongTensor) -> Tensor:
-        """Mean number of layers below the exits each continuation is read at. `[n]`, fp64."""
+        """Mean number of layers below the exits where each continuation is read. `[n]`, fp64."""
         layers = torch.tensor([*(point.layer for point in self.exits), self.num_layers])
         return self._mean(layers[choice])
 
@@ -120,12 +120,12 @@ def _padded(values: Tensor, length: int) -> Tensor:
 
 
 class TracePass:
-    """The pass that fills a table.
+    """The forward pass that makes a trace.
 
     Args:
-        model: what to run.
+        model: the model.
         exits: names of the exits to evaluate; None = all.
-        criterion: of the confidence.
+        criterion: criterion of the confidences.
 
     Raises:
         ValueError: a name the model does not have.
@@ -146,19 +146,19 @@ class TracePass:
         num_context: Sequence[int],
         sampling: Sequence[SamplingParams] | None = None,
     ) -> ExitTrace:
-        """Run a batch once at full depth and evaluate everybody about every continuation token.
+        """Run a batch once at full depth and evaluate every exit at every continuation token.
 
         Args:
             sequences: token ids, prompt and continuation.
             num_context: length of each prompt, at least 1 and less than the whole.
-            sampling: how each continuation was chosen, so that an exit's own token is the one it would give under the
-                same random numbers; None = greedily.
+            sampling: sampling parameters of each continuation, so that an exit's own token is the one it would choose
+                with the same random numbers; None = greedy.
         """
         text = TeacherForcedPass(self.model, sequences, tuple(point.name for point in self.exits))
         lengths = [len(own) - context for own, context in zip(sequences, num_context, strict=True)]
         batch = _Batch(sequences, text.first_rows, num_context, sampling or [GREEDY] * len(sequences))
         shape = (len(sequences), max(lengths))
-        table = ExitTrace(
+        trace = ExitTrace(
             exits=self.exits,
             num_layers=self.model.num_layers,
             criterion=self.criterion,
@@ -170,29 +170,29 @@ class TracePass:
         for stop in text.run_to({*(point.stop for point in self.exits), 2 * self.model.num_layers}):
             for index, point in enumerate(self.exits):
                 if point.stop == stop:
-                    self._evaluate(point.name, index, text, batch, table)
-        self._evaluate(None, len(self.exits), text, batch, table)
-        return table
+                    self._evaluate(point.name, index, text, batch, trace)
+        self._evaluate(None, len(self.exits), text, batch, trace)
+        return trace
 
     def _evaluate(
-        self, name: str | None, index: int, text: TeacherForcedPass, batch: _Batch, table: ExitTrace
+        self, name: str | None, index: int, text: TeacherForcedPass, batch: _Batch, trace: ExitTrace
     ) -> None:
-        """Fill one exit's column.
+        """Fill the column of one exit.
 
-        The first new token is the final exit's whatever the policy, but its row is evaluated about like any other: it is
-        the last of the prompt, and an exit that attends must have heard of it before the next.
+        The first new token is the final exit's under every policy. Its row, the last of the prompt, is evaluated all
+        the same, because an exit that attends needs its keys and values before the next row.
         """
         for rows, logits, tokens, logprobs in text.evaluate(name, list(batch.cells)):
             cells = [batch.cells[row] for row in rows]
             where = tuple(torch.tensor(cells).T)
-            table.logprobs[(*where, index)] = logprobs.float().cpu()
+            trace.logprobs[(*where, index)] = logprobs.float().cpu()
             if name is not None:
-                table.confidences[(*where, index)] = confidence(logits, self.criterion).cpu()
-                table.agrees[(*where, index)] = batch.own_tokens(logits, cells) == tokens.cpu()
+                trace.confidences[(*where, index)] = confidence(logits, self.criterion).cpu()
+                trace.agrees[(*where, index)] = batch.own_tokens(logits, cells) == tokens.cpu()
 
 
 class _Batch:
-    """Which row of a pass is about which token of which continuation."""
+    """Which row of a pass predicts which token of which continuation."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class _Batch:
         sampling: Sequence[SamplingParams],
     ) -> None:
         self.sequences, self.num_context, self.sampling = sequences, num_context, sampling
-        # Row, ascending, -> cell of the table.
+        # Row, ascending -> (continuation, token).
         self.cells = {
             first_row + context - 1 + offset: (index, offset)
             for index, (first_row, own, context) in enumerate(zip(first_rows, sequences, num_context, strict=True))
@@ -210,7 +210,7 @@ class _Batch:
         }
 
     def own_tokens(self, logits: Tensor, cells: Sequence[tuple[int, int]]) -> Tensor:
-        """What these logits `[m, v]` would choose at these cells. `[m]`, int64, on the CPU."""
+        """The tokens that these logits `[m, v]` choose at these cells. `[m]`, int64, on the CPU."""
         if all(own.takes_the_most_likely for own in self.sampling):
             return logits.argmax(dim=1).cpu()
         positions = [self.num_context[sequence] + offset for sequence, offset in cells]

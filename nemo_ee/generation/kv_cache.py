@@ -1,32 +1,110 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values by explicit position, so that a sequence's layers may be filled to different lengths.
+"""KV cache indexed by (slot, sequence, position), and attention over it for ragged batches with grouped queries.
 
-Every (slot, sequence, position) is written once and must be written before it is attended to; both are asserted.
-Attention is softmax(scale q K^T) V over the item's own sequence up to its own position, with grouped queries.
+A slot is a layer, or an exit with a layer of its own. Each row attends to its own sequence up to its own position:
+
+    softmax(scale q K^T) V
+
+What depends on the positions alone (which rows attend in one call, their masks, where they write) is a `Placement`. It
+is worked out once for each `TokenPositions`, not once for each layer.
+
+Exactness: one call serves one row each of neighbouring sequences, or several rows of one sequence. A row's result
+equals that of the row alone up to the rounding of PyTorch's attention kernels (1e-6 relative in fp32), not bitwise.
+
+Shapes: n rows, H query heads, K key-value heads, d their size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import BoolTensor, Tensor
 
-from nemo_ee.generation.decoding_model import TokenPositions
+from nemo_ee.generation.decoding_model import SequenceRows, TokenPositions
+
+
+class Block(NamedTuple):
+    """Rows that attend in one call: one row each of some neighbouring sequences, or several rows of one sequence.
+
+    Attributes:
+        first_row, stop_row: range of rows.
+        first, stop: range of sequences.
+        length: number of positions that are read, from position 0.
+        mask: added to the scores, 0 or -inf, `[sequences, 1, 1, length]` or `[rows, length]`; None = each row sees all
+            positions, or, where `causal`, those up to its own.
+        causal: the rows are a whole sequence from position 0 on.
+    """
+
+    first_row: int
+    stop_row: int
+    first: int
+    stop: int
+    length: int
+    mask: Tensor | None
+    causal: bool
+
+    @property
+    def is_one_each(self) -> bool:
+        """Whether there is one row of each sequence."""
+        return self.stop_row - self.first_row == self.stop - self.first
+
+
+class Placement:
+    """Where rows stand in a cache, and which of them attend in one call.
+
+    Args:
+        positions: the rows.
+        dtype: dtype of the cache.
+
+    Attributes:
+        groups: the rows of each sequence.
+        blocks: the attention calls.
+    """
+
+    def __init__(self, positions: TokenPositions, dtype: torch.dtype) -> None:
+        # No reference to `positions`: it is the weak key under which a cache keeps this object.
+        self._sequence, self._position, self.groups = positions.sequence, positions.position, positions.groups
+        self._run: SequenceRows | None = None  # all of the rows, where they are consecutive positions of one sequence
+        if len(self.groups) == 1 and isinstance(self.groups[0].positions, range):
+            self._run = self.groups[0]
+        self.blocks = tuple(_blocks(positions, dtype))
+
+    def write(self, keys_values: Tensor, slab: Tensor) -> None:
+        """Copy `[n, 2K, d]` to the rows' places in `[sequences, 2K, max_length, d]`."""
+        if self._run is None:
+            # Advanced indices on both sides of a slice put the rows' axis first: [n, 2K, d].
+            slab[self._sequence, :, self._position] = keys_values
+        elif keys_values.shape[0] == 1:
+            slab[self._run.sequence, :, self._run.length - 1] = keys_values[0]
+        else:
+            slab[self._run.sequence, :, self._run.positions.start : self._run.length] = keys_values.transpose(0, 1)
+
+    def attend(self, queries: Tensor, slab: Tensor, scale: float) -> Tensor:
+        """Attention of `queries` `[n, H, d]` over `slab`. Returns `[n, H d]`."""
+        if len(self.blocks) == 1:
+            return _attend(queries, slab, self.blocks[0], scale)
+        parts = [_attend(queries[own.first_row : own.stop_row], slab, own, scale) for own in self.blocks]
+        return torch.cat(parts)
 
 
 class KVCache:
-    """Keys and values of every slot (a layer, or an exit that attends).
+    """Keys and values of every slot.
 
     Args:
         slots: hashable ids of the layers and exits that write here.
         num_sequences: sequences 0..num_sequences-1.
         max_length: positions 0..max_length-1.
-        num_kv_heads: key/value heads (of this rank).
-        head_dim: their size.
-        dtype, device: of the stored keys and values.
+        num_kv_heads: key-value heads (of this rank).
+        head_dim: size of a head.
+        dtype, device: dtype and device of the stored keys and values.
+        checked: assert that every (slot, sequence, position) is written once, and written before it is read. The
+            bookkeeping is in host memory, so it never waits for the device.
     """
 
     def __init__(
@@ -38,112 +116,170 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        checked: bool = False,
     ) -> None:
-        shape = (num_sequences, num_kv_heads, max_length, head_dim)
-        slots = tuple(slots)
-        self.max_length = max_length
-        self._keys = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
-        self._values = {slot: torch.empty(shape, dtype=dtype, device=device) for slot in slots}
-        # slot -> sequence -> a byte per position, 1 = written. Plain bytes on the host: checking them costs next to
-        # nothing beside a tensor operation and never makes a device wait.
-        self._written = {slot: [bytearray(max_length) for _ in range(num_sequences)] for slot in slots}
+        shape = (num_sequences, 2 * num_kv_heads, max_length, head_dim)
+        # Zeros, because positions past a sequence's end are read, and masked, when sequences attend in one call. A
+        # masked value must be a number: -inf + NaN and 0 * NaN are NaN.
+        self._slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
+        self.dtype, self.max_length, self._num_kv_heads = dtype, max_length, num_kv_heads
+        self._lengths = [0] * num_sequences  # number of positions of each sequence that may have been written
+        self._placements: WeakKeyDictionary[TokenPositions, Placement] = WeakKeyDictionary()
+        self._written = _Written(self._slabs, num_sequences, max_length) if checked else None
 
-    def write(self, slot: Hashable, positions: TokenPositions, key: Tensor, value: Tensor) -> None:
+    def place(self, positions: TokenPositions) -> Placement:
+        """Where these rows stand. Call it before their keys and values are written."""
+        for group in positions.groups:
+            if group.length > self._lengths[group.sequence]:
+                self._lengths[group.sequence] = group.length
+        found = self._placements.get(positions)
+        if found is None:
+            found = self._placements[positions] = Placement(positions, self.dtype)
+        return found
+
+    def write(self, slot: Hashable, placement: Placement, keys_values: Tensor) -> None:
         """Store keys and values of new positions.
 
         Args:
             slot: layer or exit.
-            positions: n pairs, none of which was written to this slot before.
-            key, value: `[n, num_kv_heads, head_dim]`.
+            placement: from `place`.
+            keys_values: `[n, 2K, d]`, keys first, in the cache's dtype.
 
         Raises:
-            AssertionError: a position is written twice, or lies past `max_length`.
+            AssertionError: `checked`, and a position is written twice or lies past `max_length`.
         """
-        self._mark(slot, positions)
-        keys, values = self._keys[slot], self._values[slot]
-        if len(positions.groups) == 1 and isinstance(positions.groups[0].positions, range):
-            sequence, _, _, length, span = positions.groups[0]
-            keys[sequence, :, span.start : length] = key.transpose(0, 1)
-            values[sequence, :, span.start : length] = value.transpose(0, 1)
-        else:
-            # Advanced indices on both sides of a slice put the positions' axis first: [n, num_kv_heads, head_dim].
-            keys[positions.sequence, :, positions.position] = key.to(keys.dtype)
-            values[positions.sequence, :, positions.position] = value.to(values.dtype)
+        if self._written is not None:
+            self._written.mark(slot, placement.groups)
+        placement.write(keys_values, self._slabs[slot])
 
-    def _mark(self, slot: Hashable, positions: TokenPositions) -> None:
-        for group in positions.groups:
-            sequence, length, span = group.sequence, group.length, group.positions
-            assert length <= self.max_length, f"slot {slot}: position {length - 1} is past {self.max_length}"
-            written = self._written[slot][sequence]
+    def attend(self, slot: Hashable, placement: Placement, queries: Tensor, scale: float) -> Tensor:
+        """Attend from each row to the positions of its sequence up to its own, which are written.
+
+        Args:
+            slot: layer or exit.
+            placement: from `place`.
+            queries: `[n, H, d]`, in the cache's dtype; head i reads key-value head i // (H / K).
+            scale: multiplies the scores.
+
+        Returns:
+            `[n, H d]`.
+
+        Raises:
+            AssertionError: `checked`, and a position that is read was never written.
+        """
+        if self._written is not None:
+            self._written.require(slot, placement.groups)
+        return placement.attend(queries, self._slabs[slot], scale)
+
+    @torch.inference_mode()
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` positions of one sequence in every slot; later ones may be written again.
+
+        In a cache of several sequences they become zeros, because a neighbour's attention call may read them before
+        they are written. A single sequence writes a position before it reads it.
+        """
+        end = self._lengths[sequence]
+        self._lengths[sequence] = min(length, end)
+        if len(self._lengths) > 1 and length < end:
+            for slab in self._slabs.values():
+                slab[sequence, :, length:end] = 0
+        if self._written is not None:
+            self._written.truncate(sequence, length)
+
+    def keys(self, slot: Hashable) -> Tensor:
+        """`[num_sequences, K, max_length, d]`, the stored keys; positions that were not written hold anything."""
+        return self._slabs[slot][:, : self._num_kv_heads]
+
+    def values(self, slot: Hashable) -> Tensor:
+        """`[num_sequences, K, max_length, d]`, the stored values, as `keys`."""
+        return self._slabs[slot][:, self._num_kv_heads :]
+
+    def valid(self, slot: Hashable) -> BoolTensor:
+        """Which positions of a `checked` cache are written: `[num_sequences, max_length]`, bool, on the host."""
+        assert self._written is not None, "only a checked cache knows"
+        return torch.tensor([list(written) for written in self._written.of[slot]], dtype=torch.bool)
+
+
+class _Written:
+    """Which positions are written: slot -> sequence -> a byte for each position, 1 = written."""
+
+    def __init__(self, slots: Iterable[Hashable], num_sequences: int, max_length: int) -> None:
+        self.of = {slot: [bytearray(max_length) for _ in range(num_sequences)] for slot in slots}
+        self._max_length = max_length
+
+    def mark(self, slot: Hashable, groups: Iterable[SequenceRows]) -> None:
+        for sequence, _, _, length, span in groups:
+            assert length <= self._max_length, f"slot {slot}: position {length - 1} is past {self._max_length}"
+            written = self.of[slot][sequence]
             for run in [span] if isinstance(span, range) else [range(p, p + 1) for p in span]:
                 twice = written.find(1, run.start, run.stop)
                 assert twice < 0, f"slot {slot}: {(sequence, twice)} is written for the second time"
                 written[run.start : run.stop] = b"\1" * len(run)
 
-    def attend(self, slot: Hashable, query: Tensor, positions: TokenPositions, scale: float) -> Tensor:
-        """Attend from each item to the positions of its sequence up to its own.
-
-        Args:
-            slot: layer or exit, with every position up to the positions' own written.
-            query: `[n, num_heads, head_dim]`; head i reads key/value head i // (num_heads / num_kv_heads).
-            positions: n pairs.
-            scale: multiplies the scores.
-
-        Returns:
-            `[n, num_heads, head_dim]`.
-
-        Raises:
-            AssertionError: a position that should be seen was never written.
-        """
-        outputs = []
-        for sequence, first, last, length, _ in positions.groups:
-            gap = self._written[slot][sequence].find(0, 0, length)
-            assert gap < 0, f"slot {slot}: {(sequence, gap)} is attended to but was never written"
-            outputs.append(
-                _attend(
-                    query[first : last + 1],
-                    self._keys[slot][sequence, :, :length],
-                    self._values[slot][sequence, :, :length],
-                    positions.position[first : last + 1],
-                    scale,
-                )
-            )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def valid(self, slot: Hashable) -> BoolTensor:
-        """Which positions are written. Returns `[num_sequences, max_length]`, bool, on the host."""
-        return torch.tensor([list(written) for written in self._written[slot]], dtype=torch.bool)
-
-    def keys(self, slot: Hashable) -> Tensor:
-        """`[num_sequences, num_kv_heads, max_length, head_dim]`, the keys; unwritten positions hold anything."""
-        return self._keys[slot]
-
-    def values(self, slot: Hashable) -> Tensor:
-        """`[num_sequences, num_kv_heads, max_length, head_dim]`, the stored values, as `keys`."""
-        return self._values[slot]
+    def require(self, slot: Hashable, groups: Iterable[SequenceRows]) -> None:
+        for group in groups:
+            gap = self.of[slot][group.sequence].find(0, 0, group.length)
+            assert gap < 0, f"slot {slot}: {(group.sequence, gap)} is attended to but was never written"
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` positions of one sequence in every slot; the rest may be written again."""
-        for written in self._written.values():
-            written[sequence][length:] = bytes(self.max_length - length)
+        for written in self.of.values():
+            written[sequence][length:] = bytes(self._max_length - length)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scale: float) -> Tensor:
-    """One sequence. `query`: `[m, heads, d]`; `keys`, `values`: `[kv, length, d]`; `position`: `[m]`, the last one is
-    length - 1. Returns `[m, heads, d]`."""
-    count, num_heads, head_dim = query.shape
-    num_kv_heads, length, _ = keys.shape
-    per_kv_head = num_heads // num_kv_heads
-    # [m, kv * g, d] -> [kv, m * g, d]: the g query heads of a key/value head become rows of one product.
-    rows = query.reshape(count, num_kv_heads, per_kv_head, head_dim).transpose(0, 1)
-    rows = rows.reshape(1, num_kv_heads, count * per_kv_head, head_dim)
-    mask = None
-    if count > 1:
-        seen = torch.arange(length, device=query.device) <= position[:, None]  # [m, length]
-        mask = seen.repeat_interleave(per_kv_head, dim=0)
-    if keys.dtype != query.dtype:
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
-    attended = F.scaled_dot_product_attention(rows, keys[None], values[None], attn_mask=mask, scale=scale)
-    # [kv, m * g, d] -> [m, kv * g, d]
-    attended = attended.view(num_kv_heads, count, per_kv_head, head_dim).transpose(0, 1)
-    return attended.reshape(count, num_heads, head_dim)
+def _blocks(positions: TokenPositions, dtype: torch.dtype) -> Iterator[Block]:
+    alike: list[SequenceRows] = []  # neighbouring sequences with one row each
+    for group in positions.groups:
+        single = group.first_row == group.last_row
+        if alike and not (single and group.sequence == alike[-1].sequence + 1):
+            yield _one_each(alike, positions, dtype)
+            alike = []
+        if single:
+            alike.append(group)
+        else:
+            yield _several_of_one(group, positions, dtype)
+    if alike:
+        yield _one_each(alike, positions, dtype)
+
+
+def _one_each(groups: list[SequenceRows], positions: TokenPositions, dtype: torch.dtype) -> Block:
+    first, last = groups[0], groups[-1]
+    length, mask = max(group.length for group in groups), None
+    if min(group.length for group in groups) < length:
+        own = positions.position[first.first_row : last.last_row + 1]
+        mask = _mask(own, length, dtype)[:, None, None]
+    return Block(first.first_row, last.last_row + 1, first.sequence, last.sequence + 1, length, mask, causal=False)
+
+
+def _several_of_one(group: SequenceRows, positions: TokenPositions, dtype: torch.dtype) -> Block:
+    causal, mask = isinstance(group.positions, range) and group.positions.start == 0, None
+    if not causal:
+        own = positions.position[group.first_row : group.last_row + 1]
+        mask = _mask(own, group.length, dtype)
+    return Block(
+        group.first_row, group.last_row + 1, group.sequence, group.sequence + 1, group.length, mask, causal=causal
+    )
+
+
+def _mask(position: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """`[m]` -> `[m, length]`: 0 up to the row's position, -inf past it. Numbers cost a layer less than booleans."""
+    past = torch.arange(length, device=position.device) > position[:, None]
+    return torch.zeros(past.shape, dtype=dtype, device=position.device).masked_fill_(past, -math.inf)
+
+
+def _attend(queries: Tensor, slab: Tensor, block: Block, scale: float) -> Tensor:
+    """The attention of one block. `queries`: its `[m, H, d]`. Returns `[m, H d]`."""
+    count, num_kv = queries.shape[0], slab.shape[1] // 2
+    seen = slab[block.first : block.stop, :, : block.length]
+    keys, values = seen[:, :num_kv], seen[:, num_kv:]
+    if block.is_one_each:
+        # [m, H, d] -> [m, K, H/K, d]: the query heads of a key-value head are rows of one product.
+        rows = queries.reshape(count, num_kv, -1, queries.shape[-1])
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=block.mask, scale=scale)
+        return attended.reshape(count, -1)
+    # [m, H, d] -> [1, H, m, d]
+    rows = queries.transpose(0, 1)[None]
+    attended = F.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=block.mask, is_causal=block.causal, scale=scale, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1).reshape(count, -1)

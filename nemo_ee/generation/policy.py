@@ -1,8 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""When a token may leave early: the criterion, the thresholds, the exits that are evaluated, the cap on waiting tokens.
+"""When a token may leave early: criterion, thresholds, active exits and the caps on pending tokens and drafts.
 
-What a user asks for is a mode and an `ExitPolicy`; what the engine follows is the `ExitPlan` the two make on a model.
+A user states a mode and an `ExitPolicy`. The engine follows the `ExitPlan` that `plan_exits` makes of the two for one
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MODES = ("early_exit", "self_speculative", "static_depth", "full")
 
 
 class EvaluatedExit(NamedTuple):
-    """An exit that is evaluated, with the threshold to beat."""
+    """An exit that is evaluated, with the threshold that a confidence must pass."""
 
     point: ExitPoint
     threshold: float
@@ -28,14 +29,15 @@ class EvaluatedExit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExitPlan:
-    """The way of one sequence's tokens through a model: a mode and a policy, resolved and checked.
+    """What one sequence's tokens do at the exits of one model: a mode and a policy, resolved and validated.
 
     Attributes:
         exits: the exits to evaluate, in the model's order.
-        criterion: of every reported confidence.
-        max_pending_tokens: most tokens of the sequence that may wait; None = no cap.
-        end: exit at which every token ends; nothing below it ever runs. None = the end of the stack.
-        verify: whether a token that leaves early is only a draft, to be checked against the final exit.
+        criterion: criterion of every reported confidence.
+        max_pending_tokens: largest number of pending tokens of the sequence; at the cap the next token runs to full
+            depth. None = no cap. Drafts are pending tokens, so in mode `self_speculative` it is the longest draft.
+        end: exit at which every token ends; nothing past it ever runs. None = the end of the stack.
+        verify: a token that leaves early is only a draft, which the final exit verifies.
     """
 
     exits: tuple[EvaluatedExit, ...] = ()
@@ -46,34 +48,37 @@ class ExitPlan:
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """Every exit that is ever read from, but the final one."""
+        """Every exit that the sequence may be read from, except the final one."""
         return tuple(exit.point.name for exit in self.exits) + (() if self.end is None else (self.end.name,))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExitPolicy:
-    """Who may leave where.
+    """Which tokens leave at which exits.
 
     Attributes:
-        thresholds: one number for all exits, or a number for each active exit by name. A token leaves iff its
+        thresholds: one number for all exits, or exit name -> number for each active exit. A token leaves iff its
             confidence is greater (entropy: less). `max_probability` and `margin`: 0..1, 1.0 never leaves; `entropy`:
             nats from 0, which never leaves.
-        criterion: `max_probability`, `margin` or `entropy`, of the exit's whole distribution (before temperature and
+        criterion: `max_probability`, `margin` or `entropy` of the exit's whole distribution (before temperature and
             penalties), so that the decision never depends on the sampled token.
-        active: names of the exits that may be left at; None = all of the model's. The others cost nothing.
-        max_pending_tokens: most tokens of a sequence that may wait for their deeper layers; at the cap the next token goes
-            to full depth and takes them along. None = no cap. In mode `self_speculative` this is the longest draft.
+        active: names of the exits at which tokens may leave; None = all of the model's. Other exits cost nothing.
+        max_pending_tokens: mode `early_exit`: largest number of a sequence's tokens that are pending; at the cap the
+            next token runs to full depth, and the pending ones with it. None = no cap.
+        num_draft_tokens: mode `self_speculative`: largest number of tokens that are drafted before they are verified.
+            None = no cap.
 
-    Mode `static_depth` reads every token from the one active exit and looks at no threshold.
+    Mode `static_depth` reads every token from the one active exit and uses no threshold.
 
     Raises:
-        ValueError: with every problem that needs no model to be seen.
+        ValueError: with every problem that is visible without a model.
     """
 
     thresholds: float | Mapping[str, float]
     criterion: str = "max_probability"
     active: tuple[str, ...] | None = None
     max_pending_tokens: int | None = None
+    num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.thresholds, Mapping):
@@ -97,14 +102,15 @@ class ExitPolicy:
             yield f"active = {self.active!r} must be a list of exit names, write [{self.active!r}]"
         elif self.active is not None and len(set(self.active)) < len(self.active):
             yield f"active = {list(self.active)} names an exit twice, name each once"
-        cap = self.max_pending_tokens
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 0):
-            yield f"max_pending_tokens = {cap!r} must be a whole number of tokens from 0, or None for no cap"
+        for key in ("max_pending_tokens", "num_draft_tokens"):
+            cap = getattr(self, key)
+            if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 0):
+                yield f"{key} = {cap!r} must be a whole number of tokens from 0, or None for no cap"
 
     def evaluated_exits(self, exits: Sequence[ExitPoint]) -> tuple[EvaluatedExit, ...]:
-        """The model's exits that are to be evaluated, in the model's order.
+        """The model's exits to evaluate, in the model's order.
 
-        An exit whose threshold no token can beat is left out: evaluating it would change nothing.
+        An exit whose threshold no confidence can pass is left out: evaluating it would change nothing.
 
         Raises:
             ValueError: with every name the model does not have and every active exit without a threshold.
@@ -125,7 +131,7 @@ class ExitPolicy:
         return tuple(exit for exit in evaluated if can_leave(exit.threshold, self.criterion))
 
     def static_exit(self, exits: Sequence[ExitPoint]) -> ExitPoint:
-        """The one active exit, from which `static_depth` reads every token.
+        """The one active exit, from which mode `static_depth` reads every token.
 
         Raises:
             ValueError: with every name the model does not have, or when not exactly one exit is active.
@@ -163,21 +169,22 @@ class ExitPolicy:
 
 
 def unknown_mode(mode: object) -> str:
-    """The problem of a mode that is none of `MODES`."""
+    """The message for a mode that is not one of `MODES`."""
     return f"mode = {mode!r} is unknown; use one of {', '.join(MODES)}"
 
 
 def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint], num_layers: int) -> ExitPlan:
-    """What a mode and a policy mean on a model.
+    """Resolve a mode and a policy for one model.
 
     Args:
         mode: one of `MODES`.
-        policy: needed by every mode but `full`, which takes only the criterion from it.
-        exits: the model's, in its order.
-        num_layers: the model's.
+        policy: needed by every mode except `full`, which takes only the criterion from it.
+        exits: the model's exits, in its order.
+        num_layers: number of the model's layers.
 
     Raises:
-        ValueError: unknown mode, no policy where one is needed, or the policy's problems on this model.
+        ValueError: unknown mode, no policy where one is needed, a cap of the other mode, or the policy's problems on
+            this model.
     """
     if mode not in MODES:
         raise ValueError(unknown_mode(mode))
@@ -187,11 +194,21 @@ def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint],
         raise ValueError(f"mode = {mode!r} needs a policy; pass ExitPolicy(thresholds=...) or use mode='full'")
     if mode == "static_depth":
         return ExitPlan(criterion=policy.criterion, end=policy.static_exit(exits))
-    evaluated = policy.evaluated_exits(exits)
-    if mode == "self_speculative":
-        # A draft from the very end of the stack has nothing left to wait for, and so nothing to save.
-        evaluated = tuple(exit for exit in evaluated if exit.point.stop < 2 * num_layers)
-    return ExitPlan(evaluated, policy.criterion, policy.max_pending_tokens, verify=mode == "self_speculative")
+    evaluated, cap = policy.evaluated_exits(exits), _cap(mode, policy)
+    if mode == "early_exit":
+        return ExitPlan(evaluated, policy.criterion, cap)
+    # A draft from the end of the stack would not be pending, so it would save nothing.
+    evaluated = tuple(exit for exit in evaluated if exit.point.stop < 2 * num_layers)
+    return ExitPlan(evaluated, policy.criterion, cap, verify=True)
+
+
+def _cap(mode: str, policy: ExitPolicy) -> int | None:
+    """The mode's own cap. The other one alone is a mistake, not something to ignore."""
+    keys = ("max_pending_tokens", "num_draft_tokens")
+    own, other = keys if mode == "early_exit" else reversed(keys)
+    if getattr(policy, own) is None and getattr(policy, other) is not None:
+        raise ValueError(f"{other} = {getattr(policy, other)} has no effect in mode {mode!r}; use {own}")
+    return getattr(policy, own)
 
 
 def _threshold_problem(value: object, criterion: str) -> str | None:

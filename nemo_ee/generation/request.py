@@ -1,14 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked for: one sequence to generate."""
+"""One sequence to generate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nemo_ee.generation.decoding_model import DecodingModel
-from nemo_ee.generation.policy import ExitPlan, ExitPolicy, plan_exits
+from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 
 
@@ -20,15 +19,16 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: at least 1; with `prompt_logprobs` from 0.
         sampling: how its tokens are chosen.
-        stop_tokens: ids that end it; the one that does is its last token.
-        min_new_tokens: before so many new tokens no exit gives a stop token any probability.
-        ends: from the new tokens so far to whether they end the sequence, e.g. with a stop string. It must depend on
-            nothing else: a drafted token may be evaluated about more than once, or be thrown away. The list is the
-            session's own and goes on growing: read it, keep a copy of what is to be kept.
-        num_top: report this many most likely tokens beside each token, from 0.
+        stop_tokens: token ids that end it; the stop token is its last token.
+        min_new_tokens: before this many new tokens no exit gives a stop token any probability.
+        ends: called with the new tokens so far; true ends the sequence, e.g. after a stop string. It must depend on
+            nothing else: it may be called twice for a drafted token, or for one that is rejected. The list belongs to
+            the session and grows later: read it, and copy what must be kept.
+        num_top: number of most likely tokens to report beside each token, from 0.
         prompt_logprobs: report ln p of the prompt's tokens (`PromptScores`), and this many most likely tokens beside
             each; None = do not.
-        mode, policy: its own; None = the session's. A mode without a policy keeps the session's policy.
+        mode, policy: mode and policy of this sequence; None = the session's. A mode without a policy keeps the
+            session's policy.
     """
 
     prompt: tuple[int, ...]
@@ -41,15 +41,3 @@ class Request:
     prompt_logprobs: int | None = None
     mode: str | None = None
     policy: ExitPolicy | None = None
-
-
-def resolve(
-    model: DecodingModel, request: Request, mode: str, policy: ExitPolicy | None, problems: list[str]
-) -> ExitPlan:
-    """The plan of a request in a session of this mode and policy; what is wrong with it is appended to `problems`."""
-    try:
-        own_policy = policy if request.policy is None else request.policy
-        return plan_exits(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
-    except ValueError as error:
-        problems.append(str(error))
-        return ExitPlan()

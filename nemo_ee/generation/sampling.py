@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to the next token: greedy, or one uniform number looked up in the shaped distribution.
+"""From logits to the next token: the most likely one, or a draw from the shaped distribution.
 
-The order is vLLM's: bias, repetition penalty (Keskar et al., CTRL, arXiv 1909.05858, section 4.1), frequency and
-presence penalty (OpenAI's), temperature, min-p (Nguyen et al., arXiv 2407.01082), top-k, top-p (Holtzman et al.,
-arXiv 1904.09751). A random number is a hash of (seed, position, purpose): it never depends on a batch neighbour, on
-the order of work, or on the device.
+Logits are shaped in vLLM's order: bias, repetition penalty (Keskar et al., CTRL, arXiv 1909.05858, section 4.1),
+frequency and presence penalty (OpenAI's), temperature, min-p (Nguyen et al., arXiv 2407.01082), top-k, top-p (Holtzman
+et al., arXiv 1904.09751). A random number is a hash of (seed, position, purpose), so it never depends on a batch
+neighbour, on the order of work, or on the device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import LongTensor, Tensor
+
+from nemo_ee.generation.decoding_model import TokenPositions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class SamplingParams:
         top_p: keep the fewest most likely tokens whose probabilities sum to at least this, in (0, 1].
         repetition_penalty: logits of tokens already in the sequence are divided (if positive) or multiplied (if
             negative) by this, > 0; 1.0 = none.
-        seed: of this sequence's random numbers, from 0.
+        seed: random seed of this sequence, at least 0.
         min_p: keep the tokens whose probability is at least this share of the most likely one's, in [0, 1]; 0 = all.
-        presence_penalty: is subtracted from the logits of tokens in the answer so far; 0 = none.
-        frequency_penalty: is subtracted once for each time a token is in the answer so far; 0 = none.
+        presence_penalty: subtracted from the logits of tokens in the answer so far; 0 = none.
+        frequency_penalty: subtracted once for each time a token is in the answer so far; 0 = none.
         logit_bias: (token id, number to add to its logit) pairs, each id once.
 
     Raises:
@@ -101,12 +103,12 @@ GREEDY = SamplingParams()
 
 
 def uniform(seed: int, position: int, purpose: str) -> float:
-    """A number in [0, 1), uniform over 2**53 values, that depends on nothing but its arguments.
+    """A number in [0, 1), uniform over 2**53 values, which depends only on the arguments.
 
     Args:
-        seed: of the sequence.
-        position: of the token that is decided, in its sequence.
-        purpose: what the number is for ("token", "draft", "accept", "redraw"), so that two uses at one position are
+        seed: seed of the sequence.
+        position: position of the decided token in its sequence.
+        purpose: use of the number ("token", "draft", "accept", "redraw"), so that two uses at one position are
             independent.
     """
     digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
@@ -178,7 +180,7 @@ def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int]
 
 
 class Choice(NamedTuple):
-    """A token, and the `[v]` fp64 distribution it was drawn from; None when it is simply the most likely one."""
+    """A token, and the `[v]` fp64 distribution it was drawn from; None if it is the most likely token."""
 
     token: int
     distribution: Tensor | None
@@ -192,21 +194,21 @@ def choose(
     purpose: str = "token",
     num_prompt: Sequence[int] | None = None,
 ) -> list[Choice]:
-    """Choose the next token of n sequences, each as if it were alone.
+    """Choose the next token of n sequences, each independently of the others.
 
     Args:
         logits: `[n, v]`, raw.
         params: n, one per sequence.
-        positions: n, where in its sequence each new token goes.
-        previous: n, each sequence's tokens so far; () where no penalty looks at them.
-        purpose: of the random numbers.
-        num_prompt: n, how many of these tokens are the prompt; None = none of them.
+        positions: n, position of each new token in its sequence.
+        previous: n, each sequence's tokens so far; may be () without a penalty.
+        purpose: use of the random numbers, see `uniform`.
+        num_prompt: n, number of these tokens that are the prompt; None = none of them.
 
     Returns:
         n tokens.
     """
     plain = [own.takes_the_most_likely for own in params]
-    # One argmax for all of them, the neighbours' rows with it: cheaper than to pick rows out.
+    # One argmax over all rows is cheaper than selecting the rows that need it.
     best = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(plain)
     return [
         Choice(best[row], None)
@@ -239,15 +241,54 @@ def _choose_one(
 
 
 def accepts(probability: float, number: float) -> bool:
-    """Whether something of this probability happens at `number` in [0, 1)."""
+    """Whether an event of this probability happens for `number` in [0, 1)."""
     return number < probability
 
 
 def draw(probabilities: Tensor, number: float) -> int:
-    """The token at `number` in [0, 1) of the cumulative distribution. `probabilities`: `[v]`, fp64, of any sum."""
+    """The token at `number` in [0, 1) of the cumulative distribution. `probabilities`: `[v]`, fp64, with any sum."""
     cumulative: Tensor = probabilities.cumsum(0)
     threshold = torch.tensor([number], dtype=cumulative.dtype, device=cumulative.device) * cumulative[-1]
     index: LongTensor = torch.searchsorted(cumulative, threshold, right=True)
-    # Rounding may put the threshold at the very end; the last token that can be drawn is then meant.
+    # Rounding may put the threshold at the very end: then take the last token of non-zero probability.
     last = int(probabilities.nonzero()[-1])
     return min(int(index), last)
+
+
+class MinLengthMask:
+    """Per slot: token ids that are masked out before a given position (stop tokens before the minimum length)."""
+
+    def __init__(self) -> None:
+        self._by_slot: dict[int, tuple[int, Sequence[int], int]] = {}
+
+    def __len__(self) -> int:
+        """Number of slots with masked tokens."""
+        return len(self._by_slot)
+
+    def mask(self, slot: int, first: int, tokens: Collection[int], num_prompt: int = 0) -> None:
+        """Mask these tokens at the positions of the slot's answer, after `num_prompt` tokens, before `first`."""
+        self._by_slot[slot] = (first, sorted(tokens), num_prompt)
+
+    def release(self, slot: int, position: int | None = None) -> None:
+        """Forget a slot's tokens. With `position`, only if no later row than that position's is masked."""
+        if slot in self._by_slot and (position is None or position + 1 >= self._by_slot[slot][0]):
+            del self._by_slot[slot]
+
+    def masked(self, logits: Tensor, positions: TokenPositions) -> Tensor:
+        """`-inf` for the masked tokens; the same tensor where there are none.
+
+        Args:
+            logits: `[n, v]`, for the tokens after the rows; not changed.
+            positions: the n rows.
+        """
+        rows: list[int] = []
+        columns: list[int] = []
+        for row, (slot, position) in enumerate(zip(*(side.tolist() for side in positions.on_host), strict=True)):
+            first, tokens, num_prompt = self._by_slot.get(slot, (0, (), 0))
+            if num_prompt <= position + 1 < first:
+                rows += [row] * len(tokens)
+                columns += tokens
+        if not rows:
+            return logits
+        index = torch.tensor([rows, columns], device=logits.device)
+        return logits.index_put((index[0], index[1]), logits.new_tensor(float("-inf")))

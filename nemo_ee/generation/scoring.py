@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring known text: the log-probability of each token at the exit it would leave at.
+"""Scoring given text: the log-probability of each token at the exit at which it would leave.
 
-Early exit changes where a token is read, never a hidden state: what waits is computed later with the same values. So
-known text needs no token-by-token decoding. It runs once at full depth, the exits are evaluated about many rows at a time,
-and each sequence's decisions are then replayed in order (only the cap on waiting tokens makes them depend on earlier
-ones). The result is that of feeding the text token by token.
+Early exit changes where a token is read, but no hidden state: pending tokens are computed later with the same values.
+So given text runs once at full depth, exits are evaluated at many rows at a time, and each sequence's decisions are
+then replayed in order (they depend on earlier ones only through the cap on pending tokens). The result equals that of
+decoding the text token by token.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 
 @dataclasses.dataclass(frozen=True)
 class ScoreResult:
-    """What `EarlyExitEngine.score` returns; the outer tuples have an entry per sequence, the inner per scored token.
+    """What `EarlyExitEngine.score` returns. Outer tuples: one entry per sequence; inner tuples: one per scored token.
 
     Attributes:
-        logprobs: ln of each scored token's probability at the exit it is read from.
-        exits: that exit's name; None = the final exit.
+        logprobs: ln p of each scored token at the exit it is read from.
+        exits: name of that exit; None = the final exit.
         is_greedy: whether the token is that exit's most likely one.
-        events: the same, token by token, sequence after sequence.
+        events: the same as events, sequence by sequence.
         stats: sums over the events.
     """
 
@@ -44,7 +44,7 @@ class ScoreResult:
 
 @dataclasses.dataclass(frozen=True)
 class _ExitPrediction:
-    """What one exit says about the token after one row."""
+    """What one exit predicts after one row."""
 
     point: ExitPoint | None  # None = the final exit
     confidence: float
@@ -53,11 +53,11 @@ class _ExitPrediction:
 
 
 class Scorer:
-    """One pass over a batch of known text.
+    """Scores a batch of given text in one forward pass.
 
     Args:
-        model: what to run.
-        plan: the exits to evaluate, or the one to read everything from.
+        model: the model.
+        plan: the exits to evaluate, or the one exit to read every token from.
     """
 
     def __init__(self, model: DecodingModel, plan: ExitPlan) -> None:
@@ -67,13 +67,13 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]], num_context: Sequence[int]) -> ScoreResult:
-        """Score `sequences[i][num_context[i]:]`, every sequence longer than its context and that at least 1."""
+        """Score `sequences[i][num_context[i]:]`; a sequence is longer than its context of at least 1 token."""
         static = self.plan.end
         end = 2 * self.model.num_layers if static is None else static.stop
         text = TeacherForcedPass(self.model, sequences, self.plan.exit_names)
         first_rows, lengths = text.first_rows, [len(own) - 1 for own in sequences]
-        # A context's last row is read from the final exit, as after a prompt; the rows after it are evaluated.
-        evaluating = [
+        # The last row of a context is read from the final exit, as after a prompt. Later rows evaluate the exits.
+        candidates = [
             row + position
             for row, length, context in zip(first_rows, lengths, num_context, strict=True)
             for position in range(context, length)
@@ -82,64 +82,62 @@ class Scorer:
         for stop in text.run_to({*(exit.point.stop for exit in self.exits), end}):
             for exit in self.exits:
                 if exit.point.stop == stop:
-                    evaluated = [row for row in evaluating if row not in early]
-                    early |= self._evaluate(text, exit.point, exit.threshold, evaluated)
+                    undecided = [row for row in candidates if row not in early]
+                    early |= self._evaluate(text, exit.point, exit.threshold, undecided)
         final_rows = []
         for row, length, context in zip(first_rows, lengths, num_context, strict=True):
             final_rows += self._read_from_final(row, context, length, early)
         final = self._evaluate(text, static, None, final_rows)
-        answers = [
+        predictions = [
             [(early | final)[row + position] for position in range(context - 1, length)]
             for row, length, context in zip(first_rows, lengths, num_context, strict=True)
         ]
-        return self._result(sequences, num_context, answers, len(text.positions) * end / 2)
+        return self._result(sequences, num_context, predictions, len(text.positions) * end / 2)
 
     def _read_from_final(
         self, first_row: int, context: int, length: int, early: dict[int, _ExitPrediction]
     ) -> list[int]:
-        """Replay one sequence's decisions; those the cap forces to full depth lose their early answer."""
-        rows, waiting = [first_row + context - 1], 0
+        """Replay one sequence's decisions. Rows that the cap forces to full depth are removed from `early`."""
+        rows, pending = [first_row + context - 1], 0
         for row in range(first_row + context, first_row + length):
-            forced = self.max_pending_tokens is not None and waiting >= self.max_pending_tokens
+            forced = self.max_pending_tokens is not None and pending >= self.max_pending_tokens
             if forced:
                 early.pop(row, None)
             if row not in early:
                 rows.append(row)
-            # At the end of the stack nothing is left to wait for, and what waited has come along.
+            # A token that reaches the end of the stack takes the pending ones with it.
             at_end = row not in early or early[row].point.stop == 2 * self.model.num_layers
-            waiting = 0 if at_end else waiting + 1
+            pending = 0 if at_end else pending + 1
         return rows
 
     def _evaluate(
-        self, text: TeacherForcedPass, point: ExitPoint | None, threshold: float | None, evaluated: Sequence[int]
+        self, text: TeacherForcedPass, point: ExitPoint | None, threshold: float | None, candidates: Sequence[int]
     ) -> dict[int, _ExitPrediction]:
-        """Ask an exit about these rows (ascending); keep the answers that are confident, without a threshold all."""
+        """Evaluate an exit at these rows (ascending); keep the predictions that pass the threshold, all for None."""
         name = None if point is None else point.name
-        answers: dict[int, _ExitPrediction] = {}
-        for rows, logits, tokens, logprobs in text.evaluate(name, evaluated):
+        predictions: dict[int, _ExitPrediction] = {}
+        for rows, logits, tokens, logprobs in text.evaluate(name, candidates):
             columns = (confidence(logits, self.criterion), logprobs, logits.argmax(dim=1) == tokens)
-            confident = [True] * len(rows)
+            passing = [True] * len(rows)
             if threshold is not None:
-                confident = leaves(columns[0], threshold, self.criterion).tolist()
-            for row, is_confident, *said in zip(
-                rows, confident, *(column.tolist() for column in columns), strict=True
-            ):
-                if is_confident:
-                    answers[row] = _ExitPrediction(point, *said)
+                passing = leaves(columns[0], threshold, self.criterion).tolist()
+            for row, passes, *values in zip(rows, passing, *(column.tolist() for column in columns), strict=True):
+                if passes:
+                    predictions[row] = _ExitPrediction(point, *values)
             self.evaluations[FINAL if name is None else name] += len(rows)
-        return answers
+        return predictions
 
     def _result(
         self,
         sequences: Sequence[Sequence[int]],
         num_context: Sequence[int],
-        answers: Sequence[Sequence[_ExitPrediction]],
+        predictions: Sequence[Sequence[_ExitPrediction]],
         computed_layers: float,
     ) -> ScoreResult:
         per_sequence: dict[int, list[TokenEvent]] = defaultdict(list)
         for index, (own, context) in enumerate(zip(sequences, num_context, strict=True)):
-            for offset, answer in enumerate(answers[index]):
-                point, position = answer.point, context + offset
+            for offset, prediction in enumerate(predictions[index]):
+                point, position = prediction.point, context + offset
                 per_sequence[index].append(
                     TokenEvent(
                         sequence=index,
@@ -147,8 +145,8 @@ class Scorer:
                         token=own[position],
                         exit=None if point is None else point.name,
                         layer=self.model.num_layers if point is None else point.layer,
-                        confidence=answer.confidence,
-                        logprob=answer.logprob,
+                        confidence=prediction.confidence,
+                        logprob=prediction.logprob,
                         finish_reason="length" if position + 1 == len(own) else None,
                     )
                 )
@@ -156,7 +154,7 @@ class Scorer:
         return ScoreResult(
             logprobs=tuple(tuple(event.logprob for event in own) for own in per_sequence.values()),
             exits=tuple(tuple(event.exit for event in own) for own in per_sequence.values()),
-            is_greedy=tuple(tuple(answer.is_greedy for answer in own) for own in answers),
+            is_greedy=tuple(tuple(prediction.is_greedy for prediction in own) for own in predictions),
             events=events,
             stats=DecodingStats(
                 num_prompt_tokens=sum(num_context),

@@ -1,9 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Sequences being decoded together: runs prompts, feeds tokens, samples or checks, stops each sequence on its own.
+"""A decoding session: several sequences that are decoded together, one step at a time.
 
-A session has a fixed number of slots in the model's cache. Sequences come (`add`) and go (they end, or `cancel`) while
-others run; one that comes takes a slot that is free. Its prompt runs in the same flight as the others' next tokens.
+A session has a fixed number of slots in the model's cache. Sequences are added (`add`) and end (by themselves, or by
+`cancel`) while others run; a new one takes a free slot, and its prompt runs in the same forward pass as the next
+tokens of the others. A step runs the newest tokens, then samples the next ones or verifies drafts.
 """
 
 from __future__ import annotations
@@ -11,26 +12,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 
 from nemo_ee.generation.cost_rule import CostRule
-from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel
 from nemo_ee.generation.policy import ExitPlan, ExitPolicy
 from nemo_ee.generation.prompt_scores import PromptScorer, most_likely, rows_per_step, token_logprobs
-from nemo_ee.generation.request import Request, resolve
+from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.staged_forward import ExitOutput, StagedForward, TokenInput
 from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, exit_histogram, mean_depth
-from nemo_ee.generation.validation import raise_all, request_problems
+from nemo_ee.generation.validation import plan_request, raise_all
 from nemo_ee.generation.verification import Draft, verify
 
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A sequence that has not ended. `answer`: its new tokens; the last of them are the `drafts`, which wait to be
-    checked."""
+    """A running sequence.
+
+    Attributes:
+        answer: its new tokens. The last of them are the `drafts`, which are not verified yet.
+        has_begun: the prompt has run.
+        must_verify: a draft would end the sequence.
+        left: exit name -> number of tokens that left there; None = the end of the stack.
+        exits_pay: the cost rule's verdict; None = not decided.
+    """
 
     index: int
     slot: int
@@ -39,22 +46,22 @@ class _Sequence:
     answer: list[int] = dataclasses.field(default_factory=list)
     drafts: list[Draft] = dataclasses.field(default_factory=list)
     has_begun: bool = False
-    must_verify: bool = False  # a draft would end the sequence
-    left: dict[str | None, int] = dataclasses.field(default_factory=dict)  # fed tokens by exit, None = the end
-    exits_pay: bool | None = None  # by the cost rule; None = not decided
-    scorer: PromptScorer | None = None  # of a prompt that is to be scored, until it has run
+    must_verify: bool = False
+    left: dict[str | None, int] = dataclasses.field(default_factory=dict)
+    exits_pay: bool | None = None
+    scorer: PromptScorer | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer, the drafted ones too."""
+        """Number of tokens of prompt and answer, drafts included."""
         return len(self.request.prompt) + len(self.answer)
 
     def previous(self) -> Sequence[int]:
-        """What its penalties look at; nothing without one, as it would be a copy of the whole text."""
+        """The tokens that the penalties need; () without a penalty, to save a copy of the whole text."""
         return [*self.request.prompt, *self.answer] if self.request.sampling.looks_back else ()
 
     def finish_reason(self) -> str | None:
-        """Why a sequence of these tokens has ended; None = it has not."""
+        """Why the sequence has ended; None = it has not."""
         request = self.request
         if self.answer[-1] in request.stop_tokens:
             return "stop"
@@ -64,20 +71,20 @@ class _Sequence:
 
 
 class DecodingSession:
-    """Decoding of some sequences, a step at a time. Made by `EarlyExitEngine.start`, which checks what it passes on.
+    """See the module. Made by `EarlyExitEngine.start`, which validates what it passes on.
 
     Args:
-        model: what to run.
-        mode, policy: of requests that do not say.
+        model: the model.
+        mode, policy: for requests without their own.
         exits: names of the exits that requests may use.
-        num_slots: most sequences at a time.
-        max_length: most tokens of a sequence, prompt included.
+        num_slots: largest number of sequences at a time.
+        max_length: largest number of tokens of a sequence, prompt included.
         cost_rule: when a sequence stops evaluating its exits; None = never.
 
     Attributes:
-        cache: the model's key/value storage; sequences of `start` stand in it in their order.
-        finished: whether no sequence is running. One may be added all the same.
-        num_free_slots: how many sequences can be added now.
+        cache: the model's cache; the sequences given to `start` have its first slots, in their order.
+        finished: whether no sequence is running. More may be added.
+        num_free_slots: number of sequences that can be added now.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class DecodingSession:
         self._model, self._mode, self._policy = model, mode, policy
         self._exits, self._max_length = tuple(point.name for point in model.exits if point.name in exits), max_length
         with torch.inference_mode():
-            self.cache: Any = model.new_cache(num_slots, max_length, self._exits)
+            self.cache: DecodingCache = model.new_cache(num_slots, max_length, self._exits)
         self._forward = StagedForward(model, self.cache)
         self._free = list(range(num_slots))
         self._used: set[int] = set()
@@ -110,22 +117,22 @@ class DecodingSession:
 
     @property
     def num_free_slots(self) -> int:
-        """How many sequences can be added now."""
+        """Number of sequences that can be added now."""
         return len(self._free)
 
     def add(self, request: Request) -> int:
-        """Take in a sequence; its first token comes with the next step.
+        """Add a sequence; the next step returns its first token.
 
         Returns:
-            Its index: the `sequence` of its events. Indices count up from 0 and are never used twice.
+            Its index, the `sequence` of its events. Indices count up from 0 and are never used twice.
 
         Raises:
             ValueError: with every problem of the request.
             RuntimeError: no slot is free.
         """
         what = f"sequence {self._num_added}"
-        problems = list(request_problems(self._model, what, request, self._max_length))
-        plan = resolve(self._model, request, self._mode, self._policy, problems)
+        problems: list[str] = []
+        plan = plan_request(self._model, what, request, self._mode, self._policy, problems, self._max_length)
         missing = [name for name in plan.exit_names if name not in self._exits]
         if missing:
             problems.append(
@@ -143,10 +150,8 @@ class DecodingSession:
         return self.admit(request, plan)
 
     def admit(self, request: Request, plan: ExitPlan) -> int:
-        """`add` without its checks: a request that fits, on its plan, with a slot free."""
+        """`add` without its validation: the request fits, the plan is its own, and a slot is free."""
         slot = self._free[0]
-        if plan.verify or slot in self._used:
-            self._needs_truncate("mode = 'self_speculative'" if plan.verify else "a slot that is used again")
         if slot in self._used:
             self._forward.truncate(slot, 0)
             self._slots = {index: own for index, own in self._slots.items() if own != slot}
@@ -165,12 +170,8 @@ class DecodingSession:
             sequence.scorer = PromptScorer(index, request)
         return index
 
-    def _needs_truncate(self, what: str) -> None:
-        if not hasattr(self.cache, "truncate"):
-            raise ValueError(f"{what} needs a model whose cache can be truncated, which this one's cannot be")
-
     def cancel(self, index: int) -> None:
-        """End a sequence without another event; nothing happens when it has ended already."""
+        """End a sequence without another event. Does nothing if it has ended already."""
         if not 0 <= index < self._num_added:
             raise ValueError(f"sequence {index} is not one of this session's 0..{self._num_added - 1}")
         if index in self._running:
@@ -183,13 +184,13 @@ class DecodingSession:
 
     @torch.inference_mode()
     def step(self) -> tuple[Event, ...]:
-        """Send the newest token of every running sequence down the stack.
+        """Run the newest token of every running sequence.
 
         Returns:
-            The tokens that are certain after it, in the order of the sequences: one of each sequence; in mode
-            `self_speculative` none while a sequence only drafts, then all that its check left. A sequence whose
-            logits are not numbers, or whose `ends` raises, ends with a `Failure`; the others do not notice. Before
-            the first token of a request with `prompt_logprobs` come its `PromptScores`.
+            The new tokens that are final, in the order of the sequences: one for each sequence; in mode
+            `self_speculative` none while a sequence drafts, then all accepted drafts and one more token. A sequence
+            whose logits are NaN or inf, or whose `ends` raises, ends with a `Failure`; other sequences are unaffected.
+            Before the first token of a request with `prompt_logprobs` come its `PromptScores`.
         """
         if not self._running:
             return ()
@@ -207,7 +208,7 @@ class DecodingSession:
                 if scored is None or scored.finish_reason is not None:
                     continue
                 output = _newest(output)
-            if sequence.has_begun and not sequence.must_verify:  # which feeds no token
+            if sequence.has_begun and not sequence.must_verify:  # otherwise no new token was run
                 sequence.left[output.exit] = sequence.left.get(output.exit, 0) + 1
             sequence.has_begun = True
             if sequence.drafts and output.exit is None:
@@ -234,10 +235,10 @@ class DecodingSession:
             elif room:
                 inputs[slot] = sequence.scorer.next_input(room)
                 room -= len(inputs[slot].tokens)
-        return dict(sorted(feeds.items()))
+        return dict(sorted(inputs.items()))
 
     def _next_input(self, sequence: _Sequence) -> TokenInput:
-        """What a sequence sends down next."""
+        """The tokens that the sequence runs next."""
         plan = sequence.plan
         if not sequence.has_begun:
             return TokenInput(0, sequence.request.prompt)
@@ -249,27 +250,28 @@ class DecodingSession:
         allow_exit = allow_exit and (cap is None or self._forward.num_pending(sequence.slot) < cap)
         if plan.verify:
             request = sequence.request
-            # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
+            # The last token comes from the final exit: a draft of it would have to be verified at once.
             allow_exit = allow_exit and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
         return TokenInput(position, (sequence.answer[-1],), allow_exit, read_all=plan.verify)
 
     def _exits_pay(self, sequence: _Sequence) -> bool:
-        """Whether a sequence is to evaluate its exits: by what its first tokens did, then for good."""
+        """Whether the sequence evaluates its exits at the next token. The cost rule decides once, by its first
+        tokens."""
         rule = self._cost_rule
         if rule is None or sequence.exits_pay:
             return True
         if sequence.exits_pay is None:
             if sequence.drafts:
-                # What they are worth is known when they are verified, so where a verdict is due they are.
+                # The value of drafts is known once they are verified, so verify them where a verdict is due.
                 return not rule.is_due(sum(sequence.left.values()))
-            # The first token of an answer came with the prompt.
+            # The first token of the answer came from the prompt's forward pass.
             emitted = len(sequence.answer) - 1
             sequence.exits_pay = rule.verdict(sequence.plan, self._model.num_layers, sequence.left, emitted)
             if sequence.exits_pay is None:
                 return True
             self._num_fallbacks += not sequence.exits_pay
         if not sequence.exits_pay and not self._forward.num_pending(sequence.slot):
-            # Later tokens run to the end in one piece.
+            # Later tokens run to the end without a stop.
             self._forward.disable_exits(sequence.slot)
             sequence.plan = dataclasses.replace(sequence.plan, exits=())
         return sequence.exits_pay
@@ -277,7 +279,7 @@ class DecodingSession:
     def _verify(
         self, sequence: _Sequence, output: ExitOutput, events: list[Event]
     ) -> list[tuple[_Sequence, ExitOutput]]:
-        """Keep the drafts that stand. Returns the output of the token after them, if one is to be chosen."""
+        """Verify the drafts and record the final tokens. Returns the output for choosing the next token, if any."""
         drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
         rows = output.logits[: len(drafts)]
         params = sequence.request.sampling
@@ -290,7 +292,7 @@ class DecodingSession:
         logprobs = token_logprobs(rows[: len(verified)], [token for token, _ in verified])
         all_accepted = verified[-1][1]
         if not all_accepted and output.logits.shape[0] > len(verified):
-            # Row i stands at position first - 1 + i; what was fed after the last row that was checked goes.
+            # Row i is at position first - 1 + i. Drop what was computed for the rejected drafts.
             self._forward.truncate(sequence.slot, first - 1 + len(verified))
         for row, ((token, accepted), draft) in enumerate(zip(verified, drafts, strict=False)):
             source = draft if accepted else None
@@ -303,7 +305,7 @@ class DecodingSession:
         return [(sequence, _newest(output))]
 
     def _choose(self, outputs: Sequence[tuple[_Sequence, ExitOutput]]) -> list[TokenEvent | Failure]:
-        """A token from each output of one row; those of early exits that are to be checked become drafts."""
+        """Choose a token at each output of one row. Tokens of early exits that need verification become drafts."""
         events: list[TokenEvent | Failure] = []
         drafted: list[tuple[_Sequence, ExitOutput]] = []
         certain: list[tuple[_Sequence, ExitOutput]] = []
@@ -314,7 +316,7 @@ class DecodingSession:
             sequence.answer.append(token)
             try:
                 sequence.must_verify = sequence.finish_reason() is not None
-            except Exception:  # of the caller's `ends`: it counts if the draft accepted, and is evaluated again then
+            except Exception:  # of the caller's `ends`, which is called again, and counts, if the draft is accepted
                 sequence.must_verify = True
         if certain:
             tokens = [choice.token for choice in _sample(certain, "token")]
@@ -327,7 +329,7 @@ class DecodingSession:
     def _events(
         self, sequence: _Sequence, token: int, logprob: float, output: ExitOutput, row: int, draft: Draft | None
     ) -> list[TokenEvent | Failure]:
-        """Record a token that is certain. `draft`: what it was before, if it was one."""
+        """Record a final token. `draft`: the accepted draft, if it was one."""
         position = sequence.length
         if math.isnan(logprob):
             return [Failure.of_logits(sequence.index, position, output.exit)]
@@ -353,19 +355,19 @@ class DecodingSession:
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Run everything that waits, of ended sequences too, to full depth, except drafts still to be checked.
+        """Run all pending tokens, those of ended sequences too, to full depth, except drafts that are not verified.
 
-        Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
+        Afterwards every position that ran has its keys and values in every layer, as after a full-depth run.
         """
         self._forward.flush(leaving=[own.slot for own in self._running.values() if own.drafts])
 
     def num_pending(self, sequence: int) -> int:
-        """How many tokens of the sequence wait for deeper layers."""
+        """Number of the sequence's pending tokens."""
         slot = self._slots.get(sequence)
         return 0 if slot is None else self._forward.num_pending(slot)
 
     def stats(self, events: Sequence[Event]) -> DecodingStats:
-        """Sums over the tokens among these events, and over the work done so far."""
+        """Sums over these events' tokens and over the work done so far."""
         events = [event for event in events if isinstance(event, TokenEvent)]
         return DecodingStats(
             num_prompt_tokens=self._num_prompt_tokens,
@@ -383,7 +385,7 @@ class DecodingSession:
 
 
 def _sample(outputs: Sequence[tuple[_Sequence, ExitOutput]], purpose: str) -> list[Choice]:
-    """The next token of each, drafts included in what came before."""
+    """The next token at each output; drafts count as earlier tokens."""
     if not outputs:
         return []
     logits = outputs[0][1].logits if len(outputs) == 1 else torch.cat([output.logits for _, output in outputs])

@@ -1,21 +1,31 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The way of tokens down the stack, with the hidden states that wait on it.
+"""Runs tokens through the layer stack and lets each leave at an exit.
 
-The stops of the exits in use cut the stack into segments. A token runs segment by segment and is evaluated at the stops of
-its own sequence's plan; one that leaves keeps its hidden state there. When a later token of its sequence goes deeper
-than that stop, the hidden states waiting there run through the next segment with it, in one batch, and fill the keys
-and values it needs. So
+The hidden states of tokens that left are kept as *pending*, until a deeper token of their sequence needs their keys
+and values. The stops of the exits in use cut the stack into segments, and `StagedForward.step` goes through them. At
+each stop: join (pending rows of this depth join the batch), run (one segment), read (exits are evaluated, sequences at
+their end are read), part (rows of a token that leaves become pending). Two tokens of one sequence, exits at stop 5 and
+11 of 24, token A passes the threshold of the first exit, token B of none:
+
+    stop     0            5                         11                        24
+    step 1   A --- run --> exit passes: output of A
+                           A is pending
+    step 2   B --- run --> exit fails
+                           A joins: [A B] -- run --> exit fails for B
+                                                     [A B] ------- run -------> final exit: output of B
+
+It follows that
 
 * every (token, half layer) is computed at most once, with exactly the values of a full-depth run;
-* a sequence's depths never increase with position: what waits at a stop comes before everything that reaches it later.
+* the depth that a sequence's positions have reached never increases with position: rows that are pending at a stop
+  precede all rows that reach it later.
 
-A model whose deeper half layers stand on other ranks may have a `run_pending_after`: a sequence's tokens are then sent on as
-soon as that many wait, and other ranks run them while this one goes on with the next token. Only the time at which
-they run changes; the cap on waiting tokens counts them as if they still waited.
+`DecodingModel.run_pending_after` only changes when pending rows run: as soon as a sequence has so many. The cap on
+pending tokens counts them as if they were still pending.
 
-(EE-LLM's "KV recomputation", arXiv 2312.04916, runs waiting tokens again from the first layer; here nothing is
-computed twice. What a rejected draft computed is thrown away: `truncate`.)
+(EE-LLM's "KV recomputation", arXiv 2312.04916, runs pending tokens again from the first layer. Here nothing is
+computed twice. What was computed for a rejected draft is dropped: `truncate`.)
 """
 
 from __future__ import annotations
@@ -23,24 +33,27 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
-from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
-from nemo_ee.generation.min_length_mask import MinLengthMask
+from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel, ExitPoint, TokenPositions
+from nemo_ee.generation.hidden_batch import HiddenBatch, pick_rows
 from nemo_ee.generation.policy import ExitPlan
+from nemo_ee.generation.sampling import MinLengthMask
 from nemo_ee.generation.stats import FINAL
 
 
 class TokenInput(NamedTuple):
-    """What one sequence sends down.
+    """New tokens of one sequence for one step.
 
-    `tokens` go to the positions from `position` on; without any, only what waits goes down. `allow_exit`: whether the
-    newest token is evaluated on the way. `read_all`: at the end every row that arrives is read, not just the newest.
+    Attributes:
+        position: position of the first token.
+        tokens: token ids; empty = only pending rows run.
+        allow_exit: evaluate exits at the newest token.
+        read_all: at the end read every row that arrives, not only the newest.
     """
 
     position: int
@@ -51,14 +64,14 @@ class TokenInput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitOutput:
-    """What an exit says about the tokens after some rows of a sequence.
+    """What one exit predicts after some rows of a sequence.
 
     Attributes:
-        slot: the sequence's place in the cache.
-        exit: the exit; None = the final exit.
-        layer: layers below it.
-        confidence: of each row, by the plan's criterion.
-        logits: `[m, v]`, fp32; m = 1 but where `TokenInput.read_all` asked for more.
+        slot: slot of the sequence in the cache.
+        exit: name of the exit; None = the final exit.
+        layer: number of layers below it.
+        confidence: confidence of each row, by the plan's criterion.
+        logits: `[m, v]`, fp32; m = 1 except with `TokenInput.read_all`.
     """
 
     slot: int
@@ -68,63 +81,28 @@ class ExitOutput:
     logits: Tensor
 
 
-@dataclasses.dataclass(eq=False)
-class HiddenBatch:
-    """Hidden states at one depth: each slot's positions (both ascending) and `[n, h]` in that order.
-
-    `items` says the same to the model. It is made when it is needed, and kept while the rows stay together.
-    """
-
-    positions: dict[int, list[int]]
-    hidden: Tensor
-    items: TokenPositions | None = None
-
-    def chunks(self) -> dict[int, Tensor]:
-        """Each slot's hidden states, `[m, h]`."""
-        if len(self.positions) == 1:
-            return dict.fromkeys(self.positions, self.hidden)
-        sizes = [len(own) for own in self.positions.values()]
-        return dict(zip(self.positions, self.hidden.split(sizes), strict=True))
-
-    def last_rows(self) -> dict[int, int]:
-        """The row of each slot's newest position."""
-        ends = accumulate(len(own) for own in self.positions.values())
-        return {slot: end - 1 for slot, end in zip(self.positions, ends, strict=True)}
-
-    @staticmethod
-    def merge(parts: Iterable[HiddenBatch]) -> HiddenBatch:
-        """One `HiddenBatch` from several of which the earlier hold each slot's earlier positions."""
-        positions: dict[int, list[int]] = defaultdict(list)
-        chunks: dict[int, list[Tensor]] = defaultdict(list)
-        for part in parts:
-            for slot, chunk in part.chunks().items():
-                positions[slot] += part.positions[slot]
-                chunks[slot].append(chunk)
-        order = sorted(positions)
-        hidden = torch.cat([chunk for slot in order for chunk in chunks[slot]])
-        return HiddenBatch({slot: positions[slot] for slot in order}, hidden)
-
-
 class StagedForward:
-    """The state of the sequences in one cache, each in its slot and on its own plan.
+    """The sequences in one cache, each in a slot and with a plan of its own.
 
     Args:
-        model: what to run.
-        cache: its keys and values.
+        model: the model.
+        cache: its cache.
+
+    Attributes:
+        computed_half_layers: sum over rows of the half layers that were run.
+        evaluations: exit name -> number of rows at which it was evaluated.
     """
 
-    def __init__(self, model: DecodingModel, cache: Any) -> None:
+    def __init__(self, model: DecodingModel, cache: DecodingCache) -> None:
         self.model, self.cache = model, cache
-        self.device = getattr(model, "device", torch.device("cpu"))
         self._end_of_stack = 2 * model.num_layers
         self._plans: dict[int, ExitPlan] = {}
         self._thresholds: dict[int, dict[str, float]] = {}  # slot -> exit -> threshold
         self._min_length = MinLengthMask()
-        # stop -> slot -> its rows there, a part for each flight that left some, in the order of their positions
+        # stop -> slot -> its pending rows there, one batch for each step that left some, by ascending position
         self._pending: dict[int, dict[int, list[HiddenBatch]]] = defaultdict(dict)
         self._num_pending: dict[int, int] = defaultdict(int)
-        self._run_pending_after: int | None = getattr(model, "run_pending_after", None)
-        self._num_ahead: dict[int, int] = defaultdict(int)  # sent on before a deeper token came for them
+        self._num_ahead: dict[int, int] = defaultdict(int)  # run by `run_pending_after` since a token went deep
         self._released: set[int] = set()
         self._stops: list[int] = []
         # stop -> exits there in the model's order, each with the threshold of every slot that evaluates it
@@ -136,13 +114,12 @@ class StagedForward:
         """Put a new sequence into a slot whose cache is empty.
 
         Args:
-            slot: its place in the cache.
-            plan: of its tokens.
-            masked: (position, tokens, prompt length): no token of the answer before the position is one of these; exits
-                give them no probability.
+            slot: slot in the cache.
+            plan: the sequence's plan.
+            masked: (position, tokens, prompt length): these tokens of the answer get no probability before this position.
         """
-        for rows in self._pending.values():
-            rows.pop(slot, None)
+        for batches in self._pending.values():
+            batches.pop(slot, None)
         self._num_pending[slot] = self._num_ahead[slot] = 0
         self._released.discard(slot)
         self._plans[slot] = plan
@@ -151,165 +128,162 @@ class StagedForward:
         names = [exit.point.name for exit in plan.exits]
         self._thresholds[slot] = dict(zip(names, numbers, strict=True))
         if masked is not None:
-            self._min_length.hold(slot, *masked)
+            self._min_length.mask(slot, *masked)
         self._plan_stops()
 
     def release(self, slot: int) -> None:
-        """A sequence has ended: its plan cuts no flight any more. What waits of it waits on, for `flush`."""
+        """Mark the sequence as finished. Its exits no longer split the forward pass. Its pending rows are kept until
+        `flush` runs them."""
         self._released.add(slot)
         self._min_length.release(slot)
         self._plan_stops()
 
     def disable_exits(self, slot: int) -> None:
-        """Its sequence evaluates no exit any more, and its plan cuts no flight; nothing of it may wait."""
+        """Evaluate no exit for this sequence any more. It must have no pending rows."""
         self._thresholds[slot] = {}
         self._plan_stops()
 
     def _plan_stops(self, *, released: bool = False) -> None:
-        """Where flights stop; `released`: for the slots that were released too."""
+        """Work out where the forward pass stops. `released`: count finished sequences too."""
         slots = [slot for slot in self._plans if released or slot not in self._released]
         ends = {self._end_stop(slot) for slot in slots}
-        evaluated: dict[str, dict[int, float]] = defaultdict(dict)
+        thresholds: dict[str, dict[int, float]] = defaultdict(dict)
         for slot in slots:
             for name, threshold in self._thresholds[slot].items():
-                evaluated[name][slot] = threshold
+                thresholds[name][slot] = threshold
         self._exits_at = {}
         for point in self.model.exits:
-            if point.name in evaluated:
-                self._exits_at.setdefault(point.stop, []).append((point, evaluated[point.name]))
+            if point.name in thresholds:
+                self._exits_at.setdefault(point.stop, []).append((point, thresholds[point.name]))
         self._stops = sorted(ends | set(self._exits_at))
-
-    def num_pending(self, slot: int) -> int:
-        """How many tokens of the slot's sequence wait for deeper layers, or would if they had not been sent ahead."""
-        return self._num_pending[slot] + self._num_ahead[slot]
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Throw away what was computed for a sequence's positions from `length` on; none of them may wait."""
-        self.cache.truncate(slot, length)
-
-    def flush(self, leaving: Collection[int] = ()) -> None:
-        """Run what waits, except in the slots of `leaving`, to full depth; the cache is then that of a full-depth
-        run."""
-        self._num_ahead.clear()
-        slots = {slot for rows in self._pending.values() for slot in rows} - set(leaving)
-        if slots:
-            self._plan_stops(released=True)
-            self.step({slot: TokenInput(0, ()) for slot in sorted(slots)}, read_ends=False)
-            self._plan_stops()
-
-    def _run_pending_ahead(self, slots: Iterable[int]) -> None:
-        """Send on what waits of these slots where it is enough. Drafts stay: their check reads them at the end."""
-        enough = [slot for slot in slots if self._num_pending[slot] >= self._run_pending_after]
-        enough = [slot for slot in enough if not self._plans[slot].verify]
-        for slot in enough:
-            self._num_ahead[slot] += self._num_pending[slot]
-        if enough:
-            self.step({slot: TokenInput(0, ()) for slot in enough}, read_ends=False)
-
-    def step(self, inputs: Mapping[int, TokenInput], *, read_ends: bool = True) -> list[ExitOutput]:
-        """Send tokens down until each has left or ended, with what waits of their sequences where they pass.
-
-        Args:
-            inputs: by slot, ascending; new positions continue those of their sequence.
-            read_ends: read the sequences that reach their end.
-
-        Returns:
-            Without `read_ends` nothing; with it an output per slot, in order.
-        """
-        if read_ends and self._run_pending_after is not None:
-            self._run_pending_ahead(inputs)
-        rows = self._embed(inputs)
-        evaluating = {slot for slot, token_input in inputs.items() if token_input.allow_exit}
-        running = set(inputs)
-        outputs: list[ExitOutput] = []
-        depth = 0
-        for stop in self._stops:
-            rows = self._take_along(rows, depth, running)
-            if rows is not None:
-                items = self.items_of(rows.positions) if rows.items is None else rows.items
-                hidden = self.model.run(rows.hidden, items, depth, stop, self.cache)
-                rows = HiddenBatch(rows.positions, hidden, items)
-                self.computed_half_layers += len(items) * (stop - depth)
-                left = self._evaluate(rows, items, stop, evaluating)
-                gone = {one.slot for one in left}
-                ended = [slot for slot in rows.positions if slot not in gone and self._end_stop(slot) == stop]
-                if ended and read_ends:
-                    left += self._read_ends(rows, items, ended, inputs)
-                if read_ends and stop == self._end_of_stack:
-                    self._num_ahead.update(dict.fromkeys(rows.positions, 0))
-                if gone or ended:
-                    outputs += left
-                    running -= gone
-                    running.difference_update(ended)
-                    rows = self._leave(rows, stop, gone, ended)
-                    if not running:
-                        break
-            depth = stop
-        outputs.sort(key=lambda one: one.slot)
-        return outputs
 
     def _end_stop(self, slot: int) -> int:
         end = self._plans[slot].end
         return self._end_of_stack if end is None else end.stop
 
+    def num_pending(self, slot: int) -> int:
+        """Number of the sequence's tokens that are pending, or would be without `run_pending_after`."""
+        return self._num_pending[slot] + self._num_ahead[slot]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Drop what was computed for a sequence's positions from `length` on; none of them may be pending."""
+        self.cache.truncate(slot, length)
+
+    def flush(self, leaving: Collection[int] = ()) -> None:
+        """Run all pending rows, except in the slots of `leaving`, to full depth. The cache then equals that of a
+        full-depth run."""
+        self._num_ahead.clear()
+        slots = {slot for batches in self._pending.values() for slot in batches} - set(leaving)
+        if slots:
+            self._plan_stops(released=True)
+            self.step({slot: TokenInput(0, ()) for slot in sorted(slots)}, read_ends=False)
+            self._plan_stops()
+
+    def _run_pending_ahead(self, slots: Iterable[int], enough: int) -> None:
+        """Run the pending rows of the slots that have `enough`. Drafts are left out: verification reads them at the
+        end."""
+        ahead = [slot for slot in slots if self._num_pending[slot] >= enough and not self._plans[slot].verify]
+        for slot in ahead:
+            self._num_ahead[slot] += self._num_pending[slot]
+        if ahead:
+            self.step({slot: TokenInput(0, ()) for slot in ahead}, read_ends=False)
+
+    def step(self, inputs: Mapping[int, TokenInput], *, read_ends: bool = True) -> list[ExitOutput]:
+        """Run new tokens, joined by their sequences' pending rows, until each has left or reached its end.
+
+        Args:
+            inputs: slot -> its tokens, slots ascending; positions continue those of the sequence.
+            read_ends: read the sequences that reach their end.
+
+        Returns:
+            With `read_ends` one output for each slot, in order; without it an empty list.
+        """
+        if read_ends and self.model.run_pending_after is not None:
+            self._run_pending_ahead(inputs, self.model.run_pending_after)
+        may_exit = {slot for slot, own in inputs.items() if own.allow_exit}
+        running, outputs, depth = set(inputs), [], 0
+        batch = self._embed(inputs)
+        for stop in self._stops:
+            batch = self._join_pending(batch, depth, running)
+            if batch is not None:
+                batch = self._run(batch, depth, stop)
+                exited = self._evaluate_exits(batch, stop, may_exit)
+                left = {output.slot for output in exited}
+                ended = [slot for slot in batch.positions if slot not in left and self._end_stop(slot) == stop]
+                outputs += exited
+                if read_ends and ended:
+                    outputs += self._read_ends(batch, ended, inputs)
+                if read_ends and stop == self._end_of_stack:
+                    self._num_ahead.update(dict.fromkeys(batch.positions, 0))
+                if left or ended:
+                    batch = self._part(batch, stop, left, ended)
+                    running.difference_update(left, ended)
+                    if not running:
+                        break
+            depth = stop
+        outputs.sort(key=lambda output: output.slot)
+        return outputs
+
     def _embed(self, inputs: Mapping[int, TokenInput]) -> HiddenBatch | None:
-        """HiddenBatch at depth 0; None without new tokens."""
+        """The new tokens at depth 0; None without any."""
         positions = {
-            slot: list(range(token_input.position, token_input.position + len(token_input.tokens)))
-            for slot, token_input in inputs.items()
-            if token_input.tokens
+            slot: list(range(own.position, own.position + len(own.tokens)))
+            for slot, own in inputs.items()
+            if own.tokens
         }
         if not positions:
             return None
-        flat = [token for token_input in inputs.values() for token in token_input.tokens]
-        items, tokens = TokenPositions.with_tokens(positions, flat, self.device)
-        return HiddenBatch(positions, self.model.embed(tokens, items), items)
+        tokens = [token for own in inputs.values() for token in own.tokens]
+        rows, on_device = TokenPositions.with_tokens(positions, tokens, self.model.device)
+        return HiddenBatch(positions, self.model.embed(on_device, rows), rows)
 
-    def items_of(self, positions: Mapping[int, Sequence[int]]) -> TokenPositions:
-        """Items on the model's device."""
-        return TokenPositions.of(positions, self.device)
-
-    def _take_along(self, rows: HiddenBatch | None, depth: int, slots: Collection[int]) -> HiddenBatch | None:
-        """`rows`, with the rows of `slots` that wait at this depth before them."""
-        waiting = self._pending.get(depth)
-        if not waiting:
-            return rows
+    def _join_pending(self, batch: HiddenBatch | None, depth: int, slots: Collection[int]) -> HiddenBatch | None:
+        """`batch`, with the rows of `slots` that are pending at this depth before its own."""
+        pending = self._pending.get(depth)
+        if not pending:
+            return batch
         parts = []
-        for slot in [own for own in waiting if own in slots]:
-            own_parts = waiting.pop(slot)
+        for slot in [own for own in pending if own in slots]:
+            own_parts = pending.pop(slot)
             self._num_pending[slot] -= sum(len(part.positions[slot]) for part in own_parts)
             parts += own_parts
         if not parts:
-            return rows
-        return HiddenBatch.merge(parts if rows is None else [*parts, rows])
+            return batch
+        return HiddenBatch.merge(parts if batch is None else [*parts, batch])
 
-    def _evaluate(
-        self, rows: HiddenBatch, items: TokenPositions, stop: int, evaluating: Collection[int]
-    ) -> list[ExitOutput]:
-        """Ask the exits at this stop about the newest row of each evaluating sequence; the first that is confident wins.
+    def _run(self, batch: HiddenBatch, depth: int, stop: int) -> HiddenBatch:
+        """The batch after the half layers (depth, stop]."""
+        rows = TokenPositions.of(batch.positions, self.model.device) if batch.rows is None else batch.rows
+        self.computed_half_layers += len(rows) * (stop - depth)
+        return HiddenBatch(batch.positions, self.model.run(batch.hidden, rows, depth, stop, self.cache), rows)
 
-        Every row here has just reached the stop, so each exit hears of each row of the sequences that use it once: by
-        a question, or by `write_exit_kv`, which comes first because a question may attend to it.
+    def _evaluate_exits(self, batch: HiddenBatch, stop: int, may_exit: Collection[int]) -> list[ExitOutput]:
+        """Evaluate the exits at this stop at the newest row of the sequences in `may_exit`.
+
+        Every row has just reached the stop, so an exit's keys and values are written once for each row of the
+        sequences that use it: by the evaluation, or before it by `write_exit_kv`, because it may attend to them.
+
+        Returns:
+            One output for each sequence that leaves, from the first exit whose threshold its confidence passes.
         """
         outputs: list[ExitOutput] = []
         if stop not in self._exits_at:
             return outputs
-        last_rows = rows.last_rows()
-        undecided = [slot for slot in rows.positions if slot in evaluating]
+        last_rows = batch.last_rows()
+        undecided = [slot for slot in batch.positions if slot in may_exit]
         for point, thresholds in self._exits_at[stop]:
             slots = [slot for slot in undecided if slot in thresholds]
-            questions = [last_rows[slot] for slot in slots]
-            self._write_exit_kv(point.name, rows, items, thresholds, questions)
-            if not questions:
+            rows = [last_rows[slot] for slot in slots]
+            self._write_exit_kv(point.name, batch, thresholds, rows)
+            if not rows:
                 continue
-            logits = self._read(point.name, rows.hidden, items, questions)
+            logits = self._logits(point.name, batch, rows)
             confidences = self._confidence(logits, slots)
             for i, slot in enumerate(slots):
                 value, threshold = confidences[i], thresholds[slot]
                 if value < threshold if self._plans[slot].criterion == "entropy" else value > threshold:
-                    outputs.append(
-                        ExitOutput(slot, point.name, point.layer, confidences[i : i + 1], logits[i : i + 1])
-                    )
+                    row = slice(i, i + 1)
+                    outputs.append(ExitOutput(slot, point.name, point.layer, confidences[row], logits[row]))
                     undecided.remove(slot)
         return outputs
 
@@ -322,50 +296,50 @@ class StagedForward:
         return [by_criterion[criterion][row] for row, criterion in enumerate(criteria)]
 
     def _write_exit_kv(
-        self, name: str, rows: HiddenBatch, items: TokenPositions, slots: Collection[int], questions: Collection[int]
+        self, name: str, batch: HiddenBatch, slots: Collection[int], evaluated: Collection[int]
     ) -> None:
-        """Tell an exit of the rows of these slots that it is not evaluated about."""
-        if len(questions) == len(items):
+        """Write an exit's keys and values for the rows of these slots, except those that are `evaluated`."""
+        if len(evaluated) == len(batch.rows):
             return
-        in_question, others, row = set(questions), [], 0
-        for slot, positions in rows.positions.items():
+        skipped, others, row = set(evaluated), [], 0
+        for slot, positions in batch.positions.items():
             if slot in slots:
-                others += [own for own in range(row, row + len(positions)) if own not in in_question]
+                others += [own for own in range(row, row + len(positions)) if own not in skipped]
             row += len(positions)
         if others:
-            self.model.write_exit_kv(name, *pick_rows(rows.hidden, items, others), self.cache)
+            self.model.write_exit_kv(name, *pick_rows(batch.hidden, batch.rows, others), self.cache)
 
-    def _read(self, name: str | None, hidden: Tensor, items: TokenPositions, rows: Sequence[int]) -> Tensor:
-        """Ask one exit about these rows of `hidden`. Returns `[len(rows), v]`, fp32."""
+    def _logits(self, name: str | None, batch: HiddenBatch, rows: Sequence[int]) -> Tensor:
+        """Logits of one exit at these rows. Returns `[len(rows), v]`, fp32."""
         self.evaluations[FINAL if name is None else name] += len(rows)
-        hidden, items = pick_rows(hidden, items, rows)
-        logits = self.model.exit_logits(name, hidden, items, self.cache)
+        hidden, positions = pick_rows(batch.hidden, batch.rows, rows)
+        logits = self.model.exit_logits(name, hidden, positions, self.cache)
         assert logits.shape == (len(rows), self.model.vocab_size), f"exit {name}: logits {tuple(logits.shape)}"
-        return self._min_length.without(logits, items) if self._min_length else logits
+        return self._min_length.masked(logits, positions) if self._min_length else logits
 
     def _read_ends(
-        self, rows: HiddenBatch, items: TokenPositions, ended: Sequence[int], inputs: Mapping[int, TokenInput]
+        self, batch: HiddenBatch, ended: Sequence[int], inputs: Mapping[int, TokenInput]
     ) -> list[ExitOutput]:
-        """Read sequences that have reached their ends, each from its static exit or from the final one."""
+        """Read sequences that have reached their end, each from its static exit or from the final exit."""
         # Not a set: exits are evaluated in the same order on every rank, whatever its hash seed.
         ends = list(dict.fromkeys(self._plans[slot].end for slot in ended))
         if len(ends) > 1:
             by_end = ([slot for slot in ended if self._plans[slot].end == end] for end in ends)
-            return [one for slots in by_end for one in self._read_ends(rows, items, slots, inputs)]
+            return [output for slots in by_end for output in self._read_ends(batch, slots, inputs)]
         (end,) = ends
-        last_rows = rows.last_rows()
-        counts = [len(rows.positions[slot]) if inputs[slot].read_all else 1 for slot in ended]
-        questions: list[int] = []
+        last_rows = batch.last_rows()
+        counts = [len(batch.positions[slot]) if inputs[slot].read_all else 1 for slot in ended]
+        rows: list[int] = []
         owners: list[int] = []
         for slot, count in zip(ended, counts, strict=True):
-            questions += range(last_rows[slot] + 1 - count, last_rows[slot] + 1)
+            rows += range(last_rows[slot] + 1 - count, last_rows[slot] + 1)
             owners += [slot] * count
         name, layer = (None, self.model.num_layers) if end is None else (end.name, end.layer)
         if name is not None:
-            self._write_exit_kv(name, rows, items, ended, questions)
-        logits = self._read(name, rows.hidden, items, questions)
+            self._write_exit_kv(name, batch, ended, rows)
+        logits = self._logits(name, batch, rows)
         for slot, count in zip(ended, counts, strict=True):
-            self._min_length.release(slot, rows.positions[slot][-count])  # what is read later stands behind this row
+            self._min_length.release(slot, batch.positions[slot][-count])  # later reads are past this row
         confidences = self._confidence(logits, owners)
         if len(ended) == 1:
             return [ExitOutput(ended[0], name, layer, confidences, logits)]
@@ -376,30 +350,21 @@ class StagedForward:
             first += count
         return outputs
 
-    def _leave(
-        self, rows: HiddenBatch, stop: int, gone: Collection[int], ended: Collection[int]
+    def _part(
+        self, batch: HiddenBatch, stop: int, left: Collection[int], ended: Collection[int]
     ) -> HiddenBatch | None:
-        """Put the rows of the sequences in `gone` on the waiting list of this stop; those that neither leave nor end
-        go on."""
-        staying = [slot for slot in rows.positions if slot not in gone and slot not in ended]
-        keeping = gone if stop != self._end_of_stack else ()
-        if not staying and not keeping:
+        """Keep the rows of sequences that `left` as pending at this stop. Returns the rows that run on."""
+        staying = [slot for slot in batch.positions if slot not in left and slot not in ended]
+        pending = left if stop != self._end_of_stack else ()
+        if not staying and not pending:
             return None
-        chunks = rows.chunks() if len(rows.positions) > 1 else {}
-        for slot in keeping:
-            # A copy: a view would keep the whole batch's hidden states alive for as long as this one waits.
-            own = rows.hidden if len(rows.positions) == 1 else chunks[slot].clone()
-            self._pending[stop].setdefault(slot, []).append(HiddenBatch({slot: rows.positions[slot]}, own))
-            self._num_pending[slot] += len(rows.positions[slot])
+        chunks = batch.chunks() if len(batch.positions) > 1 else {}
+        for slot in pending:
+            # A copy: a view would keep the whole batch's hidden states alive while these rows are pending.
+            own = batch.hidden if len(batch.positions) == 1 else chunks[slot].clone()
+            self._pending[stop].setdefault(slot, []).append(HiddenBatch({slot: batch.positions[slot]}, own))
+            self._num_pending[slot] += len(batch.positions[slot])
         if not staying:
             return None
         hidden = torch.cat([chunks[slot] for slot in staying])
-        return HiddenBatch({slot: rows.positions[slot] for slot in staying}, hidden)
-
-
-def pick_rows(hidden: Tensor, items: TokenPositions, rows: Sequence[int]) -> tuple[Tensor, TokenPositions]:
-    """These rows (ascending) of the hidden states and of the items; the same objects when that is all of them."""
-    if len(rows) == len(items):
-        return hidden, items
-    index = torch.tensor(rows, dtype=torch.long)
-    return hidden[index.to(hidden.device)], items.select(index)
+        return HiddenBatch({slot: batch.positions[slot] for slot in staying}, hidden)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding says about itself: an event per token, what failed, and sums over them."""
+"""Decoding statistics: one event for each token, failures, and sums over them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class TokenEvent:
 
     Attributes:
         sequence: index of the sequence in the call.
-        position: of this token in its sequence, the prompt included, from 0.
-        token: its id.
+        position: position of this token in its sequence, prompt included, from 0.
+        token: token id.
         exit: name of the exit that produced it, in mode `self_speculative` as a draft; None = the final exit.
-        layer: how many layers that exit stands on.
-        confidence: of that exit, by the policy's criterion.
+        layer: number of layers below that exit.
+        confidence: that exit's confidence, by the policy's criterion.
         logprob: ln of the token's probability, before temperature and penalties, at that exit; in mode
             `self_speculative` always at the final exit.
-        finish_reason: None while the sequence goes on; `stop` (a stop token, or the request's `ends`) or `length` with
+        finish_reason: None while the sequence goes on; `stop` (a stop token, or the request's `ends`) or `length` at
             its last token.
-        top: (token, ln p) of the request's `num_top` most likely tokens, the most likely first; from the
-            distribution of `logprob`.
+        top: (token, ln p) of the request's `num_top` most likely tokens, the most likely first, from the same
+            distribution as `logprob`.
     """
 
     sequence: int
@@ -63,12 +63,12 @@ class PromptScores:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A sequence's last event when it ends by a problem of its own: no token, the reason instead. Others go on.
+    """The last event of a sequence that fails: a reason instead of a token. Other sequences go on.
 
     Attributes:
         sequence: index of the sequence in the call.
-        position: of the token at which it happened.
-        message: what is wrong, and the way out.
+        position: position of the token at which it failed.
+        message: the problem and the way out.
         cause: the exception behind it; None = the model's logits.
         finish_reason: `error`.
     """
@@ -95,7 +95,7 @@ Event = TokenEvent | PromptScores | Failure
 
 
 def raise_failures(events: Iterable[Event]) -> None:
-    """One `RuntimeError` with every failure among the events; nothing without any."""
+    """Raise one `RuntimeError` with every failure among the events; do nothing without any."""
     failures = [event for event in events if isinstance(event, Failure)]
     if failures:
         raise RuntimeError("\n".join(failure.message for failure in failures)) from failures[0].cause
@@ -106,18 +106,18 @@ class DecodingStats:
     """Sums over the tokens of a call.
 
     Attributes:
-        num_prompt_tokens: tokens that ran as prompt or context.
-        num_tokens: tokens generated or scored.
-        tokens_per_exit: how many came from each exit the model has, in depth order, `final` last.
-        mean_depth: mean number of layers below the exits they came from.
-        num_layers: of the model.
-        computed_layers: sum over all positions of the layers that were really run for them (halves count), prompt
-            and thrown-away drafts included; the work, where `mean_depth` is only where tokens left.
-        evaluations: how many times each exit of the model was evaluated, `final` included; the work of the heads.
-        drafted, accepted: tokens drafted and checked or thrown away, and those of them that stayed
+        num_prompt_tokens: number of tokens that ran as prompt or context.
+        num_tokens: number of tokens generated or scored.
+        tokens_per_exit: exit name -> number of tokens from it, in depth order, `final` last.
+        mean_depth: mean number of layers below the exits that the tokens came from.
+        num_layers: number of the model's layers.
+        computed_layers: sum over all positions of the layers that were run for them (half layers count), prompt and
+            rejected drafts included. It measures the work; `mean_depth` only says where tokens left.
+        evaluations: exit name -> number of rows at which it was evaluated, `final` included: the work of the heads.
+        drafted, accepted: number of drafted tokens that were verified or dropped, and of those that were accepted
             (`self_speculative`).
-        num_verifications: how many times drafts of a sequence were checked.
-        num_fallbacks: sequences that stopped evaluating their exits because they did not pay (`cost_rule`).
+        num_verifications: number of verifications, each of all drafts of one sequence.
+        num_fallbacks: number of sequences that stopped evaluating their exits because of `cost_rule`.
     """
 
     num_prompt_tokens: int
@@ -134,17 +134,17 @@ class DecodingStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of the drafted tokens that stayed; 0.0 without drafts."""
+        """Share of the drafted tokens that were accepted; 0.0 without drafts."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def mean_accepted_length(self) -> float:
-        """Drafted tokens that stayed, per check; 0.0 without checks."""
+        """Accepted tokens per verification; 0.0 without any."""
         return self.accepted / self.num_verifications if self.num_verifications else 0.0
 
     @property
     def computed_depth(self) -> float:
-        """Layers run for each token of prompt and answer, on average; above `num_layers` where much is thrown away."""
+        """Mean number of layers run per token of prompt and answer; above `num_layers` if many drafts are rejected."""
         tokens = self.num_prompt_tokens + self.num_tokens
         return self.computed_layers / tokens if tokens else 0.0
 
@@ -155,7 +155,7 @@ class DecodingStats:
 
 
 def exit_histogram(events: Iterable[TokenEvent], exits: Sequence[ExitPoint]) -> dict[str, int]:
-    """How many tokens each exit produced: every exit of the model in its order, then `final`."""
+    """Number of tokens from each exit of the model, in its order, then `final`."""
     counts = {point.name: 0 for point in exits} | {FINAL: 0}
     for event in events:
         counts[FINAL if event.exit is None else event.exit] += 1

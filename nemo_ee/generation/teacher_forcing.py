@@ -1,12 +1,12 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over known text, at whose rows exits are evaluated about the token that follows.
+"""One teacher-forced forward pass over given text, with each exit's logits for the next token at every position.
 
-What waits in early exit is computed later with the values of a full-depth run, so known text runs once, all positions
+Early exit computes pending tokens later with the values of a full-depth run. So given text runs once, all positions
 together, and never token by token.
 
-Row r of a pass is a (sequence, position) pair as in `TokenPositions`; the last token of a sequence predicts nothing and has no
-row.
+Row r of a pass is a (sequence, position) pair, see `TokenPositions`. The last token of a sequence predicts nothing and
+has no row.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
-from nemo_ee.generation.staged_forward import pick_rows
+from nemo_ee.generation.hidden_batch import pick_rows
 
-# Rows of logits asked for at a time: at most this many numbers, 64 MiB in fp32.
+# Largest number of logits computed in one call, 64 MiB in fp32.
 LOGITS_PER_CALL = 2**24
 
 
 class ExitLogits(NamedTuple):
-    """What an exit says at m rows: its logits `[m, v]`, the tokens that follow `[m]` and ln of their probabilities."""
+    """What an exit predicts at m rows.
+
+    Attributes:
+        rows: the m rows, ascending.
+        logits: `[m, v]`, fp32.
+        tokens: `[m]`, int64, the tokens that follow in the text.
+        logprobs: `[m]`, fp32, ln of their probabilities.
+    """
 
     rows: Sequence[int]
     logits: Tensor
@@ -34,41 +41,40 @@ class ExitLogits(NamedTuple):
 
 
 class TeacherForcedPass:
-    """A batch on its way through the model.
+    """The pass. Run it to a stop (`run_to`), evaluate exits there (`evaluate`), run on.
 
     Args:
-        model: what to run.
-        sequences: token ids, at least two each.
+        model: the model.
+        sequences: token ids, at least two for each sequence.
         exits: names of the exits that will be evaluated.
 
     Attributes:
         positions: the rows.
-        first_rows: of each sequence.
-        hidden: `[n, h]`, at the stop that was last run to.
+        first_rows: first row of each sequence.
+        hidden: `[n, h]`, hidden states at the stop that was reached last.
     """
 
     def __init__(self, model: DecodingModel, sequences: Sequence[Sequence[int]], exits: tuple[str, ...]) -> None:
         self.model = model
-        device = getattr(model, "device", torch.device("cpu"))
-        fed = [list(own[:-1]) for own in sequences]
-        self.positions = TokenPositions.of({index: range(len(own)) for index, own in enumerate(fed)}, device)
+        inputs = [list(own[:-1]) for own in sequences]
+        self.positions = TokenPositions.of({index: range(len(own)) for index, own in enumerate(inputs)}, model.device)
         self.first_rows = [group.first_row for group in self.positions.groups]
-        self._cache = model.new_cache(len(fed), max(map(len, fed)), exits)
+        self._cache = model.new_cache(len(inputs), max(map(len, inputs)), exits)
         self._next = torch.tensor([token for own in sequences for token in own[1:]], dtype=torch.long)
-        tokens = torch.tensor([token for own in fed for token in own], dtype=torch.long, device=device)
+        tokens = torch.tensor([token for own in inputs for token in own], dtype=torch.long, device=model.device)
         self.hidden = model.embed(tokens, self.positions)
 
     def run_to(self, stops: Collection[int]) -> Iterator[int]:
-        """Run to each of these stops, the shallowest first; evaluate between them."""
+        """Run to each of these stops, the shallowest first, and yield it; evaluate exits in between."""
         depth = 0
         for stop in sorted(set(stops)):
             self.hidden, depth = self.model.run(self.hidden, self.positions, depth, stop, self._cache), stop
             yield stop
 
     def evaluate(self, name: str | None, rows: Sequence[int]) -> Iterator[ExitLogits]:
-        """Ask an exit (None: the final one) about these rows (ascending), a chunk at a time.
+        """Evaluate an exit (None: the final exit) at these rows (ascending), a chunk at a time.
 
-        It is told of all other rows first: a `layer` exit's question attends to every position before its own.
+        Its keys and values are first written for all other rows, because a `layer` exit attends to them.
         """
         if name is not None:
             others = sorted(set(range(len(self.positions))) - set(rows))

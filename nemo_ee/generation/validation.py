@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a call, found before anything runs: tokens, lengths, requests."""
+"""Validation of a call before anything runs: tokens, lengths, and each request once (`plan_request`)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,46 @@ from numbers import Integral
 from typing import Any
 
 from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.policy import ExitPlan, ExitPolicy, plan_exits
 from nemo_ee.generation.request import Request
+
+
+def plan_request(
+    model: DecodingModel,
+    what: str,
+    request: Request,
+    mode: str,
+    policy: ExitPolicy | None,
+    problems: list[str],
+    max_length: int | None = None,
+) -> ExitPlan:
+    """Validate a request and plan its exits.
+
+    Args:
+        model: the model.
+        what: name of the request in messages, e.g. "prompt 3".
+        mode, policy: the session's, for a request without its own.
+        problems: every problem is appended.
+        max_length: tokens that a sequence may have; None = the model's positions.
+    """
+    problems += request_problems(model, what, request, max_length)
+    own_policy = policy if request.policy is None else request.policy
+    return plan_or_problem(model, mode if request.mode is None else request.mode, own_policy, problems)
+
+
+def plan_or_problem(model: DecodingModel, mode: str, policy: ExitPolicy | None, problems: list[str]) -> ExitPlan:
+    """The plan of a mode and a policy; where they do not fit the model, the problem is appended."""
+    try:
+        return plan_exits(mode, policy, model.exits, model.num_layers)
+    except ValueError as error:
+        problems.append(str(error))
+        return ExitPlan()
 
 
 def request_problems(
     model: DecodingModel, what: str, request: Request, max_length: int | None = None
 ) -> Iterator[str]:
-    """Faults of a request that need no mode to be seen.
-
-    Args:
-        what: how to call it in a message, e.g. "prompt 3".
-        max_length: of a session's sequences; None = the model's positions.
-    """
+    """Problems of a request that do not depend on the mode; the arguments are those of `plan_request`."""
     yield from token_problems(model.vocab_size, what, request.prompt)
     yield from (
         f"stop token {token!r} is not in the vocabulary 0..{model.vocab_size - 1}; remove it"
@@ -67,7 +95,7 @@ def too_long(num_prompt: int, new: int, key: str, limit: int, rule: str) -> str:
 
 
 def token_problems(vocab_size: int, what: str, tokens: Sequence[int]) -> Iterator[str]:
-    """No tokens, or tokens that a model of this true vocabulary size does not have."""
+    """Problems of a token sequence: no tokens, or tokens outside a vocabulary of this true size."""
     if len(tokens) == 0:
         yield f"{what} is empty; give at least one token, e.g. the begin-of-text token"
     outside = [token for token in tokens if not _in_vocabulary(vocab_size, token)]
@@ -84,12 +112,12 @@ def _in_vocabulary(vocab_size: int, token: object) -> bool:
 
 
 def is_whole(value: object) -> bool:
-    """An integer of any kind that is not a truth value."""
+    """Whether `value` is an integer of any type, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def per_sequence(key: str, value: Any, count: int, kind: type, problems: list[str]) -> list[Any]:
-    """`value` for every sequence: itself `count` times when it is a `kind`, else one each."""
+    """A list with one value for each sequence: `value` repeated where it is a `kind`, else its `count` elements."""
     if isinstance(value, kind):
         return [value] * count
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
@@ -101,7 +129,7 @@ def per_sequence(key: str, value: Any, count: int, kind: type, problems: list[st
 
 
 def raise_all(problems: Sequence[str]) -> None:
-    """One `ValueError` with every problem; nothing without any."""
+    """Raise one `ValueError` with every problem; do nothing without any."""
     problems = list(dict.fromkeys(problems))  # a stop token shared by all prompts is one problem
     if len(problems) == 1:
         raise ValueError(problems[0])

@@ -1,15 +1,15 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checking drafted tokens against the full model, so that what is kept is the full model's own output.
+"""Verification of drafts by the full model, so that the output is the full model's own.
 
-Greedy: a draft stays iff it is the full model's most likely token. Sampled (Leviathan et al., arXiv 2211.17192,
-algorithm 1), with q the distribution a draft x was drawn from and p the full model's, both shaped alike:
+Greedy: a draft is accepted iff it is the full model's most likely token. Sampled (Leviathan et al., arXiv 2211.17192,
+algorithm 1), with q the distribution that draft x was drawn from and p the full model's, both shaped alike:
 
-    x stays with probability min(1, p(x) / q(x)); else the token is drawn from max(0, p - q) / sum max(0, p - q)
+    accept x with probability min(1, p(x) / q(x)); else draw the token from max(0, p - q) / sum max(0, p - q)
 
-so that a token is distributed as p whatever q is. The first draft that does not stay ends the check: the drafts after
-it followed a token that is not there. Drafting, accepting and redrawing have random numbers of their own at each
-position; after a cut a position is drafted again with the same number, which the tokens before it never depended on.
+so the token is distributed as p for every q. Verification ends at the first rejected draft, because later drafts
+followed a token that is not in the output. Drafting, accepting and redrawing use separate random numbers at each
+position; after a rejection a position is drafted again with the same number, which does not depend on earlier tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Draft:
 
     Attributes:
         token: its id.
-        exit, layer, confidence: of the exit it comes from, as in a reading.
-        distribution: `[v]`, fp64, q, which it was drawn from; None when it was chosen greedily.
+        exit, layer, confidence: the exit that proposed it, see `ExitOutput`.
+        distribution: `[v]`, fp64, the distribution q it was drawn from; None if it was chosen greedily.
     """
 
     token: int
@@ -47,18 +47,18 @@ def verify(
     previous: Sequence[int],
     num_prompt: int = 0,
 ) -> Iterator[tuple[int, bool]]:
-    """The full model's tokens in place of drafts, up to the first that differs.
+    """The full model's tokens in place of the drafts, up to the first rejected one.
 
     Args:
-        logits: `[m, v]`, the full model's for the places of the drafts; m >= len(drafts).
+        logits: `[m, v]`, the full model's logits for the drafted tokens; m >= len(drafts).
         drafts: in order, at least one.
-        params: of the sequence.
-        position: of the first draft in its sequence.
-        previous: the sequence's tokens before it; () where no penalty looks at them.
-        num_prompt: how many of these tokens are the prompt.
+        params: the sequence's sampling parameters.
+        position: position of the first draft in its sequence.
+        previous: the sequence's tokens before it; may be () without a penalty.
+        num_prompt: number of these tokens that are the prompt.
 
     Yields:
-        (token, whether it is the draft).
+        (token, whether the draft is accepted).
     """
     tokens = list(previous)
     best: Sequence[int] = ()
@@ -84,5 +84,5 @@ def _accept_or_redraw(
     if accepts(float(p[draft.token] / q[draft.token]), uniform(params.seed, position, "accept")):
         return draft.token
     rest = (p - q).clamp(min=0.0)
-    # Rejected although p and q differ by rounding alone: then p itself is as good.
+    # Rejected although p and q differ only by rounding: draw from p itself.
     return draw(rest if float(rest.sum()) > 0.0 else p, uniform(params.seed, position, "redraw"))

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A GPT with exits on one device, as the decoding engine wants it (`DecodingModel`).
+"""A GPT with exits on one device that implements `DecodingModel`.
 
     x' = x + W_o attention(W_qkv norm(x));   x'' = x' + W_2 act(W_1 norm(x'))
 
@@ -19,17 +19,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-from nemo_ee.generation.decoding_model import TokenPositions
-from nemo_ee.runtime.attention import Placement, RuntimeCache
+from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
+from nemo_ee.generation.kv_cache import KVCache, Placement
+from nemo_ee.generation.rotary import RotaryTable
 from nemo_ee.runtime.exported_model import ExportedModel
 from nemo_ee.runtime.linear import Linear
 from nemo_ee.runtime.norm import Norm
-from nemo_ee.runtime.rotary import RotaryTable, inverse_frequencies
+from nemo_ee.runtime.rotary import inverse_frequencies
 
 
 def _gated_silu(inner: Tensor) -> Tensor:
@@ -86,11 +88,11 @@ class Weights:
     heads: dict[str | None, HeadWeights]
 
 
-class RuntimeModel:
+class RuntimeModel(DecodingModel):
     """A `DecodingModel` over loaded weights; made by `nemo_ee.runtime.loader.load_model`.
 
     Attributes:
-        config: what it is, with its exits; `architecture`: without.
+        config: sizes, family and exits; `architecture`: without the exits.
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
     """
 
@@ -104,18 +106,30 @@ class RuntimeModel:
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None
         if not architecture.learned_positions:
-            self._rotary = RotaryTable(inverse_frequencies(architecture), self.device)
+            frequencies = inverse_frequencies(architecture)
+            self._rotary = RotaryTable(
+                lambda length: torch.arange(length).float()[:, None] * frequencies, device=self.device
+            )
+        # Every segment of a forward pass needs the same rotations, and exits are evaluated in between.
+        self._rotations: WeakKeyDictionary[TokenPositions, Tensor] = WeakKeyDictionary()
         self._num_heads, self._num_kv_heads = architecture.num_attention_heads, architecture.num_query_groups
-        self._num_turned = self._num_heads + self._num_kv_heads
+        self._num_rotated = self._num_heads + self._num_kv_heads
         self._activate = ACTIVATIONS[architecture.hidden_act]
         self._head_dim = architecture.kv_channels
         self._scale = self._head_dim**-0.5
 
-    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> RuntimeCache:
-        """Room for every layer (slots 0..L-1) and every active `layer` exit (slot = its name)."""
+    def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> KVCache:
+        """Storage for every layer (slots 0..L-1) and every active `layer` exit (slot = its name)."""
         own = [name for name in active_exits if self.weights.heads[name].layer is not None]
-        shape = (num_sequences, 2 * self._num_kv_heads, max_length, self._head_dim)
-        return RuntimeCache([*range(self.num_layers), *own], shape, self._cache_dtype, self.device)
+        return KVCache(
+            [*range(self.num_layers), *own],
+            num_sequences,
+            max_length,
+            self._num_kv_heads,
+            self._head_dim,
+            self._cache_dtype,
+            self.device,
+        )
 
     @torch.inference_mode()
     def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
@@ -123,40 +137,40 @@ class RuntimeModel:
         hidden, learned = F.embedding(tokens, self.weights.embedding).to(self.dtype), self.weights.positions
         if learned is None:
             return hidden
-        return hidden + F.embedding(positions.position, positions)
+        return hidden + F.embedding(positions.position, learned)
 
     @torch.inference_mode()
-    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: RuntimeCache) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: KVCache) -> Tensor:
         """Run the half layers (start, stop]; odd ones are attention, even ones MLPs. `hidden`: `[n, h]`."""
-        placement, rotation = self._place(positions)
-        cache.reach(positions.groups)  # exits write at positions that have come to them, so these are all
+        placement, rotation = cache.place(positions), self._rotation(positions)
         for half in range(start, stop):
             layer = self.weights.layers[half >> 1]
             if half & 1:
                 hidden = self._mlp(layer.mlp, hidden)
             else:
-                hidden = self._attention(layer, hidden, placement, rotation, cache.slabs[half >> 1])
+                hidden = self._attention(layer, hidden, placement, rotation, cache, half >> 1)
         return hidden
 
     @torch.inference_mode()
-    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: RuntimeCache) -> None:
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: KVCache) -> None:
         """A `layer` exit writes its keys and values; other exits do nothing. `hidden`: `[n, h]`."""
         layer = self.weights.heads[name].layer
         if layer is not None:
-            self._remember(layer, hidden, positions, cache.slabs[name])
+            self._write_kv(layer, hidden, positions, cache, name)
 
     @torch.inference_mode()
-    def propagate(self, hidden: Tensor, positions: TokenPositions, stop: int, cache: RuntimeCache) -> None:
+    def propagate(self, hidden: Tensor, positions: TokenPositions, stop: int, cache: KVCache) -> None:
         """Write keys and values of all layers past `stop` as if `hidden` `[n, h]` came in (`runtime.propagation`)."""
         for index in range((stop + 1) // 2, self.num_layers):
-            self._remember(self.weights.layers[index], hidden, positions, cache.slabs[index])
+            self._write_kv(self.weights.layers[index], hidden, positions, cache, index)
 
     @torch.inference_mode()
-    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: RuntimeCache) -> Tensor:
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: KVCache) -> Tensor:
         """Logits of an exit, or of the final exit (None). `hidden`: `[n, h]`. Returns `[n, v]`, fp32."""
         head = self.weights.heads[name]
         if head.layer is not None:
-            hidden = self._attention(head.layer, hidden, *self._place(positions), cache.slabs[name])
+            placement, rotation = cache.place(positions), self._rotation(positions)
+            hidden = self._attention(head.layer, hidden, placement, rotation, cache, name)
             hidden = self._mlp(head.layer.mlp, hidden)
         if head.mlp is not None:
             hidden = self._mlp(head.mlp, hidden)
@@ -167,39 +181,45 @@ class RuntimeModel:
     def _mlp(self, mlp: MlpWeights, hidden: Tensor) -> Tensor:
         return mlp.fc2.added_to(hidden, self._activate(mlp.fc1(mlp.norm(hidden))))
 
-    def _place(self, positions: TokenPositions) -> tuple[Placement, Tensor | None]:
-        """Where the positions stand, and their rotation, `[n, 1, d/2]`; None without rotary positions.
-
-        Kept with the positions, since every segment of a flight asks for the same, and others may ask in between.
-        """
-        kept = positions.__dict__.get("placed")
-        if kept is None or kept[0] is not self:
-            rotation = None if self._rotary is None else self._rotary.at(positions)
-            kept = positions.__dict__["placed"] = self, Placement(positions, self._cache_dtype), rotation
-        return kept[1], kept[2]
+    def _rotation(self, positions: TokenPositions) -> Tensor | None:
+        """The rotation of each row, `[n, 1, d/2]`; None without rotary positions."""
+        if self._rotary is None:
+            return None
+        found = self._rotations.get(positions)
+        if found is None:
+            found = self._rotations[positions] = self._rotary.at(positions)
+        return found
 
     def _heads(self, layer: LayerWeights, hidden: Tensor, rotation: Tensor | None) -> Tensor:
-        """`[n, h]` -> queries, keys and values `[n, H + 2K, d]` in the cache's dtype, turned to their positions."""
+        """`[n, h]` -> queries, keys and values `[n, H + 2K, d]` in the cache's dtype, rotated to their positions."""
         heads = layer.qkv(layer.norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
         if layer.heads_norm is not None:
-            turned, epsilon = heads[:, : self._num_turned].float(), self.architecture.norm_epsilon
-            heads[:, : self._num_turned] = F.rms_norm(turned, (self._head_dim,), eps=epsilon) * layer.heads_norm
+            rotated, epsilon = heads[:, : self._num_rotated].float(), self.architecture.norm_epsilon
+            heads[:, : self._num_rotated] = F.rms_norm(rotated, (self._head_dim,), eps=epsilon) * layer.heads_norm
         if rotation is not None:
-            # A pair of neighbouring numbers is a complex one; values, which stand last, are not turned.
+            # A pair of neighbouring numbers is one complex number. Values come last and are not rotated.
             heads = heads.float()
-            heads[:, : self._num_turned].view(torch.complex64).mul_(rotation)
+            heads[:, : self._num_rotated].view(torch.complex64).mul_(rotation)
         return heads.to(self._cache_dtype)
 
     def _attention(
-        self, layer: LayerWeights, hidden: Tensor, placement: Placement, rotation: Tensor | None, slab: Tensor
+        self,
+        layer: LayerWeights,
+        hidden: Tensor,
+        placement: Placement,
+        rotation: Tensor | None,
+        cache: KVCache,
+        slot: int | str,
     ) -> Tensor:
         """A layer's attention and residual. `hidden`: `[n, h]`, as is the result."""
         heads, num_heads = self._heads(layer, hidden, rotation), self._num_heads
-        placement.write(heads[:, num_heads:], slab)
-        attended = placement.attend(heads[:, :num_heads], slab, self._scale).to(hidden.dtype)
+        cache.write(slot, placement, heads[:, num_heads:])
+        attended = cache.attend(slot, placement, heads[:, :num_heads], self._scale).to(hidden.dtype)
         return layer.proj.added_to(hidden, attended)
 
-    def _remember(self, layer: LayerWeights, hidden: Tensor, positions: TokenPositions, slab: Tensor) -> None:
+    def _write_kv(
+        self, layer: LayerWeights, hidden: Tensor, positions: TokenPositions, cache: KVCache, slot: int | str
+    ) -> None:
         """Keys and values of a layer, without its attention. `hidden`: `[n, h]`."""
-        placement, rotation = self._place(positions)
-        placement.write(self._heads(layer, hidden, rotation)[:, self._num_heads :], slab)
+        heads = self._heads(layer, hidden, self._rotation(positions))
+        cache.write(slot, cache.place(positions), heads[:, self._num_heads :])

@@ -4,10 +4,10 @@
 
     K_l(t) = W_k norm_l(h_exit(t)),  V_l(t) = W_v norm_l(h_exit(t))   for every skipped layer l
 
-(the state propagation of CALM, arXiv 2207.07061, section 3.3). Nothing waits and nothing is computed later, so the
-result is an approximation, also for the tokens that go to full depth. It is what an engine can do that keeps one
-cache length for all layers and decides once for the whole batch, and is here as the reference for exports to such
-engines: a step's tokens leave at an exit iff that exit is confident of every one of them. `generation.engine` is exact.
+(the state propagation of CALM, arXiv 2207.07061, section 3.3). No token is pending and nothing is computed later, so
+the result is an approximation, also for tokens that run to full depth. It suits an engine that keeps one cache length
+for all layers and decides once for the whole batch, and is the reference for exports to such engines: the tokens of a
+step leave at an exit iff the confidence of every one of them passes. `generation.engine` is exact.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class PropagationResult:
 
 
 class PropagatingBatch:
-    """The cache of a batch of sequences, and one forward pass after another.
+    """A batch of sequences with its cache; each `feed` is one forward pass.
 
     Args:
-        model: what to run.
+        model: the model.
         exits: exits to evaluate, in the model's order.
-        criterion: of the confidence.
-        num_sequences, max_length: room in the cache.
+        criterion: criterion of the confidence.
+        num_sequences, max_length: size of the cache.
     """
 
     def __init__(
@@ -50,17 +50,18 @@ class PropagatingBatch:
         self.cache = model.new_cache(num_sequences, max_length, ())
 
     def feed(self, tokens: Mapping[int, tuple[int, Sequence[int]]], *, evaluating: bool) -> tuple[str | None, Tensor]:
-        """Run tokens of some sequences, each from a first position on, and read the last of each sequence.
+        """Run tokens of some sequences, each from a first position on, and read the last token of each sequence.
 
         Args:
             tokens: sequence -> (first position, tokens), sequences ascending.
-            evaluating: evaluate the exits, in a step of one token per sequence; False runs to full depth, as for prompts.
+            evaluating: evaluate the exits, in a step of one token for each sequence; False runs to full depth, as for
+                prompts.
 
         Returns:
-            The exit that the logits are from (None = the final exit), and logits `[sequences, v]`, fp32.
+            Name of the exit of the logits (None = the final exit), and logits `[sequences, v]`, fp32.
         """
-        positions = {sequence: range(first, first + len(own)) for sequence, (first, own) in tokens.items()}
-        positions = TokenPositions.of(positions, self.model.device)
+        spans = {sequence: range(first, first + len(own)) for sequence, (first, own) in tokens.items()}
+        positions = TokenPositions.of(spans, self.model.device)
         flat = torch.tensor([token for _, own in tokens.values() for token in own], device=self.model.device)
         hidden, depth = self.model.embed(flat, positions), 0
         for exit in self.exits if evaluating else ():
@@ -89,45 +90,47 @@ def generate_propagating(
     Args:
         prompts: token ids of each sequence, ragged.
         max_new_tokens: one per prompt, from 1.
-        policy: thresholds; without a cap on waiting tokens, since none wait.
+        policy: thresholds; without a cap on pending tokens, because none are pending.
         stop_tokens: ids that end a sequence.
 
     Raises:
         ValueError: an exit that attends, a cap, or sequences that do not fit the model.
     """
-    evaluated = _checked(model, prompts, max_new_tokens, policy)
+    exits = _checked(model, prompts, max_new_tokens, policy)
     lengths = [len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True)]
-    batch = PropagatingBatch(model, evaluated, policy.criterion, len(prompts), max(lengths))
+    batch = PropagatingBatch(model, exits, policy.criterion, len(prompts), max(lengths))
     tokens: list[list[int]] = [[] for _ in prompts]
-    exits: list[list[str | None]] = [[] for _ in prompts]
+    read_from: list[list[str | None]] = [[] for _ in prompts]
     feed = {sequence: (0, list(prompt)) for sequence, prompt in enumerate(prompts)}
     evaluating = False
     while feed:
         exit, logits = batch.feed(feed, evaluating=evaluating)
         for sequence, token in zip(feed, logits.argmax(dim=-1).tolist(), strict=True):
             tokens[sequence].append(token)
-            exits[sequence].append(exit)
+            read_from[sequence].append(exit)
         feed = {
             sequence: (first + len(own), tokens[sequence][-1:])
             for sequence, (first, own) in feed.items()
             if len(tokens[sequence]) < max_new_tokens[sequence] and tokens[sequence][-1] not in stop_tokens
         }
         evaluating = True
-    return PropagationResult(tuple(map(tuple, tokens)), tuple(map(tuple, exits)))
+    return PropagationResult(tuple(map(tuple, tokens)), tuple(map(tuple, read_from)))
 
 
 def _checked(
     model: RuntimeModel, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], policy: ExitPolicy
 ) -> tuple[EvaluatedExit, ...]:
-    evaluated, problems = policy.evaluated_exits(model.exits), []
-    attending = [exit.point.name for exit in evaluated if model.weights.heads[exit.point.name].layer is not None]
+    exits, problems = policy.evaluated_exits(model.exits), []
+    attending = [exit.point.name for exit in exits if model.weights.heads[exit.point.name].layer is not None]
     if attending:
         problems.append(
             f"exits {', '.join(attending)} have a transformer layer of their own, whose keys and values kv: propagate "
             "does not keep; leave them out (ExitPolicy(active=...))"
         )
     if policy.max_pending_tokens is not None:
-        problems.append(f"max_pending_tokens={policy.max_pending_tokens}: with kv: propagate no token waits; use None")
+        problems.append(
+            f"max_pending_tokens={policy.max_pending_tokens}: with kv: propagate no token is pending; use None"
+        )
     if len(prompts) != len(max_new_tokens) or not prompts:
         problems.append(f"{len(prompts)} prompts and {len(max_new_tokens)} max_new_tokens: give one number per prompt")
     for index, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=False)):
@@ -138,4 +141,4 @@ def _checked(
             )
     if problems:
         raise ValueError("; ".join(problems))
-    return evaluated
+    return exits

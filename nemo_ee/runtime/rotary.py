@@ -1,11 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions as complex numbers: a pair of dimensions of a head is one number, turned by exp(i m f).
+"""Rotary frequencies of a Hugging Face config, and the order of dimensions that the runtime stores.
 
-    (q[2j] + i q[2j+1]) * exp(i m f_j)     at position m (RoFormer, arXiv 2104.09864, equation 34)
-
-Hugging Face pairs dimension j with j + d/2; the loader reorders the rows of the query and key projections once
-(`pairs_together`), which changes no attention score, so that one multiplication turns all heads.
+Hugging Face pairs dimension j with j + d/2. The loader reorders the rows of the query and key projections once
+(`pairs_together`), which changes no attention score, so that one complex multiplication rotates all heads
+(`nemo_ee.generation.rotary`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nemo_ee.families.architecture import Architecture
-from nemo_ee.generation.decoding_model import TokenPositions
 
 
 def pairs_together(rows: Tensor, head_dim: int) -> Tensor:
@@ -42,33 +40,3 @@ def inverse_frequencies(architecture: Architecture) -> Tensor:
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
-
-
-class RotaryTable:
-    """exp(i m f) by position, grown on demand.
-
-    Args:
-        frequencies: `[d/2]`, fp32, from `inverse_frequencies`.
-        device: where the table is.
-    """
-
-    def __init__(self, frequencies: Tensor, device: torch.device) -> None:
-        self._frequencies, self._device = frequencies.to(device), device
-        self._table = torch.empty((0, len(frequencies)), dtype=torch.complex64, device=device)
-
-    def at(self, positions: TokenPositions) -> Tensor:
-        """For the positions' positions. Returns `[n, 1, d/2]`, complex64."""
-        groups = positions.groups
-        table = self._reaching(max(group.length for group in groups))
-        if len(groups) == 1 and isinstance(groups[0].positions, range):
-            return table[groups[0].positions.start : groups[0].length, None]
-        return table[positions.position][:, None]
-
-    def _reaching(self, length: int) -> Tensor:
-        """The table with at least so many positions. Threads may grow it at the same time, each gets one that does."""
-        table = self._table
-        if length > table.shape[0]:
-            length = max(length, 2 * table.shape[0], 256)
-            angles = torch.arange(length, device=self._device).float()[:, None] * self._frequencies
-            table = self._table = torch.polar(torch.ones_like(angles), angles)
-        return table

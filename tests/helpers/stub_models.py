@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.generation.decoding_model import ExitPoint, TokenPositions
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.kv_cache import KVCache
 
 
@@ -51,7 +51,7 @@ class ScriptedCache:
                 places[key] = kept
 
 
-class ScriptedModel:
+class ScriptedModel(DecodingModel):
     """A model whose exits answer by script.
 
     Args:
@@ -163,7 +163,7 @@ class LayerWeights:
     down: Tensor  # [h, f]
 
 
-class TinyTransformer:
+class TinyTransformer(DecodingModel):
     """A causal transformer with learned positions, grouped queries, and exits of the four architectures.
 
     Args:
@@ -213,7 +213,7 @@ class TinyTransformer:
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> KVCache:
         attending = [name for name in active_exits if self.configs[name].architecture == "layer"]
         slots = [*range(1, self.num_layers + 1), *attending]
-        return KVCache(slots, num_sequences, max_length, self.num_kv_heads, self.head_dim)
+        return KVCache(slots, num_sequences, max_length, self.num_kv_heads, self.head_dim, checked=True)
 
     def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
         return self.word_embeddings[tokens] + self.position_embeddings[positions.position]
@@ -245,7 +245,7 @@ class TinyTransformer:
         key, value = (
             (source @ weight.T).unflatten(1, (self.num_kv_heads, self.head_dim)) for weight in (layer.key, layer.value)
         )
-        cache.write(slot, positions, key, value)
+        cache.write(slot, cache.place(positions), torch.cat((key, value), dim=1))
 
     def _attention(
         self, slot: int | str, layer: LayerWeights, hidden: Tensor, positions: TokenPositions, cache: KVCache
@@ -253,7 +253,7 @@ class TinyTransformer:
         source = normed(hidden)
         self._write(slot, layer, source, positions, cache)
         query = (source @ layer.query.T).unflatten(1, (self.num_heads, self.head_dim))
-        return hidden + cache.attend(slot, query, positions, self.scale).flatten(1) @ layer.output.T
+        return hidden + cache.attend(slot, cache.place(positions), query, self.scale) @ layer.output.T
 
 
 def normed(hidden: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`EarlyExitGPTModel` as the decoding engine wants it: half layers on (sequence, position) items, and exits to ask.
+"""`EarlyExitGPTModel` as a `DecodingModel`: half-layer ranges on (sequence, position) rows, and logits of exits.
 
-Megatron's own modules do the work (norms, linears, MLPs, exit heads); attention over keys and values by explicit
-position and the rotary embedding at the items' own positions are done here, because Megatron's inference contexts keep
-one offset for a whole batch and cannot hold ragged sequences.
+Megatron's own modules compute norms, linear layers, MLPs and exit heads. Attention over the KV cache and the rotary
+embedding are computed by `nemo_ee.generation`, because Megatron's inference contexts keep one offset for a whole
+batch and cannot hold ragged sequences.
 
-    q' = q * cos(m f) + rotate(q) * sin(m f)     at position m (RoFormer, arXiv 2104.09864, equation 34)
+n rows are passed to Megatron's modules as [n, 1, h]: s = n, b = 1. Under tensor parallelism every rank runs the same
+rows with its own heads and gets the same gathered logits, so all ranks take the same decisions.
 
-n items are handed to Megatron's modules as [n, 1, h]: s = n, b = 1. Under tensor parallelism every rank runs the same
-items with its own heads and sees the same gathered logits, so that all ranks decide alike.
+Exactness: the rotation equals Megatron's bitwise; attention equals Megatron's within the tolerance of the dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core import parallel_state
@@ -23,31 +24,32 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import LongTensor, Tensor
 from torch.nn.functional import linear
 
-from nemo_ee.generation.decoding_model import ExitPoint, Items
-from nemo_ee.generation.kv_cache import KVCache
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
+from nemo_ee.generation.kv_cache import KVCache, Placement
+from nemo_ee.generation.rotary import RotaryTable, cos_sin, rotate
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 
 
-class MegatronDecodingModel:
+class MegatronDecodingModel(DecodingModel):
     """A `DecodingModel` over a full-depth `EarlyExitGPTModel` on one pipeline stage.
 
     Args:
         model: the model, its weights loaded and in the dtype to decode in.
-        one_of_many: it is one of several stages, and this object runs that stage's own half layers and exits
-            (`pipelined_decoding` puts them together).
+        one_of_many: the model is one of several stages, and this object runs that stage's own half layers and exits
+            (`pipelined_decoding` joins the stages).
 
     Attributes:
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`; exits are the stage's own.
-        dtype: of hidden states.
+        dtype: dtype of hidden states.
 
     Raises:
-        ValueError: a model that cannot decode; one message with every reason and the way out.
+        ValueError: the model cannot decode; one message with every reason and the way out.
     """
 
     def __init__(self, model: EarlyExitGPTModel, *, one_of_many: bool = False) -> None:
-        faults = _faults(model, one_of_many)
-        if faults:
-            raise ValueError("the model cannot decode:\n" + "\n".join(f"  {fault}" for fault in faults))
+        problems = _problems(model, one_of_many)
+        if problems:
+            raise ValueError("the model cannot decode:\n" + "\n".join(f"  {problem}" for problem in problems))
         self.model = model.eval()
         self.num_layers = model.config.num_layers
         self.vocab_size = model.true_vocab_size
@@ -60,7 +62,10 @@ class MegatronDecodingModel:
         self.device, self.dtype = weight.device, weight.dtype
         self._rotary = None
         if model.position_embedding_type == "rope":
-            self._rotary = RotaryTable(model.rotary_pos_emb, device=self.device, dtype=self.dtype)
+            # Megatron's own angles, so any scaling of the frequencies is honoured.
+            self._rotary = RotaryTable(model.rotary_pos_emb.get_freqs_non_repeated, self.device)
+        # Every segment of a forward pass needs the same rotations.
+        self._rotations: WeakKeyDictionary[TokenPositions, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> KVCache:
         """Keys and values of every layer (slots 1..L) and of every active `layer` exit (slot = its name); of a stage
@@ -76,36 +81,37 @@ class MegatronDecodingModel:
             head_dim=attention.hidden_size_per_attention_head,
             dtype=self.dtype,
             device=self.device,
+            checked=True,
         )
 
     @torch.inference_mode()
-    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
+    def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
         """Word embeddings, with learned positions where the model has them. Returns `[n, h]`."""
-        return self.model.embedding(input_ids=tokens[None], position_ids=items.position[None])[:, 0]
+        return self.model.embedding(input_ids=tokens[None], position_ids=positions.position[None])[:, 0]
 
     @torch.inference_mode()
-    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: KVCache) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: KVCache) -> Tensor:
         """Run the half layers (start, stop]; odd ones are attention, even ones MLPs. `hidden`: `[n, h]`."""
         hidden = hidden[:, None]
-        rotation = self._rotation(items)
+        placement, rotation = cache.place(positions), self._rotation(positions)
         for half in range(start + 1, stop + 1):
             index, is_mlp = divmod(half - 1, 2)
             layer = self.model.decoder.layers[index + 1 - self.model.placement.first_layer]
             if is_mlp:
                 hidden = layer._forward_mlp(hidden)
             else:
-                hidden = self._attention_half(layer, hidden, items, rotation, cache, index + 1)
+                hidden = self._attention_half(layer, hidden, placement, rotation, cache, index + 1)
         return hidden[:, 0]
 
     @torch.inference_mode()
-    def write_exit_kv(self, name: str, hidden: Tensor, items: Items, cache: KVCache) -> None:
-        """A `layer` exit writes its keys and values for items it is not asked about; other exits do nothing."""
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: KVCache) -> None:
+        """A `layer` exit writes its keys and values for rows that are not evaluated; other exits do nothing."""
         head = self.model.exits[name]
         if head.exit.architecture == "layer":
-            self._write(head.layer, hidden[:, None], items, self._rotation(items), cache, name)
+            self._write(head.layer, hidden[:, None], cache.place(positions), self._rotation(positions), cache, name)
 
     @torch.inference_mode()
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: KVCache) -> Tensor:
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: KVCache) -> Tensor:
         """Logits of an exit, or of the final exit (None). Returns `[n, vocab_size]`, fp32, on every rank."""
         hidden = hidden[:, None]
         if name is None:
@@ -114,7 +120,7 @@ class MegatronDecodingModel:
         else:
             head = self.model.exits[name]
             if head.exit.architecture == "layer":
-                hidden = self._attention_half(head.layer, hidden, items, self._rotation(items), cache, name)
+                hidden = self._attention_half(head.layer, hidden, positions, self._rotation(positions), cache, name)
                 hidden = head.layer._forward_mlp(hidden)
             terms = head.output_terms(head.after_layer(hidden))
         logits = sum(linear(own, weight) for own, weight in terms)[:, 0]
@@ -122,31 +128,37 @@ class MegatronDecodingModel:
             logits = gather_from_tensor_model_parallel_region(logits)  # [n, v/tp] -> [n, v]
         return logits[:, : self.vocab_size].float()
 
-    def _rotation(self, items: Items) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines at the items' positions; None without rotary embedding."""
-        return None if self._rotary is None else self._rotary.at(items)
+    def _rotation(self, positions: TokenPositions) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines at the positions' positions; None without rotary embedding."""
+        if self._rotary is None:
+            return None
+        found = self._rotations.get(positions)
+        if found is None:
+            interleaved = self.model.config.rotary_interleaved
+            found = cos_sin(self._rotary.at(positions), interleaved=interleaved, dtype=self.dtype)
+            self._rotations[positions] = found
+        return found
 
     def _attention_half(
         self,
         layer: TransformerLayer,
         hidden: Tensor,
-        items: Items,
+        placement: Placement,
         rotation: tuple[Tensor, Tensor] | None,
         cache: KVCache,
         slot: Hashable,
     ) -> Tensor:
         """A layer's attention and residual. `hidden`: `[n, 1, h]`, as is the result."""
-        query = self._write(layer, hidden, items, rotation, cache, slot)
-        attended = cache.attend(slot, query, items, self._scale(layer))
-        # [n, heads/tp, d] -> [n, 1, heads/tp * d]
-        update, bias = layer.self_attention.linear_proj(attended.flatten(1)[:, None])
+        query = self._write(layer, hidden, placement, rotation, cache, slot)
+        attended = cache.attend(slot, placement, query, self._scale(layer))  # [n, heads/tp * d]
+        update, bias = layer.self_attention.linear_proj(attended[:, None])
         return hidden + (update if bias is None else update + bias)
 
     def _write(
         self,
         layer: TransformerLayer,
         hidden: Tensor,
-        items: Items,
+        placement: Placement,
         rotation: tuple[Tensor, Tensor] | None,
         cache: KVCache,
         slot: Hashable,
@@ -160,7 +172,7 @@ class MegatronDecodingModel:
             # Queries and keys in one go: decoding one token at a time is bound by the number of operations.
             both = rotate(torch.cat((query, key), dim=1), *rotation, interleaved=self.model.config.rotary_interleaved)
             query, key = both.split((query.shape[1], key.shape[1]), dim=1)
-        cache.write(slot, items, key, value)
+        cache.write(slot, placement, torch.cat((key, value), dim=1))
         return query
 
     def _scale(self, layer: TransformerLayer) -> float:
@@ -168,83 +180,36 @@ class MegatronDecodingModel:
         return layer.self_attention.hidden_size_per_attention_head**-0.5 if own is None else own
 
 
-class RotaryTable:
-    """Cosines and sines of a model's rotary embedding by position, computed once and grown on demand.
-
-    Args:
-        embedding: Megatron's `RotaryEmbedding`; its `inv_freq` is taken as it is, so any scaling is honoured.
-        device, dtype: of the tables; the angles are computed in fp32.
-    """
-
-    def __init__(self, embedding: torch.nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._embedding, self._device, self._dtype = embedding, device, dtype
-        self._cos = self._sin = torch.empty(0, 1, 0)
-
-    def at(self, items: Items) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[n, 1, r]` for `rotate`; r = rotated dimensions of a head."""
-        needed = max((group.length for group in items.groups), default=0)
-        if needed > self._cos.shape[0]:
-            self._grow(max(needed, 2 * self._cos.shape[0], 256))
-        return self._cos[items.position], self._sin[items.position]
-
-    def _grow(self, length: int) -> None:
-        angles = self._embedding.get_freqs_non_repeated(length).to(self._device)  # [length, r/2], fp32
-        cos, sin = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
-        if self._embedding.rotary_interleaved:
-            cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-        else:
-            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        self._cos, self._sin = cos[:, None], sin[:, None]
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn every pair of dimensions of each head by its angle.
-
-    Args:
-        heads: `[n, heads, d]`; dimensions past r are left alone.
-        cos, sin: `[n, 1, r]` from `RotaryTable`; the sine of a pair's first dimension is already negated.
-        interleaved: pairs are (0, 1), (2, 3), ...; otherwise (0, r/2), (1, r/2 + 1), ...
-    """
-    size = cos.shape[-1]
-    turned = heads if size == heads.shape[-1] else heads[..., :size]
-    if interleaved:
-        swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        swapped = turned.roll(size // 2, dims=-1)
-    turned = turned * cos + swapped * sin
-    return turned if size == heads.shape[-1] else torch.cat((turned, heads[..., size:]), dim=-1)
-
-
-def _faults(model: EarlyExitGPTModel, one_of_many: bool) -> list[str]:
+def _problems(model: EarlyExitGPTModel, one_of_many: bool) -> list[str]:
     """Why this model cannot decode, with the way out."""
-    config, faults = model.config, []
+    config, problems = model.config, []
     if config.pipeline_model_parallel_size > 1:
         if not one_of_many:
-            faults.append(
+            problems.append(
                 f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: this is one stage of several; "
                 "join them with nemo_ee.megatron.decoding.pipelined_decoding.open_decoding_model"
             )
     elif len(model.decoder.layers) < config.num_layers or not model.post_process:
-        faults.append(
+        problems.append(
             f"only {len(model.decoder.layers)} of {config.num_layers} layers and "
             f"{'the' if model.post_process else 'no'} final exit were built; build the model with full_depth=True"
         )
     if config.sequence_parallel:
-        faults.append(
+        problems.append(
             "sequence_parallel=True shards a sequence that decoding sees one token at a time; set it to False "
             "(the checkpoint does not depend on it)"
         )
     if config.context_parallel_size > 1:
-        faults.append(f"context_parallel_size={config.context_parallel_size} is not supported; set it to 1")
+        problems.append(f"context_parallel_size={config.context_parallel_size} is not supported; set it to 1")
     if config.window_size is not None:
-        faults.append(f"window_size={config.window_size}: sliding-window attention is not supported; set it to null")
+        problems.append(f"window_size={config.window_size}: sliding-window attention is not supported; set it to null")
     if config.multi_latent_attention:
-        faults.append("multi_latent_attention=True is not supported")
+        problems.append("multi_latent_attention=True is not supported")
     if config.no_rope_freq:
-        faults.append(f"no_rope_freq={config.no_rope_freq}: layers without rotary embedding are not supported")
+        problems.append(f"no_rope_freq={config.no_rope_freq}: layers without rotary embedding are not supported")
     if model.position_embedding_type not in ("rope", "learned_absolute", "none"):
-        faults.append(
+        problems.append(
             f"position_embedding_type={model.position_embedding_type!r} is not supported; "
             "use rope, learned_absolute or none"
         )
-    return faults
+    return problems

@@ -1,23 +1,24 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding over pipeline stages: the engine runs on the first stage, the others do as they are told.
+"""Decoding over pipeline stages: the engine runs on the first stage, the other stages execute its commands.
 
     engine -> PipelinedDecodingModel (first stage)          DecodingStage (every later stage)
       embed, run its own half layers
-      run(start, stop] past them       -- RUN, hidden -->   run its half layers, keep the result [n, h] here,
+      run(start, stop] past them     -- RUN, hidden -->     run its half layers, keep the result [n, h] here,
                                                             or pass it on to the next stage
-      ask an exit or the final one     -- ASK -->           the head's logits
-                                       <-- [n, v] --
-      observe, truncate, new cache     -- ... -->
+      logits of an exit              -- EXIT_LOGITS -->     evaluate the head
+                                     <-- [n, v] --
+      write_exit_kv, truncate, new_cache  -- ... -->
 
-For the engine this is one `DecodingModel`: policy, sampling, waiting lists and stops are untouched, so tokens, exits
-and confidences are those of one stage. Hidden states past the first stage stay where they were computed, filed under
-(sequence, position); the engine holds tensors `[n, 0]` in their place. That is enough because it never goes back to a
-state once it has run on from it.
+For the engine this is one `DecodingModel`: policy, sampling, pending tokens and stops are the same as on one stage, so
+tokens, exits and confidences are too. Hidden states past the first stage stay where they were computed, indexed by
+(sequence, position); the engine holds tensors `[n, 0]` in their place. This is sufficient because the engine never
+returns to a state after it has run on from it.
 
-Only ASK waits. A token that leaves on the first stage goes into its next step at once, and what it still owes deeper
-layers is sent on after a few such tokens (`run_pending_after`) as a RUN nobody waits for: later stages fill in meanwhile.
-A token that leaves on a later stage costs the answer's way back; its fill-in too runs beside the next token.
+Only EXIT_LOGITS waits for an answer. A token that leaves on the first stage is followed by the next token at once. Its
+deeper layers run later, after a few such tokens (`run_pending_after`), by a RUN that the first stage does not wait
+for, so later stages work meanwhile. A token that leaves on a later stage costs the answer's way back; its deeper
+layers also run beside the next token.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.generation.decoding_model import ExitPoint, Items
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.kv_cache import KVCache
 from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
-from nemo_ee.megatron.decoding.stage_lines import FINAL_EXIT, Command, Op, StageLines, items_of, numbers_of
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.decoding.stage_lines import FINAL_EXIT, Command, Op, StageLines, decode_positions, encode_positions
 
-# How many tokens of a sequence wait before they are sent on. More of them run in one batch and so cost later stages
-# (and the rest of the first one) less; fewer leave less to do when a token goes deep.
+# Number of pending tokens of a sequence at which they run. More of them in one batch cost later stages (and the rest
+# of the first stage) less; fewer leave less to do when a token goes deep.
 RUN_PENDING_AFTER = 8
 
 
@@ -49,11 +50,11 @@ def open_decoding_model(
 
     Args:
         model: this rank's stage, at full depth, its weights loaded and in the dtype to decode in.
-        placements: of all stages.
-        timeout_minutes: a stage that does not answer for this long ends the run.
+        placements: placements of all stages.
+        timeout_minutes: longest time to wait for a stage; then the run ends with an error.
 
     Returns:
-        On a single stage, and on the first of several, what `EarlyExitEngine` takes; on the others a `DecodingStage`,
+        On a single stage, and on the first of several, a model for `EarlyExitEngine`; on the others a `DecodingStage`,
         whose `serve` must be called.
 
     Raises:
@@ -68,11 +69,11 @@ def open_decoding_model(
 
 
 class _Pipeline:
-    """What every stage knows of the whole.
+    """Facts about the whole pipeline that every stage has.
 
     Attributes:
-        exits: of all stages, as in `DecodingModel`.
-        ends: the last stop of each stage.
+        exits: the exits of all stages, as in `DecodingModel`.
+        ends: last stop of each stage.
     """
 
     def __init__(self, own: MegatronDecodingModel, placements: Sequence[StagePlacement], lines: StageLines) -> None:
@@ -89,7 +90,7 @@ class _Pipeline:
 
 
 class PipelineCache:
-    """The first stage's keys and values, and the name under which later stages have theirs."""
+    """The first stage's cache, and the number under which later stages keep theirs."""
 
     def __init__(self, number: int, own: KVCache, lines: StageLines) -> None:
         self.number, self.own, self._lines = number, own, lines
@@ -101,10 +102,10 @@ class PipelineCache:
             self._lines.command(stage, Command(Op.TRUNCATE, self.number, sequence, length))
 
 
-class PipelinedDecodingModel(_Pipeline):
+class PipelinedDecodingModel(_Pipeline, DecodingModel):
     """A `DecodingModel` on the first stage of several. Made by `open_decoding_model`.
 
-    Use it as a context manager, or call `close`: it lets the other stages go.
+    Use it as a context manager, or call `close`, which ends `serve` on the other stages.
 
     Attributes:
         num_layers, vocab_size, max_positions, exits, device, run_pending_after: see `DecodingModel`.
@@ -132,28 +133,28 @@ class PipelinedDecodingModel(_Pipeline):
     def close(self) -> None:
         """Let the other stages go; nothing when that has happened, or when one of them is gone."""
         if self._is_open and not self.lines.is_broken:
-            self._tell_all(Command(Op.CLOSE))
+            self._send_to_all(Command(Op.CLOSE))
             self.lines.drain()
         self._is_open = False
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> PipelineCache:
-        """Keys and values on every stage."""
+        """A cache on every stage."""
         while self._dropped:
-            self._tell_all(Command(Op.DROP_CACHE, self._dropped.pop()))
+            self._send_to_all(Command(Op.DROP_CACHE, self._dropped.pop()))
         own = self.own.new_cache(num_sequences, max_length, active_exits)
         cache = PipelineCache(self._num_caches, own, self.lines)
         self._num_caches += 1
         weakref.finalize(cache, self._dropped.append, cache.number)
         active = [self._number_of[name] for name in active_exits]
-        self._tell_all(Command(Op.NEW_CACHE, cache.number, num_sequences, max_length, active))
+        self._send_to_all(Command(Op.NEW_CACHE, cache.number, num_sequences, max_length, active))
         return cache
 
-    def embed(self, tokens: LongTensor, items: Items) -> Tensor:
+    def embed(self, tokens: LongTensor, positions: TokenPositions) -> Tensor:
         """See `MegatronDecodingModel`. Returns `[n, h]`."""
-        return self.own.embed(tokens, items)
+        return self.own.embed(tokens, positions)
 
     @torch.inference_mode()
-    def run(self, hidden: Tensor, items: Items, start: int, stop: int, cache: PipelineCache) -> Tensor:
+    def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: PipelineCache) -> Tensor:
         """Run the half layers (start, stop], without waiting for those of other stages.
 
         Args:
@@ -166,49 +167,53 @@ class PipelinedDecodingModel(_Pipeline):
             return hidden
         end = self.ends[0]
         if stop > end:
-            self._tell(start, stop, Command(Op.RUN, cache.number, start, stop, numbers_of(items)))
+            self._send_to(start, stop, Command(Op.RUN, cache.number, start, stop, encode_positions(positions)))
         if start < end:
-            hidden = self.own.run(hidden, items, start, min(stop, end), cache.own)
+            hidden = self.own.run(hidden, positions, start, min(stop, end), cache.own)
         if stop <= end:
             return hidden
         if start <= end:
             self.lines.send(1, hidden)
-        return hidden.new_empty(len(items), 0)
+        return hidden.new_empty(len(positions), 0)
 
-    def write_exit_kv(self, name: str, hidden: Tensor, items: Items, cache: PipelineCache) -> None:
+    def write_exit_kv(self, name: str, hidden: Tensor, positions: TokenPositions, cache: PipelineCache) -> None:
         """See `MegatronDecodingModel`; `hidden` as in `run`."""
         stage = self._holder_of[name]
         if stage == 0:
-            self.own.write_exit_kv(name, hidden, items, cache.own)
+            self.own.write_exit_kv(name, hidden, positions, cache.own)
         else:
             number = self._number_of[name]
-            self.lines.command(stage, Command(Op.OBSERVE, cache.number, number, numbers=numbers_of(items)))
+            self.lines.command(
+                stage, Command(Op.WRITE_EXIT_KV, cache.number, number, numbers=encode_positions(positions))
+            )
 
     @torch.inference_mode()
-    def exit_logits(self, name: str | None, hidden: Tensor, items: Items, cache: PipelineCache) -> Tensor:
+    def exit_logits(self, name: str | None, hidden: Tensor, positions: TokenPositions, cache: PipelineCache) -> Tensor:
         """See `MegatronDecodingModel`; `hidden` as in `run`. Waits for the stage that has the exit."""
         stage = self._holder_of[name]
         if stage == 0:
-            return self.own.exit_logits(name, hidden, items, cache.own)
-        self.lines.command(stage, Command(Op.ASK, cache.number, self._number_of[name], numbers=numbers_of(items)))
-        shape = (len(items), self.vocab_size)
+            return self.own.exit_logits(name, hidden, positions, cache.own)
+        self.lines.command(
+            stage, Command(Op.EXIT_LOGITS, cache.number, self._number_of[name], numbers=encode_positions(positions))
+        )
+        shape = (len(positions), self.vocab_size)
         return self.lines.receive(stage, shape, self.own.dtype, self.device).float()
 
-    def _tell(self, start: int, stop: int, command: Command) -> None:
-        """Tell the later stages that have rows at `start`, or half layers in (start, stop]."""
+    def _send_to(self, start: int, stop: int, command: Command) -> None:
+        """Send a command to the later stages that have rows at `start`, or half layers in (start, stop]."""
         for stage in range(1, self.lines.num_stages):
             if self.ends[stage] >= start and self.ends[stage - 1] < stop:
                 self.lines.command(stage, command)
 
-    def _tell_all(self, command: Command) -> None:
+    def _send_to_all(self, command: Command) -> None:
         for stage in range(1, self.lines.num_stages):
             self.lines.command(stage, command)
 
 
 class StageCache:
-    """Keys and values of a later stage, and the newest hidden state of each (sequence, position) that stands on it.
+    """The cache of a later stage, and the newest hidden state of each (sequence, position) that is on this stage.
 
-    `states`: `[num_sequences, max_length, h]`; a state counts as long as the first stage refers to it.
+    `states`: `[num_sequences, max_length, h]`; a state is in use as long as the first stage refers to it.
     """
 
     def __init__(self, own: KVCache, states: Tensor) -> None:
@@ -219,7 +224,7 @@ class DecodingStage(_Pipeline):
     """A later stage. Made by `open_decoding_model`.
 
     Attributes:
-        caches: by number.
+        caches: number of a cache -> cache.
     """
 
     def __init__(self, own: MegatronDecodingModel, placements: Sequence[StagePlacement], lines: StageLines) -> None:
@@ -230,7 +235,7 @@ class DecodingStage(_Pipeline):
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """Do what the first stage says until it lets this one go.
+        """Execute the first stage's commands until it closes.
 
         Raises:
             RuntimeError: another stage has ended or does not answer.
@@ -240,8 +245,8 @@ class DecodingStage(_Pipeline):
             Op.DROP_CACHE: lambda command: self.caches.pop(command.cache),
             Op.TRUNCATE: lambda command: self.caches[command.cache].own.truncate(command.first, command.second),
             Op.RUN: self._run,
-            Op.OBSERVE: self._observe,
-            Op.ASK: self._ask,
+            Op.WRITE_EXIT_KV: self._write_exit_kv,
+            Op.EXIT_LOGITS: self._exit_logits,
         }
         while (command := self.lines.next_command()).op is not Op.CLOSE:
             carry_out[command.op](command)
@@ -254,32 +259,32 @@ class DecodingStage(_Pipeline):
         self.caches[command.cache] = StageCache(own, torch.empty(shape, dtype=self.own.dtype, device=self.device))
 
     def _run(self, command: Command) -> None:
-        cache, items = self.caches[command.cache], items_of(command.numbers, self.device)
+        cache, positions = self.caches[command.cache], decode_positions(command.numbers, self.device)
         start, stop = command.first, command.second
         if start <= self._begin:
-            shape = (len(items), cache.states.shape[-1])
+            shape = (len(positions), cache.states.shape[-1])
             hidden = self.lines.receive(self.lines.stage - 1, shape, self.own.dtype, self.device)
             start = self._begin
         else:
-            hidden = self._states(cache, items)
+            hidden = self._states(cache, positions)
         if start < self._end:
-            hidden = self.own.run(hidden, items, start, min(stop, self._end), cache.own)
+            hidden = self.own.run(hidden, positions, start, min(stop, self._end), cache.own)
         if stop > self._end:
             self.lines.send(self.lines.stage + 1, hidden)
         else:
-            cache.states[items.sequence, items.position] = hidden
+            cache.states[positions.sequence, positions.position] = hidden
 
-    def _states(self, cache: StageCache, items: Items) -> Tensor:
+    def _states(self, cache: StageCache, positions: TokenPositions) -> Tensor:
         """[n, h]"""
-        return cache.states[items.sequence, items.position]
+        return cache.states[positions.sequence, positions.position]
 
-    def _observe(self, command: Command) -> None:
-        cache, items = self.caches[command.cache], items_of(command.numbers, self.device)
-        self.own.write_exit_kv(self.exits[command.first].name, self._states(cache, items), items, cache.own)
+    def _write_exit_kv(self, command: Command) -> None:
+        cache, positions = self.caches[command.cache], decode_positions(command.numbers, self.device)
+        self.own.write_exit_kv(self.exits[command.first].name, self._states(cache, positions), positions, cache.own)
 
-    def _ask(self, command: Command) -> None:
-        cache, items = self.caches[command.cache], items_of(command.numbers, self.device)
+    def _exit_logits(self, command: Command) -> None:
+        cache, positions = self.caches[command.cache], decode_positions(command.numbers, self.device)
         name = None if command.first == FINAL_EXIT else self.exits[command.first].name
-        logits = self.own.exit_logits(name, self._states(cache, items), items, cache.own)
-        # They were computed in the model's dtype: nothing is lost on the way.
+        logits = self.own.exit_logits(name, self._states(cache, positions), positions, cache.own)
+        # They were computed in the model's dtype, so nothing is lost.
         self.lines.send(0, logits.to(self.own.dtype))

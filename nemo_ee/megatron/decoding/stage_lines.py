@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages of a decoding pipeline tell each other: commands from the first one, tensors between any two.
+"""Messages between the stages of a decoding pipeline: commands from the first stage, tensors between any two.
 
-Commands are a few whole numbers in host memory and go over a gloo group of their own, so that no device waits for
-them; hidden states and logits go over Megatron's pipeline group. Every stage reads its commands in the order in which
-they were given and posts its transfers in that order, so that the two ends of each transfer always meet. Under tensor
-parallelism rank t of each stage talks to ranks t of the others: all ranks of a stage get the same commands.
+A command is a few whole numbers in host memory and is sent over a gloo group of its own, so that no device waits for
+it. Hidden states and logits are sent over Megatron's pipeline group. Every stage receives its commands in the order in
+which they were sent and posts its transfers in that order, so the two ends of a transfer always match. Under tensor
+parallelism rank t of each stage talks to ranks t of the other stages; all ranks of a stage get the same commands.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work, irecv, isend
 
-from nemo_ee.generation.decoding_model import Items
+from nemo_ee.generation.decoding_model import TokenPositions
 
-# Whole numbers in a command's first message; what has no room follows in a second one.
+# Whole numbers in a command's first message; the rest follows in a second one.
 _MESSAGE_SIZE = 32
 # Sends that may be outstanding: a stage runs at most this far ahead of the ones behind it.
 _MAX_OUTSTANDING = 32
-# A stage waits for its next command as long as the first one has nothing to do.
+# A stage waits for its next command without a limit, because the first stage may be idle.
 _NO_LIMIT = timedelta(days=3650)
 FINAL_EXIT = -1
 
 
 class Op(IntEnum):
-    """What a stage is to do. `first`, `second` and `numbers` are those of its `Command`."""
+    """Kind of a command. The comments say what `first`, `second` and `numbers` of the `Command` mean."""
 
-    NEW_CACHE = 0  # first sequences of second positions; numbers: the active exits
+    NEW_CACHE = 0  # `first` sequences of `second` positions; numbers: the active exits
     DROP_CACHE = 1
-    TRUNCATE = 2  # sequence first to its first `second` positions
-    RUN = 3  # half layers (first, second]; numbers: items
-    OBSERVE = 4  # exit first; numbers: items
-    ASK = 5  # exit first, or FINAL_EXIT; numbers: items. Answers with logits
+    TRUNCATE = 2  # keep the first `second` positions of sequence `first`
+    RUN = 3  # half layers (first, second]; numbers: positions
+    WRITE_EXIT_KV = 4  # exit first; numbers: positions
+    EXIT_LOGITS = 5  # exit first, or FINAL_EXIT; numbers: positions. Answers with logits
     CLOSE = 6
 
 
 class Command(NamedTuple):
-    """An order to one stage; exits are numbers in the order of the whole model."""
+    """A command to one stage; exits are numbered in the order of the whole model."""
 
     op: Op
     cache: int = 0
@@ -57,17 +57,17 @@ class Command(NamedTuple):
 
 
 class StageLines:
-    """One stage's ends of the lines. Every rank of the world must make one at the same time.
+    """One stage's connection to the others. Every rank of the world must make one at the same time.
 
     On gloo a transfer that fails or times out raises a RuntimeError that names the stage at its other end; under NCCL,
     where waiting only orders streams, its watchdog ends the process.
 
     Args:
-        timeout: how long an answer may take.
+        timeout: longest time to wait for an answer.
 
     Attributes:
-        stage, num_stages: this one, from 0, and how many there are.
-        is_broken: a transfer has failed; no other one will work.
+        stage, num_stages: number of this stage, from 0, and of all stages.
+        is_broken: a transfer has failed; later ones fail too.
     """
 
     def __init__(self, timeout: timedelta) -> None:
@@ -80,7 +80,7 @@ class StageLines:
         self._next = self._expect_command() if self.stage else None
 
     def command(self, stage: int, command: Command) -> None:
-        """Give an order to a later stage, without waiting for it."""
+        """Send a command to a later stage, without waiting for it."""
         op, cache, first, second, numbers = command
         message = [op, cache, first, second, len(numbers), *numbers]
         message += [0] * (_MESSAGE_SIZE - len(message))
@@ -89,7 +89,7 @@ class StageLines:
             self._isend(stage, torch.tensor(message[_MESSAGE_SIZE:]), self._commands)
 
     def next_command(self) -> Command:
-        """Wait for an order of the first stage."""
+        """Wait for a command of the first stage."""
         message, work = self._next
         with self._talking_to(0, "waits for a command of"):
             work.wait(_NO_LIMIT)
@@ -100,7 +100,7 @@ class StageLines:
                 irecv(more, src=self._ranks[0], group=self._commands).wait()
                 numbers += more.tolist()
         if op != Op.CLOSE:
-            # Posted before this one is carried out, so that the next one comes in meanwhile.
+            # Posted before this command is executed, so that the next one arrives meanwhile.
             self._next = self._expect_command()
         return Command(Op(op), cache, first, second, numbers[:count])
 
@@ -109,7 +109,7 @@ class StageLines:
         return message, irecv(message, src=self._ranks[0], group=self._commands)
 
     def send(self, stage: int, tensor: Tensor) -> None:
-        """Start sending a tensor; its memory must not be written to again."""
+        """Start sending a tensor; its memory must not be changed afterwards."""
         self._isend(stage, tensor.contiguous(), self._tensors)
 
     def receive(self, stage: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -158,10 +158,10 @@ def _new_gloo_group(ranks: Sequence[int], timeout: timedelta) -> ProcessGroup:
     )[0]
 
 
-def numbers_of(items: Items) -> list[int]:
-    """Items as runs: (sequence, first position, last position + 1) each, flat."""
+def encode_positions(positions: TokenPositions) -> list[int]:
+    """Positions as runs, flat: sequence, first position, last position + 1 of each."""
     numbers: list[int] = []
-    for group in items.groups:
+    for group in positions.groups:
         if isinstance(group.positions, range):
             numbers += (group.sequence, group.positions.start, group.positions.stop)
             continue
@@ -171,10 +171,10 @@ def numbers_of(items: Items) -> list[int]:
     return numbers
 
 
-def items_of(numbers: Sequence[int], device: torch.device) -> Items:
-    """The items behind `numbers_of`."""
+def decode_positions(numbers: Sequence[int], device: torch.device) -> TokenPositions:
+    """The inverse of `encode_positions`."""
     positions: dict[int, range | list[int]] = {}
     for sequence, first, end in zip(*[iter(numbers)] * 3, strict=True):
         own = range(first, end)
         positions[sequence] = [*positions[sequence], *own] if sequence in positions else own
-    return Items.of(positions, device)
+    return TokenPositions.of(positions, device)

@@ -12,8 +12,9 @@ import torch
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.generation.engine import EarlyExitEngine, Request
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.reference import decode
 from nemo_ee.generation.sampling import SamplingParams
-from tests.helpers.reference_decoder import decode, hidden_by_stop, logits_at
+from tests.helpers.reference_decoder import PlainTransformer, hidden_by_stop, logits_at
 from tests.helpers.stub_models import TinyTransformer
 
 ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
@@ -39,16 +40,15 @@ def random_case(seed):
     criterion = rng.choice(list(EDGES))
     active = [name for name in exits if rng.random() < 0.8]
     thresholds = {name: rng.uniform(*EDGES[criterion]) for name in active}
-    policy = ExitPolicy(
-        thresholds, criterion=criterion, active=tuple(active), max_pending_tokens=rng.choice([None, None, 0, 1, 3])
-    )
+    caps = dict.fromkeys(("max_pending_tokens", "num_draft_tokens"), rng.choice([None, None, 0, 1, 3]))
+    policy = ExitPolicy(thresholds, criterion=criterion, active=tuple(active), **caps)
     prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 7))] for _ in range(rng.randint(1, 4))]
     return model, policy, prompts, [rng.randint(1, 14) for _ in prompts]
 
 
 def reference(model, policy, prompt, count, forced=None):
     return decode(
-        model,
+        PlainTransformer(model),
         prompt,
         count,
         thresholds=policy.thresholds,
@@ -92,7 +92,7 @@ def test_thresholds_never_met_is_full_greedy_decoding(seed):
         assert early.tokens == full.tokens
         assert {event.exit for event in early.events} == {None}
         assert [early.stats.evaluations[exit.name] for exit in ALL_KINDS] == [questions] * len(ALL_KINDS)
-    assert list(full.tokens[0]) == decode(model, prompts[0], 15, thresholds={})[0]
+    assert list(full.tokens[0]) == decode(PlainTransformer(model), prompts[0], 15, thresholds={})[0]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -49,7 +49,7 @@ def random_request(rng):
         frozenset({5}),
         min_new_tokens=rng.choice([0, 1]),
         mode=mode,
-        policy=ExitPolicy(threshold, criterion, active, rng.choice([None, 0, 1, 3])),
+        policy=ExitPolicy(threshold, criterion, active, *[rng.choice([None, 0, 1, 3])] * 2),
     )
 
 
@@ -200,30 +200,6 @@ def test_a_mode_that_is_none_is_refused_beside_requests_that_bring_their_own():
         EarlyExitEngine(scripted()).start([request], mode="typo")
 
 
-def test_a_cache_without_truncate_can_do_what_does_not_need_it():
-    model = scripted()
-
-    @dataclasses.dataclass
-    class Plain:
-        inner: object
-
-        def __getattr__(self, name):
-            if name == "truncate":
-                raise AttributeError(name)
-            return getattr(self.inner, name)
-
-    make = model.new_cache
-    model.new_cache = lambda *args: Plain(make(*args))
-    engine, policy = EarlyExitEngine(model), ExitPolicy(0.5)
-    assert len(engine.generate([[1], [2]], max_new_tokens=5, policy=policy).events) == 10
-    with pytest.raises(ValueError, match="mode = 'self_speculative' needs a model whose cache can be truncated"):
-        engine.generate([[1]], max_new_tokens=5, mode="self_speculative", policy=policy)
-    session = engine.start([Request((1,), 1)], policy=policy)
-    session.step()
-    with pytest.raises(ValueError, match="a slot that is used again needs a model whose cache can be truncated"):
-        session.add(Request((1,), 1))
-
-
 @pytest.mark.parametrize("mode", ["early_exit", "self_speculative"])
 def test_a_cache_that_forgets_nothing_is_noticed(mode, monkeypatch):
     """The control: a second sequence in a slot, and what follows a mismatch, would be computed twice."""
@@ -233,7 +209,9 @@ def test_a_cache_that_forgets_nothing_is_noticed(mode, monkeypatch):
         return (token + (name is None)) % 50, 0.9
 
     engine = EarlyExitEngine(ScriptedModel(6, EXITS, script))
-    session = engine.start([Request((1, 2), 4)], mode=mode, policy=ExitPolicy(0.5, max_pending_tokens=2))
+    session = engine.start(
+        [Request((1, 2), 4)], mode=mode, policy=ExitPolicy(0.5, max_pending_tokens=2, num_draft_tokens=2)
+    )
     with pytest.raises(AssertionError, match="computed twice"):
         for _ in range(20):
             if session.finished:

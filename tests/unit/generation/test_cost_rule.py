@@ -149,7 +149,7 @@ def test_drafting_that_pays_goes_on(cap):
     """Every draft stays. Exit b alone saves a third of the half layers, less a check for every `cap` tokens."""
     free, dear = (CostRule(table(asked=asked)) for asked in (0.0, 6.0))
     for active, rule, fallbacks in ((None, free, 0), (("b",), free, 0), (("b",), dear, 1)):
-        policy = ExitPolicy(0.5, active=active, max_pending_tokens=cap)
+        policy = ExitPolicy(0.5, active=active, num_draft_tokens=cap)
         _, stats = decode(rule, [[1, 2]], length=100, mode="self_speculative", policy=policy)
         assert stats.num_fallbacks == fallbacks and stats.accepted == stats.drafted, (active, "the last: control")
         assert stats.drafted > 80 if not fallbacks else stats.drafted <= 16
@@ -197,7 +197,7 @@ def test_measured_table_of_a_real_model():
 def test_refusals():
     with pytest.raises(ValueError, match="cost_rule = 'quick' is unknown; use one of none, fallback"):
         EarlyExitEngine(model(), cost_rule="quick")
-    with pytest.raises(ValueError, match="num_sequences = 2, the session has 1 places"):
+    with pytest.raises(ValueError, match="num_sequences = 2, the session has 1 slots"):
         decode(CostRule(table(2)), [[1]])
     for trial_tokens in (0, 1.5):
         with pytest.raises(ValueError, match="trial_tokens = .* must be a whole number from 1"):

@@ -13,8 +13,9 @@ from nemo_ee.exits.config import ExitConfig
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.exit_trace import ExitTrace, TracePass
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.reference import decode
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
-from tests.helpers.reference_decoder import decode, hidden_by_stop, logits_at
+from tests.helpers.reference_decoder import PlainTransformer, hidden_by_stop, logits_at
 from tests.helpers.stub_models import TinyTransformer
 
 ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
@@ -80,7 +81,7 @@ def test_risks_are_those_of_a_decoder_that_recomputes_everything(seed):
     for row, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
         forced = sequence[len(prompt) :]
         _, exits, logits = decode(
-            model, prompt, len(forced), thresholds=policy.thresholds, criterion=policy.criterion,
+            PlainTransformer(model), prompt, len(forced), thresholds=policy.thresholds, criterion=policy.criterion,
             max_pending_tokens=policy.max_pending_tokens, forced=forced,
         )  # fmt: skip
         states = hidden_by_stop(model, sequence)

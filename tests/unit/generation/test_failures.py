@@ -17,7 +17,7 @@ from nemo_ee.generation.stats import Failure
 from tests.helpers.stub_models import ScriptedModel, exit_points
 
 MODES = ["early_exit", "self_speculative", "static_depth", "full"]
-POLICY = ExitPolicy(0.5, active=("a",), max_pending_tokens=3)
+POLICY = ExitPolicy(0.5, active=("a",), max_pending_tokens=3, num_draft_tokens=3)
 BAD = 49  # the token of the sequence that fails: it follows itself
 BREAKS = 6  # the position at which it does
 

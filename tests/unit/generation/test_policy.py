@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 
-from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy
+from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy, plan_exits
 from tests.helpers.stub_models import exit_points
 
 EXITS = exit_points(("early", 2, 3), ("middle", 4, 7), ("late", 6, 12))
@@ -82,3 +82,17 @@ def test_all_faults_against_the_model_in_one_message():
         "thresholds has no number for the active exit middle; add one, or list the exits to evaluate under active",
     ):
         assert part in str(caught.value)
+
+
+def test_each_mode_has_a_cap_of_its_own():
+    both = ExitPolicy(0.5, max_pending_tokens=3, num_draft_tokens=4)
+    assert plan_exits("early_exit", both, EXITS, 12).max_pending_tokens == 3
+    assert plan_exits("self_speculative", both, EXITS, 12).max_pending_tokens == 4
+    for mode, wrong, own in (
+        ("early_exit", "num_draft_tokens", "max_pending_tokens"),
+        ("self_speculative", "max_pending_tokens", "num_draft_tokens"),
+    ):
+        with pytest.raises(ValueError, match=f"{wrong} = 2 has no effect in mode '{mode}'; use {own}"):
+            plan_exits(mode, ExitPolicy(0.5, **{wrong: 2}), EXITS, 12)
+    with pytest.raises(ValueError, match="num_draft_tokens = -1 must be a whole number"):
+        ExitPolicy(0.5, num_draft_tokens=-1)

@@ -147,7 +147,7 @@ SHAPES = [
     {"logit_bias": ((0, 1.5), (2, -1.0)), "min_p": 0.1, "frequency_penalty": 0.7, "temperature": 1.2},
 ]
 POLICIES = [
-    ExitPolicy(0.0, active=("a",), max_pending_tokens=2),  # every token is drafted
+    ExitPolicy(0.0, active=("a",), max_pending_tokens=2, num_draft_tokens=2),  # every token is drafted
     ExitPolicy({"a": 0.6, "b": 0.4}),  # some are, from either exit
 ]
 

@@ -63,7 +63,7 @@ def test_waiting_tokens_go_on_in_batches_of_that_size(run_pending_after, batches
 def test_drafts_stay_where_they_are_and_static_depth_owes_nothing():
     model = always_early(1)
     drafted = EarlyExitEngine(model).generate(
-        [[1, 2]], max_new_tokens=12, mode="self_speculative", policy=ExitPolicy(0.5, max_pending_tokens=4)
+        [[1, 2]], max_new_tokens=12, mode="self_speculative", policy=ExitPolicy(0.5, num_draft_tokens=4)
     )
     # A check takes the drafts along together, with the token that is asked nothing.
     assert drafted.stats.accepted and max(model.deep[1:]) == 5

@@ -12,6 +12,7 @@ import random
 import pytest
 import torch
 
+from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine, Request
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.staged_forward import TokenInput
@@ -253,7 +254,7 @@ def test_the_scripted_model_does_detect_wrong_engines():
         forward.step({0: TokenInput(3, (4,))})
     with pytest.raises(AssertionError, match="taken as depth"):
         rows = forward._embed({0: TokenInput(2, (4,))})
-        model.run(rows.hidden, forward.items_of(rows.positions), 3, 8, model.cache)
+        model.run(rows.hidden, TokenPositions.of(rows.positions), 3, 8, model.cache)
 
 
 def test_a_sequence_that_has_ended_cuts_no_flight_any_more():

@@ -12,9 +12,10 @@ import torch
 from nemo_ee.generation import session as session_module
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.generation.reference import speculate
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
-from tests.helpers.reference_decoder import speculate
+from tests.helpers.reference_decoder import PlainTransformer
 from tests.helpers.stub_models import ScriptedModel, TinyTransformer, exit_points
 from tests.unit.generation.test_against_reference import ALL_KINDS, random_case
 
@@ -62,7 +63,7 @@ def full_tokens(request):
 def test_drafts_that_always_agree_are_all_kept_and_nothing_is_computed_twice():
     model = scripted(lambda *_: True)
     request = Request((1, 2), 12)
-    events, per_step, session = decode(model, [request], ExitPolicy(0.5, max_pending_tokens=3))
+    events, per_step, session = decode(model, [request], ExitPolicy(0.5, num_draft_tokens=3))
     assert [event.token for event in events] == full_tokens(request)[0]
     # The prompt's token; three drafts, then a check that gives four; twice; then two drafts and the last token.
     assert per_step == [1, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 3]
@@ -81,7 +82,7 @@ def test_drafts_that_always_agree_are_all_kept_and_nothing_is_computed_twice():
 def test_drafts_that_never_agree_cost_but_change_nothing():
     model = scripted(lambda *_: False)
     request = Request((1, 2), 8)
-    events, per_step, session = decode(model, [request], ExitPolicy(0.5, max_pending_tokens=2))
+    events, per_step, session = decode(model, [request], ExitPolicy(0.5, num_draft_tokens=2))
     assert [event.token for event in events] == full_tokens(request)[0]
     assert {event.exit for event in events} == {None}
     assert per_step == [1, *[0, 0, 1] * 5, 0, 1, 1]
@@ -175,7 +176,7 @@ def test_random_scripts_caps_and_batches(seed):
         return scripted(happens("agrees", right), happens("sure", share))
 
     policy = ExitPolicy(
-        0.5, active=tuple(n for n in "ab" if rng.random() < 0.8), max_pending_tokens=rng.choice([None, 0, 1, 4])
+        0.5, active=tuple(n for n in "ab" if rng.random() < 0.8), num_draft_tokens=rng.choice([None, 0, 1, 4])
     )
     requests = [
         Request(
@@ -220,13 +221,13 @@ def test_tokens_drafts_and_acceptance_equal_the_naive_decoder(seed):
     totals = []
     for index, request in enumerate(requests):
         tokens, exits, checks = speculate(
-            model,
+            PlainTransformer(model),
             request.prompt,
             request.max_new_tokens,
             thresholds=policy.thresholds,
             criterion=policy.criterion,
-            max_pending_tokens=policy.max_pending_tokens,
-            stop=stop,
+            num_draft_tokens=policy.num_draft_tokens,
+            stop_token=stop,
         )
         own = [event for event in events if event.sequence == index]
         assert [event.token for event in own] == tokens and [event.exit for event in own] == exits
@@ -258,7 +259,7 @@ def test_the_random_cases_accept_and_reject():
 @pytest.mark.parametrize("seed", range(8))
 def test_after_rollbacks_the_cache_is_that_of_a_full_run(seed):
     model = TinyTransformer(ALL_KINDS, seed=seed)
-    policy = ExitPolicy(0.15, max_pending_tokens=4)
+    policy = ExitPolicy(0.15, num_draft_tokens=4)
     requests = [Request((1, 2, 3), 14), Request((9,), 10)]
     events, _, session = decode(model, requests, policy)
     assert session.stats(events).drafted > session.stats(events).accepted, "nothing was rolled back"
@@ -280,7 +281,7 @@ def test_a_repetition_penalty_is_applied_to_draft_and_check_alike():
     model = TinyTransformer(ALL_KINDS, seed=2)
     requests = [Request((1, 2, 3), 20, SamplingParams(repetition_penalty=1.5))]
     outputs = [
-        decode(model, requests, ExitPolicy(0.15, max_pending_tokens=4), mode) for mode in ("self_speculative", "full")
+        decode(model, requests, ExitPolicy(0.15, num_draft_tokens=4), mode) for mode in ("self_speculative", "full")
     ]
     ours, theirs = ([event.token for event in events] for events, _, _ in outputs)
     assert ours == theirs
@@ -318,7 +319,7 @@ def test_a_check_that_keeps_everything_is_noticed(monkeypatch):
 
     monkeypatch.setattr(session_module, "verify", keeps)
     request = Request((1, 2), 8)
-    events, _, _ = decode(scripted(lambda *_: False), [request], ExitPolicy(0.5, max_pending_tokens=2))
+    events, _, _ = decode(scripted(lambda *_: False), [request], ExitPolicy(0.5, num_draft_tokens=2))
     assert [event.token for event in events] != full_tokens(request)[0]
 
 

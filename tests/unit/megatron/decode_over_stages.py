@@ -38,9 +38,8 @@ def decode(engine: Any, calls: list[dict[str, Any]]) -> list[list[list[Any]]]:
 
     found = []
     for call in calls:
-        policy = ExitPolicy(
-            call["thresholds"], active=call.get("active"), max_pending_tokens=call.get("max_pending_tokens")
-        )
+        caps = {key: call.get(key) for key in ("max_pending_tokens", "num_draft_tokens")}
+        policy = ExitPolicy(call["thresholds"], active=call.get("active"), **caps)
         if "num_context" in call:
             result = engine.score(call["prompts"], call["num_context"], mode=call["mode"], policy=policy)
         else:

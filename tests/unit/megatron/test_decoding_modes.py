@@ -33,7 +33,7 @@ EXITS = [
     {"name": "layer1", "layer": 1, "architecture": "layer"},
     {"name": "norm2", "layer": 2, "architecture": "norm"},
 ]
-ALWAYS = ExitPolicy(0.0, max_pending_tokens=3)
+ALWAYS = ExitPolicy(0.0, num_draft_tokens=3)
 NUM_NEW = 16
 
 

@@ -47,7 +47,7 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     options = {"thresholds": thresholds, "max_new_tokens": NUM_NEW, "sampling": dataclasses.asdict(VARIED)}
     modes = ("early_exit", "self_speculative", "full")
     calls = [{**options, "prompts": prompts, "mode": mode} for prompts in (three, one) for mode in modes]
-    calls += [{**calls[1], "thresholds": 0.0, "max_pending_tokens": 2, "sampling": GREEDY}]
+    calls += [{**calls[1], "thresholds": 0.0, "num_draft_tokens": 2, "sampling": GREEDY}]
     calls += [{**calls[0], "max_pending_tokens": 2}]
     # Twelve sequences do not fit into a command's first message.
     calls += [{**calls[0], "prompts": some_prompts(133, (1, 2, 3) * 4)}]

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.kv_cache import KVCache, Placement
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import Failure
-from nemo_ee.runtime.attention import Placement, RuntimeCache
 from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from nemo_ee.runtime.linear import (
     HalfLinear,
@@ -265,7 +265,7 @@ def test_a_slot_whose_sequence_failed_serves_another(
     model = load_model(tmp_path)
     model.weights.embedding[7] = math.nan
     if not cleaned:
-        monkeypatch.setattr(RuntimeCache, "truncate", lambda *_: None)
+        monkeypatch.setattr(KVCache, "truncate", lambda *_: None)
     healthy, engine = Request((3, 4), 5), EarlyExitEngine(model)
     alone = engine.generate([healthy.prompt], max_new_tokens=5, mode="full").tokens[0]
     session = engine.start([Request((1,) * 12, 15), Request((7, 7, 7, 7), 3)], mode="full", max_length=32)
@@ -287,9 +287,9 @@ def test_a_cut_leaves_no_keys_and_values_behind(tmp_path: Path) -> None:
     for count in (2, 1):
         cache, positions = model.new_cache(count, 9, ()), TokenPositions.of(dict.fromkeys(range(count), range(6)))
         model.run(model.embed(torch.arange(1, 6 * count + 1), positions), positions, 0, 2 * model.num_layers, cache)
-        before = {slot: slab.clone() for slot, slab in cache.slabs.items()}
+        before = {slot: slab.clone() for slot, slab in cache._slabs.items()}
         cache.truncate(count - 1, 2)
-        for slot, slab in cache.slabs.items():
+        for slot, slab in cache._slabs.items():
             expected = before[slot].clone()
             assert expected[count - 1, :, 2:6].ne(0).all(), "control"
             if count > 1:
@@ -297,10 +297,10 @@ def test_a_cut_leaves_no_keys_and_values_behind(tmp_path: Path) -> None:
             assert torch.equal(slab, expected)
 
 
-def test_places_are_worked_out_once_for_each_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever else runs between two segments of a flight: rows of it that an exit is asked about, another model."""
+def test_places_are_worked_out_once_for_each_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs between two segments of a forward pass: some of its rows at an exit, another cache."""
     save_tiny_model(tmp_path, "llama")
-    model, other, built = load_model(tmp_path), load_model(tmp_path), []
+    model, built = load_model(tmp_path), []
     whole_init = Placement.__init__
     monkeypatch.setattr(Placement, "__init__", lambda self, *how: built.append(how[0]) or whole_init(self, *how))
     positions = TokenPositions.of({0: range(3), 1: range(2)})
@@ -308,7 +308,9 @@ def test_places_are_worked_out_once_for_each_items(tmp_path: Path, monkeypatch: 
     hidden = model.embed(torch.arange(5), positions)
     for stop in range(4):
         hidden = model.run(hidden, positions, stop, stop + 1, cache)
-        model.run(hidden[[2, 4]], picked, stop, stop + 1, model.new_cache(2, 3, ()))
+        model.run(hidden[[2, 4]], picked, stop, stop + 1, cache)
     assert len(built) == 2 and built[0] is positions and built[1] is picked
-    other.run(hidden, positions, 0, 1, other.new_cache(2, 3, ()))
-    assert len(built) == 3, "a model turns and stores in its own way"
+    model.run(hidden, positions, 0, 1, model.new_cache(2, 3, ()))
+    assert len(built) == 3, "another cache may have another dtype"
+    del built[:], positions, picked
+    assert not cache._placements and not model._rotations, "nothing is kept longer than its positions"
