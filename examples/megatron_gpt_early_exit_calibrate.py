@@ -6,11 +6,14 @@ python examples/megatron_gpt_early_exit_calibrate.py model.restore_from_path=tun
     epsilon=0.1 delta=0.1 trainer.accelerator=cpu
 """
 
+import sys
+
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
 from nemo_ee.settings.training import CALIBRATE
+from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_calibrate")
@@ -35,4 +38,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_renamed_overrides(sys.argv[1:])
     main()

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
 from nemo_ee.settings.training import GENERATE
+from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
@@ -87,4 +88,5 @@ def stream(generator, request, legend):
 
 
 if __name__ == "__main__":
+    refuse_renamed_overrides(sys.argv[1:])
     main()

@@ -7,11 +7,14 @@ python examples/megatron_gpt_early_exit_serve.py model=export/hf_early_exit
 Needs neither a GPU nor NeMo.
 """
 
+import sys
+
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
 from nemo_ee.settings.files import SERVE
+from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_serve")
@@ -33,4 +36,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_renamed_overrides(sys.argv[1:])
     main()

@@ -7,12 +7,13 @@ python scripts/sweep_thresholds.py model.restore_from_path=tuned.nemo data=data/
 The text is cut into windows; in each, every token but the first is scored (`EarlyExitEngine.score`).
 
     perplexity = exp(- sum of ln p / tokens),  depth = mean number of layers below the exits the tokens left at,
-    asked = exits asked per token, the final one left out: the price of the decisions
+    evaluated = exits evaluated per token, the final one left out: the price of the decisions
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from typing import Any
 
@@ -21,14 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
 from nemo_ee.settings.training import SWEEP_THRESHOLDS
+from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 def sweep(cfg: DictConfig) -> dict[str, Any]:
     """Score the text at full depth and at every threshold. Every rank must call it.
 
     Returns:
-        {"tokens", "num_layers", "full": perplexity, "rows": [{"threshold", "perplexity", "ratio", "depth", "asked",
-        "tokens_per_exit", "asked_per_exit"}]}
+        {"tokens", "num_layers", "full": perplexity, "rows": [{"threshold", "perplexity", "ratio", "depth",
+        "evaluated", "tokens_per_exit", "evaluated_per_exit"}]}
 
     Raises:
         ValueError: every fault of the settings, before weights are loaded.
@@ -75,7 +77,7 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
 
     from nemo_ee.generation.stats import FINAL
 
-    total, depth, tokens, counts, asked = 0.0, 0.0, 0, Counter(), Counter()
+    total, depth, tokens, counts, evaluated = 0.0, 0.0, 0, Counter(), Counter()
     name = "full model" if policy is None else f"threshold {policy.thresholds}"
     for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True):
         scored = engine.score(texts[first : first + batch_size], 1, mode=mode, policy=policy)
@@ -84,13 +86,13 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
         depth += scored.stats.mean_depth * scored.stats.num_tokens
         # `update` keeps the exits that no token left at; `+` would drop them.
         counts.update(scored.stats.tokens_per_exit)
-        asked.update(scored.stats.evaluations)
+        evaluated.update(scored.stats.evaluations)
     return {
         "perplexity": math.exp(-total / tokens),
         "depth": depth / tokens,
-        "asked": (asked.total() - asked[FINAL]) / tokens,
+        "evaluated": (evaluated.total() - evaluated[FINAL]) / tokens,
         "tokens_per_exit": dict(counts),
-        "asked_per_exit": dict(asked),
+        "evaluated_per_exit": dict(evaluated),
     }
 
 
@@ -98,14 +100,20 @@ def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     # Exits that were not to be left at have no column.
     rows = report["rows"]
-    names = [name for name in rows[0]["asked_per_exit"] if any(row["asked_per_exit"][name] for row in rows)]
+    names = [name for name in rows[0]["evaluated_per_exit"] if any(row["evaluated_per_exit"][name] for row in rows)]
+    depth = f"depth of {report['num_layers']}"
     lines = [
-        f"| threshold | perplexity | x full | depth of {report['num_layers']} | exits asked | {' | '.join(names)} |",
+        f"| threshold | perplexity | x full | {depth} | exits evaluated | {' | '.join(names)} |",
         "|---" * (5 + len(names)) + "|",
     ]
     for row in rows:
         shares = [f"{row['tokens_per_exit'][name] / report['tokens']:.0%}" for name in names]
-        numbers = [f"{row['perplexity']:.3f}", f"{row['ratio']:.3f}", f"{row['depth']:.2f}", f"{row['asked']:.2f}"]
+        numbers = [
+            f"{row['perplexity']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['depth']:.2f}",
+            f"{row['evaluated']:.2f}",
+        ]
         lines.append(f"| {' | '.join([str(row['threshold']), *numbers, *shares])} |")
     return "\n".join(lines)
 
@@ -126,4 +134,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_renamed_overrides(sys.argv[1:])
     main()

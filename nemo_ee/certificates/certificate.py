@@ -153,6 +153,8 @@ class Certificate:
             )
         try:
             known = dict(values)
+            if "max_waiting" in known and "max_pending_tokens" not in known:  # the name in files of earlier versions
+                known["max_pending_tokens"] = known.pop("max_waiting")
             for key, kind in (("model", Identity), ("setting", Setting), ("guarantee", Guarantee)):
                 known[key] = kind(**known[key])
             stops = known["setting"].stop_tokens

@@ -129,6 +129,7 @@ def _policy(config: Mapping[str, Any]) -> ExitPolicy:
         criterion=config["criterion"],
         active=config["exits"],
         max_pending_tokens=config["max_pending_tokens"],
+        num_draft_tokens=config["num_draft_tokens"],
     )
 
 

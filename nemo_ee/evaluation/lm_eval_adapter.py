@@ -33,6 +33,7 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.generation.stats import FINAL, TokenEvent, raise_failures
+from nemo_ee.text.renamed_keys import renamed_key
 from nemo_ee.text.stop_strings import EndStrings
 
 # Tokens scored or prompted together with batch_size=auto.
@@ -50,7 +51,7 @@ class EarlyExitLM(TemplateLM):
         threshold: one number, or `exit:number+exit:number`; a token leaves iff more sure (entropy: less).
         criterion: `max_probability`, `margin` or `entropy`.
         exits: names joined by `+` of the exits that may be left at, None = all.
-        max_pending_tokens: tokens that may wait for their deeper layers, None = no cap.
+        max_pending_tokens, num_draft_tokens: see `ExitPolicy`.
         backbone_path: `.nemo` of the base model, for exits-only files whose base has moved.
         precision: 32 or bf16.
         tensor_model_parallel_size: ranks that share every layer.
@@ -75,6 +76,7 @@ class EarlyExitLM(TemplateLM):
         criterion: str = "max_probability",
         exits: str | Sequence[str] | None = None,
         max_pending_tokens: int | None = None,
+        num_draft_tokens: int | None = None,
         backbone_path: str | None = None,
         precision: int | str = 32,
         tensor_model_parallel_size: int = 1,
@@ -85,8 +87,12 @@ class EarlyExitLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        if others:
+            found = [f"{key} is now {renamed_key(key)}" if renamed_key(key) else f"{key} is unknown" for key in others]
+            raise ValueError(f"--model_args: {'; '.join(found)}")
         self.batch_size = _batch_size(batch_size)
         if str(device).startswith("cpu"):
             cpu_host.enable()
@@ -96,6 +102,7 @@ class EarlyExitLM(TemplateLM):
             "threshold": _thresholds(threshold),
             "exits": exits.split("+") if isinstance(exits, str) else exits,
             "max_pending_tokens": max_pending_tokens,
+            "num_draft_tokens": num_draft_tokens,
             "add_BOS": add_bos,
             "batch_size": self.batch_size or 1,
             "trainer": {

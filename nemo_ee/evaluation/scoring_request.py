@@ -28,6 +28,7 @@ _OPEN = {
     "repetition_penalty": 1.0,
     "seed": 0,
     "cost_rule": "none",
+    "num_draft_tokens": None,
 }
 
 
@@ -48,8 +49,8 @@ def scoring_request(config: Mapping[str, Any]) -> GenerationRequest:
     """A checked request without prompts.
 
     Args:
-        config: mode, criterion, threshold, exits, max_pending_tokens, add_BOS, batch_size, and the blocks trainer and model,
-            each as in conf/megatron_gpt_early_exit_generate.yaml.
+        config: mode, criterion, threshold, exits, max_pending_tokens, num_draft_tokens (may be absent), add_BOS,
+            batch_size, and the blocks trainer and model, each as in conf/megatron_gpt_early_exit_generate.yaml.
 
     Raises:
         ValueError: every fault, in one message.

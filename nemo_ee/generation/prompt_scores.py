@@ -3,7 +3,7 @@
 """Log-probabilities of tokens, and of a prompt's own tokens while it runs.
 
 A prompt runs at full depth (in `static_depth` to the one exit), and its tokens are scored where it ends. A scored
-prompt runs in pieces, one a step, so that the logits in memory accepted small; the keys and values are those of one piece.
+prompt runs in pieces, one a step, so that the logits in memory stay small; the keys and values are those of one piece.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class StagedForward:
         Args:
             slot: slot in the cache.
             plan: the sequence's plan.
-            masked: (position, tokens, prompt length): these tokens of the answer get no probability before this position.
+            masked: (position, tokens, prompt length): the answer cannot have these tokens before this position.
         """
         for batches in self._pending.values():
             batches.pop(slot, None)

@@ -20,6 +20,7 @@ from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
+from nemo_ee.text.renamed_keys import renamed_key
 from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, json_object
 
 # What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
@@ -120,12 +121,13 @@ class EarlyExitCausalLM:
         return_result: bool = False,
         **others: Any,
     ) -> LongTensor | tuple[LongTensor, GenerationResult]:
-        """Generate, each token leaving at the first exit that is sure enough.
+        """Generate; each token leaves at the first exit whose confidence passes its threshold.
 
         Args:
             input_ids: `[b, s]`, padded on either side where `attention_mask` is 0.
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
-            early_exit_criterion, early_exits, max_pending_tokens: `criterion`, `active` and `max_pending_tokens` of `ExitPolicy`.
+            early_exit_criterion, early_exits, max_pending_tokens: `criterion`, `active` and `max_pending_tokens` of
+                `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
             eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's. The
                 tokenizer is not asked.
@@ -139,6 +141,9 @@ class EarlyExitCausalLM:
             ValueError: every problem of the call.
         """
         others.pop("token_type_ids", None)  # some tokenizers give them unasked; these models have one kind
+        for key in others:
+            if renamed_key(key):
+                raise ValueError(f"{key} is now {renamed_key(key)}")
         if others:
             raise ValueError(f"{', '.join(sorted(others))}: not supported here; use the stock class for it")
         sampling = SamplingParams(

@@ -37,7 +37,7 @@ from nemo_ee.runtime.exported_model import ExitEntry, ExportedModel, read_export
 from nemo_ee.runtime.linear import Linear, make_linear
 from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, RuntimeModel, Weights
 from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
-from nemo_ee.runtime.rotary import pairs_together
+from nemo_ee.runtime.rotary_frequencies import pairs_together
 from nemo_ee.text.json_values import read_json_object
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
 

@@ -31,7 +31,7 @@ from nemo_ee.generation.rotary import RotaryTable
 from nemo_ee.runtime.exported_model import ExportedModel
 from nemo_ee.runtime.linear import Linear
 from nemo_ee.runtime.norm import Norm
-from nemo_ee.runtime.rotary import inverse_frequencies
+from nemo_ee.runtime.rotary_frequencies import inverse_frequencies
 
 
 def _gated_silu(inner: Tensor) -> Tensor:

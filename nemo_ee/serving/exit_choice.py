@@ -14,12 +14,12 @@ from nemo_ee.generation.policy import MODES, ExitPolicy, plan_exits
 from nemo_ee.serving.errors import ApiError, shown
 from nemo_ee.serving.request_certificates import find_certificate
 
-# What a mode does not look at is refused, so that nobody believes it was.
+# Options each mode ignores. Passing one is an error, so that users do not think it had an effect.
 _UNUSED = {
-    "full": ("threshold", "certificate", "exits", "max_pending_tokens"),
-    "static_depth": ("threshold", "certificate", "max_pending_tokens"),
-    "self_speculative": ("certificate",),
-    "early_exit": (),
+    "full": ("threshold", "certificate", "exits", "max_pending_tokens", "num_draft_tokens"),
+    "static_depth": ("threshold", "certificate", "max_pending_tokens", "num_draft_tokens"),
+    "self_speculative": ("certificate", "max_pending_tokens"),
+    "early_exit": ("num_draft_tokens",),
 }
 
 
@@ -67,12 +67,18 @@ def exit_choice(
             0.0 if "threshold" in _UNUSED[mode] else given.get("threshold", default.policy.thresholds),
             criterion=given.get("criterion", default.policy.criterion),
             active=given.get("exits", default.policy.active),
-            max_pending_tokens=given.get("max_pending_tokens", default.policy.max_pending_tokens),
+            **_caps(given, mode, default.policy),
         )
         plan_exits(mode, policy, model.exits, model.num_layers)
     except (ValueError, TypeError) as fault:
         raise ApiError(400, f"early_exit: {fault}", param="early_exit") from None
     return ExitChoice(mode, policy)
+
+
+def _caps(given: Mapping[str, Any], mode: str, default: ExitPolicy) -> dict[str, Any]:
+    """The caps that the mode uses, as given or as the server's default."""
+    keys = [key for key in ("max_pending_tokens", "num_draft_tokens") if key not in _UNUSED[mode]]
+    return {key: given.get(key, getattr(default, key)) for key in keys}
 
 
 def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
@@ -83,7 +89,11 @@ def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
     if unused:
         yield f"early_exit: mode {mode!r} does not look at {', '.join(unused)}; leave that out or use another mode"
     if "certificate" in given:
-        other = [key for key in ("threshold", "exits", "criterion", "max_pending_tokens") if key in given]
+        other = [
+            key
+            for key in ("threshold", "exits", "criterion", "max_pending_tokens", "num_draft_tokens")
+            if key in given
+        ]
         if other:
             yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
     exits = given.get("exits")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests of OpenAI's completions and chat completions, checked field by field, with early exit as one more field.
 
-    early_exit: {mode, threshold | certificate, exits, criterion, max_pending_tokens}
+    early_exit: {mode, threshold | certificate, exits, criterion, max_pending_tokens, num_draft_tokens}
 
 Every fault of a request is reported at once. What this server cannot do is refused (`other_fields.py`), never ignored.
 """
@@ -19,6 +19,7 @@ from nemo_ee.serving.errors import shown
 from nemo_ee.serving.messages import Conversation, read_conversation
 from nemo_ee.serving.other_fields import check_other
 from nemo_ee.serving.request_fields import Fields, guess, is_number
+from nemo_ee.text.renamed_keys import renamed_key
 
 # Fields that are acted on, for both endpoints and for each.
 _BOTH = frozenset(
@@ -31,7 +32,7 @@ _OF_CHAT = frozenset(
     "add_generation_prompt chat_template_kwargs".split()
 )
 FIELDS = {False: _BOTH | {"prompt", "echo"}, True: _BOTH | _OF_CHAT}
-EXIT_FIELDS = ("mode", "threshold", "certificate", "exits", "criterion", "max_pending_tokens")
+EXIT_FIELDS = ("mode", "threshold", "certificate", "exits", "criterion", "max_pending_tokens", "num_draft_tokens")
 MAX_STOPS, MAX_STOP_LENGTH, MAX_EXITS, MAX_BIASES = 16, 256, 256, 1024
 _LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
 
@@ -299,7 +300,9 @@ def _early_exit(fields: Fields) -> dict[str, Any] | None:
     for key in given:
         if key not in EXIT_FIELDS:
             way_out = guess(key, EXIT_FIELDS, f"its keys are {', '.join(EXIT_FIELDS)}")
-            fields.fault("early_exit", f"early_exit.{key[:40]} is unknown; {way_out}")
+            new = renamed_key(key)
+            problem = f"is now {new}" if new else f"is unknown; {way_out}"
+            fields.fault("early_exit", f"early_exit.{key[:40]} {problem}")
     for key in ("exits", "threshold"):
         if isinstance(given.get(key), list | dict) and len(given[key]) > MAX_EXITS:
             fields.fault("early_exit", f"early_exit.{key} has {len(given[key])} entries; {MAX_EXITS} are allowed")

@@ -229,6 +229,7 @@ class ServedModel:
                     "criterion": default.policy.criterion,
                     "exits": None if default.policy.active is None else list(default.policy.active),
                     "max_pending_tokens": default.policy.max_pending_tokens,
+                    "num_draft_tokens": default.policy.num_draft_tokens,
                 },
             },
         }

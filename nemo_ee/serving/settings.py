@@ -208,6 +208,7 @@ def _default(config: Mapping[str, Any], faults: list[str]) -> ExitChoice | None:
             criterion=config["criterion"],
             active=config["exits"],
             max_pending_tokens=config["max_pending_tokens"],
+            num_draft_tokens=config["num_draft_tokens"],
         )
     except (ValueError, TypeError) as fault:
         faults.append(str(fault))

@@ -63,8 +63,9 @@ SERVE = KnownSettings(
         "exits": exit_names,
         **dict.fromkeys(
             (
-                "num_threads port mode criterion threshold max_pending_tokens cost_rule num_slots max_length max_queue "
-                "max_new_tokens max_choices max_body_bytes max_connections request_timeout shutdown_timeout"
+                "num_threads port mode criterion threshold max_pending_tokens num_draft_tokens cost_rule num_slots "
+                "max_length max_queue max_new_tokens max_choices max_body_bytes max_connections request_timeout "
+                "shutdown_timeout"
             ).split(),
             anything,
         ),

@@ -237,7 +237,7 @@ EVALUATE = KnownSettings(
     optional=("model.",),
 )
 
-_POLICY = dict.fromkeys("mode criterion threshold max_pending_tokens cost_rule".split(), anything) | {
+_POLICY = dict.fromkeys("mode criterion threshold max_pending_tokens num_draft_tokens cost_rule".split(), anything) | {
     "exits": exit_names
 }
 _SAMPLING = dict.fromkeys(

@@ -198,6 +198,6 @@ def exit_table(
     if stats.num_verifications:
         lines.append(
             f"{stats.drafted} tokens drafted, {100 * stats.acceptance_rate:.1f} % accepted, "
-            f"{stats.mean_accepted_length:.2f} per check; {stats.computed_depth:.2f} layers run per token"
+            f"{stats.mean_accepted_length:.2f} per verification; {stats.computed_depth:.2f} layers run per token"
         )
     return "\n".join(lines)

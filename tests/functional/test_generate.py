@@ -190,16 +190,16 @@ def test_only_the_exits_asked_for_are_used(generate):
 def test_self_speculation_writes_what_the_full_model_does(generate):
     """Greedy: the same tokens. Sampled: a token of every draft's check, and the same again with the same seed."""
     _, full = generate(mode="full")
-    printed, lines = generate(mode="self_speculative", threshold=0.0, max_pending_tokens=3, batch_size=2)
+    printed, lines = generate(mode="self_speculative", threshold=0.0, num_draft_tokens=3, batch_size=2)
     for one, other in zip(full, lines, strict=True):
         assert [token["id"] for token in one["tokens"]] == [token["id"] for token in other["tokens"]]
         assert [token["logprob"] for token in one["tokens"]] == pytest.approx(
             [token["logprob"] for token in other["tokens"]], abs=1e-4
         )
-    drafted, rate = re.search(r"(\d+) tokens drafted, ([\d.]+) % accepted, [\d.]+ per check", printed).groups()
+    drafted, rate = re.search(r"(\d+) tokens drafted, ([\d.]+) % accepted, [\d.]+ per verification", printed).groups()
     accepted = sum(token["exit"] != "final" for line in lines for token in line["tokens"])
     assert int(drafted) >= 3 * NUM_NEW // 2 and float(rate) == pytest.approx(100 * accepted / int(drafted), abs=0.06)
-    sampled = {"mode": "self_speculative", "threshold": 0.0, "max_pending_tokens": 2, "greedy": False, "seed": 3}
+    sampled = {"mode": "self_speculative", "threshold": 0.0, "num_draft_tokens": 2, "greedy": False, "seed": 3}
     assert generate(**sampled)[1] == generate(**sampled)[1]
 
 
@@ -212,7 +212,7 @@ def test_an_end_string_ends_where_transformers_ends(generate, model):
     string = "".join(token["text"] for token in free[1]["tokens"][3:6])
     assert len(string) > 1
     for mode in ("full", "self_speculative"):
-        _, lines = generate(mode=mode, threshold=0.0, max_pending_tokens=3, end_strings=[string])
+        _, lines = generate(mode=mode, threshold=0.0, max_pending_tokens=3, num_draft_tokens=3, end_strings=[string])
         for prompt, line in zip(PROMPTS, lines, strict=True):
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             expected = model.reference.generate(

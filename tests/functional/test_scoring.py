@@ -463,8 +463,8 @@ def test_thresholds_are_swept(model: SimpleNamespace, tmp_path: Path) -> None:
     assert never["perplexity"] == report["full"] and never["ratio"] == 1.0 and never["depth"] == 3.0
     # The first token of every window is read from the final exit.
     counts = {"one-mlp": report["tokens"] - len(logprobs), "two-layer": 0, "final": len(logprobs)}
-    assert always["tokens_per_exit"] == always["asked_per_exit"] == counts
-    assert always["asked"] == pytest.approx(1 - len(logprobs) / report["tokens"]) and never["asked"] == 0.0
+    assert always["tokens_per_exit"] == always["evaluated_per_exit"] == counts
+    assert always["evaluated"] == pytest.approx(1 - len(logprobs) / report["tokens"]) and never["evaluated"] == 0.0
     assert 1.0 < always["depth"] < 1.3 and abs(always["ratio"] - 1.0) > 1e-3
 
 

@@ -132,8 +132,8 @@ def test_a_stream_is_the_same_answer(client, server) -> None:
     ("given", "mode", "policy"),
     [
         ({"mode": "full"}, "full", {}),
-        ({"mode": "self_speculative", "threshold": 0.05, "max_pending_tokens": 3}, "self_speculative",
-         {"threshold": 0.05, "max_pending_tokens": 3}),
+        ({"mode": "self_speculative", "threshold": 0.05, "num_draft_tokens": 3}, "self_speculative",
+         {"threshold": 0.05, "num_draft_tokens": 3}),
         ({"mode": "static_depth", "exits": ["layer6-mlp"]}, "static_depth", {"active": ["layer6-mlp"]}),
         ({"threshold": {"layer3-mlp": 1.0, "layer6-mlp": 0.2, "layer9-mlp": 0.1}}, "early_exit",
          {"threshold": {"layer3-mlp": 1.0, "layer6-mlp": 0.2, "layer9-mlp": 0.1}}),

@@ -56,7 +56,8 @@ class Asked:
     def body(self) -> dict:
         early_exit: dict = {"mode": self.mode}
         if self.mode in ("early_exit", "self_speculative"):
-            early_exit |= {"threshold": self.threshold, "max_pending_tokens": 4}
+            cap = "max_pending_tokens" if self.mode == "early_exit" else "num_draft_tokens"
+            early_exit |= {"threshold": self.threshold, cap: 4}
         if self.mode == "static_depth":
             early_exit |= {"exits": ["layer9-mlp"]}
         return {"model": "demo", "prompt": self.prompt, "max_tokens": self.tokens, "seed": self.seed,
@@ -71,7 +72,7 @@ class Asked:
             [server.model.tokenizer(self.prompt)["input_ids"]],
             max_new_tokens=self.tokens,
             mode=self.mode,
-            policy=ExitPolicy(self.threshold, active=active, max_pending_tokens=4),
+            policy=ExitPolicy(self.threshold, active=active, max_pending_tokens=4, num_draft_tokens=4),
             sampling=sampling,
             stop_tokens=server.model.stop_tokens,
         )

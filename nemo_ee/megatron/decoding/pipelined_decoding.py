@@ -35,8 +35,15 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.kv_cache import KVCache
 from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
+from nemo_ee.megatron.decoding.stage_lines import (
+    FINAL_EXIT,
+    Command,
+    Op,
+    StageLines,
+    decode_positions,
+    encode_positions,
+)
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
-from nemo_ee.megatron.decoding.stage_lines import FINAL_EXIT, Command, Op, StageLines, decode_positions, encode_positions
 
 # Number of pending tokens of a sequence at which they run. More of them in one batch cost later stages (and the rest
 # of the first stage) less; fewer leave less to do when a token goes deep.

@@ -55,6 +55,13 @@ def test_it_reads_back_as_it_was_and_gives_the_policy(plain, tmp_path):
     assert full_depth.policy().evaluated_exits([]) == ()
 
 
+def test_a_certificate_of_an_earlier_version_is_read():
+    """Its cap was called max_waiting."""
+    values = CERTIFICATE.to_mapping()
+    values["max_waiting"] = values.pop("max_pending_tokens")
+    assert Certificate.from_mapping(values, "old") == CERTIFICATE
+
+
 def test_several_have_names_and_one_of_a_name_is_replaced(plain, tmp_path):
     other = dataclasses.replace(CERTIFICATE, name="fast", created="2026-11-25")
     newer = dataclasses.replace(other, created="2026-11-26")

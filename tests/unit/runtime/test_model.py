@@ -35,7 +35,7 @@ from nemo_ee.runtime.linear import (
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.runtime.norm import RmsNorm, ShortRmsNorm, make_rms_norm
-from nemo_ee.runtime.rotary import inverse_frequencies, pairs_together
+from nemo_ee.runtime.rotary_frequencies import inverse_frequencies, pairs_together
 from tests.helpers.huggingface_models import TINY_MODELS, reference_logits, save_tiny_model
 
 TOLERANCE = 1e-5
