@@ -4,9 +4,9 @@
 
     perplexity = exp(-sum of ln p / tokens)
 
-The work of a step is that of generation, the engine's own staged forward with its pending tokens, an argmax and ln p; only
-the next token is given instead of chosen. So speed and quality are of the same tokens. And the choice of a policy:
-one pass at full depth asks every exit about every token, which gives the perplexity and the price of any policy.
+The work of a step is that of generation (the staged forward with pending tokens, an argmax and ln p); only the next
+token is given instead of chosen. So speed and quality are of the same tokens. The choice of a policy: one pass at full
+depth evaluates every exit at every token, which gives the perplexity and the price of any policy.
 """
 
 from __future__ import annotations
