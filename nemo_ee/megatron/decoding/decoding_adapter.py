@@ -120,7 +120,8 @@ class MegatronDecodingModel(DecodingModel):
         else:
             head = self.model.exits[name]
             if head.exit.architecture == "layer":
-                hidden = self._attention_half(head.layer, hidden, positions, self._rotation(positions), cache, name)
+                placement, rotation = cache.place(positions), self._rotation(positions)
+                hidden = self._attention_half(head.layer, hidden, placement, rotation, cache, name)
                 hidden = head.layer._forward_mlp(hidden)
             terms = head.output_terms(head.after_layer(hidden))
         logits = sum(linear(own, weight) for own, weight in terms)[:, 0]
@@ -129,7 +130,7 @@ class MegatronDecodingModel(DecodingModel):
         return logits[:, : self.vocab_size].float()
 
     def _rotation(self, positions: TokenPositions) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines at the positions' positions; None without rotary embedding."""
+        """Cosines and sines of each row; None without rotary embedding."""
         if self._rotary is None:
             return None
         found = self._rotations.get(positions)

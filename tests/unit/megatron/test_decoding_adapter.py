@@ -250,16 +250,16 @@ def test_prompt_logits_are_those_of_transformers(directory, llama):
     torch.testing.assert_close(torch.tensor(scored.logprobs[0]), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["all zero", "one behind while decoding"])
+@pytest.mark.parametrize("mistake", ["all zero", "one behind while decoding"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_control_wrong_positions_are_noticed(family, positions, directory):
+def test_control_wrong_positions_are_noticed(family, mistake, directory):
     """What a wrong rotary or learned position does to the comparison above."""
     tiny = directory(family)
     engine = engine_of(build(tiny.path, []))
     model = engine.model
 
     def wrong(positions: TokenPositions) -> torch.Tensor:
-        if positions == "all zero":
+        if mistake == "all zero":
             return torch.zeros_like(positions.position)
         return positions.position - 1 if len(positions) == 1 else positions.position
 
@@ -268,9 +268,7 @@ def test_control_wrong_positions_are_noticed(family, positions, directory):
     assert_same(engine.generate([prompt], max_new_tokens=14, mode="full").events, expected)
     if family == "llama":
         table = model._rotary
-        model._rotary = SimpleNamespace(
-            at=lambda positions: (table._cos[wrong(positions)], table._sin[wrong(positions)])
-        )
+        model._rotary = SimpleNamespace(at=lambda positions: table._table[wrong(positions)][:, None])
     else:
         embed = model.embed
         model.embed = lambda tokens, positions: embed(tokens, SimpleNamespace(position=wrong(positions)))

@@ -67,7 +67,7 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "positions",
+    "spans",
     [
         {0: range(4)},
         {2: range(5, 6), 7: range(3)},
@@ -75,15 +75,15 @@ def ran(directory, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
         {n: range(n + 1) for n in range(12)},
     ],
 )
-def test_items_arrive_as_they_left(positions):
+def test_positions_arrive_as_they_left(spans):
     from nemo_ee.megatron.decoding.stage_lines import decode_positions, encode_positions
 
-    positions = TokenPositions.of(positions)
+    positions = TokenPositions.of(spans)
     numbers = encode_positions(positions)
     found = decode_positions(numbers, torch.device("cpu"))
     assert torch.equal(found.sequence, positions.sequence) and torch.equal(found.position, positions.position)
     assert found.groups == positions.groups
-    assert len(numbers) == 3 * sum(1 if isinstance(own, range) else 2 + (own[0] == 0) for own in positions.values())
+    assert len(numbers) == 3 * sum(1 if isinstance(own, range) else 2 + (own[0] == 0) for own in spans.values())
 
 
 def said(ran: SimpleNamespace, layout: str, rank: int = 0) -> dict[str, Any]:
