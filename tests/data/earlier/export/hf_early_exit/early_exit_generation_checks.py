@@ -15,9 +15,9 @@ from .early_exit_generation_items import DecodingModel
 from .early_exit_generation_request import Request
 
 
-def request_problems(model: DecodingModel, what: str, request: Request) -> Iterator[str]:
+def request_faults(model: DecodingModel, what: str, request: Request) -> Iterator[str]:
     """Faults of a request that need no mode to be seen. `what`: how to call it in a message, e.g. "prompt 3"."""
-    yield from token_problems(model, what, request.prompt)
+    yield from token_faults(model, what, request.prompt)
     yield from (
         f"stop token {token!r} is not in the vocabulary 0..{model.vocab_size - 1}; remove it"
         for token in request.stop_tokens
@@ -41,7 +41,7 @@ def request_problems(model: DecodingModel, what: str, request: Request) -> Itera
         )
 
 
-def token_problems(model: DecodingModel, what: str, tokens: Sequence[int]) -> Iterator[str]:
+def token_faults(model: DecodingModel, what: str, tokens: Sequence[int]) -> Iterator[str]:
     """No tokens, or tokens the model does not have."""
     if len(tokens) == 0:
         yield f"{what} is empty; give at least one token, e.g. the begin-of-text token"

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from .early_exit_exits_confidence import CRITERIA, confidence
-from .early_exit_generation_descent import StagedForward, Feed
+from .early_exit_generation_descent import Descent, Feed
 from .early_exit_generation_items import DecodingModel, Items
-from .early_exit_generation_policy import EvaluatedExit, ExitPlan
+from .early_exit_generation_policy import AskedExit, Course
 
 COST_RULES = ("none", "fallback")
 
@@ -116,7 +116,7 @@ class CostRule:
         without a cap on them there might never be a verdict."""
         return fed in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
-    def verdict(self, course: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
+    def verdict(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
         """Whether a sequence's exits pay; None while that is open. Arguments: see `pays`."""
         fed = sum(left.values())
         if fed < self.trial_tokens:
@@ -125,7 +125,7 @@ class CostRule:
             return self.pays(course, num_layers, left, emitted)
         return None if self.pays(course, num_layers, left, emitted * (1 + _CLEARLY)) else False
 
-    def pays(self, course: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: float) -> bool:
+    def pays(self, course: Course, num_layers: int, left: Mapping[str | None, int], emitted: float) -> bool:
         """Whether exits pay for a sequence that goes on as it began.
 
         Args:
@@ -171,7 +171,7 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
         ValueError: the model stands on several ranks, or its cache cannot be truncated.
     """
     alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if getattr(model, "run_pending_after", None) is not None or not (alone or torch.distributed.get_world_size() == 1):
+    if getattr(model, "fill_ahead", None) is not None or not (alone or torch.distributed.get_world_size() == 1):
         # Ranks that share layers would each measure their own times, and decide differently.
         raise ValueError("cost_rule = 'fallback' cannot time a model on several ranks; use 'none', or one rank")
     rows = [count for count in _ROWS if count == 1 or 2 * count <= model.max_positions]
@@ -179,12 +179,12 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
     slots, cache = range(num_sequences), model.new_cache(num_sequences, context + rows[-1], tuple(exits))
     if not hasattr(cache, "truncate"):
         raise ValueError("cost_rule = 'fallback' needs a model whose cache can be truncated; use 'none'")
-    forward = StagedForward(model, cache)
+    descent = Descent(model, cache)
     # Never sure, but heard of by its exits: those with a layer of their own have keys and values of the context.
-    course = ExitPlan(tuple(EvaluatedExit(point, math.inf) for point in model.exits if point.name in exits))
+    course = Course(tuple(AskedExit(point, math.inf) for point in model.exits if point.name in exits))
     for slot in slots:
-        forward.admit(slot, course)
-    forward.step({slot: Feed(0, [0] * context) for slot in slots}, reading=False)
+        descent.admit(slot, course)
+    descent.step({slot: Feed(0, [0] * context) for slot in slots}, reading=False)
     calls = _calls(model, exits, rows, dict.fromkeys(slots, context), cache)
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(_TURNS):

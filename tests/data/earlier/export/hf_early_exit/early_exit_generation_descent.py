@@ -10,14 +10,14 @@ and values it needs. So
 * every (token, half layer) is computed at most once, with exactly the values of a full-depth run;
 * a sequence's depths never increase with position: what waits at a stop comes before everything that reaches it later.
 
-A model whose deeper half layers stand on other ranks may have a `run_pending_after`: a sequence's tokens are then sent on as
+A model whose deeper half layers stand on other ranks may have a `fill_ahead`: a sequence's tokens are then sent on as
 soon as that many wait, and other ranks run them while this one goes on with the next token. Only the time at which
 they run changes; the cap on waiting tokens counts them as if they still waited.
 
 (EE-LLM's "KV recomputation", arXiv 2312.04916, runs waiting tokens again from the first layer; here nothing is
 computed twice. What a rejected draft computed is thrown away: `truncate`.)
 
-May import: torch, `nemo_ee.exits` and `nemo_ee.generation.min_length_mask`, `items`, `policy`, `stats`.
+May import: torch, `nemo_ee.exits` and `nemo_ee.generation.held_tokens`, `items`, `policy`, `stats`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ import torch
 from torch import Tensor
 
 from .early_exit_exits_confidence import confidence
-from .early_exit_generation_held_tokens import MinLengthMask
+from .early_exit_generation_held_tokens import HeldTokens
 from .early_exit_generation_items import DecodingModel, ExitPoint, Items
-from .early_exit_generation_policy import ExitPlan
+from .early_exit_generation_policy import Course
 from .early_exit_generation_stats import FINAL
 
 
 class Feed(NamedTuple):
     """What one sequence sends down.
 
-    `tokens` go to the positions from `position` on; without any, only what waits goes down. `allow_exit`: whether the
+    `tokens` go to the positions from `position` on; without any, only what waits goes down. `may_leave`: whether the
     newest token is asked on the way. `read_all`: at the end every row that arrives is read, not just the newest.
     """
 
     position: int
     tokens: Sequence[int]
-    allow_exit: bool = False
+    may_leave: bool = False
     read_all: bool = False
 
 
@@ -107,7 +107,7 @@ class Rows:
         return Rows({slot: positions[slot] for slot in order}, hidden)
 
 
-class StagedForward:
+class Descent:
     """The state of the sequences in one cache, each in its slot and on its own course.
 
     Args:
@@ -119,13 +119,13 @@ class StagedForward:
         self.model, self.cache = model, cache
         self.device = getattr(model, "device", torch.device("cpu"))
         self._bottom = 2 * model.num_layers
-        self._courses: dict[int, ExitPlan] = {}
+        self._courses: dict[int, Course] = {}
         self._thresholds: dict[int, dict[str, float]] = {}  # slot -> exit -> threshold
-        self._held = MinLengthMask()
+        self._held = HeldTokens()
         # stop -> slot -> its rows there, a part for each flight that left some, in the order of their positions
         self._waiting: dict[int, dict[int, list[Rows]]] = defaultdict(dict)
         self._num_waiting: dict[int, int] = defaultdict(int)
-        self._fill_ahead: int | None = getattr(model, "run_pending_after", None)
+        self._fill_ahead: int | None = getattr(model, "fill_ahead", None)
         self._num_ahead: dict[int, int] = defaultdict(int)  # sent on before a deeper token came for them
         self._released: set[int] = set()
         self._stops: list[int] = []
@@ -134,7 +134,7 @@ class StagedForward:
         self.computed_half_layers = 0
         self.asked = {point.name: 0 for point in model.exits} | {FINAL: 0}
 
-    def admit(self, slot: int, course: ExitPlan, held: tuple[int, Collection[int]] | None = None) -> None:
+    def admit(self, slot: int, course: Course, held: tuple[int, Collection[int]] | None = None) -> None:
         """Put a new sequence into a slot whose cache is empty.
 
         Args:
@@ -161,7 +161,7 @@ class StagedForward:
         self._held.release(slot)
         self._plan()
 
-    def disable_exits(self, slot: int) -> None:
+    def stop_asking(self, slot: int) -> None:
         """Its sequence asks no exit any more, and its course cuts no flight; nothing of it may wait."""
         self._thresholds[slot] = {}
         self._plan()
@@ -220,7 +220,7 @@ class StagedForward:
         if reading and self._fill_ahead is not None:
             self._send_ahead(feeds)
         rows = self._embed(feeds)
-        asking = {slot for slot, feed in feeds.items() if feed.allow_exit}
+        asking = {slot for slot, feed in feeds.items() if feed.may_leave}
         flying = set(feeds)
         readings: list[Reading] = []
         depth = 0
@@ -288,7 +288,7 @@ class StagedForward:
         """Ask the exits at this stop about the newest row of each asking sequence; the first that is sure wins.
 
         Every row here has just reached the stop, so each exit hears of each row of the sequences that use it once: by
-        a question, or by `write_exit_kv`, which comes first because a question may attend to it.
+        a question, or by `observe_exit`, which comes first because a question may attend to it.
         """
         readings: list[Reading] = []
         if stop not in self._exits_at:
@@ -330,7 +330,7 @@ class StagedForward:
                 others += [own for own in range(row, row + len(positions)) if own not in in_question]
             row += len(positions)
         if others:
-            self.model.write_exit_kv(name, *pick_rows(rows.hidden, items, others), self.cache)
+            self.model.observe_exit(name, *pick_rows(rows.hidden, items, others), self.cache)
 
     def _read(self, name: str | None, hidden: Tensor, items: Items, rows: Sequence[int]) -> Tensor:
         """Ask one exit about these rows of `hidden`. Returns `[len(rows), v]`, fp32."""

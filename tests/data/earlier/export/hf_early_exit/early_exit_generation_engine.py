@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from .early_exit_generation_checks import is_whole, per_sequence, raise_all, request_problems, token_problems
+from .early_exit_generation_checks import is_whole, per_sequence, raise_all, request_faults, token_faults
 from .early_exit_generation_cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
 from .early_exit_generation_items import DecodingModel
-from .early_exit_generation_policy import MODES, ExitPolicy, plan_exits, unknown_mode
+from .early_exit_generation_policy import MODES, ExitPolicy, course_of, unknown_mode
 from .early_exit_generation_request import Request, resolve
 from .early_exit_generation_sampling import GREEDY, SamplingParams
 from .early_exit_generation_scoring import Scorer, ScoreResult
@@ -160,7 +160,7 @@ class EarlyExitEngine:
         faults: list[str] = []
         courses = []
         for index, own in enumerate(requests):
-            faults += request_problems(self.model, f"prompt {index}", own)
+            faults += request_faults(self.model, f"prompt {index}", own)
             courses.append(resolve(self.model, own, mode, policy, faults))
         if policy is not None or (exits is None and not requests):
             course = resolve(self.model, Request((), 1), mode, policy, faults)
@@ -238,7 +238,7 @@ class EarlyExitEngine:
         faults: list[str] = [] if tokens else ["no sequences were given; give at least one"]
         contexts = per_sequence("num_context", num_context, len(tokens), int, faults)
         for index, (own, context) in enumerate(zip(tokens, contexts, strict=False)):
-            faults += token_problems(self.model, f"sequence {index}", own)
+            faults += token_faults(self.model, f"sequence {index}", own)
             if not is_whole(context) or not 1 <= context < len(own):
                 faults.append(
                     f"sequence {index}: num_context = {context!r} must be at least 1 and leave one of its {len(own)} "
@@ -251,7 +251,7 @@ class EarlyExitEngine:
                 )
         try:
             own_mode = "full" if mode == "self_speculative" else mode
-            course = plan_exits(own_mode, policy, self.model.exits, self.model.num_layers)
+            course = course_of(own_mode, policy, self.model.exits, self.model.num_layers)
         except ValueError as error:
             faults.append(str(error))
         raise_all(faults)

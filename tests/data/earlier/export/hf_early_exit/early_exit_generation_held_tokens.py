@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens that a sequence may not have yet: stop tokens before its least length.
 
-May import: torch and `nemo_ee.generation.decoding_model`.
+May import: torch and `nemo_ee.generation.items`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .early_exit_generation_items import Items
 
 
-class MinLengthMask:
+class HeldTokens:
     """What each slot's sequence may not have before which position."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from torch import LongTensor, Tensor
 _CPU = torch.device("cpu")
 
 
-class SequenceRows(NamedTuple):
+class ItemGroup(NamedTuple):
     """The rows `first_row : last_row + 1` of an `Items`, which belong to one sequence.
 
     `positions` are theirs, a range where they are consecutive (as all of the engine's are); `length` = the last + 1.
@@ -75,7 +75,7 @@ class Items:
                 consecutive = tuple(own)
             sequence += [index] * len(own)
             position += own
-            groups.append(SequenceRows(index, first, len(sequence) - 1, length, consecutive))
+            groups.append(ItemGroup(index, first, len(sequence) - 1, length, consecutive))
         last = [0] * len(sequence) if tokens is None else tokens
         on_host = torch.tensor([sequence, position, last], dtype=torch.long)
         rows = on_host.unbind()
@@ -101,7 +101,7 @@ class Items:
         return self.sequence.cpu(), self.position.cpu()
 
     @cached_property
-    def groups(self) -> tuple[SequenceRows, ...]:
+    def groups(self) -> tuple[ItemGroup, ...]:
         """The sequences in row order."""
         sequences, positions = (side.tolist() for side in self.on_host)
         pairs = list(zip(sequences, positions, strict=True))
@@ -113,7 +113,7 @@ class Items:
             own: range | tuple[int, ...] = range(positions[first], positions[last] + 1)
             if len(own) != last + 1 - first:
                 own = tuple(positions[first : last + 1])
-            groups.append(SequenceRows(sequences[last], first, last, positions[last] + 1, own))
+            groups.append(ItemGroup(sequences[last], first, last, positions[last] + 1, own))
         return tuple(groups)
 
 
@@ -132,7 +132,7 @@ class DecodingModel(Protocol):
     Implementations return for each row what they would return for it alone: rows only meet in attention, and only
     within their sequence. An implementation may have an attribute `device`; without it the engine uses the CPU.
     Its cache may have `truncate(sequence, length)`: keep the first `length` positions of one sequence, everywhere.
-    Mode `self_speculative` and sessions that use a sequence's place twice need it. An attribute `run_pending_after` (int)
+    Mode `self_speculative` and sessions that use a sequence's place twice need it. An attribute `fill_ahead` (int)
     asks for waiting tokens to be run on as soon as a sequence has that many, not when one of its tokens goes deeper.
     """
 
@@ -153,7 +153,7 @@ class DecodingModel(Protocol):
         """Run the half layers (start, stop] on `hidden` `[n, h]` and write their keys and values. Returns `[n, h]`."""
         ...
 
-    def write_exit_kv(self, name: str, hidden: Tensor, items: Items, cache: Any) -> None:
+    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: Any) -> None:
         """Tell an active exit of items that reach its tap without being asked: a `layer` exit writes its own keys and
         values for them, every other exit does nothing. `hidden`: `[n, h]` at the exit's stop."""
         ...

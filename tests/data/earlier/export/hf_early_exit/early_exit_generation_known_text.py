@@ -23,7 +23,7 @@ from .early_exit_generation_descent import pick_rows
 from .early_exit_generation_items import DecodingModel, Items
 
 # Rows of logits asked for at a time: at most this many numbers, 64 MiB in fp32.
-LOGITS_PER_CALL = 2**24
+LOGITS_PER_QUESTION = 2**24
 
 
 class Answers(NamedTuple):
@@ -35,7 +35,7 @@ class Answers(NamedTuple):
     logprobs: Tensor
 
 
-class TeacherForcedPass:
+class KnownTextPass:
     """A batch on its way through the model.
 
     Args:
@@ -75,8 +75,8 @@ class TeacherForcedPass:
         if name is not None:
             others = sorted(set(range(len(self.items))) - set(rows))
             if others:
-                self.model.write_exit_kv(name, *pick_rows(self.hidden, self.items, others), self._cache)
-        at_once = max(1, LOGITS_PER_CALL // self.model.vocab_size)
+                self.model.observe_exit(name, *pick_rows(self.hidden, self.items, others), self._cache)
+        at_once = max(1, LOGITS_PER_QUESTION // self.model.vocab_size)
         for begin in range(0, len(rows), at_once):
             chunk = rows[begin : begin + at_once]
             logits = self.model.exit_logits(name, *pick_rows(self.hidden, self.items, chunk), self._cache)

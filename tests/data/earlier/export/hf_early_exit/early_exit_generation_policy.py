@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a token may leave early: the criterion, the thresholds, the exits that are asked, the cap on waiting tokens.
 
-What a user asks for is a mode and an `ExitPolicy`; what the engine follows is the `ExitPlan` the two make on a model.
+What a user asks for is a mode and an `ExitPolicy`; what the engine follows is the `Course` the two make on a model.
 
-May import: `nemo_ee.exits` and `nemo_ee.generation.decoding_model`.
+May import: `nemo_ee.exits` and `nemo_ee.generation.items`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .early_exit_generation_items import ExitPoint
 MODES = ("early_exit", "self_speculative", "static_depth", "full")
 
 
-class EvaluatedExit(NamedTuple):
+class AskedExit(NamedTuple):
     """An exit that is asked, with the threshold to beat."""
 
     point: ExitPoint
@@ -29,20 +29,20 @@ class EvaluatedExit(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExitPlan:
+class Course:
     """The way of one sequence's tokens through a model: a mode and a policy, resolved and checked.
 
     Attributes:
         exits: the exits to ask, in the model's order.
         criterion: of every reported confidence.
-        max_pending_tokens: most tokens of the sequence that may wait; None = no cap.
+        max_waiting: most tokens of the sequence that may wait; None = no cap.
         end: exit at which every token ends; nothing below it ever runs. None = the end of the stack.
         checks: whether a token that leaves early is only a draft, to be checked against the final exit.
     """
 
-    exits: tuple[EvaluatedExit, ...] = ()
+    exits: tuple[AskedExit, ...] = ()
     criterion: str = CRITERIA[0]
-    max_pending_tokens: int | None = None
+    max_waiting: int | None = None
     end: ExitPoint | None = None
     checks: bool = False
 
@@ -63,7 +63,7 @@ class ExitPolicy:
         criterion: `max_probability`, `margin` or `entropy`, of the exit's whole distribution (before temperature and
             penalties), so that the decision never depends on the sampled token.
         active: names of the exits that may be left at; None = all of the model's. The others cost nothing.
-        max_pending_tokens: most tokens of a sequence that may wait for their deeper layers; at the cap the next token goes
+        max_waiting: most tokens of a sequence that may wait for their deeper layers; at the cap the next token goes
             to full depth and takes them along. None = no cap. In mode `self_speculative` this is the longest draft.
 
     Mode `static_depth` reads every token from the one active exit and looks at no threshold.
@@ -75,7 +75,7 @@ class ExitPolicy:
     thresholds: float | Mapping[str, float]
     criterion: str = "max_probability"
     active: tuple[str, ...] | None = None
-    max_pending_tokens: int | None = None
+    max_waiting: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.thresholds, Mapping):
@@ -99,11 +99,11 @@ class ExitPolicy:
             yield f"active = {self.active!r} must be a list of exit names, write [{self.active!r}]"
         elif self.active is not None and len(set(self.active)) < len(self.active):
             yield f"active = {list(self.active)} names an exit twice, name each once"
-        cap = self.max_pending_tokens
+        cap = self.max_waiting
         if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 0):
-            yield f"max_pending_tokens = {cap!r} must be a whole number of tokens from 0, or None for no cap"
+            yield f"max_waiting = {cap!r} must be a whole number of tokens from 0, or None for no cap"
 
-    def evaluated_exits(self, exits: Sequence[ExitPoint]) -> tuple[EvaluatedExit, ...]:
+    def asked_exits(self, exits: Sequence[ExitPoint]) -> tuple[AskedExit, ...]:
         """The model's exits that are to be asked, in the model's order.
 
         An exit whose threshold no token can beat is left out: asking it would change nothing.
@@ -123,7 +123,7 @@ class ExitPolicy:
                 )
         if faults:
             raise ValueError("exit policy: " + "; ".join(faults))
-        asked = [EvaluatedExit(point, self._threshold(point.name)) for point in exits if point.name in active]
+        asked = [AskedExit(point, self._threshold(point.name)) for point in exits if point.name in active]
         return tuple(exit for exit in asked if can_leave(exit.threshold, self.criterion))
 
     def static_exit(self, exits: Sequence[ExitPoint]) -> ExitPoint:
@@ -169,7 +169,7 @@ def unknown_mode(mode: object) -> str:
     return f"mode = {mode!r} is unknown; use one of {', '.join(MODES)}"
 
 
-def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint], num_layers: int) -> ExitPlan:
+def course_of(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint], num_layers: int) -> Course:
     """What a mode and a policy mean on a model.
 
     Args:
@@ -184,16 +184,16 @@ def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint],
     if mode not in MODES:
         raise ValueError(unknown_mode(mode))
     if mode == "full":
-        return ExitPlan() if policy is None else ExitPlan(criterion=policy.criterion)
+        return Course() if policy is None else Course(criterion=policy.criterion)
     if policy is None:
         raise ValueError(f"mode = {mode!r} needs a policy; pass ExitPolicy(thresholds=...) or use mode='full'")
     if mode == "static_depth":
-        return ExitPlan(criterion=policy.criterion, end=policy.static_exit(exits))
-    asked = policy.evaluated_exits(exits)
+        return Course(criterion=policy.criterion, end=policy.static_exit(exits))
+    asked = policy.asked_exits(exits)
     if mode == "self_speculative":
         # A draft from the very end of the stack has nothing left to wait for, and so nothing to save.
         asked = tuple(exit for exit in asked if exit.point.stop < 2 * num_layers)
-    return ExitPlan(asked, policy.criterion, policy.max_pending_tokens, checks=mode == "self_speculative")
+    return Course(asked, policy.criterion, policy.max_waiting, checks=mode == "self_speculative")
 
 
 def _threshold_fault(value: object, criterion: str) -> str | None:

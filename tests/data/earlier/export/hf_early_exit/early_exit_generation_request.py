@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .early_exit_generation_items import DecodingModel
-from .early_exit_generation_policy import ExitPlan, ExitPolicy, plan_exits
+from .early_exit_generation_policy import Course, ExitPolicy, course_of
 from .early_exit_generation_sampling import GREEDY, SamplingParams
 
 
@@ -43,11 +43,11 @@ class Request:
     policy: ExitPolicy | None = None
 
 
-def resolve(model: DecodingModel, request: Request, mode: str, policy: ExitPolicy | None, faults: list[str]) -> ExitPlan:
+def resolve(model: DecodingModel, request: Request, mode: str, policy: ExitPolicy | None, faults: list[str]) -> Course:
     """The course of a request in a session of this mode and policy; what is wrong with it is appended to `faults`."""
     try:
         own_policy = policy if request.policy is None else request.policy
-        return plan_exits(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
+        return course_of(mode if request.mode is None else request.mode, own_policy, model.exits, model.num_layers)
     except ValueError as error:
         faults.append(str(error))
-        return ExitPlan()
+        return Course()

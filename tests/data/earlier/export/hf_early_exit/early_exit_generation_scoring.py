@@ -20,8 +20,8 @@ import torch
 
 from .early_exit_exits_confidence import confidence, leaves
 from .early_exit_generation_items import DecodingModel, ExitPoint
-from .early_exit_generation_known_text import TeacherForcedPass
-from .early_exit_generation_policy import ExitPlan
+from .early_exit_generation_known_text import KnownTextPass
+from .early_exit_generation_policy import Course
 from .early_exit_generation_stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
 
 
@@ -62,9 +62,9 @@ class Scorer:
         course: the exits to ask, or the one to read everything from.
     """
 
-    def __init__(self, model: DecodingModel, course: ExitPlan) -> None:
+    def __init__(self, model: DecodingModel, course: Course) -> None:
         self.model, self.course = model, course
-        self.exits, self.criterion, self.max_pending_tokens = course.exits, course.criterion, course.max_pending_tokens
+        self.exits, self.criterion, self.max_waiting = course.exits, course.criterion, course.max_waiting
         self.asked = dict.fromkeys((*course.exit_names, FINAL), 0)
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class Scorer:
         """Score `sequences[i][num_context[i]:]`, every sequence longer than its context and that at least 1."""
         static = self.course.end
         end = 2 * self.model.num_layers if static is None else static.stop
-        text = TeacherForcedPass(self.model, sequences, self.course.exit_names)
+        text = KnownTextPass(self.model, sequences, self.course.exit_names)
         first_rows, lengths = text.first_rows, [len(own) - 1 for own in sequences]
         # A context's last row is read from the final exit, as after a prompt; the rows after it are asked.
         asking = [
@@ -100,7 +100,7 @@ class Scorer:
         """Replay one sequence's decisions; those the cap forces to full depth lose their early answer."""
         rows, waiting = [first_row + context - 1], 0
         for row in range(first_row + context, first_row + length):
-            forced = self.max_pending_tokens is not None and waiting >= self.max_pending_tokens
+            forced = self.max_waiting is not None and waiting >= self.max_waiting
             if forced:
                 early.pop(row, None)
             if row not in early:
@@ -111,7 +111,7 @@ class Scorer:
         return rows
 
     def _ask(
-        self, text: TeacherForcedPass, point: ExitPoint | None, threshold: float | None, asked: Sequence[int]
+        self, text: KnownTextPass, point: ExitPoint | None, threshold: float | None, asked: Sequence[int]
     ) -> dict[int, _Answer]:
         """Ask an exit about these rows (ascending); keep the answers that are sure, without a threshold all."""
         name = None if point is None else point.name

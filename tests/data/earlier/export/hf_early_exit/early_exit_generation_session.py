@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .early_exit_generation_checks import raise_all, request_problems
+from .early_exit_generation_checks import raise_all, request_faults
 from .early_exit_generation_cost_rule import CostRule
-from .early_exit_generation_descent import StagedForward, Feed, Reading
+from .early_exit_generation_descent import Descent, Feed, Reading
 from .early_exit_generation_items import DecodingModel
-from .early_exit_generation_policy import ExitPlan, ExitPolicy
+from .early_exit_generation_policy import Course, ExitPolicy
 from .early_exit_generation_request import Request, resolve
 from .early_exit_generation_sampling import Choice, choose
 from .early_exit_generation_speculation import Draft, check
@@ -37,7 +37,7 @@ class _Sequence:
     index: int
     slot: int
     request: Request
-    course: ExitPlan
+    course: Course
     answer: list[int] = dataclasses.field(default_factory=list)
     drafts: list[Draft] = dataclasses.field(default_factory=list)
     has_begun: bool = False
@@ -96,7 +96,7 @@ class DecodingSession:
         self._exits, self._max_length = tuple(point.name for point in model.exits if point.name in exits), max_length
         with torch.inference_mode():
             self.cache: Any = model.new_cache(num_slots, max_length, self._exits)
-        self._forward = StagedForward(model, self.cache)
+        self._descent = Descent(model, self.cache)
         self._free = list(range(num_slots))
         self._used: set[int] = set()
         self._running: dict[int, _Sequence] = {}  # by index, ascending
@@ -125,7 +125,7 @@ class DecodingSession:
             RuntimeError: no slot is free.
         """
         what = f"sequence {self._num_added}"
-        faults = list(request_problems(self._model, what, request))
+        faults = list(request_faults(self._model, what, request))
         course = resolve(self._model, request, self._mode, self._policy, faults)
         missing = [name for name in course.exit_names if name not in self._exits]
         if missing:
@@ -149,20 +149,20 @@ class DecodingSession:
             )
         return self.admit(request, course)
 
-    def admit(self, request: Request, course: ExitPlan) -> int:
+    def admit(self, request: Request, course: Course) -> int:
         """`add` without its checks: a request that fits, on its course, with a slot free."""
         slot = self._free[0]
         if course.checks or slot in self._used:
             self._needs_truncate("mode = 'self_speculative'" if course.checks else "a slot that is used again")
         if slot in self._used:
-            self._forward.truncate(slot, 0)
+            self._descent.truncate(slot, 0)
             self._slots = {index: own for index, own in self._slots.items() if own != slot}
         del self._free[0]
         self._used.add(slot)
         held = None
         if request.min_new_tokens and request.stop_tokens:
             held = (len(request.prompt) + request.min_new_tokens, request.stop_tokens)
-        self._forward.admit(slot, course, held)
+        self._descent.admit(slot, course, held)
         index = self._num_added
         self._num_added += 1
         self._num_prompt_tokens += len(request.prompt)
@@ -183,7 +183,7 @@ class DecodingSession:
 
     def _release(self, sequence: _Sequence) -> None:
         del self._running[sequence.index]
-        self._forward.release(sequence.slot)
+        self._descent.release(sequence.slot)
         self._free = sorted([*self._free, sequence.slot])
 
     @torch.inference_mode()
@@ -198,7 +198,7 @@ class DecodingSession:
         if not self._running:
             return ()
         by_slot = {own.slot: own for own in self._running.values()}
-        readings = self._forward.step({slot: self._feed(by_slot[slot]) for slot in sorted(by_slot)})
+        readings = self._descent.step({slot: self._feed(by_slot[slot]) for slot in sorted(by_slot)})
         events: list[TokenEvent | Failure] = []
         singles: list[tuple[_Sequence, Reading]] = []
         for reading in readings:
@@ -225,14 +225,14 @@ class DecodingSession:
         position = sequence.length - 1
         if sequence.must_check:
             return Feed(position, (), read_all=True)
-        cap = course.max_pending_tokens
-        allow_exit = bool(course.exits) and self._exits_pay(sequence)
-        allow_exit = allow_exit and (cap is None or self._forward.num_pending(sequence.slot) < cap)
+        cap = course.max_waiting
+        may_leave = bool(course.exits) and self._exits_pay(sequence)
+        may_leave = may_leave and (cap is None or self._descent.waiting(sequence.slot) < cap)
         if course.checks:
             request = sequence.request
             # The last token a sequence may have comes from the final exit: its draft would have to be checked at once.
-            allow_exit = allow_exit and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
-        return Feed(position, (sequence.answer[-1],), allow_exit, read_all=course.checks)
+            may_leave = may_leave and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
+        return Feed(position, (sequence.answer[-1],), may_leave, read_all=course.checks)
 
     def _exits_pay(self, sequence: _Sequence) -> bool:
         """Whether a sequence is to ask its exits: by what its first tokens did, then for good."""
@@ -249,9 +249,9 @@ class DecodingSession:
             if sequence.exits_pay is None:
                 return True
             self._num_fallbacks += not sequence.exits_pay
-        if not sequence.exits_pay and not self._forward.num_pending(sequence.slot):
+        if not sequence.exits_pay and not self._descent.waiting(sequence.slot):
             # Later tokens run to the end in one piece.
-            self._forward.disable_exits(sequence.slot)
+            self._descent.stop_asking(sequence.slot)
             sequence.course = dataclasses.replace(sequence.course, exits=())
         return sequence.exits_pay
 
@@ -271,7 +271,7 @@ class DecodingSession:
         all_stay = checked[-1][1]
         if not all_stay and reading.logits.shape[0] > len(checked):
             # Row i stands at position first - 1 + i; what was fed after the last row that was checked goes.
-            self._forward.truncate(sequence.slot, first - 1 + len(checked))
+            self._descent.truncate(sequence.slot, first - 1 + len(checked))
         for row, ((token, stays), draft) in enumerate(zip(checked, drafts, strict=False)):
             source = draft if stays else None
             events += self._events(sequence, token, logprobs[row], reading, row, source)
@@ -342,12 +342,12 @@ class DecodingSession:
 
         Afterwards every position that was fed has its keys and values in every layer, as after a full-depth run.
         """
-        self._forward.flush(leaving=[own.slot for own in self._running.values() if own.drafts])
+        self._descent.flush(leaving=[own.slot for own in self._running.values() if own.drafts])
 
     def waiting(self, sequence: int) -> int:
         """How many tokens of the sequence wait for deeper layers."""
         slot = self._slots.get(sequence)
-        return 0 if slot is None else self._forward.num_pending(slot)
+        return 0 if slot is None else self._descent.waiting(slot)
 
     def stats(self, events: Sequence[TokenEvent | Failure]) -> DecodingStats:
         """Sums over these events, failures left out, and over the work done so far."""
@@ -358,8 +358,8 @@ class DecodingSession:
             tokens_per_exit=exit_histogram(events, self._model.exits),
             mean_depth=mean_depth(events),
             num_layers=self._model.num_layers,
-            computed_layers=self._forward.computed_half_layers / 2,
-            asked=dict(self._forward.evaluations),
+            computed_layers=self._descent.computed_half_layers / 2,
+            asked=dict(self._descent.asked),
             drafted=self._drafted,
             accepted=self._accepted,
             checks=self._checks,

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decoding says about itself: an event per token, what failed, and sums over them.
 
-May import: the standard library and `nemo_ee.generation.decoding_model`.
+May import: the standard library and `nemo_ee.generation.items`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .early_exit_generation_items import SequenceRows, Items
+from .early_exit_generation_items import ItemGroup, Items
 
 
 class RuntimeCache:
@@ -33,7 +33,7 @@ class RuntimeCache:
         self.slabs = {slot: torch.zeros(shape, dtype=dtype, device=device) for slot in slots}
         self._lengths = [0] * shape[0]  # positions of each sequence that may have been written
 
-    def reach(self, groups: Iterable[SequenceRows]) -> None:
+    def reach(self, groups: Iterable[ItemGroup]) -> None:
         """Keys and values of these items are about to be written, in some slot or other."""
         for group in groups:
             if group.length > self._lengths[group.sequence]:
@@ -83,7 +83,7 @@ class Placement:
         # Not the items, which keep it.
         self._sequence, self._position = items.sequence, items.position
         groups = items.groups
-        self.run: SequenceRows | None = None  # all of the items, where they are consecutive ones of one sequence
+        self.run: ItemGroup | None = None  # all of the items, where they are consecutive ones of one sequence
         if len(groups) == 1 and isinstance(groups[0].positions, range):
             self.run = groups[0]
         self.blocks = tuple(_blocks(items, dtype))
@@ -117,7 +117,7 @@ class Placement:
 
 
 def _blocks(items: Items, dtype: torch.dtype) -> Iterator[Block]:
-    alike: list[SequenceRows] = []  # neighbours of one item each
+    alike: list[ItemGroup] = []  # neighbours of one item each
     for group in items.groups:
         single = group.first_row == group.last_row
         if alike and not (single and group.sequence == alike[-1].sequence + 1):
@@ -131,7 +131,7 @@ def _blocks(items: Items, dtype: torch.dtype) -> Iterator[Block]:
         yield _neighbours(alike, items, dtype)
 
 
-def _neighbours(groups: list[SequenceRows], items: Items, dtype: torch.dtype) -> Block:
+def _neighbours(groups: list[ItemGroup], items: Items, dtype: torch.dtype) -> Block:
     first, last = groups[0], groups[-1]
     length, mask = max(group.length for group in groups), None
     if min(group.length for group in groups) < length:
@@ -140,7 +140,7 @@ def _neighbours(groups: list[SequenceRows], items: Items, dtype: torch.dtype) ->
     return Block(first.first_row, last.last_row + 1, first.sequence, last.sequence + 1, length, mask, causal=False)
 
 
-def _several_of_one(group: SequenceRows, items: Items, dtype: torch.dtype) -> Block:
+def _several_of_one(group: ItemGroup, items: Items, dtype: torch.dtype) -> Block:
     causal, mask = isinstance(group.positions, range) and group.positions.start == 0, None
     if not causal:
         own = items.position[group.first_row : group.last_row + 1]

@@ -105,7 +105,7 @@ class EarlyExitCausalLM:
         early_exit_threshold: float | Mapping[str, float] | None = None,
         early_exit_criterion: str = "max_probability",
         early_exits: Sequence[str] | None = None,
-        max_pending_tokens: int | None = None,
+        max_waiting: int | None = None,
         max_new_tokens: int = 20,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -123,7 +123,7 @@ class EarlyExitCausalLM:
         Args:
             input_ids: `[b, s]`, padded on either side where `attention_mask` is 0.
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
-            early_exit_criterion, early_exits, max_pending_tokens: `criterion`, `active` and `max_pending_tokens` of `ExitPolicy`.
+            early_exit_criterion, early_exits, max_waiting: `criterion`, `active` and `max_waiting` of `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
             eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's.
             pad_token_id: fills what ended earlier; None = likewise, else the end token.
@@ -145,7 +145,7 @@ class EarlyExitCausalLM:
         policy = None
         if early_exit_threshold is not None:
             active = None if early_exits is None else tuple(early_exits)
-            policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_pending_tokens)
+            policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_waiting)
         stops = self._ids("eos_token_id", eos_token_id)
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         result = self.engine.generate(

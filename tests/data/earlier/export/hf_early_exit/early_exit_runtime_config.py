@@ -5,7 +5,7 @@
 The table of exits is `early_exit.exits` in it; a directory without one is a model without exits. Absent optional keys
 mean what they mean in the transformers library.
 
-May import: the standard library, nemo_ee.exits, nemo_ee.generation.decoding_model.
+May import: the standard library, nemo_ee.exits, nemo_ee.generation.items.
 """
 
 from __future__ import annotations

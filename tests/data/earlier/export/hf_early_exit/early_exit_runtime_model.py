@@ -135,7 +135,7 @@ class RuntimeModel:
         return hidden
 
     @torch.inference_mode()
-    def write_exit_kv(self, name: str, hidden: Tensor, items: Items, cache: RuntimeCache) -> None:
+    def observe_exit(self, name: str, hidden: Tensor, items: Items, cache: RuntimeCache) -> None:
         """A `layer` exit writes its keys and values; other exits do nothing. `hidden`: `[n, h]`."""
         layer = self.weights.heads[name].layer
         if layer is not None:
