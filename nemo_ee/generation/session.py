@@ -20,54 +20,12 @@ from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel
 from nemo_ee.generation.policy import ExitPlan, ExitPolicy
 from nemo_ee.generation.prompt_scores import PromptScorer, most_likely, rows_per_step, token_logprobs
 from nemo_ee.generation.request import Request
+from nemo_ee.generation.running_sequence import RunningSequence
 from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.staged_forward import ExitOutput, StagedForward, TokenInput
 from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, exit_histogram, mean_depth
 from nemo_ee.generation.validation import plan_request, raise_all
 from nemo_ee.generation.verification import Draft, verify
-
-
-@dataclasses.dataclass(eq=False)
-class _Sequence:
-    """A running sequence.
-
-    Attributes:
-        answer: its new tokens. The last of them are the `drafts`, which are not verified yet.
-        has_begun: the prompt has run.
-        must_verify: a draft would end the sequence.
-        left: exit name -> number of tokens that left there; None = the end of the stack.
-        exits_pay: the cost rule's verdict; None = not decided.
-    """
-
-    index: int
-    slot: int
-    request: Request
-    plan: ExitPlan
-    answer: list[int] = dataclasses.field(default_factory=list)
-    drafts: list[Draft] = dataclasses.field(default_factory=list)
-    has_begun: bool = False
-    must_verify: bool = False
-    left: dict[str | None, int] = dataclasses.field(default_factory=dict)
-    exits_pay: bool | None = None
-    scorer: PromptScorer | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of tokens of prompt and answer, drafts included."""
-        return len(self.request.prompt) + len(self.answer)
-
-    def previous(self) -> Sequence[int]:
-        """The tokens that the penalties need; () without a penalty, to save a copy of the whole text."""
-        return [*self.request.prompt, *self.answer] if self.request.sampling.looks_back else ()
-
-    def finish_reason(self) -> str | None:
-        """Why the sequence has ended; None = it has not."""
-        request = self.request
-        if self.answer[-1] in request.stop_tokens:
-            return "stop"
-        if request.ends is not None and request.ends(self.answer):
-            return "stop"
-        return "length" if len(self.answer) >= request.max_new_tokens else None
 
 
 class DecodingSession:
@@ -105,7 +63,7 @@ class DecodingSession:
         self._forward = StagedForward(model, self.cache)
         self._free = list(range(num_slots))
         self._used: set[int] = set()
-        self._running: dict[int, _Sequence] = {}  # by index, ascending
+        self._running: dict[int, RunningSequence] = {}  # by index, ascending
         self._slots: dict[int, int] = {}  # index -> slot, ended sequences too until their slot is used again
         self._num_added = self._num_prompt_tokens = 0
         self._drafted = self._accepted = self._num_verifications = 0
@@ -165,7 +123,7 @@ class DecodingSession:
         self._num_added += 1
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
-        self._running[index] = sequence = _Sequence(index, slot, request, plan)
+        self._running[index] = sequence = RunningSequence(index, slot, request, plan)
         if request.prompt_logprobs is not None:
             sequence.scorer = PromptScorer(index, request)
         return index
@@ -177,7 +135,7 @@ class DecodingSession:
         if index in self._running:
             self._release(self._running[index])
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: RunningSequence) -> None:
         del self._running[sequence.index]
         self._forward.release(sequence.slot)
         self._free = sorted([*self._free, sequence.slot])
@@ -197,7 +155,7 @@ class DecodingSession:
         by_slot = {own.slot: own for own in self._running.values()}
         outputs = self._forward.step(self._next_inputs(by_slot))
         events: list[Event] = []
-        singles: list[tuple[_Sequence, ExitOutput]] = []
+        singles: list[tuple[RunningSequence, ExitOutput]] = []
         for output in outputs:
             sequence = by_slot[output.slot]
             if sequence.scorer is not None:
@@ -222,7 +180,7 @@ class DecodingSession:
         events.sort(key=lambda event: event.sequence)
         return tuple(events)
 
-    def _next_inputs(self, by_slot: dict[int, _Sequence]) -> dict[int, TokenInput]:
+    def _next_inputs(self, by_slot: dict[int, RunningSequence]) -> dict[int, TokenInput]:
         """What each sequence sends down next; a prompt that is to be scored waits where its logits have no room.
 
         Room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones by slot.
@@ -237,7 +195,7 @@ class DecodingSession:
                 room -= len(inputs[slot].tokens)
         return dict(sorted(inputs.items()))
 
-    def _next_input(self, sequence: _Sequence) -> TokenInput:
+    def _next_input(self, sequence: RunningSequence) -> TokenInput:
         """The tokens that the sequence runs next."""
         plan = sequence.plan
         if not sequence.has_begun:
@@ -254,7 +212,7 @@ class DecodingSession:
             allow_exit = allow_exit and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
         return TokenInput(position, (sequence.answer[-1],), allow_exit, read_all=plan.verify)
 
-    def _exits_pay(self, sequence: _Sequence) -> bool:
+    def _exits_pay(self, sequence: RunningSequence) -> bool:
         """Whether the sequence evaluates its exits at the next token. The cost rule decides once, by its first
         tokens."""
         rule = self._cost_rule
@@ -277,8 +235,8 @@ class DecodingSession:
         return sequence.exits_pay
 
     def _verify(
-        self, sequence: _Sequence, output: ExitOutput, events: list[Event]
-    ) -> list[tuple[_Sequence, ExitOutput]]:
+        self, sequence: RunningSequence, output: ExitOutput, events: list[Event]
+    ) -> list[tuple[RunningSequence, ExitOutput]]:
         """Verify the drafts and record the final tokens. Returns the output for choosing the next token, if any."""
         drafts, first = sequence.drafts, sequence.length - len(sequence.drafts)
         rows = output.logits[: len(drafts)]
@@ -304,11 +262,11 @@ class DecodingSession:
             return []
         return [(sequence, _newest(output))]
 
-    def _choose(self, outputs: Sequence[tuple[_Sequence, ExitOutput]]) -> list[TokenEvent | Failure]:
+    def _choose(self, outputs: Sequence[tuple[RunningSequence, ExitOutput]]) -> list[TokenEvent | Failure]:
         """Choose a token at each output of one row. Tokens of early exits that need verification become drafts."""
         events: list[TokenEvent | Failure] = []
-        drafted: list[tuple[_Sequence, ExitOutput]] = []
-        certain: list[tuple[_Sequence, ExitOutput]] = []
+        drafted: list[tuple[RunningSequence, ExitOutput]] = []
+        certain: list[tuple[RunningSequence, ExitOutput]] = []
         for one in outputs:
             (drafted if one[0].plan.verify and one[1].exit is not None else certain).append(one)
         for (sequence, output), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
@@ -327,7 +285,7 @@ class DecodingSession:
         return events
 
     def _events(
-        self, sequence: _Sequence, token: int, logprob: float, output: ExitOutput, row: int, draft: Draft | None
+        self, sequence: RunningSequence, token: int, logprob: float, output: ExitOutput, row: int, draft: Draft | None
     ) -> list[TokenEvent | Failure]:
         """Record a final token. `draft`: the accepted draft, if it was one."""
         position = sequence.length
@@ -384,7 +342,7 @@ class DecodingSession:
         )
 
 
-def _sample(outputs: Sequence[tuple[_Sequence, ExitOutput]], purpose: str) -> list[Choice]:
+def _sample(outputs: Sequence[tuple[RunningSequence, ExitOutput]], purpose: str) -> list[Choice]:
     """The next token at each output; drafts count as earlier tokens."""
     if not outputs:
         return []

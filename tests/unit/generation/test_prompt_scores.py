@@ -20,7 +20,7 @@ PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9,), (3, 3, 8), (5, 1, 2, 2, 4)]
 MODES = {
     "full": None,
     "early_exit": ExitPolicy(0.2),
-    "self_speculative": ExitPolicy(0.2, max_pending_tokens=3),
+    "self_speculative": ExitPolicy(0.2, num_draft_tokens=3),
     "static_depth": ExitPolicy(0.0, active=("layer1-layer",)),
 }
 

@@ -1,0 +1,57 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one sequence in a decoding session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nemo_ee.generation.policy import ExitPlan
+from nemo_ee.generation.prompt_scores import PromptScorer
+from nemo_ee.generation.request import Request
+from nemo_ee.generation.verification import Draft
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A running sequence.
+
+    Attributes:
+        answer: its new tokens. The last of them are the `drafts`, which are not verified yet.
+        has_begun: the prompt has run.
+        must_verify: a draft would end the sequence.
+        left: exit name -> number of tokens that left there; None = the end of the stack.
+        exits_pay: the cost rule's verdict; None = not decided.
+        scorer: scores the prompt while it runs; None = the prompt is not scored, or has run.
+    """
+
+    index: int
+    slot: int
+    request: Request
+    plan: ExitPlan
+    answer: list[int] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    has_begun: bool = False
+    must_verify: bool = False
+    left: dict[str | None, int] = field(default_factory=dict)
+    exits_pay: bool | None = None
+    scorer: PromptScorer | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of prompt and answer, drafts included."""
+        return len(self.request.prompt) + len(self.answer)
+
+    def previous(self) -> Sequence[int]:
+        """The tokens that the penalties need; () without a penalty, to save a copy of the whole text."""
+        return [*self.request.prompt, *self.answer] if self.request.sampling.looks_back else ()
+
+    def finish_reason(self) -> str | None:
+        """Why the sequence has ended; None = it has not."""
+        request = self.request
+        if self.answer[-1] in request.stop_tokens:
+            return "stop"
+        if request.ends is not None and request.ends(self.answer):
+            return "stop"
+        return "length" if len(self.answer) >= request.max_new_tokens else None
