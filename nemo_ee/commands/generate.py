@@ -368,9 +368,9 @@ def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
         computed_layers=one.computed_layers + other.computed_layers,
         drafted=one.drafted + other.drafted,
         accepted=one.accepted + other.accepted,
-        checks=one.num_verifications + other.num_verifications,
+        num_verifications=one.num_verifications + other.num_verifications,
         num_fallbacks=one.num_fallbacks + other.num_fallbacks,
-        asked={
+        evaluations={
             name: one.evaluations.get(name, 0) + other.evaluations.get(name, 0)
             for name in dict.fromkeys([*one.evaluations, *other.evaluations])
         },
