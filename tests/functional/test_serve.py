@@ -363,7 +363,7 @@ def test_metrics_and_health(url: str, client) -> None:
     assert tokens() == before + 5
     assert json.loads(fetch("/health")) == {"status": "ok"}
     text = fetch("/metrics")
-    for name in ("waiting_tokens", "acceptance_rate", "tokens_per_second", "busy_seconds_total",
+    for name in ("pending_tokens", "acceptance_rate", "tokens_per_second", "busy_seconds_total",
                  "request_seconds_bucket", "queued_sequences", "first_token_seconds_bucket",
                  "token_depth_layers_bucket"):  # fmt: skip
         assert f"nemo_ee_{name}" in text
