@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Forced decoding: known text is fed token by token under an exit policy, each token scored at the exit it left at.
+"""Forced decoding: known text runs token by token under an exit policy, each token scored at the exit it left at.
 
     perplexity = exp(-sum of ln p / tokens)
 

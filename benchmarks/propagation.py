@@ -59,7 +59,7 @@ def propagated(
         group = texts[first : first + batch_size]
         length = len(group[0])
         batch = PropagatingBatch(model, asked, policy.criterion, len(group), length)
-        exit, logits = batch.feed({i: (0, text[:context]) for i, text in enumerate(group)}, evaluating=False)
+        exit, logits = batch.run({i: (0, text[:context]) for i, text in enumerate(group)}, evaluating=False)
         for position in range(context, length):
             targets = torch.tensor([text[position] for text in group], device=logits.device)
             surprise += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
@@ -67,7 +67,7 @@ def propagated(
             count += len(group)
             if position + 1 < length:
                 step = {i: (position, [text[position]]) for i, text in enumerate(group)}
-                exit, logits = batch.feed(step, evaluating=True)
+                exit, logits = batch.run(step, evaluating=True)
     return Quality(math.exp(surprise / count), depth / count)
 
 

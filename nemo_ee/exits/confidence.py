@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How sure an exit is of its next token, and when that is sure enough to leave.
+"""The confidence of an exit in its next token, and the rule by which a token leaves.
 
 With p = softmax(logits), in fp32:
 
@@ -52,7 +52,7 @@ def leaves(confidence: Tensor, threshold: float, criterion: str) -> Tensor:
 
     Args:
         confidence: `[...]`, as from `confidence`.
-        threshold: of the exit.
+        threshold: the exit's threshold.
         criterion: one of `CRITERIA`.
 
     Returns:
@@ -66,7 +66,7 @@ def leaves(confidence: Tensor, threshold: float, criterion: str) -> Tensor:
 
 
 def can_leave(threshold: float, criterion: str) -> bool:
-    """Whether any distribution at all leaves at this threshold; if not, the exit need not be asked.
+    """Whether any distribution at all leaves at this threshold; if not, the exit need not be evaluated.
 
     Raises:
         ValueError: unknown criterion.

@@ -51,12 +51,12 @@ class ExitConfig:
         architecture: `embedding`, `norm`, `mlp` or `layer`.
         init: `copy`, `random` or `lora`.
         output: `own`, `shared` or `low_rank`.
-        rank: of the `lora` and `low_rank` updates.
+        rank: rank of the `lora` and `low_rank` updates.
         loss_weight: final weight of this exit's loss.
         loss_weight_schedule: `constant`, `linear` or `cosine`.
         lr, min_lr, weight_decay: None = the optimizer's.
         objective: None = the block's (`EarlyExitConfig.objective_of`).
-        seed: of random and lora initialisation; None = the run's.
+        seed: seed of random and lora initialisation; None = the run's.
     """
 
     name: str
@@ -105,7 +105,7 @@ class LoraConfig:
     """The backbone's low-rank updates with `train: lora` (LoRA, arXiv 2106.09685).
 
     Attributes:
-        rank: of every update.
+        rank: rank of every update.
         merge: saving folds the updates into the backbone's weights; False stores them beside it.
     """
 

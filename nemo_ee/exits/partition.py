@@ -5,7 +5,7 @@
 In a pipeline whose stages are decoupled the throughput is that of the slowest stage, so the largest part is what
 counts. Among the cuts with the smallest largest part the one with the smallest sum of squares is taken (the other
 stages are even too, so none of them becomes the next bottleneck when a cost is a little off), and among those the one
-whose earlier parts are longer (hidden states then wait where the early, exit-free stages are). Equal costs give the
+whose earlier parts are longer (the early stages without exits then hold the hidden states). Equal costs give the
 even cut, longer parts first.
 
 Exact, by dynamic programming over the suffixes: O(parts * items^2).

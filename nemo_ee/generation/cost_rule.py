@@ -109,17 +109,17 @@ class CostRule:
                 f"{', '.join(self.table.exits) or 'none'}; measure with every exit that may be evaluated"
             )
 
-    def is_due(self, fed: int) -> bool:
+    def is_due(self, num_run: int) -> bool:
         """Whether a verdict is due after so many tokens. Drafts are then verified first: without a cap on them there
         might never be a verdict."""
-        return fed in (self.trial_tokens, _TRIALS * self.trial_tokens)
+        return num_run in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
     def verdict(self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
         """Whether a sequence's exits pay; None = not decided yet. Arguments: see `pays`."""
-        fed = sum(left.values())
-        if fed < self.trial_tokens:
+        num_run = sum(left.values())
+        if num_run < self.trial_tokens:
             return None
-        if fed >= _TRIALS * self.trial_tokens:
+        if num_run >= _TRIALS * self.trial_tokens:
             return self.pays(plan, num_layers, left, emitted)
         return None if self.pays(plan, num_layers, left, emitted * (1 + _CLEARLY)) else False
 
@@ -132,7 +132,7 @@ class CostRule:
             left: exit name -> number of tokens that left there; None = ran to the end.
             emitted: how many of these tokens are in the answer, from 1; fewer where drafts were rejected.
         """
-        table, fed = self.table, sum(left.values())
+        table, num_run = self.table, sum(left.values())
         going, depth, policy = 1.0, 0, 0.0
 
         def segment(stop: int) -> float:
@@ -145,10 +145,10 @@ class CostRule:
                 policy += segment(exit.point.stop)
                 depth = exit.point.stop
             policy += self._any(going) * table.exits[exit.point.name]
-            going = max(0.0, going - left.get(exit.point.name, 0) / fed)
+            going = max(0.0, going - left.get(exit.point.name, 0) / num_run)
         policy += segment(2 * num_layers) + self._any(going) * table.final
         full = table.start + 2 * num_layers * table.seconds(1) + table.final
-        return fed * policy <= emitted * full
+        return num_run * policy <= emitted * full
 
     def _any(self, share: float) -> float:
         """Share of forward passes in which at least one sequence does what this share of the tokens does."""

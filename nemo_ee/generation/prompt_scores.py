@@ -40,19 +40,19 @@ class PromptScorer:
         self._top: list[tuple[tuple[int, float], ...]] = []
 
     def next_input(self, room: int) -> TokenInput:
-        """The next tokens to feed, at most `room` of them."""
+        """The next tokens to run, at most `room` of them."""
         prompt, start = self._request.prompt, self._num_run
         self._num_run = min(start + room, len(prompt))
         return TokenInput(start, prompt[start : self._num_run], read_all=True)
 
     def take(self, output: ExitOutput) -> PromptScores | Failure | None:
-        """Score the tokens that follow those just fed.
+        """Score the tokens that follow those that just ran.
 
         Args:
-            output: a row for each token that was fed.
+            output: a row for each token that ran.
 
         Returns:
-            None while tokens are left to feed. A `PromptScores` with a finish reason, and a `Failure`, is the
+            None while tokens are left to run. A `PromptScores` with a finish reason, and a `Failure`, is the
             sequence's last event.
         """
         request = self._request

@@ -120,7 +120,7 @@ def penalised(logits: Tensor, params: SamplingParams, previous: Sequence[int], n
 
     Args:
         logits: `[v]`, raw.
-        params: of the sequence.
+        params: the sequence's sampling parameters.
         previous: the sequence's tokens so far, which the repetition penalty is for.
         num_prompt: how many of them are the prompt, which the presence and frequency penalties leave alone.
 

@@ -181,7 +181,7 @@ class DecodingSession:
         return tuple(events)
 
     def _next_inputs(self, by_slot: dict[int, RunningSequence]) -> dict[int, TokenInput]:
-        """What each sequence sends down next; a prompt that is to be scored waits where its logits have no room.
+        """The next input of each sequence. A prompt to score runs later if its logits do not fit into memory now.
 
         Room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones by slot.
         """
@@ -266,9 +266,9 @@ class DecodingSession:
         """Choose a token at each output of one row. Tokens of early exits that need verification become drafts."""
         events: list[TokenEvent | Failure] = []
         drafted: list[tuple[RunningSequence, ExitOutput]] = []
-        certain: list[tuple[RunningSequence, ExitOutput]] = []
+        final: list[tuple[RunningSequence, ExitOutput]] = []
         for one in outputs:
-            (drafted if one[0].plan.verify and one[1].exit is not None else certain).append(one)
+            (drafted if one[0].plan.verify and one[1].exit is not None else final).append(one)
         for (sequence, output), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):
             sequence.drafts.append(Draft(token, output.exit, output.layer, output.confidence[0], shaped))
             sequence.answer.append(token)
@@ -276,11 +276,11 @@ class DecodingSession:
                 sequence.must_verify = sequence.finish_reason() is not None
             except Exception:  # of the caller's `ends`, which is called again, and counts, if the draft is accepted
                 sequence.must_verify = True
-        if certain:
-            tokens = [choice.token for choice in _sample(certain, "token")]
-            logits = certain[0][1].logits if len(certain) == 1 else torch.cat([one.logits for _, one in certain])
+        if final:
+            tokens = [choice.token for choice in _sample(final, "token")]
+            logits = final[0][1].logits if len(final) == 1 else torch.cat([one.logits for _, one in final])
             logprobs = token_logprobs(logits, tokens)
-            for (sequence, output), token, logprob in zip(certain, tokens, logprobs, strict=True):
+            for (sequence, output), token, logprob in zip(final, tokens, logprobs, strict=True):
                 events += self._events(sequence, token, logprob, output, 0, None)
         return events
 

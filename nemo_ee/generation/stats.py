@@ -112,7 +112,7 @@ class DecodingStats:
         mean_depth: mean number of layers below the exits that the tokens came from.
         num_layers: number of the model's layers.
         computed_layers: sum over all positions of the layers that were run for them (half layers count), prompt and
-            rejected drafts included. It measures the work; `mean_depth` only says where tokens left.
+            rejected drafts included. It measures the work; `mean_depth` is only the layers at which tokens left.
         evaluations: exit name -> number of rows at which it was evaluated, `final` included: the work of the heads.
         drafted, accepted: number of drafted tokens that were verified or dropped, and of those that were accepted
             (`self_speculative`).

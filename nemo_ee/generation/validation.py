@@ -87,7 +87,7 @@ def too_long(num_prompt: int, new: int, key: str, limit: int, rule: str) -> str:
     """The message where prompt and new tokens are more than `limit`; `rule`: its words, `key`: name of `new`."""
     room = limit - num_prompt
     if room > 0:
-        way_out = f"shorten the prompt or ask for at most {room} new tokens"
+        way_out = f"shorten the prompt or request at most {room} new tokens"
     else:
         way_out = f"shorten the prompt by at least {min(new, 1) - room} tokens"
         way_out += ", which leaves room for one new token" if new else ""

@@ -3,7 +3,7 @@
 """Time the operations of `nemo_ee.planning.cost_model` on the device that will run them.
 
 Each distinct operation runs for a moment on random tensors of its real shape and dtype, alone, and those tensors are
-gone before the next one: the memory needed is that of the largest. Point-wise work that the cost model's FLOPs leave
+freed before the next one: the memory needed is that of the largest. Point-wise work that the cost model's FLOPs leave
 out is timed too; rotary embeddings, residual additions and transfers are not.
 """
 
@@ -27,7 +27,7 @@ def stopwatch(device: torch.device, dtype: torch.dtype) -> Price:
 
     Args:
         device: where to run.
-        dtype: of the products (that of autocast).
+        dtype: dtype of the products (that of autocast).
     """
     known: dict[Operation, float] = {}
 

@@ -188,7 +188,7 @@ def exit_operations(
 
 
 def _without_first_gradient(operations: list[Operation]) -> list[Operation]:
-    """The first product's input is the tap: with a frozen matrix nothing asks for its gradient."""
+    """The first product's input is the tap: with a frozen matrix its gradient is not needed."""
     first = next(index for index, operation in enumerate(operations) if isinstance(operation, Product))
     changed = dataclasses.replace(operations[first], input_gradient=False)
     return [*operations[:first], changed, *operations[first + 1 :]]

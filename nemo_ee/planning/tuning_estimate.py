@@ -71,8 +71,8 @@ class Assumptions:
     Attributes:
         peak_tflops: dense bf16 of one GPU.
         utilisation: share of it that matrix products reach.
-        memory_gb: of one GPU, 1e9 bytes.
-        memory_bandwidth_gb_s: of one GPU; the optimizer's step is bound by it.
+        memory_gb: memory of one GPU in 1e9 bytes.
+        memory_bandwidth_gb_s: memory bandwidth of one GPU; the optimizer's step is bound by it.
         tensor_link_gb_s: per GPU and direction inside a node (all-reduces of tensor parallelism).
         data_link_gb_s: per GPU and direction between nodes (gradients, hidden states between stages).
         bytes_backbone: per parameter of the backbone.
@@ -125,7 +125,7 @@ class Estimate:
     Attributes:
         layout: its sizes.
         stages: one estimate per stage.
-        hours: of the whole run.
+        hours: duration of the whole run.
         gpu_hours: times the number of GPUs.
         tokens_per_second: over all GPUs.
         peak_gb: largest memory of any GPU, 1e9 bytes.

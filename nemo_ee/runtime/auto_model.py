@@ -130,7 +130,7 @@ class EarlyExitCausalLM:
                 `ExitPolicy`.
             max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
             eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's. The
-                tokenizer is not asked.
+                tokenizer is not read.
             pad_token_id: fills what ended earlier; None = likewise, else the end token.
             return_result: also return the engine's result: exits, layers, confidences.
 

@@ -106,7 +106,7 @@ def make_half_linear(weight: Tensor, bias: Tensor | None) -> HalfLinear | Quanti
     if not _has_direct_product():
         return QuantizedHalfLinear(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias))
     with warnings.catch_warnings():
-        # PyTorch says once, when it packs and when it multiplies, that the direct calls will go some day; the other
+        # PyTorch warns once, when it packs and when it multiplies, that the direct calls will go some day; the other
         # class is for that day.
         warnings.simplefilter("ignore")
         linear = HalfLinear(torch.fbgemm_pack_gemm_matrix_fp16(weight.contiguous()), bias)

@@ -3,7 +3,7 @@
 """Loads an exported directory: config.json, safetensors, tokenizer. Nothing in it is executed.
 
 Projections that are computed together are put into one matrix as they are read, so that no tensor is in memory twice.
-Tensors are asked for by Megatron's canonical names, those of a layer with its index from 0 (`decoder.layers.0.mlp...`)
+Tensors are requested by Megatron's canonical names, those of a layer with its index from 0 (`decoder.layers.0.mlp...`)
 and those of an exit under `exits.<name>.`; query, key and value rows come one below the other.
 """
 

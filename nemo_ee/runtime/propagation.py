@@ -33,7 +33,7 @@ class PropagationResult:
 
 
 class PropagatingBatch:
-    """A batch of sequences with its cache; each `feed` is one forward pass.
+    """A batch of sequences with its cache; each `run` is one forward pass.
 
     Args:
         model: the model.
@@ -49,7 +49,7 @@ class PropagatingBatch:
         self.exits = tuple(exits)
         self.cache = model.new_cache(num_sequences, max_length, ())
 
-    def feed(self, tokens: Mapping[int, tuple[int, Sequence[int]]], *, evaluating: bool) -> tuple[str | None, Tensor]:
+    def run(self, tokens: Mapping[int, tuple[int, Sequence[int]]], *, evaluating: bool) -> tuple[str | None, Tensor]:
         """Run tokens of some sequences, each from a first position on, and read the last token of each sequence.
 
         Args:
@@ -101,16 +101,16 @@ def generate_propagating(
     batch = PropagatingBatch(model, exits, policy.criterion, len(prompts), max(lengths))
     tokens: list[list[int]] = [[] for _ in prompts]
     read_from: list[list[str | None]] = [[] for _ in prompts]
-    feed = {sequence: (0, list(prompt)) for sequence, prompt in enumerate(prompts)}
+    inputs = {sequence: (0, list(prompt)) for sequence, prompt in enumerate(prompts)}
     evaluating = False
-    while feed:
-        exit, logits = batch.feed(feed, evaluating=evaluating)
-        for sequence, token in zip(feed, logits.argmax(dim=-1).tolist(), strict=True):
+    while inputs:
+        exit, logits = batch.run(inputs, evaluating=evaluating)
+        for sequence, token in zip(inputs, logits.argmax(dim=-1).tolist(), strict=True):
             tokens[sequence].append(token)
             read_from[sequence].append(exit)
-        feed = {
+        inputs = {
             sequence: (first + len(own), tokens[sequence][-1:])
-            for sequence, (first, own) in feed.items()
+            for sequence, (first, own) in inputs.items()
             if len(tokens[sequence]) < max_new_tokens[sequence] and tokens[sequence][-1] not in stop_tokens
         }
         evaluating = True
@@ -136,7 +136,7 @@ def _checked(
     for index, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=False)):
         if not prompt or new < 1 or len(prompt) + new > model.max_positions:
             problems.append(
-                f"prompt {index} has {len(prompt)} tokens and asks for {new}; both must be at least 1 and their "
+                f"prompt {index} has {len(prompt)} tokens and requests {new}; both must be at least 1 and their "
                 f"sum at most {model.max_positions}"
             )
     if problems:

@@ -34,11 +34,11 @@ def without_code(values: Any) -> Any:
 def readable_tokenizer_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json that transformers 4.51 and 5 read alike, without keys that run code.
 
-    transformers 5 writes a tokenizer.json that says everything, and reads it with the class of that name; the class of
+    transformers 5 writes a complete tokenizer.json, and reads it with the class of that name; the class of
     that name in 4.51 may add a begin-of-text token of its own.
 
     Args:
-        values: of the file; those of transformers 4 come back without keys that run code.
+        values: content of the file; those of transformers 4 come back without keys that run code.
     """
     values = without_code(values)
     stored = values.get("tokenizer_class")

@@ -12,7 +12,7 @@ _CONTEXT = 8
 
 
 class EndStrings:
-    """Whether new tokens hold an end string, asked after each of them; a `Request.ends`.
+    """Whether new tokens hold an end string; called after each of them as a `Request.ends`.
 
     Args:
         decode: token ids -> text.

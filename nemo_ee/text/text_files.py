@@ -175,5 +175,5 @@ def data_prefix(name: str) -> str:
 
 
 def sample_index_folder(prefix: str) -> Path:
-    """Where Megatron caches the order of the samples of this data unless it is told otherwise."""
+    """Where Megatron caches the order of the samples of this data by default."""
     return Path(prefix, "cache", "GPTDataset_indices")

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Generated text as a person reads it: which exit said which token.
+"""Generated text with the exit of every token, for people.
 
 Two forms of the same text. With colours, each token stands on its exit's background, early exits green, late ones red,
 the final exit none. Without, a line of marks under each line of text:
@@ -174,7 +174,7 @@ def exit_table(
     """How many tokens came from each exit, their mean depth and the speed.
 
     Args:
-        stats: of the call.
+        stats: statistics of the call.
         exits: the model's exits, sorted by stop.
         seconds: the call took, for tokens/s.
         legend: paints the marks; None leaves them plain.

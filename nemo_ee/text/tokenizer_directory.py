@@ -32,7 +32,7 @@ def carried_settings(name: str, data: bytes) -> bytes | None:
     """A settings file as it goes into a `.nemo` or an export: without keys that run code, readable for every version.
 
     Args:
-        name: of the file.
+        name: name of the file.
         data: its contents; what needs no change comes back byte for byte.
 
     Returns:

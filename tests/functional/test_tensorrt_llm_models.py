@@ -212,7 +212,7 @@ def test_a_step_with_a_prompt_in_it_runs_to_full_depth(exported, stand_in) -> No
     ]
     for feed, index in steps:
         outputs = session.step(feed)
-        exit, logits = batch.feed(feed, evaluating=index == 0)
+        exit, logits = batch.run(feed, evaluating=index == 0)
         assert int(outputs["early_exit_index"]) == index and exit == [name, None][index]
         assert (outputs["logits"] - logits).abs().max() <= TOLERANCE * logits.abs().max()
 
@@ -223,7 +223,7 @@ def test_an_engine_without_thresholds_is_the_stock_class(exported, stand_in) -> 
     assert all(name.startswith("exit_heads.") for name in session.model.not_required)
     logits = session.step({0: (0, PROMPTS[0])})["logits"]
     batch = PropagatingBatch(one.model, (), "max_probability", 1, 16)
-    expected = batch.feed({0: (0, PROMPTS[0])}, evaluating=False)[1]
+    expected = batch.run({0: (0, PROMPTS[0])}, evaluating=False)[1]
     assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -343,8 +343,8 @@ def test_a_directory_without_thresholds_is_served_by_the_stock_class(exported, t
     logits = session.step({0: (6, [3])})
     assert torch_stand_in.counts["stock"] == 2
     batch = PropagatingBatch(one.model, (), "max_probability", 1, 16)
-    batch.feed({0: (0, PROMPTS[0])}, evaluating=False)
-    expected = batch.feed({0: (6, [3])}, evaluating=False)[1]
+    batch.run({0: (0, PROMPTS[0])}, evaluating=False)
+    expected = batch.run({0: (6, [3])}, evaluating=False)[1]
     assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 

@@ -100,14 +100,14 @@ class NaivePropagation:
         )[0][0, -1]
 
     @torch.no_grad()
-    def feed(
-        self, tokens: Mapping[int, int], thresholds: Mapping[str, float], sure: Any
+    def run(
+        self, tokens: Mapping[int, int], thresholds: Mapping[str, float], passes: Any
     ) -> tuple[str | None, dict[int, Tensor]]:
         """One token for each of some sequences.
 
         Args:
             thresholds: of the exits to ask, by name; empty = full depth.
-            sure: (logits `[v]`, threshold) -> bool.
+            passes: (logits `[v]`, threshold) -> bool.
 
         Returns:
             The exit (None = the final one) and each sequence's logits.
@@ -128,7 +128,7 @@ class NaivePropagation:
                     state[s] = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             for entry in (e for e in asked if self.stop_of(e) == half + 1):
                 logits = {s: self.exit_logits(entry, hidden) for s, hidden in state.items()}
-                if all(sure(row, thresholds[entry["name"]]) for row in logits.values()):
+                if all(passes(row, thresholds[entry["name"]]) for row in logits.values()):
                     for s, hidden in state.items():
                         for later in self.inputs[s][index + 1 :]:
                             later.append(hidden)
@@ -137,7 +137,7 @@ class NaivePropagation:
         return None, dict(zip(state, self.model.lm_head(final), strict=True))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], thresholds: Mapping[str, float], sure: Any
+        self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], thresholds: Mapping[str, float], passes: Any
     ) -> tuple[list[list[int]], list[list[str | None]]]:
         """Greedy; prompts and first tokens at full depth."""
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -145,12 +145,12 @@ class NaivePropagation:
         rows: dict[int, Tensor] = {}
         for sequence, prompt in enumerate(prompts):
             for token in prompt:
-                rows |= self.feed({sequence: token}, {}, sure)[1]
+                rows |= self.run({sequence: token}, {}, passes)[1]
         exit = None
         while rows:
             for sequence, row in rows.items():
                 tokens[sequence].append(int(row.argmax()))
                 exits[sequence].append(exit)
             going = {s: own[-1] for s, own in enumerate(tokens) if len(own) < new_tokens[s]}
-            exit, rows = self.feed(going, thresholds, sure) if going else (None, {})
+            exit, rows = self.run(going, thresholds, passes) if going else (None, {})
         return tokens, exits

@@ -105,7 +105,7 @@ def test_after_flush_the_cache_is_that_of_a_full_depth_run(seed):
         for event in session.step():
             texts[event.sequence].append(event.token)
     session.flush()
-    # The last token of a sequence is never fed.
+    # The last token of a sequence never runs.
     full = EarlyExitEngine(model).start([Request(tuple(own[:-1]), 1) for own in texts], mode="full")
     full.step()
     for layer in range(1, model.num_layers + 1):

@@ -19,14 +19,14 @@ from tests.unit.generation.test_against_reference import ALL_KINDS
 LAYERS = 6
 EXITS = exit_points(("a", 2, 3), ("b", 4, 8))
 POLICY = ExitPolicy(0.5)
-COURSE = plan_exits("early_exit", POLICY, EXITS, LAYERS)
+PLAN = plan_exits("early_exit", POLICY, EXITS, LAYERS)
 FREE = dict.fromkeys(("a", "b"), 0.0)
 
 
-def table(num_sequences=1, *, per_row=0.0, asked=0.0):
+def table(num_sequences=1, *, per_row=0.0, exit_seconds=0.0):
     """A half layer takes 1 s and `per_row` for each row of a sequence beyond the first."""
     rows = ((1, 1.0), (2, 1.0 + per_row), (8, 1.0 + 7 * per_row))
-    return CostTable(num_sequences, rows, dict.fromkeys(("a", "b"), asked), final=0.0)
+    return CostTable(num_sequences, rows, dict.fromkeys(("a", "b"), exit_seconds), final=0.0)
 
 
 def model(when=lambda *_: True):
@@ -73,7 +73,7 @@ def test_estimate_is_that_of_a_simulation(num_sequences, per_row):
     full = 12 * costs.seconds(1)
     for factor, expected in ((1.02, True), (0.98, False)):
         emitted = 100 * simulated * factor / full
-        assert CostRule(costs).pays(COURSE, LAYERS, left, emitted) == expected
+        assert CostRule(costs).pays(PLAN, LAYERS, left, emitted) == expected
 
 
 def test_seconds_between_and_beyond_what_was_measured():
@@ -83,9 +83,9 @@ def test_seconds_between_and_beyond_what_was_measured():
 
 
 def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
-    _, stats = decode(CostRule(table(asked=1.0), trial_tokens=5), [[1, 2]], when=lambda *_: False)
+    _, stats = decode(CostRule(table(exit_seconds=1.0), trial_tokens=5), [[1, 2]], when=lambda *_: False)
     assert stats.num_fallbacks == 1 and stats.evaluations["a"] == 5, "nothing is saved where nobody leaves"
-    (events,), stats = decode(CostRule(table(asked=10.0), trial_tokens=5), [[1, 2]])
+    (events,), stats = decode(CostRule(table(exit_seconds=10.0), trial_tokens=5), [[1, 2]])
     # The first comes with the prompt, then the trial's, then nobody leaves.
     assert [event.exit for event in events] == [None] + ["a"] * 5 + [None] * 14
     assert stats.num_fallbacks == 1 and stats.evaluations["a"] == 5
@@ -96,11 +96,11 @@ def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
 
 
 def test_what_is_not_clear_is_decided_later():
-    """Seconds of a token that is asked about: 1 % more than the 12 of full depth, 10 % more, and just as many."""
+    """A token with exits takes 1 % more than the 12 seconds of full depth, 10 % more, or as long."""
     verdicts = {}
-    for asked in (0.12, 1.2, 0.0):
-        rule = CostRule(table(asked=asked / 2), trial_tokens=5)
-        verdicts[asked] = [rule.verdict(COURSE, LAYERS, {None: fed}, fed) for fed in (4, 5, 19, 20)]
+    for exit_seconds in (0.12, 1.2, 0.0):
+        rule = CostRule(table(exit_seconds=exit_seconds / 2), trial_tokens=5)
+        verdicts[exit_seconds] = [rule.verdict(PLAN, LAYERS, {None: num_run}, num_run) for num_run in (4, 5, 19, 20)]
     assert verdicts == {
         0.12: [None, None, None, False],
         1.2: [None, False, False, False],
@@ -109,7 +109,7 @@ def test_what_is_not_clear_is_decided_later():
 
 
 def test_a_sequence_that_has_fallen_back_runs_in_one_piece():
-    engine = EarlyExitEngine(model(), cost_rule=CostRule(table(asked=10.0), trial_tokens=3))
+    engine = EarlyExitEngine(model(), cost_rule=CostRule(table(exit_seconds=10.0), trial_tokens=3))
     engine.generate([[1, 2]], max_new_tokens=10, policy=POLICY)
     pieces = engine.model.cache.rows_per_run
     assert pieces[-5:] == [(0, 12, 1)] * 5 and (0, 12, 1) not in pieces[:-5]
@@ -121,7 +121,7 @@ def test_a_batch_gives_each_what_it_gets_alone_in_as_many_places():
     def some(name, token, position):
         return random.Random(f"{token}/{position}").random() < 0.5
 
-    rule = CostRule(table(3, asked=1.2), trial_tokens=4)
+    rule = CostRule(table(3, exit_seconds=1.2), trial_tokens=4)
     prompts = [[1, 2], [5], [9, 4, 7]]
     together, stats = decode(rule, prompts, when=some)
     alone = [decode(rule, [prompt], num_slots=3, when=some) for prompt in prompts]
@@ -136,7 +136,7 @@ def test_self_speculation_stops_drafting_and_its_text_stays():
     prompts = [[1, 2], [7]]
     full, _ = decode("none", prompts, mode="full")
     drafted, stats = decode(
-        CostRule(table(2, per_row=1.0, asked=3.0), trial_tokens=5), prompts, mode="self_speculative"
+        CostRule(table(2, per_row=1.0, exit_seconds=3.0), trial_tokens=5), prompts, mode="self_speculative"
     )
     assert [[own.token for own in events] for events in drafted] == [[own.token for own in events] for events in full]
     assert stats.num_fallbacks == 2 and 0 < stats.drafted <= 10
@@ -147,7 +147,7 @@ def test_self_speculation_stops_drafting_and_its_text_stays():
 @pytest.mark.parametrize("cap", [None, 8, 11, 15, 32])
 def test_drafting_that_pays_goes_on(cap):
     """Every draft stays. Exit b alone saves a third of the half layers, less a check for every `cap` tokens."""
-    free, dear = (CostRule(table(asked=asked)) for asked in (0.0, 6.0))
+    free, dear = (CostRule(table(exit_seconds=exit_seconds)) for exit_seconds in (0.0, 6.0))
     for active, rule, fallbacks in ((None, free, 0), (("b",), free, 0), (("b",), dear, 1)):
         policy = ExitPolicy(0.5, active=active, num_draft_tokens=cap)
         _, stats = decode(rule, [[1, 2]], length=100, mode="self_speculative", policy=policy)

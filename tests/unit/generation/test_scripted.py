@@ -167,7 +167,7 @@ def test_each_sequence_stops_by_itself():
     assert result.finish_reasons == ("stop", "length", "stop")
     assert [event.finish_reason for event in result.events_of(0)] == [None] * 6 + ["stop"]
     assert [event.position for event in result.events_of(2)] == [3, 4, 5, 6, 7]
-    # Nothing is fed after a sequence's end.
+    # Nothing runs after a sequence's end.
     assert max(p for s, p in model.cache.computed[0] if s == 1) == 3
 
 
@@ -207,9 +207,9 @@ def test_random_scripts_policies_and_batches(seed):
         for index in range(len(prompts)):
             assert policy.max_pending_tokens is None or session.num_pending(index) <= policy.max_pending_tokens
     session.flush()
-    fed = {(i, p) for i, own in enumerate(prompts) for p in range(len(own))}
-    fed |= {(event.sequence, event.position) for event in events if event.finish_reason is None}
-    assert all(done == fed for done in model.cache.computed.values())
+    expected = {(i, p) for i, own in enumerate(prompts) for p in range(len(own))}
+    expected |= {(event.sequence, event.position) for event in events if event.finish_reason is None}
+    assert all(done == expected for done in model.cache.computed.values())
     for index, request in enumerate(requests):
         alone = run(
             model_that_is_sure(when),

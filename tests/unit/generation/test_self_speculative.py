@@ -105,7 +105,7 @@ def test_the_first_mismatch_cuts_what_follows():
     events, per_step, session = decode(model, [Request((1,), 7)], ExitPolicy(0.5))
     assert per_step == [1, 0, 0, 0, 0, 3, 0, 2, 1]
     assert [event.exit for event in events] == [None, "a", "a", None, "a", None, None]
-    assert model.cache.thrown_away == 12 * 2, "positions 4 and 5 were fed behind the mismatch"
+    assert model.cache.thrown_away == 12 * 2, "positions 4 and 5 ran after the mismatch"
     assert session.stats(events).drafted == 5 and session.stats(events).accepted == 3
 
 
@@ -189,11 +189,11 @@ def test_random_scripts_caps_and_batches(seed):
     batch = model()
     events, _, session = decode(batch, requests, policy)
     computed = batch.cache.computed
-    fed = {(i, p) for i, own in enumerate(requests) for p in range(len(own.prompt))}
-    fed |= {(event.sequence, event.position) for event in events if event.finish_reason is None}
-    assert all(done == fed for done in computed.values()), "the cache ends as a full run's"
+    expected = {(i, p) for i, own in enumerate(requests) for p in range(len(own.prompt))}
+    expected |= {(event.sequence, event.position) for event in events if event.finish_reason is None}
+    assert all(done == expected for done in computed.values()), "the cache ends as a full run's"
     stats = session.stats(events)
-    assert stats.computed_layers == (12 * len(fed) + batch.cache.thrown_away) / 2
+    assert stats.computed_layers == (12 * len(expected) + batch.cache.thrown_away) / 2
     assert stats.accepted == sum(event.exit is not None for event in events) <= stats.drafted
     for index, request in enumerate(requests):
         own = [event for event in events if event.sequence == index]

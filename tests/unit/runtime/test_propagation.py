@@ -49,7 +49,7 @@ def quantiles(model, prompts, criterion: str, quantile: float) -> dict[str, floa
     model.exit_logits = recording
     try:
         for position, token in enumerate(sum(prompts, [])):
-            batch.feed({0: (position, [token])}, evaluating=True)
+            batch.run({0: (position, [token])}, evaluating=True)
     finally:
         del model.exit_logits
     return {name: torch.tensor(values).quantile(quantile).item() for name, values in seen.items()}
@@ -87,11 +87,11 @@ def test_logits_after_tokens_that_left_and_a_control(made) -> None:
     for leave in (True, False):
         batch = PropagatingBatch(model, asked if leave else (), "max_probability", 1, 16)
         for position, token in enumerate(text):
-            logits = batch.feed({0: (position, [token])}, evaluating=position in (2, 3))[1]
+            logits = batch.run({0: (position, [token])}, evaluating=position in (2, 3))[1]
             (rows if leave else full).append(logits[0])
     for position, token in enumerate(text):
         thresholds = {asked[0].point.name: 0.0} if position in (2, 3) else {}
-        expected = naive.feed({0: token}, thresholds, lambda row, threshold: True)[1][0]
+        expected = naive.run({0: token}, thresholds, lambda row, threshold: True)[1][0]
         assert (rows[position] - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (rows[-1] - full[-1]).abs().max() > 1e-3 * full[-1].abs().max(), "control: not the exact logits"
 
@@ -130,5 +130,5 @@ def test_a_stop_token_ends_a_sequence(made) -> None:
 
 def test_what_it_cannot_do_is_refused(made, tmp_path: Path) -> None:
     _, _, model = made
-    with pytest.raises(ValueError, match="max_pending_tokens=2.*prompt 0 has 1 tokens and asks for 99"):
+    with pytest.raises(ValueError, match="max_pending_tokens=2.*prompt 0 has 1 tokens and requests 99"):
         generate_propagating(model, [[1]], max_new_tokens=[99], policy=ExitPolicy(0.5, max_pending_tokens=2))
