@@ -80,12 +80,13 @@ class Sides:
         from nemo_ee.generation.decoding_model import TokenPositions
 
         model, end, tokens = self.runtime, 2 * self.runtime.num_layers, []
-        cache, positions, feed = model.new_cache(1, len(prompt) + self.new_tokens, ()), range(len(prompt)), prompt
+        cache = model.new_cache(1, len(prompt) + self.new_tokens, ())
+        inputs, start = prompt, 0
         while len(tokens) < self.new_tokens:
-            positions = TokenPositions.of({0: positions})
-            hidden = model.run(model.embed(torch.tensor(feed), positions), positions, 0, end, cache)
+            positions = TokenPositions.of({0: range(start, start + len(inputs))})
+            hidden = model.run(model.embed(torch.tensor(inputs), positions), positions, 0, end, cache)
             tokens.append(int(model.exit_logits(None, hidden[-1:], positions, cache).argmax()))
-            positions, feed = range(positions.stop, positions.stop + 1), tokens[-1:]
+            inputs, start = tokens[-1:], start + len(inputs)
         return tokens
 
     def by_generate(self, prompt: list[int], draft=None) -> list[int]:
