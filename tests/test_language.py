@@ -33,7 +33,7 @@ RETIRED = {
     r"ask(?:s|ed|ing)?": "evaluate (an exit), need, request",
     r"(?:un)?sure(?:r|st|ly|ness)?": "confidence passes the threshold; certain",
     r"courses?": "exit plan",
-    r"(?<!gradient )descents?|descend(?:s|ed|ing)?": "staged forward, forward pass",
+    r"(?<!gradient )descents?": "staged forward, forward pass",
     r"(?<!in[-_ ])flights?|flying": "forward pass, running",
     r"(?:feeds?|fed|feeding)(?!-?forward)": "input, run",
     r"waiting[ _]tokens?|tokens? that waits?": "pending tokens",
