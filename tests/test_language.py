@@ -1,7 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The words of the project: retired words with their replacements; and the form of the documentation (line length,
-links, the command at the top of a page).
+"""The words of the project: retired words with their replacements.
 
 A retired word is looked for in prose and in names (`fault` also in `token_faults`), not inside other words (default).
 In Markdown, code blocks, code spans and quotations are left out.
@@ -23,8 +22,6 @@ GROUPS = {
     "scripts": ["examples/**/*.py", "scripts/**/*.py", "benchmarks/**/*.py"],
 }
 ENFORCED = ("docs",)  # all of them: tuple(GROUPS)
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-MAX_LINE = 120
 
 # Retired word (a regular expression) -> what to write instead.
 RETIRED = {
@@ -115,68 +112,3 @@ def test_control_other_words_are_not_found() -> None:
     quoted = 'the log has "asks no exit" or `asks no exit`\n> "fault", as it was\n```\nfault\n```\n`two\nfaults`\n'
     assert list(retired_words(prose(quoted))) == []
     assert [found.split(":")[0] for found in retired_words(prose(quoted + "a fault\n"))] == ["8"]
-
-
-def long_lines(markdown: str) -> list[int]:
-    """Numbers of lines that are too long and no row of a table."""
-    lines = enumerate(markdown.splitlines(), 1)
-    return [number for number, line in lines if len(line) > MAX_LINE and not line.startswith("|")]
-
-
-def anchors(markdown: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub forms them."""
-    headings = re.findall(r"^#+ (.*)$", markdown, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def broken_links(page: Path, markdown: str) -> list[str]:
-    found = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", markdown):
-        if link.startswith("http"):
-            continue
-        name, _, anchor = link.partition("#")
-        target = page.parent / name if name else page
-        text = target.read_text(encoding="utf-8") if target.suffix == ".md" and target.is_file() else ""
-        if not target.exists() or anchor and anchor not in anchors(text):
-            found.append(link)
-    return found
-
-
-def broken_paths(markdown: str) -> list[str]:
-    """Files and folders of this repository that a page names and that do not exist."""
-    folders = "nemo_ee|docs|conf|scripts|examples|tests|benchmarks|docker|constraints|assets"
-    named = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", markdown)
-    return sorted({path for path in named if not (ROOT / path).exists()})
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES])
-def test_a_page_wraps_and_names_what_exists(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert long_lines(text) == []
-    assert broken_links(path, text) == []
-    assert broken_paths(text) == []
-
-
-@pytest.mark.parametrize("path", PAGES)
-def test_a_page_starts_with_its_purpose_and_a_command(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert re.match(r"# .+\n\nThis page ", text), "the first sentence says what the page is for"
-    first = text.split("\n## ")[0]
-    assert re.search(r"^```bash\n\S", first, re.MULTILINE) or "`make " in first, "no command before the first section"
-
-
-def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
-
-
-def test_control_a_careless_page_is_reported() -> None:
-    text = (
-        f"# A\n\n{'x ' * 70}\n| {'y' * 130} |\n[a](none.md) [b](#b) [c](#a) nemo_ee/none.py tests/test_language.py\n"
-    )
-    assert long_lines(text) == [3]
-    page = ROOT / "docs" / "README.md"
-    assert (
-        broken_links(page, text) == ["none.md", "#b", "#a"]
-        and broken_links(page, "[a](README.md#documentation)") == []
-    )
-    assert broken_paths(text) == ["nemo_ee/none.py"]
