@@ -331,7 +331,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         size,
         len(windows),
     )
-    with tqdm(initial=run.progress.step, total=run.progress.end, desc="pretrain", dynamic_ncols=True) as bar:
+    with tqdm(initial=run.progress.step, total=run.progress.end, desc="pretrain", dynamic_ncols=True, file=messages()) as bar:
         recent, began, busy = [], time.monotonic(), time.process_time()
         for loss in run.steps():
             bar.total = run.progress.end

@@ -77,7 +77,7 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
 
     total, depth, tokens, counts, asked = 0.0, 0.0, 0, Counter(), Counter()
     name = "full model" if policy is None else f"threshold {policy.thresholds}"
-    for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True):
+    for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True, file=messages()):
         scored = engine.score(texts[first : first + batch_size], 1, mode=mode, policy=policy)
         total += sum(map(math.fsum, scored.logprobs))
         tokens += scored.stats.num_tokens
@@ -122,7 +122,7 @@ def main(cfg: DictConfig) -> None:
         if is_global_rank_zero():
             if cfg.output is not None:
                 write_json(cfg.output, report)
-            print(f"full model: perplexity {report['full']:.3f} on {report['tokens']:,} tokens\n\n{table(report)}")
+            show(f"full model: perplexity {report['full']:.3f} on {report['tokens']:,} tokens\n\n{table(report)}")
 
 
 if __name__ == "__main__":

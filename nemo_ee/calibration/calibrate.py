@@ -247,13 +247,13 @@ class Calibrator:
                 sampling=[self._sampling(index) for index in batch],
                 stop_tokens=self.stops,
             )
-            for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0)
+            for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0, file=messages())
         ]
 
     def _table(self, full: Sequence[GenerationResult]) -> ExitTable:
         run = TablePass(self.model, [point.name for point in self.exits], self.request.criterion)
         tables, first = [], 0
-        for result in tqdm(full, desc="all exits, batches", mininterval=1.0):
+        for result in tqdm(full, desc="all exits, batches", mininterval=1.0, file=messages()):
             own = self.prompts.ids[first : first + len(result.tokens)]
             sequences = [[*prompt, *new] for prompt, new in zip(own, result.tokens, strict=True)]
             sampling = [self._sampling(first + index) for index in range(len(own))]

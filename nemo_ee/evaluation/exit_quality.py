@@ -96,7 +96,9 @@ def evaluate_exits(
     sums = ExitSums(model.early_exit.names, model.device)
     tokens = torch.zeros((), dtype=torch.float64, device=model.device)
     shown = progress and torch.distributed.get_rank() == 0
-    for microbatches in tqdm(batches, "evaluate", num_batches, unit="batch", disable=not shown, mininterval=0.5):
+    for microbatches in tqdm(
+        batches, "evaluate", num_batches, unit="batch", disable=not shown, mininterval=0.5, file=messages()
+    ):
         evaluate_global_batch(
             model.model,
             microbatches,

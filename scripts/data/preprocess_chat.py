@@ -273,7 +273,7 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
     counts = Counts()
     end = chat.tokenizer.eos_token_id
     try:
-        with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="read") as bar:
+        with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="read", file=messages()) as bar:
             for ids, answers, empty in conversations(files, config, chat, faults, bar):
                 if faults:  # the rest is only read for its faults
                     continue

@@ -369,7 +369,7 @@ def _write(
     end = [] if eod is None else [eod]
     total = sum(path.stat().st_size for path in files)
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True, file=messages()) as bar:
             documents = (document for path in files for document in read_documents(path, config, faults, bar))
             for batch in _batches(documents, config.max_documents, faults, counts):
                 places, texts = zip(*batch, strict=True)

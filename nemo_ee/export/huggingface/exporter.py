@@ -249,7 +249,8 @@ def _write(
     with whole_directory(settings.output, total) as partial:
         thresholds = threshold_block(settings.wanted_exits(source), settings.thresholds, settings.criterion)
         models, digests = [], []
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
+        options = {"desc": settings.output.name, "disable": not settings.progress, "file": messages()}
+        bar = tqdm(total=total, unit="B", unit_scale=True, **options)
         with bar:
             for artefact in artefacts:
                 folder = partial / artefact.directory

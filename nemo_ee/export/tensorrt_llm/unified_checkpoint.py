@@ -192,7 +192,8 @@ def _write(
     with whole_directory(settings.output, total) as partial:
         table = _exit_table(settings, source, architecture, artefacts, exits)
         early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
+        options = {"desc": settings.output.name, "disable": not settings.progress, "file": messages()}
+        bar = tqdm(total=total, unit="B", unit_scale=True, **options)
         with bar:
             for artefact in artefacts:
                 is_draft = artefact.exit is not None
