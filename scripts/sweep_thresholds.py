@@ -20,6 +20,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import messages, show
 from nemo_ee.settings.training import SWEEP_THRESHOLDS
 
 

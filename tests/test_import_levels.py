@@ -63,7 +63,7 @@ BOUNDARIES = {
     ),
     # level 4
     # commands is the lowest: evaluation and calibration decode with its text generator
-    "commands": _boundary(_LEVEL_4, _BELOW_4),
+    "commands": _boundary(f"{_LEVEL_4} hydra", _BELOW_4),
     "evaluation": _boundary(f"{_LEVEL_4} lm_eval", f"{_BELOW_4} commands"),
     "calibration": _boundary(_LEVEL_4, f"{_BELOW_4} commands evaluation"),
     # level 5

@@ -39,6 +39,7 @@ from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, store_certificate
 from nemo_ee.certificates.validity import identify
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
+from nemo_ee.commands.console import messages
 from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
 from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.confidence import NEVER_LEAVES

@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
+from nemo_ee.commands.console import messages
 from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums
 from nemo_ee.megatron.model.exit_head import ExitHead

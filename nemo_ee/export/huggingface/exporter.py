@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
+from nemo_ee.commands.console import messages
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.huggingface.exported_tensors import Reading, readings
 from nemo_ee.export.huggingface.remote_code import auto_map, remote_code

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.nemo_config import read_architecture
+from nemo_ee.commands.console import messages
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.huggingface.weight_files import write_json
 from nemo_ee.export.manifest import write_manifest
