@@ -12,7 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
-from nemo_ee.commands.console import show
+from nemo_ee.commands.console import messages, show
 
 logger = logging.getLogger("nemo_ee.tune")
 
@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
 
         logger.debug("settings:\n%s", OmegaConf.to_yaml(cfg))
         plan = plan_run(cfg)
-        trainer = EarlyExitTrainerBuilder(plan).create_trainer()
+        trainer = EarlyExitTrainerBuilder(plan, messages()).create_trainer()
         trainer.strategy.trust_checkpoint = bool(cfg.model.get("trust_checkpoint"))
         run_folder = manage_experiment(trainer, plan.exp_manager)
         model = MegatronEarlyExitGPTModel.restore_from(

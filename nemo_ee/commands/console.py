@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 _console: tuple[TextIO, TextIO] | None = None  # the standard output and error that a log file has taken the place of
 
+_log_files: list[TextIO] = []  # they stay open: libraries keep them for their later messages
+
 
 def results() -> TextIO:
     """The stream of a script's results: the console's standard output."""
@@ -75,8 +77,7 @@ def console(log_file: Path | None) -> Iterator[None]:
     """Show nemo_ee's messages, and send the output of everyone else to a log file.
 
     Args:
-        log_file: file to append to; None: the output of others stays where it is. It is not closed, because libraries
-            keep it for their later messages.
+        log_file: file to append to; None: the output of others stays where it is.
     """
     global _console
     ours, everyone = logging.getLogger("nemo_ee"), logging.getLogger()
@@ -85,7 +86,8 @@ def console(log_file: Path | None) -> Iterator[None]:
     to_file = logging.NullHandler()
     if log_file:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        log = open(log_file, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
+        log = open(log_file, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        _log_files.append(log)
         to_file = logging.StreamHandler(log)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         everyone.setLevel(logging.INFO)

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
 from nemo.utils import AppState
+from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
@@ -112,7 +113,9 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             if activation == "relu":
                 self.cfg.activation = "gelu"
         try:
-            config = super().build_transformer_config()
+            # NeMo warns of every field of Megatron's config that a model config leaves at its default: over 200 lines.
+            with nemo_logging.temp_verbosity(nemo_logging.ERROR):
+                config = super().build_transformer_config()
         finally:
             with open_dict(self.cfg):
                 self.cfg.pipeline_model_parallel_size = stages
@@ -123,6 +126,11 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         self.placements = choose_placements(self, config)
         set_layer_split(config, self.placements)
         return config
+
+    def build_model_parallel_config(self):
+        """NeMo's, without a warning for every field left at its default."""
+        with nemo_logging.temp_verbosity(nemo_logging.ERROR):
+            return super().build_model_parallel_config()
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
         """Build this rank's stage. Megatron-core wants its process groups when modules are built."""
@@ -293,7 +301,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             ("global_step", float(step)),
             ("consumed_samples", float(self._compute_consumed_samples_after_training_step())),
         ):
-            self.log(name, value, prog_bar=name == "global_step", batch_size=1)
+            self.log(name, value, batch_size=1)
         return loss
 
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:
