@@ -4,9 +4,10 @@
 
     corpus -> convert -> evaluate -> tune -> evaluate -> generate -> report
 
-Every step is the command a user would type, run on the CPU in a process of its own; <output>/logs/<step>.log has what
-the user would see, and the script's own log file beside it the rest. At the end <output> holds early_exit.nemo, tuned.nemo, report.json, losses.png (loss of every
-exit before and after tuning) and sample.txt (a text in which each token shows its exit). Needs no network.
+Every step is the command a user would type, run on the CPU in a process of its own. What it shows goes to
+<output>/logs/<step>.log, and its own log file lies beside that. At the end <output> holds early_exit.nemo, tuned.nemo,
+report.json, losses.png (loss of every exit before and after tuning) and sample.txt (a text in which each token shows
+its exit). Needs no network.
 """
 
 from __future__ import annotations
