@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -82,6 +83,11 @@ BOUNDARIES = {
 }
 
 
+@cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def _imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
     """(line, dotted name, inside a function) of every import, `importlib.import_module("...")` included."""
 
@@ -111,7 +117,7 @@ def import_faults(part: str, source: str) -> list[str]:
     if boundary is None:
         return [f"{part} has no row in BOUNDARIES; decide what it may import"]
     faults = []
-    for line, name, lazy in _imports(ast.parse(source)):
+    for line, name, lazy in _imports(_parsed(source)):
         top, _, rest = name.partition(".")
         if name.startswith("."):
             faults.append(f"{line}: relative import {name}; write nemo_ee.{part}...")
@@ -135,7 +141,7 @@ def source_faults(path: str, source: str) -> list[str]:
     faults = []
     if not source.startswith(HEADER):
         faults.append(f"does not start with {HEADER!r}")
-    tree = ast.parse(source)
+    tree = _parsed(source)
     marker = path.startswith("tests/") and path.endswith("/__init__.py")  # makes a package of a test folder, no more
     if not ast.get_docstring(tree) and not marker:
         faults.append("has no module docstring")
@@ -170,6 +176,7 @@ def yaml_faults(text: str) -> list[str]:
     ]
 
 
+@cache
 def _tracked_files() -> list[Path]:
     """Text files of the repository: what git tracks or would track, all but assets outside a clone."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
@@ -274,7 +281,7 @@ def import_circle(sources: Mapping[str, str]) -> list[str]:
     Args:
         sources: path relative to the repository -> source, of the modules among which circles are looked for.
     """
-    modules = {_module(path): ast.parse(source) for path, source in sources.items()}
+    modules = {_module(path): _parsed(source) for path, source in sources.items()}
     graph: dict[str, set[str]] = {}
     for module, tree in modules.items():
         named: set[str] = set()
