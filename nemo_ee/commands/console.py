@@ -81,7 +81,7 @@ def console(log_file: Path | None) -> Iterator[None]:
     """
     global _console
     ours, everyone = logging.getLogger("nemo_ee"), logging.getLogger()
-    before = _console, sys.stdout, sys.stderr, ours.level, everyone.level
+    levels, streams = (ours.level, everyone.level), (_console, sys.stdout, sys.stderr)
     to_console = _Messages(logging.WARNING if rank() else logging.INFO)
     to_file = logging.NullHandler()
     if log_file:
@@ -98,8 +98,8 @@ def console(log_file: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _console, sys.stdout, sys.stderr, level, everyones_level = before
-        ours.setLevel(level)
-        everyone.setLevel(everyones_level)
-        ours.removeHandler(to_console)
-        everyone.removeHandler(to_file)
+        if log_file:
+            _console, sys.stdout, sys.stderr = streams
+        for logger, level, handler in zip((ours, everyone), levels, (to_console, to_file), strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)

@@ -304,7 +304,7 @@ def test_the_script_as_a_user_runs_it(start: SimpleNamespace, tmp_path: Path) ->
     output = done.stdout + done.stderr
     assert "stage 0: layers 1-3, frozen" in output and "trains" in output, "what trains is said at the start"
     run = tmp_path / "outputs" / SCRIPT
-    assert done.stdout == f"tuned model: tuned.nemo; checkpoints and TensorBoard: {run}\n"
+    assert done.stdout == f"tuned model: tuned.nemo; checkpoints and TensorBoard: {run.relative_to(tmp_path)}\n"
     assert all(f"{exit['name']}=" in done.stderr or " in the log file" in done.stderr for exit in EXITS)
     (log_file,) = (tmp_path / "outputs" / "logs").iterdir()
     assert done.stderr.startswith(f"{SCRIPT}: log file outputs/logs/{log_file.name}\n")
