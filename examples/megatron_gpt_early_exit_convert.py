@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import show
 from nemo_ee.settings.training import CONVERT
 
 
@@ -18,12 +19,10 @@ def main(cfg: DictConfig) -> None:
     """Convert and say what came out."""
     with command(cfg, CONVERT):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
-        from nemo.utils import logging
-
         from nemo_ee.commands.convert import convert
 
         result = convert(cfg)
-        logging.info(f"{result.output}: exits {', '.join(result.exits)} (new: {', '.join(result.added) or 'none'})")
+        show(f"{result.output}: exits {', '.join(result.exits)} (new: {', '.join(result.added) or 'none'})")
 
 
 if __name__ == "__main__":

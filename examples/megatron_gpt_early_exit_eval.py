@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import show
 from nemo_ee.settings.training import EVALUATE
 
 
@@ -25,8 +26,8 @@ def main(cfg: DictConfig) -> None:
 
         report = evaluate(cfg)
         if is_global_rank_zero():
-            print(f"\n{quality_table(report)}\n", flush=True)
-            print(f"{report['tokens']:,} tokens of {cfg.data}; exits.json, exits.png: {cfg.output}", flush=True)
+            show(f"\n{quality_table(report)}\n")
+            show(f"{report['tokens']:,} tokens of {cfg.data}; exits.json, exits.png: {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ python examples/megatron_gpt_early_exit_generate.py model.restore_from_path=tune
 import json
 import os
 import shutil
-import sys
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import results, show
 from nemo_ee.settings.training import GENERATE
 from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
         with generator:
             generator.check(request.prompts)  # once more with the loaded tokenizer, all before the first answer
             if is_global_rank_zero():
-                show(generator, request)
+                show_answers(generator, request)
             else:
                 for _ in generator.generate(request.prompts):
                     pass
@@ -47,30 +47,30 @@ def main(cfg: DictConfig) -> None:
             raise RuntimeError(f"{generator.num_failed} of {len(request.prompts)} answers failed, as said beside them")
 
 
-def show(generator, request) -> None:
+def show_answers(generator, request) -> None:
     """Print every answer, then the table of exits used; write `output`."""
     from nemo_ee.text.token_view import ExitLegend, coloured_text, escape, exit_table, marked_text
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the run
-    wanted = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    results().reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the run
+    wanted = results().isatty() and "NO_COLOR" not in os.environ
     colour = wanted if request.colour == "auto" else request.colour == "always"
     legend = ExitLegend(generator.model.exits)
     with open(request.output or os.devnull, "w", encoding="utf-8") as output:
         answers = stream(generator, request, legend) if colour else generator.generate(request.prompts)
         for label, answer in zip(request.labels, answers, strict=True):
             if not colour:
-                print(marked_text(answer.prompt, answer.tokens, legend, width=shutil.get_terminal_size().columns - 1))
+                show(marked_text(answer.prompt, answer.tokens, legend, width=shutil.get_terminal_size().columns - 1))
             elif request.batch_size > 1:
-                print(coloured_text(answer.prompt, answer.tokens, legend), end="")
+                show(coloured_text(answer.prompt, answer.tokens, legend), end="")
             if answer.error is not None:
-                print(f"\nfailed: {escape(answer.error)}", end="")
-            print("\n" if colour else "", flush=True)
+                show(f"\nfailed: {escape(answer.error)}", end="")
+            show("\n" if colour else "")
             output.write(json.dumps({**label, **answer.to_mapping()}, ensure_ascii=False) + "\n")
             output.flush()
     table = exit_table(
         generator.stats, generator.model.exits, seconds=generator.seconds, legend=legend if colour else None
     )
-    print(table, flush=True)
+    show(table)
 
 
 def stream(generator, request, legend):
@@ -81,9 +81,9 @@ def stream(generator, request, legend):
         yield from generator.generate(request.prompts)
         return
     for prompt in request.prompts:
-        print(coloured_text(prompt, [], legend), end="", flush=True)
+        show(coloured_text(prompt, [], legend), end="")
         yield from generator.generate(
-            [prompt], on_token=lambda token: print(legend.paint(token.text, token.exit), end="", flush=True)
+            [prompt], on_token=lambda token: show(legend.paint(token.text, token.exit), end="")
         )
 
 

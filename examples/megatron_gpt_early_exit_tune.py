@@ -6,10 +6,15 @@ python examples/megatron_gpt_early_exit_tune.py model.restore_from_path=ee.nemo 
     model.data.data_prefix='{train: [data/train], validation: [data/heldout], test: [data/heldout]}'
 """
 
+import logging
+
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import messages, show
+
+logger = logging.getLogger("nemo_ee.tune")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_tune")
@@ -17,19 +22,17 @@ def main(cfg: DictConfig) -> None:
     """Restore, tune, save."""
     with command(cfg, None):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
-        from nemo.utils import logging
-
         from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
         from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
         from nemo_ee.models.run_plan import plan_run
         from nemo_ee.models.trainer import EarlyExitTrainerBuilder
         from nemo_ee.models.training_checkpoints import manage_experiment
 
-        logging.info(f"\n\n************** Experiment configuration ***********\n{OmegaConf.to_yaml(cfg)}")
+        logger.debug("settings:\n%s", OmegaConf.to_yaml(cfg))
         plan = plan_run(cfg)
-        trainer = EarlyExitTrainerBuilder(plan).create_trainer()
+        trainer = EarlyExitTrainerBuilder(plan, messages()).create_trainer()
         trainer.strategy.trust_checkpoint = bool(cfg.model.get("trust_checkpoint"))
-        manage_experiment(trainer, plan.exp_manager)
+        run_folder = manage_experiment(trainer, plan.exp_manager)
         model = MegatronEarlyExitGPTModel.restore_from(
             cfg.model.restore_from_path,
             override_config_path=plan.model,
@@ -39,6 +42,7 @@ def main(cfg: DictConfig) -> None:
         trainer.fit(model)
         if cfg.save_to:
             model.save_to(cfg.save_to)
+        show(f"tuned model: {cfg.save_to or 'not written (save_to=null)'}; checkpoints and TensorBoard: {run_folder}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
 
     corpus -> convert -> evaluate -> tune -> evaluate -> generate -> report
 
-Every step is the command a user would type, run on the CPU in a process of its own; its output goes to
-<output>/logs/<step>.log. At the end <output> holds early_exit.nemo, tuned.nemo, report.json, losses.png (loss of every
-exit before and after tuning) and sample.txt (a text in which each token shows its exit). Needs no network.
+Every step is the command a user would type, run on the CPU in a process of its own. What it shows goes to
+<output>/logs/<step>.log, and its own log file lies beside that. At the end <output> holds early_exit.nemo, tuned.nemo,
+report.json, losses.png (loss of every exit before and after tuning) and sample.txt (a text in which each token shows
+its exit). Needs no network.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
     start = time.monotonic()
     with open(log, "wb") as errors, open(printed, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / command[0]), *command[1:]],
+            [sys.executable, str(ROOT / command[0]), *command[1:], f"hydra.run.dir={_quoted(logs)}"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
             start_new_session=True,  # so that the processes it starts can be ended with it
         )  # fmt: skip
@@ -196,7 +197,6 @@ def main() -> None:
     for name, command in commands(options).items():
         seconds[name], sample = run_step(name, command, logs)
     seconds["total"] = time.monotonic() - start
-    sample = sample[sample.index(_PROMPT) :]  # what is before it are NeMo's messages
     report = report_of(options, seconds)
     write_json(options.output / "report.json", report)
     tokens = report["settings"]["heldout_tokens"]

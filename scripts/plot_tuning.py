@@ -7,17 +7,16 @@ python scripts/plot_tuning.py run=outputs/megatron_gpt_early_exit_sweep output=s
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import show
 from nemo_ee.evaluation.tuning_curves import Curve, draw_tuning_curves
 from nemo_ee.settings.files import PLOT_TUNING
 
-logger = logging.getLogger(__name__)
 _LOSS = "loss in nats per token, lower is better"
 
 
@@ -86,8 +85,8 @@ def main(cfg: DictConfig) -> None:
         )  # fmt: skip
         for name in (name for name in exits if name in curves):
             step, value = curves[name][-1]
-            logger.info("%-32s %s %.4f after step %d", name, cfg.metric, value, step)
-        logger.info("drawn: %s", cfg.output)
+            show(f"{name:32s} {cfg.metric} {value:.4f} after step {step}")
+        show(f"drawn: {cfg.output}")
 
 
 if __name__ == "__main__":

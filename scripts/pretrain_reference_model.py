@@ -30,14 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from lib.pretraining_settings import PretrainConfig, Progress
 from omegaconf import DictConfig, OmegaConf
-from pretraining_settings import PretrainConfig, Progress
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import messages
 from nemo_ee.settings.files import PRETRAIN
 from nemo_ee.text.json_values import check_model_files
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nemo_ee.scripts")
 
 _RMS_NORM_EPS = 1e-5
 _ROPE_THETA = 10000.0
@@ -80,7 +81,7 @@ def build_model(config: PretrainConfig):
         ValueError: `start_from` holds a model of another shape.
     """
     import torch
-    from byte_tokenizer import END
+    from lib.byte_tokenizer import END
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
     AttentionInterface.register("blocked_causal", blocked_causal_attention)
@@ -276,7 +277,7 @@ class Run:
     def finish(self) -> Path:
         """Save the model (bf16, Hugging Face format) with its tokenizer; log the held-out loss of these weights."""
         import torch
-        from byte_tokenizer import write_byte_tokenizer
+        from lib.byte_tokenizer import write_byte_tokenizer
 
         folder = self.config.output / "model"
         model = self.model.to(torch.bfloat16)
@@ -296,7 +297,7 @@ def read_data(config: PretrainConfig):
     Raises:
         ValueError: what is wrong with the files.
     """
-    from packed_bytes import PackedWindows, read_documents, without
+    from lib.packed_bytes import PackedWindows, read_documents, without
 
     documents, faults = read_documents(config.data, config.max_document_bytes)
     held_out, other_faults = read_documents(config.held_out, config.max_document_bytes)
@@ -331,7 +332,9 @@ def pretrain(config: PretrainConfig) -> Path | None:
         size,
         len(windows),
     )
-    with tqdm(initial=run.progress.step, total=run.progress.end, desc="pretrain", dynamic_ncols=True) as bar:
+    with tqdm(
+        initial=run.progress.step, total=run.progress.end, desc="pretrain", dynamic_ncols=True, file=messages()
+    ) as bar:
         recent, began, busy = [], time.monotonic(), time.process_time()
         for loss in run.steps():
             bar.total = run.progress.end

@@ -21,6 +21,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import messages, show
 from nemo_ee.settings.training import SWEEP_THRESHOLDS
 from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
@@ -79,7 +80,7 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
 
     total, depth, tokens, counts, evaluated = 0.0, 0.0, 0, Counter(), Counter()
     name = "full model" if policy is None else f"threshold {policy.thresholds}"
-    for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True):
+    for first in tqdm(range(0, len(texts), batch_size), desc=name, dynamic_ncols=True, file=messages()):
         scored = engine.score(texts[first : first + batch_size], 1, mode=mode, policy=policy)
         total += sum(map(math.fsum, scored.logprobs))
         tokens += scored.stats.num_tokens
@@ -130,7 +131,7 @@ def main(cfg: DictConfig) -> None:
         if is_global_rank_zero():
             if cfg.output is not None:
                 write_json(cfg.output, report)
-            print(f"full model: perplexity {report['full']:.3f} on {report['tokens']:,} tokens\n\n{table(report)}")
+            show(f"full model: perplexity {report['full']:.3f} on {report['tokens']:,} tokens\n\n{table(report)}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,7 +66,7 @@ BOUNDARIES = {
     ),
     # level 4
     # commands is the lowest: evaluation and calibration decode with its text generator
-    "commands": _boundary(_LEVEL_4, _BELOW_4),
+    "commands": _boundary(f"{_LEVEL_4} hydra", _BELOW_4),
     "evaluation": _boundary(f"{_LEVEL_4} lm_eval", f"{_BELOW_4} commands"),
     "calibration": _boundary(_LEVEL_4, f"{_BELOW_4} commands evaluation"),
     # level 5
@@ -78,6 +81,11 @@ BOUNDARIES = {
     "package_info": _boundary(),
     "cpu_host": _boundary(only_lazily="torch megatron.core nemo nemo_ee.megatron"),
 }
+
+
+@cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
@@ -109,7 +117,7 @@ def import_faults(part: str, source: str) -> list[str]:
     if boundary is None:
         return [f"{part} has no row in BOUNDARIES; decide what it may import"]
     faults = []
-    for line, name, lazy in _imports(ast.parse(source)):
+    for line, name, lazy in _imports(_parsed(source)):
         top, _, rest = name.partition(".")
         if name.startswith("."):
             faults.append(f"{line}: relative import {name}; write nemo_ee.{part}...")
@@ -133,7 +141,7 @@ def source_faults(path: str, source: str) -> list[str]:
     faults = []
     if not source.startswith(HEADER):
         faults.append(f"does not start with {HEADER!r}")
-    tree = ast.parse(source)
+    tree = _parsed(source)
     marker = path.startswith("tests/") and path.endswith("/__init__.py")  # makes a package of a test folder, no more
     if not ast.get_docstring(tree) and not marker:
         faults.append("has no module docstring")
@@ -168,6 +176,7 @@ def yaml_faults(text: str) -> list[str]:
     ]
 
 
+@cache
 def _tracked_files() -> list[Path]:
     """Text files of the repository: what git tracks or would track, all but assets outside a clone."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
@@ -247,6 +256,106 @@ def test_control_a_forbidden_import_is_reported(part: str, source: str, word: st
 )
 def test_control_an_allowed_import_is_not_reported(part: str, source: str) -> None:
     assert import_faults(part, source) == []
+
+
+# -- no circle, no two files of one name ------------------------------------------------------------------------------
+
+
+def _module(path: str) -> str:
+    """`nemo_ee/exits/config.py` -> `nemo_ee.exits.config`; `nemo_ee/exits/__init__.py` -> `nemo_ee.exits`."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _when_imported(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: what is in no function, and not for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if not for_types and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield node
+            yield from _when_imported(node)
+
+
+def import_circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a circle when one is imported; empty where there is none.
+
+    Args:
+        sources: path relative to the repository -> source, of the modules among which circles are looked for.
+    """
+    modules = {_module(path): _parsed(source) for path, source in sources.items()}
+    graph: dict[str, set[str]] = {}
+    for module, tree in modules.items():
+        named: set[str] = set()
+        for node in _when_imported(tree):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= (inside & modules.keys()) or {str(node.module)}
+        graph[module] = named & modules.keys()
+    return _circle(graph)
+
+
+def _circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def repeated_names(paths: Iterable[str]) -> dict[str, list[str]]:
+    """File name -> the paths, of names that several Python files of the package have.
+
+    `__init__.py` says nothing by itself, and what lies in `files/` is copied out of the package and not imported.
+    """
+    found = defaultdict(list)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if name != "__init__.py" and "files" not in folder.split("/"):
+            found[name].append(path)
+    return {name: same for name, same in found.items() if len(same) > 1}
+
+
+def _package_sources() -> dict[str, str]:
+    return {_name(p): p.read_text(encoding="utf-8") for p in _python_files() if ROOT / PACKAGE in p.parents}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert import_circle(_package_sources()) == []
+
+
+def test_no_parts_may_import_each_other_in_a_circle() -> None:
+    assert _circle({part: boundary.parts for part, boundary in BOUNDARIES.items()}) == []
+    assert _circle({"text": {"exits"}, "exits": {"text"}}), "control"
+
+
+def test_control_a_circle_is_found() -> None:
+    sources = {
+        "nemo_ee/a/__init__.py": "",
+        "nemo_ee/a/one.py": "from nemo_ee.a.two import x",
+        "nemo_ee/a/two.py": "if True:\n    from nemo_ee.b import three",
+        "nemo_ee/b/__init__.py": "",
+        "nemo_ee/b/three.py": "import nemo_ee.a.one",
+    }
+    circle = import_circle(sources)
+    assert set(circle) == {"nemo_ee.a.one", "nemo_ee.a.two", "nemo_ee.b.three"} and circle[0] == circle[-1]
+    for harmless in (
+        "def f():\n    import nemo_ee.a.one",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import nemo_ee.a.one",
+        "from nemo_ee.a import one_more",
+        "",
+    ):
+        assert import_circle({**sources, "nemo_ee/b/three.py": harmless}) == [], harmless
+
+
+def test_no_two_files_have_one_name() -> None:
+    assert repeated_names(_package_sources()) == {}
+
+
+def test_control_a_name_used_twice_is_found() -> None:
+    paths = ["nemo_ee/a/checks.py", "nemo_ee/b/c/checks.py", "nemo_ee/b/files/checks.py", "nemo_ee/b/check.py"]
+    paths += ["nemo_ee/a/__init__.py", "nemo_ee/b/__init__.py"]
+    assert repeated_names(paths) == {"checks.py": paths[:2]}
 
 
 def test_files_keep_the_house_rules() -> None:

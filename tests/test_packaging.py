@@ -119,7 +119,7 @@ def imported_packages(folder: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.partition(".")[0])
         names -= {beside.stem for beside in path.parent.glob("*.py")}  # a script may import the one beside it
-    return names - set(sys.stdlib_module_names) - {"nemo_ee"}
+    return names - set(sys.stdlib_module_names) - {"nemo_ee", "lib"}  # lib: scripts/lib
 
 
 def test_everything_the_package_imports_is_declared() -> None:

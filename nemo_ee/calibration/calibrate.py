@@ -39,6 +39,7 @@ from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, store_certificate
 from nemo_ee.certificates.validity import identify
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
+from nemo_ee.commands.console import messages
 from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
 from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.confidence import NEVER_LEAVES
@@ -250,13 +251,13 @@ class Calibrator:
                 sampling=[self._sampling(index) for index in batch],
                 stop_tokens=self.stops,
             )
-            for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0)
+            for batch in tqdm(batches, desc=f"{what}, batches of {size}", mininterval=1.0, file=messages())
         ]
 
     def _table(self, full: Sequence[GenerationResult]) -> ExitTrace:
         run = TracePass(self.model, [point.name for point in self.exits], self.request.criterion)
         tables, first = [], 0
-        for result in tqdm(full, desc="all exits, batches", mininterval=1.0):
+        for result in tqdm(full, desc="all exits, batches", mininterval=1.0, file=messages()):
             own = self.prompts.ids[first : first + len(result.tokens)]
             sequences = [[*prompt, *new] for prompt, new in zip(own, result.tokens, strict=True)]
             sampling = [self._sampling(first + index) for index in range(len(own))]

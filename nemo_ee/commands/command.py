@@ -6,17 +6,25 @@ one message, and end the processes it started when it is killed."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from nemo_ee import cpu_host
+from nemo_ee.commands.console import complain, console, rank
 from nemo_ee.settings.known import KnownSettings, missing, raise_problems
 
-_SCRIPT_PID = "NEMO_EE_SCRIPT_PID"  # environment variable: process id of the script inside `command`
+logger = logging.getLogger(__name__)
+
+# Environment variables of a script inside `command`, for the processes that it starts.
+_SCRIPT_PID = "NEMO_EE_SCRIPT_PID"  # its process id
+_LOG_FILE = "NEMO_EE_LOG_FILE"  # log file of rank 0
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -24,9 +32,12 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) -> Iterator[None]:
     """Surround a script's work; enter it before anything imports torch's users.
 
-    `trainer.accelerator=cpu` switches the CPU host on. A `ValueError` or `FileNotFoundError` (what the package raises
-    for problems of a config, a checkpoint or a request) ends the script with its message and exit code 2 instead of a
-    traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
+    `trainer.accelerator=cpu` switches the CPU host on. What libraries print goes to the script's log file
+    (`nemo_ee.commands.console`), if its yaml names a folder for one in `hydra.run.dir`.
+
+    A `ValueError` or `FileNotFoundError` (what the package raises for problems of a config, a checkpoint or a request)
+    ends the script with its message and exit code 2 instead of a traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
+    The path of the log file is the last line of every error.
 
     Args:
         cfg: the script's config.
@@ -38,22 +49,55 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
     # NeMo registers it when imported; the config may be resolved before that.
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     os.environ[_SCRIPT_PID] = str(os.getpid())
+    path = _log_path()
     try:
-        if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
-            cpu_host.enable()
-        if known is not None:
-            needed = [] if may_miss else missing(cfg)
-            raise_problems("nothing was started", [*needed, *known.problems(cfg).values()])
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        rank = os.environ.get("LOCAL_RANK", "0")  # a problem may show on one rank only
-        who = "" if rank == "0" else f"rank {rank}: "
-        sys.stderr.write(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n")
-        sys.exit(2)
+        with console(path), _errors_in_one_message(path):
+            if known is not None:
+                needed = [] if may_miss else missing(cfg)
+                raise_problems("nothing was started", [*needed, *known.problems(cfg).values()])
+            if path:
+                logger.info("%s: log file %s", path.stem.partition("-")[0], os.path.relpath(path))
+            if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
+                cpu_host.enable()
+            yield
     finally:
         os.environ.pop(_SCRIPT_PID, None)
+        os.environ.pop(_LOG_FILE, None)
+
+
+def _log_path() -> Path | None:
+    """Log file of this rank: `<script>-<date>-<time>.log` in Hydra's run folder; None where that is `.` or not known.
+
+    Ranks other than 0 write beside it, `<...>.rank<r>.log`.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized() or HydraConfig.get().run.dir == ".":
+        return None
+    hydra = HydraConfig.get()
+    path = Path(hydra.runtime.output_dir, f"{hydra.job.name}-{time.strftime('%Y%m%d-%H%M%S')}.log")
+    if not rank():
+        os.environ[_LOG_FILE] = str(path)
+        return path
+    return Path(os.environ.get(_LOG_FILE, path)).with_suffix(f".rank{rank()}.log")
+
+
+@contextlib.contextmanager
+def _errors_in_one_message(path: Path | None) -> Iterator[None]:
+    """End the script on an error: a user's error in its message, any other in its traceback, then the log file."""
+    try:
+        yield
+    except Exception as error:
+        who = f"rank {rank()}: " if rank() else ""  # a problem may show on one rank only
+        where = f"log file: {path}\n" if path else ""
+        if isinstance(error, (ValueError, FileNotFoundError)) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+            logger.debug("where the error comes from", exc_info=True)
+            complain(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n{where}")
+            sys.exit(2)
+        if not path:
+            raise
+        complain(f"{who}{traceback.format_exc()}{where}")
+        sys.exit(1)
 
 
 def names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:

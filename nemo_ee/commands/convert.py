@@ -15,13 +15,13 @@ full model's logits are compared: bitwise with those before writing, and for a H
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.chunk_reader import dtype_shares
@@ -42,6 +42,9 @@ from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
 # Relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
 LOGIT_TOLERANCE = 1e-5
+
+logger = logging.getLogger(__name__)
+
 _LOOSER_TOLERANCES = {"cuda": 5e-3, "bf16": 5e-2}
 _BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
@@ -187,7 +190,7 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
     model.load_weights(weights, None)
     infos = weights.keys()
     model.backbone_dtypes = {key: info.dtype for key, info in infos.items()}
-    logging.info(f"{source}: every tensor is stored in its dtype there: {dtype_shares(infos)}")
+    logger.info(f"{source}: every tensor is stored in its dtype there: {dtype_shares(infos)}")
     model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
     # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
     model.bundled_files["tokenizer/config.json"] = source / "config.json"
@@ -200,7 +203,7 @@ def _warn_of_tokens_without_rows(model: MegatronEarlyExitGPTModel) -> None:
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= model.vocab_size)
     if beyond:
         first = ", ".join(f"{number} {token!r}" for number, token in beyond[:3])
-        logging.warning(
+        logger.warning(
             f"the tokenizer has {len(beyond)} token ids outside the model's vocabulary 0..{model.vocab_size - 1}: "
             f"{first}{', ...' if len(beyond) > 3 else ''}. Tuning, evaluation and generation refuse texts with such "
             "tokens; leave them out of the data"
@@ -231,7 +234,7 @@ def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.T
     )
     theirs = reference(tokens).logits
     difference = ((ours.cpu() - theirs).abs().max() / theirs.abs().max()).item()
-    logging.info(f"full model against transformers: largest logit difference {difference:.2e} of the largest logit")
+    logger.info(f"full model against transformers: largest logit difference {difference:.2e} of the largest logit")
     tolerance = LOGIT_TOLERANCE if ours.device.type == "cpu" else _LOOSER_TOLERANCES["cuda"]
     if model.torch_dtype is not torch.float32:
         tolerance = _LOOSER_TOLERANCES["bf16"]
@@ -277,4 +280,4 @@ def _check_written(cfg: DictConfig, output: Path, tokens: torch.Tensor, before: 
         with contextlib.suppress(FileNotFoundError):
             output.unlink()
         raise ValueError(f"{output} was written but reads back with other logits; it was removed. Check the disk.")
-    logging.info(f"{output}: read back, the full model's logits are unchanged")
+    logger.info(f"{output}: read back, the full model's logits are unchanged")

@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
+from nemo_ee.commands.console import messages
 from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums
 from nemo_ee.megatron.model.exit_head import ExitHead
@@ -96,7 +97,9 @@ def evaluate_exits(
     sums = ExitSums(model.early_exit.names, model.device)
     tokens = torch.zeros((), dtype=torch.float64, device=model.device)
     shown = progress and torch.distributed.get_rank() == 0
-    for microbatches in tqdm(batches, "evaluate", num_batches, unit="batch", disable=not shown, mininterval=0.5):
+    for microbatches in tqdm(
+        batches, "evaluate", num_batches, unit="batch", disable=not shown, mininterval=0.5, file=messages()
+    ):
         evaluate_global_batch(
             model.model,
             microbatches,

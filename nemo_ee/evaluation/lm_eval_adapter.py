@@ -28,6 +28,7 @@ from nemo_ee import cpu_host
 from nemo_ee.certificates.validity import tokenizer_fingerprint
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of
+from nemo_ee.commands.console import messages
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.request import Request
@@ -203,7 +204,9 @@ class EarlyExitLM(TemplateLM):
                 answers[index] = (0.0, True)
             texts[index] = texts[index][-(self.max_length + 1) :]
         open_ones = [index for index, answer in enumerate(answers) if answer is None]
-        with tqdm(total=len(open_ones), desc="loglikelihood", disable=disable_tqdm, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(open_ones), desc="loglikelihood", disable=disable_tqdm, dynamic_ncols=True, file=messages()
+        ) as bar:
             for batch in self._batches(open_ones, [len(text) for text in texts]):
                 contexts = [len(texts[index]) - len(requests[index][2]) for index in batch]
                 scored = self._engine.score(
@@ -250,7 +253,9 @@ class EarlyExitLM(TemplateLM):
         asked = [self._generation(*request.args) for request in requests]
         answers = [""] * len(requests)
         lengths = [len(own.prompt) + own.max_new_tokens for own, _ in asked]
-        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(requests), desc="generate", disable=disable_tqdm, dynamic_ncols=True, file=messages()
+        ) as bar:
             for batch in self._batches(range(len(requests)), lengths):
                 texts = self._continue([asked[index] for index in batch])
                 for index, text in zip(batch, texts, strict=True):

@@ -16,6 +16,7 @@ the checkpoint's metadata goes through a restricted unpickler, and pickled commo
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -24,7 +25,6 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
-from nemo.utils import logging
 from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -49,6 +49,9 @@ from nemo_ee.megatron.pipeline.backbone_training import low_rank_shards, merged_
 from nemo_ee.models.run_config import without_training_setup
 
 BACKBONE, EXITS, LORA, CONFIG = "model_weights", "exit_weights", "lora_weights", "model_config.yaml"
+
+logger = logging.getLogger(__name__)
+
 _RUN_ONLY = ("restore_from_path", "data", "full_depth", "val_agreement", "precision", "layer_split")
 
 
@@ -146,7 +149,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             map_location = torch.device("cuda", torch.cuda.current_device())  # as NeMo's own connector does
         if map_location is not None:
             instance = instance.to(map_location)
-        logging.info(f"restored {type(instance).__name__} from {restore_path}")
+        logger.info(f"restored {type(instance).__name__} from {restore_path}")
         return instance
 
     def _check_backbone(
@@ -154,7 +157,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
     ) -> None:
         """The exits must belong to this very backbone. A base without a stored fingerprint gets one now."""
         if self.verify == "full" or found is None:
-            logging.info(f"computing the fingerprint of the backbone in {path}")
+            logger.info(f"computing the fingerprint of the backbone in {path}")
             found = backbone_fingerprint(source, vocab_size=model.vocab_size)
         refuse_other_backbone(expected, found, path)
         with open_dict(model.cfg):
@@ -218,7 +221,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 config.pop("backbone_path", None)
             else:
                 config.backbone_path = stored_backbone_path(source, output) if source else None
-                logging.info(f"{output}: exits only, its base is looked for at {config.backbone_path}, seen from it")
+                logger.info(f"{output}: exits only, its base is looked for at {config.backbone_path}, seen from it")
             restored = getattr(model, "restored_path", None)
             if restored is not None:
                 archive = stack.enter_context(NemoArchive(restored))
@@ -231,7 +234,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             entries.update(files)
             entries[CONFIG] = OmegaConf.to_yaml(OmegaConf.create(plain))
             write_nemo(output, without_code_files(entries))
-        logging.info(f"wrote {output}")
+        logger.info(f"wrote {output}")
 
 
 def _said_by_the_user(block: dict, restored: str | None) -> set[str]:

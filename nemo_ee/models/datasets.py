@@ -18,6 +18,7 @@ parallelism are Megatron's own.
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import numpy
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from nemo.utils import logging
 from torch.utils.data import Dataset
 
 from nemo_ee.models.sample_index import content_keyed_index
+
+logger = logging.getLogger(__name__)
 
 # No token has this id: only what Megatron pads itself is padding, and it masks that and maps it to id 0.
 _NO_TOKEN = -1
@@ -101,7 +103,7 @@ def find_mask(prefix: str, tokens: IndexedDataset) -> IndexedDataset | None:
     mask = IndexedDataset(prefix + MASK_SUFFIX)
     if not numpy.array_equal(mask.sequence_lengths, tokens.sequence_lengths):
         raise ValueError(f"{prefix}{MASK_SUFFIX}.idx belongs to other documents than {prefix}.idx; {way_out}")
-    logging.info(f"{prefix}: only the answers count in the loss, as {prefix}{MASK_SUFFIX}.bin says")
+    logger.info(f"{prefix}: only the answers count in the loss, as {prefix}{MASK_SUFFIX}.bin says")
     return mask
 
 

@@ -8,6 +8,7 @@ The module path of this class is stored in every `.nemo` as its `target`.
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
-from nemo.utils import AppState, logging
+from nemo.utils import AppState
+from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
@@ -52,6 +54,8 @@ from nemo_ee.models.stage_layers import choose_placements, read_layer_split
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
 from nemo_ee.models.trainable_summary import what_trains
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
@@ -110,7 +114,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
                 self.cfg.activation = "gelu"
         try:
             # NeMo warns of every field of Megatron's config that a model config leaves at its default: over 200 lines.
-            with logging.temp_verbosity(logging.ERROR):
+            with nemo_logging.temp_verbosity(nemo_logging.ERROR):
                 config = super().build_transformer_config()
         finally:
             with open_dict(self.cfg):
@@ -125,7 +129,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     def build_model_parallel_config(self):
         """NeMo's, without a warning for every field left at its default."""
-        with logging.temp_verbosity(logging.ERROR):
+        with nemo_logging.temp_verbosity(nemo_logging.ERROR):
             return super().build_model_parallel_config()
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
@@ -234,7 +238,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """Log, once per stage, how many parameters train and how many are frozen."""
         if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
             return
-        logging.info(what_trains(self.model))
+        logger.info(what_trains(self.model))
 
     def configure_optimizers(self):
         """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
@@ -297,7 +301,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             ("global_step", float(step)),
             ("consumed_samples", float(self._compute_consumed_samples_after_training_step())),
         ):
-            self.log(name, value, prog_bar=name == "global_step", batch_size=1)
+            self.log(name, value, batch_size=1)
         return loss
 
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:

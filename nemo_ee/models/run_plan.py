@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from nemo.utils import logging
+import logging
+
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -12,6 +13,8 @@ from nemo_ee.models.connector import read_config
 from nemo_ee.models.run_config import check_run, merge_model_config
 from nemo_ee.settings.known import missing, raise_problems
 from nemo_ee.settings.training import TUNE
+
+logger = logging.getLogger(__name__)
 
 
 def plan_run(cfg: DictConfig) -> DictConfig:
@@ -69,7 +72,7 @@ def _without_validation(plan: DictConfig) -> None:
         return
     if params.get("every_n_train_steps") is None:
         params.every_n_train_steps = plan.trainer.get("val_check_interval", 200)
-    logging.info(
+    logger.info(
         f"this run has no validation: a checkpoint every {params.every_n_train_steps} steps, of which the last is "
         "kept; which one is best is not measured"
     )

@@ -8,12 +8,12 @@ numbers are broadcast before any module is built.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.exits.config import EarlyExitConfig
@@ -26,6 +26,8 @@ from nemo_ee.planning.layer_split import LayerSplitConfig, describe_split, layer
 
 if TYPE_CHECKING:
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
+
+logger = logging.getLogger(__name__)
 
 _CHOSEN_BY = {"parameters": "FLOPs", "measured": "measured times", "even": "number of layers"}
 
@@ -90,7 +92,7 @@ def choose_placements(model: MegatronEarlyExitGPTModel, config: TransformerConfi
     placements = place_exits(exits, **sizes, layers_per_stage=counts)
     if model.trainer.global_rank == 0:
         chosen_by = "model.layer_split.layers" if split.layers is not None else _CHOSEN_BY[split.cost]
-        logging.info(describe_split(placements, layer_costs, chosen_by))
+        logger.info(describe_split(placements, layer_costs, chosen_by))
     return placements
 
 

@@ -8,14 +8,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import dist_checkpointing
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import (
-    CustomProgressBar,
     MegatronHalfPrecisionPlugin,
     NLPDDPStrategy,
     PipelineMixedPrecisionPlugin,
@@ -25,6 +24,7 @@ from omegaconf.base import ContainerMetadata, Metadata
 
 from nemo_ee import cpu_host
 from nemo_ee.checkpoint.restricted_pickle import refuse_unsafe_pickles
+from nemo_ee.models.progress_bar import TuningProgressBar
 from nemo_ee.models.training_checkpoints import StepsOfTheWholeRun
 
 # The model's config in a training checkpoint: Lightning stores it with the hyperparameters. All of it is data.
@@ -100,7 +100,16 @@ def check_accelerator(cfg: DictConfig) -> None:
 
 
 class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
-    """NeMo's builder with our strategy. Runs on the CPU host too."""
+    """NeMo's builder with our strategy. Runs on the CPU host too.
+
+    Args:
+        cfg: the script's config.
+        console: where the progress bar is drawn; None: the standard error.
+    """
+
+    def __init__(self, cfg: DictConfig, console: TextIO | None = None) -> None:
+        super().__init__(cfg)
+        self._console = console
 
     def _training_strategy(self) -> EarlyExitStrategy:
         check_accelerator(self.cfg)
@@ -125,7 +134,7 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
         # NeMo adds a FLOPs callback that knows neither exits nor truncated models.
         callbacks = [*(callbacks or []), StepsOfTheWholeRun()]
         if self.cfg.trainer.get("enable_progress_bar", True):
-            callbacks.append(CustomProgressBar())
+            callbacks.append(TuningProgressBar(self._console))
         return callbacks
 
 

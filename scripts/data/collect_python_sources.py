@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import logging
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +29,18 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
-from preprocess_text import existing_faults, replacing
 from tqdm import tqdm
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import messages, show
 from nemo_ee.settings.files import COLLECT_SOURCES
 from nemo_ee.text.text_files import read_json_lines
 
-logger = logging.getLogger(__name__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
+
+from lib.dataset_files import existing_faults, replacing
+
+logger = logging.getLogger("nemo_ee.scripts")
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "CPython"
@@ -213,7 +218,9 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         raise ValueError("\n  - ".join(["Nothing was written:", *(f"excluded: {fault}" for fault in faults[:20])]))
     report: dict[str, Any] = {"training": {}, "held_out": {}, "left_out": {}}
     taken: dict[str, list[Source]] = {"training": [], "held_out": []}
-    for name, licence, files in tqdm(list(distribution_files(config)), desc="distributions", dynamic_ncols=True):
+    for name, licence, files in tqdm(
+        list(distribution_files(config)), desc="distributions", dynamic_ncols=True, file=messages()
+    ):
         kind = "held_out" if _canonical(name) in config.held_out else "training"
         limit = config.max_distribution_bytes if kind == "training" else None
         sources = _take(name, licence, files, config, seen, report["left_out"], limit)
@@ -289,14 +296,9 @@ def main(cfg: DictConfig) -> None:
         report = collect(config)
         for kind in ("training", "held_out"):
             rows = report[kind].values()
-            logger.info(
-                "%s: %d distributions, %d files, %d bytes",
-                kind,
-                len(rows),
-                sum(row["files"] for row in rows),
-                sum(row["bytes"] for row in rows),
-            )
-        logger.info("files left out: %s", report["left_out"])
+            files, size = (sum(row[key] for row in rows) for key in ("files", "bytes"))
+            show(f"{kind}: {len(rows)} distributions, {files} files, {size} bytes")
+        show(f"files left out: {report['left_out']}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ stays behind.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,24 +31,19 @@ from typing import Any, ClassVar
 import hydra
 import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
-from preprocess_text import (
-    Vocabulary,
-    choose_dtype,
-    existing_faults,
-    find_files,
-    forget_samples,
-    load_tokenizer,
-    read_fields,
-    replacing,
-)
 from tqdm import tqdm
 
+from nemo_ee.commands import console
 from nemo_ee.commands.command import command
 from nemo_ee.settings.files import PREPROCESS_CHAT
 from nemo_ee.text.text_files import TextError, read_document
 
-logger = logging.getLogger(__name__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
+
+from lib.dataset_files import existing_faults, forget_samples, replacing
+from lib.input_files import find_files, read_fields
+from lib.preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
+from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 ANSWERS = "assistant"
@@ -273,7 +268,13 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
     counts = Counts()
     end = chat.tokenizer.eos_token_id
     try:
-        with tqdm(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="read") as bar:
+        with tqdm(
+            total=sum(path.stat().st_size for path in files),
+            unit="B",
+            unit_scale=True,
+            desc="read",
+            file=console.messages(),
+        ) as bar:
             for ids, answers, empty in conversations(files, config, chat, faults, bar):
                 if faults:  # the rest is only read for its faults
                     continue
@@ -311,15 +312,10 @@ def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_chat.yaml."""
     with command(cfg, PREPROCESS_CHAT):
         counts = preprocess(ChatConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
-        logger.info(
-            "%s: %d conversations, %d tokens, %d of them in answers; %d cut at pad_to, %d left out, %d empty answers",
-            cfg.output,
-            counts.conversations,
-            counts.tokens,
-            counts.answer_tokens,
-            counts.cut,
-            counts.left_out,
-            counts.empty_answers,
+        console.show(
+            f"{cfg.output}: {counts.conversations} conversations, {counts.tokens} tokens, {counts.answer_tokens} of "
+            f"them in answers; {counts.cut} cut at pad_to, {counts.left_out} left out, {counts.empty_answers} empty "
+            "answers"
         )
 
 

@@ -11,28 +11,27 @@ data (file:line) are collected over all input, then reported together.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
-import numpy
 from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
 from tqdm import tqdm
 
 from nemo_ee.commands.command import command
+from nemo_ee.commands.console import messages, show
 from nemo_ee.settings.files import PREPROCESS_TEXT
-from nemo_ee.text.json_values import JsonError, read_json
-from nemo_ee.text.text_files import TextError, is_gzipped, read_document, read_json_lines, sample_index_folder
+from nemo_ee.text.text_files import TextError, read_document
 
-logger = logging.getLogger(__name__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
+
+from lib.dataset_files import existing_faults, forget_samples, replacing
+from lib.input_files import ending, find_files, moving, read_fields
+from lib.preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
+from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
 
 _BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
 
@@ -76,104 +75,6 @@ class PreprocessResult:
     dtype: str
 
 
-def _ending(path: Path) -> str:
-    """The last suffix, in lower case, below a .gz if there is one."""
-    return Path(path.stem if is_gzipped(path) else path.name).suffix.lower()
-
-
-def find_files(config: PreprocessConfig) -> tuple[list[Path], list[str]]:
-    """The input files in order (directories sorted by path), and what is wrong with the list."""
-    known = {ending.lower() for ending in (*config.jsonl_extensions, *config.text_extensions)}
-    rule = f"known endings: {', '.join(sorted(known))}, each also with .gz"
-    files: list[Path] = []
-    faults: list[str] = []
-    for name in config.input:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
-            chosen = [entry for entry in inside if _ending(entry) in known]
-            if not chosen:
-                faults.append(f"input: directory {name} has no file of a known type ({rule})")
-            if len(chosen) < len(inside):
-                logger.info("%s: %d files of other types left out", name, len(inside) - len(chosen))
-            files += chosen
-        elif not path.exists():
-            faults.append(f"input: {name} does not exist")
-        elif _ending(path) not in known:
-            settings = "text_extensions and jsonl_extensions" if config.text_extensions else "jsonl_extensions"
-            faults.append(f"input: {name} has an unknown ending ({rule}); see {settings}")
-        else:
-            files.append(path)
-    return files, faults
-
-
-def load_tokenizer(directory: str) -> Any:
-    """The Hugging Face tokenizer in a local directory; nothing is downloaded and no code from the directory runs.
-
-    Raises:
-        PreprocessError: no directory, or no tokenizer in it.
-    """
-    if not Path(directory).is_dir():
-        raise PreprocessError([f"tokenizer: {directory} is not a local directory; nothing is downloaded"])
-    from nemo_ee.runtime import loader
-
-    try:
-        return loader.load_tokenizer(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise PreprocessError([f"tokenizer: cannot load one from {directory}: {error}"]) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """The token ids of a tokenizer against those of the model it lies beside.
-
-    Attributes:
-        largest: of the tokenizer's ids.
-        size: ids of the model, by its config.json; None where the tokenizer has no id beyond them, or nothing says.
-    """
-
-    tokenizer: Any
-    config: Path
-    largest: int
-    size: int | None
-
-    @classmethod
-    def of(cls, tokenizer: Any, directory: str) -> Vocabulary:
-        """The vocabulary of the tokenizer in a directory."""
-        largest, config, size = max(tokenizer.get_vocab().values()), Path(directory, "config.json"), None
-        with contextlib.suppress(OSError, JsonError):
-            values = read_json(config)
-            size = values.get("vocab_size") if isinstance(values, dict) else None
-        return cls(tokenizer, config, largest, size if isinstance(size, int) and 0 < size <= largest else None)
-
-    def fault(self, tokens: Sequence[int]) -> str | None:
-        """What is wrong with the tokens of a document, or None."""
-        if self.size is None or max(tokens, default=0) < self.size:
-            return None
-        token = next(token for token in tokens if token >= self.size)
-        return (
-            f"the tokenizer gives token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}), which is outside "
-            f"the model's vocabulary 0..{self.size - 1} ({self.config}); leave that text out, or give the model more "
-            "rows"
-        )
-
-
-def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
-    """The token type on disk for a vocabulary, and what is wrong with the choice.
-
-    Args:
-        name: auto, uint16 or int32.
-        vocab_size: largest token id + 1.
-    """
-    if name == "auto":
-        # 65500, not 65536: the limit Megatron-core itself draws.
-        return ("uint16" if vocab_size < 65500 else "int32"), []
-    largest = int(numpy.iinfo(DTYPES[name]).max)
-    if vocab_size - 1 > largest:
-        return name, [f"dtype: {name} holds ids to {largest}, the tokenizer has {vocab_size - 1}; use int32 or auto"]
-    return name, []
-
-
 def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar: tqdm) -> Iterator[tuple[str, str]]:
     """(file:line or file, document) of one file; what cannot be read is added to `faults` as file:line.
 
@@ -183,69 +84,14 @@ def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar:
         faults: grows.
         bar: moves on by bytes read from disk.
     """
-    if _ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
+    if ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
         yield from read_fields(path, config, "text_key", str, faults, bar)
         return
-    with _moving(bar, path) as moved:
+    with moving(bar, path) as moved:
         try:
             yield str(path), read_document(path, config.max_document_bytes, moved)
         except TextError as error:
             faults.append(str(error))
-
-
-def read_fields(
-    path: Path, config: Any, setting: str, kind: type, faults: list[str], bar: tqdm
-) -> Iterator[tuple[str, Any]]:
-    """(file:line, value of one field) of every line of a JSONL file; what cannot be read is added to `faults`.
-
-    Args:
-        path: the file, possibly .gz.
-        config: settings with `max_document_bytes`.
-        setting: the setting that names the field.
-        kind: type of the field.
-        faults: grows.
-        bar: moves on by bytes read from disk.
-    """
-    key = getattr(config, setting)
-    with _moving(bar, path) as moved:
-        yield from read_json_lines(
-            path,
-            lambda record: _field(record, key, kind, setting),
-            max_bytes=config.max_document_bytes,
-            moved=moved,
-            faults=faults,
-        )
-
-
-@contextmanager
-def _moving(bar: tqdm, path: Path) -> Iterator[Callable[[int], None]]:
-    """What moves the bar to a place in the file; at the end it stands behind the file."""
-    seen = 0
-
-    def moved(place: int) -> None:
-        nonlocal seen
-        bar.update(place - seen)
-        seen = place
-
-    yield moved
-    moved(path.stat().st_size)
-
-
-def _field(record: Any, key: str, kind: type, setting: str) -> Any:
-    """A field of a line's value.
-
-    Raises:
-        ValueError: it is absent, or of another type.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, not an object with the field {key!r}")
-    if key not in record:
-        fields = ", ".join(sorted(map(repr, record))) or "none"
-        raise ValueError(f"no field {key!r} (it has {fields}); name the field with {setting}")
-    if not isinstance(record[key], kind):
-        wanted = {str: "a string", list: "a list"}[kind]
-        raise ValueError(f"field {key!r} is a JSON {type(record[key]).__name__}, not {wanted}")
-    return record[key]
 
 
 def _batches(
@@ -315,43 +161,6 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     return result
 
 
-def forget_samples(prefix: str) -> None:
-    """Remove the order of samples that Megatron has cached for the data that is about to be replaced."""
-    folder = sample_index_folder(prefix)
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not there, or not empty
-        folder.parent.rmdir()
-        folder.parent.parent.rmdir()
-
-
-def existing_faults(finished: list[Path]) -> list[str]:
-    """What is wrong with writing to these files when none may be replaced."""
-    existing = [str(path) for path in finished if path.exists()]
-    if not existing:
-        return []
-    return [f"output: {' and '.join(existing)} exist already; choose another prefix or set overwrite=True"]
-
-
-@contextmanager
-def replacing(finished: list[Path]) -> Iterator[list[Path]]:
-    """Temporary names, which become those of `finished` together when the block succeeds, and vanish otherwise.
-
-    Args:
-        finished: data and index files in turn, the index that is read first at the end.
-    """
-    finished[0].parent.mkdir(parents=True, exist_ok=True)
-    partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finished]
-    try:
-        yield partial
-        # The index goes first and comes last: nobody finds an index that belongs to other data.
-        finished[-1].unlink(missing_ok=True)
-        for source, target in zip(partial, finished, strict=True):
-            os.replace(source, target)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
-
-
 def _write(
     config: PreprocessConfig,
     files: list[Path],
@@ -369,7 +178,7 @@ def _write(
     end = [] if eod is None else [eod]
     total = sum(path.stat().st_size for path in files)
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True, file=messages()) as bar:
             documents = (document for path in files for document in read_documents(path, config, faults, bar))
             for batch in _batches(documents, config.max_documents, faults, counts):
                 places, texts = zip(*batch, strict=True)
@@ -398,14 +207,9 @@ def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_text.yaml."""
     with command(cfg, PREPROCESS_TEXT):
         result = preprocess(PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
-        logger.info(
-            "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",
-            cfg.output,
-            cfg.output,
-            result.documents,
-            result.tokens,
-            result.dtype,
-            result.empty_documents,
+        show(
+            f"{cfg.output}.bin, {cfg.output}.idx: {result.documents} documents, {result.tokens} tokens "
+            f"({result.dtype}), {result.empty_documents} empty documents left out"
         )
 
 

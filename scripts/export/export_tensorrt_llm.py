@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.commands.command import command, names
+from nemo_ee.commands.console import show
 from nemo_ee.settings.files import EXPORT_TENSORRT_LLM
 
 
@@ -40,6 +41,7 @@ def main(cfg: DictConfig) -> None:
                 progress=cfg.progress,
             )
         )
+        show(f"exported: {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_ranks_that_the_script_started_itself_leave_nobody_behind(folder: Path, 
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
     try:
         deadline = time.monotonic() + 240
-        while b"global_step=3.0" not in output.read_bytes():
+        while b" 3/100000 [" not in output.read_bytes():
             assert process.poll() is None and time.monotonic() < deadline, output.read_text(errors="replace")[-3000:]
             time.sleep(0.2)
         ranks = processes_of(str(tmp_path))

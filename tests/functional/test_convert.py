@@ -79,7 +79,10 @@ def test_the_script_as_a_user_runs_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout + done.stderr
     assert "ee.nemo: exits layer3-mlp, layer6-mlp, layer9-mlp (new: layer3-mlp, layer6-mlp, layer9-mlp)" in output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ee.nemo"], "nothing else is left behind"
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["ee.nemo", done.stderr.split()[3]], "only the log file is left behind"
+    assert left[1].startswith(f"outputs/logs/{SCRIPT}-") and "[NeMo " in (tmp_path / left[1]).read_text("utf-8")
+    assert "[NeMo " not in output and "GPU available" not in output
     names = set(members(tmp_path / "ee.nemo"))
     assert {"model_config.yaml", "model_weights/.metadata", "exit_weights/.metadata"} <= names
     assert "tokenizer/tokenizer.json" in names

@@ -59,7 +59,7 @@ def test_the_scripts_as_a_user_runs_them(one: Made, tmp_path: Path) -> None:
     settings = [f"checkpoint={one.path}", f"output={output}", "dtype=bfloat16"]
     done = run_script("export_huggingface.py", *settings)
     assert done.returncode == 0, done.stderr
-    assert f"no hf_exit_{EMBEDDING}: an embedding exit has no norm" in done.stdout
+    assert f"no hf_exit_{EMBEDDING}: an embedding exit has no norm" in done.stderr
     assert [path.name for path in output.parent.iterdir()] == ["export"]
     directories = {"hf_full", f"hf_exit_{MLP}", f"hf_exit_{LAYER}", "hf_early_exit"}
     assert {path.name for path in output.iterdir()} == {*directories, MANIFEST}

@@ -158,7 +158,7 @@ def test_the_tokenizer_reads_and_writes_every_byte(finished: Path) -> None:
 
 
 def test_ids_are_what_training_saw(script: ModuleType, finished: Path) -> None:
-    from byte_tokenizer import encode
+    from lib.byte_tokenizer import encode
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
@@ -305,7 +305,7 @@ def test_the_learning_rate_rises_stays_and_falls(script: ModuleType, tmp_path: P
 
 
 def test_held_out_files_stay_out(script: ModuleType) -> None:
-    from packed_bytes import Document, PackedWindows, without
+    from lib.packed_bytes import Document, PackedWindows, without
 
     held_out = [Document("held = 1\n", "test/a.py")]
     documents = [
@@ -320,7 +320,7 @@ def test_held_out_files_stay_out(script: ModuleType) -> None:
 
 
 def test_an_epoch_has_every_window_once_and_the_next_another_order(script: ModuleType) -> None:
-    from packed_bytes import Document, PackedWindows
+    from lib.packed_bytes import Document, PackedWindows
 
     windows = PackedWindows([Document(text, str(i)) for i, text in enumerate(TEXTS)], length=16, seed=3)
     epochs = [[windows.window(n).tobytes() for n in range(e * len(windows), (e + 1) * len(windows))] for e in (0, 1)]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,25 @@ def test_a_run_without_validation_data_learns_the_same(tuned: SimpleNamespace, s
     assert losses == tuned.losses[:2] and model._validation_ds is None
 
 
+def test_the_progress_bar_shows_the_loss_of_every_exit_at_log_steps(
+    start: SimpleNamespace, capsys, monkeypatch
+) -> None:
+    """The bar says between two log steps what it said at the last; validation has a bar of its own."""
+    monkeypatch.setenv("COLUMNS", "200")
+    options = {"enable_progress_bar": True, "log_every_n_steps": 2, "limit_val_batches": 1}
+    _, model, losses = tune(start, 4, trainer=options)
+    shown = capsys.readouterr()
+    lines = [line for line in re.split(r"[\r\n]+", shown.err) if line.startswith("tune: ")]
+    name = EXITS[0]["name"]
+    values = {int(n): value for n, value in re.findall(rf" (\d)/4 \[.*{name}=([\d.]+)", "\n".join(lines))}
+    assert (
+        values == {2: values[2], 3: values[2], 4: f"{losses[3][name]:.3f}"} and values[2] == f"{losses[1][name]:.3f}"
+    )
+    assert values[2] != values[4], "control"
+    assert all(f"{exit['name']}=" in lines[-1] for exit in EXITS) and "val_loss=" in lines[-1]
+    assert "Validation" in shown.err and "tune" not in shown.out
+
+
 # -- the script -----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +304,15 @@ def test_the_script_as_a_user_runs_it(start: SimpleNamespace, tmp_path: Path) ->
     output = done.stdout + done.stderr
     assert "stage 0: layers 1-3, frozen" in output and "trains" in output, "what trains is said at the start"
     run = tmp_path / "outputs" / SCRIPT
+    assert done.stdout == f"tuned model: tuned.nemo; checkpoints and TensorBoard: {run.relative_to(tmp_path)}\n"
+    assert all(f"{exit['name']}=" in done.stderr or " in the log file" in done.stderr for exit in EXITS)
+    (log_file,) = (tmp_path / "outputs" / "logs").iterdir()
+    assert done.stderr.startswith(f"{SCRIPT}: log file outputs/logs/{log_file.name}\n")
+    everything = log_file.read_text("utf-8")
+    for noise in ("[NeMo ", "GPU available", "distributed_backend=gloo", "Falling back", "number of sequences"):
+        assert noise in everything and noise not in output, noise
+    steps = [line for line in everything.splitlines() if " step 2 of 4: " in line or " step 4 of 4: " in line]
+    assert len(steps) == 2 and all(exit["name"] in line for exit in EXITS for line in steps)
     (log,) = run.rglob("events.out.tfevents.*")  # one TensorBoard for all exits
     checkpoints = list((run / "checkpoints").iterdir())
     assert checkpoints and all(path.is_dir() for path in checkpoints)

@@ -96,13 +96,21 @@ def test_two_blocks_that_are_the_same_everywhere() -> None:
 
 
 @cache
-def _source() -> str:
-    """All that reads a config: this package, its scripts, and NeMo's readers."""
+def _names() -> frozenset[str]:
+    """Attributes, quoted keys and names of arguments in all that reads a config: package, scripts, NeMo's readers."""
     files = [p for folder in ("nemo_ee", "examples", "scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
     nemo = find_spec("nemo")
     if nemo is not None:
         files += [Path(nemo.submodule_search_locations[0]) / name for name in NEMO_READERS]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    forms = (r"\.(\w+)", r"""["'](\w+)["']""", r"\b(\w+)\s*[:=]")
+    return frozenset(name for form in forms for name in re.findall(form, source))
+
+
+@cache
+def _taken_over() -> frozenset[str]:
+    """Dotted keys whose values a yaml takes over."""
+    return frozenset(key for file in FILES for key in re.findall(r"\$\{([\w.]+)\}", file.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("stem", VARIANTS)
@@ -130,10 +138,7 @@ def test_the_sweep_is_nine_exits_on_one_layer() -> None:
 def _is_read(key: str) -> bool:
     """Whether the last part of a dotted key occurs as an attribute, a quoted key or a name of an argument; or whether
     a yaml takes the value over from there."""
-    if any(f"${{{key}}}" in file.read_text(encoding="utf-8") for file in FILES):
-        return True
-    name = re.escape(key.split(".")[-1])
-    return re.search(rf"""\.{name}\b|["']{name}["']|\b{name}\s*[:=]""", _source()) is not None
+    return key in _taken_over() or key.split(".")[-1] in _names()
 
 
 def _known(key: str) -> bool | None:

@@ -19,6 +19,7 @@ from nemo_ee import cpu_host
 from tests.helpers.megatron_models import user_environment
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow_unit
 
 # Identity of every attribute of the modules and classes that the CPU host could touch.
 _SNAPSHOT = """

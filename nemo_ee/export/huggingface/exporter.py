@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
+from nemo_ee.commands.console import messages
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.huggingface.exported_tensors import Reading, readings
 from nemo_ee.export.huggingface.remote_code import auto_map, remote_code
@@ -249,7 +250,8 @@ def _write(
     with whole_directory(settings.output, total) as partial:
         thresholds = threshold_block(settings.wanted_exits(source), settings.thresholds, settings.criterion)
         models, digests = [], []
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
+        options = {"desc": settings.output.name, "disable": not settings.progress, "file": messages()}
+        bar = tqdm(total=total, unit="B", unit_scale=True, **options)
         with bar:
             for artefact in artefacts:
                 folder = partial / artefact.directory

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.nemo_config import read_architecture
+from nemo_ee.commands.console import messages
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.huggingface.weight_files import write_json
 from nemo_ee.export.manifest import write_manifest
@@ -192,7 +193,8 @@ def _write(
     with whole_directory(settings.output, total) as partial:
         table = _exit_table(settings, source, architecture, artefacts, exits)
         early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
+        options = {"desc": settings.output.name, "disable": not settings.progress, "file": messages()}
+        bar = tqdm(total=total, unit="B", unit_scale=True, **options)
         with bar:
             for artefact in artefacts:
                 is_draft = artefact.exit is not None

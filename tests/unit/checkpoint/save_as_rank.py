@@ -1,15 +1,18 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a two-rank Megatron-core save; `test_chunk_reader.py` starts it as a process per rank.
+"""A two-rank Megatron-core save; `test_chunk_reader.py` starts it, and it forks its ranks.
 
-Usage: python -m tests.unit.checkpoint.save_as_rank <rank> <store file> <checkpoint directory>
+Usage: python -m tests.unit.checkpoint.save_as_rank <checkpoint directory> <path prefix of the ranks' output>
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
+
+from tests.helpers.ranks import run_ranks
 
 NUM_LAYERS, FFN, HIDDEN, VOCAB = 3, 6, 5, 10
 
@@ -49,17 +52,19 @@ def sharded_state(rank: int, size: int) -> dict[str, object]:
     return state
 
 
-def main(rank: int, store: str, directory: str) -> None:
+def save(rank: int, directory: str) -> None:
     """Saves as rank `rank` of two."""
     from megatron.core import dist_checkpointing
 
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     dist_checkpointing.save(sharded_state(rank, 2), directory)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    import megatron.core.dist_checkpointing  # noqa: F401 -- once, before the ranks are forked
+
+    run_ranks(partial(save, directory=sys.argv[1]), 2, timeout=120, log=sys.argv[2])

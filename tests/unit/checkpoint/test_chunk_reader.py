@@ -38,24 +38,11 @@ def one_rank(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("two_ranks")
-    store = tmp_path_factory.mktemp("store") / "store"
+    log = tmp_path_factory.mktemp("log") / "save"
+    command = [sys.executable, "-m", "tests.unit.checkpoint.save_as_rank", str(directory), str(log)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.checkpoint.save_as_rank", str(rank), str(store), str(directory)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=120)
-            assert rank.returncode == 0, output.decode(errors="replace")
-    finally:
-        for rank in ranks:
-            rank.kill()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
     return directory
 
 

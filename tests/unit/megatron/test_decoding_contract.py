@@ -49,6 +49,7 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(llama):  # noqa: F811
     assert len({event.exit for event in together.events}) > 1
 
 
+@pytest.mark.slow_unit
 def test_two_tensor_parallel_ranks_decode_what_one_does(directory, tmp_path):  # noqa: F811
     """Query groups, the vocabulary (odd, padded) and the low-rank updates are split over two gloo ranks."""
     path = directory("llama").path

@@ -28,7 +28,7 @@ from tests.unit.megatron.test_decoding_adapter import (  # noqa: F401  (`directo
     some_prompts,
 )
 
-pytestmark = [pytest.mark.usefixtures("megatron"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.usefixtures("megatron"), pytest.mark.timeout(400), pytest.mark.slow_unit]
 
 WORKING = ("exits on both stages", "three stages", "tensor parallel")
 GREEDY = {"greedy": True}

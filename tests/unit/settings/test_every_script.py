@@ -67,7 +67,13 @@ def settings_of(stem: str, **changes: Any) -> DictConfig:
 
 
 def test_no_script_leaves_a_file_where_it_was_started() -> None:
-    """Hydra opens every handler of its logging, used or not; a file handler makes an empty .log."""
+    """Hydra opens every handler of its logging, used or not; a file handler makes an empty .log.
+
+    The log file of a script lies in `outputs/`; a script without noisy libraries has none.
+    """
+    without_log = set(
+        "collect_python_sources megatron_gpt_early_exit_serve plot_tuning preprocess_chat preprocess_text".split()
+    )
     for stem in TABLES:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             hydra = compose(stem, return_hydra_config=True).hydra
@@ -77,7 +83,8 @@ def test_no_script_leaves_a_file_where_it_was_started() -> None:
             for name, handler in (OmegaConf.to_container(logging).get("handlers") or {}).items()
             if "filename" in handler
         ]
-        assert (files_of, hydra.output_subdir, hydra.run.dir) == ([], None, "."), stem
+        folder = "." if stem in without_log else "outputs/logs"
+        assert (files_of, hydra.output_subdir, hydra.run.dir) == ([], None, folder), stem
 
 
 def leaves(block: dict, known: KnownSettings, prefix: str = "") -> Iterator[str]:

@@ -16,7 +16,7 @@ from nemo_ee.families.registry import FAMILIES
 from nemo_ee.text.special_tokens import end_of_text, end_of_text_of, prompt_ids, token_of
 
 TOKENIZER_ID = 7
-NO_FILE, NO_KEY = object(), object()
+NO_FILE, NO_KEY = type("NoFile", (), {}), type("NoKey", (), {})  # their names are those of the tests
 
 
 def write(folder: Path, name: str, value: Any, **others: Any) -> None:

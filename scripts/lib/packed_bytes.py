@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from byte_tokenizer import encode
 
+from lib.byte_tokenizer import encode
 from nemo_ee.text.text_files import MAX_DOCUMENT_BYTES, read_json_lines
 
 

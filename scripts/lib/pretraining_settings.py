@@ -13,9 +13,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import NUM_TOKENS
+from lib.byte_tokenizer import NUM_TOKENS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _MODEL_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 

@@ -13,7 +13,7 @@ import numpy
 
 from nemo_ee.text.special_tokens import end_of_text_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nemo_ee.scripts")
 
 _MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
 # The limit of a document or line: (the least, what it must be, in words).

@@ -1,0 +1,105 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The console and the log file of a script.
+
+| where | what |
+|---|---|
+| standard output | results: `show` |
+| standard error | progress bars, messages of nemo_ee (rank 0; warnings and errors of every rank), tracebacks |
+| log file | all of it, nemo_ee's debug messages, and what libraries print, log and warn |
+
+Inside `console`, `sys.stdout` and `sys.stderr` are the log file: every library that prints, or opens a handler
+of its logging, writes there without being known here. Code of nemo_ee names the console instead. Without a log file
+the console is `sys.stdout` and `sys.stderr`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+_console: tuple[TextIO, TextIO] | None = None  # the standard output and error that a log file has taken the place of
+
+_log_files: list[TextIO] = []  # they stay open: libraries keep them for their later messages
+
+
+def results() -> TextIO:
+    """The stream of a script's results: the console's standard output."""
+    return _console[0] if _console else sys.stdout
+
+
+def messages() -> TextIO:
+    """The stream of progress bars and messages: the console's standard error."""
+    return _console[1] if _console else sys.stderr
+
+
+def show(text: str, *, end: str = "\n") -> None:
+    """Print a result, on rank 0; to the log file too."""
+    if not rank():
+        _write(text + end, results(), sys.stdout)
+
+
+def complain(text: str) -> None:
+    """Print an error, to the log file too."""
+    _write(text, messages(), sys.stderr)
+
+
+def _write(text: str, *streams: TextIO) -> None:
+    for stream in dict.fromkeys(streams):
+        stream.write(text)
+        stream.flush()
+
+
+def rank() -> int:
+    """Rank of this process, by the variables of torchrun, Slurm or Lightning; 0 of a process alone."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), 0))
+
+
+class _Messages(logging.Handler):
+    """Writes messages to the console, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = record.levelname.lower()
+        text = self.format(record) if kind == "info" else f"{kind}: {self.format(record)}"
+        tqdm.write(f"rank {rank()}: {text}" if rank() else text, file=messages())
+
+
+@contextlib.contextmanager
+def console(log_file: Path | None) -> Iterator[None]:
+    """Show nemo_ee's messages, and send the output of everyone else to a log file.
+
+    Args:
+        log_file: file to append to; None: the output of others stays where it is.
+    """
+    global _console
+    ours, everyone = logging.getLogger("nemo_ee"), logging.getLogger()
+    levels, streams = (ours.level, everyone.level), (_console, sys.stdout, sys.stderr)
+    to_console = _Messages(logging.WARNING if rank() else logging.INFO)
+    to_file = logging.NullHandler()
+    if log_file:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log = open(log_file, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        _log_files.append(log)
+        to_file = logging.StreamHandler(log)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        everyone.setLevel(logging.INFO)
+        _console, sys.stdout, sys.stderr = (sys.stdout, sys.stderr), log, log
+    ours.setLevel(logging.DEBUG if log_file else logging.INFO)
+    ours.addHandler(to_console)
+    everyone.addHandler(to_file)
+    try:
+        yield
+    finally:
+        if log_file:
+            _console, sys.stdout, sys.stderr = streams
+        for logger, level, handler in zip((ours, everyone), levels, (to_console, to_file), strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)

@@ -1,0 +1,51 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a data set: which may be written, and how they appear together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_ee.text.text_files import sample_index_folder
+
+
+def existing_faults(finished: list[Path]) -> list[str]:
+    """What is wrong with writing to these files when none may be replaced."""
+    existing = [str(path) for path in finished if path.exists()]
+    if not existing:
+        return []
+    return [f"output: {' and '.join(existing)} exist already; choose another prefix or set overwrite=True"]
+
+
+@contextmanager
+def replacing(finished: list[Path]) -> Iterator[list[Path]]:
+    """Temporary names, which become those of `finished` together when the block succeeds, and vanish otherwise.
+
+    Args:
+        finished: data and index files in turn, the index that is read first at the end.
+    """
+    finished[0].parent.mkdir(parents=True, exist_ok=True)
+    partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finished]
+    try:
+        yield partial
+        # The index goes first and comes last: nobody finds an index that belongs to other data.
+        finished[-1].unlink(missing_ok=True)
+        for source, target in zip(partial, finished, strict=True):
+            os.replace(source, target)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+
+
+def forget_samples(prefix: str) -> None:
+    """Remove the order of samples that Megatron has cached for the data that is about to be replaced."""
+    folder = sample_index_folder(prefix)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
