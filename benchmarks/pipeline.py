@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from benchmarks import workload
 from benchmarks.measure import median_of_ratios, seconds
 from benchmarks.workload import BareStep, Sizes
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink
+from nemo_ee.megatron.pipeline.transport import StageLink
 
 RANKS = 2
 

@@ -21,7 +21,7 @@ from benchmarks import workload
 from benchmarks.measure import interleaved, median_of_ratios, peak_bytes, reset_peak, resident_bytes
 from benchmarks.plain_tuning import PlainTuning
 from benchmarks.workload import BareStep, Sizes
-from nemo_ee.megatron.loss.exit_loss import tune_exit
+from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
 REFERENCE_EXITS = [{"layer": layer} for layer in (3, 6, 9)]
 WARMUP_STEPS = 2

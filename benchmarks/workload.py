@@ -26,8 +26,8 @@ from omegaconf import OmegaConf
 from benchmarks.measure import ROOT
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
 from nemo_ee.checkpoint.nemo_config import nemo_config
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import ExitSums
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 from nemo_ee.megatron.pipeline.tuning_step import tune_global_batch
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.trainer import EarlyExitTrainerBuilder

@@ -31,7 +31,7 @@ from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.families.rotary_settings import with_both_spellings
-from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config

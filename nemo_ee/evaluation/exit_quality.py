@@ -17,9 +17,9 @@ import torch
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums
 from nemo_ee.megatron.model.exit_head import ExitHead
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 

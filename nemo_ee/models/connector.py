@@ -45,7 +45,7 @@ from nemo_ee.checkpoint.portable import (
 )
 from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.megatron.pipeline.backbone_training import low_rank_shards, merged_backbone_to_save
+from nemo_ee.megatron.model.backbone_training import low_rank_shards, merged_backbone_to_save
 from nemo_ee.models.run_config import without_training_setup
 
 BACKBONE, EXITS, LORA, CONFIG = "model_weights", "exit_weights", "lora_weights", "model_config.yaml"

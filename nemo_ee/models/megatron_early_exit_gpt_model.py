@@ -31,17 +31,17 @@ from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import ExitSums, mean_loss, named_metrics
+from nemo_ee.megatron.model.backbone_training import prepare_backbone, trained_backbone_shards
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
 from nemo_ee.megatron.model.layer_spec import backbone_specs
 from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
-from nemo_ee.megatron.pipeline.backbone_training import prepare_backbone, trained_backbone_shards
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 from nemo_ee.megatron.pipeline.joint_training import JointTraining
 from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
+from nemo_ee.megatron.pipeline.transport import StageLink
 from nemo_ee.megatron.pipeline.transport_setup import keeps_output_weight, stage_link, teacher_channel
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import DatasetHooks

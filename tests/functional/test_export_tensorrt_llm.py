@@ -307,7 +307,7 @@ def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Pat
 
 
 def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> None:
-    from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+    from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
     from tests.helpers.nemo_files import restore
 
     one = made("llama")

@@ -68,8 +68,8 @@ def train_once(model, batches) -> SimpleNamespace:
 def gradient_differences(model, folder: Path) -> dict[str, float]:
     """Key -> largest difference of a gradient to the reference's, relative to the largest of the latter."""
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+    from nemo_ee.megatron.model.backbone_training import BACKBONE_PREFIX, trained_backbone_shards
     from nemo_ee.megatron.model.exit_head_init import backbone_key, global_chunk, local_shards
-    from nemo_ee.megatron.pipeline.backbone_training import BACKBONE_PREFIX, trained_backbone_shards
 
     found = {}
 

@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard, output_weight_key
 from nemo_ee.megatron.model.exit_head import ExitHead, ExitHeads, VocabularyOutput
 from nemo_ee.megatron.model.layer_spec import BackboneSpecs
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
+from nemo_ee.megatron.model.backbone_training import backbone_parameters
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizer, optimizer_options, parameter_groups
-from nemo_ee.megatron.pipeline.backbone_training import backbone_parameters
 
 BACKBONE = "backbone"
 

@@ -23,10 +23,10 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from nemo_ee.megatron.loss.differentiable_cross_entropy import differentiable_cross_entropy
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.exit_head import ExitHead
 from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 
 # (exit name, its loss summed over the microbatch's counting tokens, fp32, no graph)
 Record = Callable[[str, Tensor], None]

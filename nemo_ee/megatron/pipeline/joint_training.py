@@ -19,12 +19,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums, label_row
+from nemo_ee.megatron.model.backbone_training import SharedOutputWeight
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.optim.backbone_optimizer import BACKBONE
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers
-from nemo_ee.megatron.pipeline.backbone_training import SharedOutputWeight
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 from nemo_ee.megatron.pipeline.joint_forward import final_exit_loss, forward_with_exit_losses
 from nemo_ee.megatron.pipeline.tuning_step import finish_gradients
 

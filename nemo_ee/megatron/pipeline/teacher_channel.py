@@ -20,11 +20,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work, irecv, isend
 
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.teacher import FullTeacher, Teacher, TopKTeacher
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
 from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
-from nemo_ee.megatron.pipeline.tuning_schedule import talking_to
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
+from nemo_ee.megatron.pipeline.transport import talking_to
 
 
 class TeacherChannel:

@@ -14,7 +14,7 @@ from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel, new_pipeline_group
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink
+from nemo_ee.megatron.pipeline.transport import StageLink
 
 
 def stage_link() -> StageLink:

@@ -12,15 +12,15 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_ee.exits.objective import Objective
-from nemo_ee.megatron.loss.exit_loss import MicroBatch, evaluate_exit, tune_exit
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums, empty_row, row_of
 from nemo_ee.megatron.loss.linear_cross_entropy import linear_cross_entropy
 from nemo_ee.megatron.loss.teacher import Teacher
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
 from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch, evaluate_exit, tune_exit
 from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink, run_stage
+from nemo_ee.megatron.pipeline.transport import StageLink, run_stage
 
 
 def tune_global_batch(

@@ -187,7 +187,7 @@ def _naive_loss(head, stage, batch, vocab_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("index", range(len(TRAINED)), ids=[exit["name"] for exit in TRAINED])
 def test_gradients_equal_autograd_through_all_logits(trained, index: int) -> None:
-    from nemo_ee.megatron.loss.exit_loss import tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
     model, batch = trained, _batch(trained)
     head = model.model.exits[TRAINED[index]["name"]]
@@ -242,7 +242,7 @@ def test_what_trains_is_what_the_settings_say(trained) -> None:
 
 
 def test_gradients_accumulate_and_no_gradient_reaches_the_tap(trained) -> None:
-    from nemo_ee.megatron.loss.exit_loss import tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
     model, batch = trained, _batch(trained)
     head = model.model.exits["l2-mlp-copy-own"]
@@ -264,7 +264,7 @@ def test_gradients_accumulate_and_no_gradient_reaches_the_tap(trained) -> None:
 
 
 def test_evaluation_agrees_with_tuning_and_leaves_no_gradient(trained) -> None:
-    from nemo_ee.megatron.loss.exit_loss import evaluate_exit, tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import evaluate_exit, tune_exit
 
     model, batch = trained, _batch(trained)
     stage = model.model.forward_to_taps(batch)

@@ -81,7 +81,7 @@ def test_a_layer_with_and_without_its_mlp(model, shape, stage) -> None:
 @pytest.mark.parametrize("entry", EXITS, ids=lambda entry: entry["name"])
 def test_an_exit(model, shape, stage, entry) -> None:
     """Forward, loss and backward; low-rank updates, frozen matrices and shared outputs included."""
-    from nemo_ee.megatron.loss.exit_loss import tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import tune_exit
     from nemo_ee.planning.cost_model import count_flops, exit_operations
 
     batch, output = stage

@@ -9,8 +9,8 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
+from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 from nemo_ee.megatron.pipeline.tuning_step import run_microbatches
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_ee.megatron.pipeline import tuning_schedule
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink, run_stage
+from nemo_ee.megatron.pipeline import transport as tuning_schedule
+from nemo_ee.megatron.pipeline.transport import StageLink, run_stage
 
 SHAPE = (2, 1, 3)
 
