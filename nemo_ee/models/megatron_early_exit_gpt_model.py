@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,13 @@ from nemo_ee.megatron.loss.exit_metrics import ExitSums, mean_loss, named_metric
 from nemo_ee.megatron.model.backbone_training import prepare_backbone, trained_backbone_shards
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
 from nemo_ee.megatron.model.layer_spec import backbone_specs
+from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
-from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
 from nemo_ee.megatron.pipeline.joint_training import JointTraining
-from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
-from nemo_ee.megatron.pipeline.transport import StageLink
-from nemo_ee.megatron.pipeline.transport_setup import keeps_output_weight, stage_link, teacher_channel
+from nemo_ee.megatron.pipeline.stage_context import StageContext
+from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
+from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel, keeps_output_weight
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import DatasetHooks
@@ -95,8 +97,6 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             self.model = self.model[0]
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
         self._joint: JointTraining | None = None
-        self._link: StageLink | None = None
-        self._channel: TeacherChannel | None = None
         self._train_sums: ExitSums | None = None
         self._val_sums: ExitSums | None = None
 
@@ -240,8 +240,8 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
         max_norm = float(self.trainer.gradient_clip_val or 0.0)
-        joint = partial(JointTraining, self.model, self.placements, seed=self.cfg.get("seed", 1234))
-        self._joint = joint() if self.trains_backbone else None
+        if self.trains_backbone:
+            self._joint = JointTraining(self.context, self.placements, seed=self.cfg.get("seed", 1234))
         self._optimizer = exit_optimizers_for(
             self.model.exits,
             optim,
@@ -256,21 +256,21 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
     def configure_gradient_clipping(self, *args, **kwargs) -> None:
         """Nothing here: each exit clips its own gradients in its step."""
 
-    @property
-    def link(self) -> StageLink:
-        """This stage's ends in the pipeline."""
-        if self._link is None:
-            self._link = stage_link()
-        return self._link
+    @cached_property
+    def context(self) -> StageContext:
+        """What this stage computes with, without teachers."""
+        mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
+        autocast = torch.bfloat16 if mixed else None
+        return StageContext(self.model, hidden_state_transport(), self.objectives, autocast)
 
-    @property
-    def channel(self) -> TeacherChannel | None:
-        """The way back of the final exit's distributions; every rank must ask for it at the same time."""
-        if self._channel is None:
-            minutes = self.cfg.get("distributed_timeout_minutes", 30)
-            options = {"autocast": self._autocast_dtype, "timeout_minutes": minutes}
-            self._channel = teacher_channel(self.model, self.early_exit, self.placements, **options)
-        return self._channel
+    @cached_property
+    def tuning_context(self) -> StageContext:
+        """`context` with the teachers that the exits learn from. Every rank must read it at the same time."""
+        if not self.early_exit.has_teacher:
+            return self.context
+        timeout = timedelta(minutes=self.cfg.get("distributed_timeout_minutes", 30))
+        channel = partial(TeacherChannel, self.model, self.early_exit, self.placements, timeout=timeout)
+        return replace(self.context, teachers=channel(autocast=self.context.autocast))
 
     def training_step(self, dataloader_iter: Iterator) -> Tensor:
         """One global batch on this stage: gradients of its exits, averaged over tokens and data-parallel ranks."""
@@ -279,16 +279,12 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         weights = loss_weights_at(self.placement.exits, step=step, num_steps=max(1, self.trainer.max_steps))
         if self._train_sums is None:
             self._train_sums = ExitSums(self.early_exit.names, self.device)
-        tuned = partial(
-            tune_global_batch, self.model, link=self.link, objectives=self.objectives, channel=self.channel
-        )
-        loss = (partial(self._joint.train_global_batch, step=step) if self._joint else tuned)(
-            [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
-            optimizers=self._optimizer,
-            sums=self._train_sums,
-            loss_weights=weights,
-            autocast=self._autocast_dtype,
-        )
+        batches = self._global_batch(dataloader_iter)
+        shared = {"optimizers": self._optimizer, "sums": self._train_sums, "loss_weights": weights}
+        if self._joint is None:
+            loss = tune_global_batch(self.tuning_context, batches, **shared)
+        else:
+            loss = self._joint.train_global_batch(batches, step=step, **shared)
         if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             values = self._optimizer.step_values(weights)
             self._log_exits(self._train_sums.reduce(over_data=False, step_values=values), validation=False)
@@ -302,19 +298,12 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:
         """One global batch without gradients; sums are kept until the epoch ends."""
-        self._drain()
+        self.tuning_context.drain()
         if self._val_sums is None:
             self._val_sums = ExitSums(self.early_exit.names, self.device)
-        evaluate_global_batch(
-            self.model,
-            [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
-            sums=self._val_sums,
-            link=self.link,
-            agreement=self.trains_backbone or (self.full_depth and bool(self.cfg.get("val_agreement", False))),
-            objectives=self.objectives,
-            channel=self.channel,
-            autocast=self._autocast_dtype,
-        )
+        agreement = self.trains_backbone or (self.full_depth and bool(self.cfg.get("val_agreement", False)))
+        batches = self._global_batch(dataloader_iter)
+        evaluate_global_batch(self.tuning_context, batches, sums=self._val_sums, agreement=agreement)
 
     def on_validation_epoch_end(self) -> Tensor | None:
         """Log every exit's validation loss from every stage; `val_loss` is their mean, a trained backbone's included.
@@ -333,24 +322,15 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         for name, value in named_metrics(results, self.objectives, validation=validation):
             self.log(name, value, batch_size=1)
 
-    def _microbatch(self, dataloader_iter: Iterator) -> MicroBatch:
-        batch = self.get_batch(dataloader_iter, tuning=False)
-        return MicroBatch.of(batch, self.device)
-
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
-        return torch.bfloat16 if mixed else None
-
-    def _drain(self) -> None:
-        self.link.drain()
-        if self._channel is not None:
-            self._channel.drain()
+    def _global_batch(self, dataloader_iter: Iterator) -> list[MicroBatch]:
+        """This rank's microbatches of the next global batch."""
+        batches = (self.get_batch(dataloader_iter, tuning=False) for _ in range(get_num_microbatches()))
+        return [MicroBatch.of(batch, self.device) for batch in batches]
 
     def on_train_end(self) -> None:
         """Let the last transfers finish before the process groups go away."""
         super().on_train_end()
-        self._drain()
+        self.tuning_context.drain()
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""
@@ -359,7 +339,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What trains, in shards, and the fingerprint of the backbone that the run began with."""
-        self._drain()
+        self.tuning_context.drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
         checkpoint["trains"] = self.early_exit.trains

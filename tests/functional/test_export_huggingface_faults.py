@@ -122,7 +122,7 @@ def test_low_rank_updates_of_the_backbone_are_merged(one: Made, tmp_path: Path) 
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
     moved(model)
     model.save_to(str(tmp_path / "lora.nemo"))
-    ours = full_model_logits(model, one.tokens)
+    ours = full_model_logits(model.context, one.tokens)
     logits = transformers_logits(stock(export(tmp_path / "lora.nemo", tmp_path / "out") / "hf_full"), one.tokens)
     assert relative_difference(logits, ours) <= TOLERANCE
     assert relative_difference(ours, one.logits) > 100 * TOLERANCE, "control: the updates do something"
@@ -138,7 +138,7 @@ def test_parameters_the_original_model_does_not_have_are_written_once_they_say_s
     assert model.config.mlp_bias and model.config.attention_bias and model.config.eos_token_id == 1
     from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
 
-    ours = full_model_logits(made.model, made.tokens)
+    ours = full_model_logits(made.model.context, made.tokens)
     assert relative_difference(transformers_logits(model, made.tokens), ours) <= TOLERANCE
     assert relative_difference(ours, made.logits) > 100 * TOLERANCE, "control: the bias does something"
 

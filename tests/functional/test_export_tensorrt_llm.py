@@ -314,7 +314,7 @@ def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> No
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
     moved(model)
     model.save_to(str(tmp_path / "lora.nemo"))
-    ours = full_model_logits(model, one.tokens)
+    ours = full_model_logits(model.context, one.tokens)
     folder = export(tmp_path / "lora.nemo", tmp_path / "out", tensor_parallel=2, drafts=()) / "trtllm_ckpt"
     assert relative_difference(reference_logits(folder, one.tokens), ours) <= TOLERANCE
     assert relative_difference(ours, one.logits) > 100 * TOLERANCE, "control: the updates do something"

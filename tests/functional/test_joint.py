@@ -53,13 +53,12 @@ def train_once(model, batches) -> SimpleNamespace:
     optimizers = build_exit_optimizers(model.model.exits, OPTIM, make=AdamW, max_norm=0.0, more=[backbone])
     optimizers.zero_grad()
     sums = ExitSums(model.early_exit.names, torch.device("cpu"))
-    JointTraining(model.model, model.placements, seed=1).train_global_batch(
+    JointTraining(model.context, model.placements, seed=1).train_global_batch(
         [microbatch(tokens, labels=labels, mask=mask) for tokens, labels, mask in batches],
         step=0,
         optimizers=optimizers,
         sums=sums,
         loss_weights=WEIGHTS,
-        autocast=None,
     )
     losses = {name: result["loss"] for name, result in sums.reduce(over_data=False).items()}
     return SimpleNamespace(losses=losses, optimizers=optimizers)

@@ -2,25 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a backbone trains, on one pipeline stage: everything (`joint`) or low-rank updates of its linears (`lora`).
 
-Also here: the backbone's output weight, of which several stages may hold a copy (the first one where it is tied to the
-embeddings, the last one, and every stage with an exit that shares it). Megatron sums the gradients of the first and
-the last stage for its own data-parallel wrapper only; here one group holds exactly the stages that have a copy, and
-every copy makes the same step.
+Also here: what of it goes into training checkpoints and files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.vocab_parallel import output_weight_key
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards, seeded_normal
@@ -113,48 +107,3 @@ def initialise_low_rank(model: EarlyExitGPTModel, *, seed: int) -> None:
         whole = seeded_normal([rank, width], f"{seed}/backbone/{layer}/{shard.key}") / math.sqrt(width)
         rows, columns = (slice(first, first + length) for first, length in zip(start, shape, strict=True))
         shard.data.copy_(whole[rows, columns].view(shard.data.shape))
-
-
-class SharedOutputWeight:
-    """The copies of a trained output weight on the stages of one pipeline. Every rank must build it.
-
-    Args:
-        model: this stage.
-        placements: all stages.
-    """
-
-    def __init__(self, model: EarlyExitGPTModel, placements: Sequence[StagePlacement]) -> None:
-        last = len(placements) - 1
-        stages = {p.stage for p in placements if any(exit.output != "own" for exit in p.exits)} | {last}
-        if model.share_embeddings_and_output_weights:
-            stages.add(0)
-        self._weight: Parameter | None = None
-        self._group: ProcessGroup | None = None
-        if len(stages) == 1:
-            return
-        group = _stages_group(sorted(stages))
-        if model.placement.stage in stages:
-            self._group, self._weight = group, model.backbone_output_weight()
-            self._weight.shared = model.placement.stage != min(stages)  # Megatron's mark: counted once in norms
-
-    def sum_gradients(self) -> None:
-        """Every copy gets the sum of all copies' gradients. Every rank calls it once a step, after the backward
-        passes."""
-        if self._weight is not None and self._weight.requires_grad:
-            torch.distributed.all_reduce(self._weight.grad, group=self._group)
-
-
-def _stages_group(stages: list[int]) -> ProcessGroup | None:
-    """The ranks of this rank's pipeline that are these stages; None on other stages. Every rank must call it."""
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    if len(stages) == pipeline.size():
-        return pipeline
-    columns: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(columns, torch.distributed.get_process_group_ranks(pipeline))
-    own = torch.distributed.get_rank()
-    found = None
-    for column in sorted({tuple(column) for column in columns}):  # a group is made by all ranks, in one order
-        members = [column[stage] for stage in stages]
-        group = torch.distributed.new_group(members)
-        found = group if own in members else found
-    return found

@@ -12,7 +12,7 @@ ExitConfig.stop).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -27,45 +27,8 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard, output_weight_key
 from nemo_ee.megatron.model.exit_head import ExitHead, ExitHeads, VocabularyOutput
 from nemo_ee.megatron.model.layer_spec import BackboneSpecs
-from nemo_ee.megatron.pipeline.exit_loss import MicroBatch
-
-
-@dataclass(frozen=True)
-class StageOutput:
-    """What one stage's layers leave behind.
-
-    Attributes:
-        hidden: [s, b, h] state for the next stage; on the last stage of a full-depth model the final norm's output.
-            None once it has been sent on.
-        taps: stop -> [s, b, h] hidden state there.
-        rotary_pos_emb: rotary embedding of the batch, None without RoPE.
-    """
-
-    hidden: Tensor | None
-    taps: dict[int, Tensor]
-    rotary_pos_emb: Tensor | None
-
-
-class Taps:
-    """Hidden states of a stage's taps, side by side in one piece of memory.
-
-    Kept where they are made, they would lie between the layers' temporaries and leave holes that nothing fits into:
-    peak memory would grow with the number of exits by more than their taps.
-
-    Args:
-        stops: the taps' depths in half layers.
-        like: [s, b, h] hidden state in front of the layers.
-    """
-
-    def __init__(self, stops: set[int], like: Tensor) -> None:
-        self.kept: dict[int, Tensor] = {}
-        self._memory = iter(like.new_empty(len(stops), *like.shape))
-        self._stops = stops
-
-    def keep(self, stop: int, hidden: Tensor) -> None:
-        """Copy a hidden state [s, b, h] if `stop` is a tap."""
-        if stop in self._stops:
-            self.kept[stop] = next(self._memory).copy_(hidden)
+from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
+from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput, Taps
 
 
 def set_layer_split(config: TransformerConfig, placements: Iterable[StagePlacement]) -> None:
@@ -176,6 +139,22 @@ class EarlyExitGPTModel(GPTModel):
             size=parallel_state.get_tensor_model_parallel_world_size(),
             group=parallel_state.get_tensor_model_parallel_group(),
         )
+
+    def hidden_shape(self, batch: MicroBatch) -> tuple[int, int, int]:
+        """Shape of the hidden states of a microbatch on this rank: (s, b, h), (s/tp, b, h) under sequence
+        parallelism."""
+        micro_batch, sequence = batch.tokens.shape
+        if self.config.sequence_parallel:
+            sequence //= parallel_state.get_tensor_model_parallel_world_size()
+        return sequence, micro_batch, self.config.hidden_size
+
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """Input [s * b, h] of the final output projection, the same on every tensor-parallel rank.
+
+        Args:
+            hidden: the final norm's output [s, b, h] ([s/tp, b, h] under sequence parallelism).
+        """
+        return spread_over_tensor_parallel(hidden, self.config).flatten(0, 1)
 
     @torch.no_grad()
     def forward_to_taps(self, batch: MicroBatch, received: Tensor | None = None) -> StageOutput:

@@ -7,138 +7,102 @@ Losses travel as (sum, count) and are divided once, when they are logged (see `T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
 from nemo_ee.megatron.loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from nemo_ee.megatron.loss.teacher import Teacher
-from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard
 from nemo_ee.megatron.model.exit_head import ExitHead
+from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
+from nemo_ee.megatron.pipeline.stage_context import StageContext
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a pipeline stage needs to know of one microbatch.
-
-    Attributes:
-        tokens: [b, s] int64 input ids.
-        labels: [b, s] int64 ids of the next tokens.
-        loss_mask: [b, s] float, 0 where a position does not count.
-        position_ids: [b, s] int64.
-        attention_mask: None for plain causal attention, else Megatron's boolean [b or 1, 1, s, s], True = masked.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None = None
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Tensor | None], device: torch.device) -> MicroBatch:
-        """From a batch of Megatron's GPT data sets, moved to `device`."""
-        moved = {k: None if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
-        return cls(
-            moved["tokens"],
-            moved["labels"],
-            moved["loss_mask"].float(),
-            moved["position_ids"],
-            moved["attention_mask"],
-        )
-
-    def flat_labels(self) -> tuple[Tensor, Tensor]:
-        """Labels and mask in the order of [s, b] hidden states, each [s * b]."""
-        return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
-
-
-def tune_exit(
-    head: ExitHead,
-    tap: Tensor,
-    batch: MicroBatch,
-    *,
-    rotary_pos_emb: Tensor | None,
-    vocabulary: VocabularyShard,
-    grad_scale: float,
-    objective: Objective = CROSS_ENTROPY,
-    teacher: Teacher | None = None,
-    autocast: torch.dtype | None = None,
-) -> LinearCrossEntropy:
-    """One exit's forward, loss and backward. Gradients are added to the head's parameters; none reaches the tap.
+def exit_terms(
+    head: ExitHead, tap: Tensor, batch: MicroBatch, rotary_pos_emb: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """An exit's output projection of one microbatch as a sum of products.
 
     Args:
         head: the exit.
         tap: [s, b, h] hidden state at its tap ([s/tp, b, h] under sequence parallelism).
         batch: the microbatch.
         rotary_pos_emb: the stage's rotary embedding, read by `layer` exits.
-        vocabulary: this rank's part of the vocabulary.
-        grad_scale: factor on the gradient of the summed loss.
-        objective: what the loss is made of.
-        teacher: the final exit's distributions, for objectives that have one.
-        autocast: dtype of mixed precision, None for none.
+
+    Returns:
+        Inputs, each [s * b, n], and weights, each [v/tp, n], of the terms.
     """
-    with torch.enable_grad(), _autocast(tap, autocast):
-        hidden = head(tap.detach(), attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
-        terms = [(x.flatten(0, 1), weight) for x, weight in head.output_terms(hidden)]
-    inputs = [x for x, _ in terms]
-    labels, mask = batch.flat_labels()
+    hidden = head(tap, attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
+    inputs, weights = zip(*head.output_terms(hidden), strict=True)
+    return [x.flatten(0, 1) for x in inputs], list(weights)
+
+
+def tune_exit(
+    context: StageContext,
+    head: ExitHead,
+    batch: MicroBatch,
+    output: StageOutput,
+    *,
+    grad_scale: float,
+    teacher: Teacher | None = None,
+) -> LinearCrossEntropy:
+    """One exit's forward, loss and backward. Gradients are added to the head's parameters; none reaches the tap.
+
+    Args:
+        context: the exit's stage.
+        head: the exit.
+        batch: the microbatch.
+        output: what the stage's layers left of it.
+        grad_scale: factor on the gradient of the summed loss.
+        teacher: the final exit's distributions; read if the exit's objective has a teacher.
+    """
+    objective = context.objectives[head.exit.name]
+    with torch.enable_grad(), context.mixed_precision():
+        inputs, weights = exit_terms(head, output.taps[head.exit.stop].detach(), batch, output.rotary_pos_emb)
     result = linear_cross_entropy(
         inputs,
-        [weight for _, weight in terms],
-        labels,
-        mask,
-        vocabulary=vocabulary,
+        weights,
+        *batch.flat_labels(),
+        vocabulary=context.model.vocabulary(),
         objective=objective,
-        teacher=teacher,
+        teacher=teacher if objective.has_teacher else None,
         grad_scale=grad_scale,
-        dtype=autocast,
+        dtype=context.autocast,
     )
     used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
-    # Megatron's linears restore autocast in their backward on CUDA only; on the CPU the backward has to run under it.
-    in_backward = autocast if tap.device.type == "cpu" else None
     if used:
-        with _autocast(tap, in_backward):
+        with context.mixed_precision_backward():
             torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
     return result
 
 
 @torch.no_grad()
 def evaluate_exit(
+    context: StageContext,
     head: ExitHead,
-    tap: Tensor,
     batch: MicroBatch,
+    output: StageOutput,
     *,
-    rotary_pos_emb: Tensor | None,
-    vocabulary: VocabularyShard,
     want_argmax: bool,
-    objective: Objective = CROSS_ENTROPY,
     teacher: Teacher | None = None,
-    autocast: torch.dtype | None = None,
 ) -> LinearCrossEntropy:
-    """One exit's sums without gradients, entropy too; `want_argmax` adds its most likely tokens, [s * b].
+    """One exit's label cross-entropy and entropy without gradients.
 
-    A teacher adds the divergence from it. See `tune_exit`.
+    `want_argmax` adds its most likely tokens, [s * b], and a teacher the divergence from it, for exits whose objective
+    has one. See `tune_exit`.
     """
-    with _autocast(tap, autocast):
-        hidden = head(tap, attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
-        terms = head.output_terms(hidden)
-    labels, mask = batch.flat_labels()
+    objective = context.objectives[head.exit.name]
+    with context.mixed_precision():
+        inputs, weights = exit_terms(head, output.taps[head.exit.stop], batch, output.rotary_pos_emb)
     return linear_cross_entropy(
-        [x.flatten(0, 1) for x, _ in terms],
-        [weight for _, weight in terms],
-        labels,
-        mask,
-        vocabulary=vocabulary,
-        objective=objective,
-        teacher=teacher,
+        inputs,
+        weights,
+        *batch.flat_labels(),
+        vocabulary=context.model.vocabulary(),
+        objective=replace(objective, label_weight=1.0, teacher_weight=0.0, by_confidence=False),
+        teacher=teacher if objective.has_teacher else None,
         want_argmax=want_argmax,
         want_entropy=True,
-        dtype=autocast,
+        dtype=context.autocast,
     )
-
-
-def _autocast(tap: Tensor, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(tap.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

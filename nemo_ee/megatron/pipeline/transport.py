@@ -1,145 +1,137 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline schedule of exit tuning: hidden states go forward, nothing ever comes back.
+"""Point-to-point transfers between the stages of one pipeline, used by tuning, teachers and decoding.
 
-    per microbatch and stage:   receive -> run this stage's layers -> send at once -> the exits' work
+Sends are asynchronous. At most `max_outstanding` of them are outstanding; the bound holds across steps, so a stage can
+start its next global batch while the stages behind it still work on this one.
 
-The backbone is frozen, so no gradient crosses a stage boundary, and a stage that has sent its microbatch on owes
-nobody anything: its exits' forward, loss and backward overlap with the next stages' layers. Megatron's own
-forward-only schedule would send only after the exits' work.
-
-Sends are asynchronous and at most `max_in_flight` of them are outstanding; the bound holds across steps, so a stage
-can start the next global batch while the stages behind it still work on this one.
+On gloo a transfer that fails or times out raises a RuntimeError that names stage and rank at its other end. Under
+NCCL, where waiting only orders streams, its watchdog ends the process.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, get_group_rank, irecv, isend
+from torch.distributed import ProcessGroup, Work, get_process_group_ranks, irecv, isend
+
+_LIMIT_OF_THE_GROUP = timedelta(0)  # torch's value for "the group's own time-out"
 
 
-class StageLink:
-    """The two ends of a pipeline stage: where hidden states come from and where they go.
+class Transport:
+    """One stage's sends and receives over one process group.
 
-    On gloo a transfer that fails or times out raises a RuntimeError that names stage and rank at its other end;
-    under NCCL, where waiting only orders streams, its watchdog ends the process.
+    Transfers between two stages must be posted in the same order at both ends.
 
     Args:
-        group: pipeline-parallel group; None for a pipeline of one stage.
-        previous_rank: global rank of the stage before, None on the first stage.
-        next_rank: global rank of the stage behind, None on the last stage.
-        max_in_flight: sent microbatches whose transfer may be outstanding, at least 1.
+        group: ranks of one pipeline, in the order of its stages.
+        carries: what is sent, for messages.
+        max_outstanding: sends that may be outstanding, at least 1.
+        task: start of the message of a failed transfer.
+        way_out: end of that message.
+
+    Attributes:
+        stage, num_stages: number of this stage, from 0, and of all stages.
+        is_broken: a transfer has failed; later ones fail too.
     """
 
     def __init__(
-        self, group: ProcessGroup | None, previous_rank: int | None, next_rank: int | None, *, max_in_flight: int = 2
+        self, group: ProcessGroup, *, carries: str, max_outstanding: int, task: str = "", way_out: str = ""
     ) -> None:
-        if max_in_flight < 1:
-            raise ValueError(
-                f"max_in_flight={max_in_flight}: at least one microbatch must be in flight; use 2 or more"
-            )
-        self.group, self.previous_rank, self.next_rank = group, previous_rank, next_rank
-        self.max_in_flight = max_in_flight
-        self._sent: deque[tuple[Work, Tensor]] = deque()
+        assert max_outstanding >= 1, "a send is outstanding while it runs"
+        self._group, self._ranks = group, get_process_group_ranks(group)
+        self.stage, self.num_stages = group.rank(), len(self._ranks)
+        self.is_broken = False
+        self._carries, self._task, self._way_out = carries, task, way_out
+        self._max_outstanding = max_outstanding
+        self._sent: deque[tuple[int, Work, Tensor]] = deque()
 
-    def expect(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Work, Tensor] | None:
-        """Post the receive of one hidden state; None on the first stage."""
-        if self.previous_rank is None:
-            return None
+    def expect(
+        self, stage: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> PostedReceive:
+        """Post the receive of a tensor that another stage sends."""
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        with self._talking_to(self.previous_rank):
-            return irecv(buffer, src=self.previous_rank, group=self.group), buffer
+        with self.transfer("waits for", stage, "of"):
+            return PostedReceive(self, stage, irecv(buffer, src=self._ranks[stage], group=self._group), buffer)
 
-    def receive(self, pending: tuple[Work, Tensor]) -> Tensor:
-        """Wait for the hidden state that `expect` posted."""
-        with self._talking_to(self.previous_rank):
-            pending[0].wait()
-        return pending[1]
+    def send(self, stage: int, tensor: Tensor) -> None:
+        """Start sending a tensor, whose memory must not be changed afterwards.
 
-    def send(self, hidden: Tensor) -> None:
-        """Start sending; waits only when `max_in_flight` earlier sends are outstanding. Nothing on the last stage."""
-        if self.next_rank is None:
-            return
-        self._wait_for_sends(self.max_in_flight - 1)
-        hidden = hidden.contiguous()
-        # The tensor is kept until its transfer is done: a tap on the stage's last layer shares its memory.
-        with self._talking_to(self.next_rank):
-            self._sent.append((isend(hidden, dst=self.next_rank, group=self.group), hidden))
+        Waits only while `max_outstanding` earlier sends are outstanding.
+        """
+        self._wait_for_sends(self._max_outstanding - 1)
+        tensor = tensor.contiguous()
+        with self.transfer("sends", stage, "to"):
+            work = isend(tensor, dst=self._ranks[stage], group=self._group)
+        self._sent.append((stage, work, tensor))  # the tensor lives until its transfer is done
 
     def drain(self) -> None:
-        """Wait for every outstanding send (before validation, saving and at the end)."""
+        """Wait for every outstanding send."""
         self._wait_for_sends(0)
 
     def _wait_for_sends(self, allowed: int) -> None:
         while len(self._sent) > allowed:
-            work, hidden = self._sent.popleft()  # the tensor lives until its transfer is done
-            with self._talking_to(self.next_rank):
+            stage, work, tensor = self._sent.popleft()
+            with self.transfer("sends", stage, "to"):
                 work.wait()
-            del hidden
+            del tensor
 
-    def _talking_to(self, rank: int | None) -> AbstractContextManager[None]:
-        does = "sends hidden states to" if rank == self.next_rank else "waits for hidden states of"
-        return talking_to(self.group, rank, does)
-
-
-@contextmanager
-def talking_to(group: ProcessGroup | None, rank: int | None, does: str) -> Iterator[None]:
-    """Say who was at the other end when a transfer of a pipeline's group fails.
-
-    Args:
-        group: the transfer's group, whose ranks are the stages in order.
-        rank: global rank at the other end.
-        does: what this stage does, up to the other stage's name.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        us = torch.distributed.get_rank()
-        raise RuntimeError(
-            f"pipeline stage {get_group_rank(group, us)} (rank {us}) {does} stage "
-            f"{get_group_rank(group, rank)} (rank {rank}), which has ended, is stuck or cannot be reached; "
-            f"look at the end of rank {rank}'s own output. The same command resumes from the last checkpoint"
-        ) from error
+    @contextmanager
+    def transfer(self, does: str, stage: int, preposition: str) -> Iterator[None]:
+        """Name both ends in the error of a transfer that fails inside."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.is_broken = True
+            us, them = self._ranks[self.stage], self._ranks[stage]
+            raise RuntimeError(
+                f"{self._task}pipeline stage {self.stage} (rank {us}) {does} {self._carries} {preposition} stage "
+                f"{stage} (rank {them}), which has ended, is stuck or cannot be reached; look at the end of rank "
+                f"{them}'s own output{self._way_out}"
+            ) from error
 
 
-def run_stage(
-    link: StageLink,
-    *,
-    num_microbatches: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    forward: Callable[[int, Tensor | None], Tensor],
-    work: Callable[[int], None],
-    delay: int = 0,
-) -> None:
-    """Run one global batch through this stage. Every rank of the pipeline calls it with the same microbatch count.
+@dataclass(frozen=True)
+class PostedReceive:
+    """A receive that is under way. Made by `Transport.expect`."""
+
+    transport: Transport
+    stage: int
+    work: Work
+    buffer: Tensor
+
+    def wait(self, limit: timedelta = _LIMIT_OF_THE_GROUP) -> Tensor:
+        """The tensor, once it is there. `limit` takes the place of the group's time-out."""
+        with self.transport.transfer("waits for", self.stage, "of"):
+            self.work.wait(limit)
+        return self.buffer
+
+
+def new_pipeline_group(
+    stages: Sequence[int] | None = None, *, timeout: timedelta | None = None, backend: str | None = None
+) -> ProcessGroup | None:
+    """A further group of ranks of this rank's pipeline. Every rank of the world must call it.
 
     Args:
-        link: this stage's ends.
-        num_microbatches: microbatches of the step.
-        shape, dtype, device: of the hidden states between stages, [s, b, h] ([s/tp, b, h] with sequence parallelism).
-        forward: (microbatch index, received hidden state or None on the first stage) -> hidden state to send on.
-        work: called with the microbatch index after the send has started: the exits' forward, loss and backward.
-        delay: microbatches whose work is held back while later ones run their layers, because it needs something that
-            a later stage sends back (see `teacher_channel`).
+        stages: the stages in it; None: all.
+        timeout: of its transfers; None: torch's.
+        backend: None: torch's default one.
+
+    Returns:
+        The group; None on other stages.
     """
-    held: deque[int] = deque()
-    pending = link.expect(shape, dtype, device)
-    for index in range(num_microbatches):
-        received = None
-        if pending is not None:
-            received = link.receive(pending)
-            # The next receive is posted before this microbatch's layers run, so that the transfer overlaps with them.
-            pending = link.expect(shape, dtype, device) if index + 1 < num_microbatches else None
-        link.send(forward(index, received))
-        held.append(index)
-        if len(held) > delay:
-            work(held.popleft())
-    while held:
-        work(held.popleft())
+    ours = get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    pipelines: list[Sequence[int]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(pipelines, ours)
+    members = [
+        [pipeline[stage] for stage in (range(len(pipeline)) if stages is None else stages)]
+        for pipeline in sorted({tuple(ranks) for ranks in pipelines})  # every rank makes all groups, in one order
+    ]
+    return torch.distributed.new_subgroups_by_enumeration(members, timeout=timeout, backend=backend)[0]

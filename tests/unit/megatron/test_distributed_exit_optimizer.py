@@ -111,17 +111,13 @@ def test_gradients_of_two_microbatches_add_up_in_fp32(folder: Path, name: str) -
         optimizers.zero_grad()
         tokens = random_tokens(model, batch=4, length=9)
         tune_global_batch(
-            model.model,
+            model.context,
             [microbatch(tokens[:2]), microbatch(tokens[2:])],
             optimizers=optimizers,
             sums=ExitSums(model.early_exit.names, torch.device("cpu")),
-            link=model.link,
             loss_weights=dict.fromkeys(model.early_exit.names, 1.0),
-            objectives=model.objectives,
-            channel=None,
-            autocast=model._autocast_dtype,
         )
-        assert model._autocast_dtype is None, "bf16 parameters need no autocast"
+        assert model.context.autocast is None, "bf16 parameters need no autocast"
         found[half] = {
             key: (p.main_grad if half else p.grad).clone()
             for exit in optimizers.exits

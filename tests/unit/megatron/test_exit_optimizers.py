@@ -159,15 +159,11 @@ def test_gradients_become_those_of_the_mean_loss_per_token(model) -> None:
     optimizers.zero_grad()
     sums = ExitSums(model.early_exit.names, torch.device("cpu"))
     total = tune_global_batch(
-        model.model,
+        model.context,
         batches,
         optimizers=optimizers,
         sums=sums,
-        link=model.link,
         loss_weights={name: 0.7 for name in model.early_exit.names},
-        objectives=model.objectives,
-        channel=None,
-        autocast=None,
     )
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)

@@ -86,16 +86,7 @@ def test_an_exit(model, shape, stage, entry) -> None:
 
     batch, output = stage
     head = model.model.exits[entry["name"]]
-    found = count(
-        lambda: tune_exit(
-            head,
-            output.taps[head.exit.stop],
-            batch,
-            rotary_pos_emb=output.rotary_pos_emb,
-            vocabulary=model.model.vocabulary(),
-            grad_scale=1e-3,
-        )
-    )
+    found = count(lambda: tune_exit(model.context, head, batch, output, grad_scale=1e-3))
     assert sum(map(count_flops, exit_operations(shape, head.exit))) == found
 
 
