@@ -52,7 +52,7 @@ BOUNDARIES = {
     "text": _boundary("tokenizers", "exits generation"),
     # the libraries whose own keys a config may hold are looked at where one is met
     "settings": _boundary("omegaconf", "exits", only_lazily="lightning megatron.core nemo"),
-    "megatron": _boundary("torch megatron.core", "exits generation"),
+    "megatron": _boundary("torch megatron.core", "exits generation", only_lazily="apex"),
     # level 2
     "checkpoint": _boundary("torch megatron.core safetensors yaml", "families exits generation text megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "families exits generation text"),

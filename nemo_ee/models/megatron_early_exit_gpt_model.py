@@ -40,6 +40,7 @@ from nemo_ee.megatron.model.layer_spec import backbone_specs
 from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
+from nemo_ee.megatron.optim.stage_optimizers import stage_optimizers
 from nemo_ee.megatron.pipeline.joint_training import JointTraining
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
@@ -49,7 +50,6 @@ from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import DatasetHooks
 from nemo_ee.models.initial_weights import fill_stage
 from nemo_ee.models.nemo_overrides import WholeModelHooks
-from nemo_ee.models.optimizer_factory import exit_optimizers_for
 from nemo_ee.models.stage_layers import choose_placements, read_layer_split
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
 from nemo_ee.models.trainable_summary import what_trains
@@ -239,15 +239,14 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
     def configure_optimizers(self):
         """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
-        max_norm = float(self.trainer.gradient_clip_val or 0.0)
         if self.trains_backbone:
             self._joint = JointTraining(self.context, self.placements, seed=self.cfg.get("seed", 1234))
-        self._optimizer = exit_optimizers_for(
-            self.model.exits,
+        self._optimizer = stage_optimizers(
+            self.model,
             optim,
             main_weights=self.main_weights,
-            max_norm=max_norm,
-            backbone=self.model if self.trains_backbone else None,
+            max_norm=float(self.trainer.gradient_clip_val or 0.0),
+            trains_backbone=self.trains_backbone,
         )
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)

@@ -45,8 +45,7 @@ def batches_of(model, count: int = 2) -> list[tuple[torch.Tensor, ...]]:
 def train_once(model, batches) -> SimpleNamespace:
     """Gradients of one global batch, left on the model; `losses` per token by name."""
     from nemo_ee.megatron.loss.exit_metrics import ExitSums
-    from nemo_ee.megatron.optim.backbone_optimizer import build_backbone_optimizer
-    from nemo_ee.megatron.optim.exit_optimizers import build_exit_optimizers
+    from nemo_ee.megatron.optim.stage_optimizers import build_backbone_optimizer, build_exit_optimizers
     from nemo_ee.megatron.pipeline.joint_training import JointTraining
 
     backbone = build_backbone_optimizer(model.model, OPTIM, make=AdamW)

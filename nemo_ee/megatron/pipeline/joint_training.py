@@ -29,8 +29,8 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums, label_row
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.microbatch import MicroBatch
-from nemo_ee.megatron.optim.backbone_optimizer import BACKBONE
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers
+from nemo_ee.megatron.optim.stage_optimizers import BACKBONE
 from nemo_ee.megatron.pipeline.joint_forward import final_exit_loss, forward_with_exit_losses
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.transport import new_pipeline_group

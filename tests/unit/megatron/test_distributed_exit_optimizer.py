@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("nemo", reason="models are built by NeMo")
 
-from nemo_ee.models.optimizer_factory import exit_optimizers_for, optimizer_factory
+from nemo_ee.megatron.optim.stage_optimizers import optimizer_factory, stage_optimizers
 from tests.helpers.megatron_models import cpu_trainer, exit_entry, microbatch, random_tokens, snapshot, tiny_pair
 
 OPTIM = {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1}
@@ -36,8 +36,7 @@ def _model(folder: Path, *, half: bool):
 
 
 def _optimizers(model, name: str = "adamw", *, half: bool, max_norm: float = 0.0):
-    heads = model.model.exits
-    return exit_optimizers_for(heads, {**OPTIM, "name": name}, main_weights=half, max_norm=max_norm)
+    return stage_optimizers(model.model, {**OPTIM, "name": name}, main_weights=half, max_norm=max_norm)
 
 
 def _backward(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
