@@ -7,7 +7,6 @@ The module path of this class is stored in every `.nemo` as its `target`.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,19 +22,22 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
-from nemo.utils import AppState, logging
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nemo_ee import cpu_host
 from nemo_ee.checkpoint.chunk_reader import WeightSource
+from nemo_ee.checkpoint.low_rank_weights import load_low_rank
+from nemo_ee.checkpoint.module_weights import load_shards
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
 from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.exit_metrics import ExitSums, mean_loss, named_metrics
-from nemo_ee.megatron.model.backbone_training import prepare_backbone, trained_backbone_shards
+from nemo_ee.megatron.model.backbone_training import prepare_backbone, trained_backbone_shards, what_trains
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
+from nemo_ee.megatron.model.exit_head_init import initialise_exit_head
 from nemo_ee.megatron.model.layer_spec import backbone_specs
 from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
@@ -48,12 +50,9 @@ from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel, keeps_outp
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import DatasetHooks
-from nemo_ee.models.initial_weights import fill_stage
 from nemo_ee.models.nemo_overrides import WholeModelHooks
 from nemo_ee.models.stage_layers import choose_placements, read_layer_split
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
-from nemo_ee.models.trainable_summary import what_trains
-from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 # What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
@@ -96,6 +95,11 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         if isinstance(self.model, list):  # NeMo's distributed optimizer wraps a list; ours wraps the exits
             self.model = self.model[0]
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
+        # Where the parts of a saved file come from; set by whoever fills the model.
+        self.backbone_path: str | None = None  # the .nemo that holds the backbone
+        self.restored_path: str | None = None  # the .nemo the model was restored from
+        self.backbone_dtypes: dict[str, torch.dtype] = {}  # canonical name -> dtype in the source
+        self.bundled_files: dict[str, Path] = {}  # member of the .nemo -> file
         self._joint: JointTraining | None = None
         self._train_sums: ExitSums | None = None
         self._val_sums: ExitSums | None = None
@@ -178,19 +182,6 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """This stage's layers and exits."""
         return self.placements[parallel_state.get_pipeline_model_parallel_rank()]
 
-    def _build_tokenizer(self) -> None:
-        """NeMo's; `type` is the folder bundled in the `.nemo` being restored, where there is one for Hugging Face."""
-        block, bundled = self.cfg.tokenizer, Path(AppState().nemo_file_folder or "", "tokenizer")
-        named = block.get("type")
-        with open_dict(block):
-            block.trust_remote_code = False  # a config from a file must not run code
-            if AppState().is_model_being_restored and block.library == "huggingface" and bundled.is_dir():
-                block.update(type=str(bundled), use_fast=block.get("use_fast") is not False)
-            with readable_tokenizer(str(block.get("type"))) as folder:
-                block.type = str(folder) if block.library == "huggingface" else named
-                super()._build_tokenizer()
-            block.type = named
-
     def _build_vocab(self) -> None:
         """True and padded vocabulary size. The padding depends on the layout, the true size does not."""
         self.vocab_size = self.cfg.get("vocab_size") or self.tokenizer.vocab_size
@@ -215,9 +206,28 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             backbone: the backbone's tensors under canonical keys.
             exits: tuned exits, keys `<exit name>.<parameter>`, or None.
             updates: low-rank updates of the backbone to train on, read with `train: lora`; None starts new ones.
+
+        Raises:
+            ValueError: model and weights do not belong together.
         """
-        low_rank = self.early_exit.train == "lora"
-        fill_stage(self.model, self.cfg, backbone=backbone, exits=exits, updates=updates, low_rank=low_rank)
+        cfg, model, seed = self.cfg, self.model, self.cfg.get("seed", 1234)
+        load_shards(model.backbone_sharded_state_dict(), backbone)
+        if self.early_exit.train == "lora":
+            load_low_rank(model, updates, seed=seed)
+        stored = {key.split(".", 1)[0] for key in exits.keys()} if exits is not None else set()
+        for head in model.exits:
+            if head.exit.name in stored:
+                load_shards(head.sharded_state_dict(f"{head.exit.name}."), exits)
+                continue
+            initialise_exit_head(
+                head,
+                partial(backbone.read, allow_missing_rows=True),
+                num_layers=cfg.num_layers,
+                vocab_size=self.vocab_size,
+                tied=cfg.get("share_embeddings_and_output_weights", True),
+                std=cfg.get("init_method_std", 0.02),
+                seed=seed,
+            )
         if logged:
             self.log_what_trains()
 
@@ -251,9 +261,6 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
-
-    def configure_gradient_clipping(self, *args, **kwargs) -> None:
-        """Nothing here: each exit clips its own gradients in its step."""
 
     @cached_property
     def context(self) -> StageContext:
@@ -364,11 +371,3 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """NeMo's `restore_from`; reads a plain GPT `.nemo`, a complete early-exit one or an exits-only one."""
         connector = save_restore_connector or EarlyExitSaveRestoreConnector()
         return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
-
-    def parameters(self, recurse: bool = True):
-        """All parameters of this stage."""
-        return itertools.chain(self.model.parameters())
-
-    @classmethod
-    def list_available_models(cls) -> None:
-        """No pre-trained models are published."""

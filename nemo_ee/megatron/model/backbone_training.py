@@ -1,8 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What of a backbone trains, on one pipeline stage: everything (`joint`) or low-rank updates of its linears (`lora`).
-
-Also here: what of it goes into training checkpoints and files.
+"""The part of a backbone that trains on one pipeline stage: everything (`joint`) or low-rank updates of its linears
+(`lora`), and the part of it that goes into training checkpoints and files.
 """
 
 from __future__ import annotations
@@ -107,3 +106,17 @@ def initialise_low_rank(model: EarlyExitGPTModel, *, seed: int) -> None:
         whole = seeded_normal([rank, width], f"{seed}/backbone/{layer}/{shard.key}") / math.sqrt(width)
         rows, columns = (slice(first, first + length) for first, length in zip(start, shape, strict=True))
         shard.data.copy_(whole[rows, columns].view(shard.data.shape))
+
+
+def what_trains(model: EarlyExitGPTModel) -> str:
+    """One line for the log: frozen and trained parameters of this rank's stage, by exit and for the backbone."""
+    place = model.placement
+    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    frozen = sum(p.numel() for p in model.parameters()) - sum(trainable.values())
+    exits = {h.exit.name: sum(trainable.get(id(p), 0) for p in h.parameters()) for h in model.exits}
+    backbone = sum(trainable.values()) - sum(exits.values())
+    trains = ({"backbone": backbone} if backbone else {}) | exits
+    return (
+        f"stage {place.stage}: layers {place.first_layer}-{place.last_layer}, frozen {frozen:,} parameters on this "
+        f"rank, trains {sum(trains.values()):,}: " + (", ".join(f"{k} {v:,}" for k, v in trains.items()) or "nothing")
+    )
