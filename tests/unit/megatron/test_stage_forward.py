@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_ee.exits.objective import CROSS_ENTROPY
 from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
 from nemo_ee.megatron.pipeline import transport as module
+from nemo_ee.megatron.pipeline import tuning_step
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import stage_outputs
 from nemo_ee.megatron.pipeline.transport import Transport
@@ -146,6 +148,36 @@ def test_exits_with_a_teacher_work_when_it_has_come_back(monkeypatch: pytest.Mon
 def test_no_earlier_tap_is_alive_while_the_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
     transfers = Transfers(monkeypatch)
     model = run(transport(), transfers.log, 3)
+    assert model.alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize("step", ["tune", "evaluate"])
+def test_a_step_keeps_no_tap_and_no_gradient_of_an_earlier_microbatch(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    transfers = Transfers(monkeypatch)
+    model = Stage(transfers.log)
+    model.exits = [SimpleNamespace(exit=SimpleNamespace(name="one"))]
+    context = StageContext(model, transport(), {"one": CROSS_ENTROPY})
+    batches = [MicroBatch(*[torch.full((1, 2), index)] * 4) for index in range(3)]
+
+    def exit_work(context, head, batch, output, **_: object) -> SimpleNamespace:
+        gradient = torch.zeros(SHAPE)
+        model.taps.append(weakref.ref(gradient))
+        return SimpleNamespace(sums=None, input_grads=(gradient,) if step == "tune" else (), argmax=None)
+
+    monkeypatch.setattr(tuning_step, f"{step}_exit", exit_work)
+    monkeypatch.setattr(tuning_step, "row_of", lambda sums, **_: torch.ones(1))
+    monkeypatch.setattr(tuning_step, "empty_row", lambda device: torch.zeros(1))
+    monkeypatch.setattr(tuning_step, "finish_gradients", lambda optimizers, counted, **_: counted["one"])
+    rows: list[torch.Tensor] = []
+    sums = SimpleNamespace(add_row=lambda name, row: rows.append(row))
+    if step == "tune":
+        options = {"optimizers": None, "sums": sums, "loss_weights": {"one": 1.0}}
+        assert tuning_step.tune_global_batch(context, batches, **options) == 3.0
+    else:
+        tuning_step.evaluate_global_batch(context, batches, sums=sums, agreement=False)
+        assert len(rows) == 3
     assert model.alive == [0, 0, 0]
 
 
