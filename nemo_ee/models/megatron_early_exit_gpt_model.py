@@ -274,9 +274,14 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """`context` with the teachers that the exits learn from. Every rank must read it at the same time."""
         if not self.early_exit.has_teacher:
             return self.context
-        timeout = timedelta(minutes=self.cfg.get("distributed_timeout_minutes", 30))
-        channel = partial(TeacherChannel, self.model, self.early_exit, self.placements, timeout=timeout)
-        return replace(self.context, teachers=channel(autocast=self.context.autocast))
+        teachers = TeacherChannel(
+            self.model,
+            self.early_exit,
+            self.placements,
+            autocast=self.context.autocast,
+            timeout=timedelta(minutes=self.cfg.get("distributed_timeout_minutes", 30)),
+        )
+        return replace(self.context, teachers=teachers)
 
     def training_step(self, dataloader_iter: Iterator) -> Tensor:
         """One global batch on this stage: gradients of its exits, averaged over tokens and data-parallel ranks."""
@@ -330,8 +335,10 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     def _global_batch(self, dataloader_iter: Iterator) -> list[MicroBatch]:
         """This rank's microbatches of the next global batch."""
-        batches = (self.get_batch(dataloader_iter, tuning=False) for _ in range(get_num_microbatches()))
-        return [MicroBatch.of(batch, self.device) for batch in batches]
+        return [
+            MicroBatch.of(self.get_batch(dataloader_iter, tuning=False), self.device)
+            for _ in range(get_num_microbatches())
+        ]
 
     def on_train_end(self) -> None:
         """Let the last transfers finish before the process groups go away."""

@@ -32,10 +32,7 @@ def prepare_backbone(model: EarlyExitGPTModel, early_exit: EarlyExitConfig) -> N
     """
     if early_exit.train == "lora":
         add_low_rank_updates(model.decoder, rank=early_exit.lora.rank, config=model.config)
-    exits = {id(parameter) for parameter in model.exits.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in exits:
-            continue
+    for name, parameter in model.backbone_named_parameters():
         if ".q_layernorm." in name or ".k_layernorm." in name:
             # Replicated, but each rank applies it to its own heads: gradients are summed over tensor parallelism.
             parameter.sees_part_of_heads = True
@@ -47,8 +44,7 @@ def backbone_parameters(model: EarlyExitGPTModel) -> dict[str, Parameter]:
     """The backbone's trainable parameters on this stage, by their key in `trained_backbone_shards`."""
     shards = trained_backbone_shards(model)
     keys = {id(shard.data): key for key, shard in shards.items()}
-    exits = {id(parameter) for parameter in model.exits.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in exits]
+    trainable = [parameter for _, parameter in model.backbone_named_parameters() if parameter.requires_grad]
     return {keys[id(parameter)]: parameter for parameter in trainable}
 
 
@@ -79,8 +75,8 @@ def merged_backbone_to_save(model: EarlyExitGPTModel, prefix: str) -> dict:
     """`sharded_backbone_to_save` with every low-rank update W + B A folded into its linear's weight."""
     merged = {
         id(module.base.weight): module.merged_weight()
-        for module in model.modules()
-        if isinstance(module, LowRankLinear) and not _inside(model.exits, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear) and not name.startswith("exits.")
     }
     sharded = model.sharded_backbone_to_save(prefix)
     return {
@@ -88,10 +84,6 @@ def merged_backbone_to_save(model: EarlyExitGPTModel, prefix: str) -> dict:
         for key, shard in sharded.items()
         if not key.endswith(_LOW_RANK)
     }
-
-
-def _inside(parent: torch.nn.Module, module: torch.nn.Module) -> bool:
-    return any(module is child for child in parent.modules())
 
 
 @torch.no_grad()

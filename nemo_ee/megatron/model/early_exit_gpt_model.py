@@ -11,7 +11,7 @@ ExitConfig.stop).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Parameter
 
 from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard, output_weight_key
@@ -116,12 +117,14 @@ class EarlyExitGPTModel(GPTModel):
         own = self._own_output_weight()
         return self.backbone_output.weight if own is None else own
 
+    def backbone_named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(name, parameter) of everything but the exits."""
+        return ((name, value) for name, value in self.named_parameters() if not name.startswith("exits."))
+
     def freeze_backbone(self) -> None:
         """Exits stay as they are; everything else takes no gradient."""
-        exits = {id(parameter) for parameter in self.exits.parameters()}
-        for parameter in self.parameters():
-            if id(parameter) not in exits:
-                parameter.requires_grad_(False)
+        for _, parameter in self.backbone_named_parameters():
+            parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> EarlyExitGPTModel:
         """Evaluation mode unless the backbone trains: dropout in a frozen one would only add noise to what the exits
