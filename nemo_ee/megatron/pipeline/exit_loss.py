@@ -72,7 +72,7 @@ def tune_exit(
     )
     used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
     if used:
-        with context.mixed_precision_backward():
+        with context.mixed_precision(backward=True):
             torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
     return result
 

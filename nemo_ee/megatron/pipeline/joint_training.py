@@ -114,7 +114,7 @@ class JointTraining:
             return hidden, partial(final_loss, batch=batch, own=own)  # called on the last stage only
 
         micro_batch, sequence = batches[0].tokens.shape
-        with context.mixed_precision_backward():
+        with context.mixed_precision(backward=True):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=zip(batches, losses, strict=True),

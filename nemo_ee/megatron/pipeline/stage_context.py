@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +39,13 @@ class StageContext:
         """Where the stage computes."""
         return next(self.model.parameters()).device
 
-    def mixed_precision(self) -> torch.autocast:
-        """Autocast for forward passes; does nothing without mixed precision."""
-        enabled = self.autocast is not None
-        return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled)
+    def mixed_precision(self, *, backward: bool = False) -> torch.autocast:
+        """Autocast for forward passes, or for backward passes; does nothing without mixed precision.
 
-    def mixed_precision_backward(self) -> AbstractContextManager:
-        """Autocast for backward passes. Megatron's linears restore it themselves on CUDA, but not on the CPU."""
-        return self.mixed_precision() if self.device.type == "cpu" else nullcontext()
+        In their backward passes Megatron's linears restore it themselves on CUDA, but not on the CPU.
+        """
+        enabled = self.autocast is not None and not (backward and self.device.type != "cpu")
+        return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled)
 
     def drain(self) -> None:
         """Wait for every outstanding send (before validation, before saving and at the end)."""
