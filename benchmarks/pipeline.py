@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from megatron.core import parallel_state
 from benchmarks import workload
 from benchmarks.measure import median_of_ratios, seconds
 from benchmarks.workload import BareStep, Sizes
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink
 
 RANKS = 2
 
@@ -57,7 +57,7 @@ class Blocks(Callback):
 
 def meet(model) -> None:
     """Wait for this stage's sends, then for the other stages."""
-    model.link.drain()
+    model.context.drain()
     torch.distributed.barrier(group=parallel_state.get_pipeline_model_parallel_group())
 
 
@@ -98,38 +98,40 @@ def decoupled_against_drained(sizes: Sizes, folder: Path, *, microbatches: int) 
     }
 
 
-class Unlinked(StageLink):
-    """A stage alone: what it receives is always there, what it sends goes nowhere."""
+class Unlinked:
+    """A `Transport` of a stage alone: what it receives is always there, what it sends goes nowhere."""
+
+    num_stages = RANKS
 
     def __init__(self, stage: int) -> None:
-        super().__init__(None, None, None)
         self.stage = stage
-        self._received: torch.Tensor | None = None
+        self._received = None
 
-    def expect(self, shape, dtype, device):
-        if self.stage == 0:
-            return None
+    def expect(self, stage, shape, dtype, device):
         if self._received is None:
-            self._received = torch.randn(shape, dtype=dtype, device=device)
-        return _Done(), self._received
+            self._received = _Received(torch.randn(shape, dtype=dtype, device=device))
+        return self._received
 
-    def send(self, hidden) -> None:
+    def send(self, stage, tensor) -> None:
         pass
 
 
-class _Done:
-    def wait(self) -> None:
-        pass
+class _Received:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
 
 
 def own_times(model, sizes: Sizes, *, name: str, microbatches: int) -> dict[str, float]:
     """`<name>.stage<i>_own_s`: seconds of each stage's own step, timed while it runs alone.
 
     Its layers, its exits' work and their optimizers, without pipeline, loop and data, the other rank idle: nothing in
-    it but what the stage cannot do without. The model's link is replaced.
+    it but what the stage cannot do without. The model's transport is replaced.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    model._link = Unlinked(stage)
+    model.tuning_context = replace(model.tuning_context, transport=Unlinked(stage))
     batches = workload.random_batches(sizes, microbatches, vocabulary=workload.REFERENCE_VOCABULARY)
     step = BareStep(model)
     own = torch.zeros(RANKS, dtype=torch.float64)

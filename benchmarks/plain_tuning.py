@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.model.microbatch import MicroBatch
 
 
 class PlainTuning:

@@ -21,7 +21,7 @@ from benchmarks import workload
 from benchmarks.measure import interleaved, median_of_ratios, peak_bytes, reset_peak, resident_bytes
 from benchmarks.plain_tuning import PlainTuning
 from benchmarks.workload import BareStep, Sizes
-from nemo_ee.megatron.loss.exit_loss import tune_exit
+from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
 REFERENCE_EXITS = [{"layer": layer} for layer in (3, 6, 9)]
 WARMUP_STEPS = 2
@@ -51,25 +51,22 @@ class StepAgainstFloor(Callback):
         self.steps.append(time.perf_counter() - self._resumed)
         if not self.products.counts:
             with self.products:
-                self._floor(model.model)
-        self.floors.append(self._floor(model.model))
+                self._floor(model.tuning_context)
+        self.floors.append(self._floor(model.tuning_context))
         self.matmuls.append(self.products.replay())
         self._resumed = time.perf_counter()
 
-    def _floor(self, gpt) -> float:
+    def _floor(self, context) -> float:
         """Seconds of the parts, in the order of a step: what a microbatch leaves in the caches counts alike."""
-        vocabulary, total = gpt.vocabulary(), 0.0
+        total = 0.0
         for batch in self.batches:
-            stage = tap = None  # nothing of the last microbatch is alive in a step either
+            stage = None  # nothing of the last microbatch is alive in a step either
             start = time.perf_counter()
-            stage = gpt.forward_to_taps(batch)
+            stage = context.model.forward_to_taps(batch)
             total += time.perf_counter() - start
-            for head in gpt.exits:
-                tap = stage.taps[head.exit.stop]
+            for head in context.model.exits:
                 start = time.perf_counter()
-                tune_exit(
-                    head, tap, batch, rotary_pos_emb=stage.rotary_pos_emb, vocabulary=vocabulary, grad_scale=1e-4
-                )
+                tune_exit(context, head, batch, stage, grad_scale=1e-4)
                 total += time.perf_counter() - start
         return total
 

@@ -26,8 +26,8 @@ from omegaconf import OmegaConf
 from benchmarks.measure import ROOT
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource, read_backbone
 from nemo_ee.checkpoint.nemo_config import nemo_config
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import ExitSums
+from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.pipeline.tuning_step import tune_global_batch
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.trainer import EarlyExitTrainerBuilder
@@ -197,15 +197,11 @@ class BareStep:
         optimizers = self.model._optimizer
         optimizers.zero_grad()
         loss = tune_global_batch(
-            self.model.model,
+            self.model.tuning_context,
             batches,
             optimizers=optimizers,
             sums=self.sums,
-            link=self.model.link,
             loss_weights={exit.name: exit.loss_weight for exit in self.model.placement.exits},
-            objectives=self.model.objectives,
-            channel=self.model.channel,
-            autocast=None,
         )
         optimizers.step()
         return loss.item()

@@ -6,8 +6,6 @@ python examples/megatron_gpt_early_exit_calibrate.py model.restore_from_path=tun
     epsilon=0.1 delta=0.1 trainer.accelerator=cpu
 """
 
-import sys
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -39,5 +37,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    refuse_renamed_overrides(sys.argv[1:])
+    refuse_renamed_overrides()
     main()

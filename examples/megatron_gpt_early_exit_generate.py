@@ -88,5 +88,5 @@ def stream(generator, request, legend):
 
 
 if __name__ == "__main__":
-    refuse_renamed_overrides(sys.argv[1:])
+    refuse_renamed_overrides()
     main()

@@ -7,8 +7,6 @@ python examples/megatron_gpt_early_exit_serve.py model=export/hf_early_exit
 Needs neither a GPU nor NeMo.
 """
 
-import sys
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,5 +34,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    refuse_renamed_overrides(sys.argv[1:])
+    refuse_renamed_overrides()
     main()

@@ -13,7 +13,6 @@ The text is cut into windows; in each, every token but the first is scored (`Ear
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from typing import Any
 
@@ -135,5 +134,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    refuse_renamed_overrides(sys.argv[1:])
+    refuse_renamed_overrides()
     main()

@@ -55,7 +55,7 @@ BOUNDARIES = {
     "text": _boundary("tokenizers", "exits generation"),
     # the libraries whose own keys a config may hold are looked at where one is met
     "settings": _boundary("omegaconf", "exits", only_lazily="lightning megatron.core nemo"),
-    "megatron": _boundary("torch megatron.core", "exits generation"),
+    "megatron": _boundary("torch megatron.core", "exits generation", only_lazily="apex"),
     # level 2
     "checkpoint": _boundary("torch megatron.core safetensors yaml", "families exits generation text megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "families exits generation text"),
@@ -398,3 +398,28 @@ def test_every_key_of_the_configs_has_a_comment() -> None:
 def test_control_a_bare_key_is_reported() -> None:
     text = "# header\nmodel:\n  lr: 1e-3\n  eps: 1e-5  # Adam's\n  data: {a: 1}\n  name: a#b\n"
     assert yaml_faults(text) == ["3: lr: 1e-3", "5: data: {a: 1}", "6: name: a#b"]
+
+
+# -- inside megatron/ -------------------------------------------------------------------------------------------------
+
+MEGATRON_FOLDERS = ("loss", "model", "optim", "pipeline", "decoding")  # each imports itself and those before it
+
+
+def megatron_faults(folder: str, source: str) -> list[str]:
+    """Imports in `source`, a file of nemo_ee/megatron/`folder`, of a folder behind it."""
+    above = tuple(f"{PACKAGE}.megatron.{name}" for name in MEGATRON_FOLDERS[MEGATRON_FOLDERS.index(folder) + 1 :])
+    imports = _imports(ast.parse(source))
+    return [f"{line}: megatron/{folder} may not import {name}" for line, name, _ in imports if name.startswith(above)]
+
+
+def test_the_folders_of_megatron_import_only_those_before_them() -> None:
+    sources = [path for path in _python_files() if ROOT / PACKAGE / "megatron" in path.parent.parents]
+    assert {path.parent.name for path in sources} == set(MEGATRON_FOLDERS)
+    faults = _all_faults(sources, lambda path: megatron_faults(path.parent.name, path.read_text(encoding="utf-8")))
+    assert not faults, _report(faults)
+
+
+def test_control_a_megatron_folder_that_imports_a_later_one_is_reported() -> None:
+    source = "from nemo_ee.megatron.model.exit_head import ExitHead"
+    assert megatron_faults("loss", source) == ["1: megatron/loss may not import nemo_ee.megatron.model.exit_head"]
+    assert megatron_faults("optim", source) == []

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, WeightSource
 from nemo_ee.checkpoint.module_weights import load_shards
+from nemo_ee.megatron.model.backbone_training import initialise_low_rank, low_rank_shards
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.exit_head_init import local_shards
-from nemo_ee.megatron.pipeline.backbone_training import initialise_low_rank, low_rank_shards
 
 _A, _B, _WEIGHT = "low_rank_a", "low_rank_b", "weight"
 

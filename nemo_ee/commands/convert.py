@@ -31,7 +31,7 @@ from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.families.rotary_settings import with_both_spellings
-from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config
@@ -102,7 +102,7 @@ def convert(cfg: DictConfig) -> Conversion:
     model = _build(cfg, source, model_config, trainer)
     _warn_of_tokens_without_rows(model)
     tokens = _probe_tokens(model, cfg.probe_tokens)
-    before = full_model_logits(model, tokens)
+    before = full_model_logits(model.context, tokens)
     difference = None
     if source.is_dir() and _is_hugging_face(source) and cfg.compare_with_transformers:
         difference = _compare_with_transformers(source, tokens, before, model)
@@ -272,7 +272,7 @@ def _check_written(cfg: DictConfig, output: Path, tokens: torch.Tensor, before: 
     again = MegatronEarlyExitGPTModel.restore_from(
         str(output), override_config_path=config, trainer=single_run_trainer(cfg)
     )
-    after = full_model_logits(again, tokens)
+    after = full_model_logits(again.context, tokens)
     same = torch.tensor(float(after is None or torch.equal(after, before)))
     if torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(same, op=torch.distributed.ReduceOp.MIN)

@@ -18,9 +18,9 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from nemo_ee.commands.console import messages
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums
 from nemo_ee.megatron.model.exit_head import ExitHead
+from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 
@@ -100,16 +100,7 @@ def evaluate_exits(
     for microbatches in tqdm(
         batches, "evaluate", num_batches, unit="batch", disable=not shown, mininterval=0.5, file=messages()
     ):
-        evaluate_global_batch(
-            model.model,
-            microbatches,
-            sums=sums,
-            link=model.link,
-            agreement=True,
-            objectives=model.objectives,
-            channel=None,
-            autocast=torch.bfloat16 if model.torch_dtype is torch.bfloat16 else None,
-        )
+        evaluate_global_batch(model.context, microbatches, sums=sums, agreement=True)
         tokens += sum(batch.loss_mask.sum() for batch in microbatches)
     results = sums.reduce()
     if parallel_state.get_data_parallel_world_size() > 1:

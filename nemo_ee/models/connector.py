@@ -45,7 +45,7 @@ from nemo_ee.checkpoint.portable import (
 )
 from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.megatron.pipeline.backbone_training import low_rank_shards, merged_backbone_to_save
+from nemo_ee.megatron.model.backbone_training import low_rank_shards, merged_backbone_to_save
 from nemo_ee.models.run_config import without_training_setup
 
 BACKBONE, EXITS, LORA, CONFIG = "model_weights", "exit_weights", "lora_weights", "model_config.yaml"
@@ -176,7 +176,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 f"{output}: the backbone was trained with the exits and is in no other file, so an exits-only file "
                 "would name the wrong one; save with exits_only=False"
             )
-        source = None if changed else getattr(model, "backbone_path", None)
+        source = None if changed else model.backbone_path
         work = output.with_name(output.name + ".weights.partial")
         if is_global_rank_zero():
             shutil.rmtree(work, ignore_errors=True)
@@ -190,7 +190,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 dist_checkpointing.save(low_rank_shards(model.model), work / LORA)
             if source is None and not self.exits_only:
                 backbone = merged_backbone_to_save(model.model, "model.")
-                _cast(backbone, getattr(model, "backbone_dtypes", {}))
+                _cast(backbone, model.backbone_dtypes)
                 dist_checkpointing.save(backbone, work / BACKBONE)
             _barrier()
             if is_global_rank_zero():
@@ -211,7 +211,8 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             ChunkReader(work / BACKBONE), vocab_size=model.vocab_size
         )
         config.vocab_size = model.vocab_size  # tells true rows from padding, whose number depends on the layout
-        config.early_exit = {**model.early_exit.to_mapping(), "train": "exits"}  # how a run trains is the run's affair
+        # `train` is a setting of a run. A file holds the default.
+        config.early_exit = {**model.early_exit.to_mapping(), "train": EarlyExitConfig().train}
         entries: dict = {EXITS: work / EXITS}
         if _keeps_updates(model):
             entries[LORA] = work / LORA
@@ -222,14 +223,13 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
             else:
                 config.backbone_path = stored_backbone_path(source, output) if source else None
                 logger.info(f"{output}: exits only, its base is looked for at {config.backbone_path}, seen from it")
-            restored = getattr(model, "restored_path", None)
-            if restored is not None:
-                archive = stack.enter_context(NemoArchive(restored))
+            if model.restored_path is not None:
+                archive = stack.enter_context(NemoArchive(model.restored_path))
                 own = (CONFIG, f"{BACKBONE}/", f"{EXITS}/", *((f"{LORA}/",) if model.trains_backbone else ()))
                 entries.update({name: archive for name in archive.members() if not name.startswith(own)})
-            entries.update(getattr(model, "bundled_files", {}))
+            entries.update(model.bundled_files)
             plain = without_machine_paths(OmegaConf.to_container(config, resolve=True))
-            own = _said_by_the_user(plain["tokenizer"], restored)
+            own = _explicit_tokenizer_options(plain["tokenizer"], model.restored_path)
             plain["tokenizer"], files = portable_tokenizer(plain["tokenizer"], entries, own=own)
             entries.update(files)
             entries[CONFIG] = OmegaConf.to_yaml(OmegaConf.create(plain))
@@ -237,7 +237,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         logger.info(f"wrote {output}")
 
 
-def _said_by_the_user(block: dict, restored: str | None) -> set[str]:
+def _explicit_tokenizer_options(block: dict, restored: str | None) -> set[str]:
     """Keys of a tokenizer block whose values are not those of the `.nemo` that the model was restored from."""
     stored = OmegaConf.to_container(read_config(restored), resolve=True).get("tokenizer") if restored else None
     return {key for key, value in block.items() if key not in (stored or {}) or stored[key] != value}
@@ -248,8 +248,7 @@ def _keeps_updates(model) -> bool:
 
     A backbone that was never in a `.nemo` is written from the model, with its updates folded in.
     """
-    stored = getattr(model, "backbone_path", None) is not None
-    return stored and model.early_exit.train == "lora" and not model.early_exit.lora.merge
+    return model.backbone_path is not None and model.early_exit.train == "lora" and not model.early_exit.lora.merge
 
 
 def _backbone_changed(model) -> bool:

@@ -7,11 +7,12 @@ The module path of this class is stored in every `.nemo` as its `target`.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,37 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
 from nemo.collections.nlp.parts.nlp_overrides import init_model_parallel
-from nemo.utils import AppState
 from nemo.utils import logging as nemo_logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nemo_ee import cpu_host
 from nemo_ee.checkpoint.chunk_reader import WeightSource
+from nemo_ee.checkpoint.low_rank_weights import load_low_rank
+from nemo_ee.checkpoint.module_weights import load_shards
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.exit_metrics import ExitSums, mean_loss, named_metrics
+from nemo_ee.megatron.model.backbone_training import prepare_backbone, trained_backbone_shards, what_trains
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
+from nemo_ee.megatron.model.exit_head_init import initialise_exit_head
 from nemo_ee.megatron.model.layer_spec import backbone_specs
+from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
-from nemo_ee.megatron.pipeline.backbone_training import prepare_backbone, trained_backbone_shards
+from nemo_ee.megatron.optim.stage_optimizers import stage_optimizers
 from nemo_ee.megatron.pipeline.joint_training import JointTraining
-from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
-from nemo_ee.megatron.pipeline.transport_setup import keeps_output_weight, stage_link, teacher_channel
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink
+from nemo_ee.megatron.pipeline.stage_context import StageContext
+from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
+from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel, keeps_output_weight
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import DatasetHooks
-from nemo_ee.models.initial_weights import fill_stage
 from nemo_ee.models.nemo_overrides import WholeModelHooks
-from nemo_ee.models.optimizer_factory import exit_optimizers_for
 from nemo_ee.models.stage_layers import choose_placements, read_layer_split
 from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refuse_unsupported
-from nemo_ee.models.trainable_summary import what_trains
-from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,12 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         if isinstance(self.model, list):  # NeMo's distributed optimizer wraps a list; ours wraps the exits
             self.model = self.model[0]
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
+        # Where the parts of a saved file come from; set by whoever fills the model.
+        self.backbone_path: str | None = None  # the .nemo that holds the backbone
+        self.restored_path: str | None = None  # the .nemo the model was restored from
+        self.backbone_dtypes: dict[str, torch.dtype] = {}  # canonical name -> dtype in the source
+        self.bundled_files: dict[str, Path] = {}  # member of the .nemo -> file
         self._joint: JointTraining | None = None
-        self._link: StageLink | None = None
-        self._channel: TeacherChannel | None = None
         self._train_sums: ExitSums | None = None
         self._val_sums: ExitSums | None = None
 
@@ -182,19 +185,6 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """This stage's layers and exits."""
         return self.placements[parallel_state.get_pipeline_model_parallel_rank()]
 
-    def _build_tokenizer(self) -> None:
-        """NeMo's; `type` is the folder bundled in the `.nemo` being restored, where there is one for Hugging Face."""
-        block, bundled = self.cfg.tokenizer, Path(AppState().nemo_file_folder or "", "tokenizer")
-        named = block.get("type")
-        with open_dict(block):
-            block.trust_remote_code = False  # a config from a file must not run code
-            if AppState().is_model_being_restored and block.library == "huggingface" and bundled.is_dir():
-                block.update(type=str(bundled), use_fast=block.get("use_fast") is not False)
-            with readable_tokenizer(str(block.get("type"))) as folder:
-                block.type = str(folder) if block.library == "huggingface" else named
-                super()._build_tokenizer()
-            block.type = named
-
     def _build_vocab(self) -> None:
         """True and padded vocabulary size. The padding depends on the layout, the true size does not."""
         self.vocab_size = self.cfg.get("vocab_size") or self.tokenizer.vocab_size
@@ -219,9 +209,28 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             backbone: the backbone's tensors under canonical keys.
             exits: tuned exits, keys `<exit name>.<parameter>`, or None.
             updates: low-rank updates of the backbone to train on, read with `train: lora`; None starts new ones.
+
+        Raises:
+            ValueError: model and weights do not belong together.
         """
-        low_rank = self.early_exit.train == "lora"
-        fill_stage(self.model, self.cfg, backbone=backbone, exits=exits, updates=updates, low_rank=low_rank)
+        cfg, model, seed = self.cfg, self.model, self.cfg.get("seed", 1234)
+        load_shards(model.backbone_sharded_state_dict(), backbone)
+        if self.early_exit.train == "lora":
+            load_low_rank(model, updates, seed=seed)
+        stored = {key.split(".", 1)[0] for key in exits.keys()} if exits is not None else set()
+        for head in model.exits:
+            if head.exit.name in stored:
+                load_shards(head.sharded_state_dict(f"{head.exit.name}."), exits)
+                continue
+            initialise_exit_head(
+                head,
+                partial(backbone.read, allow_missing_rows=True),
+                num_layers=cfg.num_layers,
+                vocab_size=self.vocab_size,
+                tied=cfg.get("share_embeddings_and_output_weights", True),
+                std=cfg.get("init_method_std", 0.02),
+                seed=seed,
+            )
         if logged:
             self.log_what_trains()
 
@@ -243,38 +252,39 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
     def configure_optimizers(self):
         """One optimizer per exit, and one for what trains in the backbone, handed to Lightning as one."""
         optim = OmegaConf.to_container(self.cfg.optim, resolve=True)
-        max_norm = float(self.trainer.gradient_clip_val or 0.0)
-        joint = partial(JointTraining, self.model, self.placements, seed=self.cfg.get("seed", 1234))
-        self._joint = joint() if self.trains_backbone else None
-        self._optimizer = exit_optimizers_for(
-            self.model.exits,
+        if self.trains_backbone:
+            self._joint = JointTraining(self.context, self.placements, seed=self.cfg.get("seed", 1234))
+        self._optimizer = stage_optimizers(
+            self.model,
             optim,
             main_weights=self.main_weights,
-            max_norm=max_norm,
-            backbone=self.model if self.trains_backbone else None,
+            max_norm=float(self.trainer.gradient_clip_val or 0.0),
+            trains_backbone=self.trains_backbone,
         )
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=self._get_max_steps())
         self._scheduler = ExitLearningRates(self._optimizer, schedule, optim)
         return [self._optimizer], [{"scheduler": self._scheduler, "interval": "step", "frequency": 1}]
 
-    def configure_gradient_clipping(self, *args, **kwargs) -> None:
-        """Nothing here: each exit clips its own gradients in its step."""
+    @cached_property
+    def context(self) -> StageContext:
+        """What this stage computes with, without teachers."""
+        mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
+        autocast = torch.bfloat16 if mixed else None
+        return StageContext(self.model, hidden_state_transport(), self.objectives, autocast)
 
-    @property
-    def link(self) -> StageLink:
-        """This stage's ends in the pipeline."""
-        if self._link is None:
-            self._link = stage_link()
-        return self._link
-
-    @property
-    def channel(self) -> TeacherChannel | None:
-        """The way back of the final exit's distributions; every rank must ask for it at the same time."""
-        if self._channel is None:
-            minutes = self.cfg.get("distributed_timeout_minutes", 30)
-            options = {"autocast": self._autocast_dtype, "timeout_minutes": minutes}
-            self._channel = teacher_channel(self.model, self.early_exit, self.placements, **options)
-        return self._channel
+    @cached_property
+    def tuning_context(self) -> StageContext:
+        """`context` with the teachers that the exits learn from. Every rank must read it at the same time."""
+        if not self.early_exit.has_teacher:
+            return self.context
+        teachers = TeacherChannel(
+            self.model,
+            self.early_exit,
+            self.placements,
+            autocast=self.context.autocast,
+            timeout=timedelta(minutes=self.cfg.get("distributed_timeout_minutes", 30)),
+        )
+        return replace(self.context, teachers=teachers)
 
     def training_step(self, dataloader_iter: Iterator) -> Tensor:
         """One global batch on this stage: gradients of its exits, averaged over tokens and data-parallel ranks."""
@@ -283,16 +293,12 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         weights = loss_weights_at(self.placement.exits, step=step, num_steps=max(1, self.trainer.max_steps))
         if self._train_sums is None:
             self._train_sums = ExitSums(self.early_exit.names, self.device)
-        tuned = partial(
-            tune_global_batch, self.model, link=self.link, objectives=self.objectives, channel=self.channel
-        )
-        loss = (partial(self._joint.train_global_batch, step=step) if self._joint else tuned)(
-            [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
-            optimizers=self._optimizer,
-            sums=self._train_sums,
-            loss_weights=weights,
-            autocast=self._autocast_dtype,
-        )
+        batches = self._global_batch(dataloader_iter)
+        shared = {"optimizers": self._optimizer, "sums": self._train_sums, "loss_weights": weights}
+        if self._joint is None:
+            loss = tune_global_batch(self.tuning_context, batches, **shared)
+        else:
+            loss = self._joint.train_global_batch(batches, step=step, **shared)
         if (step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             values = self._optimizer.step_values(weights)
             self._log_exits(self._train_sums.reduce(over_data=False, step_values=values), validation=False)
@@ -306,19 +312,12 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     def validation_step(self, dataloader_iter: Iterator, dataloader_idx: int = 0) -> None:
         """One global batch without gradients; sums are kept until the epoch ends."""
-        self._drain()
+        self.tuning_context.drain()
         if self._val_sums is None:
             self._val_sums = ExitSums(self.early_exit.names, self.device)
-        evaluate_global_batch(
-            self.model,
-            [self._microbatch(dataloader_iter) for _ in range(get_num_microbatches())],
-            sums=self._val_sums,
-            link=self.link,
-            agreement=self.trains_backbone or (self.full_depth and bool(self.cfg.get("val_agreement", False))),
-            objectives=self.objectives,
-            channel=self.channel,
-            autocast=self._autocast_dtype,
-        )
+        agreement = self.trains_backbone or (self.full_depth and bool(self.cfg.get("val_agreement", False)))
+        batches = self._global_batch(dataloader_iter)
+        evaluate_global_batch(self.tuning_context, batches, sums=self._val_sums, agreement=agreement)
 
     def on_validation_epoch_end(self) -> Tensor | None:
         """Log every exit's validation loss from every stage; `val_loss` is their mean, a trained backbone's included.
@@ -337,24 +336,17 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         for name, value in named_metrics(results, self.objectives, validation=validation):
             self.log(name, value, batch_size=1)
 
-    def _microbatch(self, dataloader_iter: Iterator) -> MicroBatch:
-        batch = self.get_batch(dataloader_iter, tuning=False)
-        return MicroBatch.of(batch, self.device)
-
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
-        return torch.bfloat16 if mixed else None
-
-    def _drain(self) -> None:
-        self.link.drain()
-        if self._channel is not None:
-            self._channel.drain()
+    def _global_batch(self, dataloader_iter: Iterator) -> list[MicroBatch]:
+        """This rank's microbatches of the next global batch."""
+        return [
+            MicroBatch.of(self.get_batch(dataloader_iter, tuning=False), self.device)
+            for _ in range(get_num_microbatches())
+        ]
 
     def on_train_end(self) -> None:
         """Let the last transfers finish before the process groups go away."""
         super().on_train_end()
-        self._drain()
+        self.tuning_context.drain()
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""
@@ -363,7 +355,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What trains, in shards, and the fingerprint of the backbone that the run began with."""
-        self._drain()
+        self.tuning_context.drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
         checkpoint["trains"] = self.early_exit.trains
@@ -389,11 +381,3 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """NeMo's `restore_from`; reads a plain GPT `.nemo`, a complete early-exit one or an exits-only one."""
         connector = save_restore_connector or EarlyExitSaveRestoreConnector()
         return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
-
-    def parameters(self, recurse: bool = True):
-        """All parameters of this stage."""
-        return itertools.chain(self.model.parameters())
-
-    @classmethod
-    def list_available_models(cls) -> None:
-        """No pre-trained models are published."""

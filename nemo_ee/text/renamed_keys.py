@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 RENAMED_KEYS = {"max_waiting": "max_pending_tokens (in mode self_speculative: num_draft_tokens)"}
@@ -14,13 +15,13 @@ def renamed_key(name: str) -> str | None:
     return RENAMED_KEYS.get(name)
 
 
-def refuse_renamed_overrides(overrides: Iterable[str]) -> None:
-    """Check Hydra overrides from a command line, which would otherwise end in Hydra's own message.
+def refuse_renamed_overrides(overrides: Iterable[str] | None = None) -> None:
+    """Check Hydra overrides (None: this process's arguments), which would otherwise end in Hydra's own message.
 
     Raises:
         SystemExit: one of them sets a retired key; the message names the new one.
     """
-    for override in overrides:
+    for override in sys.argv[1:] if overrides is None else overrides:
         name = override.partition("=")[0].lstrip("+~").rpartition(".")[2]
         if name in RENAMED_KEYS:
             raise SystemExit(f"error: {override}: {name} is now {RENAMED_KEYS[name]}")

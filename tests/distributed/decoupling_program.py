@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LOG_EVERY, VALIDATE_EVERY, STEPS = 4, 6, 10
 # After this step (from 0) the last stage waits until the first one has begun the second next. The sends of one step
-# may be outstanding (StageLink's bound), so the first stage owes nothing to the last one by then.
+# may be outstanding (the bound of `hidden_state_transport`), so the first stage owes nothing to the last one by then.
 WAIT_AT = 0
 
 

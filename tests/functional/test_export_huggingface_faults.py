@@ -116,13 +116,13 @@ def test_exits_only_and_base_give_the_complete_file_s_export(one: Made, tmp_path
 
 
 def test_low_rank_updates_of_the_backbone_are_merged(one: Made, tmp_path: Path) -> None:
-    from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+    from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
 
     one = one
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
     moved(model)
     model.save_to(str(tmp_path / "lora.nemo"))
-    ours = full_model_logits(model, one.tokens)
+    ours = full_model_logits(model.context, one.tokens)
     logits = transformers_logits(stock(export(tmp_path / "lora.nemo", tmp_path / "out") / "hf_full"), one.tokens)
     assert relative_difference(logits, ours) <= TOLERANCE
     assert relative_difference(ours, one.logits) > 100 * TOLERANCE, "control: the updates do something"
@@ -136,9 +136,9 @@ def test_parameters_the_original_model_does_not_have_are_written_once_they_say_s
     made.model.save_to(str(made.path))
     model = stock(export(made.path, tmp_path / "out") / "hf_full")
     assert model.config.mlp_bias and model.config.attention_bias and model.config.eos_token_id == 1
-    from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+    from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
 
-    ours = full_model_logits(made.model, made.tokens)
+    ours = full_model_logits(made.model.context, made.tokens)
     assert relative_difference(transformers_logits(model, made.tokens), ours) <= TOLERANCE
     assert relative_difference(ours, made.logits) > 100 * TOLERANCE, "control: the bias does something"
 

@@ -307,14 +307,14 @@ def test_exits_only_and_base_give_the_complete_file_s_export(made, tmp_path: Pat
 
 
 def test_low_rank_updates_of_the_backbone_are_merged(made, tmp_path: Path) -> None:
-    from nemo_ee.megatron.pipeline.full_depth_logits import full_model_logits
+    from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
     from tests.helpers.nemo_files import restore
 
     one = made("llama")
     model = restore(one.path, early_exit={"train": "lora", "lora": {"rank": 2, "merge": False}})
     moved(model)
     model.save_to(str(tmp_path / "lora.nemo"))
-    ours = full_model_logits(model, one.tokens)
+    ours = full_model_logits(model.context, one.tokens)
     folder = export(tmp_path / "lora.nemo", tmp_path / "out", tensor_parallel=2, drafts=()) / "trtllm_ckpt"
     assert relative_difference(reference_logits(folder, one.tokens), ours) <= TOLERANCE
     assert relative_difference(ours, one.logits) > 100 * TOLERANCE, "control: the updates do something"

@@ -45,21 +45,19 @@ def batches_of(model, count: int = 2) -> list[tuple[torch.Tensor, ...]]:
 def train_once(model, batches) -> SimpleNamespace:
     """Gradients of one global batch, left on the model; `losses` per token by name."""
     from nemo_ee.megatron.loss.exit_metrics import ExitSums
-    from nemo_ee.megatron.optim.backbone_optimizer import build_backbone_optimizer
-    from nemo_ee.megatron.optim.exit_optimizers import build_exit_optimizers
+    from nemo_ee.megatron.optim.stage_optimizers import build_backbone_optimizer, build_exit_optimizers
     from nemo_ee.megatron.pipeline.joint_training import JointTraining
 
     backbone = build_backbone_optimizer(model.model, OPTIM, make=AdamW)
     optimizers = build_exit_optimizers(model.model.exits, OPTIM, make=AdamW, max_norm=0.0, more=[backbone])
     optimizers.zero_grad()
     sums = ExitSums(model.early_exit.names, torch.device("cpu"))
-    JointTraining(model.model, model.placements, seed=1).train_global_batch(
+    JointTraining(model.context, model.placements, seed=1).train_global_batch(
         [microbatch(tokens, labels=labels, mask=mask) for tokens, labels, mask in batches],
         step=0,
         optimizers=optimizers,
         sums=sums,
         loss_weights=WEIGHTS,
-        autocast=None,
     )
     losses = {name: result["loss"] for name, result in sums.reduce(over_data=False).items()}
     return SimpleNamespace(losses=losses, optimizers=optimizers)
@@ -68,8 +66,8 @@ def train_once(model, batches) -> SimpleNamespace:
 def gradient_differences(model, folder: Path) -> dict[str, float]:
     """Key -> largest difference of a gradient to the reference's, relative to the largest of the latter."""
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+    from nemo_ee.megatron.model.backbone_training import BACKBONE_PREFIX, trained_backbone_shards
     from nemo_ee.megatron.model.exit_head_init import backbone_key, global_chunk, local_shards
-    from nemo_ee.megatron.pipeline.backbone_training import BACKBONE_PREFIX, trained_backbone_shards
 
     found = {}
 

@@ -121,7 +121,7 @@ def tiny_pair(folder: Path, name: str, exits: Sequence[Mapping[str, Any]], **set
 
 def microbatch(tokens: torch.Tensor, *, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None):
     """A `MicroBatch` of `tokens` [b, s]; by default every position counts and each label is the next token."""
-    from nemo_ee.megatron.loss.exit_loss import MicroBatch
+    from nemo_ee.megatron.model.microbatch import MicroBatch
 
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     labels = tokens.roll(-1, dims=1) if labels is None else labels

@@ -10,9 +10,7 @@ parallelism rank t of each stage talks to ranks t of the other stages; all ranks
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from enum import IntEnum
 from itertools import groupby
@@ -21,9 +19,9 @@ from typing import NamedTuple
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, irecv, isend
 
 from nemo_ee.generation.decoding_model import TokenPositions
+from nemo_ee.megatron.pipeline.transport import PostedReceive, Transport, new_pipeline_group
 
 # Whole numbers in a command's first message; the rest follows in a second one.
 _MESSAGE_SIZE = 32
@@ -59,103 +57,62 @@ class Command(NamedTuple):
 class StageLines:
     """One stage's connection to the others. Every rank of the world must make one at the same time.
 
-    On gloo a transfer that fails or times out raises a RuntimeError that names the stage at its other end; under NCCL,
-    where waiting only orders streams, its watchdog ends the process.
-
     Args:
         timeout: longest time to wait for an answer.
 
     Attributes:
         stage, num_stages: number of this stage, from 0, and of all stages.
-        is_broken: a transfer has failed; later ones fail too.
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        self.is_broken = False
-        self._tensors = parallel_state.get_pipeline_model_parallel_group()
-        self._ranks = torch.distributed.get_process_group_ranks(self._tensors)
-        self.stage, self.num_stages = parallel_state.get_pipeline_model_parallel_rank(), len(self._ranks)
-        self._commands = _new_gloo_group(self._ranks, timeout)
-        self._sent: deque[tuple[int, Work, Tensor]] = deque()
-        self._next = self._expect_command() if self.stage else None
+        options = {"max_outstanding": _MAX_OUTSTANDING, "task": "decoding: "}
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self._tensors = Transport(pipeline, carries="tensors", **options)
+        own = new_pipeline_group(timeout=timeout, backend="gloo")
+        self._commands = Transport(own, carries="commands", **options)
+        self.stage, self.num_stages = self._tensors.stage, self._tensors.num_stages
+        self._next = self._expect_command(_MESSAGE_SIZE) if self.stage else None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a transfer has failed; later ones fail too."""
+        return self._tensors.is_broken or self._commands.is_broken
 
     def command(self, stage: int, command: Command) -> None:
         """Send a command to a later stage, without waiting for it."""
         op, cache, first, second, numbers = command
         message = [op, cache, first, second, len(numbers), *numbers]
         message += [0] * (_MESSAGE_SIZE - len(message))
-        self._isend(stage, torch.tensor(message[:_MESSAGE_SIZE]), self._commands)
+        self._commands.send(stage, torch.tensor(message[:_MESSAGE_SIZE]))
         if len(message) > _MESSAGE_SIZE:
-            self._isend(stage, torch.tensor(message[_MESSAGE_SIZE:]), self._commands)
+            self._commands.send(stage, torch.tensor(message[_MESSAGE_SIZE:]))
 
     def next_command(self) -> Command:
         """Wait for a command of the first stage."""
-        message, work = self._next
-        with self._talking_to(0, "waits for a command of"):
-            work.wait(_NO_LIMIT)
-            op, cache, first, second, count, *numbers = message.tolist()
-            rest = count - len(numbers)
-            if rest > 0:
-                more = torch.empty(rest, dtype=torch.long)
-                irecv(more, src=self._ranks[0], group=self._commands).wait()
-                numbers += more.tolist()
+        op, cache, first, second, count, *numbers = self._next.wait(_NO_LIMIT).tolist()
+        rest = count - len(numbers)
+        if rest > 0:
+            numbers += self._expect_command(rest).wait().tolist()
         if op != Op.CLOSE:
             # Posted before this command is executed, so that the next one arrives meanwhile.
-            self._next = self._expect_command()
+            self._next = self._expect_command(_MESSAGE_SIZE)
         return Command(Op(op), cache, first, second, numbers[:count])
 
-    def _expect_command(self) -> tuple[Tensor, Work]:
-        message = torch.empty(_MESSAGE_SIZE, dtype=torch.long)
-        return message, irecv(message, src=self._ranks[0], group=self._commands)
+    def _expect_command(self, size: int) -> PostedReceive:
+        return self._commands.expect(0, (size,), torch.long, "cpu")
 
     def send(self, stage: int, tensor: Tensor) -> None:
         """Start sending a tensor; its memory must not be changed afterwards."""
-        self._isend(stage, tensor.contiguous(), self._tensors)
+        self._tensors.send(stage, tensor)
 
     def receive(self, stage: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Wait for a tensor that the other stage sends."""
-        buffer = torch.empty(shape, dtype=dtype, device=device)
-        with self._talking_to(stage, "waits for a tensor of"):
-            irecv(buffer, src=self._ranks[stage], group=self._tensors).wait()
-        return buffer
+        return self._tensors.expect(stage, shape, dtype, device).wait()
 
     def drain(self) -> None:
         """Wait for everything that was sent."""
-        self._wait_for_sends(0)
-
-    def _isend(self, stage: int, tensor: Tensor, group: ProcessGroup) -> None:
-        self._wait_for_sends(_MAX_OUTSTANDING - 1)
-        with self._talking_to(stage, "sends to"):
-            # The tensor is kept until its transfer is done.
-            self._sent.append((stage, isend(tensor, dst=self._ranks[stage], group=group), tensor))
-
-    def _wait_for_sends(self, allowed: int) -> None:
-        while len(self._sent) > allowed:
-            stage, work, _ = self._sent.popleft()
-            with self._talking_to(stage, "sends to"):
-                work.wait()
-
-    @contextmanager
-    def _talking_to(self, stage: int, does: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            self.is_broken = True
-            us, them = self._ranks[self.stage], self._ranks[stage]
-            raise RuntimeError(
-                f"decoding: pipeline stage {self.stage} (rank {us}) {does} stage {stage} (rank {them}), which has "
-                f"ended, is stuck or cannot be reached; look at the end of rank {them}'s own output"
-            ) from error
-
-
-def _new_gloo_group(ranks: Sequence[int], timeout: timedelta) -> ProcessGroup:
-    """A gloo group of this rank's pipeline. Every rank of the world must call it."""
-    pipelines: list[Sequence[int]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(pipelines, list(ranks))
-    unique = sorted({tuple(own) for own in pipelines})
-    return torch.distributed.new_subgroups_by_enumeration(
-        [list(own) for own in unique], timeout=timeout, backend="gloo"
-    )[0]
+        self._commands.drain()
+        self._tensors.drain()
 
 
 def encode_positions(positions: TokenPositions) -> list[int]:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exit's loss straight from its output projection, chunk by chunk, over a vocabulary-parallel weight.
 
-    z = sum_t x_t W_t^T + bias                          terms t
+    z = sum_t x_t W_t^T                                 terms t
     CE_i = ln sum_v exp(z_iv) - z_i,label(i)            loss_i = a CE_i + b T^2 KL(q_i || p_i)    (see exits.objective)
     d loss_i / d z_iv = a (p_iv - [v = label(i)]) + b T (p^T_iv - q_iv)      p^T = softmax(z / T)
 
@@ -16,7 +16,7 @@ Shapes: n tokens, c of a chunk, m input width of a term, v padded vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -84,7 +84,6 @@ def linear_cross_entropy(
     vocabulary: VocabularyShard,
     objective: Objective = CROSS_ENTROPY,
     teacher: Teacher | None = None,
-    bias: Tensor | None = None,
     grad_scale: float | None = None,
     want_argmax: bool = False,
     want_entropy: bool = False,
@@ -102,7 +101,6 @@ def linear_cross_entropy(
         vocabulary: this rank's part of the vocabulary.
         objective: what the loss is made of.
         teacher: the final exit, needed by objectives that have one; with others only its divergence is reported.
-        bias: [v/tp] of the projection; its gradient is added like the weights'.
         grad_scale: factor on the gradients; None computes the sums only.
         want_argmax, want_entropy: also return the most likely token, the entropy.
         dtype: dtype of the matrix products (autocast); default that of the inputs.
@@ -113,21 +111,19 @@ def linear_cross_entropy(
     dtype = dtype or inputs[0].dtype
     mask = mask.float()
     cast = [weight.detach().to(dtype) for weight in weights]
-    cast_bias = None if bias is None else bias.detach().to(dtype)
     wanted = grad_scale is not None
     input_grads = [torch.zeros_like(x) if wanted and x.requires_grad else None for x in inputs]
     weight_grads = [gradient_of(weight) if wanted and weight.requires_grad else None for weight in weights]
-    bias_grad = gradient_of(bias) if wanted and bias is not None and bias.requires_grad else None
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     softened = teacher is not None and objective.temperature != 1.0
     buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
     buffers += num_buffers(dtype) - 1
-    rows_of_sums = torch.zeros(len(_SUMS), dtype=torch.float32, device=mask.device)
+    sums = torch.zeros(len(fields(TokenSums)), dtype=torch.float32, device=mask.device)
     memory = None
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
         if memory is None:  # of the first chunk's size, the largest
             memory = torch.empty(part.stop - part.start, rows, dtype=dtype, device=mask.device)
-        logits = chunk_logits(inputs, cast, part, dtype, vocabulary, cast_bias, memory)
+        logits = chunk_logits(inputs, cast, part, dtype, vocabulary, memory)
         peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)  # [c]
         if argmax is not None:
             argmax[part] = argmax_over_shards(logits, peak, vocabulary)
@@ -136,17 +132,10 @@ def linear_cross_entropy(
         if teacher is not None:
             chunk.compare(teacher.chunk(part, vocabulary))
         chunk.normalise(want_entropy=want_entropy)
-        rows_of_sums += chunk.sums()
+        sums += chunk.sums()
         if wanted:
-            gradient = chunk.gradient(grad_scale).to(dtype)
-            add_gradients(gradient, inputs, cast, input_grads, weight_grads, part)
-            if bias_grad is not None:
-                bias_grad += gradient.sum(dim=0)
-    sums = TokenSums(**dict(zip(_SUMS, rows_of_sums.unbind(), strict=True)))
-    return LinearCrossEntropy(sums, tuple(input_grads) if wanted else (), argmax)
-
-
-_SUMS = ("loss", "weight", "cross_entropy", "kl", "confidence", "entropy", "tokens")
+            add_gradients(chunk.gradient(grad_scale).to(dtype), inputs, cast, input_grads, weight_grads, part)
+    return LinearCrossEntropy(TokenSums(*sums.unbind()), tuple(input_grads) if wanted else (), argmax)
 
 
 @dataclass
@@ -195,7 +184,7 @@ class _Chunk:
             self.entropy = self.vocabulary.reduce(torch.special.entr(terms, out=terms).sum(dim=-1))
 
     def sums(self) -> Tensor:
-        """[len(_SUMS)] masked sums; fixes the tokens' weights for `gradient`."""
+        """Masked sums in the order of `TokenSums`; fixes the tokens' weights for `gradient`."""
         objective, mask = self.objective, self.mask
         cross_entropy = self.total.log() - self.target
         confidence = self.total.reciprocal()

@@ -86,7 +86,6 @@ def chunk_logits(
     part: slice,
     dtype: torch.dtype,
     vocabulary: VocabularyShard,
-    bias: Tensor | None = None,
     memory: Tensor | None = None,
 ) -> Tensor:
     """[c, v/tp] fp32 logits of the tokens in `part`; padded rows hold the lowest finite number, so 0 * it is 0.
@@ -95,12 +94,8 @@ def chunk_logits(
     two of them alive at once, and no fresh pages to touch for each.
     """
     x = inputs[0][part].to(dtype)
-    if memory is None:
-        logits = linear(x, weights[0], bias)
-    elif bias is None:
-        logits = torch.mm(x, weights[0].t(), out=memory[: x.shape[0]])
-    else:
-        logits = torch.addmm(bias, x, weights[0].t(), out=memory[: x.shape[0]])
+    first = weights[0]
+    logits = linear(x, first) if memory is None else torch.mm(x, first.t(), out=memory[: x.shape[0]])
     for x, weight in zip(inputs[1:], weights[1:], strict=True):
         logits.addmm_(x[part].to(dtype), weight.t())
     logits = logits.float()

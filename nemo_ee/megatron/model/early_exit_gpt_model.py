@@ -11,8 +11,8 @@ ExitConfig.stop).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -22,50 +22,14 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import Parameter
 
 from nemo_ee.exits.placement import StagePlacement
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
 from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard, output_weight_key
 from nemo_ee.megatron.model.exit_head import ExitHead, ExitHeads, VocabularyOutput
 from nemo_ee.megatron.model.layer_spec import BackboneSpecs
-
-
-@dataclass(frozen=True)
-class StageOutput:
-    """What one stage's layers leave behind.
-
-    Attributes:
-        hidden: [s, b, h] state for the next stage; on the last stage of a full-depth model the final norm's output.
-            None once it has been sent on.
-        taps: stop -> [s, b, h] hidden state there.
-        rotary_pos_emb: rotary embedding of the batch, None without RoPE.
-    """
-
-    hidden: Tensor | None
-    taps: dict[int, Tensor]
-    rotary_pos_emb: Tensor | None
-
-
-class Taps:
-    """Hidden states of a stage's taps, side by side in one piece of memory.
-
-    Kept where they are made, they would lie between the layers' temporaries and leave holes that nothing fits into:
-    peak memory would grow with the number of exits by more than their taps.
-
-    Args:
-        stops: the taps' depths in half layers.
-        like: [s, b, h] hidden state in front of the layers.
-    """
-
-    def __init__(self, stops: set[int], like: Tensor) -> None:
-        self.kept: dict[int, Tensor] = {}
-        self._memory = iter(like.new_empty(len(stops), *like.shape))
-        self._stops = stops
-
-    def keep(self, stop: int, hidden: Tensor) -> None:
-        """Copy a hidden state [s, b, h] if `stop` is a tap."""
-        if stop in self._stops:
-            self.kept[stop] = next(self._memory).copy_(hidden)
+from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
+from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput, Taps
 
 
 def set_layer_split(config: TransformerConfig, placements: Iterable[StagePlacement]) -> None:
@@ -153,12 +117,14 @@ class EarlyExitGPTModel(GPTModel):
         own = self._own_output_weight()
         return self.backbone_output.weight if own is None else own
 
+    def backbone_named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(name, parameter) of everything but the exits."""
+        return ((name, value) for name, value in self.named_parameters() if not name.startswith("exits."))
+
     def freeze_backbone(self) -> None:
         """Exits stay as they are; everything else takes no gradient."""
-        exits = {id(parameter) for parameter in self.exits.parameters()}
-        for parameter in self.parameters():
-            if id(parameter) not in exits:
-                parameter.requires_grad_(False)
+        for _, parameter in self.backbone_named_parameters():
+            parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> EarlyExitGPTModel:
         """Evaluation mode unless the backbone trains: dropout in a frozen one would only add noise to what the exits
@@ -176,6 +142,22 @@ class EarlyExitGPTModel(GPTModel):
             size=parallel_state.get_tensor_model_parallel_world_size(),
             group=parallel_state.get_tensor_model_parallel_group(),
         )
+
+    def hidden_shape(self, batch: MicroBatch) -> tuple[int, int, int]:
+        """Shape of the hidden states of a microbatch on this rank: (s, b, h), (s/tp, b, h) under sequence
+        parallelism."""
+        micro_batch, sequence = batch.tokens.shape
+        if self.config.sequence_parallel:
+            sequence //= parallel_state.get_tensor_model_parallel_world_size()
+        return sequence, micro_batch, self.config.hidden_size
+
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """Input [s * b, h] of the final output projection, the same on every tensor-parallel rank.
+
+        Args:
+            hidden: the final norm's output [s, b, h] ([s/tp, b, h] under sequence parallelism).
+        """
+        return spread_over_tensor_parallel(hidden, self.config).flatten(0, 1)
 
     @torch.no_grad()
     def forward_to_taps(self, batch: MicroBatch, received: Tensor | None = None) -> StageOutput:

@@ -80,11 +80,8 @@ def initialise_exit_head(
         offset, shape = global_chunk(shard)
         own_mlp_norm = exit.architecture == "mlp" and ".layer_norm_" in shard.key
         if "low_rank_" in shard.key or (exit.init == "random" and not own_mlp_norm):
-            drawn = _random_chunk(
-                shard, offset, zero_centred=head.config.layernorm_zero_centered_gamma, std=std, exit_layer=exit.layer,
-                vocab_size=vocab_size,
-                seed=(seed if exit.seed is None else exit.seed), name=exit.name,
-            )  # fmt: skip
+            own_seed = seed if exit.seed is None else exit.seed
+            drawn = _random_chunk(head, shard, offset, std=std, vocab_size=vocab_size, seed=own_seed)
             shard.data.copy_(drawn.view(shard.data.shape))
             continue
         key, layer = backbone_key(shard.key, exit_layer=exit.layer, num_layers=num_layers, tied=tied)
@@ -94,15 +91,7 @@ def initialise_exit_head(
 
 
 def _random_chunk(
-    shard: ShardedTensor,
-    offset: tuple[int, ...],
-    *,
-    zero_centred: bool,
-    std: float,
-    exit_layer: int,
-    vocab_size: int,
-    seed: int,
-    name: str,
+    head: ExitHead, shard: ShardedTensor, offset: tuple[int, ...], *, std: float, vocab_size: int, seed: int
 ) -> Tensor:
     """This rank's slice of a parameter's random first value.
 
@@ -113,7 +102,7 @@ def _random_chunk(
     if key.endswith("bias") or key.endswith("low_rank_b"):
         return torch.zeros(local_shape)
     if len(local_shape) == 1:  # a norm; a zero-centred one adds 1 to its weight itself
-        return torch.full(local_shape, 0.0 if zero_centred else 1.0)
+        return torch.full(local_shape, 0.0 if head.config.layernorm_zero_centered_gamma else 1.0)
     global_shape = list(shard.global_shape)
     if key.startswith("output.") or key.startswith("output_update."):
         global_shape[0] = min(global_shape[0], vocab_size) if key.endswith("weight") else global_shape[0]
@@ -121,8 +110,8 @@ def _random_chunk(
     if key.endswith("low_rank_a"):
         scale = 1.0 / math.sqrt(global_shape[-1])
     elif "linear_fc2." in key or "linear_proj." in key:
-        scale = std / math.sqrt(2.0 * exit_layer)
-    whole = seeded_normal(global_shape, f"{seed}/{name}/{key}") * scale
+        scale = std / math.sqrt(2.0 * head.exit.layer)
+    whole = seeded_normal(global_shape, f"{seed}/{head.exit.name}/{key}") * scale
     rows, columns = (slice(start, start + length) for start, length in zip(offset, local_shape, strict=True))
     chunk = torch.zeros(local_shape)
     part = whole[rows, columns]

@@ -8,7 +8,7 @@ saved is keyed by the exit's name, so it survives any change of layout; Megatron
 on rank 0, which a stage with other exits could not read back.
 
 `ExitOptimizer` steps fp32 parameters. fp32 copies of bf16 parameters, and state that data-parallel ranks share out,
-are in `megatron_exit_optimizer`; what is saved has the same keys and shapes.
+are in `distributed_exit_optimizer`; what is saved has the same keys and shapes.
 """
 
 from __future__ import annotations
@@ -327,36 +327,3 @@ def parameter_groups(
 def optimizer_options(optim: Mapping[str, Any]) -> dict[str, Any]:
     """What of `model.optim` reaches the optimizer itself."""
     return {key: optim[key] for key in ("betas", "eps", "lr", "weight_decay") if optim.get(key) is not None}
-
-
-def build_exit_optimizers(
-    heads: Iterable[ExitHead],
-    optim: Mapping[str, Any],
-    *,
-    make: Callable[..., torch.optim.Optimizer],
-    max_norm: float,
-    more: Iterable[ExitOptimizer] = (),
-    wrap: Callable[[ExitHead, dict[str, Parameter], torch.optim.Optimizer], ExitOptimizer] | None = None,
-) -> ExitOptimizers:
-    """One optimizer per exit that has something to train.
-
-    Args:
-        heads: this stage's exits.
-        optim: `model.optim`; betas, eps, lr and weight_decay reach the optimizer.
-        make: the optimizer's class or factory.
-        max_norm: gradient clipping per exit, 0 for none.
-        more: further entries, stepped after the exits.
-        wrap: makes the exit's optimizer of (exit, its parameters by key, torch optimizer); default `ExitOptimizer`.
-    """
-    exits = []
-    for head in heads:
-        shards = head.sharded_state_dict(f"exits.{head.exit.name}.")
-        keys = {id(shard.data): key for key, shard in shards.items() if isinstance(shard.data, Tensor)}
-        groups = exit_parameter_groups(head, optim)
-        parameters = {keys[id(parameter)]: parameter for group in groups for parameter in group["params"]}
-        if parameters:
-            optimizer = make(groups, **optimizer_options(optim))
-            exits.append(
-                wrap(head, parameters, optimizer) if wrap else ExitOptimizer(head.exit.name, parameters, optimizer)
-            )
-    return ExitOptimizers([*exits, *more], max_norm=max_norm)

@@ -12,8 +12,10 @@ gradient 1 and what it sends back joins the hidden state's own gradient. No loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +25,9 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from nemo_ee.megatron.loss.differentiable_cross_entropy import differentiable_cross_entropy
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
-from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
-from nemo_ee.megatron.model.exit_head import ExitHead
-from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
-
-# (exit name, its loss summed over the microbatch's counting tokens, fp32, no graph)
-Record = Callable[[str, Tensor], None]
+from nemo_ee.megatron.model.microbatch import MicroBatch
+from nemo_ee.megatron.pipeline.exit_loss import exit_terms
+from nemo_ee.megatron.pipeline.stage_context import StageContext
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -56,12 +54,7 @@ def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:
 
 
 def forward_with_exit_losses(
-    model: EarlyExitGPTModel,
-    batch: MicroBatch,
-    *,
-    loss_scales: Mapping[str, float],
-    record: Record,
-    autocast: torch.dtype | None,
+    context: StageContext, batch: MicroBatch, *, loss_scales: Mapping[str, float], losses: dict[str, Tensor]
 ) -> Tensor:
     """This stage's layers with the losses of its exits attached. Recomputes activations as the config says.
 
@@ -69,76 +62,86 @@ def forward_with_exit_losses(
     received hidden state by `set_input_tensor`.
 
     Args:
-        model: this stage, full depth.
+        context: this stage, full depth.
         batch: the microbatch.
         loss_scales: exit name -> factor on the summed loss in the training objective.
-        record: called with every exit's summed loss; with recomputation a second time, with the same value.
-        autocast: dtype of mixed precision, None for none.
+        losses: gets every exit's summed loss by name, fp32, without a graph; with recomputation twice the same value.
 
     Returns:
         [s, b, h] ([s/tp, b, h] under sequence parallelism) to send on; on the last stage the final norm's output.
     """
-    config = model.config
-    with _autocast(batch, autocast):
+    model = context.model
+    with context.mixed_precision():
         hidden, rotary, *_ = model._preprocess(batch.tokens, batch.position_ids)
     hidden = model.decoder.input_tensor if hidden is None else hidden
     if not hidden.requires_grad:
         # Frozen embeddings: recomputation only sends gradients into layers whose input wants one.
         hidden.requires_grad_()
     hidden = make_viewless_tensor(inp=hidden, requires_grad=True, keep_graph=True)
-    heads: dict[int, list[ExitHead]] = {}
-    for head in model.exits:
-        heads.setdefault(head.exit.stop, []).append(head)
-
-    def with_exits(hidden: Tensor, stop: int) -> Tensor:
-        if stop not in heads:
-            return hidden
-        losses = []
-        for head in heads[stop]:
-            loss = _exit_loss(model, head, hidden, batch, rotary, autocast)
-            record(head.exit.name, loss.detach())
-            losses.append(loss * loss_scales[head.exit.name])
-        return attach_loss(hidden, torch.stack(losses).sum())
-
-    def layers(first: int, end: int) -> Callable[[Tensor], Tensor]:
-        def run(hidden: Tensor) -> Tensor:
-            with _autocast(batch, autocast):  # in here, because a recomputation runs outside the caller's
-                for layer in model.decoder.layers[first:end]:
-                    hidden, _ = layer._forward_attention(hidden, batch.attention_mask, rotary_pos_emb=rotary)
-                    hidden = with_exits(hidden, 2 * layer.layer_number - 1)
-                    hidden = with_exits(layer._forward_mlp(hidden), 2 * layer.layer_number)
-                return hidden
-
-        return run
-
+    layers = _LayersWithExits(context, batch, rotary, loss_scales, losses)
     # Under sequence parallelism every rank drops out its own part of the sequence, as in Megatron's own block.
-    sequence = tensor_parallel.get_cuda_rng_tracker().fork() if config.sequence_parallel else nullcontext()
+    sequence = tensor_parallel.get_cuda_rng_tracker().fork() if model.config.sequence_parallel else nullcontext()
     with sequence:
-        for first, end, recompute in recomputed_ranges(config, len(model.decoder.layers)):
-            run = layers(first, end)
+        for first, end, recompute in recomputed_ranges(model.config, len(model.decoder.layers)):
+            run = partial(layers.run, first, end)
             hidden = tensor_parallel.checkpoint(run, False, hidden) if recompute else run(hidden)
     if model.decoder.final_layernorm is not None:
-        with _autocast(batch, autocast):
+        with context.mixed_precision():
             hidden = model.decoder.final_layernorm(hidden)
     return make_viewless_tensor(inp=hidden, requires_grad=True, keep_graph=True)
 
 
-def final_exit_loss(
-    model: EarlyExitGPTModel, hidden: Tensor, batch: MicroBatch, *, autocast: torch.dtype | None
-) -> Tensor:
+@dataclass(frozen=True)
+class _LayersWithExits:
+    """One microbatch on its way through a stage's layers. See `forward_with_exit_losses`."""
+
+    context: StageContext
+    batch: MicroBatch
+    rotary_pos_emb: Tensor | None
+    loss_scales: Mapping[str, float]
+    losses: dict[str, Tensor]
+
+    def run(self, first: int, end: int, hidden: Tensor) -> Tensor:
+        """[s, b, h] after the layers first..end-1 of the stage."""
+        with self.context.mixed_precision():  # in here, because a recomputation runs outside the caller's
+            for layer in self.context.model.decoder.layers[first:end]:
+                hidden, _ = layer._forward_attention(
+                    hidden, self.batch.attention_mask, rotary_pos_emb=self.rotary_pos_emb
+                )
+                hidden = self._attach_exits(hidden, 2 * layer.layer_number - 1)
+                hidden = self._attach_exits(layer._forward_mlp(hidden), 2 * layer.layer_number)
+            return hidden
+
+    def _attach_exits(self, hidden: Tensor, stop: int) -> Tensor:
+        """The hidden state with the losses of the exits whose tap it is."""
+        scaled = []
+        for head in self.context.model.exits:
+            if head.exit.stop == stop:
+                inputs, weights = exit_terms(head, hidden, self.batch, self.rotary_pos_emb)
+                loss = label_loss(self.context, inputs, weights, self.batch)
+                self.losses[head.exit.name] = loss.detach()
+                scaled.append(loss * self.loss_scales[head.exit.name])
+        return attach_loss(hidden, torch.stack(scaled).sum()) if scaled else hidden
+
+
+def final_exit_loss(context: StageContext, hidden: Tensor, batch: MicroBatch) -> Tensor:
     """The final exit's label cross-entropy on the last stage, summed over the counting tokens; differentiable.
 
     Args:
         hidden: the final norm's output [s, b, h] ([s/tp, b, h] under sequence parallelism).
     """
-    labels, mask = batch.flat_labels()
+    model = context.model
+    return label_loss(context, [model.final_hidden(hidden)], [model.backbone_output_weight()], batch)
+
+
+def label_loss(context: StageContext, inputs: list[Tensor], weights: list[Tensor], batch: MicroBatch) -> Tensor:
+    """Summed label cross-entropy of one output projection, given as terms (see `exit_terms`); differentiable."""
     return differentiable_cross_entropy(
-        [spread_over_tensor_parallel(hidden, model.config).flatten(0, 1)],
-        [model.backbone_output_weight()],
-        labels,
-        mask,
-        vocabulary=model.vocabulary(),
-        dtype=autocast,
+        inputs,
+        weights,
+        *batch.flat_labels(),
+        vocabulary=context.model.vocabulary(),
+        dtype=context.autocast,
     )
 
 
@@ -156,28 +159,3 @@ def recomputed_ranges(config: TransformerConfig, num_layers: int) -> list[tuple[
     size = min(size, num_layers)
     rest = [(size, num_layers, False)] if size < num_layers else []
     return [(first, first + 1, True) for first in range(size)] + rest
-
-
-def _exit_loss(
-    model: EarlyExitGPTModel,
-    head: ExitHead,
-    hidden: Tensor,
-    batch: MicroBatch,
-    rotary_pos_emb: Tensor | None,
-    autocast: torch.dtype | None,
-) -> Tensor:
-    state = head(hidden, attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
-    terms = head.output_terms(state)
-    labels, mask = batch.flat_labels()
-    return differentiable_cross_entropy(
-        [x.flatten(0, 1) for x, _ in terms],
-        [weight for _, weight in terms],
-        labels,
-        mask,
-        vocabulary=model.vocabulary(),
-        dtype=autocast,
-    )
-
-
-def _autocast(batch: MicroBatch, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(batch.tokens.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

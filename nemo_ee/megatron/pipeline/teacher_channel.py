@@ -11,54 +11,67 @@ the output weight forms the whole distribution again. Stage i of S holds the tap
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, irecv, isend
 
-from nemo_ee.megatron.loss.exit_loss import MicroBatch
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.teacher import FullTeacher, Teacher, TopKTeacher
-from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
-from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
-from nemo_ee.megatron.pipeline.tuning_schedule import talking_to
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
+from nemo_ee.megatron.pipeline.transport import PostedReceive, Transport, new_pipeline_group
+
+# The tensors of one microbatch's teacher: here already on the last stage, on their way on the others.
+ArrivingTeacher = Sequence[Tensor | PostedReceive]
 
 
 class TeacherChannel:
-    """One stage's end of it.
+    """One stage's end of the channel. Every rank of the world must make one at the same time.
 
     Args:
         model: this stage of a full-depth model.
-        temperature, top_k: see `exits.objective`.
-        listening: for each stage, whether one of its exits learns from the final exit.
-        group: a group of the pipeline's ranks for this traffic alone, since transfers of one group between two ranks
-            run in the order in which they were posted and these go the other way; None for a pipeline of one stage.
+        early_exit: some of its exits learn from the final exit.
+        placements: all stages.
         autocast: dtype of mixed precision, None for none.
+        timeout: longest time to wait for a transfer.
+
+    Attributes:
+        delay: microbatches that this stage holds back while their teachers are on their way.
     """
 
     def __init__(
         self,
         model: EarlyExitGPTModel,
+        early_exit: EarlyExitConfig,
+        placements: Sequence[StagePlacement],
         *,
-        temperature: float,
-        top_k: int | None,
-        listening: Sequence[bool],
-        group: ProcessGroup | None,
         autocast: torch.dtype | None,
+        timeout: timedelta,
     ) -> None:
-        self.model, self.temperature, self.top_k, self.group = model, temperature, top_k, group
-        stage, self.num_stages = model.placement.stage, len(listening)
-        ranks = [0] if group is None else torch.distributed.get_process_group_ranks(group)
-        self.listens, self.is_source = listening[stage], stage == self.num_stages - 1
-        self._source = ranks[-1]
-        self._targets = [rank for rank, wants in zip(ranks[:-1], listening, strict=False) if wants]
-        # One microbatch more than the pipeline needs to come back: a slow moment of a later stage stops nobody.
-        self.delay = self.num_stages - stage if self.listens and not self.is_source else 0
+        self.model = model
+        self.temperature, self.top_k = early_exit.distillation.temperature, early_exit.distillation.top_k
         self.dtype = autocast or model.config.params_dtype
-        self._sent: deque[tuple[int, Work, Tensor]] = deque()
+        listening = [learns_from_final_exit(early_exit, placement) for placement in placements]
+        stage, self._source = model.placement.stage, len(placements) - 1
+        self.listens, self.is_source = listening[stage], stage == self._source
+        self._targets = [target for target, wants in enumerate(listening[:-1]) if wants]
+        # One microbatch more than the pipeline needs to come back: a slow moment of a later stage stops nobody.
+        self.delay = len(placements) - stage if self.listens and not self.is_source else 0
+        # A group for this traffic alone: transfers of one group between two ranks run in the order in which they were
+        # posted, and these go the other way.
+        several = len(placements) > 1
+        group = new_pipeline_group(timeout=timeout) if several else parallel_state.get_pipeline_model_parallel_group()
+        self.transport = Transport(
+            group,
+            carries="the final exit's distributions",
+            # The listeners post their receives before a microbatch's state leaves them: no send waits for long.
+            max_outstanding=3 * max(1, len(self._targets)) * (1 if self.top_k is None else 2),
+            way_out=". The same command resumes from the last checkpoint",
+        )
         self._connect()
 
     def _connect(self) -> None:
@@ -67,90 +80,66 @@ class TeacherChannel:
         NCCL connects two ranks in their first transfer and blocks the host until both are there; a listener posts its
         first receive before it sends the state that the last stage would have to wait for.
         """
-        one = torch.zeros(1, device=next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
         if self.is_source:
-            for rank in self._targets:
-                with talking_to(self.group, rank, "connects to"):
-                    isend(one, dst=rank, group=self.group).wait()
+            for target in self._targets:
+                self.transport.send(target, torch.zeros(1, device=device))
+            self.transport.drain()
         elif self.listens:
-            with talking_to(self.group, self._source, "connects to"):
-                irecv(one, src=self._source, group=self.group).wait()
+            self.transport.expect(self._source, (1,), torch.float32, device).wait()
 
-    def after_forward(self, stage: StageOutput, batch: MicroBatch) -> Callable[[], Teacher] | None:
-        """Send the teacher on the last stage, post its receive on stages that listen.
+    def after_forward(self, output: StageOutput, batch: MicroBatch) -> ArrivingTeacher | None:
+        """Send a microbatch's teacher on the last stage, post its receive on stages that listen.
 
         Returns:
-            A call that waits for the microbatch's teacher; None on a stage without exits that learn from it.
+            What `teacher` takes; None on a stage without exits that learn from the final exit.
         """
         if self.is_source:
-            payload = self._payload(stage.hidden)
-            self._send(payload)
-            return (lambda: self._teacher(payload)) if self.listens else None
+            payload = self._payload(output.hidden)
+            for target in self._targets:
+                for tensor in payload:
+                    self.transport.send(target, tensor)
+            return payload if self.listens else None
         if not self.listens:
             return None
-        buffers = [torch.empty(shape, dtype=dtype, device=batch.tokens.device) for shape, dtype in self._shapes(batch)]
-        does = "waits for the final exit's distributions of"
-        with talking_to(self.group, self._source, does):
-            works = [irecv(buffer, src=self._source, group=self.group) for buffer in buffers]
+        device = batch.tokens.device
+        return [self.transport.expect(self._source, *like, device) for like in self._shapes(batch)]
 
-        def received() -> Teacher:
-            with talking_to(self.group, self._source, does):
-                for work in works:
-                    work.wait()
-            return self._teacher(buffers)
-
-        return received
-
-    def drain(self) -> None:
-        """Wait for every outstanding send."""
-        self._wait_for_sends(0)
+    def teacher(self, arriving: ArrivingTeacher) -> Teacher:
+        """The teacher that `after_forward` announced, once it is there."""
+        payload = [part.wait() if isinstance(part, PostedReceive) else part for part in arriving]
+        if self.top_k is not None:
+            return TopKTeacher(payload[0].long(), payload[1])
+        return FullTeacher(self.model.final_hidden(payload[0]), self._output_weight(), self.temperature)
 
     def _payload(self, hidden: Tensor) -> list[Tensor]:
         if self.top_k is None:
             return [hidden.to(self.model.config.params_dtype).contiguous()]
-        weight = self.model.backbone_output_weight().to(self.dtype)
-        hidden = spread_over_tensor_parallel(hidden, self.model.config).flatten(0, 1)
         best = TopKTeacher.of(
-            hidden, weight, top_k=self.top_k, temperature=self.temperature, vocabulary=self.model.vocabulary()
+            self.model.final_hidden(hidden),
+            self._output_weight(),
+            top_k=self.top_k,
+            temperature=self.temperature,
+            vocabulary=self.model.vocabulary(),
         )
         return [best.ids.to(torch.int32), best.probabilities]
 
     def _shapes(self, batch: MicroBatch) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of `_payload`."""
-        micro_batch, sequence = batch.tokens.shape
-        config = self.model.config
-        if self.top_k is not None:
-            shape = (micro_batch * sequence, self.top_k)
-            return [(shape, torch.int32), (shape, torch.float32)]
-        if config.sequence_parallel:
-            sequence //= parallel_state.get_tensor_model_parallel_world_size()
-        return [((sequence, micro_batch, config.hidden_size), config.params_dtype)]
+        if self.top_k is None:
+            return [(self.model.hidden_shape(batch), self.model.config.params_dtype)]
+        shape = (batch.tokens.numel(), self.top_k)
+        return [(shape, torch.int32), (shape, torch.float32)]
 
-    def _teacher(self, payload: Sequence[Tensor]) -> Teacher:
-        if self.top_k is not None:
-            return TopKTeacher(payload[0].long(), payload[1])
-        hidden = spread_over_tensor_parallel(payload[0], self.model.config).flatten(0, 1)
-        weight = self.model.backbone_output_weight().to(self.dtype)
-        return FullTeacher(hidden, weight, self.temperature)
-
-    def _send(self, payload: Sequence[Tensor]) -> None:
-        # The listeners posted their receives before this microbatch's state left them: no send waits for long.
-        self._wait_for_sends(2 * len(payload) * len(self._targets))
-        for rank in self._targets:
-            with talking_to(self.group, rank, "sends the final exit's distributions to"):
-                self._sent += [(rank, isend(tensor, dst=rank, group=self.group), tensor) for tensor in payload]
-
-    def _wait_for_sends(self, allowed: int) -> None:
-        while len(self._sent) > allowed:
-            rank, work, _ = self._sent.popleft()
-            with talking_to(self.group, rank, "sends the final exit's distributions to"):
-                work.wait()
+    def _output_weight(self) -> Tensor:
+        return self.model.backbone_output_weight().to(self.dtype)
 
 
-def new_pipeline_group(timeout: timedelta) -> ProcessGroup:
-    """A second group of this rank's pipeline. Every rank of the world must call it."""
-    ours = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    pipelines: list[list[int]] = [[]] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(pipelines, ours)
-    unique = sorted({tuple(ranks) for ranks in pipelines})
-    return torch.distributed.new_subgroups_by_enumeration([list(ranks) for ranks in unique], timeout=timeout)[0]
+def learns_from_final_exit(early_exit: EarlyExitConfig, placement: StagePlacement) -> bool:
+    """Whether some exit of a stage has the final exit as its teacher."""
+    return any(early_exit.objective_of(exit.name) != "cross_entropy" for exit in placement.exits)
+
+
+def keeps_output_weight(early_exit: EarlyExitConfig, placement: StagePlacement) -> bool:
+    """Whether a stage forms the final exit's whole distribution from its hidden state."""
+    return early_exit.distillation.top_k is None and learns_from_final_exit(early_exit, placement)

@@ -1,83 +1,65 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One tuning step of one stage: microbatches through the schedule, a loss and a backward pass per exit."""
+"""One global batch on one stage: tuning with a loss and a backward pass per exit, or evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_ee.exits.objective import Objective
-from nemo_ee.megatron.loss.exit_loss import MicroBatch, evaluate_exit, tune_exit
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums, empty_row, row_of
-from nemo_ee.megatron.loss.linear_cross_entropy import linear_cross_entropy
-from nemo_ee.megatron.loss.teacher import Teacher
-from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, StageOutput
-from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
+from nemo_ee.megatron.loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers
-from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
-from nemo_ee.megatron.pipeline.tuning_schedule import StageLink, run_stage
+from nemo_ee.megatron.pipeline.exit_loss import evaluate_exit, tune_exit
+from nemo_ee.megatron.pipeline.stage_context import StageContext
+from nemo_ee.megatron.pipeline.stage_forward import stage_outputs
 
 
 def tune_global_batch(
-    model: EarlyExitGPTModel,
+    context: StageContext,
     batches: Sequence[MicroBatch],
     *,
     optimizers: ExitOptimizers,
     sums: ExitSums,
-    link: StageLink,
     loss_weights: Mapping[str, float],
-    objectives: Mapping[str, Objective],
-    channel: TeacherChannel | None,
-    autocast: torch.dtype | None,
 ) -> Tensor:
     """Fill the gradients of this stage's exits with those of the mean loss per token over the global batch.
 
-    Where tokens are weighted, the mean is over the weights.
+    Where tokens are weighted, the mean is over the weights. Every rank of the pipeline must call it.
 
     Args:
-        model: this stage.
+        context: this stage.
         batches: this rank's microbatches.
         optimizers: this stage's exits' optimizers; their gradients are reduced over data parallelism here.
         sums: training sums, added to.
-        link: pipeline ends.
         loss_weights: exit name -> weight of its loss in this step.
-        objectives: exit name -> what its loss is made of.
-        channel: where teachers come from; None if no exit of the model has one.
-        autocast: dtype of mixed precision.
 
     Returns:
         fp32 scalar, sum of this stage's losses per token (0 on a stage without exits); no gradient.
     """
-    vocabulary = model.vocabulary()
-    # The true sum of weights is known only after the batch; until then gradients are scaled by the most it can be.
-    nominal = float(sum(batch.labels.numel() for batch in batches)) or 1.0
-    device = batches[0].tokens.device
-    counted = {head.exit.name: empty_row(device) for head in model.exits}
-
-    def work(index: int, stage: StageOutput, teacher: Teacher | None) -> None:
-        for head in model.exits:
-            objective = objectives[head.exit.name]
-            taught = teacher if objective.has_teacher else None
-            result = tune_exit(
-                head,
-                stage.taps[head.exit.stop],
-                batches[index],
-                rotary_pos_emb=stage.rotary_pos_emb,
-                vocabulary=vocabulary,
-                grad_scale=loss_weights[head.exit.name] / nominal,
-                objective=objective,
-                teacher=taught,
-                autocast=autocast,
-            )
-            counted[head.exit.name] += row_of(result.sums, taught=taught is not None)
-
-    run_microbatches(model, batches, link=link, channel=channel, work=work, autocast=autocast)
+    nominal = largest_token_count(batches)
+    counted = {head.exit.name: empty_row(context.device) for head in context.model.exits}
+    for batch, output, teacher in stage_outputs(context, batches):
+        for head in context.model.exits:
+            name = head.exit.name
+            scale, taught = loss_weights[name] / nominal, context.objectives[name].has_teacher
+            loss = tune_exit(context, head, batch, output, grad_scale=scale, teacher=teacher)
+            counted[name] += row_of(loss.sums, taught=taught)
+            del loss  # the gradients of its inputs
+        del output, teacher  # their memory serves the next microbatch
     return finish_gradients(optimizers, counted, nominal=nominal, sums=sums)
+
+
+def largest_token_count(batches: Sequence[MicroBatch]) -> float:
+    """Positions of a global batch on this rank, at least 1: the most that the sum of its tokens' weights can be.
+
+    That sum is known only after the batch. Until then gradients are scaled by this number.
+    """
+    return float(sum(batch.labels.numel() for batch in batches)) or 1.0
 
 
 def finish_gradients(
@@ -110,130 +92,62 @@ def finish_gradients(
 
 @torch.no_grad()
 def evaluate_global_batch(
-    model: EarlyExitGPTModel,
-    batches: Sequence[MicroBatch],
-    *,
-    sums: ExitSums,
-    link: StageLink,
-    agreement: bool,
-    objectives: Mapping[str, Objective],
-    channel: TeacherChannel | None,
-    autocast: torch.dtype | None,
+    context: StageContext, batches: Sequence[MicroBatch], *, sums: ExitSums, agreement: bool
 ) -> None:
-    """Add a global batch's losses to `sums`; every rank of the pipeline must call it.
+    """Add a global batch's losses to `sums`. Every rank of the pipeline must call it.
+
+    With teachers in the context, the divergence of exits that learn from the final exit is measured too.
 
     Args:
-        model: this stage.
+        context: this stage.
         batches: this rank's microbatches.
         sums: validation sums; not reduced here.
-        link: pipeline ends.
         agreement: also measure the final exit and how often the exits' most likely tokens are its own; the final
             exit's tokens are broadcast over the pipeline once per microbatch. Needs a full-depth model.
-        objectives: exit name -> objective; the divergence from its teacher is measured, its loss is not.
-        channel: where teachers come from; None measures no divergence.
-        autocast: dtype of mixed precision.
     """
-    vocabulary = model.vocabulary()
-    device = batches[0].tokens.device
-    chosen: dict[tuple[int, str], Tensor] = {}
-
-    def work(index: int, stage: StageOutput, teacher: Teacher | None) -> None:
-        for head in model.exits:
-            objective = objectives[head.exit.name]
-            taught = teacher if objective.has_teacher else None
-            result = evaluate_exit(
-                head,
-                stage.taps[head.exit.stop],
-                batches[index],
-                rotary_pos_emb=stage.rotary_pos_emb,
-                vocabulary=vocabulary,
-                want_argmax=agreement,
-                objective=replace(objective, label_weight=1.0, teacher_weight=0.0, by_confidence=False),
-                teacher=taught,
-                autocast=autocast,
-            )
-            sums.add_row(head.exit.name, row_of(result.sums, taught=taught is not None, entropy=True))
-            if agreement:
-                chosen[index, head.exit.name] = result.argmax
+    model, with_teachers = context.model, context.teachers is not None
+    chosen: list[dict[str, Tensor]] = []  # per microbatch: exit name -> its most likely tokens
+    for batch, output, teacher in stage_outputs(context, batches):
+        results = {
+            head.exit.name: evaluate_exit(context, head, batch, output, want_argmax=agreement, teacher=teacher)
+            for head in model.exits
+        }
+        for name, result in results.items():
+            taught = with_teachers and context.objectives[name].has_teacher
+            sums.add_row(name, row_of(result.sums, taught=taught, entropy=True))
         if agreement and model.post_process:
-            chosen[index, FULL_MODEL] = _final_exit(model, stage, batches[index], sums, autocast)
-
-    run_microbatches(model, batches, link=link, channel=channel, work=work, autocast=autocast)
-    link.drain()
-    if not agreement:
-        return
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    for index, batch in enumerate(batches):
-        final = chosen.get((index, FULL_MODEL))
-        if final is None:
-            final = torch.empty(batch.labels.numel(), dtype=torch.long, device=device)
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast(final, last, group=parallel_state.get_pipeline_model_parallel_group())
-        _, mask = batch.flat_labels()
-        counts = mask > 0
-        for head in model.exits:
-            agreed = (chosen[index, head.exit.name] == final) & counts
-            sums.add_agreement(head.exit.name, agreed=agreed.sum(), compared=counts.sum())
+            results[FULL_MODEL] = _evaluate_final_exit(context, batch, output)
+            sums.add_row(FULL_MODEL, row_of(results[FULL_MODEL].sums))
+        chosen.append({name: result.argmax for name, result in results.items()})
+        del output, teacher  # their memory serves the next microbatch
+    context.transport.drain()
+    if agreement:
+        for batch, tokens in zip(batches, chosen, strict=True):
+            _add_agreement(context, batch, tokens, sums)
 
 
-def _final_exit(
-    model: EarlyExitGPTModel, stage: StageOutput, batch: MicroBatch, sums: ExitSums, autocast: torch.dtype | None
-) -> Tensor:
-    """Loss of the backbone's own output on the last stage; returns its most likely tokens, [s * b]."""
-    hidden = spread_over_tensor_parallel(stage.hidden, model.config).flatten(0, 1)
-    labels, mask = batch.flat_labels()
-    result = linear_cross_entropy(
-        [hidden],
-        [model.backbone_output_weight()],
-        labels,
-        mask,
-        vocabulary=model.vocabulary(),
+def _evaluate_final_exit(context: StageContext, batch: MicroBatch, output: StageOutput) -> LinearCrossEntropy:
+    """Loss and most likely tokens of the backbone's own output, on the last stage."""
+    return linear_cross_entropy(
+        [context.model.final_hidden(output.hidden)],
+        [context.model.backbone_output_weight()],
+        *batch.flat_labels(),
+        vocabulary=context.model.vocabulary(),
         want_argmax=True,
-        dtype=autocast,
+        dtype=context.autocast,
     )
-    sums.add_row(FULL_MODEL, row_of(result.sums))
-    return result.argmax
 
 
-def run_microbatches(
-    model: EarlyExitGPTModel,
-    batches: Sequence[MicroBatch],
-    *,
-    link: StageLink,
-    work: Callable[[int, StageOutput, Teacher | None], None],
-    autocast: torch.dtype | None,
-    channel: TeacherChannel | None = None,
-) -> None:
-    """Run this stage's layers over the microbatches; `work` gets each one's taps after its state was sent on.
-
-    With a channel it also gets the microbatch's teacher, and runs later by as many microbatches as that takes.
-    """
-    micro_batch, sequence = batches[0].tokens.shape
-    config, device = model.config, batches[0].tokens.device
-    if config.sequence_parallel:
-        sequence //= parallel_state.get_tensor_model_parallel_world_size()
-    # Under autocast the residual stream stays in the parameters' dtype, so that is what travels between stages.
-    dtype = config.params_dtype
-    held: dict[int, tuple[StageOutput, Callable[[], Teacher] | None]] = {}
-
-    def forward(index: int, received: Tensor | None) -> Tensor:
-        with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            stage = model.forward_to_taps(batches[index], received)
-        teacher = channel.after_forward(stage, batches[index]) if channel is not None else None
-        held[index] = (stage if model.post_process else replace(stage, hidden=None), teacher)
-        return stage.hidden.to(dtype)
-
-    def after_sending(index: int) -> None:
-        stage, teacher = held.pop(index)
-        work(index, stage, None if teacher is None else teacher())
-
-    run_stage(
-        link,
-        num_microbatches=len(batches),
-        shape=(sequence, micro_batch, config.hidden_size),
-        dtype=dtype,
-        device=device,
-        forward=forward,
-        work=after_sending,
-        delay=0 if channel is None else channel.delay,
-    )
+def _add_agreement(context: StageContext, batch: MicroBatch, chosen: Mapping[str, Tensor], sums: ExitSums) -> None:
+    """Compare the exits' tokens, [s * b] by name, with the final exit's, which the last stage broadcasts."""
+    final = chosen.get(FULL_MODEL)
+    if final is None:
+        final = torch.empty(batch.labels.numel(), dtype=torch.long, device=context.device)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(final, last, group=parallel_state.get_pipeline_model_parallel_group())
+    _, mask = batch.flat_labels()
+    counts = mask > 0
+    for head in context.model.exits:
+        agreed = (chosen[head.exit.name] == final) & counts
+        sums.add_agreement(head.exit.name, agreed=agreed.sum(), compared=counts.sum())

@@ -290,7 +290,7 @@ def often_met(model: Any, exits: Sequence[str]) -> ExitPolicy:
 
 def whole_sequence_taps(model: Any, tokens: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Megatron's own forward pass over whole sequences of one length."""
-    from nemo_ee.megatron.loss.exit_loss import MicroBatch
+    from nemo_ee.megatron.model.microbatch import MicroBatch
 
     ids = torch.tensor(tokens)
     length = ids.shape[1]

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("nemo", reason="models are built by NeMo")
 
-from nemo_ee.models.optimizer_factory import exit_optimizers_for, optimizer_factory
+from nemo_ee.megatron.optim.stage_optimizers import optimizer_factory, stage_optimizers
 from tests.helpers.megatron_models import cpu_trainer, exit_entry, microbatch, random_tokens, snapshot, tiny_pair
 
 OPTIM = {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1}
@@ -36,8 +36,7 @@ def _model(folder: Path, *, half: bool):
 
 
 def _optimizers(model, name: str = "adamw", *, half: bool, max_norm: float = 0.0):
-    heads = model.model.exits
-    return exit_optimizers_for(heads, {**OPTIM, "name": name}, main_weights=half, max_norm=max_norm)
+    return stage_optimizers(model.model, {**OPTIM, "name": name}, main_weights=half, max_norm=max_norm)
 
 
 def _backward(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -111,17 +110,13 @@ def test_gradients_of_two_microbatches_add_up_in_fp32(folder: Path, name: str) -
         optimizers.zero_grad()
         tokens = random_tokens(model, batch=4, length=9)
         tune_global_batch(
-            model.model,
+            model.context,
             [microbatch(tokens[:2]), microbatch(tokens[2:])],
             optimizers=optimizers,
             sums=ExitSums(model.early_exit.names, torch.device("cpu")),
-            link=model.link,
             loss_weights=dict.fromkeys(model.early_exit.names, 1.0),
-            objectives=model.objectives,
-            channel=None,
-            autocast=model._autocast_dtype,
         )
-        assert model._autocast_dtype is None, "bf16 parameters need no autocast"
+        assert model.context.autocast is None, "bf16 parameters need no autocast"
         found[half] = {
             key: (p.main_grad if half else p.grad).clone()
             for exit in optimizers.exits

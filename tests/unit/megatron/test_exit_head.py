@@ -7,7 +7,7 @@ Bitwise where two ways must run the same sums, 1e-5 of the largest value where t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -187,7 +187,7 @@ def _naive_loss(head, stage, batch, vocab_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("index", range(len(TRAINED)), ids=[exit["name"] for exit in TRAINED])
 def test_gradients_equal_autograd_through_all_logits(trained, index: int) -> None:
-    from nemo_ee.megatron.loss.exit_loss import tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
     model, batch = trained, _batch(trained)
     head = model.model.exits[TRAINED[index]["name"]]
@@ -200,14 +200,7 @@ def test_gradients_equal_autograd_through_all_logits(trained, index: int) -> Non
     if parameters:
         values = torch.autograd.grad(scale * loss, list(parameters.values()))
         expected = dict(zip(parameters, values, strict=True))
-    result = tune_exit(
-        head,
-        stage.taps[head.exit.stop],
-        batch,
-        rotary_pos_emb=stage.rotary_pos_emb,
-        vocabulary=model.model.vocabulary(),
-        grad_scale=scale,
-    )
+    result = tune_exit(model.context, head, batch, stage, grad_scale=scale)
     assert result.sums.weight == batch.loss_mask.sum()
     assert result.sums.loss.item() == pytest.approx(loss.item(), rel=TOLERANCE)
     for name, parameter in head.named_parameters():
@@ -242,21 +235,17 @@ def test_what_trains_is_what_the_settings_say(trained) -> None:
 
 
 def test_gradients_accumulate_and_no_gradient_reaches_the_tap(trained) -> None:
-    from nemo_ee.megatron.loss.exit_loss import tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
     model, batch = trained, _batch(trained)
     head = model.model.exits["l2-mlp-copy-own"]
     stage = model.model.forward_to_taps(batch)
     tap = stage.taps[head.exit.stop].clone().requires_grad_(True)
-    options = {
-        "rotary_pos_emb": stage.rotary_pos_emb,
-        "vocabulary": model.model.vocabulary(),
-        "grad_scale": 1.0,
-    }
+    stage = replace(stage, taps={head.exit.stop: tap})
     head.zero_grad()
-    tune_exit(head, tap, batch, **options)
+    tune_exit(model.context, head, batch, stage, grad_scale=1.0)
     once = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
-    tune_exit(head, tap, batch, **options)
+    tune_exit(model.context, head, batch, stage, grad_scale=1.0)
     for name, gradient in once.items():
         torch.testing.assert_close(dict(head.named_parameters())[name].grad, 2 * gradient)
     assert tap.grad is None
@@ -264,17 +253,16 @@ def test_gradients_accumulate_and_no_gradient_reaches_the_tap(trained) -> None:
 
 
 def test_evaluation_agrees_with_tuning_and_leaves_no_gradient(trained) -> None:
-    from nemo_ee.megatron.loss.exit_loss import evaluate_exit, tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import evaluate_exit, tune_exit
 
     model, batch = trained, _batch(trained)
     stage = model.model.forward_to_taps(batch)
     for head in model.model.exits:
-        options = {"rotary_pos_emb": stage.rotary_pos_emb, "vocabulary": model.model.vocabulary()}
         head.zero_grad()
         tap = stage.taps[head.exit.stop]
-        evaluated = evaluate_exit(head, tap, batch, want_argmax=True, **options)
+        evaluated = evaluate_exit(model.context, head, batch, stage, want_argmax=True)
         assert all(parameter.grad is None for parameter in head.parameters())
-        tuned = tune_exit(head, tap, batch, grad_scale=1.0, **options)
+        tuned = tune_exit(model.context, head, batch, stage, grad_scale=1.0)
         head.zero_grad()
         assert torch.equal(evaluated.sums.loss, tuned.sums.loss)
         with torch.no_grad():

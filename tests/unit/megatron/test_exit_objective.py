@@ -34,9 +34,9 @@ def _case(seed: int = 0):
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     mask = (torch.rand(TOKENS, generator=generator) > 0.3).float()
-    x, weight, bias = draw(TOKENS, WIDTH), draw(PADDED, WIDTH), draw(PADDED)
+    x, weight = draw(TOKENS, WIDTH), draw(PADDED, WIDTH)
     teacher_hidden, teacher_weight = draw(TOKENS, WIDTH), draw(PADDED, WIDTH)
-    student = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    student = [tensor.requires_grad_() for tensor in (x, weight)]
     return student, labels, mask, teacher_hidden, teacher_weight
 
 
@@ -63,8 +63,8 @@ def _teacher_distribution(objective: Objective, hidden, weight) -> torch.Tensor:
 
 def _naive(objective: Objective, student, labels, mask, hidden, weight):
     """(weighted loss sum, weights, per-token label loss, per-token KL, probabilities) with torch's own losses."""
-    x, w, bias = student
-    logits = x @ w[:VOCABULARY].t() + bias[:VOCABULARY]
+    x, w = student
+    logits = x @ w[:VOCABULARY].t()
     label_loss = cross_entropy(logits, labels, reduction="none")
     q = _teacher_distribution(objective, hidden, weight)
     kl = kl_div(log_softmax(logits / objective.temperature, dim=-1), q, reduction="none").sum(dim=-1)
@@ -84,7 +84,7 @@ def test_equals_the_naive_loss_and_its_gradients(objective: Objective, rows_per_
     result = linear_cross_entropy(
         [student[0]], [student[1]], labels, mask,
         vocabulary=WHOLE, objective=objective, teacher=_teacher(objective, hidden, weight, chunk_bytes),
-        bias=student[2], grad_scale=0.25, want_entropy=True, chunk_bytes=chunk_bytes,
+        grad_scale=0.25, want_entropy=True, chunk_bytes=chunk_bytes,
     )  # fmt: skip
     sums = result.sums
     torch.testing.assert_close(sums.loss, loss.detach())
@@ -95,9 +95,9 @@ def test_equals_the_naive_loss_and_its_gradients(objective: Objective, rows_per_
     entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1)
     torch.testing.assert_close(sums.entropy, (mask * entropy).sum().detach())
     assert sums.tokens == mask.sum()
-    for ours, theirs in zip((result.input_grads[0], student[1].grad, student[2].grad), expected, strict=True):
+    for ours, theirs in zip((result.input_grads[0], student[1].grad), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
-    assert not student[1].grad[VOCABULARY:].any() and not student[2].grad[VOCABULARY:].any()
+    assert not student[1].grad[VOCABULARY:].any()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from torch.optim.adamw import adamw
 
 pytest.importorskip("nemo", reason="models are built by NeMo")
 
-from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers, build_exit_optimizers, exit_parameter_groups
+from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers, exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
-from nemo_ee.models.optimizer_factory import optimizer_factory
+from nemo_ee.megatron.optim.stage_optimizers import build_exit_optimizers, optimizer_factory
 from tests.helpers.megatron_models import exit_entry, microbatch, random_tokens, snapshot, tiny_pair
 
 OPTIM = {"lr": 1e-2, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.3, "sched": {"min_lr": 1e-3}}
@@ -159,15 +159,11 @@ def test_gradients_become_those_of_the_mean_loss_per_token(model) -> None:
     optimizers.zero_grad()
     sums = ExitSums(model.early_exit.names, torch.device("cpu"))
     total = tune_global_batch(
-        model.model,
+        model.context,
         batches,
         optimizers=optimizers,
         sums=sums,
-        link=model.link,
         loss_weights={name: 0.7 for name in model.early_exit.names},
-        objectives=model.objectives,
-        channel=None,
-        autocast=None,
     )
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)

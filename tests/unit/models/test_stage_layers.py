@@ -81,21 +81,12 @@ def test_a_layer_with_and_without_its_mlp(model, shape, stage) -> None:
 @pytest.mark.parametrize("entry", EXITS, ids=lambda entry: entry["name"])
 def test_an_exit(model, shape, stage, entry) -> None:
     """Forward, loss and backward; low-rank updates, frozen matrices and shared outputs included."""
-    from nemo_ee.megatron.loss.exit_loss import tune_exit
+    from nemo_ee.megatron.pipeline.exit_loss import tune_exit
     from nemo_ee.planning.cost_model import count_flops, exit_operations
 
     batch, output = stage
     head = model.model.exits[entry["name"]]
-    found = count(
-        lambda: tune_exit(
-            head,
-            output.taps[head.exit.stop],
-            batch,
-            rotary_pos_emb=output.rotary_pos_emb,
-            vocabulary=model.model.vocabulary(),
-            grad_scale=1e-3,
-        )
-    )
+    found = count(lambda: tune_exit(model.context, head, batch, output, grad_scale=1e-3))
     assert sum(map(count_flops, exit_operations(shape, head.exit))) == found
 
 

@@ -1,26 +1,19 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What of a backbone trains, on one pipeline stage: everything (`joint`) or low-rank updates of its linears (`lora`).
-
-Also here: the backbone's output weight, of which several stages may hold a copy (the first one where it is tied to the
-embeddings, the last one, and every stage with an exit that shares it). Megatron sums the gradients of the first and
-the last stage for its own data-parallel wrapper only; here one group holds exactly the stages that have a copy, and
-every copy makes the same step.
+"""The part of a backbone that trains on one pipeline stage: everything (`joint`) or low-rank updates of its linears
+(`lora`), and the part of it that goes into training checkpoints and files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.vocab_parallel import output_weight_key
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards, seeded_normal
@@ -39,10 +32,7 @@ def prepare_backbone(model: EarlyExitGPTModel, early_exit: EarlyExitConfig) -> N
     """
     if early_exit.train == "lora":
         add_low_rank_updates(model.decoder, rank=early_exit.lora.rank, config=model.config)
-    exits = {id(parameter) for parameter in model.exits.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in exits:
-            continue
+    for name, parameter in model.backbone_named_parameters():
         if ".q_layernorm." in name or ".k_layernorm." in name:
             # Replicated, but each rank applies it to its own heads: gradients are summed over tensor parallelism.
             parameter.sees_part_of_heads = True
@@ -54,8 +44,7 @@ def backbone_parameters(model: EarlyExitGPTModel) -> dict[str, Parameter]:
     """The backbone's trainable parameters on this stage, by their key in `trained_backbone_shards`."""
     shards = trained_backbone_shards(model)
     keys = {id(shard.data): key for key, shard in shards.items()}
-    exits = {id(parameter) for parameter in model.exits.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in exits]
+    trainable = [parameter for _, parameter in model.backbone_named_parameters() if parameter.requires_grad]
     return {keys[id(parameter)]: parameter for parameter in trainable}
 
 
@@ -86,8 +75,8 @@ def merged_backbone_to_save(model: EarlyExitGPTModel, prefix: str) -> dict:
     """`sharded_backbone_to_save` with every low-rank update W + B A folded into its linear's weight."""
     merged = {
         id(module.base.weight): module.merged_weight()
-        for module in model.modules()
-        if isinstance(module, LowRankLinear) and not _inside(model.exits, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear) and not name.startswith("exits.")
     }
     sharded = model.sharded_backbone_to_save(prefix)
     return {
@@ -95,10 +84,6 @@ def merged_backbone_to_save(model: EarlyExitGPTModel, prefix: str) -> dict:
         for key, shard in sharded.items()
         if not key.endswith(_LOW_RANK)
     }
-
-
-def _inside(parent: torch.nn.Module, module: torch.nn.Module) -> bool:
-    return any(module is child for child in parent.modules())
 
 
 @torch.no_grad()
@@ -115,46 +100,15 @@ def initialise_low_rank(model: EarlyExitGPTModel, *, seed: int) -> None:
         shard.data.copy_(whole[rows, columns].view(shard.data.shape))
 
 
-class SharedOutputWeight:
-    """The copies of a trained output weight on the stages of one pipeline. Every rank must build it.
-
-    Args:
-        model: this stage.
-        placements: all stages.
-    """
-
-    def __init__(self, model: EarlyExitGPTModel, placements: Sequence[StagePlacement]) -> None:
-        last = len(placements) - 1
-        stages = {p.stage for p in placements if any(exit.output != "own" for exit in p.exits)} | {last}
-        if model.share_embeddings_and_output_weights:
-            stages.add(0)
-        self._weight: Parameter | None = None
-        self._group: ProcessGroup | None = None
-        if len(stages) == 1:
-            return
-        group = _stages_group(sorted(stages))
-        if model.placement.stage in stages:
-            self._group, self._weight = group, model.backbone_output_weight()
-            self._weight.shared = model.placement.stage != min(stages)  # Megatron's mark: counted once in norms
-
-    def sum_gradients(self) -> None:
-        """Every copy gets the sum of all copies' gradients. Every rank calls it once a step, after the backward
-        passes."""
-        if self._weight is not None and self._weight.requires_grad:
-            torch.distributed.all_reduce(self._weight.grad, group=self._group)
-
-
-def _stages_group(stages: list[int]) -> ProcessGroup | None:
-    """The ranks of this rank's pipeline that are these stages; None on other stages. Every rank must call it."""
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    if len(stages) == pipeline.size():
-        return pipeline
-    columns: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(columns, torch.distributed.get_process_group_ranks(pipeline))
-    own = torch.distributed.get_rank()
-    found = None
-    for column in sorted({tuple(column) for column in columns}):  # a group is made by all ranks, in one order
-        members = [column[stage] for stage in stages]
-        group = torch.distributed.new_group(members)
-        found = group if own in members else found
-    return found
+def what_trains(model: EarlyExitGPTModel) -> str:
+    """One line for the log: frozen and trained parameters of this rank's stage, by exit and for the backbone."""
+    place = model.placement
+    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    frozen = sum(p.numel() for p in model.parameters()) - sum(trainable.values())
+    exits = {h.exit.name: sum(trainable.get(id(p), 0) for p in h.parameters()) for h in model.exits}
+    backbone = sum(trainable.values()) - sum(exits.values())
+    trains = ({"backbone": backbone} if backbone else {}) | exits
+    return (
+        f"stage {place.stage}: layers {place.first_layer}-{place.last_layer}, frozen {frozen:,} parameters on this "
+        f"rank, trains {sum(trains.values()):,}: " + (", ".join(f"{k} {v:,}" for k, v in trains.items()) or "nothing")
+    )

@@ -1,0 +1,54 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every microbatch on one pipeline stage is computed with, read-only and the same for all steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nemo_ee.exits.objective import Objective
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
+from nemo_ee.megatron.pipeline.transport import Transport
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """See above.
+
+    Attributes:
+        model: this stage.
+        transport: carries hidden states from the stage before and to the stage behind.
+        objectives: exit name -> training objective, for the exits of the whole model.
+        autocast: dtype of mixed precision, None for none.
+        teachers: where the final exit's distributions come from. None: no exit learns from it, or none is compared
+            with it.
+    """
+
+    model: EarlyExitGPTModel
+    transport: Transport
+    objectives: Mapping[str, Objective]
+    autocast: torch.dtype | None = None
+    teachers: TeacherChannel | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stage computes."""
+        return next(self.model.parameters()).device
+
+    def mixed_precision(self, *, backward: bool = False) -> torch.autocast:
+        """Autocast for forward passes, or for backward passes; does nothing without mixed precision.
+
+        In their backward passes Megatron's linears restore it themselves on CUDA, but not on the CPU.
+        """
+        enabled = self.autocast is not None and not (backward and self.device.type != "cpu")
+        return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled)
+
+    def drain(self) -> None:
+        """Wait for every outstanding send (before validation, before saving and at the end)."""
+        self.transport.drain()
+        if self.teachers is not None:
+            self.teachers.transport.drain()
