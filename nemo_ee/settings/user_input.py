@@ -33,6 +33,7 @@ _MAX_SHOWN = 80  # characters of a value
 _MOST_SHOWN = 30  # problems that a message lists
 _MOST_READ = 1000  # problems that are put into words
 _NOT_BLANK = r"\S"
+_JSON_TYPES = {str: "string", list: "array", tuple: "array", dict: "object"}
 
 
 class UserInput(BaseModel):
@@ -94,7 +95,14 @@ class InputError(ValueError):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read(model: type[Model], values: Any, *, headline: str = "the input is not usable", where: str = "") -> Model:
+def read(
+    model: type[Model],
+    values: Any,
+    *,
+    headline: str = "the input is not usable",
+    where: str = "",
+    most: int = _MOST_READ,
+) -> Model:
     """A model with these values.
 
     Args:
@@ -102,6 +110,7 @@ def read(model: type[Model], values: Any, *, headline: str = "the input is not u
         values: plain containers and values.
         headline: first line of the error's message.
         where: key of the input itself, put before the keys of the model.
+        most: number of problems that are reported.
 
     Raises:
         InputError: a ValueError with every problem.
@@ -109,7 +118,7 @@ def read(model: type[Model], values: Any, *, headline: str = "the input is not u
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise InputError(headline, problems_of(error, model, values, where=where)) from None
+        raise InputError(headline, problems_of(error, model, values, where=where, most=most)) from None
 
 
 @cache
@@ -117,11 +126,15 @@ def _schema(model: type[BaseModel]) -> Mapping[str, Any]:
     return model.model_json_schema()
 
 
-def problems_of(error: ValidationError, model: type[BaseModel], values: Any, *, where: str = "") -> list[Problem]:
+def problems_of(
+    error: ValidationError, model: type[BaseModel], values: Any, *, where: str = "", most: int = _MOST_READ
+) -> list[Problem]:
     """The problems that pydantic found, in our form: one per key, whatever the number of types the key may have."""
     schema = _schema(model)
     found: dict[Problem, None] = {}
     for one in error.errors(include_url=False)[:_MOST_READ]:
+        if len(found) >= most:
+            break
         place = _place(one["loc"], schema, values, where)
         kind = (
             {"extra_forbidden": "unknown", "missing": "missing"}.get(one["type"], "value") if place.exact else "value"
@@ -154,10 +167,11 @@ def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, whe
         return [one for each in schema.get("anyOf") or schema.get("oneOf") or () for one in options(each)] or [schema]
 
     schema, beside, exact = root, tuple(root.get("properties", ())), True
+    shown = schema
     for part in loc:
         tags = schema.get("discriminator", {}).get("mapping", {})
         if part in tags:
-            schema = {"$ref": tags[part]}
+            schema = shown = {"$ref": tags[part]}
             continue
         kinds = [one for one in options(schema) if one.get("type") != "null"]
         if isinstance(part, int):
@@ -165,11 +179,18 @@ def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, whe
             if len(kinds) > 1 or not isinstance(values, Sequence) or part >= len(values):
                 exact = False
                 break
-            schema, where, values = inner[0], f"{where}[{part}]", values[part]
+            schema, where, values, exact = inner[0], f"{where}[{part}]", values[part], True
+            shown = schema
             continue
         named = next((one for one in kinds if part in one.get("properties", ())), None)
         free = [one for one in kinds if "additionalProperties" in one or "properties" in one]
-        if named is None and (not free or not isinstance(values, Mapping)):
+        keyed = free and isinstance(values, Mapping) and (len(kinds) == 1 or part in values)
+        if named is None and not keyed:
+            # The part names one of several types. The one that suits the value, if only one does, has the inner keys.
+            suited = [one for one in kinds if one.get("type") == _JSON_TYPES.get(type(values))]
+            if len(kinds) > 1 and len(suited) == 1:
+                schema, exact = suited[0], False
+                continue
             exact = False
             break
         beside = tuple((named or free[0]).get("properties", ()))
@@ -177,13 +198,14 @@ def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, whe
         schema = schema if isinstance(schema, Mapping) else {}
         where = f"{where}.{str(part)[:_LONGEST_NAME]}" if where else str(part)[:_LONGEST_NAME]
         values = values.get(part) if isinstance(values, Mapping) else None
+        shown, exact = schema, True
     return _Place(
         where,
         values,
-        {**schema, "$defs": definitions},
+        {**shown, "$defs": definitions},
         beside,
         exact,
-        any("properties" in one for one in options(schema)),
+        any("properties" in one for one in options(shown)),
     )
 
 

@@ -39,6 +39,7 @@ class Request(UserInput):
     stop: str | tuple[Text, ...] | None = None
     messages: tuple[Message, ...] = ()
     bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    limit: float | dict[str, float] = 1.0
     block: Block | None = None
     splits: Annotated[str, Field(pattern=r"^\d+$"), rule("shares as a text, e.g. '99'")] = "1"
     least: int = 0
@@ -81,7 +82,9 @@ def test_right_values_are_taken_as_they_are_and_lists_become_tuples() -> None:
         ({"share": 2}, "share=2 must be a finite number from 0 to 1"),
         ({"betas": [0.5]}, "betas=[0.5] must be a list of 2 finite numbers of at least 0 and below 1"),
         ({"betas": [0.5, 1]}, "betas[1]=1 must be a finite number of at least 0 and below 1"),
-        ({"stop": [""]}, "stop=[''] must be a text, or a list of texts with something in it, or null"),
+        ({"stop": [""]}, "stop[0]='' must be a text with something in it"),
+        ({"stop": 7}, "stop=7 must be a text, or a list of texts with something in it, or null; write a number that "
+                      "is meant as a text with quotes: \"'7'\""),
         ({"messages": "hi"}, "messages='hi' must be a list of blocks with the keys role, content"),
         ({"messages": ["hi"]}, "messages[0]='hi' must be a block with the keys role, content"),
         ({"messages": [{"role": "usr", "content": "x"}]},
@@ -91,6 +94,8 @@ def test_right_values_are_taken_as_they_are_and_lists_become_tuples() -> None:
                                                          "write a number that is meant as a text with quotes: "
                                                          "\"'7'\""),
         ({"bias": {"a": 101}}, "bias.a=101 must be a finite number from -100 to 100"),
+        ({"limit": {"a": "x"}}, "limit.a='x' must be a finite number"),
+        ({"limit": "x"}, "limit='x' must be a finite number, or a block of finite numbers by key"),
         ({"splits": "a"}, "splits='a' must be shares as a text, e.g. '99'"),
         ({"block": {"low": 3}}, "low=3 is above high=1; lower it"),
         ({"slts": 3}, "slts=3 is not a setting here (did you mean slots?); leave it out"),
@@ -124,6 +129,12 @@ def test_a_rule_between_fields_is_checked_where_those_are_right_whatever_the_oth
     assert problems(least=2, most=1, lr=0) == ["lr=0 must be a finite number above 0", *both]
     assert problems(least="2", most=1)[0].startswith("least='2' must be a whole number")
     assert len(problems(least="2", most=1)) == 1, "control: it is not checked with a wrong value"
+
+
+def test_no_more_problems_are_put_into_words_than_are_wanted() -> None:
+    with pytest.raises(InputError) as found:
+        read(Request, {f"x{number}": 1 for number in range(1000)}, most=3)
+    assert [one.where for one in found.value.problems] == ["flag", "x0", "x1"]
 
 
 def test_what_is_no_block_is_said_once() -> None:
