@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.items import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, course_of
-from nemo_ee.serving.errors import ApiError, shown
+from nemo_ee.generation.policy import ExitPolicy, course_of
+from nemo_ee.serving.errors import ApiError
+from nemo_ee.serving.protocol import EarlyExit
 from nemo_ee.serving.request_certificates import find_certificate
+from nemo_ee.settings.user_input import shortened
 
 # What a mode does not look at is refused, so that nobody believes it was.
 _UNUSED = {
@@ -33,77 +35,59 @@ class ExitChoice:
 
 
 def exit_choice(
-    given: Mapping[str, Any] | None,
-    model: DecodingModel,
-    default: ExitChoice,
-    certificates: Mapping[str, Certificate],
+    given: EarlyExit | None, model: DecodingModel, default: ExitChoice, certificates: Mapping[str, Certificate]
 ) -> ExitChoice:
     """Check the field against the model.
 
     Args:
-        given: the request's `early_exit`, keys known, values not; None or {} = the server's defaults.
-        model: whose exits are meant.
-        default: the server's; also for keys that are not given.
+        given: the request's `early_exit`; None or without keys = the server's defaults.
+        model: its exits are meant.
+        default: the server's choice; also for keys that are not given.
         certificates: the model's, by name.
 
     Raises:
-        ApiError: 400, with every fault.
+        ApiError: 400, with every problem.
     """
-    if not given:
+    keys = {} if given is None else {key: getattr(given, key) for key in given.model_fields_set}
+    if not keys:
         return default
     # Someone who names a threshold or a certificate wants early exit, also where the server's own mode is another.
-    keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in given
-    mode = given.get("mode", default.mode if keeps else "early_exit")
-    faults = list(_faults(given, mode, [point.name for point in model.exits]))
-    if faults:
-        raise ApiError(400, "; ".join(faults), param="early_exit")
-    if "certificate" in given:
-        certificate = find_certificate(certificates, given["certificate"])
+    keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in keys
+    mode = keys.get("mode", default.mode if keeps else "early_exit")
+    problems = list(_problems(keys, mode, [point.name for point in model.exits]))
+    if problems:
+        raise ApiError(400, "; ".join(problems), param="early_exit")
+    if "certificate" in keys:
+        certificate = find_certificate(certificates, keys["certificate"])
         # Without thresholds only full depth was certified.
         return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:
         policy = ExitPolicy(
             # The server's threshold may not suit a criterion it does not go with here; 0 suits every one.
-            0.0 if "threshold" in _UNUSED[mode] else given.get("threshold", default.policy.thresholds),
-            criterion=given.get("criterion", default.policy.criterion),
-            active=given.get("exits", default.policy.active),
-            max_waiting=given.get("max_waiting", default.policy.max_waiting),
+            0.0 if "threshold" in _UNUSED[mode] else keys.get("threshold", default.policy.thresholds),
+            criterion=keys.get("criterion", default.policy.criterion),
+            active=keys.get("exits", default.policy.active),
+            max_waiting=keys.get("max_waiting", default.policy.max_waiting),
         )
         course_of(mode, policy, model.exits, model.num_layers)
-    except (ValueError, TypeError) as fault:
-        raise ApiError(400, f"early_exit: {fault}", param="early_exit") from None
+    except ValueError as problem:
+        raise ApiError(400, f"early_exit: {problem}", param="early_exit") from None
     return ExitChoice(mode, policy)
 
 
-def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
-    if mode not in MODES:
-        yield f"early_exit.mode = {shown(mode)} is unknown; use one of {', '.join(MODES)}"
-        return
-    unused = [key for key in _UNUSED[mode] if key in given]
+def _problems(keys: Mapping[str, Any], mode: str, known: Sequence[str]) -> Iterator[str]:
+    unused = [key for key in _UNUSED[mode] if key in keys]
     if unused:
         yield f"early_exit: mode {mode!r} does not look at {', '.join(unused)}; leave that out or use another mode"
-    if "certificate" in given:
-        other = [key for key in ("threshold", "exits", "criterion", "max_waiting") if key in given]
+    if "certificate" in keys:
+        other = [key for key in ("threshold", "exits", "criterion", "max_waiting") if key in keys]
         if other:
             yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
-    exits = given.get("exits")
-    if exits is not None:
-        if not isinstance(exits, list) or any(not isinstance(name, str) for name in exits):
-            yield f"early_exit.exits = {shown(exits)} must be a list of names, of {', '.join(known) or 'none'}"
-            return
-        unknown = [name for name in exits if name not in known]
+    for key in ("exits", "threshold"):
+        names = keys.get(key)
+        unknown = [name for name in names if name not in known] if isinstance(names, tuple | dict) else []
         if unknown:
-            yield f"early_exit.exits names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
-    threshold = given.get("threshold")
-    if isinstance(threshold, dict):
-        unknown = [name for name in threshold if name not in known]
-        if unknown:
-            yield (
-                f"early_exit.threshold names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
-            )
-    if threshold is not None and not isinstance(threshold, int | float | dict):
-        yield f"early_exit.threshold = {shown(threshold)} must be a number, or an object of numbers by exit"
-    if given.get("criterion") is not None and not isinstance(given["criterion"], str):
-        yield f"early_exit.criterion = {shown(given['criterion'])} must be a name"
-    if "criterion" in given and "threshold" not in given and mode in ("early_exit", "self_speculative"):
+            own = ", ".join(known) or "none"
+            yield f"early_exit.{key} names {shortened(unknown[0])}; this model's exits are {own}"
+    if "criterion" in keys and "threshold" not in keys and mode in ("early_exit", "self_speculative"):
         yield "early_exit.criterion needs a threshold of its own; give both"

@@ -28,9 +28,8 @@ from starlette.types import Receive, Scope, Send
 from nemo_ee.serving.answers import STREAM_END, Answers, server_sent
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.guard import Guard
-from nemo_ee.serving.json_body import parse
 from nemo_ee.serving.metrics import CONTENT_TYPE, Metrics
-from nemo_ee.serving.protocol import Call, parse_call
+from nemo_ee.serving.protocol import ApiRequest, read_body, read_request
 from nemo_ee.serving.request_in_flight import RequestInFlight
 from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import Prepared, ServedModel
@@ -155,9 +154,9 @@ class Server:
         finally:
             in_flight.cancel()
 
-    def _read(self, body: bytes, chat: bool) -> tuple[Call, Prepared]:
+    def _read(self, body: bytes, chat: bool) -> tuple[ApiRequest, Prepared]:
         """What a body asks for. A large one takes a while: not for the event loop."""
-        call = parse_call(parse(body), chat=chat, limits=self.settings.limits)
+        call = read_request(read_body(body), chat=chat, limits=self.settings.limits)
         return call, self.model.prepare(call)
 
     async def _body(self, request: Request) -> bytes:
@@ -213,7 +212,7 @@ class Server:
         # The texts of many tokens take a while.
         return JSONResponse(await asyncio.to_thread(answers.whole))
 
-    async def _stream(self, call: Call, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
+    async def _stream(self, call: ApiRequest, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
         """Events as the tokens come."""
         try:
             for chunk in answers.opening():
@@ -232,7 +231,7 @@ class Server:
             answers.failed = True
             yield server_sent(error.to_mapping())
 
-    def _end_stream(self, call: Call, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
+    def _end_stream(self, call: ApiRequest, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
         """After the last chunk, or when the client has gone away."""
         in_flight.cancel()
         if not (answers.ended or answers.failed):
