@@ -130,7 +130,7 @@ def _joined(content: str | tuple[TextPart, ...]) -> str:
 
 
 Content = Annotated[
-    str | Annotated[tuple[TextPart, ...], Field(max_length=MAX_PARTS), up_to(MAX_PARTS)],
+    str | Annotated[tuple[TextPart, ...], Field(max_length=MAX_PARTS, fail_fast=True), up_to(MAX_PARTS)],
     AfterValidator(_joined),
     rule(f"a text, or a list of at most {MAX_PARTS} parts of type text; nothing else is read"),
 ]
@@ -163,7 +163,7 @@ class AssistantMessage(Message):
     tool_calls: (
         Annotated[
             tuple[Annotated[ToolCall, WrapValidator(_as_templates_take_it)], ...],
-            Field(max_length=MAX_TOOLS),
+            Field(max_length=MAX_TOOLS, fail_fast=True),
             up_to(MAX_TOOLS),
         ]
         | None
@@ -199,5 +199,5 @@ Messages = Annotated[
     up_to(MAX_MESSAGES),
 ]
 Tools = Annotated[
-    tuple[Annotated[Tool, WrapValidator(_as_it_came)], ...], Field(max_length=MAX_TOOLS), up_to(MAX_TOOLS)
+    tuple[Annotated[Tool, WrapValidator(_as_it_came)], ...], Field(max_length=MAX_TOOLS, fail_fast=True), up_to(MAX_TOOLS)
 ]

@@ -48,7 +48,9 @@ class UserInput(BaseModel):
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple([_tuples(one) if isinstance(one, list) else one for one in value])  # a call per number is slow
 
 
 def rule(text: str) -> Any:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 
 import pytest
 
@@ -66,8 +67,12 @@ def test_control_an_answer_can_be_sent_back_as_it_came() -> None:
         {"prompt": "x", "stop": ["x"] * 200_000},
         {"prompt": "x", "early_exit": {f"treshold{number}": 1 for number in range(50_000)}},
         {"prompt": "x", "early_exit": {"t" * 1_000_000: 1}},
+        {"prompt": [[]] * 300_000},
+        {"messages": [{"role": "user", "content": [1] * 64}] * 1024},
+        {"messages": [{"role": "assistant", "tool_calls": [{"a": 1}] * 128}] * 1024},
+        {"messages": [0] * 400_000},
     ],
-    ids=["names", "long-name", "prompts", "values", "stops", "keys", "long-key"],
+    ids=["names", "long-name", "prompts", "values", "stops", "keys", "long-key", "lists", "parts", "calls", "entries"],
 )
 def test_a_large_body_of_faults_costs_little(body: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
@@ -75,7 +80,9 @@ def test_a_large_body_of_faults_costs_little(body: dict, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         difflib, "get_close_matches", lambda name, *a, **k: looked_at.append(name) or real(name, *a, **k)
     )
-    refused(body)
+    start = time.monotonic()
+    refused(body, chat="messages" in body)
+    assert time.monotonic() - start < 8, "a tenth of a second alone; every problem in words takes 20 s"
     assert len(looked_at) <= MAX_PROBLEMS and all(len(name) <= 60 for name in looked_at)
 
 
