@@ -199,5 +199,7 @@ Messages = Annotated[
     up_to(MAX_MESSAGES),
 ]
 Tools = Annotated[
-    tuple[Annotated[Tool, WrapValidator(_as_it_came)], ...], Field(max_length=MAX_TOOLS, fail_fast=True), up_to(MAX_TOOLS)
+    tuple[Annotated[Tool, WrapValidator(_as_it_came)], ...],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+    up_to(MAX_TOOLS),
 ]
