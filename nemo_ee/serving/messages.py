@@ -22,7 +22,7 @@ from pydantic import (
     field_validator,
 )
 
-from nemo_ee.serving.other_fields import RequestFields, neutral, no_effect
+from nemo_ee.serving.request_fields import RequestFields, UpTo, neutral, no_effect
 from nemo_ee.settings.user_input import rule
 from nemo_ee.text.json_values import JsonError, parse_json
 
@@ -51,17 +51,6 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def up_to(most: int) -> Any:
-    """Metadata of a list or an object: its largest size, checked before its entries cost time."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, tuple | dict) and len(value) > most:
-            raise ValueError(f"has {len(value)} entries; {most} are allowed")
-        return value
-
-    return BeforeValidator(check)
-
-
 def _arguments(given: Any) -> dict[str, Any]:
     """Arguments of a tool call, which OpenAI writes as JSON in a text."""
     try:
@@ -87,7 +76,7 @@ class FunctionCall(RequestFields):
 class ToolCall(RequestFields):
     """A tool call of an earlier answer."""
 
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: FunctionCall
     id: no_effect() = None
     index: no_effect() = None
@@ -130,7 +119,7 @@ def _joined(content: str | tuple[TextPart, ...]) -> str:
 
 
 Content = Annotated[
-    str | Annotated[tuple[TextPart, ...], Field(max_length=MAX_PARTS, fail_fast=True), up_to(MAX_PARTS)],
+    str | Annotated[tuple[TextPart, ...], Field(fail_fast=True), UpTo(MAX_PARTS)],
     AfterValidator(_joined),
     rule(f"a text, or a list of at most {MAX_PARTS} parts of type text; nothing else is read"),
 ]
@@ -163,8 +152,8 @@ class AssistantMessage(Message):
     tool_calls: (
         Annotated[
             tuple[Annotated[ToolCall, WrapValidator(_as_templates_take_it)], ...],
-            Field(max_length=MAX_TOOLS, fail_fast=True),
-            up_to(MAX_TOOLS),
+            Field(fail_fast=True),
+            UpTo(MAX_TOOLS),
         ]
         | None
     ) = None
@@ -195,11 +184,11 @@ Messages = Annotated[
         ],
         ...,
     ],
-    Field(min_length=1, max_length=MAX_MESSAGES),
-    up_to(MAX_MESSAGES),
+    Field(min_length=1),
+    UpTo(MAX_MESSAGES),
 ]
 Tools = Annotated[
     tuple[Annotated[Tool, WrapValidator(_as_it_came)], ...],
-    Field(max_length=MAX_TOOLS, fail_fast=True),
-    up_to(MAX_TOOLS),
+    Field(fail_fast=True),
+    UpTo(MAX_TOOLS),
 ]

@@ -8,15 +8,9 @@ the values there, which change nothing; any other value is refused with the way 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import islice
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, WithJsonSchema, model_validator
-
-from nemo_ee.settings.user_input import UserInput
-
-MAX_PROBLEMS = 10  # that one error lists
+from nemo_ee.serving.request_fields import neutral, no_effect
 
 NO_EFFECT = (
     "user metadata safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention request_id "
@@ -81,47 +75,7 @@ NEUTRAL_OF: dict[bool, dict[str, tuple[tuple[Any, ...], str]]] = {
 }
 
 
-class RequestFields(UserInput):
-    """Fields of a JSON object in a request. A field that is null counts as missing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        given = {key: value for key, value in values.items() if value is not None}
-        known = cls.model_fields.keys()
-        if cls.model_config["extra"] == "forbid":
-            # Unknown fields past the number that an error lists cost time and add nothing.
-            for key in [*islice((key for key in given if key not in known), MAX_PROBLEMS, None)]:
-                del given[key]
-        return given
-
-
-def no_effect() -> Any:
-    """Type of a field that is accepted with any value and has no effect; its value here is None."""
-    schema = {"description": "accepted, has no effect", "x-acted-on": False}
-    return Annotated[Any, BeforeValidator(lambda value: None), WithJsonSchema(schema)]
-
-
-def neutral(values: tuple[Any, ...], way_out: str) -> Any:
-    """Type of a field that is accepted with these values alone, which change nothing; its value here is None."""
-
-    def check(value: Any) -> None:
-        if value is not None and not any(_is_same(value, one) for one in values):
-            raise ValueError(f"is not supported here; {way_out}")
-
-    description = f"accepted with these values, which change nothing; otherwise {way_out}"
-    schema = {"enum": [*values, None], "description": description, "x-acted-on": False}
-    return Annotated[Any, BeforeValidator(check), WithJsonSchema(schema)]
-
-
 def other_fields(chat: bool) -> dict[str, tuple[Any, None]]:
     """The fields of this file that an endpoint has, as pydantic's `create_model` takes them."""
     refused = {field: neutral(*entry) for field, entry in {**NEUTRAL, **NEUTRAL_OF[chat]}.items()}
     return {field: (kind, None) for field, kind in {**refused, **dict.fromkeys(NO_EFFECT, no_effect())}.items()}
-
-
-def _is_same(value: object, neutral: object) -> bool:
-    """Whether both are equal and of one kind: True == 1 in Python, but a switch is no number."""
-    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -23,8 +23,9 @@ from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.generation.policy import MODES
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.serving.errors import ApiError
-from nemo_ee.serving.messages import Conversation, Messages, Tools, up_to
-from nemo_ee.serving.other_fields import MAX_PROBLEMS, RequestFields, other_fields
+from nemo_ee.serving.messages import Conversation, Messages, Tools
+from nemo_ee.serving.other_fields import other_fields
+from nemo_ee.serving.request_fields import MAX_PROBLEMS, RequestFields, UpTo
 from nemo_ee.settings.user_input import InputError, read, rule, shortened
 from nemo_ee.text.json_values import JsonError, parse_json
 
@@ -53,7 +54,7 @@ class EarlyExit(RequestFields):
     mode: Literal[MODES] | None = Field(
         None, description="self_speculative and full give the full model's text; static_depth uses one exit"
     )
-    threshold: float | Annotated[dict[str, float], Field(max_length=MAX_EXITS), up_to(MAX_EXITS)] | None = Field(
+    threshold: float | Annotated[dict[str, float], UpTo(MAX_EXITS)] | None = Field(
         None,
         description="a token leaves if its confidence is greater: one number, or one for each exit by name. From 0 to "
         "1, where 1 never leaves; with criterion entropy in nats, less leaves and 0 never does",
@@ -62,8 +63,8 @@ class EarlyExit(RequestFields):
         None,
         description="name of a certificate whose thresholds are used; true is the only one, or the one named default",
     )
-    exits: Annotated[tuple[str, ...], up_to(MAX_EXITS)] | None = Field(
-        None, max_length=MAX_EXITS, description="names of the exits where tokens may leave; static_depth takes one"
+    exits: Annotated[tuple[str, ...], UpTo(MAX_EXITS)] | None = Field(
+        None, description="names of the exits where tokens may leave; static_depth takes one"
     )
     criterion: Literal[CRITERIA] | None = Field(None, description="measure of confidence; goes with a threshold")
     max_waiting: int | None = Field(
@@ -115,17 +116,19 @@ class ApiRequest(RequestFields):
     frequency_penalty: float | None = Field(
         0.0, ge=-2, le=2, description="is subtracted from logits once for each time a token is in the answer"
     )
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], up_to(MAX_TOKEN_IDS)] | None = Field(
-        {}, max_length=MAX_TOKEN_IDS, description="numbers that are added to logits, by token id (a text of digits)"
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], UpTo(MAX_TOKEN_IDS)] | None = Field(
+        {},
+        json_schema_extra={"propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"}},
+        description="numbers that are added to logits, by token id (a text of digits)",
     )
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="the same seed gives the same text; null draws one"
     )
-    stop: Stop | Annotated[tuple[Stop, ...], Field(max_length=MAX_STOPS), up_to(MAX_STOPS)] | None = Field(
+    stop: Stop | Annotated[tuple[Stop, ...], UpTo(MAX_STOPS)] | None = Field(
         (), description="texts that end an answer and are no part of it"
     )
-    stop_token_ids: Annotated[tuple[int, ...], up_to(MAX_TOKEN_IDS)] | None = Field(
-        (), max_length=MAX_TOKEN_IDS, description="token ids that end an answer, besides the model's own"
+    stop_token_ids: Annotated[tuple[int, ...], UpTo(MAX_TOKEN_IDS)] | None = Field(
+        (), description="token ids that end an answer, besides the model's own"
     )
     ignore_eos: bool | None = Field(False, description="the model's own end tokens do not end an answer")
     min_tokens: int | None = Field(
@@ -338,8 +341,8 @@ def request_model(chat: bool, limits: Limits) -> type[CompletionRequest] | type[
         info = kind.model_fields[key]
         default = info.default if info.default is None else min(info.default, most[key])
         fields[key] = (Annotated[info.annotation, info, Field(le=most[key])], default)
-    model = create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
-    model.limits = limits
+    model = create_model(kind.__name__, __base__=kind, **fields)
+    model.__doc__, model.limits = kind.__doc__, limits
     return model
 
 

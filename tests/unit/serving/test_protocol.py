@@ -14,8 +14,8 @@ from nemo_ee.generation.items import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.serving.errors import MAX_MESSAGE, ApiError
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
-from nemo_ee.serving.other_fields import MAX_PROBLEMS
 from nemo_ee.serving.protocol import EarlyExit, Limits, read_request
+from nemo_ee.serving.request_fields import MAX_PROBLEMS
 from nemo_ee.settings.user_input import read
 
 LIMITS = Limits(max_new_tokens=64, max_choices=4)
@@ -39,8 +39,8 @@ def message(**changes) -> dict:
         (message(name=7), "messages[0].name=7 must be a text"),
         (message(tool_call_id="a"), "messages[0].tool_call_id='a' is not supported"),
         (message(contents="x"), "did you mean content?"),
-        (message(content=[{"type": "text", "text": "x", "cache": {}}]), "messages[0].content[0].cache={} is not a setting here"),
-        (message(content=[{"type": "image_url", "image_url": {}}]), "messages[0].content[0].type='image_url' must be text"),
+        (message(content=[{"type": "text", "text": "x", "cache": {}}]), "messages[0].content[0].cache={} is"),
+        (message(content=[{"type": "image_url", "image_url": {}}]), "content[0].type='image_url' must be text"),
         ({**message(), "stream": True, "stream_options": {"include_usages": True}}, "did you mean include_usage?"),
         ({"messages": [{"role": "user", "content": "x"}] * 1025}, "has 1025 entries; 1024 are allowed"),
         (message(content=[{"type": "text", "text": "x"}] * 65), "messages[0].content=[{'type': 'text'"),
