@@ -47,7 +47,7 @@ def of_post(chat: bool, limits: Limits) -> dict[str, Any]:
         "With stream, server-sent events of its chunks"
     )
     errors = {status: {"model": ErrorAnswer, "description": text} for status, text in _STATUSES.items()}
-    responses = {200: {"description": answer, "content": {"text/event-stream": {}}}, **errors, **ERRORS}
+    responses = {200: {"description": answer, "content": {"text/event-stream": {}}}, **errors}
     return {"methods": ["POST"], "responses": responses, "openapi_extra": {"requestBody": body}}
 
 

@@ -136,7 +136,9 @@ class ApiRequest(RequestFields):
     )
     skip_special_tokens: bool | None = Field(True, description="special tokens have no text")
     stream: bool | None = Field(False, description="tokens are sent as they come, as server-sent events")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(
+        None, description="options of a stream"
+    )
     early_exit: EarlyExit | None = Field(None, description="how tokens leave early; null is the server's default")
 
     @field_validator("temperature")

@@ -249,7 +249,7 @@ def test_a_key_is_asked_for(model: Path, browser: Browser, monkeypatch) -> None:
 def test_text_of_a_model_is_never_markup(url: str, server, browser: Browser, monkeypatch) -> None:
     """The tokenizer is made to decode everything as markup; the policy would refuse a script that got in, too."""
     hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-    monkeypatch.setattr(server.model, "decode", lambda ids: hostile * len(ids))
+    monkeypatch.setattr(server.model, "decode", lambda ids, **_: hostile * len(ids))
     browser.call("Page.navigate", url=url)
     browser.until(IDLE)
     browser.run("document.getElementById('tokens').value = 3")
@@ -273,7 +273,8 @@ def test_the_api_page_shows_the_document(url: str, browser: Browser, tmp_path: P
     browser.until("document.querySelectorAll('section').length > 10")
     text = browser.run("document.body.innerText")
     for words in ("POST/v1/chat/completions", "openapi.json", "max_completion_tokens", "number, 0 to 2 | null",
-                  "list of text, 1 to 256 characters", "a token leaves if its confidence is greater",
+                  "list of (text, 1 to 256 characters), at most 16 entries",
+                  "a token leaves if its confidence is greater",
                   f"curl {url}/v1/completions", "more fields, accepted for clients of other servers"):  # fmt: skip
         assert words in text, words
     links = browser.run("[...document.querySelectorAll('main a')].map(a => decodeURIComponent(a.hash.slice(1)))")
