@@ -64,18 +64,20 @@ class Server:
 
     def app(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="nemo_ee", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        app = FastAPI(
+            title="nemo_ee", docs_url=None, redoc_url=None, openapi_url=None, responses=ERRORS, lifespan=self._lifespan
+        )
         limits, keys = self.settings.limits, self.settings.api_keys
         app.add_api_route("/v1/completions", self.completions, **of_post(False, limits))
         app.add_api_route("/v1/chat/completions", self.chat_completions, **of_post(True, limits))
-        app.add_api_route("/v1/models", self.models, responses=ERRORS)
-        app.add_api_route("/v1/models/{name:path}", self.one_model, responses=ERRORS)
-        app.add_api_route("/health", self.health, methods=["GET"], responses=ERRORS)
+        app.add_api_route("/v1/models", self.models)
+        app.add_api_route("/v1/models/{name:path}", self.one_model)
+        app.add_api_route("/health", self.health)
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
-        app.add_api_route("/metrics", self.metrics_text, response_class=PlainTextResponse, responses=ERRORS)
-        app.add_api_route("/openapi.json", self.openapi, responses=ERRORS)
-        app.add_api_route("/docs", self.docs, response_class=HTMLResponse, responses=ERRORS)
-        app.add_api_route("/", self.page, response_class=HTMLResponse, responses=ERRORS)
+        app.add_api_route("/metrics", self.metrics_text, response_class=PlainTextResponse)
+        app.add_api_route("/openapi.json", self.openapi)
+        app.add_api_route("/docs", self.docs, response_class=HTMLResponse)
+        app.add_api_route("/", self.page, response_class=HTMLResponse)
         self._openapi = openapi_document(app, limits, needs_key=bool(keys))
         app.add_exception_handler(ApiError, _api_error)
         app.add_exception_handler(HTTPException, _http_error)

@@ -10,7 +10,6 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from nemo_ee.package_info import __version__
 from nemo_ee.serving.errors import ErrorAnswer
 from nemo_ee.serving.guard import OPEN_PATHS
 from nemo_ee.serving.protocol import Limits, request_model
@@ -34,8 +33,8 @@ _STATUSES = {
     503: "the server is stopping",
     504: "the answer took too long",
 }
-# `responses` of every route.
-ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "an error"}}
+# FastAPI's `responses` of every route.
+ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "description": "any other error"}}
 
 
 def of_post(chat: bool, limits: Limits) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def openapi_document(app: FastAPI, limits: Limits, needs_key: bool) -> dict[str,
     """
     document = get_openapi(
         title=app.title,
-        version=__version__,
+        version="v1",  # of the API, as in its paths
         description="OpenAI's completions and chat completions over a model with early exits.",
         routes=app.routes,
     )

@@ -136,9 +136,7 @@ class ApiRequest(RequestFields):
     )
     skip_special_tokens: bool | None = Field(True, description="special tokens have no text")
     stream: bool | None = Field(False, description="tokens are sent as they come, as server-sent events")
-    stream_options: StreamOptions | None = Field(
-        None, description="options of a stream"
-    )
+    stream_options: StreamOptions | None = Field(None, description="options of a stream")
     early_exit: EarlyExit | None = Field(None, description="how tokens leave early; null is the server's default")
 
     @field_validator("temperature")
@@ -215,7 +213,7 @@ class CompletionRequest(ApiRequest):
     prompt: Annotated[
         PromptText | TokenIds | Annotated[tuple[PromptText | TokenIds, ...], Field(min_length=1, fail_fast=True)],
         rule("a text, token ids, or a list of either, none of them empty"),
-    ] = Field(description="a text, token ids, or a list of either")
+    ] = Field(description="what the answer continues; each prompt of a list has its own answers")
 
     @field_validator("max_tokens")
     @classmethod

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any
 
-from annotated_types import GroupedMetadata, MaxLen
-from pydantic import BeforeValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from nemo_ee.settings.user_input import UserInput
 
@@ -35,15 +34,15 @@ class RequestFields(UserInput):
 
 
 @dataclass(frozen=True)
-class UpTo(GroupedMetadata):
+class UpTo:
     """Metadata of a list or an object: its largest size, checked before its entries cost time."""
 
     most: int
 
-    def __iter__(self) -> Iterator[Any]:
-        """The metadata that pydantic reads."""
-        yield MaxLen(self.most)
-        yield BeforeValidator(self._check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Pydantic's hook for metadata."""
+        sized = Annotated[source, Field(max_length=self.most)]  # for the JSON schema
+        return BeforeValidator(self._check).__get_pydantic_core_schema__(sized, handler)
 
     def _check(self, value: Any) -> Any:
         if isinstance(value, tuple | dict) and len(value) > self.most:
