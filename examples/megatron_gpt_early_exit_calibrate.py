@@ -9,10 +9,9 @@ python examples/megatron_gpt_early_exit_calibrate.py model.restore_from_path=tun
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.commands.command import command
+from nemo_ee.commands.command import command, refuse_renamed_overrides
 from nemo_ee.commands.console import show
 from nemo_ee.settings.training import CALIBRATE
-from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_calibrate")

@@ -10,9 +10,8 @@ Needs neither a GPU nor NeMo.
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.commands.command import command
+from nemo_ee.commands.command import command, refuse_renamed_overrides
 from nemo_ee.settings.files import SERVE
-from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_serve")

@@ -19,10 +19,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.commands.command import command
+from nemo_ee.commands.command import command, refuse_renamed_overrides
 from nemo_ee.commands.console import messages, show
 from nemo_ee.settings.training import SWEEP_THRESHOLDS
-from nemo_ee.text.renamed_keys import refuse_renamed_overrides
 
 
 def sweep(cfg: DictConfig) -> dict[str, Any]:

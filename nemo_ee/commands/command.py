@@ -18,6 +18,7 @@ from typing import Any
 
 from nemo_ee import cpu_host
 from nemo_ee.commands.console import complain, console, rank
+from nemo_ee.exits.block_reader import RENAMED_KEYS
 from nemo_ee.settings.known import KnownSettings, missing, raise_problems
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,18 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
     finally:
         os.environ.pop(_SCRIPT_PID, None)
         os.environ.pop(_LOG_FILE, None)
+
+
+def refuse_renamed_overrides(overrides: Sequence[str] | None = None) -> None:
+    """Check Hydra overrides (None: this process's arguments), which would otherwise end in Hydra's own message.
+
+    Raises:
+        SystemExit: one of them sets a retired key; the message names the new one.
+    """
+    for override in sys.argv[1:] if overrides is None else overrides:
+        name = override.partition("=")[0].lstrip("+~").rpartition(".")[2]
+        if name in RENAMED_KEYS:
+            raise SystemExit(f"error: {override}: {name} is now {RENAMED_KEYS[name]}")
 
 
 def _log_path() -> Path | None:

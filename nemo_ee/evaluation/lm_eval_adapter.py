@@ -30,11 +30,11 @@ from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.commands.console import messages
 from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
+from nemo_ee.exits.block_reader import RENAMED_KEYS
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.generation.stats import FINAL, TokenEvent, raise_failures
-from nemo_ee.text.renamed_keys import renamed_key
 from nemo_ee.text.stop_strings import EndStrings
 
 # Tokens scored or prompted together with batch_size=auto.
@@ -92,7 +92,9 @@ class EarlyExitLM(TemplateLM):
     ) -> None:
         super().__init__()
         if others:
-            found = [f"{key} is now {renamed_key(key)}" if renamed_key(key) else f"{key} is unknown" for key in others]
+            found = [
+                f"{key} is now {RENAMED_KEYS[key]}" if key in RENAMED_KEYS else f"{key} is unknown" for key in others
+            ]
             raise ValueError(f"--model_args: {'; '.join(found)}")
         self.batch_size = _batch_size(batch_size)
         if str(device).startswith("cpu"):

@@ -74,6 +74,10 @@ def reads_as_number(text: str) -> bool:
     return True
 
 
+# Retired names of settings, request fields and arguments.
+RENAMED_KEYS = {"max_waiting": "max_pending_tokens (in mode self_speculative: num_draft_tokens)"}
+
+
 def close_match(value: Any, choices: Sequence[str]) -> str:
     """` (did you mean x?)`, or nothing."""
     matches = difflib.get_close_matches(str(value), list(choices), n=1)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor
 
+from nemo_ee.exits.block_reader import RENAMED_KEYS
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
-from nemo_ee.text.renamed_keys import renamed_key
 from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, json_object
 
 # What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
@@ -142,8 +142,8 @@ class EarlyExitCausalLM:
         """
         others.pop("token_type_ids", None)  # some tokenizers give them unasked; these models have one kind
         for key in others:
-            if renamed_key(key):
-                raise ValueError(f"{key} is now {renamed_key(key)}")
+            if key in RENAMED_KEYS:
+                raise ValueError(f"{key} is now {RENAMED_KEYS[key]}")
         if others:
             raise ValueError(f"{', '.join(sorted(others))}: not supported here; use the stock class for it")
         sampling = SamplingParams(

@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.stats import FINAL, PromptScores, TokenEvent
-from nemo_ee.serving.protocol import Call
+from nemo_ee.serving.protocol import ApiRequest
 from nemo_ee.serving.request_certificates import promise
 from nemo_ee.serving.served_model import Prepared
 from nemo_ee.serving.text_stream import Piece, TextStream
@@ -35,7 +35,7 @@ class Answers:
 
     def __init__(
         self,
-        call: Call,
+        call: ApiRequest,
         model: str,
         prepared: Prepared,
         exits: Sequence[ExitPoint],

@@ -4,10 +4,26 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 MAX_MESSAGE = 2000  # characters; a message may quote what came, which may be large
+
+
+class ErrorFields(BaseModel):
+    """The fields of an error."""
+
+    message: str = Field(description="every problem with the value, the rule and the way out")
+    type: str = Field(description="authentication_error, rate_limit_error, invalid_request_error or server_error")
+    param: str | None = Field(description="field of the request with the first problem")
+    code: str | None = Field(description="OpenAI's word for the error")
+
+
+class ErrorAnswer(BaseModel):
+    """The body of an answer that is an error."""
+
+    error: ErrorFields
 
 
 class ApiError(Exception):
@@ -16,7 +32,7 @@ class ApiError(Exception):
     Args:
         status: HTTP status.
         message: what is wrong, the rule and the way out.
-        param: field of the request at fault.
+        param: field of the request with the first problem.
         code: OpenAI's word for it.
     """
 
@@ -27,29 +43,11 @@ class ApiError(Exception):
 
     def to_mapping(self) -> dict[str, Any]:
         """The body."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        fields = ErrorFields(message=self.message, type=self.kind, param=self.param, code=self.code)
+        return ErrorAnswer(error=fields).model_dump()
 
     @property
     def kind(self) -> str:
         """OpenAI's type of error."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-
-
-def shown(value: object) -> str:
-    """A value from a request as a message shows it: short, on one line."""
-    text = repr(_part(value, 3))
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _part(value: object, depth: int) -> object:
-    """Enough of a value for its first 60 characters, so that a large one costs nothing."""
-    if isinstance(value, str):
-        return value[:60]
-    if not isinstance(value, list | dict):
-        return value
-    if not depth:
-        return "..."
-    if isinstance(value, list):
-        return [_part(one, depth - 1) for one in value[:30]]
-    return {_part(key, 0): _part(one, depth - 1) for key, one in islice(value.items(), 30)}

@@ -4,20 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.decoding_model import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, plan_exits
-from nemo_ee.serving.errors import ApiError, shown
+from nemo_ee.generation.policy import ExitPolicy, plan_exits
+from nemo_ee.serving.errors import ApiError
+from nemo_ee.serving.protocol import EarlyExit
 from nemo_ee.serving.request_certificates import find_certificate
+from nemo_ee.settings.user_input import shortened
 
+_CAPS = ("max_pending_tokens", "num_draft_tokens")
 # Options each mode ignores. Passing one is an error, so that users do not think it had an effect.
 _UNUSED = {
-    "full": ("threshold", "certificate", "exits", "max_pending_tokens", "num_draft_tokens"),
-    "static_depth": ("threshold", "certificate", "max_pending_tokens", "num_draft_tokens"),
+    "full": ("threshold", "certificate", "exits", *_CAPS),
+    "static_depth": ("threshold", "certificate", *_CAPS),
     "self_speculative": ("certificate", "max_pending_tokens"),
     "early_exit": ("num_draft_tokens",),
 }
@@ -33,87 +36,59 @@ class ExitChoice:
 
 
 def exit_choice(
-    given: Mapping[str, Any] | None,
-    model: DecodingModel,
-    default: ExitChoice,
-    certificates: Mapping[str, Certificate],
+    given: EarlyExit | None, model: DecodingModel, default: ExitChoice, certificates: Mapping[str, Certificate]
 ) -> ExitChoice:
     """Check the field against the model.
 
     Args:
-        given: the request's `early_exit`, keys known, values not; None or {} = the server's defaults.
-        model: whose exits are meant.
-        default: the server's; also for keys that are not given.
+        given: the request's `early_exit`; None or without keys = the server's defaults.
+        model: its exits are meant.
+        default: the server's choice; also for keys that are not given.
         certificates: the model's, by name.
 
     Raises:
-        ApiError: 400, with every fault.
+        ApiError: 400, with every problem.
     """
-    if not given:
+    keys = {} if given is None else {key: getattr(given, key) for key in given.model_fields_set}
+    if not keys:
         return default
     # Someone who names a threshold or a certificate wants early exit, also where the server's own mode is another.
-    keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in given
-    mode = given.get("mode", default.mode if keeps else "early_exit")
-    faults = list(_faults(given, mode, [point.name for point in model.exits]))
-    if faults:
-        raise ApiError(400, "; ".join(faults), param="early_exit")
-    if "certificate" in given:
-        certificate = find_certificate(certificates, given["certificate"])
+    keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in keys
+    mode = keys.get("mode", default.mode if keeps else "early_exit")
+    problems = list(_problems(keys, mode, [point.name for point in model.exits]))
+    if problems:
+        raise ApiError(400, "; ".join(problems), param="early_exit")
+    if "certificate" in keys:
+        certificate = find_certificate(certificates, keys["certificate"])
         # Without thresholds only full depth was certified.
         return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:
         policy = ExitPolicy(
             # The server's threshold may not suit a criterion it does not go with here; 0 suits every one.
-            0.0 if "threshold" in _UNUSED[mode] else given.get("threshold", default.policy.thresholds),
-            criterion=given.get("criterion", default.policy.criterion),
-            active=given.get("exits", default.policy.active),
-            **_caps(given, mode, default.policy),
+            0.0 if "threshold" in _UNUSED[mode] else keys.get("threshold", default.policy.thresholds),
+            criterion=keys.get("criterion", default.policy.criterion),
+            active=keys.get("exits", default.policy.active),
+            **{cap: keys.get(cap, getattr(default.policy, cap)) for cap in _CAPS if cap not in _UNUSED[mode]},
         )
         plan_exits(mode, policy, model.exits, model.num_layers)
-    except (ValueError, TypeError) as fault:
-        raise ApiError(400, f"early_exit: {fault}", param="early_exit") from None
+    except ValueError as problem:
+        raise ApiError(400, f"early_exit: {problem}", param="early_exit") from None
     return ExitChoice(mode, policy)
 
 
-def _caps(given: Mapping[str, Any], mode: str, default: ExitPolicy) -> dict[str, Any]:
-    """The caps that the mode uses, as given or as the server's default."""
-    keys = [key for key in ("max_pending_tokens", "num_draft_tokens") if key not in _UNUSED[mode]]
-    return {key: given.get(key, getattr(default, key)) for key in keys}
-
-
-def _faults(given: Mapping[str, Any], mode: object, known: Sequence[str]):
-    if mode not in MODES:
-        yield f"early_exit.mode = {shown(mode)} is unknown; use one of {', '.join(MODES)}"
-        return
-    unused = [key for key in _UNUSED[mode] if key in given]
+def _problems(keys: Mapping[str, Any], mode: str, known: Sequence[str]) -> Iterator[str]:
+    unused = [key for key in _UNUSED[mode] if key in keys]
     if unused:
-        yield f"early_exit: mode {mode!r} does not look at {', '.join(unused)}; leave that out or use another mode"
-    if "certificate" in given:
-        other = [
-            key
-            for key in ("threshold", "exits", "criterion", "max_pending_tokens", "num_draft_tokens")
-            if key in given
-        ]
+        yield f"early_exit: mode {mode!r} has no use for {', '.join(unused)}; leave that out or use another mode"
+    if "certificate" in keys:
+        other = [key for key in ("threshold", "exits", "criterion", *_CAPS) if key in keys]
         if other:
             yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
-    exits = given.get("exits")
-    if exits is not None:
-        if not isinstance(exits, list) or any(not isinstance(name, str) for name in exits):
-            yield f"early_exit.exits = {shown(exits)} must be a list of names, of {', '.join(known) or 'none'}"
-            return
-        unknown = [name for name in exits if name not in known]
+    for key in ("exits", "threshold"):
+        names = keys.get(key)
+        unknown = [name for name in names if name not in known] if isinstance(names, tuple | dict) else []
         if unknown:
-            yield f"early_exit.exits names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
-    threshold = given.get("threshold")
-    if isinstance(threshold, dict):
-        unknown = [name for name in threshold if name not in known]
-        if unknown:
-            yield (
-                f"early_exit.threshold names {shown(unknown[0])}; this model's exits are {', '.join(known) or 'none'}"
-            )
-    if threshold is not None and not isinstance(threshold, int | float | dict):
-        yield f"early_exit.threshold = {shown(threshold)} must be a number, or an object of numbers by exit"
-    if given.get("criterion") is not None and not isinstance(given["criterion"], str):
-        yield f"early_exit.criterion = {shown(given['criterion'])} must be a name"
-    if "criterion" in given and "threshold" not in given and mode in ("early_exit", "self_speculative"):
+            own = ", ".join(known) or "none"
+            yield f"early_exit.{key} names {shortened(unknown[0])}; this model's exits are {own}"
+    if "criterion" in keys and "threshold" not in keys and mode in ("early_exit", "self_speculative"):
         yield "early_exit.criterion needs a threshold of its own; give both"

@@ -25,8 +25,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.settings import is_loopback
 
-# Answered without a key: the page, which asks for one, and whether the server is up.
-OPEN_PATHS = ("/", "/health")
+# Answered without a key: the two pages, which have a field for it, and whether the server is up.
+OPEN_PATHS = ("/", "/docs", "/health")
 _HOST = re.compile(
     r"(?P<host>\[(?P<literal>[0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::(?P<port>[0-9]*))?"
 )

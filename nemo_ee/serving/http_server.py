@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP side: routes, limits, streams. The model's side is `Scheduler`, in a thread of its own.
 
-GET /  /health  /metrics  /v1/models  /v1/models/{name}       POST /v1/completions  /v1/chat/completions
+GET /  /docs  /openapi.json  /health  /metrics  /v1/models  /v1/models/{name}
+POST /v1/completions  /v1/chat/completions
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -28,16 +30,16 @@ from starlette.types import Receive, Scope, Send
 from nemo_ee.serving.answers import STREAM_END, Answers, server_sent
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.guard import Guard
-from nemo_ee.serving.json_body import parse
 from nemo_ee.serving.metrics import CONTENT_TYPE, Metrics
-from nemo_ee.serving.protocol import Call, parse_call
+from nemo_ee.serving.openapi import ERRORS, of_post, openapi_document
+from nemo_ee.serving.protocol import ApiRequest, read_body, read_request
 from nemo_ee.serving.request_in_flight import RequestInFlight
 from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import Prepared, ServedModel
 from nemo_ee.serving.settings import HttpSettings
 
 _LOG = logging.getLogger(__name__)
-PAGE = Path(__file__).with_name("page.html")
+PAGE, DOCS = (Path(__file__).with_name(name) for name in ("page.html", "docs.html"))
 _BODY_SECONDS = 30  # a body that takes longer is not coming
 _UNREAD_SECONDS = 10  # that a client may lag behind at the end of a stream
 _CLIENT_GONE = 499  # nobody sees it; the word that proxies use for it
@@ -58,23 +60,29 @@ class Server:
         self._created = int(time.time())
         # Large bodies take a while to read and to tokenize, and one tokenizer is not for two threads.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._page = PAGE.read_text(encoding="utf-8")
-        self._page_headers = page_headers(self._page)
+        self._page, self._docs = _page(PAGE), _page(DOCS)
 
     def app(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="nemo_ee", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
-        app.add_api_route("/", self.page)
-        app.add_api_route("/health", self.health, methods=["GET", "HEAD"])
-        app.add_api_route("/metrics", self.metrics_text)
+        app = FastAPI(
+            title="nemo_ee", docs_url=None, redoc_url=None, openapi_url=None, responses=ERRORS, lifespan=self._lifespan
+        )
+        limits, keys = self.settings.limits, self.settings.api_keys
+        app.add_api_route("/v1/completions", self.completions, **of_post(False, limits))
+        app.add_api_route("/v1/chat/completions", self.chat_completions, **of_post(True, limits))
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.one_model)
-        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
-        app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"])
+        app.add_api_route("/health", self.health)
+        app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
+        app.add_api_route("/metrics", self.metrics_text, response_class=PlainTextResponse)
+        app.add_api_route("/openapi.json", self.openapi)
+        app.add_api_route("/docs", self.docs, response_class=HTMLResponse)
+        app.add_api_route("/", self.page, response_class=HTMLResponse)
+        self._openapi = openapi_document(app, limits, needs_key=bool(keys))
         app.add_exception_handler(ApiError, _api_error)
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(Exception, _server_error)
-        app.add_middleware(Guard, api_keys=self.settings.api_keys)
+        app.add_middleware(Guard, api_keys=keys)
         return app
 
     @contextlib.asynccontextmanager
@@ -86,33 +94,41 @@ class Server:
 
     async def page(self) -> Response:
         """The page to try the model on."""
-        return HTMLResponse(self._page, headers=self._page_headers)
+        return self._page()
+
+    async def docs(self) -> Response:
+        """The page that describes the endpoints."""
+        return self._docs()
+
+    async def openapi(self) -> Response:
+        """This document."""
+        return JSONResponse(self._openapi)
 
     async def health(self) -> Response:
-        """Whether requests are taken."""
+        """Whether requests are accepted: 200, else 503."""
         good = self.scheduler.healthy
         return JSONResponse({"status": "ok" if good else "stopping"}, 200 if good else 503)
 
     async def metrics_text(self) -> Response:
-        """Prometheus' page."""
+        """Metrics in Prometheus' format."""
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self) -> Response:
-        """The one model, in a list."""
+        """The served model, in a list: its exits, modes, certificates and defaults."""
         return JSONResponse({"object": "list", "data": [self.model.card(self._created)]})
 
     async def one_model(self, name: str) -> Response:
-        """The model by name."""
+        """The served model, by name."""
         if name != self.model.name:
             raise ApiError(404, f"the model {name[:60]!r} does not exist", param="model", code="model_not_found")
         return JSONResponse(self.model.card(self._created))
 
     async def completions(self, request: Request) -> Response:
-        """OpenAI's completions."""
+        """Continue prompts."""
         return await self._measured(request, chat=False)
 
     async def chat_completions(self, request: Request) -> Response:
-        """OpenAI's chat completions."""
+        """Answer in a conversation."""
         return await self._measured(request, chat=True)
 
     async def _measured(self, request: Request, *, chat: bool) -> Response:
@@ -155,9 +171,9 @@ class Server:
         finally:
             in_flight.cancel()
 
-    def _read(self, body: bytes, chat: bool) -> tuple[Call, Prepared]:
+    def _read(self, body: bytes, chat: bool) -> tuple[ApiRequest, Prepared]:
         """What a body asks for. A large one takes a while: not for the event loop."""
-        call = parse_call(parse(body), chat=chat, limits=self.settings.limits)
+        call = read_request(read_body(body), chat=chat, limits=self.settings.limits)
         return call, self.model.prepare(call)
 
     async def _body(self, request: Request) -> bytes:
@@ -213,7 +229,7 @@ class Server:
         # The texts of many tokens take a while.
         return JSONResponse(await asyncio.to_thread(answers.whole))
 
-    async def _stream(self, call: Call, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
+    async def _stream(self, call: ApiRequest, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
         """Events as the tokens come."""
         try:
             for chunk in answers.opening():
@@ -232,7 +248,7 @@ class Server:
             answers.failed = True
             yield server_sent(error.to_mapping())
 
-    def _end_stream(self, call: Call, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
+    def _end_stream(self, call: ApiRequest, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
         """After the last chunk, or when the client has gone away."""
         in_flight.cancel()
         if not (answers.ended or answers.failed):
@@ -262,6 +278,12 @@ class TokenStream(StreamingResponse):
             _LOG.info("a client did not read its answer in time and was cut off")
         finally:
             self._at_end()
+
+
+def _page(path: Path) -> Callable[[], Response]:
+    """Makes answers with a static page."""
+    text = path.read_text(encoding="utf-8")
+    return partial(HTMLResponse, text, headers=page_headers(text))
 
 
 def page_headers(page: str) -> dict[str, str]:

@@ -1,42 +1,47 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Messages and tools of a chat completion, checked, in the form that chat templates take.
+"""Messages and tools of a chat completion, and the conversation that a chat template gets.
 
-Tool calls of the model are not parsed out of its text: clients send earlier ones back, and the template writes them.
+Tool calls are not parsed out of generated text. Clients send earlier ones back, and the template writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from nemo_ee.serving.errors import ApiError, shown
-from nemo_ee.serving.json_body import parse
-from nemo_ee.serving.request_fields import Fields
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    WrapValidator,
+    create_model,
+    field_validator,
+)
+
+from nemo_ee.serving.request_fields import RequestFields, UpTo, neutral, no_effect
+from nemo_ee.settings.user_input import rule
+from nemo_ee.text.json_values import JsonError, parse_json
 
 MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 1024, 64, 128
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields of a message that come back with answers, OpenAI's and others'; refused unless they are empty.
-NEUTRAL_IN_MESSAGE = frozenset("refusal function_call audio annotations reasoning reasoning_content".split())
-KNOWN_IN_MESSAGE = {
-    "assistant": ("role", "content", "name", "tool_calls"),
-    "tool": ("role", "content", "name", "tool_call_id"),
-}
-KNOWN_IN_PART = ("type", "text", "prompt_cache_breakpoint")
+NEUTRAL_IN_MESSAGE = tuple("refusal function_call audio annotations reasoning reasoning_content".split())
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template writes.
+    """Input of a chat template.
 
     Attributes:
         messages: `role`, `content` (text) and, where given, `name`, `tool_call_id` and `tool_calls`, whose arguments
             are objects, as templates expect them. The role `developer` has become `system`.
         tools: as they came; empty = none.
-        continues: the answer goes on with the last message's text.
+        continues: the answer continues the last message's text.
         opens: the beginning of the answer's turn is written behind the messages.
-        template_kwargs: further names the template sees.
+        template_kwargs: further names that the template sees.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -46,132 +51,144 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_conversation(fields: Fields) -> Conversation:
-    """The conversation of a request; what is wrong with it is noted."""
-    messages = _messages(fields)
-    continues = fields.switch("continue_final_message")
-    opens = fields.switch("add_generation_prompt", default=not continues)
-    if continues and opens:
-        fields.fault(
-            "continue_final_message",
-            "continue_final_message and add_generation_prompt are both true; set one of them to false",
-        )
-    if continues and messages and not messages[-1]["content"]:
-        fields.fault("messages", "the last message has no text to continue; leave continue_final_message out")
-    kwargs = fields.body.get("chat_template_kwargs")
-    if kwargs is not None and not isinstance(kwargs, dict):
-        fields.fault("chat_template_kwargs", f"chat_template_kwargs = {shown(kwargs)} must be an object")
-    return Conversation(messages, _tools(fields), continues, opens, kwargs or {})
+def _arguments(given: Any) -> dict[str, Any]:
+    """Arguments of a tool call, which OpenAI writes as JSON in a text."""
+    try:
+        value = parse_json(given.encode() or b"{}") if isinstance(given, str) else given
+    except JsonError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError("must be an object, or a text with the JSON of one")
+    return value
 
 
-def _messages(fields: Fields) -> tuple[dict[str, Any], ...]:
-    given = fields.body.get("messages")
-    if not isinstance(given, list) or not given:
-        fields.fault("messages", f"messages = {shown(given)} must be a list of at least one message")
-        return ()
-    if len(given) > MAX_MESSAGES:
-        fields.fault("messages", f"messages has {len(given)} entries; {MAX_MESSAGES} are allowed")
-        return ()
-    return tuple(_message(fields, f"messages[{index}]", one) for index, one in enumerate(given))
+class FunctionCall(RequestFields):
+    """The function that a tool call names."""
+
+    name: str
+    arguments: Annotated[
+        dict[str, Any],
+        BeforeValidator(_arguments),
+        WithJsonSchema({"type": ["string", "object"], "description": "an object, or a text with the JSON of one"}),
+    ]
 
 
-def _message(fields: Fields, where: str, given: object) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        fields.fault(where, f"{where} = {shown(given)} must be an object with role and content")
-        return {"role": None, "content": None}
-    role, content = given.get("role"), given.get("content")
-    if role not in ROLES:
-        *others, last = ROLES
-        fields.fault(where, f"{where}.role = {shown(role)} must be {', '.join(others)} or {last}")
-        role = None
-    known = KNOWN_IN_MESSAGE.get(role, ("role", "content", "name"))
-    fields.refuse_others(where, given, known, (*NEUTRAL_IN_MESSAGE, "tool_calls", "tool_call_id"))
-    message: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    calls = _tool_calls(fields, where, given.get("tool_calls")) if role == "assistant" else []
-    if isinstance(content, list):  # OpenAI's parts
-        content = _joined_parts(fields, f"{where}.content", content)
-    elif content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        fields.fault(where, f"{where}.content must be a text, or parts of type text; nothing else is read")
-    message["content"] = content
-    for key in ("name", "tool_call_id"):
-        value = given.get(key)
-        if value is not None and key in known:
-            if not isinstance(value, str):
-                fields.fault(where, f"{where}.{key} = {shown(value)} must be a text")
-            message[key] = value
-    if calls:
-        message["tool_calls"] = calls
-    return message
+class ToolCall(RequestFields):
+    """A tool call of an earlier answer."""
+
+    type: Literal["function"] | None = "function"
+    function: FunctionCall
+    id: no_effect() = None
+    index: no_effect() = None
 
 
-def _joined_parts(fields: Fields, where: str, parts: list[Any]) -> str | None:
-    """Text of OpenAI's content parts; None = they are not all text."""
-    if len(parts) > MAX_PARTS:
-        fields.fault(where, f"{where} has {len(parts)} parts; {MAX_PARTS} are allowed")
-        return None
-    texts = []
-    for index, part in enumerate(parts):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            return None
-        fields.refuse_others(f"{where}[{index}]", part, KNOWN_IN_PART)
-        texts.append(part["text"])
-    return "".join(texts)
+def _as_templates_take_it(given: Any, check: Any) -> dict[str, Any]:
+    """A tool call as it came, with its arguments as an object."""
+    call = check(given)
+    return {**given, "type": call.type, "function": call.function.model_dump()}
 
 
-def _tool_calls(fields: Fields, where: str, given: object) -> list[dict[str, Any]]:
-    """Tool calls of an assistant's message, with the arguments read: templates expect objects."""
-    if given is None or given == []:
-        return []
-    where = f"{where}.tool_calls"
-    if not isinstance(given, list) or len(given) > MAX_TOOLS:
-        fields.fault(where, f"{where} = {shown(given)} must be a list of at most {MAX_TOOLS} tool calls")
-        return []
-    calls = []
-    for index, one in enumerate(given):
-        function = one.get("function") if isinstance(one, dict) and one.get("type", "function") == "function" else None
-        arguments = None if not isinstance(function, dict) else _arguments(function.get("arguments"))
-        if arguments is None or not isinstance(function.get("name"), str):
-            rule = (
-                'must be {"id": ..., "type": "function", "function": {"name": ..., "arguments": <JSON of an object>}}'
-            )
-            fields.fault(where, f"{where}[{index}] = {shown(one)} {rule}")
-            return []
-        fields.refuse_others(f"{where}[{index}]", one, ("id", "type", "function", "index"))
-        fields.refuse_others(f"{where}[{index}].function", function, ("name", "arguments"))
-        calls.append({**one, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return calls
+class NamedFunction(RequestFields, extra="allow"):
+    """Description of a function; further keys, e.g. `description` and `parameters`, go to the template."""
+
+    name: str
 
 
-def _arguments(given: object) -> dict[str, Any] | None:
-    """The arguments of a tool call, which OpenAI writes as JSON in a text; None = they are no object."""
-    if isinstance(given, str):
-        try:
-            return parse(given.encode() or b"{}")
-        except ApiError:
-            return None
-    return given if isinstance(given, dict) else None
+class Tool(RequestFields, extra="allow"):
+    """A tool that the chat template describes to the model."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
-def _tools(fields: Fields) -> tuple[dict[str, Any], ...]:
-    """Tools for the template; none where `tool_choice` is `none`, so that the model does not see any."""
-    given, choice = fields.body.get("tools"), fields.body.get("tool_choice")
-    parallel = fields.switch("parallel_tool_calls", default=True)
-    if choice not in (None, "none", "auto"):
-        fields.fault("tool_choice", f"tool_choice = {shown(choice)} is not supported here; use auto or none")
-    if given is None or given == []:
-        return ()
-    if not isinstance(given, list) or len(given) > MAX_TOOLS:
-        fields.fault("tools", f"tools = {shown(given)} must be a list of at most {MAX_TOOLS} tools")
-        return ()
-    for index, one in enumerate(given):
-        function = one.get("function") if isinstance(one, dict) and one.get("type") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            rule = 'must be {"type": "function", "function": {"name": ..., ...}}'
-            fields.fault("tools", f"tools[{index}] = {shown(one)} {rule}")
-            return ()
-    if not parallel and choice != "none":
-        way_out = "tool calls are not read out of the answer; leave it out"
-        fields.fault("parallel_tool_calls", f"parallel_tool_calls = false is not supported here; {way_out}")
-    return () if choice == "none" else tuple(given)
+def _as_it_came(given: Any, check: Any) -> Any:
+    check(given)
+    return given
+
+
+class TextPart(RequestFields):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+    prompt_cache_breakpoint: no_effect() = None
+
+
+def _joined(content: str | tuple[TextPart, ...]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+Content = Annotated[
+    str | Annotated[tuple[TextPart, ...], Field(fail_fast=True), UpTo(MAX_PARTS)],
+    AfterValidator(_joined),
+    rule(f"a text, or a list of at most {MAX_PARTS} parts of type text; nothing else is read"),
+]
+
+_Answered = create_model(
+    "_Answered",
+    __base__=RequestFields,
+    **{key: (neutral(("", ()), "leave it out"), None) for key in (*NEUTRAL_IN_MESSAGE, "tool_calls", "tool_call_id")},
+)
+
+
+class Message(_Answered):
+    """A message of the system, the developer (the same as system) or the user."""
+
+    role: Literal["system", "developer", "user"]
+    name: Annotated[str | None, Field(description="name of the author, for templates that write it")] = None
+    content: Annotated[Content, Field(description="text, or parts of text that are joined")]
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        extra = {key: getattr(self, key) for key in ("name", "tool_call_id") if getattr(self, key) is not None}
+        return {**message, **extra, **({"tool_calls": list(self.tool_calls)} if self.tool_calls else {})}
+
+
+class AssistantMessage(Message):
+    """An earlier answer; without content only where it has tool calls."""
+
+    role: Literal["assistant"]
+    tool_calls: (
+        Annotated[
+            tuple[Annotated[ToolCall, WrapValidator(_as_templates_take_it)], ...],
+            Field(fail_fast=True),
+            UpTo(MAX_TOOLS),
+        ]
+        | None
+    ) = None
+    content: Content | None = Field(None, validate_default=True)
+
+    @field_validator("content")
+    @classmethod
+    def _not_without_both(cls, content: str | None, info: ValidationInfo) -> str | None:
+        if content is None and not info.data.get("tool_calls", True):
+            raise ValueError("must be a text, or parts of type text, in a message without tool_calls")
+        return content
+
+
+class ToolMessage(Message):
+    """The result of a tool call."""
+
+    role: Literal["tool"]
+    tool_call_id: Annotated[str | None, Field(description="id of the tool call that it answers")] = None
+
+
+ROLES = "system, developer, user, assistant or tool"
+Messages = Annotated[
+    tuple[
+        Annotated[
+            Message | AssistantMessage | ToolMessage,
+            Field(discriminator="role"),
+            rule(f"an object with content and a role that is {ROLES}"),
+        ],
+        ...,
+    ],
+    Field(min_length=1),
+    UpTo(MAX_MESSAGES),
+]
+Tools = Annotated[
+    tuple[Annotated[Tool, WrapValidator(_as_it_came)], ...],
+    Field(fail_fast=True),
+    UpTo(MAX_TOOLS),
+]

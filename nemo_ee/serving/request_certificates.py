@@ -17,8 +17,9 @@ from nemo_ee.certificates.certificate import DEFAULT_NAME, Certificate, Setting
 from nemo_ee.certificates.validity import KV_POLICY, setting_faults, stop_faults
 from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request
-from nemo_ee.serving.errors import ApiError, shown
-from nemo_ee.serving.protocol import Call
+from nemo_ee.serving.errors import ApiError
+from nemo_ee.serving.protocol import ApiRequest
+from nemo_ee.settings.user_input import shortened
 from nemo_ee.text.special_tokens import EndOfText
 
 _LOG = logging.getLogger(__name__)
@@ -67,12 +68,12 @@ def find_certificate(certificates: Mapping[str, Certificate], wanted: object) ->
         rule = "this model carries no certificate; give a threshold"
         if certificates:
             rule = f"its certificates are {', '.join(certificates)}; name one of them"
-        raise ApiError(400, f"early_exit.certificate = {shown(wanted)}: {rule}", param="early_exit")
+        raise ApiError(400, f"early_exit.certificate = {shortened(wanted)}: {rule}", param="early_exit")
     return certificates[name]
 
 
 def check_setting(
-    certificate: Certificate, call: Call, requests: Sequence[Request], precision: str, end_of_text: EndOfText
+    certificate: Certificate, call: ApiRequest, requests: Sequence[Request], precision: str, end_of_text: EndOfText
 ) -> None:
     """Hold a request against the setting its certificate was made in.
 

@@ -1,92 +1,73 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reads fields of a request's body and collects what is wrong with them."""
+"""Parts of request models: objects where null counts as missing, lists of limited size, fields without effect."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any
 
-from nemo_ee.serving.errors import ApiError, shown
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-MAX_FAULTS = 10  # that one error lists
-_LONGEST_NAME = 40  # of a field; nothing longer was mistyped
+from nemo_ee.settings.user_input import UserInput
+
+MAX_PROBLEMS = 10  # that one error lists
 
 
-class Fields:
-    """The fields of one request.
+class RequestFields(UserInput):
+    """Fields of a JSON object in a request. A field that is null counts as missing."""
 
-    Args:
-        body: parsed JSON. A field that is null counts as not given.
-    """
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        known = cls.model_fields.keys()
+        if cls.model_config["extra"] == "forbid":
+            # Unknown fields past the number that an error lists cost time and add nothing.
+            for key in [*islice((key for key in given if key not in known), MAX_PROBLEMS, None)]:
+                del given[key]
+        return given
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self.body = body
-        self.faults: list[tuple[str, str]] = []  # field, message
 
-    def fault(self, field: str, message: str) -> None:
-        """Note a fault. One too many ends the reading, so that a body of nothing but faults costs little."""
-        self.faults.append((field, message))
-        if len(self.faults) >= MAX_FAULTS:
-            self.raise_all()
+@dataclass(frozen=True)
+class UpTo:
+    """Metadata of a list or an object: its largest size, checked before its entries cost time."""
 
-    def number(self, field: str, default: float, least: float, most: float) -> float:
-        """A number in a range."""
-        value = self.body.get(field)
-        if value is None:
-            return default
-        if not is_number(value, least, most):
-            self.fault(field, f"{field} = {shown(value)} must be a number from {least:g} to {most:g}")
-            return default
-        return float(value)
+    most: int
 
-    def whole(self, field: str, default: int | None, least: int, most: int) -> int | None:
-        """A whole number in a range."""
-        value = self.body.get(field)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            self.fault(field, f"{field} = {shown(value)} must be a whole number from {least} to {most}")
-            return default
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Pydantic's hook for metadata."""
+        sized = Annotated[source, Field(max_length=self.most)]  # for the JSON schema
+        return BeforeValidator(self._check).__get_pydantic_core_schema__(sized, handler)
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, tuple | dict) and len(value) > self.most:
+            raise ValueError(f"has {len(value)} entries; {self.most} are allowed")
         return value
 
-    def switch(self, field: str, default: bool = False) -> bool:
-        """True or false."""
-        value = self.body.get(field)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.fault(field, f"{field} = {shown(value)} must be true or false")
-            return default
-        return value
 
-    def refuse_others(
-        self, where: str, given: Mapping[str, Any], known: Collection[str], neutral: Collection[str] = ()
-    ) -> None:
-        """A fault for each key of an object that is not known, but for neutral ones that hold nothing."""
-        for key, value in given.items():
-            if key in known or key in neutral and value in (None, [], ""):
-                continue
-            self.fault(where, f"{where}.{key[:40]} is not supported here; {guess(key, known, 'leave it out')}")
-
-    def raise_all(self) -> None:
-        """One error with every fault; nothing without any.
-
-        Raises:
-            ApiError: 400.
-        """
-        if self.faults:
-            field = self.faults[0][0]
-            raise ApiError(400, "; ".join(message for _, message in self.faults), param=field)
+def no_effect() -> Any:
+    """Type of a field that is accepted with any value and has no effect; its value here is None."""
+    schema = {"description": "accepted, has no effect", "x-acted-on": False}
+    return Annotated[Any, BeforeValidator(lambda value: None), WithJsonSchema(schema)]
 
 
-def is_number(value: object, least: float, most: float) -> bool:
-    """Whether a value of JSON is a number in a range."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+def neutral(values: tuple[Any, ...], way_out: str) -> Any:
+    """Type of a field that is accepted with these values alone, which change nothing; its value here is None."""
+
+    def check(value: Any) -> None:
+        if value is not None and not any(_is_same(value, one) for one in values):
+            raise ValueError(f"is not supported here; {way_out}")
+
+    description = f"accepted with these values, which change nothing; otherwise {way_out}"
+    schema = {"enum": [*values, None], "description": description, "x-acted-on": False}
+    return Annotated[Any, BeforeValidator(check), WithJsonSchema(schema)]
 
 
-def guess(name: str, known: Collection[str], otherwise: str) -> str:
-    """The way out where a name is not known: the one that was meant, or else `otherwise`."""
-    close = difflib.get_close_matches(name, known, n=1) if len(name) <= _LONGEST_NAME else []
-    return f"did you mean {close[0]}?" if close else otherwise
+def _is_same(value: object, neutral: object) -> bool:
+    """Whether both are equal and of one kind: True == 1 in Python, but a switch is no number."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.metrics import Metrics
-from nemo_ee.serving.protocol import Call
+from nemo_ee.serving.protocol import ApiRequest
 from nemo_ee.serving.scheduler import QueueFull, Scheduler, Stopped, Update, Work
 from nemo_ee.serving.served_model import Prepared, ServedModel
 from nemo_ee.serving.text_stream import TextStream
@@ -34,7 +34,7 @@ class RequestInFlight:
 
     def __init__(
         self,
-        call: Call,
+        call: ApiRequest,
         prepared: Prepared,
         model: ServedModel,
         scheduler: Scheduler,

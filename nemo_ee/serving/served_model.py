@@ -16,13 +16,14 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import MODES, plan_exits
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.generation.validation import request_problems, too_long
+from nemo_ee.generation.validation import request_problems, token_problems, too_long
 from nemo_ee.serving.chat_prompt import chat_prompt
-from nemo_ee.serving.errors import ApiError, shown
+from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
 from nemo_ee.serving.messages import Conversation
-from nemo_ee.serving.protocol import Call
+from nemo_ee.serving.protocol import ApiRequest
 from nemo_ee.serving.request_certificates import check_setting, promise
+from nemo_ee.settings.user_input import shortened
 from nemo_ee.text.special_tokens import EndOfText, prompt_ids
 
 
@@ -104,20 +105,20 @@ class ServedModel:
         kind = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(ids, **kind)
 
-    def decoder(self, call: Call) -> Callable[[list[int]], str]:
+    def decoder(self, call: ApiRequest) -> Callable[[list[int]], str]:
         """`decode` as a call asks for it."""
         return partial(self.decode, skip_special_tokens=call.skip_special_tokens)
 
-    def prepare(self, call: Call) -> Prepared:
-        """Tokenize a call and hold it against the model. Costs time with a long prompt: not for the event loop.
+    def prepare(self, call: ApiRequest) -> Prepared:
+        """Tokenize a request and hold it against the model. Long prompts take a while: not for the event loop.
 
         Raises:
-            ApiError: 400 or 404.
+            ApiError: 400, with every problem, or 404.
         """
         if call.model is not None and call.model != self.name:
             raise ApiError(
                 404,
-                f"the model {shown(call.model)} does not exist; this server has {self.name!r}",
+                f"the model {shortened(call.model)} does not exist; this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -126,28 +127,23 @@ class ServedModel:
             prompts = [self._chat_ids(call.conversation)]
         else:
             prompts = [self._ids(prompt) for prompt in call.prompts]
-        self._check_tokens("logit_bias", [token for token, _ in call.sampling.logit_bias])
-        self._check_tokens("stop_token_ids", call.stop_token_ids)
         stop_tokens = (frozenset() if call.ignore_eos else self.stop_tokens) | set(call.stop_token_ids)
-        requests = []
-        for number, prompt in enumerate(prompts):
-            for answer in range(call.num_answers):
-                requests.append(
-                    Request(
-                        prompt,
-                        self._new_tokens(prompt, call),
-                        call.sampling_of(number, answer),
-                        stop_tokens=stop_tokens,
-                        min_new_tokens=call.min_tokens,
-                        num_top=call.num_top or 0,
-                        prompt_logprobs=call.prompt_logprobs,
-                        mode=choice.mode,
-                        policy=choice.policy,
-                    )
-                )
-        faults = [fault for own in requests for fault in request_problems(self.model, "the request", own)]
-        if faults:
-            raise ApiError(400, "; ".join(dict.fromkeys(faults)))
+        requests = [
+            Request(
+                prompt,
+                self._new_tokens(prompt, call),
+                call.sampling_of(number, answer),
+                stop_tokens=stop_tokens,
+                min_new_tokens=call.min_tokens,
+                num_top=call.num_top or 0,
+                prompt_logprobs=call.num_prompt_top,
+                mode=choice.mode,
+                policy=choice.policy,
+            )
+            for number, prompt in enumerate(prompts)
+            for answer in range(call.n)
+        ]
+        self._check(call, requests[:: call.n])
         if choice.certificate is not None:
             check_setting(choice.certificate, call, requests, self.precision, self.end_of_text)
         texts = [""] * len(prompts)
@@ -155,27 +151,38 @@ class ServedModel:
             decode = self.decoder(call)
             given = zip(call.prompts, prompts, strict=True)
             texts = [text if isinstance(text, str) else decode(list(ids)) for text, ids in given]
-        texts = [text for text in texts for _ in range(call.num_answers)]
+        texts = [text for text in texts for _ in range(call.n)]
         return Prepared(tuple(requests), choice, sum(map(len, prompts)), tuple(texts))
 
-    def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            self._check_tokens("prompt", prompt)
-            return prompt
-        ids = tuple(prompt_ids(self.tokenizer, prompt))
-        if not ids:
-            raise ApiError(400, f"prompt = {shown(prompt)} has no tokens; write something", param="prompt")
-        return ids
+    def _check(self, call: ApiRequest, requests: Sequence[Request]) -> None:
+        """Hold the first request of each prompt against the model, in the words of the API's fields."""
+        prompt_field = "messages" if call.chat else "prompt"
+        biased = [token for token, _ in call.sampling.logit_bias]
+        named = [("logit_bias", biased), ("stop_token_ids", call.stop_token_ids)]
+        problems = [
+            (field, text)
+            for field, ids in [(prompt_field, own.prompt) for own in requests] + [one for one in named if one[1]]
+            for text in token_problems(self.model.vocab_size, field, ids)
+        ]
+        code, rule = None, f"the {self.max_length} tokens a sequence may have here"
+        for own in requests:
+            if len(own.prompt) + own.max_new_tokens > self.max_length:
+                text = too_long(len(own.prompt), own.max_new_tokens, "max_tokens", self.max_length, rule)
+                problems.append((prompt_field, text))
+                code = "context_length_exceeded"
+            elif own.min_new_tokens > own.max_new_tokens:
+                text = f"min_tokens = {own.min_new_tokens} is more than max_tokens = {own.max_new_tokens}; lower it"
+                problems.append(("min_tokens", text))
+        # What is left has no field of its own.
+        problems = problems or [
+            (None, text) for own in requests for text in request_problems(self.model, "the request", own)
+        ]
+        if problems:
+            texts = "; ".join(dict.fromkeys(text for _, text in problems))
+            raise ApiError(400, texts, param=problems[0][0], code=code)
 
-    def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
-        outside = [token for token in tokens if not 0 <= token < self.model.vocab_size]
-        if outside:
-            raise ApiError(
-                400,
-                f"{field} holds the token {outside[0]}, which is outside the vocabulary "
-                f"0..{self.model.vocab_size - 1}; use the tokenizer of {self.name!r}",
-                param=field,
-            )
+    def _ids(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(prompt_ids(self.tokenizer, prompt)) if isinstance(prompt, str) else prompt
 
     def _chat_ids(self, conversation: Conversation) -> tuple[int, ...]:
         if not self.has_chat_template:
@@ -186,26 +193,12 @@ class ServedModel:
                 param="messages",
             )
         text = chat_prompt(self.tokenizer, conversation)
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ids:
-            raise ApiError(400, "the messages have no tokens; write something", param="messages")
-        return tuple(ids)
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _new_tokens(self, prompt: Sequence[int], call: Call) -> int:
-        room = self.max_length - len(prompt)
-        wanted = call.max_new_tokens if call.max_new_tokens is not None else max(1, min(room, self.max_new_tokens))
-        if wanted > room:
-            rule = f"the {self.max_length} tokens a sequence may have here"
-            raise ApiError(
-                400,
-                too_long(len(prompt), wanted, "max_tokens", self.max_length, rule),
-                param="messages" if call.chat else "prompt",
-                code="context_length_exceeded",
-            )
-        if call.min_tokens > wanted:
-            message = f"min_tokens = {call.min_tokens} is more than max_tokens = {wanted}; lower it"
-            raise ApiError(400, message, param="min_tokens")
-        return wanted
+    def _new_tokens(self, prompt: Sequence[int], call: ApiRequest) -> int:
+        if call.max_new_tokens is not None:
+            return call.max_new_tokens
+        return max(1, min(self.max_length - len(prompt), self.max_new_tokens))
 
     def card(self, created: int) -> dict[str, Any]:
         """Its entry in /v1/models."""

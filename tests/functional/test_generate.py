@@ -373,7 +373,7 @@ def test_everything_ends_a_text_where_transformers_does(ended, generate, tmp_pat
     from nemo_ee.calibration.calibrate import Calibrator, calibrate
     from nemo_ee.calibration.calibration_request import CalibrationRequest
     from nemo_ee.runtime.auto_model import EarlyExitCausalLM
-    from nemo_ee.serving.protocol import Limits, parse_call
+    from nemo_ee.serving.protocol import Limits, read_request
     from nemo_ee.serving.serve import make_server
     from nemo_ee.serving.settings import ServerSettings
 
@@ -393,7 +393,7 @@ def test_everything_ends_a_text_where_transformers_does(ended, generate, tmp_pat
             assert own.generate(ids, max_new_tokens=NUM_NEW)[0, ids.shape[1] :].tolist() == expected
         body = {"prompt": prompt, "max_tokens": NUM_NEW, "temperature": 0, "early_exit": {"mode": "full"}}
         session = server.start_session(1)
-        session.add(server.prepare(parse_call(body, chat=False, limits=Limits(64, 1))).requests[0])
+        session.add(server.prepare(read_request(body, chat=False, limits=Limits(64, 1))).requests[0])
         new = []
         while not session.finished:
             new += [event.token for event in session.step()]
@@ -437,7 +437,7 @@ def test_a_prompt_is_the_same_tokens_everywhere(model, tmp_path):
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.models.connector import read_config
     from nemo_ee.serving.exit_choice import ExitChoice
-    from nemo_ee.serving.protocol import Limits, parse_call
+    from nemo_ee.serving.protocol import Limits, read_request
     from nemo_ee.serving.served_model import ServedModel
     from nemo_ee.text.special_tokens import EndOfText
     from tests.helpers.stub_models import TinyTransformer
@@ -459,7 +459,7 @@ def test_a_prompt_is_the_same_tokens_everywhere(model, tmp_path):
         )  # fmt: skip
 
         def ids(body: dict[str, Any], chat: bool = False, served: Any = served) -> list[int]:
-            call = parse_call({"max_tokens": 1, **body}, chat=chat, limits=Limits(64, 1))
+            call = read_request({"max_tokens": 1, **body}, chat=chat, limits=Limits(64, 1))
             return list(served.prepare(call).requests[0].prompt)
 
         plain = own("def f(x):", add_special_tokens=False).input_ids

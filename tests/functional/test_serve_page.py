@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page in a real, headless Chromium, driven over its debugging pipe: what a person sees after pressing Run.
+"""The pages in a real, headless Chromium, driven over its debugging pipe: what a person sees after pressing Run.
 
 The text on the page is compared with the server's own answer; a page of hostile text shows that none of it is markup.
 `NEMO_EE_SCREENSHOTS=<folder>` keeps pictures of wide, dark and narrow windows, `NEMO_EE_SERVED_MODEL=<directory>`
@@ -215,7 +215,7 @@ def test_modes_errors_and_stop(url: str, server, browser: Browser) -> None:
     assert set(browser.run(f"{TOKENS}.map(t => t.record.exit)")) == {"layer9-mlp"}
     browser.run("document.getElementById('prompt').value = ''")
     browser.run("document.getElementById('run').click()")
-    browser.until("document.getElementById('error').textContent.includes('prompt is empty')")
+    browser.until("document.getElementById('error').textContent.includes('none of them empty')")
     browser.run("document.getElementById('prompt').value = 'x = '")
     browser.run("document.getElementById('tokens').value = 900")
     browser.run("document.getElementById('run').click()")
@@ -249,7 +249,7 @@ def test_a_key_is_asked_for(model: Path, browser: Browser, monkeypatch) -> None:
 def test_text_of_a_model_is_never_markup(url: str, server, browser: Browser, monkeypatch) -> None:
     """The tokenizer is made to decode everything as markup; the policy would refuse a script that got in, too."""
     hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-    monkeypatch.setattr(server.model, "decode", lambda ids: hostile * len(ids))
+    monkeypatch.setattr(server.model, "decode", lambda ids, **_: hostile * len(ids))
     browser.call("Page.navigate", url=url)
     browser.until(IDLE)
     browser.run("document.getElementById('tokens').value = 3")
@@ -264,3 +264,54 @@ def test_text_of_a_model_is_never_markup(url: str, server, browser: Browser, mon
         " document.body.append(s); })()"
     )
     assert browser.run("document.title") != "owned"
+
+
+def test_the_api_page_shows_the_document(url: str, browser: Browser, tmp_path: Path) -> None:
+    pictures = Path(os.environ.get("NEMO_EE_SCREENSHOTS", tmp_path))
+    browser.size(1100, 1000)
+    browser.call("Page.navigate", url=f"{url}/docs")
+    browser.until("document.querySelectorAll('section').length > 10")
+    text = browser.run("document.body.innerText")
+    for words in ("POST/v1/chat/completions", "openapi.json", "max_completion_tokens", "number, 0 to 2 | null",
+                  "list of (text, 1 to 256 characters), at most 16 entries",
+                  "a token leaves if its confidence is greater",
+                  f"curl {url}/v1/completions", "more fields, accepted for clients of other servers"):  # fmt: skip
+        assert words in text, words
+    links = browser.run("[...document.querySelectorAll('main a')].map(a => decodeURIComponent(a.hash.slice(1)))")
+    assert "EarlyExit" in links
+    for name in set(links):
+        assert browser.run(f"document.getElementById('{name}') !== null"), name
+    browser.picture(pictures / "api.png")
+    for name, *size in (("dark", 1100, 1000, "dark"), ("phone", 390, 844, "light", True)):
+        browser.size(*size)
+        browser.run("document.getElementById('CompletionRequest').scrollIntoView()")
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
+        browser.picture(pictures / f"api-{name}.png")
+    assert browser.faults() == []
+
+
+def test_the_api_page_asks_for_a_key_and_shows_text_as_text(model: Path, browser: Browser, monkeypatch) -> None:
+    from nemo_ee.serving import http_server
+
+    key, hostile = "a-key-of-sixteen-characters", "<img src=x onerror=\"document.title='owned'\">"
+    real = http_server.openapi_document
+
+    def document(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        own = real(*args, **kwargs)
+        own["info"] |= {"title": hostile, "description": hostile}
+        own["paths"]["/health"]["get"]["description"] = hostile
+        own["components"]["schemas"][hostile] = {"properties": {hostile: {"description": hostile, "enum": [hostile]}}}
+        return own
+
+    monkeypatch.setattr(http_server, "openapi_document", document)
+    monkeypatch.setenv("NEMO_EE_API_KEYS", key)
+    with running(make_server(ServerSettings.from_config(serve_config(model)))) as url:
+        browser.call("Page.navigate", url=f"{url}/docs")
+        browser.until("document.getElementById('error')?.textContent.includes('no or wrong API key')")
+        browser.run("document.getElementById('key').focus()")
+        browser.call("Input.insertText", text=key)
+        browser.run("document.getElementById('key').blur()")
+        browser.until("document.querySelectorAll('section').length > 10")
+        assert browser.run("document.body.innerText").count(hostile) >= 6
+        assert browser.run("document.querySelectorAll('img, main script').length") == 0
+        assert browser.run("document.title") != "owned" and browser.run("document.getElementById('key-row').hidden")

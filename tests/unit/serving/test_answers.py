@@ -10,7 +10,7 @@ from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import PromptScores, TokenEvent
 from nemo_ee.serving.answers import Answers
 from nemo_ee.serving.exit_choice import ExitChoice
-from nemo_ee.serving.protocol import Limits, parse_call
+from nemo_ee.serving.protocol import Limits, read_request
 from nemo_ee.serving.served_model import Prepared
 from nemo_ee.serving.text_stream import Piece
 
@@ -25,7 +25,7 @@ def decode(ids: list[int]) -> str:
 def answers(stream: bool, chat: bool, prompt: tuple[int, ...] = (2,), **changes) -> Answers:
     body = {"stream": stream, **({"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 5}
                                  if chat else {"prompt": list(prompt), "logprobs": 5}), **changes}  # fmt: skip
-    call = parse_call(body, chat=chat, limits=Limits(8, 8))
+    call = read_request(body, chat=chat, limits=Limits(8, 8))
     choice, texts = ExitChoice("full", ExitPolicy(0.9)), (decode(list(prompt)) if call.echo else "",)
     prepared = Prepared((Request(prompt, 4),), choice, len(prompt), texts)
     return Answers(call, "m", prepared, [ExitPoint("a", 4, 8)], 8, decode)

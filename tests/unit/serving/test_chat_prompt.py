@@ -12,7 +12,7 @@ from nemo_ee.runtime.loader import load_tokenizer
 from nemo_ee.serving.chat_prompt import chat_prompt
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.messages import Conversation
-from nemo_ee.serving.protocol import Limits, parse_call
+from nemo_ee.serving.protocol import Limits, read_request
 from tests.helpers.served_model import CHAT_TEMPLATE, REFERENCE_MODEL
 
 # Writes all there is, trims texts, and ends each turn with a mark, as the templates of common models do.
@@ -36,7 +36,7 @@ def tokenizer():
 
 
 def conversation(messages: list, **changes) -> Conversation:
-    return parse_call({"messages": messages, **changes}, chat=True, limits=Limits(8, 8)).conversation
+    return read_request({"messages": messages, **changes}, chat=True, limits=Limits(8, 8)).conversation
 
 
 def written(tokenizer, template: str, messages: list, **changes) -> str:
@@ -106,21 +106,22 @@ def test_the_end_of_a_last_message_is_found_whatever_follows_it(tokenizer) -> No
     ("body", "words"),
     [
         ({"continue_final_message": True, "add_generation_prompt": True}, "are both true"),
-        ({"messages": [{"role": "assistant", "content": ""}], "continue_final_message": True}, "no text to continue"),
-        ({"chat_template_kwargs": [1]}, "must be an object"),
-        ({"tool_choice": "required"}, "tool_choice = 'required' is not supported here"),
-        ({"tool_choice": {"type": "function"}}, "use auto or none"),
-        ({"tools": [{"type": "custom"}]}, "tools[0] = {'type': 'custom'} must be"),
-        ({"tools": {}}, "must be a list of at most 128"),
-        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls = false is not supported"),
-        ({"messages": [{"role": "function", "content": "x"}]}, "must be system, developer, user, assistant or tool"),
-        ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content must be a text"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content must be a text"),
+        ({"messages": [{"role": "assistant", "content": ""}], "continue_final_message": True}, "needs a last message"),
+        ({"chat_template_kwargs": [1]}, "must be a block"),
+        ({"tool_choice": "required"}, "tool_choice='required' must be one of auto, none"),
+        ({"tool_choice": {"type": "function"}}, "must be one of auto, none"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type='custom' must be function"),
+        ({"tools": {}}, "must be a list of 0 to 128"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls=False is not supported"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "a role that is system, developer, user,"),
+        ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content is missing; it must be a text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content=None must be a text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "["}}]}]},
-         "messages[0].tool_calls[0] = "),
+         "messages[0].tool_calls[0].function."),
         ({"messages": [{"role": "assistant", "tool_calls": [
-            {**CALL, "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]}, "messages[0].tool_calls[0] = "),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "tool_calls is not supported here"),
+            {**CALL, "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+         "messages[0].tool_calls[0].function."),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "is not supported here"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(body: dict, words: str) -> None:

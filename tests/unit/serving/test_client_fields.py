@@ -18,9 +18,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.serving.errors import ApiError
-from nemo_ee.serving.messages import KNOWN_IN_MESSAGE, KNOWN_IN_PART, NEUTRAL_IN_MESSAGE
-from nemo_ee.serving.other_fields import NEUTRAL, NEUTRAL_OF, NO_EFFECT
-from nemo_ee.serving.protocol import FIELDS, Call, Limits, parse_call
+from nemo_ee.serving.messages import AssistantMessage, Message, TextPart, ToolMessage
+from nemo_ee.serving.other_fields import NEUTRAL, NEUTRAL_OF
+from nemo_ee.serving.protocol import ApiRequest, Limits, read_request, request_model
 
 LIMITS = Limits(max_new_tokens=64, max_choices=4)
 BODY = {False: {"prompt": "x"}, True: {"messages": [{"role": "user", "content": "x"}]}}
@@ -62,8 +62,19 @@ OPENAI_OF = {
 }  # fmt: skip
 
 
-def read(is_chat: bool, **changes) -> Call:
-    return parse_call({**BODY[is_chat], "temperature": 0, **changes}, chat=is_chat, limits=LIMITS)
+# Everything that the server reads of a request.
+MEANING = (
+    "model n prompts conversation max_new_tokens sampling stops stop_token_ids ignore_eos min_tokens "
+    "skip_special_tokens echo stream include_usage num_top num_prompt_top early_exit"
+).split()
+
+
+def read(is_chat: bool, **changes) -> ApiRequest:
+    return read_request({**BODY[is_chat], "temperature": 0, **changes}, chat=is_chat, limits=LIMITS)
+
+
+def meaning(request: ApiRequest) -> dict:
+    return {key: getattr(request, key) or None for key in MEANING}
 
 
 def fields_of_clients(is_chat: bool) -> set[str]:
@@ -73,11 +84,11 @@ def fields_of_clients(is_chat: bool) -> set[str]:
 
 @BOTH
 def test_no_field_of_a_client_is_unknown(is_chat: bool) -> None:
-    known = FIELDS[is_chat] | NO_EFFECT | set(NEUTRAL) | set(NEUTRAL_OF[is_chat])
+    known = set(request_model(is_chat, LIMITS).model_fields)
     assert not fields_of_clients(is_chat) - known
     assert not read(is_chat, temperature=None).sampling.greedy
     for field in fields_of_clients(is_chat) - {"prompt", "messages", "temperature"}:
-        assert read(is_chat, **{field: None}) == read(is_chat), f"{field} = null is not given"
+        assert meaning(read(is_chat, **{field: None})) == meaning(read(is_chat)), f"{field} = null is not given"
 
 
 @BOTH
@@ -90,18 +101,18 @@ def test_what_changes_nothing_is_taken(is_chat: bool) -> None:
                 if field in ("logprobs", "stream_options"):  # False = none; usage without a stream is nobody's
                     assert got.num_top is None and not got.stream
                 else:
-                    assert got == plain, (field, value)
+                    assert meaning(got) == meaning(plain), (field, value)
 
 
 @BOTH
 def test_what_is_not_done_is_refused_with_the_way_out(is_chat: bool) -> None:
     asking = {"best_of": 2, "store": True, "echo": 1, "priority": 1, "early_stopping": 1, "length_penalty": True}
     for field, (neutral, way_out) in {**NEUTRAL, **NEUTRAL_OF[is_chat]}.items():
-        value = asking.get(field, {"a": 1} if neutral != ({},) else [1])
+        value = asking.get(field, {"a": 1} if neutral != ({},) else [1])  # no value that changes nothing
         with pytest.raises(ApiError) as caught:
             read(is_chat, **{field: value})
         assert caught.value.status == 400 and caught.value.param == field
-        assert f"{field} = {value!r} is not supported here; {way_out}" == caught.value.message
+        assert f"{field}={value!r} is not supported here; {way_out}" == caught.value.message
 
 
 def test_every_field_of_a_message_is_known() -> None:
@@ -112,11 +123,12 @@ def test_every_field_of_a_message_is_known() -> None:
     }  # fmt: skip
     for role, kind in params.items():
         fields = set(typing.get_type_hints(kind))
-        assert not fields - {"role", "content", "name", *KNOWN_IN_MESSAGE.get(role, ()), *NEUTRAL_IN_MESSAGE}
+        own = {"assistant": AssistantMessage, "tool": ToolMessage}.get(role, Message)
+        assert not fields - set(own.model_fields)
         message = {"role": role, "content": "x", **dict.fromkeys(fields - {"role", "content"})}
-        call = parse_call({"messages": [message]}, chat=True, limits=LIMITS)
+        call = read_request({"messages": [message]}, chat=True, limits=LIMITS)
         assert call.conversation.messages == ({"role": "system" if role == "developer" else role, "content": "x"},)
-    assert set(typing.get_type_hints(chat.ChatCompletionContentPartTextParam)) == set(KNOWN_IN_PART)
+    assert set(typing.get_type_hints(chat.ChatCompletionContentPartTextParam)) == set(TextPart.model_fields)
 
 
 def test_what_is_acted_on_arrives() -> None:
@@ -132,30 +144,30 @@ def test_what_is_acted_on_arrives() -> None:
     call = read(False, **shape, **ends, logit_bias={"7": -100, "3": 1.5}, echo=True, max_tokens=0, logprobs=2)
     assert call.sampling == SamplingParams(greedy=False, **shape, logit_bias=((3, 1.5), (7, -100.0)))
     assert (call.ignore_eos, call.stop_token_ids, call.min_tokens, call.skip_special_tokens) == (True, (4,), 2, False)
-    assert (call.echo, call.max_new_tokens, call.prompt_logprobs) == (True, 0, 2)
-    assert read(False).sampling == GREEDY and read(False).prompt_logprobs is None
+    assert (call.echo, call.max_new_tokens, call.num_prompt_top) == (True, 0, 2)
+    assert read(False).sampling == GREEDY and read(False).num_prompt_top is None
     assert read(False, top_k=-1, temperature=1, seed=0).sampling.top_k is None
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"logit_bias": {"x": 1}}, "logit_bias holds {'x': 1}"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias holds {'-1': 1}"),
-        ({"logit_bias": {"1": -101}}, "each with a number from -100 to 100"),
-        ({"logit_bias": {"1": True}}, "logit_bias holds {'1': True}"),
-        ({"logit_bias": {"1": 1, "01": 2}}, "names token 1 twice"),
-        ({"logit_bias": [1]}, "must be an object of at most 1024"),
-        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "must be an object of at most 1024"),
-        ({"min_p": 1.1}, "min_p = 1.1 must be a number from 0 to 1"),
-        ({"presence_penalty": 2.5}, "presence_penalty = 2.5 must be a number from -2 to 2"),
-        ({"top_k": -2}, "top_k = -2 must be a whole number from -1"),
-        ({"ignore_eos": 1}, "ignore_eos = 1 must be true or false"),
-        ({"stop_token_ids": ["a"]}, "stop_token_ids = ['a'] must be a list"),
-        ({"min_tokens": 1, "stop": "x"}, "min_tokens and stop are both given"),
-        ({"max_tokens": 0}, "max_tokens = 0 needs echo = true"),
-        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation is not supported"),
-        ({"stream_options": {"include_usage": 1}}, "must be {include_usage: true | false}"),
+        ({"logit_bias": {"x": 1}}, "holds {'x': 1.0}; its keys must be token ids as texts"),
+        ({"logit_bias": {"-1": 1}}, "holds {'-1': 1.0}; its keys must be token ids as texts"),
+        ({"logit_bias": {"1": -101}}, "logit_bias.1=-101 must be a finite number from -100 to 100"),
+        ({"logit_bias": {"1": True}}, "logit_bias.1=True must be a finite number from -100 to 100"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "names a token twice"),
+        ({"logit_bias": [1]}, "logit_bias=[1] must be a block of finite numbers from -100 to 100 by key"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "has 1025 entries; 1024 are allowed"),
+        ({"min_p": 1.1}, "min_p=1.1 must be a finite number from 0 to 1"),
+        ({"presence_penalty": 2.5}, "presence_penalty=2.5 must be a finite number from -2 to 2"),
+        ({"top_k": -2}, "top_k=-2 must be a whole number from -1"),
+        ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]='a' must be a whole number"),
+        ({"min_tokens": 1, "stop": "x"}, "min_tokens=1 and stop are both given"),
+        ({"max_tokens": 0}, "max_tokens=0 needs echo = true"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation=True must be False"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage=1 must be True or False"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
@@ -169,4 +181,4 @@ def test_the_docs_say_what_becomes_of_each_field(is_chat: bool) -> None:
     text = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="utf-8")
     table = text[text.index("| fields | |") :].split("\n\n")[0]
     told = set(re.findall(r"`([a-z_]+)`", table))
-    assert not (fields_of_clients(is_chat) | FIELDS[is_chat] | NO_EFFECT | set(NEUTRAL)) - told
+    assert not (fields_of_clients(is_chat) | set(request_model(is_chat, LIMITS).model_fields)) - told

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.text.renamed_keys import RENAMED_KEYS, refuse_renamed_overrides, renamed_key
+from nemo_ee.commands.command import refuse_renamed_overrides
+from nemo_ee.exits.block_reader import RENAMED_KEYS
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_a_retired_key_names_the_new_one():
-    assert renamed_key("max_waiting").startswith("max_pending_tokens") and renamed_key("threshold") is None
     refuse_renamed_overrides(["threshold=0.5", "max_pending_tokens=3", "--cfg=job"])
     for override in ("max_waiting=3", "+max_waiting=3", "~max_waiting"):
         with pytest.raises(SystemExit, match="max_waiting is now max_pending_tokens .*num_draft_tokens"):

@@ -1,0 +1,15 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every request that the tests of the server send validates against the published schema."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.json_schema import check_accepted_requests
+
+
+@pytest.fixture(autouse=True)
+def _the_schema_takes_accepted_requests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "test_serve" in request.module.__name__:
+        check_accepted_requests(monkeypatch)
