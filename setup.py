@@ -22,6 +22,7 @@ RUNTIME = [
     "lightning>=2.4.0,<2.5",
     "hydra-core>=1.3,<1.4",
     "omegaconf>=2.3,<2.4",
+    "pydantic>=2.6,<3",
     "PyYAML>=5.1",
     "safetensors>=0.4.3",
     "transformers>=4.51,<4.53",

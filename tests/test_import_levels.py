@@ -37,7 +37,7 @@ def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Bou
     return Boundary(frozenset(packages.split()), frozenset(parts.split()), frozenset(only_lazily.split()))
 
 
-_LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf yaml numpy"
+_LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf pydantic yaml numpy"
 # Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
 _LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
 _BELOW_4 = "families exits planning generation text settings megatron checkpoint runtime certificates models cpu_host"
@@ -51,7 +51,7 @@ BOUNDARIES = {
     "generation": _boundary("torch", "exits"),
     "text": _boundary("tokenizers", "exits generation"),
     # the libraries whose own keys a config may hold are looked at where one is met
-    "settings": _boundary("omegaconf", "exits", only_lazily="lightning megatron.core nemo"),
+    "settings": _boundary("omegaconf pydantic", "exits", only_lazily="lightning megatron.core nemo"),
     "megatron": _boundary("torch megatron.core", "exits generation"),
     # level 2
     "checkpoint": _boundary("torch megatron.core safetensors yaml", "families exits generation text megatron"),
