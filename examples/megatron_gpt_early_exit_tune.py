@@ -15,7 +15,7 @@ from nemo_ee.commands.command import command
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_tune")
 def main(cfg: DictConfig) -> None:
     """Restore, tune, save."""
-    with command(cfg, None):
+    with command(cfg):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils import logging
 

@@ -120,7 +120,7 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
         asked = [name for name in names if request.exits is None or name in request.exits]
         faults += candidate_faults(request.grid, len(asked), NEVER_LEAVES[request.criterion])
     longest = request.setting.tokens_to_generate
-    if any(entry.is_document for entry in request.entries):
+    if any(entry.is_document for entry in request.data.entries):
         longest += request.prompt_tokens
     if longest >= positions:
         faults.append(
@@ -140,7 +140,7 @@ def _prompts(
         raise ValueError(NO_END_OF_TEXT)
     adds_bos = prompt_ids(tokenizer, "x", asked.add_BOS)[:1] == [tokenizer.bos_id]
     prompts = make_prompts(
-        request.entries,
+        request.data.entries,
         lambda text: prompt_ids(tokenizer, text, asked.add_BOS),
         bos=tokenizer.bos_id if adds_bos else None,
         prompt_tokens=request.prompt_tokens,
@@ -149,7 +149,7 @@ def _prompts(
         longest=positions - asked.tokens_to_generate,
         vocab_size=vocab_size,
         seed=request.seed,
-        facts=request.data_facts,
+        facts=request.data.facts,
     )
     set_aside = round(request.split * len(prompts.ids))
     if request.split and not set_aside:

@@ -1,7 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every script does around its work: check its settings, switch the CPU host on in time, end a user's error in
-one message, and end the processes it started when it is killed."""
+"""What every script does around its work: switch the CPU host on in time, end a user's error in one message, and end
+the processes it started when it is killed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from nemo_ee import cpu_host
-from nemo_ee.settings.known import KnownSettings, missing, raise_problems
 
 _SCRIPT_PID = "NEMO_EE_SCRIPT_PID"  # environment variable: process id of the script inside `command`
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @contextlib.contextmanager
-def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) -> Iterator[None]:
+def command(cfg: Any) -> Iterator[None]:
     """Surround a script's work; enter it before anything imports torch's users.
 
     `trainer.accelerator=cpu` switches the CPU host on. A `ValueError` or `FileNotFoundError` (what the package raises
@@ -30,8 +29,6 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
 
     Args:
         cfg: the script's config.
-        known: the script's settings; None: the script itself reports what is wrong or missing, with its other checks.
-        may_miss: the script itself reports settings that are needed and not given.
     """
     from omegaconf import OmegaConf
 
@@ -41,9 +38,6 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
     try:
         if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
             cpu_host.enable()
-        if known is not None:
-            needed = [] if may_miss else missing(cfg)
-            raise_problems("nothing was started", [*needed, *known.problems(cfg).values()])
         yield
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -54,11 +48,6 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
         sys.exit(2)
     finally:
         os.environ.pop(_SCRIPT_PID, None)
-
-
-def names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """A setting that is a list of names, or one name alone (`targets=full`); None stays None."""
-    return value if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def _end_with_the_script() -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from nemo_ee.exits.block_reader import Check, boolean
-from nemo_ee.settings.checks import anything, or_null
 
 # Below the packages: the sources that read a GPT's `model` block.
 _NEMO_READERS = (
@@ -32,6 +31,11 @@ _NEMO_READERS = (
 _READ_THE_WHOLE_CONFIG = ("megatron_trainer_builder.py", "trainer.py")  # the block is `model` in it
 _OWN_READERS = ("models/megatron_early_exit_gpt_model.py", "models/stage_layers.py", "models/trainer.py")
 _METHODS = ("get", "update", "pop", "lower", "items", "keys")
+
+
+def anything(value: Any) -> Any:
+    """No check: the library has its own."""
+    return value
 
 
 @cache
@@ -125,7 +129,7 @@ def _by_type(kind: Any) -> Check:
     """A check by a field's annotation; anything for what is neither a number nor a switch."""
     if get_origin(kind) is Union and len(inner := [one for one in get_args(kind) if one is not type(None)]) == 1:
         check = _by_type(inner[0])
-        return check if check is anything else or_null(check)
+        return lambda value: None if value is None else check(value)
     return {bool: boolean, int: _whole, float: _real}.get(kind, anything)
 
 

@@ -26,12 +26,12 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import hydra
 import numpy
-from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
+from omegaconf import DictConfig
+from preprocess_settings import DTYPES, PreprocessError, PreprocessSettings, check_end
 from preprocess_text import (
     Vocabulary,
     choose_dtype,
@@ -42,10 +42,11 @@ from preprocess_text import (
     read_fields,
     replacing,
 )
+from pydantic import Field
 from tqdm import tqdm
 
 from nemo_ee.commands.command import command
-from nemo_ee.settings.files import PREPROCESS_CHAT
+from nemo_ee.settings.user_input import Text, rule
 from nemo_ee.text.text_files import TextError, read_document
 
 logger = logging.getLogger(__name__)
@@ -56,33 +57,14 @@ ANSWERS = "assistant"
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(PreprocessSettings):
     """The settings of conf/preprocess_chat.yaml, one field per key."""
-
-    input: tuple[str, ...]
-    output: str
-    tokenizer: str
-    jsonl_extensions: tuple[str, ...]
-    messages_key: str
-    chat_template: str | None
-    append_eod: bool
-    pad_to: int | None
-    max_document_bytes: int | None
-    dtype: str
-    overwrite: bool
 
     text_extensions: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> ChatConfig:
-        """Read the settings.
-
-        Raises:
-            PreprocessError: values of the wrong kind.
-        """
-        whole = {"pad_to": (2, "a whole number of tokens from 2, or null"), "max_document_bytes": DOCUMENT_BYTES}
-        return read_settings(cls, mapping, lists=("jsonl_extensions",), texts=("messages_key",), whole=whole)
+    messages_key: Text
+    chat_template: Text | None
+    pad_to: Annotated[Annotated[int, Field(ge=2)] | None, rule("a whole number of tokens from 2, or null")]
 
 
 @dataclasses.dataclass
@@ -309,8 +291,8 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_chat")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_chat.yaml."""
-    with command(cfg, PREPROCESS_CHAT):
-        counts = preprocess(ChatConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+    with command(cfg):
+        counts = preprocess(ChatConfig.from_config(cfg))
         logger.info(
             "%s: %d conversations, %d tokens, %d of them in answers; %d cut at pad_to, %d left out, %d empty answers",
             cfg.output,

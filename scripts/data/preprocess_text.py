@@ -19,16 +19,17 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 import numpy
-from omegaconf import DictConfig, OmegaConf
-from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
+from omegaconf import DictConfig
+from preprocess_settings import DTYPES, PreprocessError, PreprocessSettings, check_end
 from tqdm import tqdm
 
 from nemo_ee.commands.command import command
-from nemo_ee.settings.files import PREPROCESS_TEXT
+from nemo_ee.settings.fields import Texts
+from nemo_ee.settings.user_input import Positive, Text, rule
 from nemo_ee.text.json_values import JsonError, read_json
 from nemo_ee.text.text_files import TextError, is_gzipped, read_document, read_json_lines, sample_index_folder
 
@@ -37,33 +38,12 @@ logger = logging.getLogger(__name__)
 _BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
 
 
-@dataclasses.dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(PreprocessSettings):
     """The settings of conf/preprocess_text.yaml, one field per key."""
 
-    input: tuple[str, ...]
-    output: str
-    tokenizer: str
-    jsonl_extensions: tuple[str, ...]
-    text_extensions: tuple[str, ...]
-    text_key: str
-    append_eod: bool
-    max_documents: int | None
-    max_document_bytes: int | None
-    dtype: str
-    overwrite: bool
-
-    @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> PreprocessConfig:
-        """Read the settings.
-
-        Raises:
-            PreprocessError: values of the wrong kind.
-        """
-        whole = {"max_documents": (1, "a whole number from 1, or null for all"), "max_document_bytes": DOCUMENT_BYTES}
-        return read_settings(
-            cls, mapping, lists=("jsonl_extensions", "text_extensions"), texts=("text_key",), whole=whole
-        )
+    text_extensions: Texts
+    text_key: Text
+    max_documents: Annotated[Positive | None, rule("a whole number from 1, or null for all")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,8 +376,8 @@ def _write(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_text.yaml."""
-    with command(cfg, PREPROCESS_TEXT):
-        result = preprocess(PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+    with command(cfg):
+        result = preprocess(PreprocessConfig.from_config(cfg))
         logger.info(
             "%s.bin, %s.idx: %d documents, %d tokens (%s), %d empty documents left out",
             cfg.output,

@@ -62,7 +62,7 @@ def collect(script: ModuleType, folder: Path, **changed: Any) -> tuple[dict[str,
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     output = folder / "out.jsonl"
     changed = {"output": str(output), "library": False, "excluded": [], **changed}
-    report = script.collect(script.CollectConfig.from_mapping({**mapping, **changed}))
+    report = script.collect(script.CollectConfig.from_config({**mapping, **changed}))
     assert json.loads((folder / "out.jsonl.sources.json").read_text()) == report
     assert not list(folder.glob("*.partial"))
     return {record["source"]: record for record in map(json.loads, output.read_text().splitlines())}, report

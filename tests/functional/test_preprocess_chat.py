@@ -89,7 +89,7 @@ def run(script: ModuleType, folder: Path, records: list[Any], template: str | No
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIG))
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     given = {"input": str(folder / "in.jsonl"), "output": str(folder / "chat"), "tokenizer": str(TOKENIZER)}
-    return script.preprocess(script.ChatConfig.from_mapping({**mapping, **given, **settings}))
+    return script.preprocess(script.ChatConfig.from_config({**mapping, **given, **settings}))
 
 
 def read_back(prefix: Path) -> tuple[list[list[int]], list[list[int]]]:
@@ -279,7 +279,7 @@ def test_text_is_not_written_beside_a_chat_s_mask(script: ModuleType, tmp_path: 
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     given = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "chat"), "tokenizer": str(TOKENIZER)}
     with pytest.raises(text.PreprocessError, match=r"chat\.mask\.idx belongs to chat data"):
-        text.preprocess(text.PreprocessConfig.from_mapping({**mapping, **given, "overwrite": True}))
+        text.preprocess(text.PreprocessConfig.from_config({**mapping, **given, "overwrite": True}))
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def config(script: ModuleType, output: Path, **settings: Any) -> Any:
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIG))
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     settings = {"tokenizer": str(TOKENIZER), "output": str(output), **settings}
-    return script.PreprocessConfig.from_mapping({**mapping, **settings})
+    return script.PreprocessConfig.from_config({**mapping, **settings})
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:
@@ -337,7 +337,7 @@ def test_tokenizer_code_is_never_run(script: ModuleType, tmp_path: Path) -> None
 
 def test_every_key_of_the_yaml_is_a_setting_and_back(script: ModuleType) -> None:
     keys = set(OmegaConf.load(CONFIG)) - {"hydra", "defaults"}
-    assert keys == set(script.PreprocessConfig.__dataclass_fields__)
+    assert keys == set(script.PreprocessConfig.model_fields)
 
 
 @pytest.mark.parametrize(
