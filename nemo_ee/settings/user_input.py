@@ -287,7 +287,7 @@ def _entries(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return f"{least} {kinds}"
     if most is not None:
         return f"{least} to {most} {kinds}"
-    return f"at least {least} {kinds}" if least else kinds
+    return f"{'one or more' if least == 1 else f'at least {least}'} {kinds}" if least else kinds
 
 
 def shortened(value: Any) -> str:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import importlib.util
 import json
@@ -217,7 +216,7 @@ def test_a_document_beyond_the_limit_is_refused_and_nothing_is_written(
     message = faults_of(script, run)
     assert f"{name}{':1' if 'jsonl' in name else ''}: more than {len(content) - 1} bytes" in message
     assert "raise max_document_bytes" in message and files_in(tmp_path / "out") == []
-    script.preprocess(dataclasses.replace(run, max_document_bytes=len(content)))
+    script.preprocess(run.model_copy(update={"max_document_bytes": len(content)}))
     assert read_back(tmp_path / "out" / "train") == [tokenize("x") + [EOD], tokenize(text) + [EOD]]
 
 
