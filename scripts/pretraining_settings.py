@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from byte_tokenizer import NUM_TOKENS
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from nemo_ee.settings.fields import AboveZero, Betas, FilePath, Files, NonNegative, Texts, as_list
 from nemo_ee.settings.script_input import ScriptInput
@@ -31,21 +31,8 @@ class Sizes(UserInput):
     intermediate_size: Positive
     num_attention_heads: Positive
     max_position_embeddings: Positive
-    vocab_size: Annotated[
-        int, Field(ge=NUM_TOKENS), rule(f"a whole number of at least {NUM_TOKENS}: bytes and the end token")
-    ]
+    vocab_size: Positive
     tie_word_embeddings: bool
-
-    @field_validator("num_attention_heads")
-    @classmethod
-    def _fit(cls, heads: int, info: ValidationInfo) -> int:
-        size = info.data.get("hidden_size", 0)
-        if size % (2 * heads):
-            raise Sentence(
-                f"model.hidden_size={size} must be a multiple of twice num_attention_heads ({heads}); rotary "
-                "embeddings need an even head"
-            )
-        return heads
 
 
 class PretrainConfig(ScriptInput):
@@ -53,13 +40,13 @@ class PretrainConfig(ScriptInput):
 
     headline: ClassVar = "Nothing was trained"
 
-    data: Annotated[Files, Field(min_length=1)]
+    data: Files
     output: FilePath
     held_out: Annotated[Texts | None, BeforeValidator(as_list), rule("the name of a file, a list of names, or null")]
     max_document_bytes: Positive | None
     start_from: Text | None
-    model: Sizes
     sequence_length: Positive
+    model: Sizes
     batch_size: Positive
     steps: Positive
     warmup_steps: Natural
@@ -94,16 +81,26 @@ class PretrainConfig(ScriptInput):
             )
         return None if folder is None else str(folder)
 
-    @field_validator("sequence_length")
+    @field_validator("model")
     @classmethod
-    def _has_positions(cls, length: int, info: ValidationInfo) -> int:
-        model = info.data.get("model")
-        if model is not None and length > model.max_position_embeddings:
-            raise ValueError(
-                f"is more than model.max_position_embeddings ({model.max_position_embeddings}); raise the one or "
-                "lower the other"
+    def _fits(cls, model: Sizes, info: ValidationInfo) -> Sizes:
+        problems, length = [], info.data.get("sequence_length", 0)
+        if model.hidden_size % (2 * model.num_attention_heads):
+            problems.append(
+                f"model.hidden_size={model.hidden_size} must be a multiple of twice num_attention_heads "
+                f"({model.num_attention_heads}); rotary embeddings need an even head"
             )
-        return length
+        if model.vocab_size < NUM_TOKENS:
+            rule = f"at least {NUM_TOKENS}: bytes and the end token"
+            problems.append(f"model.vocab_size={model.vocab_size} must be {rule}")
+        if length > model.max_position_embeddings:
+            problems.append(
+                f"sequence_length={length} is more than model.max_position_embeddings "
+                f"({model.max_position_embeddings}); raise the one or lower the other"
+            )
+        if problems:
+            raise ValueError(*problems)
+        return model
 
     @field_validator("decay_steps")
     @classmethod

@@ -32,7 +32,7 @@ class Trainer(UserInput):
     accelerator: Accelerator
     devices: Annotated[
         Positive | Literal["auto", "-1", -1] | tuple[Natural, ...],
-        rule("the number of ranks per node, a list of GPU indices, or auto"),
+        rule("the number of ranks per node from 1, a list of GPU indices, or auto"),
     ]
     num_nodes: Positive
     precision: Annotated[_Precision, BeforeValidator(as_text)]  # fp16 is refused with its reason later

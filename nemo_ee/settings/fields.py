@@ -30,7 +30,7 @@ Label = Annotated[Text, BeforeValidator(as_text), rule("a text with something in
 Texts = tuple[Text, ...]
 Names = Annotated[Texts, BeforeValidator(as_list), rule("a name, or a list of names")]
 FilePath = Annotated[Path, BeforeValidator(_as_path), rule("the name of a file or directory")]
-Files = Annotated[Texts, BeforeValidator(as_list), rule("the name of a file, or a list of names")]
+Files = Annotated[Texts, Field(min_length=1), BeforeValidator(as_list), rule("one or more names of files")]
 ExitNames = Annotated[Texts | None, rule("a list of exits' names, or null")]
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]

@@ -9,7 +9,7 @@ import re
 from typing import Annotated, ClassVar, Literal
 
 import numpy
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from nemo_ee.settings.fields import Files, Texts
 from nemo_ee.settings.script_input import ScriptInput
@@ -43,7 +43,7 @@ class PreprocessSettings(ScriptInput):
 
     headline: ClassVar = "Nothing was written"
 
-    input: Annotated[Files, Field(min_length=1)]
+    input: Files
     output: Annotated[Text, AfterValidator(_without_ending)]
     tokenizer: Text
     jsonl_extensions: Texts

@@ -257,7 +257,7 @@ def test_a_template_whose_prefixes_are_not_prefixes_is_refused(script: ModuleTyp
         (CHATS, None, {}, "has no chat template; give a file with one"),
         (CHATS, None, {"chat_template": "nowhere.jinja"}, "chat_template: nowhere.jinja is not a file"),
         ([], PLAIN, {}, "in.jsonl: holds no conversation"),
-        (CHATS, PLAIN, {"pad_to": 1}, "pad_to: 1 must be a whole number of tokens from 2"),
+        (CHATS, PLAIN, {"pad_to": 1}, "pad_to=1 must be a whole number of tokens from 2"),
         (CHATS, PLAIN, {"pad_to": 2}, "none of the 3 conversations has an answer within pad_to; raise it"),
         (CHATS, "{{ 'x' }}", {}, "no token of an answer is left by the template"),
         (CHATS, PLAIN, {"input": "chats.txt"}, "chats.txt does not exist"),
@@ -266,7 +266,7 @@ def test_a_template_whose_prefixes_are_not_prefixes_is_refused(script: ModuleTyp
 def test_bad_settings_and_empty_input_are_named(
     script: ModuleType, tmp_path: Path, records: list, template: str | None, settings: dict, expected: str
 ) -> None:
-    with pytest.raises(script.PreprocessError) as raised:
+    with pytest.raises(ValueError) as raised:
         run(script, tmp_path, records, template, **settings)
     assert expected in str(raised.value)
     assert not list(tmp_path.glob("chat*"))
