@@ -21,25 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from nemo_ee.commands.command import command
-from nemo_ee.settings.fields import Accelerator, Criterion, ExitNames, NonNegative, Precision
+from nemo_ee.settings.fields import Criterion, ExitNames, ModelFile, NonNegative, Run
 from nemo_ee.settings.library_keys import trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Natural, Positive, Text, UserInput, rule
 
 
-class Run(UserInput):
-    """The `trainer` block."""
-
-    accelerator: Accelerator
-    devices: Positive
-    num_nodes: Positive
-    precision: Precision
-
-
 class Model(UserInput):
     """The `model` block."""
 
-    restore_from_path: Text
+    restore_from_path: ModelFile
     backbone_path: Text | None
     tensor_model_parallel_size: Positive
 

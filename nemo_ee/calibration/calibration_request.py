@@ -14,8 +14,8 @@ from nemo_ee.calibration.calibration_prompts import Entry, read_entries
 from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Setting, check_name
 from nemo_ee.certificates.validity import setting_of
-from nemo_ee.commands.decoding_config import Run, SamplingInput, StoredModel, check_policy
-from nemo_ee.settings.fields import AboveZero, BelowOne, Criterion, ExitNames, FilePath
+from nemo_ee.commands.decoding_config import SamplingInput, check_policy, check_ranks
+from nemo_ee.settings.fields import AboveZero, BelowOne, Criterion, ExitNames, FilePath, Run, StoredModel
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Natural, Positive, Sentence, Text, rule
@@ -161,18 +161,13 @@ class CalibrationRequest(SamplingInput, ScriptInput):
     @classmethod
     def _is_one_model(cls, model: StoredModel, info: ValidationInfo) -> StoredModel:
         """Calibration runs on the ranks of one stage of one model, and may write into its file."""
-        run, path = info.data.get("trainer"), model.restore_from_path
-        stages, tensor = model.pipeline_model_parallel_size, model.tensor_model_parallel_size
+        path, stages = model.restore_from_path, model.pipeline_model_parallel_size
         if stages != 1:
             raise ValueError(
                 f"model.pipeline_model_parallel_size={stages}: calibration is not available over pipeline stages "
                 "yet; set it to 1 and share the layers with model.tensor_model_parallel_size"
             )
-        if run is not None and run.ranks != tensor:
-            raise ValueError(
-                f"trainer.devices={run.devices} x trainer.num_nodes={run.num_nodes} ranks, but "
-                f"model.tensor_model_parallel_size={tensor}: calibration runs one model, make the two equal"
-            )
+        check_ranks(info.data.get("trainer"), model, "calibration")
         if info.data.get("certificate") and info.data.get("save_to", "") is None:
             _check_folder("model.restore_from_path", path if path.is_dir() else path.resolve().parent)
         return model

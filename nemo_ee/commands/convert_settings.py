@@ -9,9 +9,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import ValidationInfo, field_validator
 
-from nemo_ee.commands.decoding_config import Run
 from nemo_ee.models.tune_settings import ExitsBlock
-from nemo_ee.settings.fields import AboveZero, FilePath, Seed, Verify
+from nemo_ee.settings.fields import AboveZero, FilePath, Run, Seed, Verify
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Positive, Text, UserInput, rule

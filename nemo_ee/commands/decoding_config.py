@@ -1,55 +1,30 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that the yamls of several scripts share: the run, the model, the exit policy, the choice of tokens."""
+"""Keys that the yamls of several scripts share: the exit policy and the choice of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from nemo_ee.generation.cost_rule import COST_RULES
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
-from nemo_ee.settings.fields import AboveZero, Accelerator, Criterion, ExitNames, FilePath, Precision, Verify
-from nemo_ee.settings.user_input import Natural, Positive, Sentence, UserInput, rule
+from nemo_ee.settings.fields import AboveZero, Criterion, ExitNames, Run, StoredModel
+from nemo_ee.settings.user_input import Natural, Sentence, UserInput, rule
 
 
-def _exists(path: Path) -> Path:
-    if path.exists():
-        return path
-    raise ValueError("does not exist; give an early-exit .nemo")
-
-
-ModelFile = Annotated[FilePath, AfterValidator(_exists), rule("the name of an early-exit .nemo")]
-
-
-class Run(UserInput):
-    """The `trainer` block of a script that runs one model."""
-
-    accelerator: Accelerator
-    devices: Positive
-    num_nodes: Positive
-    precision: Precision
-
-    @property
-    def ranks(self) -> int:
-        """Number of processes."""
-        return self.devices * self.num_nodes
-
-
-class StoredModel(UserInput):
-    """The `model` block of a script that runs one model, read from a `.nemo`."""
-
-    restore_from_path: ModelFile
-    backbone_path: FilePath | None
-    verify: Verify
-    tensor_model_parallel_size: Positive
-    pipeline_model_parallel_size: Positive
-    transformer_engine: bool | None
-    distributed_timeout_minutes: AboveZero
+def check_ranks(run: Run | None, model: StoredModel, what: str) -> None:
+    """Raises ValueError unless the ranks are those of one model."""
+    tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if run is not None and run.ranks != tensor * stages:
+        raise ValueError(
+            f"trainer.devices={run.devices} x trainer.num_nodes={run.num_nodes} ranks, but "
+            f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: {what} runs "
+            "one model, make the two equal"
+        )
 
 
 class PolicyInput(UserInput):

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from nemo_ee.commands.decoding_config import PolicyInput, Run, SamplingInput, StoredModel
-from nemo_ee.settings.fields import FilePath
+from nemo_ee.commands.decoding_config import PolicyInput, SamplingInput, check_ranks
+from nemo_ee.settings.fields import FilePath, Run, StoredModel
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Natural, Positive, Sentence, Text, rule
@@ -127,16 +127,9 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
     @field_validator("model")
     @classmethod
     def _takes_the_ranks(cls, model: GenerationModel, info: ValidationInfo) -> GenerationModel:
-        """Generation runs on the ranks of one model."""
-        run = info.data.get("trainer")
-        tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-        if run is not None and run.ranks != tensor * stages:
-            raise ValueError(
-                f"trainer.devices={run.devices} x trainer.num_nodes={run.num_nodes} ranks, but "
-                f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: generation "
-                "runs one model, make the two equal"
-            )
-        if tensor * stages > 1 and info.data.get("cost_rule") == "fallback":
+        check_ranks(info.data.get("trainer"), model, "generation")
+        ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+        if ranks > 1 and info.data.get("cost_rule") == "fallback":
             raise ValueError("cost_rule=fallback measures times on one rank; use cost_rule=none with several")
         return model
 

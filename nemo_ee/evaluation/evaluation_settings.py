@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import field_validator
 
-from nemo_ee.commands.decoding_config import Run, StoredModel
-from nemo_ee.settings.fields import FilePath
+from nemo_ee.settings.fields import FilePath, Run, StoredModel
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Positive, Text, rule

@@ -1,15 +1,15 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Types of settings that several scripts have, beside those of `nemo_ee.settings.user_input`."""
+"""Settings that several scripts have: types beside those of `nemo_ee.settings.user_input`, and whole blocks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from nemo_ee.settings.user_input import Text, rule
+from nemo_ee.settings.user_input import Positive, Text, UserInput, rule
 
 
 def as_text(value: Any) -> Any:
@@ -41,3 +41,38 @@ Criterion = Literal["max_probability", "margin", "entropy"]  # nemo_ee.exits.con
 Accelerator = Annotated[Literal["gpu", "cpu", "cuda", "auto"], BeforeValidator(as_text)]
 Precision = Annotated[Literal["32", "32-true", "bf16", "bf16-mixed", "bf16-true"], BeforeValidator(as_text)]
 Verify = Literal["stored", "full"]
+
+
+def _exists(path: Path) -> Path:
+    if path.exists():
+        return path
+    raise ValueError("does not exist; give an early-exit .nemo")
+
+
+ModelFile = Annotated[FilePath, AfterValidator(_exists), rule("the name of an early-exit .nemo")]
+
+
+class Run(UserInput):
+    """The `trainer` block of a script that runs one model."""
+
+    accelerator: Accelerator
+    devices: Positive
+    num_nodes: Positive
+    precision: Precision
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return self.devices * self.num_nodes
+
+
+class StoredModel(UserInput):
+    """The `model` block of a script that runs one model, read from a `.nemo`."""
+
+    restore_from_path: ModelFile
+    backbone_path: FilePath | None
+    verify: Verify
+    tensor_model_parallel_size: Positive
+    pipeline_model_parallel_size: Positive
+    transformer_engine: bool | None
+    distributed_timeout_minutes: AboveZero
