@@ -5,8 +5,6 @@
 python scripts/plot_tuning.py run=outputs/megatron_gpt_early_exit_sweep output=sweep.png
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import ClassVar

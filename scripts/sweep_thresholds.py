@@ -10,8 +10,6 @@ The text is cut into windows; in each, every token but the first is scored (`Ear
     asked = exits asked per token, the final one left out: the price of the decisions
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Annotated, Any, ClassVar
