@@ -34,7 +34,6 @@ TARGET = 1.1
 def decode_on_stage(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """Load this rank's stage; the first one decodes and returns seconds by side and turn."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     from nemo_ee.commands.generate import open_generator
     from nemo_ee.commands.generation_request import GenerationRequest
@@ -49,7 +48,7 @@ def decode_on_stage(rank: int, options: argparse.Namespace) -> dict[str, Any]:
         overrides.append(f"model.layer_split.layers={options.layers}")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("megatron_gpt_early_exit_generate", overrides=overrides)
-    generator = open_generator(cfg, GenerationRequest.from_config(OmegaConf.to_container(cfg, resolve=True)))
+    generator = open_generator(cfg, GenerationRequest.from_config(cfg))
     if generator is None:
         return {}
     with generator:

@@ -108,11 +108,11 @@ def exporter(path: Path, target: str) -> Callable[[], Path]:
     if target == "huggingface":
         from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
-        settings = ExportSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+        settings = ExportSettings(checkpoint=path, output=output, dtype="bfloat16", parity_gigabytes=0, progress=False)
         return lambda: export_huggingface(settings)
     from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
 
-    settings = ExportSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+    settings = ExportSettings(checkpoint=path, output=output, dtype="bfloat16", parity_gigabytes=0, progress=False)
     return lambda: export_checkpoint(settings)
 
 

@@ -7,20 +7,19 @@ python examples/megatron_gpt_early_exit_calibrate.py model.restore_from_path=tun
 """
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command, refuse_renamed_overrides
 from nemo_ee.commands.console import show
-from nemo_ee.settings.training import CALIBRATE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_calibrate")
 def main(cfg: DictConfig) -> None:
     """Check, load, measure, test, store, print."""
-    with command(cfg, CALIBRATE, may_miss=True):
+    with command(cfg):
         from nemo_ee.calibration.calibration_request import CalibrationRequest
 
-        request = CalibrationRequest.from_config(OmegaConf.to_container(cfg, resolve=True))
+        request = CalibrationRequest.from_config(cfg)
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 

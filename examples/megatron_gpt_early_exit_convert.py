@@ -11,13 +11,12 @@ from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import show
-from nemo_ee.settings.training import CONVERT
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_convert")
 def main(cfg: DictConfig) -> None:
     """Convert and say what came out."""
-    with command(cfg, CONVERT):
+    with command(cfg):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo_ee.commands.convert import convert
 

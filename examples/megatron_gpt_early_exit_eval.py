@@ -11,13 +11,12 @@ from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import show
-from nemo_ee.settings.training import EVALUATE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_eval")
 def main(cfg: DictConfig) -> None:
     """Check, load, measure, write, print."""
-    with command(cfg, EVALUATE, may_miss=True):
+    with command(cfg):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 

@@ -11,22 +11,20 @@ import os
 import shutil
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command, refuse_renamed_overrides
 from nemo_ee.commands.console import results, show
-from nemo_ee.settings.training import GENERATE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_generate")
 def main(cfg: DictConfig) -> None:
     """Check, load, generate, print."""
-    with command(cfg, GENERATE, may_miss=True):
+    with command(cfg):
         from nemo_ee.commands.certified_generation import with_certificate
         from nemo_ee.commands.generation_request import GenerationRequest
 
-        config = OmegaConf.to_container(cfg, resolve=True)
-        request = with_certificate(GenerationRequest.from_config(config), config)
+        request = with_certificate(GenerationRequest.from_config(cfg))
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo.utils.get_rank import is_global_rank_zero
 

@@ -8,16 +8,15 @@ Needs neither a GPU nor NeMo.
 """
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command, refuse_renamed_overrides
-from nemo_ee.settings.files import SERVE
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_serve")
 def main(cfg: DictConfig) -> None:
     """Check, load, serve."""
-    with command(cfg, SERVE, may_miss=True):
+    with command(cfg):
         try:
             import fastapi  # noqa: F401
             import prometheus_client  # noqa: F401
@@ -26,7 +25,7 @@ def main(cfg: DictConfig) -> None:
             raise ValueError(f"{missing.name} is not installed; run pip install -e '.[serving]'") from missing
         from nemo_ee.serving.settings import ServerSettings
 
-        settings = ServerSettings.from_config(OmegaConf.to_container(cfg, resolve=True))
+        settings = ServerSettings.from_config(cfg)
         from nemo_ee.serving.serve import serve
 
         serve(settings)

@@ -20,7 +20,7 @@ logger = logging.getLogger("nemo_ee.tune")
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_tune")
 def main(cfg: DictConfig) -> None:
     """Restore, tune, save."""
-    with command(cfg, None):
+    with command(cfg):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
         from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel

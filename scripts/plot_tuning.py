@@ -5,9 +5,8 @@
 python scripts/plot_tuning.py run=outputs/megatron_gpt_early_exit_sweep output=sweep.png
 """
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import ClassVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -15,9 +14,27 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import show
 from nemo_ee.evaluation.tuning_curves import Curve, draw_tuning_curves
-from nemo_ee.settings.files import PLOT_TUNING
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Text
 
 _LOSS = "loss in nats per token, lower is better"
+
+
+class PlotSettings(ScriptInput):
+    """The settings of conf/plot_tuning.yaml, a field for each key."""
+
+    headline: ClassVar = "nothing was drawn"
+
+    run: Text
+    output: Text
+    metric: Text
+    validation: bool
+    panels: Text | None
+    colours: Text | None
+    styles: Text | None
+    quantity: Text | None
+    title: str
+    caption: str
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict]]:
@@ -70,23 +87,24 @@ def of_metric(numbers: dict[str, list[tuple[int, float]]], prefix: str, metric: 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="plot_tuning")
 def main(cfg: DictConfig) -> None:
     """Read, draw, and say where every exit ended."""
-    with command(cfg, PLOT_TUNING):
-        numbers, exits = read_run(cfg.run)
-        trained, validated = of_metric(numbers, "", cfg.metric), of_metric(numbers, "val/", cfg.metric)
+    with command(cfg):
+        settings = PlotSettings.from_config(cfg)
+        numbers, exits = read_run(settings.run)
+        trained, validated = of_metric(numbers, "", settings.metric), of_metric(numbers, "val/", settings.metric)
         curves = trained or validated  # agreement and entropy are of validation only
         if not curves:
             known = sorted({tag.split("/")[-1] for tag in numbers if tag.startswith(("exit/", "val/exit/"))})
-            raise ValueError(f"metric={cfg.metric!r} is not logged; the run has {', '.join(known)}")
-        validation = validated if cfg.validation and trained else {}
-        quantity = cfg.quantity or (_LOSS if cfg.metric == "loss" else cfg.metric)
+            raise ValueError(f"metric={settings.metric!r} is not logged; the run has {', '.join(known)}")
+        validation = validated if settings.validation and trained else {}
+        quantity = settings.quantity or (_LOSS if settings.metric == "loss" else settings.metric)
         draw_tuning_curves(
-            cfg.output, curves, exits, validation=validation, panels=cfg.panels, colours=cfg.colours,
-            styles=cfg.styles, quantity=quantity, title=cfg.title, caption=cfg.caption,
+            settings.output, curves, exits, validation=validation, panels=settings.panels, colours=settings.colours,
+            styles=settings.styles, quantity=quantity, title=settings.title, caption=settings.caption,
         )  # fmt: skip
         for name in (name for name in exits if name in curves):
             step, value = curves[name][-1]
-            show(f"{name:32s} {cfg.metric} {value:.4f} after step {step}")
-        show(f"drawn: {cfg.output}")
+            show(f"{name:32s} {settings.metric} {value:.4f} after step {step}")
+        show(f"drawn: {settings.output}")
 
 
 if __name__ == "__main__":

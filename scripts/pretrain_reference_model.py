@@ -31,11 +31,10 @@ from typing import Any
 
 import hydra
 from lib.pretraining_settings import PretrainConfig, Progress
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import messages
-from nemo_ee.settings.files import PRETRAIN
 from nemo_ee.text.json_values import check_model_files
 
 logger = logging.getLogger("nemo_ee.scripts")
@@ -87,9 +86,9 @@ def build_model(config: PretrainConfig):
     AttentionInterface.register("blocked_causal", blocked_causal_attention)
     torch.manual_seed(config.seed)
     shape = LlamaConfig(
-        **config.model,
-        num_key_value_heads=config.model["num_attention_heads"],
-        head_dim=config.model["hidden_size"] // config.model["num_attention_heads"],
+        **config.model.model_dump(),
+        num_key_value_heads=config.model.num_attention_heads,
+        head_dim=config.model.hidden_size // config.model.num_attention_heads,
         rms_norm_eps=_RMS_NORM_EPS,
         rope_theta=_ROPE_THETA,
         bos_token_id=END,
@@ -105,7 +104,7 @@ def build_model(config: PretrainConfig):
         raise ValueError(f"start_from: {config.start_from} cannot be read as a Llama model: {error}") from error
     try:
         stored = LlamaConfig.from_pretrained(config.start_from)
-        wanted = {**config.model, "model_type": "llama", "num_key_value_heads": shape.num_key_value_heads}
+        wanted = {**config.model.model_dump(), "model_type": "llama", "num_key_value_heads": shape.num_key_value_heads}
         other = [
             f"{key} ({found}, not {value})"
             for key, value in wanted.items()
@@ -187,7 +186,8 @@ class Run:
         self.progress = Progress(0, config.steps - config.decay_steps, config.decay_steps)
         self.checkpoint = config.output / "checkpoint.pt"
         self.identity = {
-            **{key: getattr(config, key) for key in ("model", "sequence_length", "batch_size", "precision", "seed")},
+            "model": config.model.model_dump(),
+            **{key: getattr(config, key) for key in ("sequence_length", "batch_size", "precision", "seed")},
             **{key: getattr(config, key) for key in ("lr", "warmup_steps", "weight_decay", "betas", "clip")},
             "data": windows.digest(),
         }
@@ -282,7 +282,7 @@ class Run:
         folder = self.config.output / "model"
         model = self.model.to(torch.bfloat16)
         model.save_pretrained(folder, safe_serialization=True)
-        write_byte_tokenizer(folder, self.config.model["max_position_embeddings"])
+        write_byte_tokenizer(folder, self.config.model.max_position_embeddings)
         model.float()
         size = self.config.batch_size * self.config.sequence_length
         count = self.config.final_validation_windows
@@ -354,8 +354,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain_reference_model")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/pretrain_reference_model.yaml."""
-    with command(cfg, PRETRAIN):
-        pretrain(PretrainConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+    with command(cfg):
+        pretrain(PretrainConfig.from_config(cfg))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,47 @@ The text is cut into windows; in each, every token but the first is scored (`Ear
     evaluated = exits evaluated per token, the final one left out: the price of the decisions
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from nemo_ee.commands.command import command, refuse_renamed_overrides
 from nemo_ee.commands.console import messages, show
-from nemo_ee.settings.training import SWEEP_THRESHOLDS
+from nemo_ee.settings.fields import Criterion, ExitNames, ModelFile, NonNegative, Run
+from nemo_ee.settings.library_keys import trainer_keys
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Natural, Positive, Text, UserInput, rule
+
+
+class Model(UserInput):
+    """The `model` block."""
+
+    restore_from_path: ModelFile
+    backbone_path: Text | None
+    tensor_model_parallel_size: Positive
+
+
+class SweepSettings(ScriptInput):
+    """The settings of conf/sweep_thresholds.yaml, a field for each key."""
+
+    headline: ClassVar = "nothing was scored"
+    libraries: ClassVar = {"trainer": trainer_keys}
+
+    data: Text
+    output: Text | None
+    thresholds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    criterion: Criterion
+    exits: ExitNames
+    max_pending_tokens: Natural | None
+    length: Annotated[int, Field(ge=2), rule("a whole number of tokens from 2")]
+    max_tokens: Positive | None
+    batch_size: Positive
+    trainer: Run
+    model: Model
 
 
 def sweep(cfg: DictConfig) -> dict[str, Any]:
@@ -40,15 +69,14 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
     from nemo_ee.generation.engine import EarlyExitEngine
     from nemo_ee.models.connector import read_config
 
+    SweepSettings.from_config(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     own = config.pop("model")
     config["model"] = model_settings(own["restore_from_path"], own["backbone_path"], own["tensor_model_parallel_size"])
     config |= {"mode": "early_exit", "add_BOS": False, "output": None}
-    if not isinstance(cfg.length, int) or cfg.length < 2:
-        raise ValueError(f"length={cfg.length!r} must be a whole number of tokens from 2")
-    if not cfg.thresholds:
-        raise ValueError("thresholds: empty list; give at least one number, such as 0.9")
-    requests = {threshold: scoring_request({**config, "threshold": threshold}) for threshold in cfg.thresholds}
+    for key in ("data", "length", "max_tokens", "thresholds"):
+        del config[key]
+    requests = {one: scoring_request({**config, "threshold": one}) for one in cfg.thresholds}
     vocabulary = read_config(own["restore_from_path"]).get("vocab_size")
     windows = TokenWindows(str(cfg.data), seq_length=cfg.length - 1, max_tokens=cfg.max_tokens, vocab_size=vocabulary)
     generator = open_generator(OmegaConf.create(config), next(iter(requests.values())))
@@ -120,7 +148,7 @@ def table(report: dict[str, Any]) -> str:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sweep_thresholds")
 def main(cfg: DictConfig) -> None:
     """Score, print the table, write `output`."""
-    with command(cfg, SWEEP_THRESHOLDS):
+    with command(cfg):
         report = sweep(cfg)
         from nemo.utils.get_rank import is_global_rank_zero
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.console import messages
 from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
 from nemo_ee.evaluation.report import write_json
+from nemo_ee.exits.block_reader import close_match
 from nemo_ee.exits.confidence import NEVER_LEAVES
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.decoding_model import DecodingModel
@@ -114,14 +114,13 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
         faults.append(f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
     for name in request.exits or ():
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            guess = f" (did you mean {close[0]}?)" if close else ""
-            faults.append(f"exits names {name!r}, which the model does not have{guess}; it has {', '.join(names)}")
+            meant = close_match(name, names)
+            faults.append(f"exits names {name!r}, which the model does not have{meant}; it has {', '.join(names)}")
     if request.split:
         asked = [name for name in names if request.exits is None or name in request.exits]
         faults += candidate_faults(request.grid, len(asked), NEVER_LEAVES[request.criterion])
     longest = request.setting.tokens_to_generate
-    if any(entry.is_document for entry in request.entries):
+    if any(entry.is_document for entry in request.data.entries):
         longest += request.prompt_tokens
     if longest >= positions:
         faults.append(
@@ -141,7 +140,7 @@ def _prompts(
         raise ValueError(NO_END_OF_TEXT)
     adds_bos = prompt_ids(tokenizer, "x", asked.add_BOS)[:1] == [tokenizer.bos_id]
     prompts = make_prompts(
-        request.entries,
+        request.data.entries,
         lambda text: prompt_ids(tokenizer, text, asked.add_BOS),
         bos=tokenizer.bos_id if adds_bos else None,
         prompt_tokens=request.prompt_tokens,
@@ -150,7 +149,7 @@ def _prompts(
         longest=positions - asked.tokens_to_generate,
         vocab_size=vocab_size,
         seed=request.seed,
-        facts=request.data_facts,
+        facts=request.data.facts,
     )
     set_aside = round(request.split * len(prompts.ids))
     if request.split and not set_aside:

@@ -27,24 +27,23 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 logger = logging.getLogger(__name__)
 
 
-def setting_of(config: Mapping[str, Any]) -> Setting:
-    """The setting that a script's config asks for; the keys are those of the generation and the calibration yaml.
+def setting_of(asked: Any, mode: str) -> Setting:
+    """The setting that a script is run with.
 
     Args:
-        config: plain containers, checked; top_k null and 0 both keep every token.
+        asked: the checked settings of generation or calibration; top_k null and 0 both keep every token.
+        mode: one of `nemo_ee.generation.policy.MODES`.
     """
-    greedy = config["greedy"]
-    shaping = {"temperature": float(config["temperature"]), "top_p": float(config["top_p"])}
-    shaping["top_k"] = config["top_k"] or 0
-    sampling = {"greedy": greedy, "repetition_penalty": float(config["repetition_penalty"])}
+    shaping = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k or 0}
+    sampling = {"greedy": asked.greedy, "repetition_penalty": asked.repetition_penalty}
     return Setting(
-        mode=config["mode"],
+        mode=mode,
         kv=KV_POLICY,
-        precision="bf16" if str(config["trainer"]["precision"]).startswith("bf16") else "32",
-        tokens_to_generate=config["tokens_to_generate"],
-        stop_on_eos=config["stop_on_eos"],
-        add_BOS=config["add_BOS"],
-        sampling=sampling if greedy else {**sampling, **shaping},
+        precision="bf16" if asked.trainer.precision.startswith("bf16") else "32",
+        tokens_to_generate=asked.tokens_to_generate,
+        stop_on_eos=asked.stop_on_eos,
+        add_BOS=asked.add_BOS,
+        sampling=sampling if asked.greedy else {**sampling, **shaping},
     )
 
 

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from nemo_ee.certificates.certificate import Certificate, find_certificate
 from nemo_ee.certificates.validity import identify, model_faults, setting_faults, setting_of, stop_faults
@@ -17,33 +15,21 @@ from nemo_ee.commands.generation_request import GenerationRequest
 logger = logging.getLogger(__name__)
 
 
-def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> GenerationRequest:
-    """The request with the policy of a certificate, if its config asks for one.
-
-    Args:
-        request: made from `config`, which is thereby checked.
-        config: conf/megatron_gpt_early_exit_generate.yaml as plain containers; `certificate` and
-            `allow_other_setting` are read.
+def with_certificate(request: GenerationRequest) -> GenerationRequest:
+    """The request with the policy of a certificate, if it names one.
 
     Raises:
         ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
             setting; all reasons in one message.
     """
-    wanted, path = config["certificate"], request.path
-    faults = []
-    if not isinstance(wanted, bool | str | None):
-        faults.append(f"certificate={wanted!r} must be True, a name, or null")
-    if not isinstance(config["allow_other_setting"], bool):
-        faults.append(f"allow_other_setting={config['allow_other_setting']!r} must be True or False")
-    if faults:
-        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults))
+    wanted, path = request.certificate, request.path
     if wanted in (None, False):
         return request
     certificate = find_certificate(path, wanted)
     faults = list(model_faults(certificate, identify(path)))
-    outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
+    outside = [*setting_faults(certificate, setting_of(request, request.mode)), *_length_faults(certificate, request)]
     outside += stop_faults(certificate, stored_end_of_text(path))
-    if outside and not config["allow_other_setting"]:
+    if outside and not request.allow_other_setting:
         way_out = "change it, or set allow_other_setting=True to run without the guarantee"
         faults += [f"{one}; {way_out}" for one in outside]
     if faults:
@@ -56,13 +42,17 @@ def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> G
         "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
         1 - promise.delta, f"thresholds {thresholds}" if thresholds else "full depth",
     )  # fmt: skip
-    return dataclasses.replace(request, policy=certificate.policy(), mode=request.mode if thresholds else "full")
+    policy = certificate.policy()
+    chosen = {"threshold": policy.thresholds, "exits": policy.active, "mode": request.mode if thresholds else "full"}
+    return request.model_copy(
+        update=chosen | {"criterion": policy.criterion, "max_pending_tokens": policy.max_pending_tokens}
+    )
 
 
 def _length_faults(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
     """Where answers end that ran on in calibration, or run on where they ended."""
-    if request.min_new_tokens:
-        yield f"min_tokens_to_generate={request.min_new_tokens}, certified min_tokens_to_generate=0"
+    if request.min_tokens_to_generate:
+        yield f"min_tokens_to_generate={request.min_tokens_to_generate}, certified min_tokens_to_generate=0"
     # An answer that is compared up to a text may end there.
     until = certificate.guarantee.answer_until
     if request.end_strings and (until is None or request.end_strings != (until,)):

@@ -1,7 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every script does around its work: check its settings, switch the CPU host on in time, end a user's error in
-one message, and end the processes it started when it is killed."""
+"""What every script does around its work: switch the CPU host on in time, end a user's error in one message, and end
+the processes it started when it is killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from typing import Any
 from nemo_ee import cpu_host
 from nemo_ee.commands.console import complain, console, rank
 from nemo_ee.exits.block_reader import RENAMED_KEYS
-from nemo_ee.settings.known import KnownSettings, missing, raise_problems
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @contextlib.contextmanager
-def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) -> Iterator[None]:
+def command(cfg: Any) -> Iterator[None]:
     """Surround a script's work; enter it before anything imports torch's users.
 
     `trainer.accelerator=cpu` switches the CPU host on. What libraries print goes to the script's log file
@@ -42,8 +41,6 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
 
     Args:
         cfg: the script's config.
-        known: the script's settings; None: the script itself reports what is wrong or missing, with its other checks.
-        may_miss: the script itself reports settings that are needed and not given.
     """
     from omegaconf import OmegaConf
 
@@ -53,9 +50,6 @@ def command(cfg: Any, known: KnownSettings | None, *, may_miss: bool = False) ->
     path = _log_path()
     try:
         with console(path), _errors_in_one_message(path):
-            if known is not None:
-                needed = [] if may_miss else missing(cfg)
-                raise_problems("nothing was started", [*needed, *known.problems(cfg).values()])
             if path:
                 logger.info("%s: log file %s", path.stem.partition("-")[0], os.path.relpath(path))
             if OmegaConf.select(cfg, "trainer.accelerator") == "cpu":
@@ -111,11 +105,6 @@ def _errors_in_one_message(path: Path | None) -> Iterator[None]:
             raise
         complain(f"{who}{traceback.format_exc()}{where}")
         sys.exit(1)
-
-
-def names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """A setting that is a list of names, or one name alone (`targets=full`); None stays None."""
-    return value if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def _end_with_the_script() -> None:

@@ -29,6 +29,7 @@ from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import read_json_object
+from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
@@ -37,6 +38,7 @@ from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTMod
 from nemo_ee.models.run_config import merge_model_config
 from nemo_ee.models.supported import planned_ranks, refuse_unsupported
 from nemo_ee.models.trainer import single_run_trainer
+from nemo_ee.settings.script_input import raise_problems, script_problems
 from nemo_ee.text.json_values import check_model_files
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
@@ -72,29 +74,29 @@ def convert(cfg: DictConfig) -> Conversion:
     """Run a conversion; `cfg` is conf/megatron_gpt_early_exit_convert.yaml. Every rank must call it.
 
     Raises:
-        ValueError: all faults of source, output and exits in one message, before anything is built; or, at the end, a
-            written file whose logits differ (it is removed).
+        ValueError: all problems of source, output and exits in one message, before anything is built; or, at the end,
+            a written file whose logits differ (it is removed).
     """
-    source, output = Path(str(cfg.source)), Path(str(cfg.output))
-    faults = _check_paths(cfg, source, output)
+    problems = script_problems(ConvertSettings, cfg)
+    source, output = (Path(str(OmegaConf.select(cfg, key, throw_on_missing=False))) for key in ("source", "output"))
+    texts = [one.text for one in problems]
     base: dict = {}
     config: EarlyExitConfig | None = None
-    train = cfg.model.early_exit.get("train")
-    if train in ("joint", "lora"):
-        faults.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
-    if source.exists():
+    if all(one.where == "output" for one in problems):  # what follows computes with the other settings
+        train = cfg.model.early_exit.get("train")
+        if train in ("joint", "lora"):
+            texts.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
         try:
             base = _base_config(cfg, source)
-        except ValueError as fault:
-            faults.append(str(fault))
+        except ValueError as problem:
+            texts.append(str(problem))
     if base:
         for check in (_refuse_unsupported, _exits):
             try:
                 config = check(cfg, base)
-            except ValueError as fault:
-                faults.append(str(fault))
-    if faults:
-        raise ValueError("nothing was converted:\n" + "\n".join(faults))
+            except ValueError as problem:
+                texts.append(str(problem))
+    raise_problems("nothing was converted", texts)
     base["early_exit"] = config.to_mapping()
     model_config = OmegaConf.create({**base, "full_depth": True})
 
@@ -115,21 +117,6 @@ def convert(cfg: DictConfig) -> Conversion:
     return Conversion(
         output, names, tuple(n for n in names if n not in already), stored["backbone_fingerprint"], difference
     )
-
-
-def _check_paths(cfg: DictConfig, source: Path, output: Path) -> list[str]:
-    faults = []
-    if not source.exists():
-        faults.append(f"source={source} does not exist; give a Hugging Face directory or a .nemo file")
-    if output.suffix != ".nemo":
-        faults.append(f"output={output} must end in .nemo")
-    if output.is_dir():
-        faults.append(f"output={output} is a directory; give the name of a file")
-    elif output.exists() and not cfg.overwrite:
-        faults.append(f"output={output} exists; choose another name or add overwrite=True")
-    if output.exists() and source.exists() and output.resolve() == source.resolve():
-        faults.append(f"output={output} is the source itself; choose another name")
-    return faults
 
 
 def _is_hugging_face(source: Path) -> bool:

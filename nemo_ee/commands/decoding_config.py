@@ -1,59 +1,88 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The keys that the yamls of generation and calibration share: checked, and read, alike."""
+"""Keys that the yamls of several scripts share: the exit policy and the choice of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, ValidationInfo, field_validator
+
+from nemo_ee.generation.cost_rule import COST_RULES
+from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
-
-_PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "bf16-true")
-
-
-def sampling_of(config: Mapping[str, Any]) -> SamplingParams:
-    """How tokens are chosen.
-
-    Raises:
-        ValueError: every fault of these keys.
-    """
-    keys = ("greedy", "temperature", "top_p", "repetition_penalty", "seed")
-    top_k = None if config["top_k"] == 0 else config["top_k"]  # NeMo's 0 = all
-    return SamplingParams(top_k=top_k, **{key: config[key] for key in keys})
+from nemo_ee.settings.fields import AboveZero, Criterion, ExitNames, Run, StoredModel
+from nemo_ee.settings.user_input import Natural, Sentence, UserInput, rule
 
 
-def whole_number_faults(
-    config: Mapping[str, Any], lowest: Mapping[str, int], or_null: Collection[str] = ()
-) -> Iterator[str]:
-    """Which keys are no whole number from the lowest one they may have; those of `or_null` may be null."""
-    for key, least in lowest.items():
-        value = config[key]
-        if key in or_null and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            yield f"{key}={value!r} must be a whole number from {least}"
+def check_ranks(run: Run | None, model: StoredModel, what: str) -> None:
+    """Raises ValueError unless the ranks are those of one model."""
+    tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if run is not None and run.ranks != tensor * stages:
+        raise ValueError(
+            f"trainer.devices={run.devices} x trainer.num_nodes={run.num_nodes} ranks, but "
+            f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: {what} runs "
+            "one model, make the two equal"
+        )
 
 
-def switch_faults(config: Mapping[str, Any], keys: Collection[str], or_null: Collection[str] = ()) -> Iterator[str]:
-    """Which keys are neither True nor False; those of `or_null` may be null too."""
-    for key in (*keys, *or_null):
-        if not isinstance(config[key], bool) and not (key in or_null and config[key] is None):
-            yield f"{key}={config[key]!r} must be True or False{' or null' if key in or_null else ''}"
+Cap = Annotated[Natural | None, rule("a whole number of tokens from 0, or null for no cap")]
 
 
-def precision_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    """Whether weights can be held in `trainer.precision`."""
-    precision = config["trainer"]["precision"]
-    if str(precision) not in _PRECISIONS:
-        yield f"trainer.precision={precision!r} is not supported; use 32 or bf16"
+class PolicyInput(UserInput):
+    """When a token may leave; `policy` is the whole of it."""
+
+    mode: Literal[MODES]
+    criterion: Criterion
+    threshold: float | dict[str, float]
+    exits: ExitNames
+    max_pending_tokens: Cap
+    num_draft_tokens: Cap
+    cost_rule: Literal[COST_RULES]
+
+    @field_validator("threshold")
+    @classmethod
+    def _goes_with_the_criterion(cls, threshold: Any, info: ValidationInfo) -> Any:
+        if "criterion" in info.data:
+            check_policy(threshold, criterion=info.data["criterion"])
+        return threshold
+
+    @field_validator("exits")
+    @classmethod
+    def _are_named_once(cls, exits: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        check_policy(0.0, active=exits)
+        return exits
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """The criterion is reported in every mode."""
+        caps = {key: getattr(self, key) for key in ("max_pending_tokens", "num_draft_tokens")}
+        return ExitPolicy(self.threshold, criterion=self.criterion, active=self.exits, **caps)
 
 
-def model_path_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    """Whether there is such a model."""
-    path = config["model"]["restore_from_path"]
-    if path in (None, "???", ""):
-        yield "model.restore_from_path is not set; give an early-exit .nemo"
-    elif not Path(path).exists():
-        yield f"model.restore_from_path={path} does not exist"
+def check_policy(threshold: float | Mapping[str, float], **others: Any) -> None:
+    """Raises Sentence with what is wrong with a part of an exit policy."""
+    try:
+        ExitPolicy(threshold, **others)
+    except ValueError as error:
+        raise Sentence(str(error).removeprefix("exit policy: ")) from None
+
+
+class SamplingInput(UserInput):
+    """How tokens are chosen; `sampling` is the whole of it."""
+
+    greedy: bool
+    temperature: Annotated[AboveZero, rule("a finite number above 0; for the most likely token set greedy=True")]
+    top_k: Annotated[Natural | None, rule("a whole number of at least 1; 0 or null keeps every token")]
+    top_p: Annotated[float, Field(gt=0, le=1), rule("a number above 0 and at most 1; 1.0 keeps every token")]
+    repetition_penalty: Annotated[AboveZero, rule("a finite number above 0; 1.0 changes nothing")]
+    seed: Natural
+    add_BOS: bool | None
+    stop_on_eos: bool
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """NeMo's top_k=0 keeps every token."""
+        keys = ("greedy", "temperature", "top_p", "repetition_penalty", "seed")
+        return SamplingParams(top_k=self.top_k or None, **{key: getattr(self, key) for key in keys})

@@ -183,13 +183,13 @@ class TextGenerator:
 
     def _request(self, prompt: str) -> Request:
         asked = self.request
-        ids = prompt_ids(self.tokenizer, prompt, asked.add_bos)
+        ids = prompt_ids(self.tokenizer, prompt, asked.add_BOS)
         return Request(
             tuple(ids),
-            asked.max_new_tokens,
+            asked.tokens_to_generate,
             asked.sampling,
             stop_tokens=frozenset(self.end_of_text if asked.stop_on_eos else ()),
-            min_new_tokens=asked.min_new_tokens,
+            min_new_tokens=asked.min_tokens_to_generate,
             ends=EndStrings(self.decode, asked.end_strings, ids) if asked.end_strings else None,
         )
 
@@ -293,22 +293,23 @@ def _prompt_faults(
     positions: int,
     vocab_size: int | None,
 ) -> Iterator[str]:
-    if request.add_bos and tokenizer.bos_id is None:
+    if request.add_BOS and tokenizer.bos_id is None:
         yield "add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False"
         return
     if request.stop_on_eos and not end_of_text:
         yield NO_END_OF_TEXT
     for index, prompt in enumerate(prompts):
-        ids = prompt_ids(tokenizer, prompt, request.add_bos)
+        ids = prompt_ids(tokenizer, prompt, request.add_BOS)
         length = len(ids)
         if not length:
             yield f"prompt {index} ({prompt!r}) has no tokens; write something or set add_BOS=True"
             continue
         if vocab_size is not None:
             yield from token_problems(vocab_size, f"prompt {index}", ids)
-        if length + request.max_new_tokens > positions:
+        if length + request.tokens_to_generate > positions:
             rule = f"the model's {positions} positions"
-            yield f"prompt {index}: {too_long(length, request.max_new_tokens, 'tokens_to_generate', positions, rule)}"
+            most = request.tokens_to_generate
+            yield f"prompt {index}: {too_long(length, most, 'tokens_to_generate', positions, rule)}"
 
 
 def stored_tokenizer(path: Path, stored: DictConfig) -> Any:

@@ -1,237 +1,152 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a generation run was asked for, read once from its config; every fault that needs no model, in one message."""
+"""What a generation run does, read once from its config; every problem that needs no model, in one message."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from nemo_ee.commands.decoding_config import (
-    model_path_faults,
-    precision_faults,
-    sampling_of,
-    switch_faults,
-    whole_number_faults,
-)
-from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
-from nemo_ee.generation.policy import MODES, ExitPolicy
-from nemo_ee.generation.sampling import SamplingParams
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from nemo_ee.commands.decoding_config import PolicyInput, SamplingInput, check_ranks
+from nemo_ee.settings.fields import FilePath, Run, StoredModel
+from nemo_ee.settings.library_keys import model_keys, trainer_keys
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Natural, Positive, Sentence, Text, rule
 from nemo_ee.text.text_files import TextError, is_jsonl, read_json_lines, read_lines, text_line
 
-COLOURS = ("auto", "always", "never")
 # Of a line of `output`, beside what the prompt's own line says.
 OUTPUT_KEYS = ("prompt", "text", "finish_reason", "tokens", "error")
-_SHOWN_FAULTS = 20
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A checked request.
+class PromptLine(NamedTuple):
+    """A prompt, and what else its line of a `.jsonl` file says; none of `OUTPUT_KEYS`."""
 
-    Attributes:
-        path: the `.nemo`.
-        prompts: texts, at least one.
-        labels: of each prompt, what else its line of a `.jsonl` file says; none of `OUTPUT_KEYS`.
-        mode: one of `MODES`.
-        policy: when a token may leave; its criterion is reported in every mode.
-        sampling: how tokens are chosen.
-        min_new_tokens, max_new_tokens: bounds on the length of every answer.
-        add_bos: put the begin-of-text token in front; None = as the tokenizer itself does.
-        stop_on_eos: the end-of-text token ends an answer.
-        end_strings: texts that end an answer, too.
-        batch_size: prompts decoded together.
-        colour: `auto`, `always` or `never`.
-        output: JSONL file to write, or None.
-        cost_rule: one of `COST_RULES`.
-    """
-
-    path: Path
-    prompts: tuple[str, ...]
-    labels: tuple[Mapping[str, Any], ...]
-    mode: str
-    policy: ExitPolicy
-    sampling: SamplingParams
-    min_new_tokens: int
-    max_new_tokens: int
-    add_bos: bool | None
-    stop_on_eos: bool
-    end_strings: tuple[str, ...]
-    batch_size: int
-    colour: str
-    output: Path | None
-    cost_rule: str = COST_RULES[0]
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> GenerationRequest:
-        """Read conf/megatron_gpt_early_exit_generate.yaml.
-
-        Args:
-            config: the script's config as plain containers.
-
-        Raises:
-            ValueError: every fault, in one message.
-        """
-        faults: list[str] = []
-        if config["mode"] not in MODES:
-            faults.append(f"mode={config['mode']!r} is unknown; use one of {', '.join(MODES)}")
-        if config["colour"] not in COLOURS:
-            faults.append(f"colour={config['colour']!r} is unknown; use one of {', '.join(COLOURS)}")
-        if config["cost_rule"] not in COST_RULES:
-            faults.append(unknown_cost_rule(config["cost_rule"]))
-        faults += switch_faults(config, ("greedy", "stop_on_eos", "overwrite"), or_null=("add_BOS",))
-        _check_numbers(config, faults)
-        policy = _or_fault(faults, lambda: _policy(config))
-        sampling = _or_fault(faults, lambda: sampling_of(config))
-        _check_ranks(config, faults)
-        path, output = _paths(config, faults)
-        end_strings = _end_strings(config["end_strings"], faults)
-        prompts, labels = _prompts(config, faults)
-        _raise(faults)
-        return cls(
-            path=path,
-            prompts=prompts,
-            labels=labels,
-            mode=config["mode"],
-            policy=policy,
-            sampling=sampling,
-            min_new_tokens=config["min_tokens_to_generate"],
-            max_new_tokens=config["tokens_to_generate"],
-            add_bos=config["add_BOS"],
-            stop_on_eos=config["stop_on_eos"],
-            end_strings=end_strings,
-            batch_size=config["batch_size"],
-            colour=config["colour"],
-            output=output,
-            cost_rule=config["cost_rule"],
-        )
+    prompt: str
+    labels: Mapping[str, Any]
 
 
-def _raise(faults: list[str]) -> None:
-    if faults:
-        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
-        raise ValueError("nothing was generated:\n" + "\n".join(f"  {one}" for one in faults[:_SHOWN_FAULTS] + more))
-
-
-def _or_fault(faults: list[str], make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except ValueError as fault:
-        faults.append(str(fault))
-        return None
-
-
-def _policy(config: Mapping[str, Any]) -> ExitPolicy:
-    return ExitPolicy(
-        config["threshold"],
-        criterion=config["criterion"],
-        active=config["exits"],
-        max_pending_tokens=config["max_pending_tokens"],
-        num_draft_tokens=config["num_draft_tokens"],
-    )
-
-
-def _check_numbers(config: Mapping[str, Any], faults: list[str]) -> None:
-    lowest = {"tokens_to_generate": 1, "min_tokens_to_generate": 0, "batch_size": 1}
-    wrong = list(whole_number_faults(config, lowest))
-    if wrong:
-        faults += wrong
-        return
-    least, most = config["min_tokens_to_generate"], config["tokens_to_generate"]
-    if least > most:
-        faults.append(f"min_tokens_to_generate={least} is more than tokens_to_generate={most}; lower it")
-
-
-def _check_ranks(config: Mapping[str, Any], faults: list[str]) -> None:
-    """Generation runs on the ranks of one model."""
-    trainer, model = config["trainer"], config["model"]
-    stages, tensor = model["pipeline_model_parallel_size"], model["tensor_model_parallel_size"]
-    if trainer["devices"] * trainer["num_nodes"] != tensor * stages:
-        faults.append(
-            f"trainer.devices={trainer['devices']} x trainer.num_nodes={trainer['num_nodes']} ranks, but "
-            f"model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size={stages}: generation "
-            "runs one model, make the two equal"
-        )
-    elif tensor * stages > 1 and config["cost_rule"] == "fallback":
-        faults.append("cost_rule=fallback measures times on one rank; use cost_rule=none with several")
-    faults += precision_faults(config)
-
-
-def _paths(config: Mapping[str, Any], faults: list[str]) -> tuple[Path, Path | None]:
-    path = config["model"]["restore_from_path"]
-    faults += model_path_faults(config)
-    output = None if config["output"] is None else Path(str(config["output"]))
-    if output is not None:
-        if output.is_dir():
-            faults.append(f"output={output} is a directory; give the name of a .jsonl file")
-        elif output.exists() and not config["overwrite"]:
-            faults.append(f"output={output} exists; give another name or overwrite=True")
-        elif not output.parent.is_dir():
-            faults.append(f"output={output}: the folder {output.parent} does not exist; make it first")
-    return Path(str(path)), output
-
-
-def _end_strings(given: Any, faults: list[str]) -> tuple[str, ...]:
-    if not isinstance(given, list) or any(not isinstance(one, str) or not one for one in given):
-        faults.append(f"end_strings={given!r} must be a list of texts, none empty; write end_strings=['...']")
-        return ()
-    return tuple(given)
-
-
-_Prompts = tuple[tuple[str, ...], tuple[Mapping[str, Any], ...]]
-_NO_PROMPTS: _Prompts = ((), ())
-
-
-def _prompts(config: Mapping[str, Any], faults: list[str]) -> _Prompts:
-    """The prompts and what else their lines say."""
-    given, file = config["prompts"], config["prompts_file"]
-    if given and file is not None:
-        faults.append("both prompts and prompts_file are given; leave one out")
-        return _NO_PROMPTS
-    if file is not None:
-        return _prompts_of_file(Path(str(file)), faults)
-    if given is not None and not isinstance(given, list | tuple):
-        faults.append(f"prompts={given!r} must be a list; write prompts=['...']")
-        return _NO_PROMPTS
-    if not given:
-        faults.append("no prompts are given; set prompts=['...'] or prompts_file=<.txt or .jsonl>")
-        return _NO_PROMPTS
-    for one in given:
-        if not isinstance(one, str):
-            faults.append(f"prompts holds {one!r}, which is not a text; put it in quotes")
-        elif not _is_writable(one):
-            faults.append(f"prompts holds {one!r}, with half of a surrogate pair in it; write the whole character")
-    return tuple(given), ({},) * len(given)
-
-
-def _prompts_of_file(path: Path, faults: list[str]) -> _Prompts:
+def _prompts_of_file(file: Any, info: ValidationInfo) -> Any:
     """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
-    wrong: list[str] = []
+    given = info.data.get("given_prompts", ())  # what is wrong is named alone
+    if given and file is not None:
+        raise Sentence("both prompts and prompts_file are given; leave one out")
+    if file is None and not given and "given_prompts" in info.data:
+        raise Sentence("no prompts are given; set prompts=['...'] or prompts_file=<.txt or .jsonl>")
+    if not isinstance(file, str):
+        return file
+    path, wrong = Path(file), list[str]()
     if is_jsonl(path):
         found = [line for _, line in read_json_lines(path, _prompt_of_line, faults=wrong)]
     else:
         found = []
         try:
-            found += [(text_line(path, number, line), {}) for number, line in read_lines(path)]
-        except TextError as fault:
-            wrong.append(str(fault))
+            found += [PromptLine(text_line(path, number, line), {}) for number, line in read_lines(path)]
+        except TextError as problem:
+            wrong.append(str(problem))
     if not found and not wrong:
         wrong.append(f"{path}: holds no prompt; put one on each line")
-    faults += [f"prompts_file: {one}" for one in wrong]
-    return tuple(prompt for prompt, _ in found), tuple(labels for _, labels in found)
+    if wrong:
+        raise Sentence(*(f"prompts_file: {one}" for one in wrong))
+    return tuple(found)
 
 
-def _prompt_of_line(value: Any) -> tuple[str, dict[str, Any]]:
-    """The prompt of a line, and what else it says."""
+def _prompt_of_line(value: Any) -> PromptLine:
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise ValueError('must be an object with a text under "prompt"')
     labels = {key: own for key, own in value.items() if key != "prompt"}
     taken = ", ".join(f'"{key}"' for key in labels if key in OUTPUT_KEYS)
     if taken:
         raise ValueError(f"the key {taken} is one that the output has itself; rename it or leave it out")
-    return value["prompt"], labels
+    return PromptLine(value["prompt"], labels)
+
+
+class GenerationModel(StoredModel):
+    """The `model` block."""
+
+    layer_split: dict[str, Any] | None
+
+
+class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
+    """conf/megatron_gpt_early_exit_generate.yaml, a field for each key.
+
+    `prompts` are the texts of either source; at least one.
+    """
+
+    headline: ClassVar = "nothing was generated"
+    libraries: ClassVar = {"trainer": trainer_keys, "model": model_keys}
+
+    given_prompts: Annotated[tuple[str, ...] | None, rule("a list of texts; write prompts=['...']")] = Field(
+        alias="prompts"
+    )
+    prompts_file: Annotated[
+        tuple[PromptLine, ...] | None, BeforeValidator(_prompts_of_file), rule("the name of a text file, or null")
+    ]
+    overwrite: bool
+    output: FilePath | None
+    colour: Literal["auto", "always", "never"]
+    certificate: Annotated[bool | Text | None, rule("True, or the name of a certificate, or null")]
+    allow_other_setting: bool
+    tokens_to_generate: Positive
+    min_tokens_to_generate: Natural
+    end_strings: Annotated[tuple[Text, ...], rule("a list of texts, none empty; write end_strings=['...']")]
+    batch_size: Positive
+    trainer: Run
+    model: GenerationModel
+
+    @field_validator("given_prompts")
+    @classmethod
+    def _can_be_written_as_utf8(cls, prompts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        rule = "with half of a surrogate pair in it; write the whole character"
+        if broken := [one for one in prompts or () if not _is_writable(one)]:
+            raise Sentence(*(f"prompts holds {one!r}, {rule}" for one in broken))
+        return prompts
+
+    @field_validator("output")
+    @classmethod
+    def _can_be_written(cls, output: Path | None, info: ValidationInfo) -> Path | None:
+        if output is None:
+            return None
+        if output.is_dir():
+            raise ValueError("is a directory; give the name of a .jsonl file")
+        if output.exists() and not info.data.get("overwrite", True):
+            raise ValueError("exists; give another name or overwrite=True")
+        if not output.parent.is_dir():
+            raise ValueError(f"cannot be written: the folder {output.parent} does not exist; make it first")
+        return output
+
+    @field_validator("min_tokens_to_generate")
+    @classmethod
+    def _is_reached(cls, least: int, info: ValidationInfo) -> int:
+        if least > info.data.get("tokens_to_generate", least):
+            raise ValueError(f"is more than tokens_to_generate={info.data['tokens_to_generate']}; lower it")
+        return least
+
+    @field_validator("model")
+    @classmethod
+    def _takes_the_ranks(cls, model: GenerationModel, info: ValidationInfo) -> GenerationModel:
+        check_ranks(info.data.get("trainer"), model, "generation")
+        ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+        if ranks > 1 and info.data.get("cost_rule") == "fallback":
+            raise ValueError("cost_rule=fallback measures times on one rank; use cost_rule=none with several")
+        return model
+
+    @property
+    def path(self) -> Path:
+        """The `.nemo`."""
+        return self.model.restore_from_path
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts."""
+        return self.given_prompts or tuple(line.prompt for line in self.prompts_file or ())
+
+    @property
+    def labels(self) -> tuple[Mapping[str, Any], ...]:
+        """What else the line of each prompt says."""
+        return tuple(line.labels for line in self.prompts_file or ()) or ({},) * len(self.prompts)
 
 
 def _is_writable(text: str) -> bool:

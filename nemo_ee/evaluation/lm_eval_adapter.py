@@ -155,7 +155,7 @@ class EarlyExitLM(TemplateLM):
         """Token ids of a text. `add_special_tokens`: False = none but those in the text, None = as `add_bos` says."""
         from nemo_ee.commands.generate import prompt_ids
 
-        return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_bos)
+        return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_BOS)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, by the tokenizer's own template."""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ _OPEN = {
     "min_tokens_to_generate": 0,
     "stop_on_eos": False,
     "end_strings": [],
+    "certificate": None,
+    "allow_other_setting": False,
     "greedy": True,
     "temperature": 1.0,
     "top_k": 0,
@@ -42,6 +43,7 @@ def model_settings(path: str, backbone_path: str | None, tensor_model_parallel_s
         "pipeline_model_parallel_size": 1,
         "transformer_engine": None,
         "distributed_timeout_minutes": 30,
+        "layer_split": None,
     }
 
 
@@ -55,4 +57,7 @@ def scoring_request(config: Mapping[str, Any]) -> GenerationRequest:
     Raises:
         ValueError: every fault, in one message.
     """
-    return dataclasses.replace(GenerationRequest.from_config({**_OPEN, **config}), prompts=())
+    trainer = {"accelerator": "auto", **config["trainer"]}
+    return GenerationRequest.from_config({**_OPEN, **config, "trainer": trainer}).model_copy(
+        update={"given_prompts": ()}
+    )

@@ -73,14 +73,6 @@ def _summary(text: TeacherForcedPass, exit: str | None, rows: Sequence[int]) -> 
     return {"argmax": logits.argmax(-1).tolist(), **rounded}
 
 
-def parity_setting_faults(parity_gigabytes: Any) -> list[str]:
-    """What is wrong with the setting."""
-    number = isinstance(parity_gigabytes, int | float) and not isinstance(parity_gigabytes, bool)
-    if number and parity_gigabytes >= 0:
-        return []
-    return [f"parity_gigabytes={parity_gigabytes!r} must be a number of GB, or 0 for no parity digest"]
-
-
 def written_parity(
     folder: Path, load: Callable[[Path], RuntimeModel], *, parity_gigabytes: float
 ) -> dict[str, Any] | None:

@@ -4,43 +4,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import field_validator
 
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.output_directory import output_faults
-from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
+from nemo_ee.export.parity import DEFAULT_GIGABYTES
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.runtime.loader import DTYPES
+from nemo_ee.settings.fields import Criterion, FilePath, Names, NonNegative
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Sentence, rule
 
 
-@dataclass(frozen=True)
-class SharedSettings:
+class SharedSettings(ScriptInput):
     """See conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
 
-    checkpoint: Path
-    output: Path
-    backbone: Path | None = None
-    exits: tuple[str, ...] | None = None
-    dtype: str | None = None
-    thresholds: float | Mapping[str, float] | None = None
-    criterion: str = "max_probability"
-    parity_gigabytes: float = DEFAULT_GIGABYTES
+    headline: ClassVar = "nothing was exported"
+
+    checkpoint: Annotated[FilePath, rule("the name of an early-exit .nemo")]
+    output: FilePath
+    backbone: FilePath | None = None
+    exits: Names | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    thresholds: float | dict[str, float] | None = None
+    criterion: Criterion = "max_probability"
+    parity_gigabytes: Annotated[NonNegative, rule("a number of GB, or 0 for no parity digest")] = DEFAULT_GIGABYTES
     progress: bool = True
 
-    def problems(self) -> list[str]:
-        """What is wrong with the settings, seen before the checkpoint is opened."""
-        problems = []
-        if not self.checkpoint.exists():
-            problems.append(f"checkpoint={self.checkpoint} does not exist; give an early-exit .nemo")
-        problems += output_faults(self.output)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
-        return problems + parity_setting_faults(self.parity_gigabytes)
+    @field_validator("checkpoint")
+    @classmethod
+    def _exists(cls, checkpoint: Path) -> Path:
+        if not checkpoint.exists():
+            raise ValueError("does not exist; give an early-exit .nemo")
+        return checkpoint
+
+    @field_validator("output")
+    @classmethod
+    def _can_be_written(cls, output: Path) -> Path:
+        if problems := output_faults(output):
+            raise Sentence(*problems)
+        return output
 
     def dtype_of(self, source: EarlyExitSource) -> torch.dtype:
         """The dtype to write."""

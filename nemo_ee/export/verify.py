@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from nemo_ee.export.huggingface import verify_huggingface
 from nemo_ee.export.huggingface.stock_config import FORMAT
 from nemo_ee.export.manifest import file_faults, read_manifest
-from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
+from nemo_ee.export.parity import DEFAULT_GIGABYTES
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm import verify_tensorrt_llm
 
@@ -41,8 +41,8 @@ def verify_export(
     Raises:
         ValueError: no manifest, a wrong setting, or the `.nemo` cannot be read.
     """
-    if wrong := parity_setting_faults(parity_gigabytes):
-        raise ValueError("; ".join(wrong))
+    if not parity_gigabytes >= 0:
+        raise ValueError(f"parity_gigabytes={parity_gigabytes} must be a number of GB, or 0 for no parity digest")
     directory = Path(directory)
     manifest = read_manifest(directory)
     faults = file_faults(directory, manifest)

@@ -22,7 +22,7 @@ from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
 from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_fault
 from nemo_ee.planning.layer_split import LayerSplitConfig
-from nemo_ee.settings.known import raise_problems
+from nemo_ee.settings.script_input import raise_problems
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify", "trust_checkpoint")

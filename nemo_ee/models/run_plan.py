@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ee.models.connector import read_config
 from nemo_ee.models.run_config import check_run, merge_model_config
-from nemo_ee.settings.known import missing, raise_problems
-from nemo_ee.settings.training import TUNE
+from nemo_ee.models.tune_settings import TuneSettings
+from nemo_ee.settings.script_input import raise_problems, script_problems
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,11 @@ def plan_run(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: lists every problem of the settings, and of the data and the model as far as they can be read.
     """
-    problems = dict(enumerate(missing(cfg))) | TUNE.problems(cfg)
-    if 0 in problems or "model.restore_from_path" in problems:
+    problems: dict[str, str] = {}
+    found = script_problems(TuneSettings, cfg)
+    for one in found:
+        problems[one.where] = f"{problems[one.where]}\n{one.text}" if one.where in problems else one.text
+    if any(one.kind == "missing" or one.where == "model.restore_from_path" for one in found):
         raise_problems("the run cannot start", problems.values())
     # What is wrong is null below, which leaves what the file says; the checks that need it are left out.
     usable = OmegaConf.create(OmegaConf.to_container(cfg, resolve=not problems))

@@ -36,7 +36,7 @@ from nemo_ee.serving.protocol import ApiRequest, read_body, read_request
 from nemo_ee.serving.request_in_flight import RequestInFlight
 from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import Prepared, ServedModel
-from nemo_ee.serving.settings import HttpSettings
+from nemo_ee.serving.settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
 PAGE, DOCS = (Path(__file__).with_name(name) for name in ("page.html", "docs.html"))
@@ -55,7 +55,7 @@ class Server:
         settings: the network's side.
     """
 
-    def __init__(self, model: ServedModel, scheduler: Scheduler, metrics: Metrics, settings: HttpSettings) -> None:
+    def __init__(self, model: ServedModel, scheduler: Scheduler, metrics: Metrics, settings: ServerSettings) -> None:
         self.model, self.scheduler, self.metrics, self.settings = model, scheduler, metrics, settings
         self._created = int(time.time())
         # Large bodies take a while to read and to tokenize, and one tokenizer is not for two threads.

@@ -51,14 +51,14 @@ def make_server(settings: ServerSettings) -> Server:
         settings.default,
         end,
         settings.max_length,
-        settings.http.limits.max_new_tokens,
+        settings.limits.max_new_tokens,
         certificates_of(settings.path),
         precision_of(model),
         settings.cost_rule,
     )
     metrics = Metrics(model.exits, model.num_layers)
     scheduler = Scheduler(lambda: served.start_session(settings.num_slots), settings.max_queue, metrics)
-    return Server(served, scheduler, metrics, settings.http)
+    return Server(served, scheduler, metrics, settings)
 
 
 def precision_of(model: RuntimeModel) -> str:
@@ -71,14 +71,13 @@ def precision_of(model: RuntimeModel) -> str:
 def serve(settings: ServerSettings) -> None:
     """Serve; returns after a graceful end. Call it from the main thread: it takes over SIGINT and SIGTERM."""
     server = make_server(settings)
-    http = settings.http
     model = server.model.model
     exits = ", ".join(f"{point.name} ({point.layer})" for point in model.exits) or "none"
     _LOG.info("serving %s: %d layers, exits %s", settings.name, model.num_layers, exits)
     # After its own graceful end uvicorn hands the signal on; this process has then done what it was told to.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    web_server(server, http.port, log_level="info").run()
+    web_server(server, settings.port, log_level="info").run()
 
 
 class WebServer(uvicorn.Server):
@@ -113,16 +112,16 @@ def web_server(server: Server, port: int, log_level: str) -> WebServer:
         port: 0 = a free one.
         log_level: uvicorn's.
     """
-    http = server.settings
+    settings = server.settings
     config = uvicorn.Config(
         server.app(),
-        host=http.host,
+        host=settings.host,
         port=port,
         log_level=log_level,
         access_log=False,
         server_header=False,
-        limit_concurrency=http.max_connections,
-        timeout_graceful_shutdown=math.ceil(http.shutdown_timeout) + _FAREWELL_SECONDS,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _FAREWELL_SECONDS,
         ws="none",
     )
     return WebServer(config, server)

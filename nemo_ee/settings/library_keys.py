@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
-from nemo_ee.exits.block_reader import Check, boolean
-from nemo_ee.settings.checks import anything, or_null
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from nemo_ee.exits.block_reader import Check
+from nemo_ee.settings.user_input import in_words
 
 # Below the packages: the sources that read a GPT's `model` block.
 _NEMO_READERS = (
@@ -32,6 +34,11 @@ _NEMO_READERS = (
 _READ_THE_WHOLE_CONFIG = ("megatron_trainer_builder.py", "trainer.py")  # the block is `model` in it
 _OWN_READERS = ("models/megatron_early_exit_gpt_model.py", "models/stage_layers.py", "models/trainer.py")
 _METHODS = ("get", "update", "pop", "lower", "items", "keys")
+
+
+def anything(value: Any) -> Any:
+    """No check: the library has its own."""
+    return value
 
 
 @cache
@@ -122,22 +129,15 @@ def _below(node: ast.AST, name: Any) -> tuple[str, ...] | None:
 
 
 def _by_type(kind: Any) -> Check:
-    """A check by a field's annotation; anything for what is neither a number nor a switch."""
-    if get_origin(kind) is Union and len(inner := [one for one in get_args(kind) if one is not type(None)]) == 1:
-        check = _by_type(inner[0])
-        return check if check is anything else or_null(check)
-    return {bool: boolean, int: _whole, float: _real}.get(kind, anything)
+    """A check by a field's annotation; anything for what is neither a number nor a switch, nor null."""
+    if not set(get_args(kind) or (kind,)) <= {bool, int, float, type(None)}:
+        return anything
+    adapter = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
+    def check(value: Any) -> Any:
+        try:
+            return adapter.validate_python(value)
+        except ValidationError:
+            raise ValueError(f"must be {in_words(adapter.json_schema())}") from None
 
-def _whole(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError("must be a whole number")
-
-
-def _real(value: Any) -> float:
-    import math
-
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return value
-    raise ValueError("must be a finite number")
+    return check

@@ -9,9 +9,9 @@ A model lists the keys of a block with their types. `read` returns it, or raises
 
 The rule comes from the field's JSON schema, so limits stand in the field's type and nowhere else. What a type cannot
 say is a validator that raises ValueError, with one text per problem: a field's validator with the rest of the sentence
-("must be ...", "does not exist; ..."), a block's validator with the whole sentence. A rule between two fields belongs
-to the later one, which finds the earlier ones in `info.data` if they are right: pydantic calls a block's validator
-only if every field is right.
+("must be ...", "does not exist; ..."), a block's validator with the whole sentence, as `Sentence` is for a field. A
+rule between two fields belongs to the later one, which finds the earlier ones in `info.data` if they are right:
+pydantic calls a block's validator only if every field is right.
 
 Strict: no text becomes a number, True is not 1, a whole number may stand for a fraction. Frozen: lists become tuples.
 """
@@ -30,10 +30,10 @@ from nemo_ee.exits.block_reader import RENAMED_KEYS, close_match, reads_as_numbe
 
 _LONGEST_NAME = 60  # characters of a key that a message shows
 _MAX_SHOWN = 80  # characters of a value
-_MOST_SHOWN = 30  # problems that a message lists
+_MOST_SHOWN = 100  # problems that a message lists
+_MOST_OF_ONE = 20  # of one value, such as a file with many wrong lines
 _MOST_READ = 1000  # problems that are put into words
 _NOT_BLANK = r"\S"
-_JSON_TYPES = {str: "string", list: "array", tuple: "array", dict: "object"}
 
 
 class UserInput(BaseModel):
@@ -62,6 +62,10 @@ Text = Annotated[str, Field(pattern=_NOT_BLANK)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Sentence(ValueError):
+    """A whole sentence about a field, such as one that names several keys: no key and value are put before it."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class _Place:
 
 
 def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, where: str) -> _Place:
-    """The deepest key that a location of pydantic names; past one of several types it names types, not keys."""
+    """The deepest key that a location of pydantic names; where a value has several types, it names types as well."""
     definitions = root.get("$defs", {})
 
     def options(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -169,45 +173,32 @@ def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, whe
         return [one for each in schema.get("anyOf") or schema.get("oneOf") or () for one in options(each)] or [schema]
 
     schema, beside, exact = root, tuple(root.get("properties", ())), True
-    shown = schema
     for part in loc:
-        tags = schema.get("discriminator", {}).get("mapping", {})
-        if part in tags:
-            schema = shown = {"$ref": tags[part]}
+        if tag := schema.get("discriminator", {}).get("mapping", {}).get(part):
+            schema = {"$ref": tag}
             continue
-        kinds = [one for one in options(schema) if one.get("type") != "null"]
-        if isinstance(part, int):
-            inner = [one["prefixItems"][part] if "prefixItems" in one else one.get("items", {}) for one in kinds]
-            if len(kinds) > 1 or not isinstance(values, Sequence) or part >= len(values):
-                exact = False
-                break
-            schema, where, values, exact = inner[0], f"{where}[{part}]", values[part], True
-            shown = schema
-            continue
+        kinds = options(schema)
+        lists = [one for one in kinds if one.get("type") == "array"]
         named = next((one for one in kinds if part in one.get("properties", ())), None)
-        free = [one for one in kinds if "additionalProperties" in one or "properties" in one]
-        keyed = free and isinstance(values, Mapping) and (len(kinds) == 1 or part in values)
-        if named is None and not keyed:
-            # The part names one of several types. The one that suits the value, if only one does, has the inner keys.
-            suited = [one for one in kinds if one.get("type") == _JSON_TYPES.get(type(values))]
-            if len(kinds) > 1 and len(suited) == 1:
-                schema, exact = suited[0], False
-                continue
-            exact = False
-            break
-        beside = tuple((named or free[0]).get("properties", ()))
-        schema = named["properties"][part] if named else free[0].get("additionalProperties") or {}
-        schema = schema if isinstance(schema, Mapping) else {}
-        where = f"{where}.{str(part)[:_LONGEST_NAME]}" if where else str(part)[:_LONGEST_NAME]
-        values = values.get(part) if isinstance(values, Mapping) else None
-        shown, exact = schema, True
+        block = named or next((one for one in kinds if one.get("type") == "object"), {})
+        if isinstance(values, list | tuple) and isinstance(part, int) and part < len(values) and len(lists) == 1:
+            prefix = lists[0].get("prefixItems", ())
+            schema, beside = prefix[part] if part < len(prefix) else lists[0].get("items", {}), ()
+            where, values, exact = f"{where}[{part}]", values[part], True
+        elif isinstance(values, Mapping) and block and (named or part in values):
+            inner = named["properties"][part] if named else block.get("additionalProperties")
+            schema, beside = inner if isinstance(inner, Mapping) else {}, tuple(block.get("properties", ()))
+            where = f"{where}.{str(part)[:_LONGEST_NAME]}" if where else str(part)[:_LONGEST_NAME]
+            values, exact = values.get(part), True
+        else:
+            exact = False  # one of several types of the value
     return _Place(
         where,
         values,
-        {**shown, "$defs": definitions},
+        {**schema, "$defs": definitions},
         beside,
         exact,
-        any("properties" in one for one in options(shown)),
+        any("properties" in one for one in options(schema)),
     )
 
 
@@ -218,13 +209,16 @@ def _texts(error: Mapping[str, Any], kind: str, place: _Place) -> Iterator[str]:
         name = place.key.rpartition(".")[2]
         if name in RENAMED_KEYS:
             yield f"{said} is now {RENAMED_KEYS[name]}"
-            return
-        yield f"{said} is not a setting here{close_match(name, place.beside)}; leave it out"
+        else:
+            yield f"{said} is not a setting here{close_match(name, place.beside)}; leave it out"
     elif kind == "missing":
-        yield f"{place.key} is missing; it must be {in_words(place.schema)}"
+        yield f"{place.key} is needed and not given; it must be {in_words(place.schema)}"
     elif place.exact and error["type"] == "value_error":  # raised by a validator
-        for text in error["ctx"]["error"].args:
-            yield text if place.is_block else f"{said} {text}"
+        raised, count = error["ctx"]["error"], len(error["ctx"]["error"].args)
+        for text in raised.args[:_MOST_OF_ONE]:
+            yield text if place.is_block or isinstance(raised, Sentence) else f"{said} {text}"
+        if count > _MOST_OF_ONE:
+            yield f"and {count - _MOST_OF_ONE} more"
     else:
         yield f"{said} must be {in_words(place.schema)}{_hint(place)}"
 
@@ -311,7 +305,7 @@ def _entries(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return f"{least} {kinds}"
     if most is not None:
         return f"{least} to {most} {kinds}"
-    return f"at least {least} {kinds}" if least else kinds
+    return f"{'one or more' if least == 1 else f'at least {least}'} {kinds}" if least else kinds
 
 
 def shortened(value: Any) -> str:

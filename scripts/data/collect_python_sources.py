@@ -25,15 +25,18 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from pydantic import Field, ValidationInfo, field_validator
 from tqdm import tqdm
 
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import messages, show
-from nemo_ee.settings.files import COLLECT_SOURCES
+from nemo_ee.settings.fields import FilePath, Texts
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Positive, Sentence, rule
 from nemo_ee.text.text_files import read_json_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
@@ -55,65 +58,61 @@ _HEAD = 2000  # characters in which a generator's mark counts
 _MAX_DIGIT_SHARE = 0.15  # more digits than this among the characters: a table
 
 
-@dataclasses.dataclass(frozen=True)
-class CollectConfig:
+_Bytes = Annotated[Positive, rule("a whole number of bytes from 1")]
+
+
+class CollectConfig(ScriptInput):
     """The settings of conf/collect_python_sources.yaml, one field per key."""
 
-    output: Path
-    licences: tuple[str, ...]
-    library: bool
-    library_excluded: frozenset[str]
-    vendored: frozenset[str]
-    excluded: tuple[Path, ...]
-    held_out: frozenset[str]
-    max_distribution_bytes: int | None
-    min_file_bytes: int
-    max_file_bytes: int
-    max_line_bytes: int
+    headline: ClassVar = "Nothing was written"
+
     overwrite: bool
+    output: FilePath
+    licences: Annotated[Texts, Field(min_length=1)]
+    library: bool
+    library_excluded: Texts
+    vendored: Texts
+    excluded: Texts
+    held_out: Texts
+    max_distribution_bytes: Annotated[Positive | None, rule("a whole number of bytes from 1, or null for all")]
+    min_file_bytes: _Bytes
+    max_file_bytes: _Bytes
+    max_line_bytes: _Bytes
 
+    @field_validator("output")
     @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> CollectConfig:
-        """Read the settings.
+    def _is_new(cls, output: Path, info: ValidationInfo) -> Path:
+        if not output.name.endswith(_ENDINGS):
+            raise ValueError("must end in .jsonl or .jsonl.gz")
+        problems = [] if info.data.get("overwrite", True) else existing_faults(files_of(output))
+        if problems:
+            raise Sentence(*problems)
+        return output
 
-        Raises:
-            ValueError: every fault of the settings.
-        """
-        values = dict(mapping)
-        values["output"] = Path(str(values["output"]))
-        values["licences"] = tuple(str(value).lower() for value in values["licences"] or ())
-        values["excluded"] = tuple(ROOT / str(value) for value in values["excluded"] or ())
-        for key in ("library_excluded", "vendored"):
-            values[key] = frozenset(str(value) for value in values[key] or ())
-        values["held_out"] = frozenset(_canonical(str(value)) for value in values["held_out"] or ())
-        config = cls(**values)
-        faults = []
-        if not config.output.name.endswith(_ENDINGS):
-            faults.append(f"output: {config.output} must end in .jsonl or .jsonl.gz")
-        if not config.licences:
-            faults.append("licences: empty list; name at least one, such as MIT")
-        faults += [f"excluded: {path} does not exist" for path in config.excluded if not path.is_file()]
-        for key in ("max_distribution_bytes", "min_file_bytes", "max_file_bytes", "max_line_bytes"):
-            value = getattr(config, key)
-            may_be_null = key == "max_distribution_bytes"
-            if (value is not None or not may_be_null) and (not isinstance(value, int) or value < 1):
-                faults.append(f"{key}: {value!r} must be a whole number of bytes from 1")
-        if not config.overwrite and config.output.name.endswith(_ENDINGS):
-            faults += existing_faults(config.files())
-        if faults:
-            raise ValueError("\n  - ".join(["Nothing was written:", *faults]))
-        return config
+    @field_validator("excluded")
+    @classmethod
+    def _are_files(cls, names: Texts) -> tuple[Path, ...]:
+        paths = tuple(ROOT / name for name in names)
+        if missing := [path for path in paths if not path.is_file()]:
+            raise Sentence(*(f"excluded: {path} does not exist; leave it out" for path in missing))
+        return paths
 
-    def files(self) -> list[Path]:
-        """Training texts, held-out texts, list of sources."""
-        name = self.output.name
-        stem = name[: name.index(".jsonl")]
-        ending = name[len(stem) :]
-        return [
-            self.output,
-            self.output.with_name(f"{stem}.held-out{ending}"),
-            self.output.with_name(f"{name}.sources.json"),
-        ]
+    @field_validator("licences")
+    @classmethod
+    def _in_lower_case(cls, licences: Texts) -> Texts:
+        return tuple(licence.lower() for licence in licences)
+
+    @field_validator("held_out")
+    @classmethod
+    def _canonical_names(cls, names: Texts) -> Texts:
+        return tuple(_canonical(name) for name in names)
+
+
+def files_of(output: Path) -> list[Path]:
+    """Training texts, held-out texts, list of sources."""
+    stem, dot, ending = output.name.partition(".jsonl")
+    names = (f"{stem}.held-out{dot}{ending}", f"{output.name}.sources.json")
+    return [output, *(output.with_name(name) for name in names)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +189,7 @@ def distribution_files(config: CollectConfig) -> Iterator[tuple[str, str, list[t
         files = [
             (file.as_posix(), Path(str(file.locate())))
             for file in distribution.files or ()
-            if file.suffix == ".py" and ".." not in file.parts and not config.vendored & set(file.parts)
+            if file.suffix == ".py" and ".." not in file.parts and not set(config.vendored) & set(file.parts)
         ]
         yield name, " AND ".join(names), files
     if config.library:
@@ -228,7 +227,7 @@ def collect(config: CollectConfig) -> dict[str, Any]:
             size = sum(len(source.text.encode("utf-8")) for source in sources)
             report[kind][name] = {"licence": licence, "files": len(sources), "bytes": size}
             taken[kind] += sources
-    training, held_out, listing = config.files()
+    training, held_out, listing = files_of(config.output)
     with replacing([training, held_out, listing]) as partial:
         for target, path, sources in zip(partial, (training, held_out), taken.values(), strict=False):
             opener = gzip.open if path.name.endswith(".gz") else open
@@ -291,8 +290,8 @@ def _take(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="collect_python_sources")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/collect_python_sources.yaml."""
-    with command(cfg, COLLECT_SOURCES):
-        config = CollectConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True))
+    with command(cfg):
+        config = CollectConfig.from_config(cfg)
         report = collect(config)
         for kind in ("training", "held_out"):
             rows = report[kind].values()

@@ -26,23 +26,24 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import hydra
 import numpy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from pydantic import Field
 from tqdm import tqdm
 
 from nemo_ee.commands import console
 from nemo_ee.commands.command import command
-from nemo_ee.settings.files import PREPROCESS_CHAT
+from nemo_ee.settings.user_input import Text, rule
 from nemo_ee.text.text_files import TextError, read_document
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
 from lib.dataset_files import existing_faults, forget_samples, replacing
 from lib.input_files import find_files, read_fields
-from lib.preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
+from lib.preprocess_settings import DTYPES, PreprocessError, PreprocessSettings, check_end
 from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -51,33 +52,14 @@ ANSWERS = "assistant"
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(PreprocessSettings):
     """The settings of conf/preprocess_chat.yaml, one field per key."""
-
-    input: tuple[str, ...]
-    output: str
-    tokenizer: str
-    jsonl_extensions: tuple[str, ...]
-    messages_key: str
-    chat_template: str | None
-    append_eod: bool
-    pad_to: int | None
-    max_document_bytes: int | None
-    dtype: str
-    overwrite: bool
 
     text_extensions: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> ChatConfig:
-        """Read the settings.
-
-        Raises:
-            PreprocessError: values of the wrong kind.
-        """
-        whole = {"pad_to": (2, "a whole number of tokens from 2, or null"), "max_document_bytes": DOCUMENT_BYTES}
-        return read_settings(cls, mapping, lists=("jsonl_extensions",), texts=("messages_key",), whole=whole)
+    messages_key: Text
+    chat_template: Text | None
+    pad_to: Annotated[Annotated[int, Field(ge=2)] | None, rule("a whole number of tokens from 2, or null")]
 
 
 @dataclasses.dataclass
@@ -310,8 +292,8 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_chat")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_chat.yaml."""
-    with command(cfg, PREPROCESS_CHAT):
-        counts = preprocess(ChatConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+    with command(cfg):
+        counts = preprocess(ChatConfig.from_config(cfg))
         console.show(
             f"{cfg.output}: {counts.conversations} conversations, {counts.tokens} tokens, {counts.answer_tokens} of "
             f"them in answers; {counts.cut} cut at pad_to, {counts.left_out} left out, {counts.empty_answers} empty "

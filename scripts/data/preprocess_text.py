@@ -15,54 +15,34 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import messages, show
-from nemo_ee.settings.files import PREPROCESS_TEXT
+from nemo_ee.settings.fields import Texts
+from nemo_ee.settings.user_input import Positive, Text, rule
 from nemo_ee.text.text_files import TextError, read_document
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
 from lib.dataset_files import existing_faults, forget_samples, replacing
 from lib.input_files import ending, find_files, moving, read_fields
-from lib.preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
+from lib.preprocess_settings import DTYPES, PreprocessError, PreprocessSettings, check_end
 from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
 
 _BATCH = 64  # documents per tokenizer call; fast tokenizers share a batch out over cores
 
 
-@dataclasses.dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(PreprocessSettings):
     """The settings of conf/preprocess_text.yaml, one field per key."""
 
-    input: tuple[str, ...]
-    output: str
-    tokenizer: str
-    jsonl_extensions: tuple[str, ...]
-    text_extensions: tuple[str, ...]
-    text_key: str
-    append_eod: bool
-    max_documents: int | None
-    max_document_bytes: int | None
-    dtype: str
-    overwrite: bool
-
-    @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> PreprocessConfig:
-        """Read the settings.
-
-        Raises:
-            PreprocessError: values of the wrong kind.
-        """
-        whole = {"max_documents": (1, "a whole number from 1, or null for all"), "max_document_bytes": DOCUMENT_BYTES}
-        return read_settings(
-            cls, mapping, lists=("jsonl_extensions", "text_extensions"), texts=("text_key",), whole=whole
-        )
+    text_extensions: Texts
+    text_key: Text
+    max_documents: Annotated[Positive | None, rule("a whole number from 1, or null for all")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +185,8 @@ def _write(
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="preprocess_text")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/preprocess_text.yaml."""
-    with command(cfg, PREPROCESS_TEXT):
-        result = preprocess(PreprocessConfig.from_mapping(OmegaConf.to_container(cfg, resolve=True)))
+    with command(cfg):
+        result = preprocess(PreprocessConfig.from_config(cfg))
         show(
             f"{cfg.output}.bin, {cfg.output}.idx: {result.documents} documents, {result.tokens} tokens "
             f"({result.dtype}), {result.empty_documents} empty documents left out"

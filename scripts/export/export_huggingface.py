@@ -7,37 +7,20 @@ python scripts/export/export_huggingface.py checkpoint=tuned.nemo output=export
 Needs neither a GPU nor NeMo.
 """
 
-from pathlib import Path
-
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nemo_ee.commands.command import command, names
+from nemo_ee.commands.command import command
 from nemo_ee.commands.console import show
-from nemo_ee.settings.files import EXPORT_HUGGINGFACE
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_huggingface")
 def main(cfg: DictConfig) -> None:
     """Export."""
-    with command(cfg, EXPORT_HUGGINGFACE):
+    with command(cfg):
         from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
-        export_huggingface(
-            ExportSettings(
-                checkpoint=Path(cfg.checkpoint),
-                output=Path(cfg.output),
-                backbone=None if cfg.backbone is None else Path(cfg.backbone),
-                targets=names(cfg.targets),
-                exits=names(cfg.exits),
-                dtype=cfg.dtype,
-                shard_gigabytes=cfg.shard_gigabytes,
-                thresholds=OmegaConf.to_container(cfg).get("thresholds"),
-                criterion=cfg.criterion,
-                parity_gigabytes=cfg.parity_gigabytes,
-                progress=cfg.progress,
-            )
-        )
+        export_huggingface(ExportSettings.from_config(cfg))
         show(f"exported: {cfg.output}")
 
 

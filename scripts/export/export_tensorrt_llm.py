@@ -7,40 +7,20 @@ python scripts/export/export_tensorrt_llm.py checkpoint=tuned.nemo output=export
 Needs neither a GPU, nor NeMo, nor TensorRT-LLM.
 """
 
-from pathlib import Path
-
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nemo_ee.commands.command import command, names
+from nemo_ee.commands.command import command
 from nemo_ee.commands.console import show
-from nemo_ee.settings.files import EXPORT_TENSORRT_LLM
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="export_tensorrt_llm")
 def main(cfg: DictConfig) -> None:
     """Export."""
-    with command(cfg, EXPORT_TENSORRT_LLM):
+    with command(cfg):
         from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
 
-        export_checkpoint(
-            ExportSettings(
-                checkpoint=Path(cfg.checkpoint),
-                output=Path(cfg.output),
-                backbone=None if cfg.backbone is None else Path(cfg.backbone),
-                tensor_parallel=cfg.tensor_parallel,
-                pipeline_parallel=cfg.pipeline_parallel,
-                draft_tensor_parallel=cfg.draft_tensor_parallel,
-                dtype=cfg.dtype,
-                exits=names(cfg.exits),
-                drafts=names(cfg.drafts),
-                max_position_embeddings=cfg.max_position_embeddings,
-                thresholds=OmegaConf.to_container(cfg).get("thresholds"),
-                criterion=cfg.criterion,
-                parity_gigabytes=cfg.parity_gigabytes,
-                progress=cfg.progress,
-            )
-        )
+        export_checkpoint(ExportSettings.from_config(cfg))
         show(f"exported: {cfg.output}")
 
 

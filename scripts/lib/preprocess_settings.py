@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy
+from pydantic import AfterValidator
 
+from nemo_ee.settings.fields import Files, Texts
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Positive, Text, rule
 from nemo_ee.text.special_tokens import end_of_text_of
 
 logger = logging.getLogger("nemo_ee.scripts")
 
 _MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
-# The limit of a document or line: (the least, what it must be, in words).
-DOCUMENT_BYTES = (1, "a whole number of bytes from 1, or null for no limit")
 DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
 
 
@@ -32,52 +33,24 @@ class PreprocessError(ValueError):
         self.faults = tuple(faults)
 
 
-Settings = TypeVar("Settings")
+def _without_ending(output: str) -> str:
+    """The prefix is meant where one of the two files is named."""
+    return re.sub(r"\.(bin|idx)$", "", output)
 
 
-def read_settings(
-    cls: type[Settings],
-    mapping: Mapping[str, Any],
-    *,
-    lists: Sequence[str],
-    texts: Sequence[str],
-    whole: Mapping[str, tuple[int, str]],
-) -> Settings:
-    """The settings of a preprocessing script as its dataclass; input, output, tokenizer, dtype and the switches are
-    read the same way for all.
+class PreprocessSettings(ScriptInput):
+    """The settings that both scripts have."""
 
-    Args:
-        cls: the dataclass, one field per key.
-        mapping: the config, plain values.
-        lists: further keys that are lists of strings.
-        texts: further keys that are strings.
-        whole: keys that are whole numbers or null -> (the least, what it must be, in words).
+    headline: ClassVar = "Nothing was written"
 
-    Raises:
-        PreprocessError: values of the wrong kind.
-    """
-    values = dict(mapping)
-    if isinstance(values["input"], str):
-        values["input"] = [values["input"]]
-    values |= {key: tuple(str(value) for value in values[key] or ()) for key in ("input", *lists)}
-    values |= {key: str(values[key]) for key in ("output", "tokenizer", "dtype", *texts)}
-    # The prefix is meant where one of the two files is named.
-    values["output"] = re.sub(r"\.(bin|idx)$", "", values["output"])
-    faults = []
-    if not values["input"]:
-        faults.append("input: empty list; name at least one file or directory")
-    if values["dtype"] != "auto" and values["dtype"] not in DTYPES:
-        faults.append(f"dtype: {values['dtype']!r} is not one of auto, {', '.join(DTYPES)}")
-    for key, (least, rule) in whole.items():
-        value = values[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            faults.append(f"{key}: {value!r} must be {rule}")
-    for key in ("append_eod", "overwrite"):
-        if not isinstance(values[key], bool):
-            faults.append(f"{key}: {values[key]!r} must be True or False")
-    if faults:
-        raise PreprocessError(faults)
-    return cls(**values)
+    input: Files
+    output: Annotated[Text, AfterValidator(_without_ending)]
+    tokenizer: Text
+    jsonl_extensions: Texts
+    append_eod: bool
+    max_document_bytes: Annotated[Positive | None, rule("a whole number of bytes from 1, or null for no limit")]
+    dtype: Literal["auto", "uint16", "int32"]
+    overwrite: bool
 
 
 def check_end(tokenizer: str, end: int | None) -> list[str]:

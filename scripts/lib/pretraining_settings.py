@@ -11,124 +11,118 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from lib.byte_tokenizer import NUM_TOKENS
+from nemo_ee.settings.fields import AboveZero, Betas, FilePath, Files, NonNegative, Texts, as_list
+from nemo_ee.settings.script_input import ScriptInput
+from nemo_ee.settings.user_input import Natural, Positive, Sentence, Text, UserInput, rule
 
 ROOT = Path(__file__).resolve().parents[2]
-_MODEL_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class Sizes(UserInput):
+    """The `model` block."""
+
+    num_hidden_layers: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_attention_heads: Positive
+    max_position_embeddings: Positive
+    vocab_size: Positive
+    tie_word_embeddings: bool
+
+
+class PretrainConfig(ScriptInput):
     """The settings of conf/pretrain_reference_model.yaml, one field per key."""
 
-    data: tuple[str, ...]
-    output: Path
-    held_out: tuple[str, ...]
-    max_document_bytes: int | None
-    start_from: str | None
-    model: dict[str, Any]
-    sequence_length: int
-    batch_size: int
-    steps: int
-    warmup_steps: int
-    decay_steps: int
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    clip: float
-    exit_layers: tuple[int, ...]
-    exit_loss_weight: float
-    precision: str
-    seed: int
-    save_every: int
-    validate_every: int | None
-    validation_windows: int
-    final_validation_windows: int | None
-    max_steps_this_run: int | None
+    headline: ClassVar = "Nothing was trained"
 
+    data: Files
+    output: FilePath
+    held_out: Annotated[Texts | None, BeforeValidator(as_list), rule("the name of a file, a list of names, or null")]
+    max_document_bytes: Positive | None
+    start_from: Text | None
+    sequence_length: Positive
+    model: Sizes
+    batch_size: Positive
+    steps: Positive
+    warmup_steps: Natural
+    decay_steps: Positive
+    lr: AboveZero
+    weight_decay: NonNegative
+    betas: Betas
+    clip: AboveZero
+    exit_layers: Annotated[tuple[Positive, ...], BeforeValidator(as_list), rule("a layer from 1, or a list of layers")]
+    exit_loss_weight: Annotated[AboveZero, rule("a number above 0; leave exit_layers empty for the final exit alone")]
+    precision: Literal["bf16", "fp32"]
+    seed: Natural
+    save_every: Positive
+    validate_every: Positive | None
+    validation_windows: Positive
+    final_validation_windows: Positive | None
+    max_steps_this_run: Positive | None
+
+    @field_validator("held_out")
     @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> PretrainConfig:
-        """Read the settings.
+    def _in_the_repository(cls, names: Texts | None) -> Texts:
+        return tuple(str(ROOT / name) for name in names or ())
 
-        Raises:
-            ValueError: every fault of the settings.
-        """
-        values = dict(mapping)
-        for key in ("data", "held_out"):
-            names = [values[key]] if isinstance(values[key], str) else values[key] or ()
-            values[key] = tuple(str(name) for name in names)
-        values["held_out"] = tuple(str(ROOT / name) for name in values["held_out"])
-        values["output"] = Path(str(values["output"]))
-        values["betas"] = tuple(values["betas"])
-        layers = values["exit_layers"]
-        values["exit_layers"] = tuple(layers) if isinstance(layers, list) else (layers,)
-        values["start_from"] = None if values["start_from"] is None else str(Path(str(values["start_from"])).resolve())
-        config = cls(**values)
-        faults = [f"data: {fault}" for fault in ([] if config.data else ["empty list; name at least one file"])]
-        whole = {f"model.{key}": config.model[key] for key in (*_MODEL_KEYS, "max_position_embeddings")}
-        for key in ("sequence_length", "batch_size", "steps", "save_every", "validation_windows"):
-            whole[key] = getattr(config, key)
-        for key in ("max_document_bytes", "validate_every", "final_validation_windows", "max_steps_this_run"):
-            if getattr(config, key) is not None:
-                whole[key] = getattr(config, key)
-        faults += [
-            f"{key}: {value!r} must be a whole number from 1" for key, value in whole.items() if not _from_1(value)
-        ]
-        faults += [] if faults else config._relation_faults()
-        if config.precision not in ("bf16", "fp32"):
-            faults.append(f"precision: {config.precision!r} is not one of bf16, fp32")
-        if faults:
-            raise ValueError("\n  - ".join(["Nothing was trained:", *faults]))
-        return config
+    @field_validator("start_from")
+    @classmethod
+    def _is_a_model(cls, name: str | None) -> str | None:
+        folder = None if name is None else Path(name).resolve()
+        if folder is not None and not (folder / "config.json").is_file():
+            raise ValueError(
+                "has no config.json; name the directory `model` of a finished run, or leave it null to start from "
+                "random weights"
+            )
+        return None if folder is None else str(folder)
 
-    def _relation_faults(self) -> list[str]:
-        """What is wrong between settings."""
-        faults, model = [], self.model
-        if model["hidden_size"] % (2 * model["num_attention_heads"]):
-            faults.append(
-                f"model.hidden_size: {model['hidden_size']} must be a multiple of twice num_attention_heads "
-                f"({model['num_attention_heads']}); rotary embeddings need an even head"
+    @field_validator("model")
+    @classmethod
+    def _fits(cls, model: Sizes, info: ValidationInfo) -> Sizes:
+        problems, length = [], info.data.get("sequence_length", 0)
+        if model.hidden_size % (2 * model.num_attention_heads):
+            problems.append(
+                f"model.hidden_size={model.hidden_size} must be a multiple of twice num_attention_heads "
+                f"({model.num_attention_heads}); rotary embeddings need an even head"
             )
-        if model["vocab_size"] < NUM_TOKENS:
-            faults.append(
-                f"model.vocab_size: {model['vocab_size']} must be at least {NUM_TOKENS}: bytes and the end token"
+        if model.vocab_size < NUM_TOKENS:
+            rule = f"at least {NUM_TOKENS}: bytes and the end token"
+            problems.append(f"model.vocab_size={model.vocab_size} must be {rule}")
+        if length > model.max_position_embeddings:
+            problems.append(
+                f"sequence_length={length} is more than model.max_position_embeddings "
+                f"({model.max_position_embeddings}); raise the one or lower the other"
             )
-        if self.sequence_length > model["max_position_embeddings"]:
-            faults.append(
-                f"sequence_length: {self.sequence_length} is more than model.max_position_embeddings "
-                f"({model['max_position_embeddings']}); raise the one or lower the other"
-            )
-        if not 0 <= self.warmup_steps <= self.steps - self.decay_steps or self.decay_steps < 1:
-            faults.append(
-                f"warmup_steps, decay_steps: {self.warmup_steps} and {self.decay_steps} must be at least 0 and 1 and "
-                f"together at most steps ({self.steps})"
-            )
-        wrong = [layer for layer in self.exit_layers if not _from_1(layer) or layer >= model["num_hidden_layers"]]
+        if problems:
+            raise ValueError(*problems)
+        return model
+
+    @field_validator("decay_steps")
+    @classmethod
+    def _leave_room(cls, decay: int, info: ValidationInfo) -> int:
+        steps, warmup = info.data.get("steps"), info.data.get("warmup_steps")
+        if None not in (steps, warmup) and warmup + decay > steps:
+            raise Sentence(f"warmup_steps={warmup} and decay_steps={decay} must together be at most steps ({steps})")
+        return decay
+
+    @field_validator("exit_layers")
+    @classmethod
+    def _lie_below_the_last(cls, layers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        model, problems = info.data.get("model"), []
+        wrong = [layer for layer in layers if model is not None and layer >= model.num_hidden_layers]
         if wrong:
-            faults.append(
-                f"exit_layers: {wrong} must be whole numbers from 1 to {model['num_hidden_layers'] - 1}, layers below "
-                "the last one; [] for none"
-            )
-        if len(set(self.exit_layers)) < len(self.exit_layers):
-            faults.append(f"exit_layers: {list(self.exit_layers)} names a layer twice; name each once")
-        weight = self.exit_loss_weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            faults.append(
-                f"exit_loss_weight: {weight!r} must be a number above 0; leave exit_layers empty for the final exit "
-                "alone"
-            )
-        if self.start_from is not None and not (Path(self.start_from) / "config.json").is_file():
-            faults.append(
-                f"start_from: {self.start_from} has no config.json; name the directory `model` of a finished run, or "
-                "leave it null to start from random weights"
-            )
-        return faults
-
-
-def _from_1(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            rule = f"whole numbers from 1 to {model.num_hidden_layers - 1}, layers below the last one; [] for none"
+            problems.append(f"exit_layers: {wrong} must be {rule}")
+        if len(set(layers)) < len(layers):
+            problems.append(f"exit_layers={list(layers)} names a layer twice; name each once")
+        if problems:
+            raise Sentence(*problems)
+        return layers
 
 
 @dataclasses.dataclass

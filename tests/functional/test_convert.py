@@ -188,8 +188,8 @@ def test_a_source_of_mixed_dtypes(tmp_path: Path) -> None:
         assert backbone_fingerprint(reader, vocab_size=133) == backbone_fingerprint(stored)
     tokens = torch.randint(0, 133, (1, 16), generator=torch.Generator().manual_seed(2))
     for dtype, name in ((None, "bfloat16"), ("float32", "float32")):
-        settings = {"targets": ("full",), "dtype": dtype, "progress": False}
-        out = export_huggingface(ExportSettings(tmp_path / "more.nemo", tmp_path / name, **settings)) / "hf_full"
+        settings = {"targets": ("full",), "dtype": dtype, "progress": False, "output": tmp_path / name}
+        out = export_huggingface(ExportSettings(checkpoint=tmp_path / "more.nemo", **settings)) / "hf_full"
         theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
         for parameter in theirs.parameters():
             parameter.data = parameter.data.to(getattr(torch, name)).float()

@@ -64,8 +64,8 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAULTY = {
-    "no source": ({"source": "/nowhere"}, [], {}, ["source=/nowhere does not exist"]),
-    "suffix": ({"output": "x.ckpt"}, EXITS, {}, ["output=", "x.ckpt must end in .nemo"]),
+    "no source": ({"source": "/nowhere"}, [], {}, ["source='/nowhere' does not exist"]),
+    "suffix": ({"output": "x.ckpt"}, EXITS, {}, ["output=", "x.ckpt' must end in .nemo"]),
     "no exits": ({}, [], {}, ["asks for no exits; add model.early_exit.every=1/4"]),
     "layer 0": ({}, [{"layer": 0}], {}, ["exits[0].layer = 0", "1..3"]),
     "too deep": ({}, [{"layer": 4}], {}, ["exits[0].layer = 4", "the model has 3 layers"]),
@@ -106,13 +106,13 @@ def test_faults_are_told_before_any_work(what: str, source: Path, tmp_path: Path
 def test_existing_outputs_and_the_source_itself(source: Path, tuned: Path, tmp_path: Path, nothing_is_built) -> None:
     output = tmp_path / "ee.nemo"
     output.write_text("precious")
-    with pytest.raises(ValueError, match=r"ee.nemo exists; choose another name or add overwrite=True"):
+    with pytest.raises(ValueError, match=r"ee.nemo' exists; choose another name or add overwrite=True"):
         run_convert(source, output, EXITS)
     with pytest.raises(ValueError, match="is the source itself"):
         run_convert(tuned, tuned, [exit_entry(3, "mlp")], "overwrite=True")
     folder = tmp_path / "folder.nemo"
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"folder.nemo is a directory"):
+    with pytest.raises(ValueError, match=r"folder.nemo' is a directory"):
         run_convert(source, folder, EXITS, "overwrite=True")
     assert output.read_text() == "precious"
 

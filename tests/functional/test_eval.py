@@ -144,11 +144,11 @@ def faults_of(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
 def test_everything_missing_is_said_at_once(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = faults_of(monkeypatch, f"output={tmp_path / 'file'}")
-    assert "model.restore_from_path is missing" in message
-    assert "data is missing; give the prefix" in message
+    assert "model.restore_from_path is needed and not given" in message
+    assert "data is needed and not given; it must be the prefix" in message
     assert "is a file; give a directory" in message
     message = faults_of(monkeypatch, "model.restore_from_path=absent.nemo", "data=absent")
-    assert "model.restore_from_path=absent.nemo does not exist" in message
+    assert "model.restore_from_path='absent.nemo' does not exist" in message
     assert "absent.bin and absent.idx not found; make the data with scripts/data/preprocess_text.py" in message
 
 
@@ -181,4 +181,4 @@ def test_a_file_that_is_no_nemo_is_a_fault_like_any_other(monkeypatch, tmp_path:
     (tmp_path / "x.nemo").write_text("not an archive")
     message = faults_of(monkeypatch, f"model.restore_from_path={tmp_path / 'x.nemo'}")
     assert "x.nemo" in message
-    assert "data is missing" in message
+    assert "data is needed and not given" in message

@@ -110,7 +110,7 @@ def test_the_scripts_as_a_user_runs_them(checkpoint: Path, tmp_path: Path) -> No
                 "final norm out",
             ],
         ),
-        ({"checkpoint": Path("nowhere.nemo")}, ["checkpoint=nowhere.nemo does not exist"]),
+        ({"checkpoint": Path("nowhere.nemo")}, ["nowhere.nemo", "does not exist; give an early-exit .nemo"]),
     ],
 )
 def test_faults_of_the_settings_come_together(

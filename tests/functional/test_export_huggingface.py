@@ -87,7 +87,7 @@ def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
     from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
     settings = {"progress": False, **settings}
-    return export_huggingface(ExportSettings(checkpoint=checkpoint, output=output, **settings))
+    return export_huggingface(ExportSettings.from_config({"checkpoint": checkpoint, "output": output, **settings}))
 
 
 def stock(folder: Path, **settings: Any):

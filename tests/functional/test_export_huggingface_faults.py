@@ -161,13 +161,17 @@ def test_which_directories_are_written_is_a_choice(one: Made, tmp_path: Path) ->
     [
         (
             {"targets": ("full", "onnx"), "dtype": "int8", "shard_gigabytes": 0},
-            ["targets: 'onnx' is unknown", "dtype='int8' must be one of", "shard_gigabytes=0 must be a number"],
+            [
+                "targets[1]='onnx' must be one of full, exits, early_exit",
+                "dtype='int8' must be one of",
+                "shard_gigabytes=0 must be a finite number above 0",
+            ],
         ),
-        ({"targets": ()}, ["targets is empty; name some of full, exits, early_exit"]),
+        ({"targets": ()}, ["targets=[] must be some of full, exits, early_exit"]),
         ({"exits": ("nope",)}, ["exits: no exit is called 'nope'; there are", MLP]),
         ({"exits": (EMBEDDING,)}, [f"exit {EMBEDDING!r} cannot be a model of its own", "only OPT", "leave it out"]),
         ({"exits": (), "targets": ("exits",)}, ["leave nothing to write"]),
-        ({"checkpoint": Path("nowhere.nemo")}, ["checkpoint=nowhere.nemo does not exist"]),
+        ({"checkpoint": Path("nowhere.nemo")}, ["nowhere.nemo", "does not exist; give an early-exit .nemo"]),
     ],
 )
 def test_faults_of_the_settings_come_together(
@@ -274,7 +278,7 @@ def write(self, name, chunks):
     sys.stdin.read()
 
 SafetensorsWriter.write = write
-export_huggingface(ExportSettings(Path(sys.argv[1]), Path(sys.argv[2]), progress=False))
+export_huggingface(ExportSettings(checkpoint=sys.argv[1], output=sys.argv[2], progress=False))
 """
 
 

@@ -44,7 +44,8 @@ def parities(directory: Path) -> dict[str, Any]:
 def hugging_face(checkpoint: Path, output: Path, **settings: Any) -> Path:
     from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
 
-    return export_huggingface(ExportSettings(checkpoint, output, progress=False, **settings))
+    settings |= {"checkpoint": checkpoint, "output": output, "progress": False}
+    return export_huggingface(ExportSettings.from_config(settings))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -301,7 +301,7 @@ def test_a_bad_request_ends_the_process_with_one_message_before_nemo_is_loaded()
     command = [sys.executable, str(ROOT / "examples" / f"{SCRIPT}.py"), "trainer.accelerator=cpu", "mode=fast"]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ran.returncode == 2
-    for part in ("mode='fast' is unknown", "no prompts are given", "restore_from_path is not set"):
+    for part in ("mode='fast' must be one of", "no prompts are given", "restore_from_path is needed and not given"):
         assert part in ran.stderr
     assert "NeMo" not in ran.stdout + ran.stderr.replace(".nemo", "")
 
@@ -354,7 +354,7 @@ def ended(model, generate, tmp_path) -> SimpleNamespace:
     text = json.dumps({"eos_token_id": stops, "pad_token_id": 3})
     (directory / "generation_config.json").write_text(text)
     path = rewritten(model.path, tmp_path / "ended.nemo", {"tokenizer/generation_config.json": text.encode()})
-    export = export_huggingface(ExportSettings(path, tmp_path / "export", progress=False))
+    export = export_huggingface(ExportSettings(checkpoint=path, output=tmp_path / "export", progress=False))
     tokenizer, expected = AutoTokenizer.from_pretrained(directory), []
     reference = AutoModelForCausalLM.from_pretrained(directory)
     for prompt in PROMPTS:

@@ -268,7 +268,7 @@ def test_one_flipped_bit_is_noticed_by_whatever_reads_it(folder: str, lora: Simp
         archive.extract(tmp_path / "tree", [folder])
     name, content = flipped(tmp_path / "tree" / folder)
     path = rewritten(lora.beside, tmp_path / "flipped.nemo", {f"{folder}/{name}": content})
-    export = ExportSettings(path, tmp_path / "out", progress=False)
+    export = ExportSettings(checkpoint=path, output=tmp_path / "out", progress=False)
     readers = [lambda: restore(path), lambda: export_huggingface(export)]
     readers += [] if folder == "model_weights" else [lambda: identify(path)]
     message = rf"flipped.nemo: {folder}/{name}: cannot read '.*' \(its bytes do not have the checksum .*save it again"

@@ -89,7 +89,7 @@ def run(script: ModuleType, folder: Path, records: list[Any], template: str | No
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIG))
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     given = {"input": str(folder / "in.jsonl"), "output": str(folder / "chat"), "tokenizer": str(TOKENIZER)}
-    return script.preprocess(script.ChatConfig.from_mapping({**mapping, **given, **settings}))
+    return script.preprocess(script.ChatConfig.from_config({**mapping, **given, **settings}))
 
 
 def read_back(prefix: Path) -> tuple[list[list[int]], list[list[int]]]:
@@ -257,7 +257,7 @@ def test_a_template_whose_prefixes_are_not_prefixes_is_refused(script: ModuleTyp
         (CHATS, None, {}, "has no chat template; give a file with one"),
         (CHATS, None, {"chat_template": "nowhere.jinja"}, "chat_template: nowhere.jinja is not a file"),
         ([], PLAIN, {}, "in.jsonl: holds no conversation"),
-        (CHATS, PLAIN, {"pad_to": 1}, "pad_to: 1 must be a whole number of tokens from 2"),
+        (CHATS, PLAIN, {"pad_to": 1}, "pad_to=1 must be a whole number of tokens from 2"),
         (CHATS, PLAIN, {"pad_to": 2}, "none of the 3 conversations has an answer within pad_to; raise it"),
         (CHATS, "{{ 'x' }}", {}, "no token of an answer is left by the template"),
         (CHATS, PLAIN, {"input": "chats.txt"}, "chats.txt does not exist"),
@@ -266,7 +266,7 @@ def test_a_template_whose_prefixes_are_not_prefixes_is_refused(script: ModuleTyp
 def test_bad_settings_and_empty_input_are_named(
     script: ModuleType, tmp_path: Path, records: list, template: str | None, settings: dict, expected: str
 ) -> None:
-    with pytest.raises(script.PreprocessError) as raised:
+    with pytest.raises(ValueError) as raised:
         run(script, tmp_path, records, template, **settings)
     assert expected in str(raised.value)
     assert not list(tmp_path.glob("chat*"))
@@ -279,7 +279,7 @@ def test_text_is_not_written_beside_a_chat_s_mask(script: ModuleType, tmp_path: 
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     given = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "chat"), "tokenizer": str(TOKENIZER)}
     with pytest.raises(text.PreprocessError, match=r"chat\.mask\.idx belongs to chat data"):
-        text.preprocess(text.PreprocessConfig.from_mapping({**mapping, **given, "overwrite": True}))
+        text.preprocess(text.PreprocessConfig.from_config({**mapping, **given, "overwrite": True}))
 
 
 def test_command_line(tmp_path: Path) -> None:

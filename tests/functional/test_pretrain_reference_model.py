@@ -87,7 +87,7 @@ def settings(**changed: Any) -> dict[str, Any]:
 
 
 def train(script: ModuleType, data: dict[str, str], output: Path, **changed: Any) -> Path | None:
-    return script.pretrain(script.PretrainConfig.from_mapping(settings(**data, output=str(output), **changed)))
+    return script.pretrain(script.PretrainConfig.from_config(settings(**data, output=str(output), **changed)))
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ def test_exits_are_trained_with_the_model(
     assert train(script, data, taught, **start, exit_layers=[1], exit_loss_weight=2.0)
     first = [next(line["loss"] for line in lines(output) if "loss" in line) for output in (plain, finished)]
     assert first[0] < first[1] / 2, "it began where the other run ended"
-    model = script.build_model(script.PretrainConfig.from_mapping(settings(**data, output="x", **start)))
+    model = script.build_model(script.PretrainConfig.from_config(settings(**data, output="x", **start)))
     assert equal(
         {key: value.bfloat16() for key, value in weights(finished).items()},
         {key: value.bfloat16() for key, value in model.state_dict().items()},
@@ -297,7 +297,7 @@ def test_a_run_is_made_shorter_or_longer_between_two_starts(
 
 
 def test_the_learning_rate_rises_stays_and_falls(script: ModuleType, tmp_path: Path) -> None:
-    config = script.PretrainConfig.from_mapping(settings(data="x", output=str(tmp_path)))
+    config = script.PretrainConfig.from_config(settings(data="x", output=str(tmp_path)))
     rates = [script.Progress(step, 32, 8).learning_rate(config) for step in range(40)]
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
     assert rates[4:33] == [0.01] * 29
@@ -333,21 +333,21 @@ def test_bad_settings_are_refused_together(script: ModuleType, tmp_path: Path) -
     model = {**TINY["model"], "hidden_size": 30, "vocab_size": 256}
     wrong = {"model": model, "sequence_length": 65, "decay_steps": 41, "precision": "fp16", "data": []}
     with pytest.raises(ValueError) as error:
-        script.PretrainConfig.from_mapping(settings(output=str(tmp_path), **wrong))
+        script.PretrainConfig.from_config(settings(output=str(tmp_path), **wrong))
     message = str(error.value)
-    for part in ("data: empty list", "precision: 'fp16'"):
+    for part in ("data=[] must be one or more names", "precision='fp16'"):
         assert part in message
     with pytest.raises(ValueError) as error:
-        script.PretrainConfig.from_mapping(settings(output=str(tmp_path), **{**wrong, "data": "x"}))
+        script.PretrainConfig.from_config(settings(output=str(tmp_path), **{**wrong, "data": "x"}))
     message = str(error.value)
-    for part in ("hidden_size: 30", "vocab_size: 256", "sequence_length: 65", "warmup_steps, decay_steps: 4 and 41"):
+    for part in ("hidden_size=30", "vocab_size=256", "sequence_length=65", "warmup_steps=4 and decay_steps=41"):
         assert part in message
-    with pytest.raises(ValueError, match="steps: 0 must be a whole number"):
-        script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", steps=0))
+    with pytest.raises(ValueError, match="steps=0 must be a whole number"):
+        script.PretrainConfig.from_config(settings(output=str(tmp_path), data="x", steps=0))
     exits = {"exit_layers": [1, 1, 2], "exit_loss_weight": 0, "start_from": str(tmp_path / "none")}
     with pytest.raises(ValueError) as error:
-        script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", **exits))
-    for part in ("[2] must be whole numbers from 1 to 1", "a layer twice", "exit_loss_weight: 0", "no config.json"):
+        script.PretrainConfig.from_config(settings(output=str(tmp_path), data="x", **exits))
+    for part in ("[2] must be whole numbers from 1 to 1", "a layer twice", "exit_loss_weight=0", "no config.json"):
         assert part in str(error.value)
     for wrong in (
         {"exit_layers": None},
@@ -356,8 +356,8 @@ def test_bad_settings_are_refused_together(script: ModuleType, tmp_path: Path) -
         {"exit_loss_weight": math.inf},
     ):
         (key,) = wrong
-        with pytest.raises(ValueError, match=f"{key}: .* must be"):
-            script.PretrainConfig.from_mapping(settings(output=str(tmp_path), data="x", **wrong))
+        with pytest.raises(ValueError, match=f"{key}=.* must be"):
+            script.PretrainConfig.from_config(settings(output=str(tmp_path), data="x", **wrong))
 
 
 def test_weights_of_another_kind_are_refused(

@@ -6,7 +6,6 @@ scripts/sweep_thresholds.py.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -369,10 +368,10 @@ def test_stop_texts_end_an_answer(model: SimpleNamespace, full: dict) -> None:
     same = shutil.copy(model.path, model.path.with_name("same.nemo"))
     names = [lm.tokenizer_name]
     for path in (same, other):  # lm-eval keeps requests by this name: it says what the tokenizer is, not where
-        lm._request = dataclasses.replace(lm._request, path=Path(path))
+        lm._request = lm._request.model_copy(update={"model": SimpleNamespace(restore_from_path=Path(path))})
         names.append(lm.tokenizer_name)
     assert names[0] == names[1] != names[2] and "/" not in names[0]
-    lm._request = dataclasses.replace(lm._request, path=model.path)
+    lm._request = lm._request.model_copy(update={"model": SimpleNamespace(restore_from_path=model.path)})
     whole = [answer for (answer,) in responses(full, "write")]
     stop = whole[0][3:5]
 
@@ -393,13 +392,13 @@ def test_stop_texts_end_an_answer(model: SimpleNamespace, full: dict) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "quick"}, "mode='quick' is unknown"),
+        ({"mode": "quick"}, "mode='quick' must be one of"),
         ({"threshold": 1.5}, "threshold = 1.5"),
         ({"threshold": "one-mlp:x"}, "must be a number, or exit:number"),
         ({"exits": "one-mlp+three"}, "three"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_length": 100000}, "max_length=100000 must be from 1 to the model's"),
-        ({"path": "/nowhere.nemo"}, "/nowhere.nemo does not exist"),
+        ({"path": "/nowhere.nemo"}, "/nowhere.nemo' does not exist"),
     ],
 )
 def test_faults_are_named(model: SimpleNamespace, settings: dict[str, Any], message: str) -> None:
@@ -471,7 +470,7 @@ def test_thresholds_are_swept(model: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"thresholds": []}, "thresholds: empty list"),
+        ({"thresholds": []}, "thresholds=\\[\\] must be a list of one or more finite numbers"),
         ({"thresholds": [1.5]}, "threshold = 1.5"),
         ({"length": 1}, "length=1 must be"),
         ({"data": "/nowhere"}, "/nowhere.bin"),

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +66,7 @@ def test_time_is_limited(model_path: Path) -> None:
             with pytest.raises(openai.APIError, match="took longer"):
                 list(client.completions.create(**long, stream=True))
         assert server.metrics.registry.get_sample_value("nemo_ee_cancelled_requests_total") == 0, "no client left"
-        server.settings = dataclasses.replace(settings.http, request_timeout=60)
+        server.settings = settings.model_copy(update={"request_timeout": 60})
         assert post(url, GOOD)[0] == 200
 
 

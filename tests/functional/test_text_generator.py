@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,14 +28,14 @@ def scripted(**changes: Any):
     """A generator over a model that wants to end at once and would otherwise say `b`."""
     from nemo_ee.commands.generate import TextGenerator
     from nemo_ee.commands.generation_request import GenerationRequest
-    from nemo_ee.generation.policy import ExitPolicy
-    from nemo_ee.generation.sampling import GREEDY
 
-    request = GenerationRequest(
+    request = GenerationRequest.model_construct(
         **{
-            "path": Path("x.nemo"), "prompts": (), "labels": (), "mode": "early_exit", "policy": ExitPolicy(0.5),
-            "sampling": GREEDY, "end_strings": (), "min_new_tokens": 0, "max_new_tokens": 6, "add_bos": None,
-            "stop_on_eos": True, "batch_size": 2, "colour": "never", "output": None, **changes,
+            "mode": "early_exit", "threshold": 0.5, "criterion": "max_probability", "exits": None,
+            "max_pending_tokens": None, "num_draft_tokens": None,
+            "cost_rule": "none", "greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
+            "repetition_penalty": 1.0, "end_strings": (), "min_tokens_to_generate": 0, "tokens_to_generate": 6,
+            "add_BOS": None, "stop_on_eos": True, "batch_size": 2, **changes,
         }
     )  # fmt: skip
     model = ScriptedModel(4, exit_points(("early", 2, 4)), lambda exit, token, position: (ord("$"), 0.9), 128)
@@ -51,7 +50,7 @@ def test_the_end_of_text_token_ends_an_answer():
 
 
 def test_an_answer_is_not_shorter_than_asked_for():
-    answers = list(scripted(min_new_tokens=4).generate(["ab", "c", "d"]))
+    answers = list(scripted(min_tokens_to_generate=4).generate(["ab", "c", "d"]))
     for answer in answers:
         assert "$" not in answer.text[:4] and answer.text[4:] == "$", "four tokens, then the end"
         assert len(answer.events) == 5 and answer.finish_reason == "stop"
@@ -61,7 +60,7 @@ def test_an_answer_is_not_shorter_than_asked_for():
 def test_the_cost_rule_measures_and_answers(mode):
     """On this model the text does not depend on where a token leaves; whether exits pay is the machine's business."""
     plain, ruled = (
-        scripted(mode=mode, cost_rule=rule, max_new_tokens=24, stop_on_eos=False) for rule in ("none", "fallback")
+        scripted(mode=mode, cost_rule=rule, tokens_to_generate=24, stop_on_eos=False) for rule in ("none", "fallback")
     )
     prompts = ["ab", "c", "d"]
     assert [own.text for own in ruled.generate(prompts)] == [own.text for own in plain.generate(prompts)]
@@ -70,7 +69,7 @@ def test_the_cost_rule_measures_and_answers(mode):
 @pytest.mark.parametrize("mode", ["early_exit", "self_speculative", "static_depth", "full"])
 def test_an_end_string_ends_an_answer_which_keeps_it(mode):
     """The model counts up: 'ab' goes on with 'cdef...'."""
-    generator = scripted(mode=mode, max_new_tokens=9, end_strings=("hi", "de"))
+    generator = scripted(mode=mode, tokens_to_generate=9, end_strings=("hi", "de"))
     generator.model.script = lambda exit, token, position: (token + 1, 0.9)
     answers = list(generator.generate(["ab", "c", "e"]))
     assert [answer.text for answer in answers] == ["cde", "de", "fghi"]

@@ -351,7 +351,7 @@ def _script(path: str = f"examples/{SCRIPT}.py"):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], ["needed and not given: model.data.data_prefix=... model.restore_from_path=..."]),
+        ([], ["model.data.data_prefix is needed and not given", "model.restore_from_path is needed and not given"]),
         (["model.restore_from_path=/nowhere.nemo", "model.data.data_prefix=[x]"], ["/nowhere.nemo"]),
         (
             ["model.data.data_prefix={train: [no/a], validation: [no/b], test: [no/c]}", "trainer.max_steps=0",

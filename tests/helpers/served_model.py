@@ -54,6 +54,7 @@ def write_exported_model(directory: Path) -> Path:
 def serve_config(path: Path, **changes: Any) -> dict[str, Any]:
     """conf/megatron_gpt_early_exit_serve.yaml as plain containers, with these changes."""
     config = yaml.safe_load((ROOT / "conf" / "megatron_gpt_early_exit_serve.yaml").read_text(encoding="utf-8"))
+    del config["hydra"], config["defaults"]
     return {**config, "model": str(path), "name": "demo", "port": 0, "num_threads": 1, **changes}
 
 

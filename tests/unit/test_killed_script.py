@@ -50,7 +50,7 @@ def running(pids: list[int]) -> list[int]:
 @pytest.mark.parametrize("inside", [True, False], ids=["a script", "control"])
 def test_what_a_killed_script_started_ends(inside: bool, tmp_path: Path) -> None:
     file = tmp_path / "script.py"
-    surround = "command(OmegaConf.create(), None)" if inside else "nullcontext()"
+    surround = "command(OmegaConf.create())" if inside else "nullcontext()"
     file.write_text(SCRIPT.replace("{surround}", surround), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if key != "NEMO_EE_SCRIPT_PID"}
     process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True, env=environment)

@@ -16,13 +16,13 @@ name when everything is on disk; after a fault or an interruption nothing is lef
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from tqdm import tqdm
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
@@ -53,6 +53,8 @@ from nemo_ee.export.tensorrt_llm.early_exit_files import (
 from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.runtime.loader import load_model
+from nemo_ee.settings.fields import AboveZero, as_list
+from nemo_ee.settings.user_input import rule
 from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -75,12 +77,16 @@ _USES = {
 }
 
 
-@dataclass(frozen=True)
 class ExportSettings(SharedSettings):
     """See conf/export_huggingface.yaml."""
 
-    targets: tuple[str, ...] = TARGETS
-    shard_gigabytes: float = 5.0
+    targets: Annotated[
+        tuple[Literal[TARGETS], ...],
+        Field(min_length=1),
+        BeforeValidator(as_list),
+        rule(f"some of {', '.join(TARGETS)}"),
+    ] = TARGETS
+    shard_gigabytes: AboveZero = 5.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,9 @@ def export_huggingface(settings: ExportSettings) -> Path:
         The directory written.
 
     Raises:
-        ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
+        ValueError: every problem of the model in one message before anything is written; or, later, a damaged
             file or a disk that does not take the output. Nothing is left behind.
     """
-    refuse(_setting_faults(settings))
     with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
         exits = settings.wanted_exits(source)
         unknown = unknown_exits("exits", settings.exits, source)
@@ -120,19 +125,6 @@ def export_huggingface(settings: ExportSettings) -> Path:
         _write(settings, source, artefacts, settings.dtype_of(source))
     logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artefacts))
     return settings.output
-
-
-def _setting_faults(settings: ExportSettings) -> list[str]:
-    faults = settings.problems()
-    for target in settings.targets:
-        if target not in TARGETS:
-            faults.append(f"targets: {target!r} is unknown; use some of {', '.join(TARGETS)}")
-    if not settings.targets:
-        faults.append(f"targets is empty; name some of {', '.join(TARGETS)}")
-    size = settings.shard_gigabytes
-    if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
-        faults.append(f"shard_gigabytes={size!r} must be a number above 0")
-    return faults
 
 
 def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artefact]:

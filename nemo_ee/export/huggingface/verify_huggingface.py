@@ -69,7 +69,8 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
     block, kind = config.get("early_exit") or {}, artefact["kind"]
     exits = [entry["name"] for entry in block.get("exits", ())] if kind == "early_exit" else [artefact["exit"]]
     targets, exits = ("exits",) if kind == "exit" else (kind,), () if kind == "full" else tuple(exits)
-    settings = ExportSettings(source.path, source.path, targets=targets, exits=exits)
+    # Taken from the directory itself, so nothing of it is a user's to check.
+    settings = ExportSettings.model_construct(checkpoint=source.path, targets=targets, exits=exits)
     thresholds = {key: value for key, value in block.items() if key != "exits"}
     (planned,) = plan_artefacts(settings, source)
     wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))

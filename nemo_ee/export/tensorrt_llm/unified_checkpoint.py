@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ from nemo_ee.export.tensorrt_llm.unified_tensors import (
     stage_of,
 )
 from nemo_ee.families.architecture import Architecture
+from nemo_ee.settings.fields import Names
+from nemo_ee.settings.user_input import Positive
 from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -67,16 +69,15 @@ TARGETS = ["TensorRT-LLM unified checkpoint, engine backend, 0.20.0 to 1.2.1"]
 NOT_RUN = "no real TensorRT-LLM has loaded these files"
 
 
-@dataclass(frozen=True)
 class ExportSettings(SharedSettings):
     """See conf/export_tensorrt_llm.yaml."""
 
-    dtype: str | None = "bfloat16"
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    draft_tensor_parallel: int | None = None
-    drafts: tuple[str, ...] | None = None
-    max_position_embeddings: int | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = "bfloat16"
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    draft_tensor_parallel: Positive | None = None
+    drafts: Names | None = None
+    max_position_embeddings: Positive | None = None
 
     @property
     def draft_ranks(self) -> int:
@@ -104,10 +105,9 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         The directory written.
 
     Raises:
-        ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
+        ValueError: every problem of the model in one message before anything is written; or, later, a damaged
             file or a disk that does not take the output. Nothing is left behind.
     """
-    refuse(_setting_faults(settings))
     with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
         exits = settings.wanted_exits(source)
         architecture = _checked(settings, source, exits)
@@ -119,15 +119,6 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         _write(settings, source, architecture, artefacts, exits, settings.dtype_of(source))
     logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artefacts), NOT_RUN)
     return settings.output
-
-
-def _setting_faults(settings: ExportSettings) -> list[str]:
-    faults = settings.problems()
-    for name in ("tensor_parallel", "pipeline_parallel", "draft_tensor_parallel", "max_position_embeddings"):
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            faults.append(f"{name}={value!r} must be a whole number of at least 1")
-    return faults
 
 
 def _checked(settings: ExportSettings, source: EarlyExitSource, exits: Sequence[ExitConfig]) -> Architecture:

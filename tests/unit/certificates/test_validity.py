@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,9 +37,10 @@ def test_the_certified_setting_is_inside():
 
 
 def test_top_k_null_and_0_are_one_setting():
-    config = {"mode": "early_exit", "tokens_to_generate": 4, "stop_on_eos": True, "add_BOS": None, **SAMPLED}
-    kept, asked = (setting_of({**config, "top_k": k, "trainer": {"precision": 32}}) for k in (0, None))
-    assert kept == asked
+    values = {"tokens_to_generate": 4, "stop_on_eos": True, "add_BOS": None, **SAMPLED}
+    values["trainer"] = SimpleNamespace(precision="32")
+    kept, given = (setting_of(SimpleNamespace(**{**values, "top_k": k}), "early_exit") for k in (0, None))
+    assert kept == given
 
 
 @pytest.mark.parametrize(

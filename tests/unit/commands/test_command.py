@@ -9,45 +9,34 @@ from omegaconf import OmegaConf
 
 from nemo_ee import cpu_host
 from nemo_ee.commands.command import command
-from nemo_ee.settings.checks import text
-from nemo_ee.settings.known import KnownSettings
 
 CONFIG = OmegaConf.create({"trainer": {"accelerator": "gpu"}})
 
 
 @pytest.mark.parametrize("error", [ValueError("layer = 30: must be in 1..12"), FileNotFoundError("no such file")])
 def test_a_users_error_ends_with_its_message_and_code_2(error: Exception, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended, command(CONFIG, None):
+    with pytest.raises(SystemExit) as ended, command(CONFIG):
         raise error
     assert ended.value.code == 2
     assert str(error) in capsys.readouterr().err
 
 
 def test_our_own_fault_keeps_its_traceback() -> None:
-    with pytest.raises(AssertionError), command(CONFIG, None):
+    with pytest.raises(AssertionError), command(CONFIG):
         raise AssertionError("a bug")
 
 
 def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match="layer"), command(CONFIG, None):
+    with pytest.raises(ValueError, match="layer"), command(CONFIG):
         raise ValueError("layer")
 
 
 def test_other_ranks_say_who_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit), command(CONFIG, None):
+    with pytest.raises(SystemExit), command(CONFIG):
         raise ValueError("layer")
     assert capsys.readouterr().err.startswith("rank 1: error: layer")
-
-
-def test_missing_settings_are_all_named(capsys: pytest.CaptureFixture) -> None:
-    config = OmegaConf.create({"output": "???", "model": {"restore_from_path": "???"}})
-    with pytest.raises(SystemExit), command(config, KnownSettings({"output": text, "model.restore_from_path": text})):
-        raise AssertionError("the work must not begin")
-    message = capsys.readouterr().err
-    assert "output=..." in message
-    assert "model.restore_from_path=..." in message
 
 
 @pytest.mark.parametrize(("accelerator", "switched_on"), [("cpu", 1), ("gpu", 0), ("auto", 0)])
@@ -56,12 +45,5 @@ def test_the_cpu_host_is_switched_on_for_the_cpu_only(
 ) -> None:
     calls: list[int] = []
     monkeypatch.setattr(cpu_host, "enable", lambda: calls.append(1))
-    with command(OmegaConf.create({"trainer": {"accelerator": accelerator}}), None):
+    with command(OmegaConf.create({"trainer": {"accelerator": accelerator}})):
         assert len(calls) == switched_on
-
-
-def test_one_name_is_a_list_of_one() -> None:
-    from nemo_ee.commands.command import names
-
-    assert names("layer3-mlp") == names(["layer3-mlp"]) == ("layer3-mlp",)
-    assert names(None) is None and names([]) == ()

@@ -58,12 +58,13 @@ def test_wrong_values_come_in_one_message_with_the_other_problems(cfg: DictConfi
     }  # fmt: skip
     message = problems(change(cfg, **wrong))
     for text in (
-        "model.optim.lr='fast' must be a finite number", "trainer.max_steps='ten' must be an integer of at least 1",
-        "model.optim.betas=[0.9] must be a list of two numbers", "trainer.val_check_interval=0 must be",
+        "model.optim.lr='fast' must be a finite number", "max_steps='ten' must be a whole number of at least 1",
+        "model.optim.betas=[0.9] must be a list of 2 finite numbers", "trainer.val_check_interval=0 must be",
         "model.optim.eps=nan must be", "did you mean model.tensor_model_parallel_size?",
         "did you mean trainer.max_steps?",
-        "foo=1: there is no such setting", "save_top_k='best'", "save_to=tuned.bin must end in .nemo", "layer = 9",
-        "has the split 'trian' (did you mean train?)", "model.optim.sched.name='Cosine' must be one of",
+        "foo=1 is not a setting here", "save_top_k='best'", "save_to=tuned.bin must end in .nemo", "layer = 9",
+        "data_prefix.trian=[] is not a setting here (did you mean train?)",
+        "model.optim.sched.name='Cosine' must be one of",
         "buffer_size='big' is refused by NeMo's experiment manager",
     ):  # fmt: skip
         assert text in message, (text, message)

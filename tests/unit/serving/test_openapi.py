@@ -23,7 +23,7 @@ from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.serving.http_server import DOCS, Server
 from nemo_ee.serving.openapi import EXAMPLES, openapi_document
 from nemo_ee.serving.protocol import Limits, read_request
-from nemo_ee.serving.settings import HttpSettings
+from nemo_ee.serving.settings import ServerSettings
 from tests.helpers.json_schema import problems
 
 LIMITS = Limits(max_new_tokens=64, max_choices=4)
@@ -32,7 +32,10 @@ USER = {"role": "user", "content": "x"}
 
 
 def application(*keys: str) -> Any:
-    settings = HttpSettings("127.0.0.1", 0, keys, LIMITS, 1 << 20, 10, 30, 5)
+    settings = ServerSettings.model_construct(
+        host="127.0.0.1", port=0, api_keys=keys, max_new_tokens=LIMITS.max_new_tokens, max_choices=LIMITS.max_choices,
+        max_body_bytes=1 << 20, max_connections=10, request_timeout=30, shutdown_timeout=5,
+    )  # fmt: skip
     scheduler = SimpleNamespace(healthy=True, start=lambda: None, stop=lambda: None)
     return Server(SimpleNamespace(name="demo"), scheduler, None, settings).app()
 

@@ -21,7 +21,7 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_yaml_is_what_is_read(tmp_path: Path) -> None:
     settings = ServerSettings.from_config(serve_config(tmp_path))
-    assert settings.http.host == "127.0.0.1" and settings.http.api_keys == () and settings.default.mode == "early_exit"
+    assert settings.host == "127.0.0.1" and settings.api_keys == () and settings.default.mode == "early_exit"
     unnamed = ServerSettings.from_config(serve_config(tmp_path, name=None))
     assert unnamed.name == tmp_path.name
 
@@ -31,7 +31,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch) 
     file.write_text(f"# who has them\n{KEY}1\n\n {KEY}2\n", encoding="utf-8")
     monkeypatch.setenv("NEMO_EE_API_KEYS", f"{KEY}3, {KEY}1")
     settings = ServerSettings.from_config(serve_config(tmp_path, host="0.0.0.0", api_keys_file=str(file)))
-    assert sorted(settings.http.api_keys) == [f"{KEY}1", f"{KEY}2", f"{KEY}3"]
+    assert sorted(settings.api_keys) == [f"{KEY}1", f"{KEY}2", f"{KEY}3"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", "0"])
@@ -42,7 +42,7 @@ def test_beyond_loopback_a_key_is_needed(host: str, tmp_path: Path, monkeypatch)
     with pytest.raises(ValueError, match="shorter than 16"):
         ServerSettings.from_config(serve_config(tmp_path, host=host))
     monkeypatch.setenv("NEMO_EE_API_KEYS", KEY)
-    assert ServerSettings.from_config(serve_config(tmp_path, host=host)).http.host == host
+    assert ServerSettings.from_config(serve_config(tmp_path, host=host)).host == host
 
 
 def test_loopback() -> None:
@@ -53,18 +53,18 @@ def test_loopback() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": None}, "model is not set"),
+        ({"model": None}, "model=None must be hf_early_exit/ of an export"),
         ({"model": "no/such"}, "is not a directory"),
         ({"model": "tuned.nemo"}, "export_huggingface.py checkpoint=tuned.nemo"),
-        ({"port": 70000}, "at most 65535"),
-        ({"num_slots": 0}, "num_slots=0 must be a whole number from 1"),
+        ({"port": 70000}, "from 0 to 65535"),
+        ({"num_slots": 0}, "num_slots=0 must be a whole number of at least 1"),
         ({"max_queue": True}, "max_queue=True"),
         ({"max_length": 0}, "max_length=0"),
         ({"max_queue": 0, "num_slots": 2, "max_choices": 3}, "max_choices=3 answers of one request never fit"),
-        ({"exits": 5}, "not iterable"),
+        ({"exits": 5}, "exits=5 must be a list of exits' names"),
         ({"request_timeout": float("inf")}, "request_timeout=inf"),
-        ({"mode": "fast"}, "mode='fast' is unknown"),
-        ({"threshold": 2}, "threshold = 2 must be a number in 0..1"),
+        ({"mode": "fast"}, "mode='fast' must be one of early_exit"),
+        ({"threshold": 2}, "threshold = 2.0 must be a number in 0..1"),
         ({"chat_template": "no/such.jinja"}, "cannot be read"),
         ({"api_keys_file": "no/such"}, "cannot be read"),
     ],

@@ -82,14 +82,17 @@ def test_right_values_are_taken_as_they_are_and_lists_become_tuples() -> None:
         ({"share": 2}, "share=2 must be a finite number from 0 to 1"),
         ({"betas": [0.5]}, "betas=[0.5] must be a list of 2 finite numbers of at least 0 and below 1"),
         ({"betas": [0.5, 1]}, "betas[1]=1 must be a finite number of at least 0 and below 1"),
-        ({"stop": [""]}, "stop[0]='' must be a text with something in it"),
         ({"stop": 7}, "stop=7 must be a text, or a list of texts with something in it, or null; write a number that "
                       "is meant as a text with quotes: \"'7'\""),
+        ({"stop": [""]}, "stop[0]='' must be a text with something in it"),
+        ({"stop": 3}, "stop=3 must be a text, or a list of texts with something in it, or null; write a number that "
+                      "is meant as a text with quotes: \"'3'\""),
         ({"messages": "hi"}, "messages='hi' must be a list of blocks with the keys role, content"),
         ({"messages": ["hi"]}, "messages[0]='hi' must be a block with the keys role, content"),
         ({"messages": [{"role": "usr", "content": "x"}]},
          "messages[0].role='usr' must be one of user, system (did you mean user?)"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content is missing; it must be a text with something in it"),
+        ({"messages": [{"role": "user"}]},
+         "messages[0].content is needed and not given; it must be a text with something in it"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content=7 must be a text with something in it; "
                                                          "write a number that is meant as a text with quotes: "
                                                          "\"'7'\""),
@@ -113,7 +116,7 @@ def test_all_problems_come_in_one_message_each_with_its_place() -> None:
         read(Request, {"slots": 0, "slts": 1, "betas": [2, 2]}, headline="nothing was started", where="model")
     assert str(found.value).splitlines() == [
         "nothing was started:",
-        "  model.flag is missing; it must be True or False",
+        "  model.flag is needed and not given; it must be True or False",
         "  model.slots=0 must be a whole number of at least 1, or null",
         "  model.betas[0]=2 must be a finite number of at least 0 and below 1",
         "  model.betas[1]=2 must be a finite number of at least 0 and below 1",
@@ -162,8 +165,8 @@ def test_a_discriminated_union_names_the_key_and_not_the_tag() -> None:
 def test_large_values_and_many_problems_stay_readable() -> None:
     assert len(shortened({"a": ["b" * 10**6] * 10**5})) == 80
     assert shortened("a\nb") == "'a\\nb'", "control: on one line, and whole where it is short"
-    message = str(InputError("no", [Problem("a", "value", "wrong")] * 40))
-    assert message.count("wrong") == 30 and message.endswith("and 10 more")
+    message = str(InputError("no", [Problem("a", "value", "wrong")] * 110))
+    assert message.count("wrong") == 100 and message.endswith("and 10 more")
 
 
 def test_it_needs_neither_omegaconf_nor_torch() -> None:

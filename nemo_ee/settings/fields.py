@@ -1,0 +1,78 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that several scripts have: types beside those of `nemo_ee.settings.user_input`, and whole blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from nemo_ee.settings.user_input import Positive, Text, UserInput, rule
+
+
+def as_text(value: Any) -> Any:
+    """A whole number that is meant as a text, as 32 or 2024 is on the command line."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def as_list(value: Any) -> Any:
+    """One value alone, of a setting that is a list."""
+    return value if value is None or isinstance(value, tuple) else (value,)
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and value.strip() else value
+
+
+Label = Annotated[Text, BeforeValidator(as_text), rule("a text with something in it")]
+Texts = tuple[Text, ...]
+Names = Annotated[Texts, BeforeValidator(as_list), rule("a name, or a list of names")]
+FilePath = Annotated[Path, BeforeValidator(_as_path), rule("the name of a file or directory")]
+Files = Annotated[Texts, Field(min_length=1), BeforeValidator(as_list), rule("one or more names of files")]
+ExitNames = Annotated[Texts | None, rule("a list of exits' names, or null")]
+NonNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[BelowOne, BelowOne]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy takes no larger one
+Criterion = Literal["max_probability", "margin", "entropy"]  # nemo_ee.exits.confidence needs torch
+Accelerator = Annotated[Literal["gpu", "cpu", "cuda", "auto"], BeforeValidator(as_text)]
+Precision = Annotated[Literal["32", "32-true", "bf16", "bf16-mixed", "bf16-true"], BeforeValidator(as_text)]
+Verify = Literal["stored", "full"]
+
+
+def _exists(path: Path) -> Path:
+    if path.exists():
+        return path
+    raise ValueError("does not exist; give an early-exit .nemo")
+
+
+ModelFile = Annotated[FilePath, AfterValidator(_exists), rule("the name of an early-exit .nemo")]
+
+
+class Run(UserInput):
+    """The `trainer` block of a script that runs one model."""
+
+    accelerator: Accelerator
+    devices: Positive
+    num_nodes: Positive
+    precision: Precision
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return self.devices * self.num_nodes
+
+
+class StoredModel(UserInput):
+    """The `model` block of a script that runs one model, read from a `.nemo`."""
+
+    restore_from_path: ModelFile
+    backbone_path: FilePath | None
+    verify: Verify
+    tensor_model_parallel_size: Positive
+    pipeline_model_parallel_size: Positive
+    transformer_engine: bool | None
+    distributed_timeout_minutes: AboveZero
