@@ -26,7 +26,16 @@ CONTAINER_LIST = ROOT / "tests" / "data" / "ngc-nemo-25.07-packages.txt"
 # Distributions whose import name differs.
 IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": "megatron", "pyyaml": "yaml"}
 # Imported by serving/, by functions of export/ and by lm_eval_adapter.py only; declared by extras or by the container.
-OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "prometheus_client", "jinja2", "tensorrt_llm", "lm_eval"}
+OPTIONAL_IMPORTS = {
+    "apex",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "jinja2",
+    "tensorrt_llm",
+    "lm_eval",
+}
 
 
 @functools.cache

@@ -42,8 +42,8 @@ from nemo_ee.commands.console import messages
 from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
 from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.block_reader import close_match
-from nemo_ee.exits.confidence import NEVER_LEAVES
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.criteria import NEVER_LEAVES
 from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.exit_trace import ExitTrace, TracePass

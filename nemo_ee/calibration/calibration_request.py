@@ -15,6 +15,7 @@ from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Setting, check_name
 from nemo_ee.certificates.validity import setting_of
 from nemo_ee.commands.decoding_config import Cap, SamplingInput, check_policy, check_ranks
+from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
 from nemo_ee.settings.fields import AboveZero, BelowOne, Criterion, ExitNames, FilePath, Run, StoredModel
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
@@ -128,7 +129,11 @@ class CalibrationRequest(SamplingInput, ScriptInput):
             raise ValueError("holds no threshold; give some, or null")
         for threshold in grid or ():
             check_policy(threshold, criterion=criterion)
-        return tuple(sorted(set(grid), reverse=criterion != "entropy")) if grid else DEFAULT_GRID[criterion]
+        return (
+            tuple(sorted(set(grid), reverse=criterion not in SMALLER_IS_CONFIDENT))
+            if grid
+            else DEFAULT_GRID[criterion]
+        )
 
     @field_validator("output")
     @classmethod

@@ -16,10 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CRITERIA = ("max_probability", "margin", "entropy")
-
-# The threshold at which no token ever leaves.
-NEVER_LEAVES = {"max_probability": 1.0, "margin": 1.0, "entropy": 0.0}
+from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES, SMALLER_IS_CONFIDENT
 
 
 def confidence(logits: Tensor, criterion: str) -> Tensor:
@@ -62,7 +59,7 @@ def leaves(confidence: Tensor, threshold: float, criterion: str) -> Tensor:
         ValueError: unknown criterion.
     """
     check_criterion(criterion)
-    return confidence < threshold if criterion == "entropy" else confidence > threshold
+    return confidence < threshold if criterion in SMALLER_IS_CONFIDENT else confidence > threshold
 
 
 def can_leave(threshold: float, criterion: str) -> bool:
@@ -73,7 +70,7 @@ def can_leave(threshold: float, criterion: str) -> bool:
     """
     check_criterion(criterion)
     never = NEVER_LEAVES[criterion]
-    return threshold > never if criterion == "entropy" else threshold < never
+    return threshold > never if criterion in SMALLER_IS_CONFIDENT else threshold < never
 
 
 def check_criterion(criterion: str) -> None:

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_ee.exits.confidence import CRITERIA, confidence
+from nemo_ee.exits.confidence import confidence
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
 from nemo_ee.generation.policy import EvaluatedExit, ExitPlan
 from nemo_ee.generation.staged_forward import StagedForward, TokenInput

@@ -14,7 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from nemo_ee.exits.confidence import CRITERIA, NEVER_LEAVES, can_leave
+from nemo_ee.exits.confidence import can_leave
+from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES
 from nemo_ee.generation.decoding_model import ExitPoint
 
 MODES = ("early_exit", "self_speculative", "static_depth", "full")

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
+from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
 from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.hidden_batch import HiddenBatch, pick_rows
 from nemo_ee.generation.policy import ExitPlan
@@ -281,7 +282,7 @@ class StagedForward:
             confidences = self._confidence(logits, slots)
             for i, slot in enumerate(slots):
                 value, threshold = confidences[i], thresholds[slot]
-                if value < threshold if self._plans[slot].criterion == "entropy" else value > threshold:
+                if value < threshold if self._plans[slot].criterion in SMALLER_IS_CONFIDENT else value > threshold:
                     row = slice(i, i + 1)
                     outputs.append(ExitOutput(slot, point.name, point.layer, confidences[row], logits[row]))
                     undecided.remove(slot)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, create_model, field_validator
 
-from nemo_ee.exits.confidence import CRITERIA
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.generation.policy import MODES
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.serving.errors import ApiError

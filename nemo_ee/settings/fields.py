@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.settings.user_input import Positive, Text, UserInput, rule
 
 
@@ -37,7 +38,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[BelowOne, BelowOne]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy takes no larger one
-Criterion = Literal["max_probability", "margin", "entropy"]  # nemo_ee.exits.confidence needs torch
+Criterion = Literal[CRITERIA]
 Accelerator = Annotated[Literal["gpu", "cpu", "cuda", "auto"], BeforeValidator(as_text)]
 Precision = Annotated[Literal["32", "32-true", "bf16", "bf16-mixed", "bf16-true"], BeforeValidator(as_text)]
 Verify = Literal["stored", "full"]

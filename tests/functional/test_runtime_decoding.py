@@ -20,7 +20,8 @@ pytest.importorskip("nemo")
 from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_environment
 
 import torch  # isort: skip  # after the CPU host is on
-from nemo_ee.exits.confidence import CRITERIA, confidence
+from nemo_ee.exits.confidence import confidence
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy

@@ -25,7 +25,8 @@ from tests.helpers.megatron_models import exit_entry
 
 import torch  # isort: skip  # after the CPU host is on
 
-from nemo_ee.exits.confidence import CRITERIA, confidence
+from nemo_ee.exits.confidence import confidence
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.exits.confidence import CRITERIA
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.decoding_model import ExitPoint

@@ -95,7 +95,7 @@ def test_the_console_is_as_before_afterwards(tmp_path: Path, capsys) -> None:
     [(ValueError("layer = 30: must be in 1..12"), 2, "error: layer"), (ZeroDivisionError("a bug"), 1, "Traceback")],
 )
 def test_the_log_file_is_named_first_and_after_an_error_last(error, code, first, logs: Path, capsys) -> None:
-    with pytest.raises(SystemExit) as ended, command(OmegaConf.create(), None):
+    with pytest.raises(SystemExit) as ended, command(OmegaConf.create()):
         raise error
     (log,) = logs.iterdir()
     assert ended.value.code == code and re.fullmatch(r"convert-\d{8}-\d{6}\.log", log.name)
@@ -108,13 +108,13 @@ def test_the_log_file_is_named_first_and_after_an_error_last(error, code, first,
 
 
 def test_other_ranks_write_files_of_their_own_and_show_only_warnings(logs: Path, monkeypatch, capsys) -> None:
-    with command(OmegaConf.create(), None):
+    with command(OmegaConf.create()):
         (first,) = logs.iterdir()
         inherited = os.environ["NEMO_EE_LOG_FILE"]
     capsys.readouterr()
     monkeypatch.setenv("RANK", "3")  # as a rank that rank 0 has started
     monkeypatch.setenv("NEMO_EE_LOG_FILE", inherited)
-    with command(OmegaConf.create(), None):
+    with command(OmegaConf.create()):
         work()
     assert {path.name for path in logs.iterdir()} == {first.name, f"{first.stem}.rank3.log"}
     shown = capsys.readouterr()
@@ -124,6 +124,6 @@ def test_other_ranks_write_files_of_their_own_and_show_only_warnings(logs: Path,
 
 def test_a_run_folder_that_is_the_working_directory_gets_no_log_file(logs: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(HydraConfig.get().run, "dir", ".")
-    with command(OmegaConf.create(), None):
+    with command(OmegaConf.create()):
         print("a banner")
     assert not logs.exists() and capsys.readouterr().out == "a banner\n"

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from nemo_ee.exits.confidence import CRITERIA, NEVER_LEAVES, can_leave, confidence, leaves
+from nemo_ee.exits.confidence import can_leave, confidence, leaves
+from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES
 
 LOGITS = torch.randn(4, 3, 17, generator=torch.Generator().manual_seed(0)) * 3
 

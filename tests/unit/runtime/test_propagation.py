@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_ee.exits.confidence import CRITERIA, confidence, leaves
+from nemo_ee.exits.confidence import confidence, leaves
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nemo_ee.exits.confidence import CRITERIA
+from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.generation.decoding_model import ExitPoint
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.serving.errors import MAX_MESSAGE, ApiError
