@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTAINER_LIST = ROOT / "tests" / "data" / "ngc-nemo-25.07-packages.txt"
 # Distributions whose import name differs.
 IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": "megatron", "pyyaml": "yaml"}
-# Imported by serving/, by functions of export/ and by lm_eval_adapter.py only; declared by extras or by the container.
-OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "prometheus_client", "jinja2", "tensorrt_llm", "lm_eval"}
+# Imported by serving/, by lm_eval_adapter.py and by functions (export/, Apex's optimizer) only; declared by extras or
+# by the container.
+OPTIONAL_IMPORTS = {"fastapi", "starlette", "uvicorn", "prometheus_client", "jinja2", "tensorrt_llm", "lm_eval", "apex"}
 
 
 @functools.cache
