@@ -25,17 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTAINER_LIST = ROOT / "tests" / "data" / "ngc-nemo-25.07-packages.txt"
 # Distributions whose import name differs.
 IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": "megatron", "pyyaml": "yaml"}
-# Imported by serving/, by functions of export/ and by lm_eval_adapter.py only; declared by extras or by the container.
-OPTIONAL_IMPORTS = {
-    "apex",
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "prometheus_client",
-    "jinja2",
-    "tensorrt_llm",
-    "lm_eval",
-}
+# Imported by serving/, by lm_eval_adapter.py and by functions (export/, Apex's optimizer) only; declared by extras or
+# by the container.
+OPTIONAL_IMPORTS = set("fastapi starlette uvicorn prometheus_client jinja2 tensorrt_llm lm_eval apex".split())
 
 
 @functools.cache
@@ -128,7 +120,7 @@ def imported_packages(folder: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.partition(".")[0])
         names -= {beside.stem for beside in path.parent.glob("*.py")}  # a script may import the one beside it
-    return names - set(sys.stdlib_module_names) - {"nemo_ee", "lib"}  # lib: scripts/lib
+    return names - set(sys.stdlib_module_names) - {"nemo_ee"}
 
 
 def test_everything_the_package_imports_is_declared() -> None:
