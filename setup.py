@@ -53,8 +53,8 @@ CPU = [
     "webdataset",
 ]
 
-# What nemo_ee/serving/ imports besides.
-SERVING = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
+# What nemo_ee/serving/ imports besides; older pydantic checks every entry of a long wrong list (`fail_fast`).
+SERVING = ["fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
 
 # lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
 EVAL = ["lm_eval>=0.4.9,<0.5"]

@@ -61,6 +61,7 @@ class Server:
         # Large bodies take a while to read and to tokenize, and one tokenizer is not for two threads.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._page, self._docs = _page(PAGE), _page(DOCS)
+        self._openapi: dict[str, Any] = {}  # once the app has its routes
 
     def app(self) -> FastAPI:
         """The ASGI application."""

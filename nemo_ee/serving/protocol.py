@@ -26,7 +26,7 @@ from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.messages import Conversation, Messages, Tools
 from nemo_ee.serving.other_fields import other_fields
 from nemo_ee.serving.request_fields import MAX_PROBLEMS, RequestFields, UpTo
-from nemo_ee.settings.user_input import InputError, read, rule, shortened
+from nemo_ee.settings.user_input import InputError, Natural, read, rule, shortened
 from nemo_ee.text.json_values import JsonError, parse_json
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_EXITS, MAX_TOKEN_IDS = 16, 256, 256, 1024
@@ -67,11 +67,11 @@ class EarlyExit(RequestFields):
         None, description="names of the exits where tokens may leave; static_depth takes one"
     )
     criterion: Literal[CRITERIA] | None = Field(None, description="measure of confidence; goes with a threshold")
-    max_pending_tokens: int | None = Field(
-        None, ge=0, description="mode early_exit: tokens that left early and whose deeper layers have not run"
+    max_pending_tokens: Natural | None = Field(
+        None, description="mode early_exit: tokens that left early and whose deeper layers have not run"
     )
-    num_draft_tokens: int | None = Field(
-        None, ge=0, description="mode self_speculative: tokens drafted before they are verified"
+    num_draft_tokens: Natural | None = Field(
+        None, description="mode self_speculative: tokens drafted before they are verified"
     )
 
 

@@ -114,7 +114,7 @@ def test_the_end_of_a_last_message_is_found_whatever_follows_it(tokenizer) -> No
         ({"tools": {}}, "must be a list of 0 to 128"),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls=False is not supported"),
         ({"messages": [{"role": "function", "content": "x"}]}, "a role that is system, developer, user,"),
-        ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content is needed and not given; it must be"),
+        ({"messages": [{"role": "tool", "content": None}]}, "messages[0].content is needed and not given"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content=None must be a text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "["}}]}]},
          "messages[0].tool_calls[0].function."),
