@@ -275,7 +275,7 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client) -> None:
         ({**GOOD, "early_exit": {"exits": "layer3-mlp"}}, 400, "early_exit.exits='layer3-mlp' must be a list of"),
         ({**GOOD, "early_exit": {"mode": "static_depth"}}, 400, "reads from one exit"),
         ({**GOOD, "early_exit": {"max_pending_tokens": -1}}, 400, "max_pending_tokens"),
-        ({**GOOD, "early_exit": {"mode": "full", "threshold": 0.5}}, 400, "does not look at threshold"),
+        ({**GOOD, "early_exit": {"mode": "full", "threshold": 0.5}}, 400, "has no use for threshold"),
         ({**GOOD, "early_exit": {"threshold": 0.5, "certificate": "a"}}, 400, "a certificate says it all"),
         ({**GOOD, "early_exit": {"certificate": "a"}}, 400, "carries no certificate"),
         ({**GOOD, "temperature": -1, "n": 0}, 400, "n=0 must be a whole number from 1 to 8, or null; temperature=-1 "),
