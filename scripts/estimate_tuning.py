@@ -78,14 +78,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         else:
             parser.add_argument(name, type=type(field.default), default=field.default, help=text)
     options = parser.parse_args(arguments)
-    faults = [f"--exits {count}: at least 1" for count in options.exits or () if count < 1]
-    faults += [f"--gpus {count}: at least 1" for count in options.gpus or () if count < 1]
+    problems = [f"--exits {count}: at least 1" for count in options.exits or () if count < 1]
+    problems += [f"--gpus {count}: at least 1" for count in options.gpus or () if count < 1]
     for field in dataclasses.fields(Assumptions):
         value = getattr(options, field.name)
         if not isinstance(value, bool) and value < 0 or (field.name in _POSITIVE and value <= 0):
-            faults.append(f"--{field.name.replace('_', '-')} {value}: must be greater than 0")
-    if faults:
-        parser.error("; ".join(faults))
+            problems.append(f"--{field.name.replace('_', '-')} {value}: must be greater than 0")
+    if problems:
+        parser.error("; ".join(problems))
     return options
 
 
@@ -158,8 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         rows = estimates(options, assumptions)
-    except ValueError as fault:
-        sys.stderr.write(f"error: {fault}\n")
+    except ValueError as problem:
+        sys.stderr.write(f"error: {problem}\n")
         return 2
     tokens = assumptions.steps * assumptions.sequences * assumptions.sequence_length
     print(f"{tokens:.3g} tokens; assumed: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(assumptions).items())}")

@@ -299,14 +299,14 @@ def read_data(config: PretrainConfig):
     """
     from lib.packed_bytes import PackedWindows, read_documents, without
 
-    documents, faults = read_documents(config.data, config.max_document_bytes)
-    held_out, other_faults = read_documents(config.held_out, config.max_document_bytes)
+    documents, problems = read_documents(config.data, config.max_document_bytes)
+    held_out, other_problems = read_documents(config.held_out, config.max_document_bytes)
     if not config.held_out:
-        other_faults = ["empty list; name at least one file"]
-    faults = [f"data: {fault}" for fault in faults] + [f"held_out: {fault}" for fault in other_faults]
-    if faults:
-        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
-        raise ValueError("\n  - ".join(["Nothing was trained:", *faults[:_SHOWN_FAULTS], *more]))
+        other_problems = ["empty list; name at least one file"]
+    problems = [f"data: {problem}" for problem in problems] + [f"held_out: {problem}" for problem in other_problems]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN_FAULTS} more"] if len(problems) > _SHOWN_FAULTS else []
+        raise ValueError("\n  - ".join(["Nothing was trained:", *problems[:_SHOWN_FAULTS], *more]))
     kept = without(documents, held_out)
     logger.info("%d documents, %d of them held out", len(documents), len(documents) - len(kept))
     length, seed = config.sequence_length, config.seed

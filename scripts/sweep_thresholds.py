@@ -61,7 +61,7 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
         "evaluated", "tokens_per_exit", "evaluated_per_exit"}]}
 
     Raises:
-        ValueError: every fault of the settings, before weights are loaded.
+        ValueError: every problem of the settings, before weights are loaded.
     """
     from nemo_ee.commands.generate import open_generator
     from nemo_ee.evaluation.scoring_request import model_settings, scoring_request

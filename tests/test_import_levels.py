@@ -111,16 +111,16 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
     yield from dict.fromkeys(visit(tree, False))
 
 
-def import_faults(part: str, source: str) -> list[str]:
+def import_problems(part: str, source: str) -> list[str]:
     """Imports in `source`, a file of nemo_ee's `part`, that its boundary forbids."""
     boundary = BOUNDARIES.get(part)
     if boundary is None:
         return [f"{part} has no row in BOUNDARIES; decide what it may import"]
-    faults = []
+    problems = []
     for line, name, lazy in _imports(_parsed(source)):
         top, _, rest = name.partition(".")
         if name.startswith("."):
-            faults.append(f"{line}: relative import {name}; write nemo_ee.{part}...")
+            problems.append(f"{line}: relative import {name}; write nemo_ee.{part}...")
             continue
         if top in sys.stdlib_module_names:
             continue
@@ -132,41 +132,41 @@ def import_faults(part: str, source: str) -> list[str]:
             allowed = key in boundary.packages
         if not allowed and not (lazy and key in boundary.only_lazily):
             where = " outside a function" if key in boundary.only_lazily else ""
-            faults.append(f"{line}: {part} may not import {name}{where}")
-    return faults
+            problems.append(f"{line}: {part} may not import {name}{where}")
+    return problems
 
 
-def source_faults(path: str, source: str) -> list[str]:
+def source_problems(path: str, source: str) -> list[str]:
     """House rules that a Python file breaks. `path` is relative to the repository."""
-    faults = []
+    problems = []
     if not source.startswith(HEADER):
-        faults.append(f"does not start with {HEADER!r}")
+        problems.append(f"does not start with {HEADER!r}")
     tree = _parsed(source)
     marker = path.startswith("tests/") and path.endswith("/__init__.py")  # makes a package of a test folder, no more
     if not ast.get_docstring(tree) and not marker:
-        faults.append("has no module docstring")
+        problems.append("has no module docstring")
     if path.startswith(f"{PACKAGE}/"):
         if Path(path).name in ("utils.py", "helpers.py", "common.py"):
-            faults.append("is named after nothing: say what it holds")
+            problems.append("is named after nothing: say what it holds")
         lines = source.count("\n")
         if lines > MAX_LINES:
-            faults.append(f"has {lines} lines, more than {MAX_LINES}: split it by responsibility")
-        faults += [
+            problems.append(f"has {lines} lines, more than {MAX_LINES}: split it by responsibility")
+        problems += [
             f"{node.lineno}: print(); use logging"
             for node in ast.walk(tree)
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
         ]
-    return faults
+    return problems
 
 
-def path_faults(text: str) -> list[str]:
+def path_problems(text: str) -> list[str]:
     """Lines that name directories of somebody's machine."""
     # Written so that this line does not match itself.
     machine = re.compile(r"(?<![\w.~$}-])/(?:[w]ork|[r]oot|[U]sers/\w+|[h]ome/\w+)/")
     return [f"{i}: {line.strip()[:100]}" for i, line in enumerate(text.splitlines(), 1) if machine.search(line)]
 
 
-def yaml_faults(text: str) -> list[str]:
+def yaml_problems(text: str) -> list[str]:
     """Keys with a value and no comment on their line. Sections (nothing after the colon) explain themselves."""
     key = re.compile(r"^\s*(?:- )?[\w./-]+:\s+(?P<value>[^#\s].*)$")
     return [
@@ -198,13 +198,13 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def _report(faults: dict[str, list[str]]) -> str:
-    return "\n" + "\n".join(f"{path}:{fault}" for path, found in faults.items() for fault in found)
+def _report(problems: dict[str, list[str]]) -> str:
+    return "\n" + "\n".join(f"{path}:{problem}" for path, found in problems.items() for problem in found)
 
 
-def _all_faults(paths: list[Path], check) -> dict[str, list[str]]:  # noqa: ANN001
+def _all_problems(paths: list[Path], check) -> dict[str, list[str]]:  # noqa: ANN001
     found = {_name(path): check(path) for path in paths}
-    return {path: faults for path, faults in found.items() if faults}
+    return {path: problems for path, problems in found.items() if problems}
 
 
 def _part(path: Path) -> str:
@@ -215,8 +215,8 @@ def _part(path: Path) -> str:
 def test_imports_point_only_down() -> None:
     sources = [path for path in _python_files() if ROOT / PACKAGE in path.parents]
     assert len(sources) > 20
-    faults = _all_faults(sources, lambda path: import_faults(_part(path), path.read_text(encoding="utf-8")))
-    assert not faults, _report(faults)
+    problems = _all_problems(sources, lambda path: import_problems(_part(path), path.read_text(encoding="utf-8")))
+    assert not problems, _report(problems)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_imports_point_only_down() -> None:
     ],
 )
 def test_control_a_forbidden_import_is_reported(part: str, source: str, word: str) -> None:
-    faults = import_faults(part, source)
-    assert len(faults) == 1 and word in faults[0]
+    problems = import_problems(part, source)
+    assert len(problems) == 1 and word in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_control_a_forbidden_import_is_reported(part: str, source: str, word: st
     ],
 )
 def test_control_an_allowed_import_is_not_reported(part: str, source: str) -> None:
-    assert import_faults(part, source) == []
+    assert import_problems(part, source) == []
 
 
 # -- no circle, no two files of one name ------------------------------------------------------------------------------
@@ -359,45 +359,49 @@ def test_control_a_name_used_twice_is_found() -> None:
 
 
 def test_files_keep_the_house_rules() -> None:
-    faults = _all_faults(_python_files(), lambda path: source_faults(_name(path), path.read_text(encoding="utf-8")))
-    assert not faults, _report(faults)
+    problems = _all_problems(
+        _python_files(), lambda path: source_problems(_name(path), path.read_text(encoding="utf-8"))
+    )
+    assert not problems, _report(problems)
 
 
 def test_control_a_careless_file_is_reported() -> None:
     careless = "print(1)\n" + "\n" * MAX_LINES
     rules = ["does not start with", "has no module docstring", "is named after nothing", "has 401 lines", "1: print()"]
-    faults = source_faults("nemo_ee/exits/utils.py", careless)
-    assert len(faults) == len(rules) and all(fault.startswith(rule) for fault, rule in zip(faults, rules, strict=True))
-    assert source_faults("tests/test_x.py", f'{HEADER}"""Says what it is."""\nprint(1)\n') == []
+    problems = source_problems("nemo_ee/exits/utils.py", careless)
+    assert len(problems) == len(rules) and all(
+        problem.startswith(rule) for problem, rule in zip(problems, rules, strict=True)
+    )
+    assert source_problems("tests/test_x.py", f'{HEADER}"""Says what it is."""\nprint(1)\n') == []
 
 
 def test_no_file_names_a_developer_machine() -> None:
     def check(path: Path) -> list[str]:
         try:
-            return path_faults(path.read_text(encoding="utf-8"))
+            return path_problems(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             return []
 
-    faults = _all_faults(_tracked_files(), check)
-    assert not faults, _report(faults)
+    problems = _all_problems(_tracked_files(), check)
+    assert not problems, _report(problems)
 
 
 def test_control_a_machine_path_is_reported() -> None:
     for folder in ("work", "root", "home/somebody", "Users/somebody"):
-        assert path_faults(f"data=/{folder}/data") == [f"1: data=/{folder}/data"]
-    assert path_faults("cd /workspace/nemo_ee\nhttps://example.com/root/x\n./home/x/y") == []
+        assert path_problems(f"data=/{folder}/data") == [f"1: data=/{folder}/data"]
+    assert path_problems("cd /workspace/nemo_ee\nhttps://example.com/root/x\n./home/x/y") == []
 
 
 def test_every_key_of_the_configs_has_a_comment() -> None:
     paths = sorted((ROOT / "conf").rglob("*.yaml"))
     assert paths
-    faults = _all_faults(paths, lambda path: yaml_faults(path.read_text(encoding="utf-8")))
-    assert not faults, _report(faults)
+    problems = _all_problems(paths, lambda path: yaml_problems(path.read_text(encoding="utf-8")))
+    assert not problems, _report(problems)
 
 
 def test_control_a_bare_key_is_reported() -> None:
     text = "# header\nmodel:\n  lr: 1e-3\n  eps: 1e-5  # Adam's\n  data: {a: 1}\n  name: a#b\n"
-    assert yaml_faults(text) == ["3: lr: 1e-3", "5: data: {a: 1}", "6: name: a#b"]
+    assert yaml_problems(text) == ["3: lr: 1e-3", "5: data: {a: 1}", "6: name: a#b"]
 
 
 # -- inside megatron/ -------------------------------------------------------------------------------------------------
@@ -405,7 +409,7 @@ def test_control_a_bare_key_is_reported() -> None:
 MEGATRON_FOLDERS = ("loss", "model", "optim", "pipeline", "decoding")  # each imports itself and those before it
 
 
-def megatron_faults(folder: str, source: str) -> list[str]:
+def megatron_problems(folder: str, source: str) -> list[str]:
     """Imports in `source`, a file of nemo_ee/megatron/`folder`, of a folder behind it."""
     above = tuple(f"{PACKAGE}.megatron.{name}" for name in MEGATRON_FOLDERS[MEGATRON_FOLDERS.index(folder) + 1 :])
     imports = _imports(ast.parse(source))
@@ -415,11 +419,13 @@ def megatron_faults(folder: str, source: str) -> list[str]:
 def test_the_folders_of_megatron_import_only_those_before_them() -> None:
     sources = [path for path in _python_files() if ROOT / PACKAGE / "megatron" in path.parent.parents]
     assert {path.parent.name for path in sources} == set(MEGATRON_FOLDERS)
-    faults = _all_faults(sources, lambda path: megatron_faults(path.parent.name, path.read_text(encoding="utf-8")))
-    assert not faults, _report(faults)
+    problems = _all_problems(
+        sources, lambda path: megatron_problems(path.parent.name, path.read_text(encoding="utf-8"))
+    )
+    assert not problems, _report(problems)
 
 
 def test_control_a_megatron_folder_that_imports_a_later_one_is_reported() -> None:
     source = "from nemo_ee.megatron.model.exit_head import ExitHead"
-    assert megatron_faults("loss", source) == ["1: megatron/loss may not import nemo_ee.megatron.model.exit_head"]
-    assert megatron_faults("optim", source) == []
+    assert megatron_problems("loss", source) == ["1: megatron/loss may not import nemo_ee.megatron.model.exit_head"]
+    assert megatron_problems("optim", source) == []

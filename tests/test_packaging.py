@@ -50,7 +50,7 @@ def requirements(lines: list[str]) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
 
 
-def container_faults(runtime: dict[str, Requirement], lines: list[str]) -> list[str]:
+def container_problems(runtime: dict[str, Requirement], lines: list[str]) -> list[str]:
     """Runtime requirements that the recorded packages of the container do not meet.
 
     A recorded range has to be accepted at each of its own ends, and beyond them where it is open upwards.
@@ -61,18 +61,18 @@ def container_faults(runtime: dict[str, Requirement], lines: list[str]) -> list[
         if text:
             requirement = Requirement(text)
             recorded.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    faults = []
+    problems = []
     for name, requirement in runtime.items():
         if name not in recorded:
-            faults.append(f"{requirement}: {name} is not on the container's list")
+            problems.append(f"{requirement}: {name} is not on the container's list")
         for known in recorded.get(name, []):
             ends = [spec.version for spec in known.specifier if spec.operator in ("==", ">=", "<=")]
             if not any(spec.operator in ("==", "<=", "<", "~=") for spec in known.specifier):
                 ends.append("99999")
             for version in ends:
                 if not requirement.specifier.contains(Version(version), prereleases=True):
-                    faults.append(f"{requirement} does not accept {name} {version} of the container ({known})")
-    return faults
+                    problems.append(f"{requirement} does not accept {name} {version} of the container ({known})")
+    return problems
 
 
 def container_lines() -> list[str]:
@@ -80,7 +80,7 @@ def container_lines() -> list[str]:
 
 
 def test_container_meets_the_runtime_requirements() -> None:
-    assert not container_faults(requirements(declared()["install_requires"]), container_lines())
+    assert not container_problems(requirements(declared()["install_requires"]), container_lines())
 
 
 def test_container_python_is_supported() -> None:
@@ -101,7 +101,7 @@ def test_container_list_says_that_it_was_not_read_off_the_container() -> None:
     ["torch>=2.8", "numpy>=2", "safetensors>=0.4.3,<0.6", "megatron-core>=0.13.1", "fairscale", "transformers>=4.52"],
 )
 def test_control_a_requirement_the_container_lacks_is_reported(requirement: str) -> None:
-    assert container_faults(requirements([requirement]), container_lines())
+    assert container_problems(requirements([requirement]), container_lines())
 
 
 def test_torch_range_is_the_supported_one() -> None:

@@ -25,7 +25,7 @@ from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.calibration.learn_then_test import (
     Measure,
     PolicyResult,
-    candidate_faults,
+    candidate_problems,
     divergence,
     fastest,
     learn_then_test,
@@ -71,7 +71,7 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
         What calibration.json holds.
 
     Raises:
-        ValueError: every fault that the file's config shows, and those of the prompts, before weights are loaded (of
+        ValueError: every problem that the file's config shows, and those of the prompts, before weights are loaded (of
             prompts after that where the file's tokenizer is no Hugging Face one).
     """
     stored = read_config(request.path)
@@ -107,27 +107,27 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
 
 
 def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int) -> None:
-    faults = []
+    problems = []
     block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
     names = [exit.name for exit in EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits]
     if not names:
-        faults.append(f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+        problems.append(f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
     for name in request.exits or ():
         if name not in names:
             meant = close_match(name, names)
-            faults.append(f"exits names {name!r}, which the model does not have{meant}; it has {', '.join(names)}")
+            problems.append(f"exits names {name!r}, which the model does not have{meant}; it has {', '.join(names)}")
     if request.split:
         asked = [name for name in names if request.exits is None or name in request.exits]
-        faults += candidate_faults(request.grid, len(asked), NEVER_LEAVES[request.criterion])
+        problems += candidate_problems(request.grid, len(asked), NEVER_LEAVES[request.criterion])
     longest = request.setting.tokens_to_generate
     if any(entry.is_document for entry in request.data.entries):
         longest += request.prompt_tokens
     if longest >= positions:
-        faults.append(
+        problems.append(
             f"prompt_tokens + tokens_to_generate are {longest} of the model's {positions} positions; lower one of them"
         )
-    if faults:
-        raise ValueError("nothing was calibrated:\n" + "\n".join(f"  {one}" for one in faults))
+    if problems:
+        raise ValueError("nothing was calibrated:\n" + "\n".join(f"  {one}" for one in problems))
 
 
 def _prompts(

@@ -60,7 +60,7 @@ def read_entries(path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES) -> tupl
         max_bytes: limit of a document or line; None = no limit.
 
     Raises:
-        ValueError: every fault of the file, with line numbers.
+        ValueError: every problem of the file, with line numbers.
     """
     prefix = Path(data_prefix(str(path)))
     if not path.is_file() or prefix != path:
@@ -69,11 +69,11 @@ def read_entries(path: Path, max_bytes: int | None = MAX_DOCUMENT_BYTES) -> tupl
             raise ValueError(f"{path} is tokenised data ({' and '.join(tokens)}); give the text it was made of")
     if not is_jsonl(path):
         return [Entry(read_document(path, max_bytes), None, True)], sha256_of(path)
-    faults: list[str] = []
-    entries = [entry for _, entry in read_json_lines(path, _entry, max_bytes=max_bytes, faults=faults)]
-    if faults:
-        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        raise ValueError("\n  ".join(faults[:10] + more))
+    problems: list[str] = []
+    entries = [entry for _, entry in read_json_lines(path, _entry, max_bytes=max_bytes, problems=problems)]
+    if problems:
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError("\n  ".join(problems[:10] + more))
     if not entries:
         raise ValueError(f"{path} is empty; give a line per prompt or document")
     return entries, sha256_of(path)
@@ -121,11 +121,11 @@ def make_prompts(
     """
     chance = random.Random(seed)
     found: list[tuple[tuple[int, ...], str | None]] = []
-    faults, short = [], 0
+    problems, short = [], 0
     for number, entry in enumerate(entries):
         ids = list(to_ids(entry.text))
         if vocab_size is not None and ids:
-            faults += token_problems(vocab_size, f"prompt {number}", ids)
+            problems += token_problems(vocab_size, f"prompt {number}", ids)
         if entry.is_document:
             pieces = _pieces(ids, bos, prompt_tokens, prompts_per_document, chance)
             short += not pieces
@@ -133,10 +133,10 @@ def make_prompts(
         elif 1 <= len(ids) <= longest:
             found.append((tuple(ids), entry.answer))
         else:
-            faults.append(f"prompt {number} has {len(ids)} tokens; it may have 1 to {longest}")
-    if faults:
-        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        raise ValueError("\n  ".join(faults[:10] + more))
+            problems.append(f"prompt {number} has {len(ids)} tokens; it may have 1 to {longest}")
+    if problems:
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError("\n  ".join(problems[:10] + more))
     chance.shuffle(found)
     if num_prompts is not None and num_prompts > len(found):
         raise ValueError(

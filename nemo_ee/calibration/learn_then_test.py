@@ -130,14 +130,14 @@ def pareto_path(grid: Sequence[float], num_exits: int, never: float, measure: Me
     Raises:
         ValueError: no prompts were set aside.
     """
-    assert not list(candidate_faults(grid, num_exits, never)), "checked before the long work"
+    assert not list(candidate_problems(grid, num_exits, never)), "checked before the long work"
     candidates = list(itertools.product(_with_never(grid, never), repeat=num_exits))
     measured = [measure(candidate) for candidate in candidates]
     order = pareto_order([mean_loss(losses) for losses, _ in measured], [depth for _, depth in measured])
     return [candidates[index] for index in order]
 
 
-def candidate_faults(grid: Sequence[float], num_exits: int, never: float) -> Iterator[str]:
+def candidate_problems(grid: Sequence[float], num_exits: int, never: float) -> Iterator[str]:
     """Why `pareto_path` cannot compare all combinations of these thresholds."""
     values = len(_with_never(grid, never))
     if values**num_exits > MOST_CANDIDATES:

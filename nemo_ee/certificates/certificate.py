@@ -167,10 +167,10 @@ class Certificate:
             result.policy()
             if not isinstance(result.setting.sampling, Mapping):
                 raise ValueError(f"sampling is {result.setting.sampling!r}, not settings by name")
-        except KeyError as fault:
-            raise ValueError(f"{source}: damaged (no {fault}); calibrate again") from fault
-        except (TypeError, ValueError, AttributeError) as fault:
-            raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
+        except KeyError as problem:
+            raise ValueError(f"{source}: damaged (no {problem}); calibrate again") from problem
+        except (TypeError, ValueError, AttributeError) as problem:
+            raise ValueError(f"{source}: damaged ({problem}); calibrate again") from problem
         return result
 
 
@@ -198,8 +198,8 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
             with archive.open_member(member) as file:
                 try:
                     values = parse_json(file.read(MAX_FILE_BYTES))
-                except JsonError as fault:
-                    raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
+                except JsonError as problem:
+                    raise ValueError(f"{source}: damaged ({problem}); calibrate again") from problem
             certificate = Certificate.from_mapping(values, source)
             if member != member_of(certificate.name):
                 raise ValueError(f"{source}: damaged (it is named {certificate.name!r}); calibrate again")

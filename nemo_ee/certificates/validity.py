@@ -117,7 +117,7 @@ def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:
+def model_problems(certificate: Certificate, found: Identity) -> Iterator[str]:
     """Why the certificate says nothing about this model."""
     parts = {
         "backbone": "the backbone is another",
@@ -130,7 +130,7 @@ def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:
             yield f"{meaning}: certified {certified[:12]}..., found {ours[:12]}...; calibrate this model"
 
 
-def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
+def setting_problems(certificate: Certificate, asked: Setting) -> Iterator[str]:
     """Where a setting leaves what was certified.
 
     Shorter continuations are outside too: the risk is a mean over a continuation's tokens, and that over all of them
@@ -147,7 +147,7 @@ def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
             yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
 
 
-def stop_faults(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
+def stop_problems(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
     """Whether answers end at other tokens than in calibration.
 
     Args:
@@ -174,9 +174,9 @@ def valid_certificates(path: str | Path) -> list[Certificate]:
     identity = identify(path) if found else None
     valid = []
     for certificate in found.values():
-        faults = list(model_faults(certificate, identity))
-        if faults:
-            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(faults))
+        problems = list(model_problems(certificate, identity))
+        if problems:
+            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(problems))
         else:
             valid.append(certificate)
     return valid

@@ -74,7 +74,7 @@ class NemoArchive:
     def __enter__(self) -> NemoArchive:
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -101,8 +101,8 @@ class NemoArchive:
         with self.open_member(CONFIG_MEMBER) as file:
             try:
                 return file.read().decode("utf-8")
-            except UnicodeDecodeError as fault:
-                raise ValueError(f"{self.path}: {CONFIG_MEMBER} is damaged ({fault}); fetch it again.") from fault
+            except UnicodeDecodeError as problem:
+                raise ValueError(f"{self.path}: {CONFIG_MEMBER} is damaged ({problem}); fetch it again.") from problem
 
     def open_member(self, name: str) -> IO[bytes]:
         """Opens one file in it for reading bytes.
@@ -238,8 +238,8 @@ _FileSource = Path | bytes | tuple[NemoArchive, str]
 def _open_tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path, mode="r:*")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
-        raise ValueError(f"{path}: not a .nemo archive, or damaged ({fault}); fetch or save it again.") from fault
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise ValueError(f"{path}: not a .nemo archive, or damaged ({problem}); fetch or save it again.") from problem
 
 
 def _checked_members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
@@ -263,8 +263,8 @@ def _checked_members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarI
         whole = tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
         while tar.fileobj.read(_COPY_BYTES):  # to the end, where gzip keeps its checksum
             pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
-        raise ValueError(f"{path}: damaged or truncated ({fault}); fetch or save it again.") from fault
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise ValueError(f"{path}: damaged or truncated ({problem}); fetch or save it again.") from problem
     if not whole:
         raise ValueError(f"{path}: truncated (no end mark after {len(members)} members); fetch or save it again.")
     return members
@@ -337,9 +337,9 @@ def _add_file(tar: tarfile.TarFile, name: str, source: _FileSource) -> None:
             info.size = archive.members()[member]
         try:
             tar.addfile(info, stream)
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
             origin = source[0].path if isinstance(source, tuple) else "it"
-            raise ValueError(f"cannot copy {name!r} of {origin} into the archive ({fault}).") from fault
+            raise ValueError(f"cannot copy {name!r} of {origin} into the archive ({problem}).") from problem
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
@@ -348,8 +348,8 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
         while block := source.read(_COPY_BYTES):
             target.write(block)
             copied += len(block)
-    except (tarfile.TarError, EOFError, zlib.error) as fault:
-        raise ValueError(f"{what}: damaged or truncated ({fault}); fetch or save it again.") from fault
+    except (tarfile.TarError, EOFError, zlib.error) as problem:
+        raise ValueError(f"{what}: damaged or truncated ({problem}); fetch or save it again.") from problem
     if copied != size:
         raise ValueError(f"{what}: {copied} of {size} bytes are there; the file is truncated, fetch or save it again.")
 

@@ -56,8 +56,8 @@ def plain_config(archive: NemoArchive) -> dict[str, Any]:
     path, text = archive.path, archive.config_text()
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
+    except yaml.YAMLError as problem:
+        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again") from problem
     layers = config.get("num_layers") if isinstance(config, dict) else None
     if not isinstance(layers, int) or layers < 1:
         raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
@@ -162,8 +162,10 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as fault:
-        raise ValueError(f"{nemo}: model_config.yaml is damaged ({fault}); fetch or save the file again") from fault
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise ValueError(
+            f"{nemo}: model_config.yaml is damaged ({problem}); fetch or save the file again"
+        ) from problem
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     node = next((value for key, value in pairs if key.value == _BACKBONE_KEY and _follows(value, key)), None)
     stored = node.value if node is not None and node.tag == _YAML_STRING else None

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 
 from nemo_ee.certificates.certificate import Certificate, find_certificate
-from nemo_ee.certificates.validity import identify, model_faults, setting_faults, setting_of, stop_faults
+from nemo_ee.certificates.validity import identify, model_problems, setting_of, setting_problems, stop_problems
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.generation_request import GenerationRequest
 
@@ -26,14 +26,17 @@ def with_certificate(request: GenerationRequest) -> GenerationRequest:
     if wanted in (None, False):
         return request
     certificate = find_certificate(path, wanted)
-    faults = list(model_faults(certificate, identify(path)))
-    outside = [*setting_faults(certificate, setting_of(request, request.mode)), *_length_faults(certificate, request)]
-    outside += stop_faults(certificate, stored_end_of_text(path))
+    problems = list(model_problems(certificate, identify(path)))
+    outside = [
+        *setting_problems(certificate, setting_of(request, request.mode)),
+        *_length_problems(certificate, request),
+    ]
+    outside += stop_problems(certificate, stored_end_of_text(path))
     if outside and not request.allow_other_setting:
         way_out = "change it, or set allow_other_setting=True to run without the guarantee"
-        faults += [f"{one}; {way_out}" for one in outside]
-    if faults:
-        listed = "\n".join(f"  {one}" for one in faults)
+        problems += [f"{one}; {way_out}" for one in outside]
+    if problems:
+        listed = "\n".join(f"  {one}" for one in problems)
         raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
     for one in outside:
         logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
@@ -49,7 +52,7 @@ def with_certificate(request: GenerationRequest) -> GenerationRequest:
     )
 
 
-def _length_faults(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
+def _length_problems(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
     """Where answers end that ran on in calibration, or run on where they ended."""
     if request.min_tokens_to_generate:
         yield f"min_tokens_to_generate={request.min_tokens_to_generate}, certified min_tokens_to_generate=0"

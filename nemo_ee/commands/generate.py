@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate text with an early-exit `.nemo`: check the request against the file, load, decode.
 
-request -> config and tokenizer of the file -> every fault of the two -> weights -> decoding engine
+request -> config and tokenizer of the file -> every problem of the two -> weights -> decoding engine
 """
 
 from __future__ import annotations
@@ -116,15 +116,15 @@ class TextGenerator:
         """What the engine is asked for these prompts.
 
         Raises:
-            ValueError: every fault of every prompt, by its number.
+            ValueError: every problem of every prompt, by its number.
         """
         limits = (self.model.max_positions, self.model.vocab_size)
-        faults = list(_prompt_faults(self.request, prompts, self.tokenizer, self.end_of_text, *limits))
-        if not faults:
+        problems = list(_prompt_problems(self.request, prompts, self.tokenizer, self.end_of_text, *limits))
+        if not problems:
             requests = [self._request(prompt) for prompt in prompts]
             for index, own in enumerate(requests):
-                faults += request_problems(self.model, f"prompt {index}", own)
-        _raise(faults)
+                problems += request_problems(self.model, f"prompt {index}", own)
+        _raise(problems)
         return requests
 
     def __enter__(self) -> TextGenerator:
@@ -222,7 +222,7 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
         None when the generator is left.
 
     Raises:
-        ValueError: every fault of the request that the file's config and tokenizer show, before weights are loaded.
+        ValueError: every problem of the request that the file's config and tokenizer show, before weights are loaded.
             `TextGenerator.check` has those that only the loaded tokenizer shows.
     """
     stored = read_config(request.path)
@@ -254,13 +254,13 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
     """Hold a request against the config of its `.nemo`.
 
     Raises:
-        ValueError: every fault, in one message.
+        ValueError: every problem, in one message.
     """
-    faults: list[str] = []
+    problems: list[str] = []
     block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
     if request.mode != "full":
         if not block.get("exits") and not block.get("every"):
-            faults.append(
+            problems.append(
                 f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py, "
                 "or use mode=full"
             )
@@ -269,23 +269,23 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
             points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
             try:
                 plan_exits(request.mode, request.policy, points, stored.num_layers)
-            except ValueError as fault:
-                faults.append(str(fault))
+            except ValueError as problem:
+                problems.append(str(problem))
     tokenizer = stored_tokenizer(request.path, stored)
     if tokenizer is not None:
         positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
         end = stored_end_of_text(request.path, tokenizer.eos_id)
-        faults += _prompt_faults(request, request.prompts, tokenizer, end.ids, positions, stored.get("vocab_size"))
-    _raise(faults)
+        problems += _prompt_problems(request, request.prompts, tokenizer, end.ids, positions, stored.get("vocab_size"))
+    _raise(problems)
 
 
-def _raise(faults: Sequence[str]) -> None:
-    if faults:
-        lines = dict.fromkeys(f"  {one}" for one in faults)  # a fault that all prompts share is one
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        lines = dict.fromkeys(f"  {one}" for one in problems)  # a problem that all prompts share is one
         raise ValueError("nothing was generated:\n" + "\n".join(lines))
 
 
-def _prompt_faults(
+def _prompt_problems(
     request: GenerationRequest,
     prompts: Sequence[str],
     tokenizer: Any,

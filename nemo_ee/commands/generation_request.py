@@ -39,7 +39,7 @@ def _prompts_of_file(file: Any, info: ValidationInfo) -> Any:
         return file
     path, wrong = Path(file), list[str]()
     if is_jsonl(path):
-        found = [line for _, line in read_json_lines(path, _prompt_of_line, faults=wrong)]
+        found = [line for _, line in read_json_lines(path, _prompt_of_line, problems=wrong)]
     else:
         found = []
         try:

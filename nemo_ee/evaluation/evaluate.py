@@ -33,7 +33,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         What exits.json holds; rank 0 has written it.
 
     Raises:
-        ValueError: all faults of model, data and settings in one message, before anything is built.
+        ValueError: all problems of model, data and settings in one message, before anything is built.
     """
     model_config, windows = _check(cfg)
     trainer = single_run_trainer(cfg)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nemo_ee.megatron.model.microbatch import MicroBatch
-from nemo_ee.models.token_files import missing_files, open_data, vocabulary_fault
+from nemo_ee.models.token_files import missing_files, open_data, vocabulary_problem
 from nemo_ee.text.text_files import data_prefix
 
 
@@ -61,8 +61,8 @@ class TokenWindows:
         self.num_tokens = sum(min(seq_length, available - window * seq_length) for window in self._windows)
         starts = [window * seq_length for window in self._windows]
         spans = None if kept == windows else [(start, start + seq_length + 1) for start in starts]
-        if fault := vocabulary_fault(prefix, vocab_size, spans):
-            raise ValueError(fault)
+        if problem := vocabulary_problem(prefix, vocab_size, spans):
+            raise ValueError(problem)
 
     def __len__(self) -> int:
         return len(self._windows)

@@ -30,9 +30,11 @@ def check_settings(exits: Mapping[str, Mapping[str, Any]], **keys: str | None) -
         keys: panels, colours, styles -> name of a setting, or None.
     """
     known = sorted(set.intersection(*(set(settings) for settings in exits.values())) - {"name"}) if exits else []
-    faults = [f"{what}: {key!r} is no setting of the exits" for what, key in keys.items() if key and key not in known]
-    if faults:
-        raise ValueError(f"{'; '.join(faults)}; use one of {', '.join(known)}, or null")
+    problems = [
+        f"{what}: {key!r} is no setting of the exits" for what, key in keys.items() if key and key not in known
+    ]
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; use one of {', '.join(known)}, or null")
 
 
 def draw_tuning_curves(

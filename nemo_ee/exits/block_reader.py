@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading one mapping of a config: checks of single values, and a reader that collects every fault."""
+"""Reading one mapping of a config: checks of single values, and a reader that collects every problem."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def close_match(value: Any, choices: Sequence[str]) -> str:
 
 
 class BlockReader:
-    """Reads the keys of one mapping and collects the faults, each with its full key."""
+    """Reads the keys of one mapping and collects the problems, each with its full key."""
 
-    def __init__(self, mapping: Mapping[str, Any], path: str, keys: Sequence[str], faults: list[str]) -> None:
-        self.mapping, self.path, self.faults = mapping, path, faults
-        self.faulty: set[str] = set()
+    def __init__(self, mapping: Mapping[str, Any], path: str, keys: Sequence[str], problems: list[str]) -> None:
+        self.mapping, self.path, self.problems = mapping, path, problems
+        self.wrong_keys: set[str] = set()
         for key in mapping:
             if key not in keys:
-                faults.append(
+                problems.append(
                     f"{path}.{key} = {mapping[key]!r}: is not a key of this block{close_match(key, keys)}; "
                     f"the keys are {', '.join(keys)}"
                 )
@@ -101,19 +101,19 @@ class BlockReader:
         """The value as written, None when missing."""
         return self.mapping.get(key)
 
-    def fault(self, key: str, rule: str) -> None:
-        self.faulty.add(key)
-        self.faults.append(f"{self.path}.{key} = {self.given(key)!r}: {rule}")
+    def problem(self, key: str, rule: str) -> None:
+        self.wrong_keys.add(key)
+        self.problems.append(f"{self.path}.{key} = {self.given(key)!r}: {rule}")
 
     def read(self, key: str, check: Check, default: Any) -> Any:
-        """The checked value; `default` when it is null, missing or faulty."""
+        """The checked value; `default` when it is null, missing or wrong."""
         value = self.given(key)
         if value is None:
             return default
         try:
             return check(value)
         except ValueError as error:
-            self.fault(key, str(error))
+            self.problem(key, str(error))
             return default
 
 

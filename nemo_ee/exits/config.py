@@ -3,7 +3,7 @@
 """The `model.early_exit` block: which exits a model has and how they are trained.
 
 The block is read once, by `EarlyExitConfig.from_mapping`, into frozen dataclasses that hold every default; null in the
-block means "the default". All faults are reported together. `every: n/m` is a shorthand for exits at layers
+block means "the default". All problems are reported together. `every: n/m` is a shorthand for exits at layers
 ceil(i * num_layers * n / m), i = 1, 2, ... below the full depth.
 """
 
@@ -33,12 +33,12 @@ _EVERY_PATTERN = re.compile(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*")
 
 
 class EarlyExitConfigError(ValueError):
-    """The block has faults; `faults` holds one line for each, the message holds them all."""
+    """The block has problems; `problems` holds one line for each, the message holds them all."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__("\n".join([f"{BLOCK} has {count}:", *(f"  - {fault}" for fault in self.faults)]))
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{BLOCK} has {count}:", *(f"  - {problem}" for problem in self.problems)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class EarlyExitConfig:
             num_layers: transformer layers of the backbone.
 
         Raises:
-            EarlyExitConfigError: with every fault of the block.
+            EarlyExitConfigError: with every problem of the block.
         """
         return _read_block(mapping, num_layers)
 
@@ -209,8 +209,8 @@ def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExit
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, Mapping):
         raise EarlyExitConfigError([f"{BLOCK} = {mapping!r}: must be a mapping with the keys {', '.join(BLOCK_KEYS)}"])
-    faults: list[str] = []
-    reader, base = BlockReader(mapping, BLOCK, BLOCK_KEYS, faults), EarlyExitConfig()
+    problems: list[str] = []
+    reader, base = BlockReader(mapping, BLOCK, BLOCK_KEYS, problems), EarlyExitConfig()
     block = EarlyExitConfig(
         architecture=reader.read("architecture", one_of(ARCHITECTURES), base.architecture),
         init=reader.read("init", one_of(INITS), base.init),
@@ -222,8 +222,8 @@ def _read_block(mapping: Mapping[str, Any] | None, num_layers: int) -> EarlyExit
         token_weights=reader.read("token_weights", one_of(TOKEN_WEIGHTS), base.token_weights),
     )
     exits = _read_exits(reader, block, num_layers)
-    if faults:
-        raise EarlyExitConfigError(faults)
+    if problems:
+        raise EarlyExitConfigError(problems)
     return dataclasses.replace(block, exits=exits)
 
 
@@ -233,9 +233,9 @@ def _inner_block(reader: BlockReader, key: str, dataclass: type) -> BlockReader 
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        reader.fault(key, f"must be a mapping with the keys {', '.join(keys)}")
+        reader.problem(key, f"must be a mapping with the keys {', '.join(keys)}")
         return None
-    return BlockReader(value, f"{reader.path}.{key}", keys, reader.faults)
+    return BlockReader(value, f"{reader.path}.{key}", keys, reader.problems)
 
 
 def _read_lora(reader: BlockReader, base: LoraConfig) -> LoraConfig:
@@ -260,17 +260,17 @@ def _read_exits(reader: BlockReader, block: EarlyExitConfig, num_layers: int) ->
     value = reader.given("exits")
     entries: Sequence[Any] = () if value is None else value
     if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
-        reader.fault("exits", "must be a list of exits; write [{layer: 4}, {layer: 8, architecture: norm}]")
+        reader.problem("exits", "must be a list of exits; write [{layer: 4}, {layer: 8, architecture: norm}]")
         entries = ()
     exits: list[ExitConfig] = []
     named: dict[str, str] = {}  # exit name -> key of the entry that has it
     for index, entry in enumerate(entries):
         path = f"{reader.path}.exits[{index}]"
-        exit = _read_exit(entry, path, reader.faults, block, num_layers)
+        exit = _read_exit(entry, path, reader.problems, block, num_layers)
         if exit is None:
             continue
         if exit.name in named:
-            reader.faults.append(
+            reader.problems.append(
                 f"{path}.name = {exit.name!r}: is already the name of {named[exit.name]} and names are unique; "
                 f"give this exit a name of its own, e.g. name: {exit.name}-{index + 1}"
             )
@@ -288,27 +288,29 @@ def _read_exits(reader: BlockReader, block: EarlyExitConfig, num_layers: int) ->
         if (exit.layer, exit.architecture, exit.name) in known:
             continue
         if exit.name in named:
-            reader.fault(
+            reader.problem(
                 "every", f"gives layer {layer} the name {exit.name!r}, which {named[exit.name]} has; rename that exit"
             )
         exits.append(exit)
     return tuple(exits)
 
 
-def _read_exit(entry: Any, path: str, faults: list[str], block: EarlyExitConfig, num_layers: int) -> ExitConfig | None:
-    """One entry of `exits`, or None when it is too faulty to have a layer, an architecture and a name."""
+def _read_exit(
+    entry: Any, path: str, problems: list[str], block: EarlyExitConfig, num_layers: int
+) -> ExitConfig | None:
+    """One entry of `exits`, or None when it is too incomplete to have a layer, an architecture and a name."""
     keys = keys_of(ExitConfig)
     if not isinstance(entry, Mapping):
-        faults.append(f"{path} = {entry!r}: must be a mapping with at least a layer; write {{layer: 4}}")
+        problems.append(f"{path} = {entry!r}: must be a mapping with at least a layer; write {{layer: 4}}")
         return None
-    reader = BlockReader(entry, path, keys, faults)
+    reader = BlockReader(entry, path, keys, problems)
     layer = reader.read(
         "layer",
         integer(1, num_layers, high_is=f" (the model has {num_layers} layers, an exit sits after layer k)"),
         None,
     )
     if reader.given("layer") is None:
-        reader.fault("layer", f"is missing; give the exit a layer in 1..{num_layers}")
+        reader.problem("layer", f"is missing; give the exit a layer in 1..{num_layers}")
     architecture = reader.read("architecture", one_of(ARCHITECTURES), block.architecture)
     default = ExitConfig("", 1, architecture, block.init, block.output)
     exit = dataclasses.replace(
@@ -329,8 +331,8 @@ def _read_exit(entry: Any, path: str, faults: list[str], block: EarlyExitConfig,
         seed=reader.read("seed", integer(0, 2**63 - 1), default.seed),
     )
     if exit.lr is not None and exit.min_lr is not None and exit.min_lr > exit.lr:
-        reader.fault("min_lr", f"must be at most lr = {exit.lr:g}; lower min_lr or leave it out")
-    return None if reader.faulty & {"layer", "architecture", "name"} else exit
+        reader.problem("min_lr", f"must be at most lr = {exit.lr:g}; lower min_lr or leave it out")
+    return None if reader.wrong_keys & {"layer", "architecture", "name"} else exit
 
 
 def _layers_of_every(reader: BlockReader, num_layers: int) -> tuple[int, ...]:
@@ -341,7 +343,7 @@ def _layers_of_every(reader: BlockReader, num_layers: int) -> tuple[int, ...]:
     match = _EVERY_PATTERN.fullmatch(value) if isinstance(value, str) else None
     numerator, denominator = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= numerator < denominator:
-        reader.fault(
+        reader.problem(
             "every",
             "must be text n/m with whole numbers 1 <= n < m, the share of the depth between two exits; "
             'write "1/8", or list the exits under exits',
@@ -354,5 +356,7 @@ def _layers_of_every(reader: BlockReader, num_layers: int) -> tuple[int, ...]:
             layers.append(layer)
         step += 1
     if not layers:
-        reader.fault("every", f"gives no exit below the full depth of {num_layers}; use a smaller share or list exits")
+        reader.problem(
+            "every", f"gives no exit below the full depth of {num_layers}; use a smaller share or list exits"
+        )
     return tuple(layers)

@@ -60,8 +60,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         manifest = read_json_object(path)
         version = manifest["schema_version"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise ValueError(f"{path}: damaged ({fault!r}); export again") from fault
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path}: damaged ({problem!r}); export again") from problem
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema version {version!r}, this code reads {SCHEMA_VERSION}; export again")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in entries):
@@ -69,16 +69,16 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def file_faults(directory: str | Path, manifest: dict[str, Any]) -> list[str]:
+def file_problems(directory: str | Path, manifest: dict[str, Any]) -> list[str]:
     """Files that are missing, changed, or not in the manifest."""
-    directory, faults = Path(directory), []
+    directory, problems = Path(directory), []
     for name, entry in manifest["files"].items():
         path = directory / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
         elif sha256_of(path) != entry["sha256"]:
-            faults.append(f"{name} has another sha256 than the manifest says")
+            problems.append(f"{name} has another sha256 than the manifest says")
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    return faults + [f"{name} is not in the manifest" for name in sorted(found - {*manifest["files"], MANIFEST})]
+    return problems + [f"{name} is not in the manifest" for name in sorted(found - {*manifest["files"], MANIFEST})]

@@ -13,17 +13,17 @@ from pathlib import Path
 from nemo_ee.checkpoint.nemo_archive import sync_directory
 
 
-def output_faults(output: Path) -> list[str]:
+def output_problems(output: Path) -> list[str]:
     """Why a directory cannot be written, before anything is."""
-    faults = []
+    problems = []
     if output.is_dir() and any(output.iterdir()):
-        faults.append(f"output={output} is not empty; name a new directory")
+        problems.append(f"output={output} is not empty; name a new directory")
     elif output.exists() and not output.is_dir():
-        faults.append(f"output={output} is a file; name a new directory")
+        problems.append(f"output={output} is a file; name a new directory")
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        faults.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
-    return faults
+        problems.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
+    return problems
 
 
 @contextlib.contextmanager
@@ -53,9 +53,9 @@ def whole_directory(output: Path, num_bytes: int) -> Iterator[Path]:
             output.rmdir()
         os.replace(partial, output)
         sync_directory(output.parent)
-    except OSError as fault:
+    except OSError as problem:
         _remove(partial, made)
-        raise ValueError(f"output={output} could not be written ({fault}); nothing was left there") from fault
+        raise ValueError(f"output={output} could not be written ({problem}); nothing was left there") from problem
     except BaseException:
         _remove(partial, made)
         raise

@@ -101,7 +101,7 @@ def _numbers_in(path: Path) -> int:
         return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def parity_faults(
+def parity_problems(
     stated: Mapping[str, Any] | None,
     folder: Path,
     load: Callable[[Path], RuntimeModel],
@@ -117,20 +117,20 @@ def parity_faults(
         return
     try:
         found = parity_of(load(folder))
-    except ValueError as fault:
-        yield f"parity: {fault}"
+    except ValueError as problem:
+        yield f"parity: {problem}"
         return
-    except (RuntimeError, IndexError) as fault:  # torch's own: sizes that do not fit, no memory
-        yield f"parity: cannot be run ({fault!r})"
+    except (RuntimeError, IndexError) as problem:  # torch's own: sizes that do not fit, no memory
+        yield f"parity: cannot be run ({problem!r})"
         return
     if found["tokens"] != stated["tokens"] or found["heads"].keys() != stated["heads"].keys():
         yield f"parity: the manifest's tokens or exits ({', '.join(stated['heads'])}) are not this model's"
         return
     for head, own in stated["heads"].items():
-        yield from _head_faults(head, own, found["heads"][head])
+        yield from _head_problems(head, own, found["heads"][head])
 
 
-def _head_faults(head: str, stated: Mapping[str, list], found: Mapping[str, list]) -> Iterator[str]:
+def _head_problems(head: str, stated: Mapping[str, list], found: Mapping[str, list]) -> Iterator[str]:
     scale = max(abs(number) for name in _NUMBERS for number in found[name])
     far = [name for name in _NUMBERS if not _close(stated[name], found[name], TOLERANCE * scale)]
     clear = [margin > TOLERANCE * scale for margin in found["margin"]]

@@ -70,8 +70,8 @@ class SafetensorsWriter:
         assert written == math.prod(shape), f"{name}: {written} elements written, {math.prod(shape)} declared"
         self._waiting.pop(0)
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
-        if fault is not None:
+    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+        if problem is not None:
             self._abandon()
             return
         try:
@@ -104,7 +104,7 @@ def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def header_faults(
+def header_problems(
     files: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[str]:
     """Where tensors are not what they must be.

@@ -12,7 +12,7 @@ import torch
 from pydantic import field_validator
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.output_directory import output_faults
+from nemo_ee.export.output_directory import output_problems
 from nemo_ee.export.parity import DEFAULT_GIGABYTES
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.runtime.loader import DTYPES
@@ -46,7 +46,7 @@ class SharedSettings(ScriptInput):
     @field_validator("output")
     @classmethod
     def _can_be_written(cls, output: Path) -> Path:
-        if problems := output_faults(output):
+        if problems := output_problems(output):
             raise Sentence(*problems)
         return output
 

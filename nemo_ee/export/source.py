@@ -88,7 +88,7 @@ class EarlyExitSource:
     def __enter__(self) -> EarlyExitSource:
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
     @cached_property

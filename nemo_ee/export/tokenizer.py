@@ -41,8 +41,10 @@ def write_tokenizer(folder: Path, to: Path) -> bool:
         return bool(names)
     try:
         tokenizer = load_tokenizer(to)
-    except Exception as fault:  # whatever a damaged or incomplete tokenizer makes of its readers
-        logger.warning("%s: transformers does not read the tokenizer (%s); its files are only copied", to.name, fault)
+    except Exception as problem:  # whatever a damaged or incomplete tokenizer makes of its readers
+        logger.warning(
+            "%s: transformers does not read the tokenizer (%s); its files are only copied", to.name, problem
+        )
         return True
     if tokenizer.is_fast:
         values = _settings(tokenizer, read_json_object(to / _CONFIG) or {})

@@ -65,8 +65,8 @@ def read_config(path: str | Path) -> DictConfig:
         text = archive.config_text()
     try:
         config = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as fault:
-        raise ValueError(f"{path}: {CONFIG} is damaged ({fault}); fetch or save the file again") from fault
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as problem:
+        raise ValueError(f"{path}: {CONFIG} is damaged ({problem}); fetch or save the file again") from problem
     if not OmegaConf.is_dict(config) or not config.get("num_layers"):
         raise ValueError(f"{path}: {CONFIG} has no num_layers, so this is not a GPT; give the .nemo of one")
     return config
@@ -270,21 +270,21 @@ def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> No
         return
     kept, wanted = _blocks(stored, conf)
     known = {exit.name: exit for exit in kept.exits}
-    faults = []
+    problems = []
     for exit in wanted.exits:
         old = known.get(exit.name, exit)
         fields = ["layer", "architecture", "init", "output"]
         fields += ["rank"] if "lora" in (old.init, exit.init) or "low_rank" in (old.output, exit.output) else []
-        faults += [
+        problems += [
             f"exit {exit.name!r} is stored with {field}={getattr(old, field)} and asked for with "
             f"{field}={getattr(exit, field)}"
             for field in fields
             if getattr(old, field) != getattr(exit, field)
         ]
-    if faults:
+    if problems:
         raise ValueError(
             f"{path} holds other exits under these names; leave the settings out to keep an exit as it is, or give "
-            "the exit another name to start a new one:\n  " + "\n  ".join(faults)
+            "the exit another name to start a new one:\n  " + "\n  ".join(problems)
         )
 
 

@@ -20,7 +20,7 @@ from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
-from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_fault
+from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_problem
 from nemo_ee.planning.layer_split import LayerSplitConfig
 from nemo_ee.settings.script_input import raise_problems
 
@@ -101,7 +101,7 @@ def _merge_exits(block: dict, stored: list[dict]) -> dict:
 
 
 def check_run(cfg: DictConfig, model: DictConfig, problems: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Faults of a tuning run that can be seen before anything is loaded, all in one message.
+    """Problems of a tuning run that can be seen before anything is loaded, all in one message.
 
     Args:
         cfg: the script's config.
@@ -110,57 +110,59 @@ def check_run(cfg: DictConfig, model: DictConfig, problems: Mapping[str, str] = 
             checked.
 
     Raises:
-        ValueError: lists every fault.
+        ValueError: lists every problem.
     """
 
     def right(*keys: str) -> bool:
         return not any(wrong.startswith(keys) for wrong in problems)
 
-    faults = list(problems.values())
+    problems = list(problems.values())
     if right("model.data"):
-        data = _data_faults(model.data)
-        faults += data or (_amount_faults(model) if right(*_SIZES) else []) or vocabulary_faults(model)
-    faults += _model_faults(cfg, model) if right(*_SIZES) else []
+        data = _data_problems(model.data)
+        problems += data or (_amount_problems(model) if right(*_SIZES) else []) or vocabulary_problems(model)
+    problems += _model_problems(cfg, model) if right(*_SIZES) else []
     path = cfg.model.restore_from_path
     if right("model.restore_from_path", "model.backbone_path") and Path(path).exists():  # else its reader has said so
-        faults += _faults_of(lambda: backbone_of(path, cfg.model.get("backbone_path")))
+        problems += _problems_of(lambda: backbone_of(path, cfg.model.get("backbone_path")))
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
-        faults.append(
+        problems.append(
             f"{cfg.model.restore_from_path} has no exits and model.early_exit asks for none, so nothing would "
             f"train; add "
             "some with examples/megatron_gpt_early_exit_convert.py or model.early_exit.every=1/4"
         )
     save_to = cfg.get("save_to")
     if save_to and Path(save_to).is_dir():
-        faults.append(f"save_to={save_to} is a directory; give the name of a .nemo file")
+        problems.append(f"save_to={save_to} is a directory; give the name of a .nemo file")
     elif save_to and Path(save_to).suffix != ".nemo":
-        faults.append(f"save_to={save_to} must end in .nemo")
+        problems.append(f"save_to={save_to} must end in .nemo")
     if cfg.get("exits_only") and not save_to and right("save_to"):
-        faults.append("exits_only=True says what save_to writes, and save_to is not given; add save_to=tuned.nemo")
+        problems.append("exits_only=True says what save_to writes, and save_to is not given; add save_to=tuned.nemo")
     if cfg.get("exits_only") and block.get("train") == "joint":
-        faults.append(
+        problems.append(
             "exits_only=True with model.early_exit.train=joint: the exits belong to the backbone that was trained "
             "with them, which only a complete file holds; set exits_only=False"
         )
     if cfg.get("exits_only") and block.get("train") == "lora" and (block.get("lora") or {}).get("merge", True):
-        faults.append(
+        problems.append(
             "exits_only=True with model.early_exit.lora.merge=True: the merged backbone is in no other file; set "
             "exits_only=False or model.early_exit.lora.merge=False"
         )
     length, longest = model.get("encoder_seq_length"), model.get("max_position_embeddings")
     if length and longest and length > longest:
-        faults.append(f"model.encoder_seq_length={length} is longer than the model's {longest} positions; shorten it")
+        problems.append(
+            f"model.encoder_seq_length={length} is longer than the model's {longest} positions; shorten it"
+        )
     if model.data.get("reset_attention_mask") and model.get("get_attention_mask_from_fusion", True):
-        faults.append(
+        problems.append(
             "model.data.reset_attention_mask=True is ignored while the attention mask is the built-in causal one; set "
             "model.get_attention_mask_from_fusion=False too"
         )
-    faults += _learning_rate_faults(model) if right("model.optim") else []
-    raise_problems("the run cannot start", faults)
+    problems += _learning_rate_problems(model) if right("model.optim") else []
+    raise_problems("the run cannot start", problems)
 
 
-def _learning_rate_faults(model: DictConfig) -> list[str]:
+def _learning_rate_problems(model: DictConfig) -> list[str]:
     """A rate that would rise to its minimum: an exit's own lr or min_lr beside the run's other one."""
     optim = model.get("optim") or {}
     sched = optim.get("sched") or {}
@@ -169,23 +171,23 @@ def _learning_rate_faults(model: DictConfig) -> list[str]:
     run_lr, run_min = optim.get("lr") or 0.0, sched.get("min_lr") or 0.0
     if run_min > run_lr:
         return [f"model.optim.sched.min_lr={run_min:g} is above model.optim.lr={run_lr:g}; lower it"]
-    faults = []
+    problems = []
     for index, entry in enumerate((model.get("early_exit") or {}).get("exits") or []):
         lr, min_lr = (entry.get(key) if OmegaConf.is_dict(entry) else None for key in ("lr", "min_lr"))
         if isinstance(lr, int | float) and min_lr is None and lr < run_min:
-            faults.append(
+            problems.append(
                 f"model.early_exit.exits[{index}].lr={lr:g} is below model.optim.sched.min_lr={run_min:g}, to which "
                 "it would rise; give the exit a min_lr of its own"
             )
         if isinstance(min_lr, int | float) and lr is None and min_lr > run_lr:
-            faults.append(
+            problems.append(
                 f"model.early_exit.exits[{index}].min_lr={min_lr:g} is above model.optim.lr={run_lr:g}, which the "
                 "exit takes; give the exit an lr of its own"
             )
-    return faults
+    return problems
 
 
-def _amount_faults(model: DictConfig) -> list[str]:
+def _amount_problems(model: DictConfig) -> list[str]:
     """Data that cannot be read, splits without a document (on which Megatron counts epochs for ever), and training
     data that is not enough for one step, which Megatron would repeat without a word.
 
@@ -193,22 +195,22 @@ def _amount_faults(model: DictConfig) -> list[str]:
     """
     if model.data.get("data_impl") == "mock":
         return []
-    faults, documents, tokens = [], 0, 0
+    problems, documents, tokens = [], 0, 0
     for split, prefix, share in _parts_of_splits(model.data):
         try:
             found, counted = documents_and_tokens(prefix, share)
         except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
             return [f"model.data.data_prefix, {split}: {prefix}.idx cannot be read ({error}); make the data anew"]
         if not found or not counted:
-            faults.append(
+            problems.append(
                 f"the {split} data takes {found} documents with {counted} tokens of {prefix}; give it more data, or "
                 "another share in model.data.splits_string"
             )
         if split == "train":
             documents, tokens = documents + found, tokens + counted
     batch, length = model.get("global_batch_size"), model.data.get("seq_length") or model.get("encoder_seq_length")
-    if faults or not batch or not length or tokens > batch * length:
-        return faults
+    if problems or not batch or not length or tokens > batch * length:
+        return problems
     return [
         f"the training data holds {documents:,} documents with {tokens:,} tokens, and one step needs "
         f"{batch * length + 1:,} (global_batch_size={batch} x encoder_seq_length={length} + 1); take more data, or a "
@@ -216,7 +218,7 @@ def _amount_faults(model: DictConfig) -> list[str]:
     ]
 
 
-def vocabulary_faults(model: DictConfig) -> list[str]:
+def vocabulary_problems(model: DictConfig) -> list[str]:
     """Data with token ids that the model does not have; read on rank 0 alone, before any rank waits for another.
 
     The files are there. A `.nemo` that does not state `vocab_size` takes its tokenizer's, which only the model knows.
@@ -226,8 +228,8 @@ def vocabulary_faults(model: DictConfig) -> list[str]:
     if model.data.get("data_impl") == "mock" or not is_global_rank_zero():
         return []
     prefixes = listed_prefixes(model.data.data_prefix)
-    found = ((prefix, vocabulary_fault(prefix, model.get("vocab_size"))) for prefix in prefixes)
-    return [f"model.data.data_prefix, {prefix}: {fault}" for prefix, fault in found if fault]
+    found = ((prefix, vocabulary_problem(prefix, model.get("vocab_size"))) for prefix in prefixes)
+    return [f"model.data.data_prefix, {prefix}: {problem}" for prefix, problem in found if problem]
 
 
 def _parts_of_splits(data: DictConfig) -> Iterator[tuple[str, str, tuple[float, float]]]:
@@ -242,7 +244,7 @@ def _parts_of_splits(data: DictConfig) -> Iterator[tuple[str, str, tuple[float, 
     yield from (part for part in parts if not is_weight(part[1]))
 
 
-def _data_faults(data: DictConfig) -> list[str]:
+def _data_problems(data: DictConfig) -> list[str]:
     if data.get("data_impl") == "mock":
         return []
     prefixes: Any = data.get("data_prefix")
@@ -254,43 +256,43 @@ def _data_faults(data: DictConfig) -> list[str]:
                 del listed[f"data_prefix, {split}"]  # nothing is measured on it
     else:
         listed = {"data_prefix": prefixes}
-    faults = []
+    problems = []
     if isinstance(prefixes, list) and not data.get("splits_string"):
-        faults.append(
+        problems.append(
             "model.data.splits_string is needed with a plain list of prefixes: the shares of training, validation and "
             "test, e.g. 99,1,0"
         )
     for what, values in listed.items():
         if not isinstance(values, list) or not values:
-            faults.append(
+            problems.append(
                 f"model.data.{what}: {values!r} is not a list of prefixes; write "
                 "{train: [data/train], validation: [data/heldout], test: [data/heldout]}"
             )
             continue
-        faults += [
+        problems += [
             f"model.data.{what}: {file} does not exist; make it with scripts/data/preprocess_text.py"
             for prefix in values
             if not is_weight(prefix)
             for file in missing_files(prefix)
         ]
-    return faults
+    return problems
 
 
-def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
+def _model_problems(cfg: DictConfig, model: DictConfig) -> list[str]:
     """What the model would refuse when it is built, which is after its file has been unpacked."""
     ranks, precision = planned_ranks(cfg.trainer, model), cfg.trainer.get("precision")
-    faults = _faults_of(lambda: refuse_unsupported(model, world_size=ranks, precision=precision))
+    problems = _problems_of(lambda: refuse_unsupported(model, world_size=ranks, precision=precision))
     if not model.get("early_exit"):
-        return faults
+        return problems
     plain = OmegaConf.to_container(model, resolve=True)
     try:
         early_exit = EarlyExitConfig.from_mapping(plain["early_exit"], num_layers=model.num_layers)
-    except ValueError as fault:
-        return [*faults, str(fault)]
+    except ValueError as problem:
+        return [*problems, str(problem)]
     if not (exits := early_exit.exits):
-        return faults
+        return problems
     if early_exit.train == "exits" and not any(exit.trains for exit in exits):
-        faults.append(
+        problems.append(
             f"nothing would train: {', '.join(early_exit.names)} are frozen copies of the backbone's modules; use "
             "output: own or low_rank, or another architecture or init"
         )
@@ -301,13 +303,13 @@ def _model_faults(cfg: DictConfig, model: DictConfig) -> list[str]:
         lambda: place_exits(exits, **sizes),
         lambda: LayerSplitConfig.from_mapping(plain.get("layer_split"), exits=exits, **sizes),
     ):
-        faults += _faults_of(check)
-    return faults
+        problems += _problems_of(check)
+    return problems
 
 
-def _faults_of(check: Callable[[], Any]) -> list[str]:
+def _problems_of(check: Callable[[], Any]) -> list[str]:
     try:
         check()
-    except ValueError as fault:
-        return [str(fault)]
+    except ValueError as problem:
+        return [str(problem)]
     return []

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, open_dict
 
-from nemo_ee.models.token_files import listed_prefixes, vocabulary_fault
+from nemo_ee.models.token_files import listed_prefixes, vocabulary_problem
 from nemo_ee.text.json_values import JsonError, read_json
 from nemo_ee.text.text_files import sample_index_folder, sha256_of
 
@@ -49,9 +49,9 @@ def content_keyed_index(cfg: DictConfig, vocab_size: int) -> Iterator[None]:
 
     def prepare() -> str:
         if not cfg.get("vocab_size"):
-            faults = [fault for prefix in prefixes if (fault := vocabulary_fault(prefix, vocab_size))]
-            if faults:
-                raise ValueError("nothing was trained:\n" + "\n".join(f"  {fault}" for fault in faults))
+            problems = [problem for prefix in prefixes if (problem := vocabulary_problem(prefix, vocab_size))]
+            if problems:
+                raise ValueError("nothing was trained:\n" + "\n".join(f"  {problem}" for problem in problems))
         return make_index_folder(prefixes, given)
 
     with open_dict(cfg.data):
@@ -71,8 +71,8 @@ def on_rank_0(make: Callable[[], str]) -> str:
     if torch.distributed.get_rank() == 0:
         try:
             outcome[0] = make()
-        except Exception as fault:  # noqa: BLE001  the other ranks wait for an outcome, whatever it is
-            outcome[0] = fault
+        except Exception as problem:  # noqa: BLE001  the other ranks wait for an outcome, whatever it is
+            outcome[0] = problem
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]

@@ -36,7 +36,7 @@ def read_layer_split(model: MegatronEarlyExitGPTModel, cfg: DictConfig) -> Layer
     """Read `model.layer_split`; nothing has been built yet.
 
     Raises:
-        ValueError: nothing to run, more stages than layers that run, or faults of the block.
+        ValueError: nothing to run, more stages than layers that run, or problems of the block.
     """
     sizes = _sizes(model, cfg)
     place_exits(model.early_exit.exits, **sizes)
@@ -134,8 +134,8 @@ def _measured_costs(model: MegatronEarlyExitGPTModel, shape: ModelShape) -> Stag
         dtype = torch.bfloat16 if model.torch_dtype is torch.bfloat16 else torch.float32
         try:
             outcome = [_costs(model, shape, stopwatch(model.trainer.strategy.root_device, dtype))]
-        except RuntimeError as fault:  # out of memory, an operation that the device lacks
-            outcome = [str(fault)]
+        except RuntimeError as problem:  # out of memory, an operation that the device lacks
+            outcome = [str(problem)]
     torch.distributed.broadcast_object_list(outcome, src=0)
     (costs,) = outcome
     if isinstance(costs, str):

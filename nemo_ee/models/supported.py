@@ -73,42 +73,42 @@ _JOINT_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _joint_faults(cfg: DictConfig) -> list[str]:
+def _joint_problems(cfg: DictConfig) -> list[str]:
     train = OmegaConf.select(cfg, "early_exit.train")
     if train not in ("joint", "lora"):
         return []
-    faults = []
+    problems = []
     for key, (refused, reason) in _JOINT_RULES.items():
         value = OmegaConf.select(cfg, key)
         if refused(value):
-            faults.append(f"  {key}={value!r} with early_exit.train={train}: {reason}")
+            problems.append(f"  {key}={value!r} with early_exit.train={train}: {reason}")
     block = cfg.early_exit
     objectives = {"early_exit.objective": block.get("objective")} | {
         f"early_exit.exits[{index}].objective": exit.get("objective")
         for index, exit in enumerate(block.get("exits") or [])
         if OmegaConf.is_dict(exit)
     }
-    faults += [
+    problems += [
         f"  {key}={value!r} with early_exit.train={train}: distillation learns from a final exit that stays as it is, "
         "here it trains too; use cross_entropy"
         for key, value in objectives.items()
         if value not in (None, "cross_entropy")
     ]
     if block.get("token_weights") not in (None, "none"):
-        faults.append(
+        problems.append(
             f"  early_exit.token_weights={block.token_weights!r} with early_exit.train={train}: every token counts "
             "the same in the joint objective; use none"
         )
     if cfg.get("activations_checkpoint_granularity") == "full":
         method, layers = cfg.get("activations_checkpoint_method"), cfg.get("activations_checkpoint_num_layers")
         if method not in ("uniform", "block"):
-            faults.append(f"  activations_checkpoint_method={method!r} with granularity full: use uniform or block")
+            problems.append(f"  activations_checkpoint_method={method!r} with granularity full: use uniform or block")
         if not isinstance(layers, int) or layers < 1:
-            faults.append(
+            problems.append(
                 f"  activations_checkpoint_num_layers={layers!r} with granularity full: give the number of layers, "
                 "e.g. 1"
             )
-    return faults
+    return problems
 
 
 def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
@@ -121,10 +121,10 @@ def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
     return model.get("tensor_model_parallel_size", 1) * model.get("pipeline_model_parallel_size", 1)
 
 
-def _optimizer_faults(cfg: DictConfig, precision: str) -> list[str]:
-    faults = []
+def _optimizer_problems(cfg: DictConfig, precision: str) -> list[str]:
+    problems = []
     if cfg.get("megatron_amp_O2") and precision not in ("bf16", "bf16-mixed"):
-        faults.append(
+        problems.append(
             f"  megatron_amp_O2=True with trainer.precision={precision}: it keeps bf16 parameters with fp32 copies; "
             "set trainer.precision=bf16, or megatron_amp_O2=False"
         )
@@ -132,11 +132,11 @@ def _optimizer_faults(cfg: DictConfig, precision: str) -> list[str]:
         missing = [] if find_spec("apex") else ["Apex, which is not installed"]
         missing += ["a GPU, and this run is on the CPU host"] if cpu_host.enabled() else []
         if missing:
-            faults.append(f"  optim.name='fused_adam' needs {' and '.join(missing)}; use adamw (one kernel too)")
-    return faults
+            problems.append(f"  optim.name='fused_adam' needs {' and '.join(missing)}; use adamw (one kernel too)")
+    return problems
 
 
-def _top_k_faults(top_k: Any, vocabulary: int) -> list[str]:
+def _top_k_problems(top_k: Any, vocabulary: int) -> list[str]:
     if not isinstance(top_k, int) or top_k <= vocabulary:
         return []
     more = f"is more than the vocabulary's {vocabulary} tokens; null uses all"
@@ -145,8 +145,8 @@ def _top_k_faults(top_k: Any, vocabulary: int) -> list[str]:
 
 def refuse_large_top_k(top_k: int | None, vocab_size: int) -> None:
     """Raise ValueError where a teacher's distributions are to have more tokens than there are."""
-    if faults := _top_k_faults(top_k, vocab_size):
-        raise ValueError("the model config is not supported:\n" + faults[0])
+    if problems := _top_k_problems(top_k, vocab_size):
+        raise ValueError("the model config is not supported:\n" + problems[0])
 
 
 def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int | None) -> None:
@@ -160,22 +160,22 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
     Raises:
         ValueError: lists every setting that is not supported, with the way out.
     """
-    faults = []
+    problems = []
     for key, (refused, reason) in _RULES.items():
         value = OmegaConf.select(cfg, key)
         if refused(value):
-            faults.append(f"  {key}={value!r}: {reason}")
+            problems.append(f"  {key}={value!r}: {reason}")
     if str(precision) in ("16", "16-mixed", "16-true"):
-        faults.append(
+        problems.append(
             f"  trainer.precision={precision}: fp16 tuning is not supported: each exit runs a backward of its own, "
             "which no loss scale reaches; use bf16-mixed or 32"
         )
     if cfg.get("vocab_size"):  # otherwise the tokenizer says it, when the model is built
-        faults += _top_k_faults(OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.vocab_size)
-    faults += _optimizer_faults(cfg, str(precision)) + _joint_faults(cfg)
+        problems += _top_k_problems(OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.vocab_size)
+    problems += _optimizer_problems(cfg, str(precision)) + _joint_problems(cfg)
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)
     if world_size % (tp * pp):
-        faults.append(
+        problems.append(
             f"  tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} does not divide the number "
             f"of ranks "
             f"({world_size}); change trainer.devices, trainer.num_nodes or the sizes"
@@ -183,21 +183,21 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
     heads, groups = cfg.get("num_attention_heads", 1), cfg.get("num_query_groups") or cfg.get("num_attention_heads", 1)
     for name, count in (("num_attention_heads", heads), ("num_query_groups", groups)):
         if count % tp:
-            faults.append(f"  {name}={count} is not divisible by tensor_model_parallel_size={tp}; choose a divisor")
+            problems.append(f"  {name}={count} is not divisible by tensor_model_parallel_size={tp}; choose a divisor")
     if cfg.get("ffn_hidden_size", tp) % tp:
-        faults.append(f"  ffn_hidden_size={cfg.ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}")
+        problems.append(f"  ffn_hidden_size={cfg.ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}")
     length = cfg.get("encoder_seq_length") or 0
     if cfg.get("sequence_parallel") and tp > 1 and length % tp:
-        faults.append(
+        problems.append(
             f"  encoder_seq_length={length} is not divisible by tensor_model_parallel_size={tp}, as "
             f"sequence_parallel=True "
             "needs it; change one of them"
         )
     batch, micro = cfg.get("global_batch_size"), cfg.get("micro_batch_size")
     if batch and micro and not world_size % (tp * pp) and batch % (micro * (world_size // (tp * pp))):
-        faults.append(
+        problems.append(
             f"  global_batch_size={batch} is not a multiple of micro_batch_size={micro} x data-parallel size="
             f"{world_size // (tp * pp)}; change one of them"
         )
-    if faults:
-        raise ValueError("the model config is not supported:\n" + "\n".join(faults))
+    if problems:
+        raise ValueError("the model config is not supported:\n" + "\n".join(problems))

@@ -54,7 +54,7 @@ def open_data(prefix: str) -> IndexedDataset:
         raise ValueError(f"{prefix}.idx cannot be read ({error}); make the data anew") from error
 
 
-def vocabulary_fault(
+def vocabulary_problem(
     prefix: str, vocab_size: int | None, spans: Sequence[tuple[int, int]] | None = None
 ) -> str | None:
     """Why a model cannot read the data, or None: a shortened file, or the first token outside the vocabulary.

@@ -27,12 +27,12 @@ _COST_KEYS = ("layer_without_mlp", "embedding", "final_exit", "exits")
 
 
 class LayerSplitError(ValueError):
-    """The block has faults; the message holds them all."""
+    """The block has problems; the message holds them all."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__("\n".join([f"{BLOCK} has {count}:", *(f"  - {fault}" for fault in self.faults)]))
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{BLOCK} has {count}:", *(f"  - {problem}" for problem in self.problems)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,14 @@ class LayerSplitConfig:
             exits, num_layers, num_stages, full_depth: as for `nemo_ee.exits.placement.place_exits`, which checks them.
 
         Raises:
-            LayerSplitError: with every fault of the block.
+            LayerSplitError: with every problem of the block.
         """
         mapping = {} if mapping is None else mapping
         keys = keys_of(cls)
         if not isinstance(mapping, Mapping):
             raise LayerSplitError([f"{BLOCK} = {mapping!r}: must be a mapping with the keys {', '.join(keys)}"])
-        faults: list[str] = []
-        reader, base = BlockReader(mapping, BLOCK, keys, faults), cls()
+        problems: list[str] = []
+        reader, base = BlockReader(mapping, BLOCK, keys, problems), cls()
         config = cls(
             layers=_read_layers(
                 reader, num_stages, layers_that_run(exits, num_layers=num_layers, full_depth=full_depth)
@@ -105,9 +105,9 @@ class LayerSplitConfig:
             costs=_read_costs(reader, exits),
         )
         if config.layers is None and config.cost == "even" and config.costs != base.costs:
-            reader.fault("costs", "nothing reads it with cost: even; set cost to parameters or measured")
-        if faults:
-            raise LayerSplitError(faults)
+            reader.problem("costs", "nothing reads it with cost: even; set cost to parameters or measured")
+        if problems:
+            raise LayerSplitError(problems)
         return config
 
 
@@ -122,15 +122,15 @@ def _read_layers(reader: BlockReader, num_stages: int, layers_to_run: int) -> tu
             raise ValueError("not a list")
         layers = tuple(whole(count) for count in value)
     except ValueError:
-        reader.fault("layers", f"must be {rule} (the layers that run), or null to have them split by cost")
+        reader.problem("layers", f"must be {rule} (the layers that run), or null to have them split by cost")
         return None
     if len(layers) != num_stages:
-        reader.fault(
+        reader.problem(
             "layers",
             f"has {len(layers)} entries for pipeline_model_parallel_size = {num_stages}; it must be {rule}",
         )
     if sum(layers) != layers_to_run:
-        reader.fault(
+        reader.problem(
             "layers",
             f"sums to {sum(layers)}, and {layers_to_run} layers run (those up to the deepest exit, or all of the "
             "model's where the final exit is needed); make the sum fit, or null to have them split by cost",
@@ -143,18 +143,18 @@ def _read_costs(reader: BlockReader, exits: Sequence[ExitConfig]) -> CostOverrid
     if value is None:
         return CostOverrides()
     if not isinstance(value, Mapping):
-        reader.fault(
+        reader.problem(
             "costs", f"must be a mapping with the keys {', '.join(_COST_KEYS)}, in units of a layer's forward"
         )
         return CostOverrides()
-    inner = BlockReader(value, f"{BLOCK}.costs", _COST_KEYS, reader.faults)
+    inner = BlockReader(value, f"{BLOCK}.costs", _COST_KEYS, reader.problems)
     single = {key: inner.read(key, number(), None) for key in _COST_KEYS[:-1]}
     named = inner.given("exits")
     if named is not None and not isinstance(named, Mapping):
-        inner.fault("exits", "must be a mapping of exit names to costs; write {layer8-mlp: 4.0}")
+        inner.problem("exits", "must be a mapping of exit names to costs; write {layer8-mlp: 4.0}")
     if not isinstance(named, Mapping):
         return CostOverrides(**single)
-    names = BlockReader(named, f"{BLOCK}.costs.exits", [exit.name for exit in exits], reader.faults)
+    names = BlockReader(named, f"{BLOCK}.costs.exits", [exit.name for exit in exits], reader.problems)
     read = {exit.name: names.read(exit.name, number(), None) for exit in exits}
     return CostOverrides(**single, exits={name: cost for name, cost in read.items() if cost is not None})
 

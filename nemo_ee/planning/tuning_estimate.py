@@ -170,7 +170,7 @@ def shape_of(model: Architecture, layout: Layout, assumptions: Assumptions) -> M
     )
 
 
-def layout_fault(model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions) -> str:
+def layout_problem(model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions) -> str:
     """Why a run cannot have this layout; empty if it can."""
     to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
     per_rank = assumptions.micro_batch * layout.data
@@ -196,9 +196,9 @@ def estimate(
     Raises:
         ValueError: the layout does not go with the model or the batch.
     """
-    fault = layout_fault(model, exits, layout, assumptions)
-    if fault:
-        raise ValueError(f"TP {layout.tensor} x PP {layout.pipeline} x DP {layout.data}: {fault}")
+    problem = layout_problem(model, exits, layout, assumptions)
+    if problem:
+        raise ValueError(f"TP {layout.tensor} x PP {layout.pipeline} x DP {layout.data}: {problem}")
     shape = shape_of(model, layout, assumptions)
     to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
     skip = skips_last_mlp(exits, layers_to_run=to_run, full_depth=False)
@@ -345,7 +345,7 @@ def fastest_layout(
             if gpus % (tensor * pipeline):
                 continue
             layout = Layout(tensor, pipeline, gpus // (tensor * pipeline))
-            if layout_fault(model, exits, layout, assumptions):
+            if layout_problem(model, exits, layout, assumptions):
                 continue
             result = estimate(model, exits, layout, assumptions)
             if result.fits and (found is None or result.hours < found.hours):

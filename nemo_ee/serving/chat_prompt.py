@@ -89,8 +89,8 @@ def _written(tokenizer: Any, conversation: Conversation) -> str:
             tokenize=False,
             **kwargs,
         )
-    except TemplateError as fault:  # what a template says to messages it was not made for
-        raise ApiError(400, f"the model's chat template refuses these messages: {fault}", param="messages") from None
+    except TemplateError as problem:  # what a template says to messages it was not made for
+        raise ApiError(400, f"the model's chat template refuses these messages: {problem}", param="messages") from None
     except Exception:  # whatever else it does with them
         _LOG.exception("the chat template failed")
         raise ApiError(400, "the model's chat template fails on these messages", param="messages") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.certificates.certificate import DEFAULT_NAME, Certificate, Setting
-from nemo_ee.certificates.validity import KV_POLICY, setting_faults, stop_faults
+from nemo_ee.certificates.validity import KV_POLICY, setting_problems, stop_problems
 from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request
 from nemo_ee.serving.errors import ApiError
@@ -98,16 +98,16 @@ def check_setting(
         add_BOS=None,  # as the tokenizer does
         sampling=asked,
     )
-    faults = [*setting_faults(certificate, setting), *stop_faults(certificate, end_of_text)]
+    problems = [*setting_problems(certificate, setting), *stop_problems(certificate, end_of_text)]
     others = sorted({request.max_new_tokens for request in requests} - {certified})
-    faults += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
+    problems += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
     given = {"stop": call.stops, "stop_token_ids": call.stop_token_ids, "min_tokens": call.min_tokens}
     given |= {key: getattr(sampling, key) for key in ("presence_penalty", "frequency_penalty", "logit_bias")}
     if not sampling.greedy:
         given["min_p"] = sampling.min_p
-    faults += [f"{key} is given, certified without {key}" for key, value in given.items() if value]
-    if faults:
-        listed = "; ".join(faults)
+    problems += [f"{key} is given, certified without {key}" for key, value in given.items() if value]
+    if problems:
+        listed = "; ".join(problems)
         raise ApiError(
             400,
             f"certificate {certificate.name!r} does not cover this request: {listed}. Change it, or give a threshold",

@@ -132,15 +132,15 @@ def check_model_files(directory: str | Path) -> None:
     Raises:
         ValueError: every damaged file, as `path:line: reason`.
     """
-    faults = []
+    problems = []
     for path in (Path(directory) / name for name in _MODEL_FILES):
         try:
             if path.is_file():
                 read_json_object(path, wide_integers="token" in path.name)
         except JsonError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError("; ".join([*faults, "fetch or save the files again"]))
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join([*problems, "fetch or save the files again"]))
 
 
 def _decoded(text: bytes) -> str:

@@ -139,7 +139,7 @@ def read_json_lines(
     *,
     max_bytes: int | None = MAX_DOCUMENT_BYTES,
     moved: Callable[[int], object] | None = None,
-    faults: list[str],
+    problems: list[str],
 ) -> Iterator[tuple[str, _T]]:
     """(`path:line`, what `read` makes of its value) of the lines of a JSONL file.
 
@@ -147,18 +147,18 @@ def read_json_lines(
         path: the file.
         read: raises ValueError with what is wrong with a value.
         max_bytes, moved: as in `read_lines`.
-        faults: grows by `path:line: reason`.
+        problems: grows by `path:line: reason`.
     """
     try:
         for number, line in read_lines(path, max_bytes, moved):
             try:
                 value = read(parse_json(line, wide_integers=True))
             except ValueError as error:
-                faults.append(f"{path}:{number}: {error}")
+                problems.append(f"{path}:{number}: {error}")
             else:
                 yield f"{path}:{number}", value
     except TextError as error:
-        faults.append(str(error))
+        problems.append(str(error))
 
 
 def sha256_of(path: Path) -> str:

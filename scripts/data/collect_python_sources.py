@@ -41,7 +41,7 @@ from nemo_ee.text.text_files import read_json_lines
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
-from lib.dataset_files import existing_faults, replacing
+from lib.dataset_files import existing_problems, replacing
 
 logger = logging.getLogger("nemo_ee.scripts")
 
@@ -84,7 +84,7 @@ class CollectConfig(ScriptInput):
     def _is_new(cls, output: Path, info: ValidationInfo) -> Path:
         if not output.name.endswith(_ENDINGS):
             raise ValueError("must end in .jsonl or .jsonl.gz")
-        problems = [] if info.data.get("overwrite", True) else existing_faults(files_of(output))
+        problems = [] if info.data.get("overwrite", True) else existing_problems(files_of(output))
         if problems:
             raise Sentence(*problems)
         return output
@@ -161,7 +161,7 @@ def is_permitted(names: list[str], permitted: tuple[str, ...]) -> bool:
     return bool(names) and all(name.startswith(permitted) for name in stripped)
 
 
-def fault_of(text: str, name: str, config: CollectConfig) -> str | None:
+def problem_of(text: str, name: str, config: CollectConfig) -> str | None:
     """Why a file is left out, None if it is not."""
     size = len(text.encode("utf-8"))
     if not config.min_file_bytes <= size <= config.max_file_bytes:
@@ -210,11 +210,13 @@ def collect(config: CollectConfig) -> dict[str, Any]:
         ValueError: an excluded file cannot be read.
     """
     seen: set[str] = set()
-    faults: list[str] = []
+    problems: list[str] = []
     for path in config.excluded:
-        seen |= {digest for _, digest in read_json_lines(path, _digest_of_record, faults=faults)}
-    if faults:
-        raise ValueError("\n  - ".join(["Nothing was written:", *(f"excluded: {fault}" for fault in faults[:20])]))
+        seen |= {digest for _, digest in read_json_lines(path, _digest_of_record, problems=problems)}
+    if problems:
+        raise ValueError(
+            "\n  - ".join(["Nothing was written:", *(f"excluded: {problem}" for problem in problems[:20])])
+        )
     report: dict[str, Any] = {"training": {}, "held_out": {}, "left_out": {}}
     taken: dict[str, list[Source]] = {"training": [], "held_out": []}
     for name, licence, files in tqdm(
@@ -266,7 +268,7 @@ def _take(
             reason, digest = "not UTF-8, or absent", ""
         else:
             digest = _digest(text)
-            reason = "duplicate or held out" if digest in seen else fault_of(text, source, config)
+            reason = "duplicate or held out" if digest in seen else problem_of(text, source, config)
         if reason:
             left_out[reason] = left_out.get(reason, 0) + 1
         else:

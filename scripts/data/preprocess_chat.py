@@ -15,7 +15,7 @@ Where an answer lies: a template with {% generation %} marks says so itself. Wit
 and a template for which these are not beginnings of the whole conversation is refused. Of an empty answer the end of
 the turn counts, which the template writes behind it.
 
-Options: conf/preprocess_chat.yaml. Faults are collected and reported as in preprocess_text.py; nothing half-written
+Options: conf/preprocess_chat.yaml. Problems are collected and reported as in preprocess_text.py; nothing half-written
 stays behind.
 """
 
@@ -41,7 +41,7 @@ from nemo_ee.text.text_files import TextError, read_document
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
-from lib.dataset_files import existing_faults, forget_samples, replacing
+from lib.dataset_files import existing_problems, forget_samples, replacing
 from lib.input_files import find_files, read_fields
 from lib.preprocess_settings import DTYPES, PreprocessError, PreprocessSettings, check_end
 from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
@@ -111,8 +111,8 @@ class ChatTokenizer:
                 "no token of an answer is left by the template; look at what it writes for an assistant, or leave a "
                 "conversation without an answer out"
             )
-        if fault := self.vocabulary.fault(ids):
-            raise ValueError(fault)
+        if problem := self.vocabulary.problem(ids):
+            raise ValueError(problem)
         return ids, counts
 
     def _spans(self, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
@@ -141,7 +141,7 @@ class ChatTokenizer:
             raise ValueError(f"the chat template refuses it: {error}") from error
 
 
-def message_fault(messages: list[Any]) -> str | None:
+def message_problem(messages: list[Any]) -> str | None:
     """What is wrong with a conversation whatever the template, or None."""
     if not messages:
         return "no messages"
@@ -168,25 +168,25 @@ def load_chat_tokenizer(config: ChatConfig) -> ChatTokenizer:
         PreprocessError: no tokenizer, no template, or one that cannot say where in a text its tokens are.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    faults = []
+    problems = []
     if config.chat_template is not None:
         if Path(config.chat_template).is_file():
             try:
                 tokenizer.chat_template = read_document(Path(config.chat_template))
             except TextError as error:
-                faults.append(f"chat_template: {error}")
+                problems.append(f"chat_template: {error}")
         else:
-            faults.append(f"chat_template: {config.chat_template} is not a file; null takes the tokenizer's own")
+            problems.append(f"chat_template: {config.chat_template} is not a file; null takes the tokenizer's own")
     elif not tokenizer.chat_template:
-        faults.append(
+        problems.append(
             f"tokenizer: {config.tokenizer} has no chat template; give a file with one (Jinja), chat_template=..."
         )
     if not tokenizer.is_fast:
-        faults.append(f"tokenizer: {config.tokenizer} has no tokenizer.json, without which tokens cannot be located")
+        problems.append(f"tokenizer: {config.tokenizer} has no tokenizer.json, which is needed to locate tokens")
     if (config.append_eod or config.pad_to) and tokenizer.eos_token_id is None:
-        faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod and pad_to; set False and null")
-    if faults:
-        raise PreprocessError(faults)
+        problems.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod, pad_to; set False and null")
+    if problems:
+        raise PreprocessError(problems)
     return ChatTokenizer(tokenizer, config.tokenizer)
 
 
@@ -194,23 +194,23 @@ def preprocess(config: ChatConfig) -> Counts:
     """Write `<output>.bin/.idx` and `<output>.mask.bin/.idx`.
 
     Raises:
-        PreprocessError: every fault of the settings, or every fault in the data. Nothing is left behind then.
+        PreprocessError: every problem of the settings, or every problem in the data. Nothing is left behind then.
     """
-    files, faults = find_files(config)
+    files, problems = find_files(config)
     finished = [Path(config.output + suffix) for suffix in (".mask.bin", ".mask.idx", ".bin", ".idx")]
     if not config.overwrite:
-        faults += existing_faults(finished)
+        problems += existing_problems(finished)
     chat, dtype = None, config.dtype
     try:
         chat = load_chat_tokenizer(config)
     except PreprocessError as error:
-        faults += error.faults
+        problems += error.problems
     else:
         dtype, problems = choose_dtype(config.dtype, chat.vocabulary.largest + 1)
-        faults += problems
-        faults += check_end(config.tokenizer, chat.tokenizer.eos_token_id if config.append_eod else None)
-    if faults:
-        raise PreprocessError(faults)
+        problems += problems
+        problems += check_end(config.tokenizer, chat.tokenizer.eos_token_id if config.append_eod else None)
+    if problems:
+        raise PreprocessError(problems)
     with replacing(finished) as partial:
         counts = _write(config, files, chat, dtype, partial)
         forget_samples(config.output)
@@ -218,35 +218,35 @@ def preprocess(config: ChatConfig) -> Counts:
 
 
 def conversations(
-    files: Sequence[Path], config: ChatConfig, chat: ChatTokenizer, faults: list[str], bar: tqdm
+    files: Sequence[Path], config: ChatConfig, chat: ChatTokenizer, problems: list[str], bar: tqdm
 ) -> Iterator[tuple[list[int], list[bool], int]]:
     """Token ids, answers and number of empty answers of every conversation; what is wrong with one is added to
-    `faults` as file:line."""
+    `problems` as file:line."""
     for path in files:
-        found, known = 0, len(faults)
-        for place, messages in read_fields(path, config, "messages_key", list, faults, bar):
+        found, known = 0, len(problems)
+        for place, messages in read_fields(path, config, "messages_key", list, problems, bar):
             found += 1
-            fault = message_fault(messages)
-            if fault is None:
+            problem = message_problem(messages)
+            if problem is None:
                 try:
                     encoded = chat.encode(messages)
                 except ValueError as error:
-                    fault = str(error)
+                    problem = str(error)
                 else:
                     yield *encoded, sum(one["role"] == ANSWERS and not one["content"] for one in messages)
-            if fault is not None:
-                faults.append(f"{place}: {fault}")
-        if not found and len(faults) == known:
-            faults.append(f"{path}: holds no conversation")
+            if problem is not None:
+                problems.append(f"{place}: {problem}")
+        if not found and len(problems) == known:
+            problems.append(f"{path}: holds no conversation")
 
 
 def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: str, targets: Sequence[Path]) -> Counts:
-    """Write into `targets` (mask, its index, data, its index); raises PreprocessError for faults in the data."""
+    """Write into `targets` (mask, its index, data, its index); raises PreprocessError for problems in the data."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     masks = IndexedDatasetBuilder(str(targets[0]), dtype=numpy.uint8)
     tokens = IndexedDatasetBuilder(str(targets[2]), dtype=DTYPES[dtype])
-    faults: list[str] = []
+    problems: list[str] = []
     counts = Counts()
     end = chat.tokenizer.eos_token_id
     try:
@@ -257,8 +257,8 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
             desc="read",
             file=console.messages(),
         ) as bar:
-            for ids, answers, empty in conversations(files, config, chat, faults, bar):
-                if faults:  # the rest is only read for its faults
+            for ids, answers, empty in conversations(files, config, chat, problems, bar):
+                if problems:  # the rest is only read for its problems
                     continue
                 if config.append_eod and ids[-1] != end:
                     ids, answers = [*ids, end], [*answers, False]
@@ -280,10 +280,10 @@ def _write(config: ChatConfig, files: list[Path], chat: ChatTokenizer, dtype: st
     finally:
         masks.data_file.close()
         tokens.data_file.close()
-    if not faults and not counts.conversations:
-        faults.append(f"input: none of the {counts.left_out} conversations has an answer within pad_to; raise it")
-    if faults:
-        raise PreprocessError(faults)
+    if not problems and not counts.conversations:
+        problems.append(f"input: none of the {counts.left_out} conversations has an answer within pad_to; raise it")
+    if problems:
+        raise PreprocessError(problems)
     masks.finalize(str(targets[1]))
     tokens.finalize(str(targets[3]))
     return counts

@@ -5,7 +5,7 @@
 python scripts/data/preprocess_text.py input=corpus/train.jsonl.gz output=data/train tokenizer=<Hugging Face directory>
 
 Options: conf/preprocess_text.yaml. Both files are written under temporary names and appear together at the end, so a
-killed run leaves no half-written dataset. Faults of the settings are reported together before any work; faults in the
+killed run leaves no half-written dataset. Problems of the settings are reported together before any work; those in the
 data (file:line) are collected over all input, then reported together.
 """
 
@@ -29,7 +29,7 @@ from nemo_ee.text.text_files import TextError, read_document
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
-from lib.dataset_files import existing_faults, forget_samples, replacing
+from lib.dataset_files import existing_problems, forget_samples, replacing
 from lib.input_files import ending, find_files, moving, read_fields
 from lib.preprocess_settings import DTYPES, PreprocessError, PreprocessSettings, check_end
 from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
@@ -55,31 +55,31 @@ class PreprocessResult:
     dtype: str
 
 
-def read_documents(path: Path, config: PreprocessConfig, faults: list[str], bar: tqdm) -> Iterator[tuple[str, str]]:
-    """(file:line or file, document) of one file; what cannot be read is added to `faults` as file:line.
+def read_documents(path: Path, config: PreprocessConfig, problems: list[str], bar: tqdm) -> Iterator[tuple[str, str]]:
+    """(file:line or file, document) of one file; what cannot be read is added to `problems` as file:line.
 
     Args:
         path: a text or JSONL file, possibly .gz.
         config: the settings.
-        faults: grows.
+        problems: grows.
         bar: moves on by bytes read from disk.
     """
     if ending(path) in {ending.lower() for ending in config.jsonl_extensions}:
-        yield from read_fields(path, config, "text_key", str, faults, bar)
+        yield from read_fields(path, config, "text_key", str, problems, bar)
         return
     with moving(bar, path) as moved:
         try:
             yield str(path), read_document(path, config.max_document_bytes, moved)
         except TextError as error:
-            faults.append(str(error))
+            problems.append(str(error))
 
 
 def _batches(
-    documents: Iterator[tuple[str, str]], limit: int | None, faults: list[str], counts: dict[str, int]
+    documents: Iterator[tuple[str, str]], limit: int | None, problems: list[str], counts: dict[str, int]
 ) -> Iterator[list[tuple[str, str]]]:
     """Batches of non-empty documents with their places, at most `limit` documents in all.
 
-    After the first fault nothing more is handed out: the rest is only read, for its faults.
+    After the first problem nothing more is handed out: the rest is only read, for its problems.
     """
     batch: list[tuple[str, str]] = []
     taken = 0
@@ -87,7 +87,7 @@ def _batches(
         if not text:
             counts["empty"] += 1
             continue
-        if faults:
+        if problems:
             continue
         batch.append((place, text))
         taken += 1
@@ -96,7 +96,7 @@ def _batches(
             batch = []
         if taken == limit:
             return
-    if batch and not faults:
+    if batch and not problems:
         yield batch
 
 
@@ -110,30 +110,30 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         Counts of what was written.
 
     Raises:
-        PreprocessError: every fault of the settings, or every fault in the data. Nothing is left behind then.
+        PreprocessError: every problem of the settings, or every problem in the data. Nothing is left behind then.
     """
-    files, faults = find_files(config)
+    files, problems = find_files(config)
     finished = [Path(config.output + suffix) for suffix in (".bin", ".idx")]
     if not config.overwrite:
-        faults += existing_faults(finished)
+        problems += existing_problems(finished)
     mask = Path(config.output + ".mask.idx")
     if mask.exists():
-        faults.append(f"output: {mask} belongs to chat data and would be taken for this text's; choose another prefix")
+        problems.append(f"output: {mask} belongs to chat data and would be read with this text; choose another prefix")
     vocabulary, eod, dtype = None, None, config.dtype
     try:
         tokenizer = load_tokenizer(config.tokenizer)
     except PreprocessError as error:
-        faults += error.faults
+        problems += error.problems
     else:
         eod = tokenizer.eos_token_id if config.append_eod else None
         if config.append_eod and eod is None:
-            faults.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
-        faults += check_end(config.tokenizer, eod)
+            problems.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
+        problems += check_end(config.tokenizer, eod)
         vocabulary = Vocabulary.of(tokenizer, config.tokenizer)
         dtype, problems = choose_dtype(config.dtype, vocabulary.largest + 1)
-        faults += problems
-    if faults:
-        raise PreprocessError(faults)
+        problems += problems
+    if problems:
+        raise PreprocessError(problems)
 
     with replacing(finished) as partial:
         result = _write(config, files, vocabulary, eod, dtype, partial)
@@ -149,24 +149,24 @@ def _write(
     dtype: str,
     targets: list[Path],
 ) -> PreprocessResult:
-    """Tokenize all documents into `targets` (data, index); raises PreprocessError for faults in the data."""
+    """Tokenize all documents into `targets` (data, index); raises PreprocessError for problems in the data."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(targets[0]), dtype=DTYPES[dtype])
-    faults: list[str] = []
+    problems: list[str] = []
     counts = {"documents": 0, "tokens": 0, "empty": 0}
     end = [] if eod is None else [eod]
     total = sum(path.stat().st_size for path in files)
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="read", dynamic_ncols=True, file=messages()) as bar:
-            documents = (document for path in files for document in read_documents(path, config, faults, bar))
-            for batch in _batches(documents, config.max_documents, faults, counts):
+            documents = (document for path in files for document in read_documents(path, config, problems, bar))
+            for batch in _batches(documents, config.max_documents, problems, counts):
                 places, texts = zip(*batch, strict=True)
                 encoded = vocabulary.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
                 for place, tokens in zip(places, encoded, strict=True):
                     tokens = tokens + end
-                    if fault := vocabulary.fault(tokens):
-                        faults.append(f"{place}: {fault}")
+                    if problem := vocabulary.problem(tokens):
+                        problems.append(f"{place}: {problem}")
                         continue
                     builder.add_document(tokens, [len(tokens)])
                     counts["documents"] += 1
@@ -174,10 +174,10 @@ def _write(
                 bar.set_postfix(documents=counts["documents"], tokens=counts["tokens"], refresh=False)
     finally:
         builder.data_file.close()
-    if not faults and counts["tokens"] == 0:
-        faults.append(f"input: no tokens in {len(files)} files ({counts['empty']} empty documents)")
-    if faults:
-        raise PreprocessError(faults)
+    if not problems and counts["tokens"] == 0:
+        problems.append(f"input: no tokens in {len(files)} files ({counts['empty']} empty documents)")
+    if problems:
+        raise PreprocessError(problems)
     builder.finalize(str(targets[1]))
     return PreprocessResult(counts["documents"], counts["tokens"], counts["empty"], dtype)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from nemo_ee.text.text_files import sample_index_folder
 
 
-def existing_faults(finished: list[Path]) -> list[str]:
+def existing_problems(finished: list[Path]) -> list[str]:
     """What is wrong with writing to these files when none may be replaced."""
     existing = [str(path) for path in finished if path.exists()]
     if not existing:

@@ -27,38 +27,38 @@ def find_files(config: Any) -> tuple[list[Path], list[str]]:
     known = {name.lower() for name in (*config.jsonl_extensions, *config.text_extensions)}
     rule = f"known endings: {', '.join(sorted(known))}, each also with .gz"
     files: list[Path] = []
-    faults: list[str] = []
+    problems: list[str] = []
     for name in config.input:
         path = Path(name)
         if path.is_dir():
             inside = sorted(entry for entry in path.rglob("*") if entry.is_file())
             chosen = [entry for entry in inside if ending(entry) in known]
             if not chosen:
-                faults.append(f"input: directory {name} has no file of a known type ({rule})")
+                problems.append(f"input: directory {name} has no file of a known type ({rule})")
             if len(chosen) < len(inside):
                 logger.info("%s: %d files of other types left out", name, len(inside) - len(chosen))
             files += chosen
         elif not path.exists():
-            faults.append(f"input: {name} does not exist")
+            problems.append(f"input: {name} does not exist")
         elif ending(path) not in known:
             settings = "text_extensions and jsonl_extensions" if config.text_extensions else "jsonl_extensions"
-            faults.append(f"input: {name} has an unknown ending ({rule}); see {settings}")
+            problems.append(f"input: {name} has an unknown ending ({rule}); see {settings}")
         else:
             files.append(path)
-    return files, faults
+    return files, problems
 
 
 def read_fields(
-    path: Path, config: Any, setting: str, kind: type, faults: list[str], bar: tqdm
+    path: Path, config: Any, setting: str, kind: type, problems: list[str], bar: tqdm
 ) -> Iterator[tuple[str, Any]]:
-    """(file:line, value of one field) of every line of a JSONL file; what cannot be read is added to `faults`.
+    """(file:line, value of one field) of every line of a JSONL file; what cannot be read is added to `problems`.
 
     Args:
         path: the file, possibly .gz.
         config: settings with `max_document_bytes`.
         setting: the setting that names the field.
         kind: type of the field.
-        faults: grows.
+        problems: grows.
         bar: moves on by bytes read from disk.
     """
     key = getattr(config, setting)
@@ -68,7 +68,7 @@ def read_fields(
             lambda record: _field(record, key, kind, setting),
             max_bytes=config.max_document_bytes,
             moved=moved,
-            faults=faults,
+            problems=problems,
         )
 
 

@@ -43,14 +43,14 @@ def read_documents(
         max_bytes: limit of a line; None = no limit.
     """
     documents: list[Document] = []
-    faults: list[str] = []
+    problems: list[str] = []
     for path in paths:
         if not Path(path).is_file():
-            faults.append(f"{path} does not exist; scripts/data/collect_python_sources.py makes such a file")
+            problems.append(f"{path} does not exist; scripts/data/collect_python_sources.py makes such a file")
             continue
-        lines = read_json_lines(Path(path), _document, max_bytes=max_bytes, faults=faults)
+        lines = read_json_lines(Path(path), _document, max_bytes=max_bytes, problems=problems)
         documents += [document for _, document in lines]
-    return documents, faults
+    return documents, problems
 
 
 def _document(record: Any) -> Document:

@@ -18,19 +18,19 @@ from nemo_ee.text.special_tokens import end_of_text_of
 
 logger = logging.getLogger("nemo_ee.scripts")
 
-_MAX_FAULTS = 20  # faults spelled out in a message; the rest is counted
+_MAX_FAULTS = 20  # problems spelled out in a message; the rest is counted
 DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
 
 
 class PreprocessError(ValueError):
     """What is wrong with the settings or the data, all in one message."""
 
-    def __init__(self, faults: list[str]) -> None:
-        shown = [f"  - {fault}" for fault in faults[:_MAX_FAULTS]]
-        if len(faults) > _MAX_FAULTS:
-            shown.append(f"  ... and {len(faults) - _MAX_FAULTS} more")
+    def __init__(self, problems: list[str]) -> None:
+        shown = [f"  - {problem}" for problem in problems[:_MAX_FAULTS]]
+        if len(problems) > _MAX_FAULTS:
+            shown.append(f"  ... and {len(problems) - _MAX_FAULTS} more")
         super().__init__("Nothing was written:\n" + "\n".join(shown))
-        self.faults = tuple(faults)
+        self.problems = tuple(problems)
 
 
 def _without_ending(output: str) -> str:

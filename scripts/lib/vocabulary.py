@@ -55,7 +55,7 @@ class Vocabulary:
             size = values.get("vocab_size") if isinstance(values, dict) else None
         return cls(tokenizer, config, largest, size if isinstance(size, int) and 0 < size <= largest else None)
 
-    def fault(self, tokens: Sequence[int]) -> str | None:
+    def problem(self, tokens: Sequence[int]) -> str | None:
         """What is wrong with the tokens of a document, or None."""
         if self.size is None or max(tokens, default=0) < self.size:
             return None

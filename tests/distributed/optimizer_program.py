@@ -165,8 +165,8 @@ def run(folder: Path, layout: tuple[int, int, int, int], rank: int, kind: str, r
         trainer.ckpt_path = str(checkpoint(folder, resumed))  # as exp_manager does; NeMo looks for the samples there
     try:
         trainer.fit(model)
-    except ValueError as fault:
-        result["refused"] = str(fault)
+    except ValueError as problem:
+        result["refused"] = str(problem)
     result["losses"] = recorder.steps
     result["facts"] = facts(model)
     if kind == "half-distributed" and not resumed:

@@ -38,7 +38,7 @@ def run_script(stem: str, overrides: list[str], changes: dict[str, Any]) -> None
     with script_config(stem, overrides) as cfg:
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value)
-        # Faults as the exceptions they are. Taken back here: conftest does not see what a fixture of a module leaves.
+        # Problems stay exceptions. Taken back here: conftest does not see what a fixture of a module leaves.
         with mock.patch.dict(os.environ, HYDRA_FULL_ERROR="1"):
             script.main(cfg)
 
@@ -152,7 +152,7 @@ def test_where_nothing_is_safe_enough_the_certificate_says_full_depth(start, tmp
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Restoring a model fails the test: the fault must be seen before."""
+    """Restoring a model fails the test: the problem must be seen before."""
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 
     def restore(*args: Any, **kwargs: Any) -> None:
@@ -251,7 +251,7 @@ def test_it_survives_restoring_and_saving(certified, tmp_path):
     from omegaconf import OmegaConf
 
     from nemo_ee.certificates.certificate import find_certificate
-    from nemo_ee.certificates.validity import identify, model_faults
+    from nemo_ee.certificates.validity import identify, model_problems
     from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
     from tests.helpers.megatron_models import cpu_trainer
@@ -268,7 +268,7 @@ def test_it_survives_restoring_and_saving(certified, tmp_path):
         reset_batch_sizes()
         certificate = find_certificate(saved, True)
         assert certificate == find_certificate(certified.path, True)
-        assert not list(model_faults(certificate, identify(saved)))
+        assert not list(model_problems(certificate, identify(saved)))
 
 
 def test_an_exits_only_file_is_calibrated_in_place(start, certified, tmp_path):
@@ -343,7 +343,7 @@ def test_the_task_risk_decodes_and_stops_at_the_first_failure(start, tmp_path):
         generate(end_strings=["="], **common)
 
 
-def test_faults_of_the_request_come_at_once(start, no_weights, tmp_path, monkeypatch):
+def test_problems_of_the_request_come_at_once(start, no_weights, tmp_path, monkeypatch):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"promt": "y"}\n')
     with pytest.raises(ValueError) as caught:

@@ -145,7 +145,7 @@ def test_the_library_comes_without_its_tests(script: ModuleType, environment: Pa
     assert "json" in folders and not folders & {"test", "tests", "idlelib", "site-packages"}
 
 
-def test_faults_are_reported_together(script: ModuleType, environment: Path, tmp_path: Path) -> None:
+def test_problems_are_reported_together(script: ModuleType, environment: Path, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(ValueError) as error:
         collect(script, tmp_path, licences=[], min_file_bytes=0, excluded=["nowhere"])

@@ -127,7 +127,7 @@ def test_the_picture_is_there_and_nothing_is_half_written(folder: Path) -> None:
 # -- refused before anything is built -------------------------------------------------------------------------------
 
 
-def faults_of(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
+def problems_of(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
     from nemo_ee.evaluation import evaluate
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 
@@ -143,18 +143,18 @@ def faults_of(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> str:
 
 def test_everything_missing_is_said_at_once(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = faults_of(monkeypatch, f"output={tmp_path / 'file'}")
+    message = problems_of(monkeypatch, f"output={tmp_path / 'file'}")
     assert "model.restore_from_path is needed and not given" in message
     assert "data is needed and not given; it must be the prefix" in message
     assert "is a file; give a directory" in message
-    message = faults_of(monkeypatch, "model.restore_from_path=absent.nemo", "data=absent")
+    message = problems_of(monkeypatch, "model.restore_from_path=absent.nemo", "data=absent")
     assert "model.restore_from_path='absent.nemo' does not exist" in message
     assert "absent.bin and absent.idx not found; make the data with scripts/data/preprocess_text.py" in message
 
 
-def test_faults_of_model_and_text_come_together(folder: Path, monkeypatch, tmp_path: Path) -> None:
+def test_problems_of_model_and_text_come_together(folder: Path, monkeypatch, tmp_path: Path) -> None:
     text = write_data(tmp_path / "short", [[1]])
-    message = faults_of(
+    message = problems_of(
         monkeypatch, f"model.restore_from_path={folder / 'start.nemo'}", f"data={text}",
         "model.encoder_seq_length=65", "model.global_batch_size=3", "model.micro_batch_size=2",
         "model.tensor_model_parallel_size=2", "trainer.devices=2", "model.sequence_parallel=True",
@@ -173,12 +173,12 @@ def test_a_model_without_exits_says_what_to_do(folder: Path, monkeypatch) -> Non
     read = evaluate.read_config
     bare = {"early_exit": {"exits": []}}
     monkeypatch.setattr(evaluate, "read_config", lambda path: OmegaConf.merge(read(path), bare))
-    message = faults_of(monkeypatch, f"model.restore_from_path={folder / 'start.nemo'}", f"data={folder / 'data'}")
+    message = problems_of(monkeypatch, f"model.restore_from_path={folder / 'start.nemo'}", f"data={folder / 'data'}")
     assert "has no exits; add some with examples/megatron_gpt_early_exit_convert.py" in message
 
 
-def test_a_file_that_is_no_nemo_is_a_fault_like_any_other(monkeypatch, tmp_path: Path) -> None:
+def test_a_file_that_is_no_nemo_is_a_problem_like_any_other(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "x.nemo").write_text("not an archive")
-    message = faults_of(monkeypatch, f"model.restore_from_path={tmp_path / 'x.nemo'}")
+    message = problems_of(monkeypatch, f"model.restore_from_path={tmp_path / 'x.nemo'}")
     assert "x.nemo" in message
     assert "data is needed and not given" in message

@@ -44,7 +44,7 @@ def run_script(*overrides: str, **changes: Any) -> None:
     with script_config(SCRIPT, overrides) as cfg:
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # faults as the exceptions they are; conftest takes it back
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # problems as the exceptions they are; conftest takes it back
         script.main(cfg)
 
 
@@ -250,7 +250,7 @@ def test_prompts_file_and_half_precision(generate, often_met, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Restoring a model fails the test: the fault must be seen before."""
+    """Restoring a model fails the test: the problem must be seen before."""
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 
     def restore(*args: Any, **kwargs: Any) -> None:
@@ -260,7 +260,7 @@ def no_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["early_exit", "static_depth"])
-def test_faults_that_the_file_shows_come_before_its_weights_and_at_once(mode, model, no_weights):
+def test_problems_that_the_file_shows_come_before_its_weights_and_at_once(mode, model, no_weights):
     with pytest.raises(ValueError) as caught:
         run_script(
             **{
@@ -325,7 +325,7 @@ def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tm
 
 @pytest.mark.parametrize("colour", ["never", "always"])
 def test_prompts_that_only_the_loaded_tokenizer_can_refuse_are_refused_at_once(colour, generate, monkeypatch, capsys):
-    """Without a stored tokenizer: both faults, with the prompts' own numbers, before anything is generated."""
+    """Without a stored tokenizer: both problems, with the prompts' own numbers, before anything is generated."""
     from nemo_ee.commands import generate as module
 
     monkeypatch.setattr(module, "stored_tokenizer", lambda path, stored: None)

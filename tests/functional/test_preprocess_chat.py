@@ -227,14 +227,14 @@ MANY_FAULTS = [
 ]
 
 
-def test_all_faults_in_the_data_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
+def test_all_problems_in_the_data_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
-    lines = [fault if isinstance(fault, str) else json.dumps(fault) for fault, _ in MANY_FAULTS]
+    lines = [problem if isinstance(problem, str) else json.dumps(problem) for problem, _ in MANY_FAULTS]
     with pytest.raises(script.PreprocessError) as raised:
         run(script, tmp_path, [], STRICT, output=str(tmp_path / "out"), input=[str(write(path, lines))])
-    assert len(raised.value.faults) == len(MANY_FAULTS)
-    for fault, (_, expected) in zip(raised.value.faults, MANY_FAULTS, strict=True):
-        assert expected in fault
+    assert len(raised.value.problems) == len(MANY_FAULTS)
+    for problem, (_, expected) in zip(raised.value.problems, MANY_FAULTS, strict=True):
+        assert expected in problem
     assert not list(tmp_path.glob("out*")), "nothing is left behind"
 
 

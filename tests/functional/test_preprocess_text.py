@@ -76,7 +76,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def faults_of(script: ModuleType, run: Any) -> str:
+def problems_of(script: ModuleType, run: Any) -> str:
     with pytest.raises(script.PreprocessError) as error:
         script.preprocess(run)
     return str(error.value)
@@ -109,7 +109,7 @@ def test_documents_that_end_with_another_token_than_answers_are_warned_of_once(
     script.preprocess(config(script, tmp_path / "plain", append_eod=False, **settings))
     assert sum("documents end with" in one.getMessage() for one in caplog.records) == warned
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    assert "eos_token_id='x' must be a token id" in faults_of(script, config(script, tmp_path / "b", **settings))
+    assert "eos_token_id='x' must be a token id" in problems_of(script, config(script, tmp_path / "b", **settings))
 
 
 def test_control_without_append_eod_the_documents_do_not_end(
@@ -142,13 +142,13 @@ def test_max_documents_counts_over_batches(script: ModuleType, tmp_path: Path, l
     assert result.documents == limit == len(read_back(tmp_path / "train"))
 
 
-def test_all_faults_of_the_settings_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
+def test_all_problems_of_the_settings_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "data.csv").write_text("a,b")
     (tmp_path / "train.bin").write_bytes(b"old")
     names = ["missing.jsonl", "data.csv", "empty"]
     run = config(script, tmp_path / "train", input=[str(tmp_path / name) for name in names], tokenizer="no/such/model")
-    message = faults_of(script, run)
+    message = problems_of(script, run)
     for part in (
         "missing.jsonl does not exist",
         "data.csv has an unknown ending (known endings: .jsonl, .md",
@@ -160,7 +160,7 @@ def test_all_faults_of_the_settings_come_in_one_message(script: ModuleType, tmp_
     assert (tmp_path / "train.bin").read_bytes() == b"old"
 
 
-def test_all_faults_in_the_data_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
+def test_all_problems_in_the_data_come_in_one_message(script: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     lines = ['{"text": "fine"}', '{"body": 1, "id": 2}', "", '{"text": 3}', "[1]", "{", '{"text": "fine too"}']
     source.write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
@@ -169,7 +169,7 @@ def test_all_faults_in_the_data_come_in_one_message(script: ModuleType, tmp_path
     cut = tmp_path / "c.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"text": "fine"}\n' * 1000)[:-12])
     output = tmp_path / "out" / "train"
-    message = faults_of(script, config(script, output, input=[str(path) for path in (source, other, cut)]))
+    message = problems_of(script, config(script, output, input=[str(path) for path in (source, other, cut)]))
     for part in (
         "a.jsonl:2: no field 'text' (it has 'body', 'id'); name the field with text_key",
         "a.jsonl:4: field 'text' is a JSON int, not a string",
@@ -193,7 +193,7 @@ def test_text_that_no_model_should_read_is_named_with_its_line(script: ModuleTyp
         '{"text": "x", "n": ' + "9" * 5000 + "}",
     ]
     source.write_text("\n".join(lines))
-    message = faults_of(script, config(script, tmp_path / "out" / "train", input=str(source)))
+    message = problems_of(script, config(script, tmp_path / "out" / "train", input=str(source)))
     for number, part in (
         (2, "holds half a character (\\ud83d"),
         (3, "nested too deeply"),
@@ -213,7 +213,7 @@ def test_a_document_beyond_the_limit_is_refused_and_nothing_is_written(
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     run = config(script, tmp_path / "out" / "train", input=[str(good), str(path)], max_document_bytes=len(content) - 1)
-    message = faults_of(script, run)
+    message = problems_of(script, run)
     assert f"{name}{':1' if 'jsonl' in name else ''}: more than {len(content) - 1} bytes" in message
     assert "raise max_document_bytes" in message and files_in(tmp_path / "out") == []
     script.preprocess(run.model_copy(update={"max_document_bytes": len(content)}))
@@ -231,7 +231,7 @@ def test_tokens_that_the_model_lacks_are_named_with_their_text(
     (folder / "tokenizer.json").write_text(json.dumps(values))
     settings = {"tokenizer": str(folder), "input": str(tmp_path / "a.jsonl")}
     write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "x <tool> y"}])
-    message = faults_of(script, config(script, tmp_path / "train", **settings))
+    message = problems_of(script, config(script, tmp_path / "train", **settings))
     assert (
         "a.jsonl:2: the tokenizer gives token 4096 ('<tool>'), which is outside the model's vocabulary 0..4095"
         in message
@@ -265,29 +265,29 @@ def test_a_damaged_file_of_the_tokenizer_is_named(script: ModuleType, tmp_path: 
     shutil.copytree(TOKENIZER, folder, ignore=lambda _, names: [n for n in names if not n.endswith(".json")])
     (folder / name).write_text("[" * 3000 + "]" * 3000)
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    message = faults_of(script, config(script, tmp_path / "train", input=str(source), tokenizer=str(folder)))
+    message = problems_of(script, config(script, tmp_path / "train", input=str(source), tokenizer=str(folder)))
     assert f"{folder / name}:1: nested too deeply" in message
 
 
-def test_many_faults_are_counted(script: ModuleType, tmp_path: Path) -> None:
+def test_many_problems_are_counted(script: ModuleType, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{}] * 50)
-    message = faults_of(script, config(script, tmp_path / "train", input=str(source)))
+    message = problems_of(script, config(script, tmp_path / "train", input=str(source)))
     assert "a.jsonl:20: no field 'text' (it has none)" in message and "... and 30 more" in message
     assert "a.jsonl:21:" not in message
 
 
 def test_an_empty_result_is_an_error(script: ModuleType, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}])
-    message = faults_of(script, config(script, tmp_path / "train", input=str(source)))
+    message = problems_of(script, config(script, tmp_path / "train", input=str(source)))
     assert "no tokens in 1 files (1 empty documents)" in message
     assert files_in(tmp_path) == ["a.jsonl"]
 
 
-def test_a_fault_keeps_existing_output(script: ModuleType, tokenize: Any, tmp_path: Path) -> None:
+def test_a_problem_keeps_existing_output(script: ModuleType, tokenize: Any, tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"text": "x = 1\n"}])
     bad = write_jsonl(tmp_path / "b.jsonl", [{"text": "x = 2\n"}, {}])
     script.preprocess(config(script, tmp_path / "train", input=str(good)))
-    faults_of(script, config(script, tmp_path / "train", input=str(bad), overwrite=True))
+    problems_of(script, config(script, tmp_path / "train", input=str(bad), overwrite=True))
     assert read_back(tmp_path / "train") == [tokenize("x = 1\n") + [EOD]]
     write_jsonl(bad, [{"text": "x = 2\n"}])
     script.preprocess(config(script, tmp_path / "train", input=str(bad), overwrite=True))
@@ -298,8 +298,8 @@ def test_vocabulary_must_fit_the_type(script: ModuleType) -> None:
     assert script.choose_dtype("auto", 65499) == ("uint16", [])
     assert script.choose_dtype("auto", 65500) == ("int32", [])
     assert script.choose_dtype("uint16", 65536) == ("uint16", [])
-    _, (fault,) = script.choose_dtype("uint16", 65537)
-    assert "uint16 holds ids to 65535, the tokenizer has 65536; use int32 or auto" in fault
+    _, (problem,) = script.choose_dtype("uint16", 65537)
+    assert "uint16 holds ids to 65535, the tokenizer has 65536; use int32 or auto" in problem
 
 
 def test_tokenizer_without_end_of_text_or_files_is_an_error(script: ModuleType, tmp_path: Path) -> None:
@@ -307,10 +307,10 @@ def test_tokenizer_without_end_of_text_or_files_is_an_error(script: ModuleType, 
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     run = config(script, tmp_path / "train", input=str(source), tokenizer=str(folder))
-    assert f"tokenizer: cannot load one from {folder}" in faults_of(script, run)
+    assert f"tokenizer: cannot load one from {folder}" in problems_of(script, run)
     shutil.copy(TOKENIZER / "tokenizer.json", folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    assert "has no eos_token for append_eod; set it False" in faults_of(script, run)
+    assert "has no eos_token for append_eod; set it False" in problems_of(script, run)
 
 
 def test_a_tokenizer_that_transformers_5_saved_is_read(script: ModuleType, tokenize: Any, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_tokenizer_code_is_never_run(script: ModuleType, tmp_path: Path) -> None
     settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
-    message = faults_of(script, config(script, tmp_path / "train", input=str(source), tokenizer=str(folder)))
+    message = problems_of(script, config(script, tmp_path / "train", input=str(source), tokenizer=str(folder)))
     assert "cannot load one" in message
     assert not bait.exists()
 
@@ -370,7 +370,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["a.jsonl", "out"] and files_in(tmp_path / "out") == ["train.bin", "train.idx"]
 
 
-def test_command_line_reports_faults_without_a_traceback(tmp_path: Path) -> None:
+def test_command_line_reports_problems_without_a_traceback(tmp_path: Path) -> None:
     failed = run_command(tmp_path, "input=[nope.jsonl,nope.csv]", "output=train", "tokenizer=nope")
     assert failed.returncode == 2
     assert failed.stderr.count(" does not exist") == 2 and "Traceback" not in failed.stderr

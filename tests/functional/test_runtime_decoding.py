@@ -196,21 +196,21 @@ ids, mask = torch.tensor(call["ids"]), torch.tensor(call["mask"])
 settings = {"max_new_tokens": call["new"], "eos_token_id": [], "pad_token_id": 1}
 tokens, result = model.generate(ids, mask, early_exit_threshold=call["thresholds"], return_result=True, **settings)
 full = model.generate(input_ids=ids[:1, 2:], **settings)
-faults = []
+problems = []
 for wrong in ({"num_beams": 2}, {"early_exit_threshold": 2.0}, {"early_exit_threshold": 0.5, "early_exits": ["x"]}):
     try:
         model.generate(ids, mask, **wrong)
-    except ValueError as fault:
-        faults.append(str(fault))
+    except ValueError as problem:
+        problems.append(str(problem))
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_early_exit", trust_remote_code=True, device_map="auto")
-except ValueError as fault:
-    faults.append(str(fault))
+except ValueError as problem:
+    problems.append(str(problem))
 stock = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_full")
 plain = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/hf_early_exit")
 print(json.dumps({
     "tokens": tokens.tolist(), "exits": [event.exit for event in result.events], "full": full.tolist(),
-    "classes": [type(m).__name__ for m in (model, stock, plain)], "faults": faults,
+    "classes": [type(m).__name__ for m in (model, stock, plain)], "problems": problems,
     "logits": (model(ids[:1]) - stock(ids[:1]).logits).abs().max().item() / model(ids[:1]).abs().max().item(),
     "same": torch.equal(plain(ids[:1]).logits, stock(ids[:1]).logits),
 }))
@@ -239,4 +239,4 @@ def test_the_directory_s_own_code(name: str, pair, tmp_path: Path) -> None:
     assert found["classes"] == ["EarlyExitForCausalLM", FAMILIES[name].model_class, FAMILIES[name].model_class]
     assert found["logits"] < 1e-5 and found["same"]
     words = ("num_beams: not supported", "threshold = 2.0 must be", "active names the exit 'x'", "runs on one device")
-    assert all(word in fault for word, fault in zip(words, found["faults"], strict=True)), found["faults"]
+    assert all(word in problem for word, problem in zip(words, found["problems"], strict=True)), found["problems"]

@@ -401,7 +401,7 @@ def test_stop_texts_end_an_answer(model: SimpleNamespace, full: dict) -> None:
         ({"path": "/nowhere.nemo"}, "/nowhere.nemo' does not exist"),
     ],
 )
-def test_faults_are_named(model: SimpleNamespace, settings: dict[str, Any], message: str) -> None:
+def test_problems_are_named(model: SimpleNamespace, settings: dict[str, Any], message: str) -> None:
     from nemo_ee.evaluation.lm_eval_adapter import EarlyExitLM
 
     reset_batch_sizes()
@@ -476,6 +476,6 @@ def test_thresholds_are_swept(model: SimpleNamespace, tmp_path: Path) -> None:
         ({"data": "/nowhere"}, "/nowhere.bin"),
     ],
 )
-def test_faults_of_a_sweep_are_named(model: SimpleNamespace, tmp_path: Path, changed: dict, message: str) -> None:
+def test_problems_of_a_sweep_are_named(model: SimpleNamespace, tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sweep(model, tmp_path, **changed)

@@ -103,7 +103,7 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=name)
 
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What the page complained about: exceptions, refused scripts and styles, failed requests."""
         kinds = ("Runtime.exceptionThrown", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
@@ -196,7 +196,7 @@ def test_a_prompt_typed_and_run(url: str, browser: Browser, tmp_path: Path) -> N
         browser.size(*size)
         assert browser.run("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
         browser.picture(pictures / f"server-{name}.png")
-    assert browser.faults() == []
+    assert browser.problems() == []
 
 
 def test_modes_errors_and_stop(url: str, server, browser: Browser) -> None:
@@ -287,7 +287,7 @@ def test_the_api_page_shows_the_document(url: str, browser: Browser, tmp_path: P
         browser.run("document.getElementById('CompletionRequest').scrollIntoView()")
         assert browser.run("document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
         browser.picture(pictures / f"api-{name}.png")
-    assert browser.faults() == []
+    assert browser.problems() == []
 
 
 def test_the_api_page_asks_for_a_key_and_shows_text_as_text(model: Path, browser: Browser, monkeypatch) -> None:

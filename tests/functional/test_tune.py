@@ -360,9 +360,9 @@ def _script(path: str = f"examples/{SCRIPT}.py"):
              "encoder_seq_length=100 is longer than the model's 32", "trainer.precision=16-mixed"],
         ),
     ],
-    ids=["nothing given", "no such file", "several faults"],
+    ids=["nothing given", "no such file", "several problems"],
 )  # fmt: skip
-def test_the_script_tells_every_fault_at_once(
+def test_the_script_tells_every_problem_at_once(
     overrides: list[str], expected: list[str], start: SimpleNamespace, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -374,7 +374,7 @@ def test_the_script_tells_every_fault_at_once(
     assert ended.value.code == 2
     for text in expected:
         assert text in message, message
-    assert list(tmp_path.iterdir()) == [], "nothing was made before the faults were told"
+    assert list(tmp_path.iterdir()) == [], "nothing was made before the problems were told"
 
 
 def test_bf16_weights_with_fp32_copies_end_to_end(start: SimpleNamespace) -> None:

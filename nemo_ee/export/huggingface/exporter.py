@@ -10,7 +10,7 @@
 
 Tensor by tensor: read once per directory, low-rank updates folded in, one in memory at a time. Then each directory up
 to `parity_gigabytes` is read back whole, for its parity digest. All of it goes to `<output>.partial`, which gets its
-name when everything is on disk; after a fault or an interruption nothing is left.
+name when everything is on disk; after a problem or an interruption nothing is left.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from nemo_ee.export.source import EarlyExitSource, copy_tokenizer
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
     copy_pytorch_package,
     threshold_block,
-    threshold_faults,
+    threshold_problems,
 )
 from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES
@@ -90,7 +90,7 @@ class ExportSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """One directory to write."""
 
     directory: str
@@ -119,15 +119,15 @@ def export_huggingface(settings: ExportSettings) -> Path:
     with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
         exits = settings.wanted_exits(source)
         unknown = unknown_exits("exits", settings.exits, source)
-        refuse(unknown + threshold_faults(exits, settings.thresholds, settings.criterion))
-        artefacts = plan_artefacts(settings, source)
+        refuse(unknown + threshold_problems(exits, settings.thresholds, settings.criterion))
+        artifacts = plan_artifacts(settings, source)
         _ = source.certificates  # a damaged one is a problem now, not after hours of writing
-        _write(settings, source, artefacts, settings.dtype_of(source))
-    logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artefacts))
+        _write(settings, source, artifacts, settings.dtype_of(source))
+    logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artifacts))
     return settings.output
 
 
-def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artefact]:
+def plan_artifacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artifact]:
     """The directories to write.
 
     Raises:
@@ -136,43 +136,43 @@ def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Ar
     """
     stocks = _stocks(source)
     exits = settings.wanted_exits(source)
-    full, artefacts = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), []
-    faults = _threshold_faults(settings, stocks[0].family)
+    full, artifacts = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), []
+    problems = _threshold_problems(settings, stocks[0].family)
     if "full" in settings.targets:
-        artefacts.append(full)
+        artifacts.append(full)
     for exit in exits if "exits" in settings.targets else ():
         reason = exit_refusal(stocks[0].family, exit)
         if reason and settings.exits is not None:
-            faults.append(f"exit {exit.name!r} cannot be a model of its own: {reason}; leave it out")
+            problems.append(f"exit {exit.name!r} cannot be a model of its own: {reason}; leave it out")
         elif reason:
             logger.info("no hf_exit_%s: %s", exit.name, reason)
         else:
-            artefacts.append(_first_that_fits(source, stocks, lambda stock, e=exit: _exit(source, stock, e)))
+            artifacts.append(_first_that_fits(source, stocks, lambda stock, e=exit: _exit(source, stock, e)))
     if "early_exit" in settings.targets:
         table = [exit_entry(source, stocks[0].family, exit) for exit in exits]
         heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
-        artefacts.append(_first_that_fits(source, stocks, lambda stock: _full(stock, heads, table)))
-    if not artefacts and not faults:
-        faults.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
-    refuse(faults)
-    check_tensors(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
-    return artefacts
+        artifacts.append(_first_that_fits(source, stocks, lambda stock: _full(stock, heads, table)))
+    if not artifacts and not problems:
+        problems.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
+    refuse(problems)
+    check_tensors(source, [artifact.plan for artifact in (full, *artifacts)], tied=full.tied)
+    return artifacts
 
 
-def _threshold_faults(settings: ExportSettings, family: Family) -> list[str]:
+def _threshold_problems(settings: ExportSettings, family: Family) -> list[str]:
     """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
     if settings.thresholds is None:
         return []
-    faults = []
+    problems = []
     if not family.pytorch_early_exit:
         able = ", ".join(name for name, other in FAMILIES.items() if other.pytorch_early_exit)
-        faults.append(
+        problems.append(
             f"thresholds={settings.thresholds!r}: TensorRT-LLM's PyTorch backend reads them, and there is no model "
             f"file for {family.model_type}, only for {able}; leave them out"
         )
     if "early_exit" not in settings.targets:
-        faults.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
-    return faults
+        problems.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
+    return problems
 
 
 def exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> dict[str, Any]:
@@ -189,38 +189,38 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
             stored_rows=source.vocabulary_rows(),
             position_rows=source.position_rows(),
         )
-    except ValueError as fault:
-        raise ValueError(f"{source.path}: {fault}") from None
+    except ValueError as problem:
+        raise ValueError(f"{source.path}: {problem}") from None
 
 
 def _full(
     stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
-) -> Artefact:
+) -> Artifact:
     tied = stock.architecture.tied
     model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
     kind = "full" if table is None else "early_exit"
-    return Artefact(f"hf_{kind}", kind, stock, readings(stock.architecture, model), table)
+    return Artifact(f"hf_{kind}", kind, stock, readings(stock.architecture, model), table)
 
 
-def _exit(source: EarlyExitSource, stock: StockConfig, exit: ExitConfig) -> Artefact:
+def _exit(source: EarlyExitSource, stock: StockConfig, exit: ExitConfig) -> Artifact:
     stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
     plan = readings(stock.architecture, draft_model(exit, write_output=not stock.architecture.tied))
-    return Artefact(f"hf_exit_{exit.name}", "exit", stock, plan, exit=exit)
+    return Artifact(f"hf_exit_{exit.name}", "exit", stock, plan, exit=exit)
 
 
 def _first_that_fits(
-    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artefact]
-) -> Artefact:
-    """The artefact of the first config whose constants are the parameters' values.
+    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artifact]
+) -> Artifact:
+    """The artifact of the first config whose constants are the parameters' values.
 
     Raises:
         ValueError: every config has a constant where the `.nemo` has other values.
     """
     for stock in stocks:
-        artefact = make(stock)
-        lost = [own for own in artefact.plan if own.fill is not None and not _is_constant(source, own)]
+        artifact = make(stock)
+        lost = [own for own in artifact.plan if own.fill is not None and not _is_constant(source, own)]
         if not lost:
-            return artefact
+            return artifact
     names = ", ".join(sorted({reading.origin.key for reading in lost}))
     raise ValueError(
         f"{source.path}: {stocks[-1].family.model_class} has no {names}, and theirs are not the values that leaving "
@@ -235,87 +235,87 @@ def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
 
 
 def _write(
-    settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
+    settings: ExportSettings, source: EarlyExitSource, artifacts: Sequence[Artifact], dtype: torch.dtype
 ) -> None:
-    total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
-    generation = source.generation_config(artefacts[0].stock.architecture.vocab_size)
+    total = sum(num_bytes(reading, dtype) for artifact in artifacts for reading in artifact.plan)
+    generation = source.generation_config(artifacts[0].stock.architecture.vocab_size)
     with whole_directory(settings.output, total) as partial:
         thresholds = threshold_block(settings.wanted_exits(source), settings.thresholds, settings.criterion)
         models, digests = [], []
         options = {"desc": settings.output.name, "disable": not settings.progress, "file": messages()}
         bar = tqdm(total=total, unit="B", unit_scale=True, **options)
         with bar:
-            for artefact in artefacts:
-                folder = partial / artefact.directory
+            for artifact in artifacts:
+                folder = partial / artifact.directory
                 folder.mkdir()
-                _write_config(folder, artefact, dtype, thresholds)
+                _write_config(folder, artifact, dtype, thresholds)
                 write_json(folder / GENERATION_CONFIG, generation)
                 shard_bytes = settings.shard_gigabytes * 1e9
-                digests.append(write_weights(folder, artefact.plan, source, dtype, shard_bytes, bar.update))
+                digests.append(write_weights(folder, artifact.plan, source, dtype, shard_bytes, bar.update))
                 copy_tokenizer(source, folder)
-                if artefact.table is not None:
-                    models.append(copy_pytorch_package(folder, artefact.stock.family))
-        parities = [_parity(partial, artefact, settings.parity_gigabytes) for artefact in artefacts]
-        facts = _manifest_facts(settings, source, artefacts, digests, parities, dtype)
+                if artifact.table is not None:
+                    models.append(copy_pytorch_package(folder, artifact.stock.family))
+        parities = [_parity(partial, artifact, settings.parity_gigabytes) for artifact in artifacts]
+        facts = _manifest_facts(settings, source, artifacts, digests, parities, dtype)
         write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
 
 
-def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[str, Any] | None:
-    if not artefact.stock.has_final_norm:
-        logger.info("%s: no parity digest, our runtime computes no model without final norm", artefact.directory)
+def _parity(partial: Path, artifact: Artifact, parity_gigabytes: float) -> dict[str, Any] | None:
+    if not artifact.stock.has_final_norm:
+        logger.info("%s: no parity digest, our runtime computes no model without final norm", artifact.directory)
         return None
     try:
-        return written_parity(partial / artefact.directory, load_model, parity_gigabytes=parity_gigabytes)
-    except ValueError as fault:
+        return written_parity(partial / artifact.directory, load_model, parity_gigabytes=parity_gigabytes)
+    except ValueError as problem:
         raise ValueError(
-            f"what was written cannot be run, so nothing was exported: {fault}\n"
+            f"what was written cannot be run, so nothing was exported: {problem}\n"
             "parity_gigabytes=0 exports without running it"
-        ) from fault
+        ) from problem
 
 
-def _write_config(folder: Path, artefact: Artefact, dtype: torch.dtype, thresholds: dict[str, Any]) -> None:
-    if artefact.table is not None:
-        for name, text in remote_code(artefact.stock.family).items():
+def _write_config(folder: Path, artifact: Artifact, dtype: torch.dtype, thresholds: dict[str, Any]) -> None:
+    if artifact.table is not None:
+        for name, text in remote_code(artifact.stock.family).items():
             (folder / name).write_text(text, encoding="utf-8")
-    write_json(folder / "config.json", config_values(artefact, dtype, thresholds))
+    write_json(folder / "config.json", config_values(artifact, dtype, thresholds))
 
 
-def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an artefact. `thresholds`: of `threshold_block`, for one with a table of exits."""
-    values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
-    if artefact.table is not None:
-        values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
+def config_values(artifact: Artifact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of an artifact. `thresholds`: of `threshold_block`, for one with a table of exits."""
+    values = {**artifact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
+    if artifact.table is not None:
+        values |= {"early_exit": {"exits": artifact.table, **thresholds}, "auto_map": auto_map()}
     return values
 
 
 def _manifest_facts(
     settings: ExportSettings,
     source: EarlyExitSource,
-    artefacts: Sequence[Artefact],
+    artifacts: Sequence[Artifact],
     digests: Sequence[str],
     parities: Sequence[dict[str, Any] | None],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    family = artefacts[0].stock.family
+    family = artifacts[0].stock.family
     return {
         "targets": ["Hugging Face transformers"],
         **settings.manifest_facts(source, dtype),
         "verified": {"transformers": None, "note": NOT_LOADED},
         "exits": [exit_entry(source, family, exit) for exit in source.exits.exits],
-        "artefacts": [
+        "artifacts": [
             {
-                "directory": artefact.directory,
+                "directory": artifact.directory,
                 "format": FORMAT,
-                "kind": artefact.kind,
-                "class": artefact.stock.values["architectures"][0],
-                "exit": None if artefact.exit is None else artefact.exit.name,
-                "architecture": None if artefact.exit is None else artefact.exit.architecture,
-                "num_layers": artefact.stock.architecture.num_layers,
-                **_USES[artefact.kind],
+                "kind": artifact.kind,
+                "class": artifact.stock.values["architectures"][0],
+                "exit": None if artifact.exit is None else artifact.exit.name,
+                "architecture": None if artifact.exit is None else artifact.exit.architecture,
+                "num_layers": artifact.stock.architecture.num_layers,
+                **_USES[artifact.kind],
                 "max_batch": None,
                 "digest": digest,
                 "parity": parity,
             }
-            for artefact, digest, parity in zip(artefacts, digests, parities, strict=True)
+            for artifact, digest, parity in zip(artifacts, digests, parities, strict=True)
         ],
     }

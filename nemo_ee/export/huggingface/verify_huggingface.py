@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from nemo_ee.export.content_digest import ContentDigest
 from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of, readings
-from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artefacts
+from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artifacts
 from nemo_ee.export.huggingface.stock_config import read_stock_config
 from nemo_ee.export.model_origins import described_model
-from nemo_ee.export.parity import parity_faults
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_faults
+from nemo_ee.export.parity import parity_problems
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_problems
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.runtime.loader import DTYPES, load_model
@@ -28,13 +28,13 @@ from nemo_ee.text.json_values import read_json_object
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def artefact_faults(
-    folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
+def artifact_problems(
+    folder: Path, artifact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
 ) -> list[str]:
-    """Every fault of the directory.
+    """Every problem of the directory.
 
     Args:
-        artefact: its entry in the manifest.
+        artifact: its entry in the manifest.
         source: the opened `.nemo`, to compare the numbers with.
         parity_gigabytes: largest model that is run.
 
@@ -42,37 +42,37 @@ def artefact_faults(
         OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
     """
     config = read_json_object(folder / "config.json")
-    plan, dtype = _plan(config, artefact), DTYPES[config["torch_dtype"]]
+    plan, dtype = _plan(config, artifact), DTYPES[config["torch_dtype"]]
     shapes = {piece.name: piece.shape for reading in plan for piece in reading.written}
-    faults: list[str] = []
+    problems: list[str] = []
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         places: dict[str, str] = {}
         for file_name in _file_names(folder):
             file = stack.enter_context(safe_open(folder / file_name, framework="pt", device="cpu"))
-            faults += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
+            problems += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
             files |= dict.fromkeys(file.keys(), file)
             places |= dict.fromkeys(file.keys(), file_name)
-        faults += header_faults(files, shapes, dtype)
-        faults += _index_faults(folder, places)
+        problems += header_problems(files, shapes, dtype)
+        problems += _index_problems(folder, places)
         if source is not None:
-            faults += _config_faults(config, artefact, source)
-        if not faults:
-            faults += _weight_faults(plan, files, source, dtype, artefact.get("digest"))
-    if not faults:
-        faults += parity_faults(artefact.get("parity"), folder, load_model, parity_gigabytes=parity_gigabytes)
-    return faults
+            problems += _config_problems(config, artifact, source)
+        if not problems:
+            problems += _weight_problems(plan, files, source, dtype, artifact.get("digest"))
+    if not problems:
+        problems += parity_problems(artifact.get("parity"), folder, load_model, parity_gigabytes=parity_gigabytes)
+    return problems
 
 
-def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+def _config_problems(config: dict[str, Any], artifact: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
     """Where config.json is not what an export of the `.nemo` would say; the thresholds are the user's choice."""
-    block, kind = config.get("early_exit") or {}, artefact["kind"]
-    exits = [entry["name"] for entry in block.get("exits", ())] if kind == "early_exit" else [artefact["exit"]]
+    block, kind = config.get("early_exit") or {}, artifact["kind"]
+    exits = [entry["name"] for entry in block.get("exits", ())] if kind == "early_exit" else [artifact["exit"]]
     targets, exits = ("exits",) if kind == "exit" else (kind,), () if kind == "full" else tuple(exits)
     # Taken from the directory itself, so nothing of it is a user's to check.
     settings = ExportSettings.model_construct(checkpoint=source.path, targets=targets, exits=exits)
     thresholds = {key: value for key, value in block.items() if key != "exits"}
-    (planned,) = plan_artefacts(settings, source)
+    (planned,) = plan_artifacts(settings, source)
     wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
     if not planned.stock.architecture.learned_positions:  # exports of earlier versions have one spelling
         config = with_both_spellings(config)
@@ -82,13 +82,13 @@ def _config_faults(config: dict[str, Any], artefact: dict[str, Any], source: Ear
             yield f"config.json: {key} is {found}, must be {must}"
 
 
-def _plan(config: dict[str, Any], artefact: dict[str, Any]) -> list[Reading]:
+def _plan(config: dict[str, Any], artifact: dict[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
     stock = read_stock_config(config)
     # A stock class ignores a table of exits, so one in another kind's config.json says nothing of its tensors.
-    table = (config.get("early_exit") or {}).get("exits", []) if artefact["kind"] == "early_exit" else []
+    table = (config.get("early_exit") or {}).get("exits", []) if artifact["kind"] == "early_exit" else []
     tied = stock.tied
-    return readings(stock, described_model(artefact, table, stock.num_layers, tied=tied, write_output=not tied))
+    return readings(stock, described_model(artifact, table, stock.num_layers, tied=tied, write_output=not tied))
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -97,7 +97,7 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-def _index_faults(folder: Path, places: dict[str, str]) -> Iterator[str]:
+def _index_problems(folder: Path, places: dict[str, str]) -> Iterator[str]:
     if not (folder / _INDEX).is_file():
         return
     weight_map = read_json_object(folder / _INDEX)["weight_map"]
@@ -108,7 +108,7 @@ def _index_faults(folder: Path, places: dict[str, str]) -> Iterator[str]:
             yield f"{name} is in {places[name]}, {_INDEX} says {weight_map[name]}"
 
 
-def _weight_faults(
+def _weight_problems(
     plan: list[Reading],
     files: dict[str, Any],
     source: EarlyExitSource | None,
@@ -123,12 +123,12 @@ def _weight_faults(
     """
     digest, holder = ContentDigest(), "the files" if source is None else "the .nemo"
     for reading in plan:
-        yield from _reading_faults(reading, files, source, dtype, digest)
+        yield from _reading_problems(reading, files, source, dtype, digest)
     if stated is not None and digest.hexdigest() != stated:
         yield f"the manifest's digest is {stated}, that of {holder} is {digest.hexdigest()}"
 
 
-def _reading_faults(
+def _reading_problems(
     reading: Reading, files: dict[str, Any], source: EarlyExitSource | None, dtype: torch.dtype, digest: ContentDigest
 ) -> Iterator[str]:
     if not reading.written:

@@ -58,7 +58,7 @@ def threshold_block(
     return {"criterion": criterion, "thresholds": asked}
 
 
-def threshold_faults(
+def threshold_problems(
     exits: Sequence[ExitConfig],
     thresholds: float | Mapping[str, float] | None,
     criterion: str,
@@ -68,8 +68,8 @@ def threshold_faults(
     thresholds that no exit gets."""
     try:
         block = threshold_block(exits, thresholds, criterion)
-    except ValueError as fault:
-        return [str(fault)]
+    except ValueError as problem:
+        return [str(problem)]
     if thresholds is not None and not block["thresholds"]:
         return [
             f"thresholds={thresholds!r}: no exit gets one (it is empty, or no exit without attention of its own is "
@@ -82,27 +82,27 @@ def threshold_faults(
     return []
 
 
-def engine_faults(engine: EngineClass, pipeline_parallel: int) -> list[str]:
+def engine_problems(engine: EngineClass, pipeline_parallel: int) -> list[str]:
     """Why no class of the engine's model file builds a checkpoint of a class, so that thresholds would do nothing."""
-    faults = []
+    problems = []
     if engine.early_exit is None:
         engines = [family.engine for family in FAMILIES.values() if family.engine is not None]
         able = [own.architecture for own in engines if own.early_exit is not None]
-        faults.append(
+        problems.append(
             f"thresholds: {engine.architecture} has no class with which an engine leaves early, only "
             f"{', '.join(able)} have; leave thresholds out"
         )
     if pipeline_parallel > 1:
-        faults.append(
+        problems.append(
             f"thresholds with pipeline_parallel={pipeline_parallel}: an engine that leaves early has one stage; set "
             "pipeline_parallel=1, or leave thresholds out"
         )
-    return faults
+    return problems
 
 
 def copy_engine_file(to: Path, engine: EngineClass, pipeline_parallel: int) -> dict[str, Any] | None:
     """Copy the engine's model file into `to`; its entry for the manifest. None where it cannot build the export."""
-    if engine_faults(engine, pipeline_parallel):
+    if engine_problems(engine, pipeline_parallel):
         return None
     shutil.copyfile(_FILES / ENGINE_FILE, to / ENGINE_FILE)
     return {

@@ -9,7 +9,7 @@
     manifest.json     written last
 
 Tensor by tensor: read once, every rank's part written to its file. All of it goes to `<output>.partial`, which gets
-its name when everything is on disk; after a fault or an interruption nothing is left.
+its name when everything is on disk; after a problem or an interruption nothing is left.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from nemo_ee.export.source import EarlyExitSource, copy_tokenizer, row_blocks
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
     ENGINE_CRITERIA,
     copy_engine_file,
-    engine_faults,
+    engine_problems,
     threshold_block,
-    threshold_faults,
+    threshold_problems,
 )
 from nemo_ee.export.tensorrt_llm.unified_config import checkpoint_config, stock_family
 from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
@@ -52,7 +52,7 @@ from nemo_ee.export.tensorrt_llm.unified_tensors import (
     Part,
     Reading,
     draft_refusal,
-    parallel_faults,
+    parallel_problems,
     rank_shapes,
     readings,
     stage_of,
@@ -86,7 +86,7 @@ class ExportSettings(SharedSettings):
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """One checkpoint directory to write."""
 
     directory: str
@@ -113,52 +113,52 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         architecture = _checked(settings, source, exits)
         if not source.config.get("vocab_size"):
             architecture = dataclasses.replace(architecture, vocab_size=source.vocabulary_rows())
-        artefacts = plan_artefacts(settings, source, architecture, exits)
-        check_tensors(source, [artefact.plan for artefact in artefacts], tied=artefacts[0].tied)
+        artifacts = plan_artifacts(settings, source, architecture, exits)
+        check_tensors(source, [artifact.plan for artifact in artifacts], tied=artifacts[0].tied)
         _ = source.certificates  # a damaged one is a problem now, not after hours of writing
-        _write(settings, source, architecture, artefacts, exits, settings.dtype_of(source))
-    logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artefacts), NOT_RUN)
+        _write(settings, source, architecture, artifacts, exits, settings.dtype_of(source))
+    logger.info("wrote %s: %s; %s", settings.output, ", ".join(a.directory for a in artifacts), NOT_RUN)
     return settings.output
 
 
 def _checked(settings: ExportSettings, source: EarlyExitSource, exits: Sequence[ExitConfig]) -> Architecture:
     """The architecture, with all that can be refused from the config alone."""
     drafts = settings.drafts or ()
-    faults = unknown_exits("exits", settings.exits, source) + unknown_exits("drafts", drafts, source)
+    problems = unknown_exits("exits", settings.exits, source) + unknown_exits("drafts", drafts, source)
     for exit in exits:
         if "lm_head" in exit.name:
-            faults.append(
+            problems.append(
                 f"exit {exit.name!r}: TensorRT-LLM treats tensors called lm_head apart; leave it out (exits=[...])"
             )
-    faults += threshold_faults(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
+    problems += threshold_problems(exits, settings.thresholds, settings.criterion, ENGINE_CRITERIA)
     try:
         architecture = read_architecture(source.config, stored_rows=1, max_positions=settings.max_position_embeddings)
         engine = stock_family(architecture).engine
-    except ValueError as fault:
-        faults.append(f"{settings.checkpoint}: {fault}")
+    except ValueError as problem:
+        problems.append(f"{settings.checkpoint}: {problem}")
     else:
-        faults += parallel_faults(architecture, settings.tensor_parallel, settings.pipeline_parallel)
+        problems += parallel_problems(architecture, settings.tensor_parallel, settings.pipeline_parallel)
         if settings.thresholds is not None:
-            faults += engine_faults(engine, settings.pipeline_parallel)
+            problems += engine_problems(engine, settings.pipeline_parallel)
         if settings.draft_ranks != settings.tensor_parallel:
-            faults += [f"draft_{fault}" for fault in parallel_faults(architecture, settings.draft_ranks, 1)]
+            problems += [f"draft_{problem}" for problem in parallel_problems(architecture, settings.draft_ranks, 1)]
         for exit in source.exits.exits:
             reason = draft_refusal(architecture, exit)
             if exit.name in drafts and reason:
-                faults.append(f"drafts: exit {exit.name!r} cannot be one: {reason}; leave it out")
-    refuse(faults)
+                problems.append(f"drafts: exit {exit.name!r} cannot be one: {reason}; leave it out")
+    refuse(problems)
     return architecture
 
 
-def plan_artefacts(
+def plan_artifacts(
     settings: ExportSettings, source: EarlyExitSource, architecture: Architecture, exits: Sequence[ExitConfig]
-) -> list[Artefact]:
+) -> list[Artifact]:
     """The directories to write. A tied output projection is left out only where one rank has the embeddings too."""
     tp, pp = settings.tensor_parallel, settings.pipeline_parallel
     tied = architecture.tied
     heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
     model = full_model(architecture.num_layers, heads, tied=tied, write_output=not tied or tp * pp > 1)
-    artefacts = [Artefact(CHECKPOINT, model, readings(architecture, model, pp), tp, pp, tied)]
+    artifacts = [Artifact(CHECKPOINT, model, readings(architecture, model, pp), tp, pp, tied)]
     for exit in source.exits.exits:
         wanted = exit in exits if settings.drafts is None else exit.name in settings.drafts
         reason = draft_refusal(architecture, exit)
@@ -167,53 +167,53 @@ def plan_artefacts(
         elif wanted:
             model = draft_model(exit)
             plan = readings(architecture, model, 1)
-            artefacts.append(Artefact(f"draft_{exit.name}", model, plan, settings.draft_ranks, 1, False, exit))
-    return artefacts
+            artifacts.append(Artifact(f"draft_{exit.name}", model, plan, settings.draft_ranks, 1, False, exit))
+    return artifacts
 
 
 def _write(
     settings: ExportSettings,
     source: EarlyExitSource,
     architecture: Architecture,
-    artefacts: Sequence[Artefact],
+    artifacts: Sequence[Artifact],
     exits: Sequence[ExitConfig],
     dtype: torch.dtype,
 ) -> None:
-    total = sum(math.prod(s) for a in artefacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
+    total = sum(math.prod(s) for a in artifacts for rank in _shapes(a) for s in rank.values()) * dtype.itemsize
     generation = source.generation_config(architecture.vocab_size)
     with whole_directory(settings.output, total) as partial:
-        table = _exit_table(settings, source, architecture, artefacts, exits)
+        table = _exit_table(settings, source, architecture, artifacts, exits)
         early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
         options = {"desc": settings.output.name, "disable": not settings.progress, "file": messages()}
         bar = tqdm(total=total, unit="B", unit_scale=True, **options)
         with bar:
-            for artefact in artefacts:
-                is_draft = artefact.exit is not None
+            for artifact in artifacts:
+                is_draft = artifact.exit is not None
                 config = checkpoint_config(
-                    architecture, num_layers=len(artefact.model.layers), tensor_parallel=artefact.tensor_parallel,
-                    pipeline_parallel=artefact.pipeline_parallel, dtype=str(dtype).removeprefix("torch."),
-                    tied=artefact.tied, early_exit=None if is_draft else early_exit,
+                    architecture, num_layers=len(artifact.model.layers), tensor_parallel=artifact.tensor_parallel,
+                    pipeline_parallel=artifact.pipeline_parallel, dtype=str(dtype).removeprefix("torch."),
+                    tied=artifact.tied, early_exit=None if is_draft else early_exit,
                 )  # fmt: skip
-                write_artefact(partial / artefact.directory, artefact, source, config, dtype, bar.update)
-                write_json(partial / artefact.directory / GENERATION_CONFIG, generation)
+                write_artifact(partial / artifact.directory, artifact, source, config, dtype, bar.update)
+                write_json(partial / artifact.directory / GENERATION_CONFIG, generation)
         copy_tokenizer(source, partial / "tokenizer")
         gigabytes = settings.parity_gigabytes
         parities = [
-            written_parity(partial / artefact.directory, load_checkpoint, parity_gigabytes=gigabytes)
-            for artefact in artefacts
+            written_parity(partial / artifact.directory, load_checkpoint, parity_gigabytes=gigabytes)
+            for artifact in artifacts
         ]
-        facts = _manifest_facts(settings, source, artefacts, parities, table, dtype)
+        facts = _manifest_facts(settings, source, artifacts, parities, table, dtype)
         model = copy_engine_file(partial, stock_family(architecture).engine, settings.pipeline_parallel)
         write_manifest(partial, {**facts, "early_exit_models": [] if model is None else [model]})
 
 
-def _shapes(artefact: Artefact) -> list[dict[str, tuple[int, ...]]]:
-    return rank_shapes(artefact.plan, artefact.tensor_parallel, artefact.pipeline_parallel)
+def _shapes(artifact: Artifact) -> list[dict[str, tuple[int, ...]]]:
+    return rank_shapes(artifact.plan, artifact.tensor_parallel, artifact.pipeline_parallel)
 
 
-def write_artefact(
+def write_artifact(
     directory: Path,
-    artefact: Artefact,
+    artifact: Artifact,
     source: EarlyExitSource,
     config: dict[str, Any],
     dtype: torch.dtype,
@@ -227,11 +227,11 @@ def write_artefact(
             stack.enter_context(
                 SafetensorsWriter(directory / f"rank{rank}.safetensors", {n: (dtype, s) for n, s in shapes.items()})
             )
-            for rank, shapes in enumerate(_shapes(artefact))
+            for rank, shapes in enumerate(_shapes(artifact))
         ]
-        for reading in artefact.plan:
+        for reading in artifact.plan:
             tensor = source.read(reading.origin, reading.shape, dtype)
-            for rank, name, part in reading.parts(artefact.tensor_parallel):
+            for rank, name, part in reading.parts(artifact.tensor_parallel):
                 writers[rank].write(name, part_of(tensor, part))
                 on_bytes(math.prod(part.shape) * dtype.itemsize)
             del tensor
@@ -252,10 +252,10 @@ def _exit_table(
     settings: ExportSettings,
     source: EarlyExitSource,
     architecture: Architecture,
-    artefacts: Sequence[Artefact],
+    artifacts: Sequence[Artifact],
     exits: Sequence[ExitConfig],
 ) -> list[dict[str, Any]]:
-    drafts = {a.exit.name for a in artefacts if a.exit is not None}
+    drafts = {a.exit.name for a in artifacts if a.exit is not None}
     return [
         {
             **source.exit_row(exit),
@@ -270,33 +270,33 @@ def _exit_table(
 def _manifest_facts(
     settings: ExportSettings,
     source: EarlyExitSource,
-    artefacts: Sequence[Artefact],
+    artifacts: Sequence[Artifact],
     parities: Sequence[dict[str, Any] | None],
     table: list[dict[str, Any]],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     described = [
         {
-            "directory": artefact.directory,
-            "use": "target model; stock classes ignore exit_heads.*" if artefact.exit is None else "draft model",
-            "exit": None if artefact.exit is None else artefact.exit.name,
-            "architecture": None if artefact.exit is None else artefact.exit.architecture,
-            "num_layers": len(artefact.model.layers),
-            "tensor_parallel": artefact.tensor_parallel,
-            "pipeline_parallel": artefact.pipeline_parallel,
+            "directory": artifact.directory,
+            "use": "target model; stock classes ignore exit_heads.*" if artifact.exit is None else "draft model",
+            "exit": None if artifact.exit is None else artifact.exit.name,
+            "architecture": None if artifact.exit is None else artifact.exit.architecture,
+            "num_layers": len(artifact.model.layers),
+            "tensor_parallel": artifact.tensor_parallel,
+            "pipeline_parallel": artifact.pipeline_parallel,
             # Alone, a draft is the model cut at its exit; the target checks its tokens in draft-target decoding.
-            "lossless": True if artefact.exit is None else "with trtllm_ckpt as the target; not when served alone",
+            "lossless": True if artifact.exit is None else "with trtllm_ckpt as the target; not when served alone",
             "kv": "its own, every layer writes every position",
             "max_batch": None,
             "parity": parity,
         }
-        for artefact, parity in zip(artefacts, parities, strict=True)
+        for artifact, parity in zip(artifacts, parities, strict=True)
     ]
     return {
         "targets": TARGETS,
         **settings.manifest_facts(source, dtype),
         "max_position_embeddings": settings.max_position_embeddings,
         "exits": table,
-        "artefacts": described,
+        "artifacts": described,
         "verified": {"tensorrt_llm": None, "note": NOT_RUN},
     }

@@ -215,19 +215,19 @@ def rank_shapes(
     return ranks
 
 
-def parallel_faults(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> list[str]:
+def parallel_problems(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> list[str]:
     """Sizes that do not fit the model, each with the way out."""
     a, tp, pp = architecture, tensor_parallel, pipeline_parallel
-    faults = [
+    problems = [
         f"tensor_parallel={tp} does not divide {name}={value}; choose a divisor"
         for name, value in (("num_attention_heads", a.num_attention_heads), ("ffn_hidden_size", a.ffn_hidden_size))
         if value % tp
     ]
     groups = a.num_query_groups
     if groups % tp and tp % groups:
-        faults.append(
+        problems.append(
             f"tensor_parallel={tp} and num_query_groups={groups}: one must divide the other; choose another size"
         )
     if a.num_layers % pp:
-        faults.append(f"pipeline_parallel={pp} does not divide num_layers={a.num_layers}; choose a divisor")
-    return faults
+        problems.append(f"pipeline_parallel={pp} does not divide num_layers={a.num_layers}; choose a divisor")
+    return problems

@@ -5,7 +5,7 @@
 config.json is compared field by field with the one the export would write: for what the `.nemo` says where that is
 given, otherwise for what the file itself says of the model. Thresholds may be edited, so they are not compared.
 
-Nothing here runs TensorRT-LLM; a directory without faults is what its format asks for and computes, in nemo_ee's own
+Nothing here runs TensorRT-LLM; a directory without problems is what its format asks for and computes, in nemo_ee's own
 runtime, what its manifest states.
 """
 
@@ -22,8 +22,8 @@ from safetensors import safe_open
 
 from nemo_ee.checkpoint.nemo_config import read_architecture
 from nemo_ee.export.model_origins import described_model
-from nemo_ee.export.parity import parity_faults
-from nemo_ee.export.safetensors_writer import header_faults
+from nemo_ee.export.parity import parity_problems
+from nemo_ee.export.safetensors_writer import header_problems
 from nemo_ee.export.source import EarlyExitSource, Origin
 from nemo_ee.export.tensorrt_llm.unified_checkpoint import part_of
 from nemo_ee.export.tensorrt_llm.unified_config import architecture_of, checkpoint_config, stock_family
@@ -34,13 +34,13 @@ from nemo_ee.runtime.loader import DTYPES
 from nemo_ee.text.json_values import read_json_object
 
 
-def artefact_faults(
-    folder: Path, artefact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
+def artifact_problems(
+    folder: Path, artifact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
 ) -> list[str]:
-    """Every fault of a checkpoint directory.
+    """Every problem of a checkpoint directory.
 
     Args:
-        artefact: its entry in the manifest, with the manifest's `max_position_embeddings`.
+        artifact: its entry in the manifest, with the manifest's `max_position_embeddings`.
         source: the opened `.nemo`, to compare the numbers with.
         parity_gigabytes: largest model that is run.
 
@@ -55,43 +55,43 @@ def artefact_faults(
     computed_by = stock_family(architecture).engine.architecture
     if config["architecture"] != computed_by:
         return [f"architecture: {config['architecture']}, but {computed_by} computes what is described"]
-    faults = [*_config_faults(config, _expected_architecture(architecture, artefact, source))]
+    problems = [*_config_problems(config, _expected_architecture(architecture, artifact, source))]
     if source is not None:
-        faults += _exit_table_faults(config, source)
-    plan = _plan(architecture, config, artefact, tp * pp, pp)
+        problems += _exit_table_problems(config, source)
+    plan = _plan(architecture, config, artifact, tp * pp, pp)
     for rank, shapes in enumerate(rank_shapes(plan, tp, pp)):
         path = folder / f"rank{rank}.safetensors"
         if not path.is_file():
-            faults.append(f"{path.name} is missing")
+            problems.append(f"{path.name} is missing")
             continue
         with safe_open(path, framework="pt", device="cpu") as file:
-            wrong = header_faults(dict.fromkeys(file.keys(), file), shapes, dtype)
-            faults += [f"{path.name}: {fault}" for fault in wrong]
-    if source is not None and not faults:
-        faults += _weight_faults(folder, plan, source, dtype, tp, pp)
-    if not faults:
-        faults += parity_faults(artefact.get("parity"), folder, load_checkpoint, parity_gigabytes=parity_gigabytes)
-    return faults
+            wrong = header_problems(dict.fromkeys(file.keys(), file), shapes, dtype)
+            problems += [f"{path.name}: {problem}" for problem in wrong]
+    if source is not None and not problems:
+        problems += _weight_problems(folder, plan, source, dtype, tp, pp)
+    if not problems:
+        problems += parity_problems(artifact.get("parity"), folder, load_checkpoint, parity_gigabytes=parity_gigabytes)
+    return problems
 
 
 def _expected_architecture(
-    described: Architecture, artefact: dict[str, Any], source: EarlyExitSource | None
+    described: Architecture, artifact: dict[str, Any], source: EarlyExitSource | None
 ) -> Architecture:
     """What config.json has to describe: what it does without a source, else the `.nemo`'s model, or its draft."""
     if source is None:
         return described
     expected = read_architecture(
-        source.config, stored_rows=source.vocabulary_rows(), max_positions=artefact.get("max_position_embeddings")
+        source.config, stored_rows=source.vocabulary_rows(), max_positions=artifact.get("max_position_embeddings")
     )
-    if artefact["exit"] is None:
+    if artifact["exit"] is None:
         return expected
-    exit = next((exit for exit in source.exits.exits if exit.name == artefact["exit"]), None)
+    exit = next((exit for exit in source.exits.exits if exit.name == artifact["exit"]), None)
     if exit is None:
-        raise ValueError(f"the .nemo has no exit {artefact['exit']!r}")
+        raise ValueError(f"the .nemo has no exit {artifact['exit']!r}")
     return dataclasses.replace(expected, num_layers=exit.layer + (exit.architecture == "layer"), tied=False)
 
 
-def _config_faults(config: dict[str, Any], architecture: Architecture) -> Iterator[str]:
+def _config_problems(config: dict[str, Any], architecture: Architecture) -> Iterator[str]:
     """Fields that differ from what the export writes for this model, on the ranks and in the dtype of the shards."""
     sizes = config["mapping"]
     expected = checkpoint_config(
@@ -112,7 +112,7 @@ def _config_faults(config: dict[str, Any], architecture: Architecture) -> Iterat
             yield f"config.json: {field} is {config[field]!r}, must be {expected[field]!r}"
 
 
-def _exit_table_faults(config: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+def _exit_table_problems(config: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
     known = {exit.name: exit for exit in source.exits.exits}
     for row in (config.get("early_exit") or {}).get("exits", []):
         exit = known.get(row["name"])
@@ -125,17 +125,17 @@ def _exit_table_faults(config: dict[str, Any], source: EarlyExitSource) -> Itera
 
 
 def _plan(
-    architecture: Architecture, config: dict[str, Any], artefact: dict[str, Any], world_size: int, pp: int
+    architecture: Architecture, config: dict[str, Any], artifact: dict[str, Any], world_size: int, pp: int
 ) -> list[Reading]:
     """The readings of the checkpoint that a config.json describes; the origins are those of its export."""
     table = (config.get("early_exit") or {}).get("exits", [])
     layers, tied = architecture.num_layers, architecture.tied
-    write_output = artefact["exit"] is not None or not tied or world_size > 1
-    model = described_model(artefact, table, layers, tied=tied, write_output=write_output)
+    write_output = artifact["exit"] is not None or not tied or world_size > 1
+    model = described_model(artifact, table, layers, tied=tied, write_output=write_output)
     return readings(architecture, model, pp)
 
 
-def _weight_faults(
+def _weight_problems(
     folder: Path, plan: list[Reading], source: EarlyExitSource, dtype: torch.dtype, tp: int, pp: int
 ) -> Iterator[str]:
     with ExitStack() as stack:

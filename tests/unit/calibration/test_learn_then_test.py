@@ -15,7 +15,7 @@ from nemo_ee.calibration.calibration_prompts import make_prompts, read_entries
 from nemo_ee.calibration.calibration_report import policy_table
 from nemo_ee.calibration.calibration_request import DEFAULT_GRID
 from nemo_ee.calibration.learn_then_test import (
-    candidate_faults,
+    candidate_problems,
     divergence,
     fastest,
     learn_then_test,
@@ -89,12 +89,12 @@ def test_paths():
 
 
 def test_combinations_are_counted():
-    assert not list(candidate_faults([0.5, 0.0], 7, 1.0))
-    (fault,) = candidate_faults([0.5, 0.0], 8, 1.0)
-    assert "for each of 8 exits are 6561 policies, more than 4096; give a grid of at most 1" in fault
-    assert not list(candidate_faults([0.5], 8, 1.0)), "as the message says"
-    (fault,) = candidate_faults(DEFAULT_GRID["margin"], 3, 1.0)
-    assert "26 thresholds" in fault and "give a grid of at most 15, or fewer exits" in fault
+    assert not list(candidate_problems([0.5, 0.0], 7, 1.0))
+    (problem,) = candidate_problems([0.5, 0.0], 8, 1.0)
+    assert "for each of 8 exits are 6561 policies, more than 4096; give a grid of at most 1" in problem
+    assert not list(candidate_problems([0.5], 8, 1.0)), "as the message says"
+    (problem,) = candidate_problems(DEFAULT_GRID["margin"], 3, 1.0)
+    assert "26 thresholds" in problem and "give a grid of at most 15, or fewer exits" in problem
 
 
 def test_divergence_counts_positions_of_the_longer_answer():
@@ -144,7 +144,7 @@ def test_documents_give_pieces_of_themselves(tmp_path):
         prompts(entries, num_prompts=6)
 
 
-def test_prompts_are_taken_whole_and_faults_name_their_place(tmp_path):
+def test_prompts_are_taken_whole_and_problems_name_their_place(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"prompt": "5 6", "answer": "7"}\n\n{"prompt": "8"}\n')
     entries, digest = read_entries(file)

@@ -21,7 +21,7 @@ def test_a_users_error_ends_with_its_message_and_code_2(error: Exception, capsys
     assert str(error) in capsys.readouterr().err
 
 
-def test_our_own_fault_keeps_its_traceback() -> None:
+def test_our_own_error_keeps_its_traceback() -> None:
     with pytest.raises(AssertionError), command(CONFIG):
         raise AssertionError("a bug")
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of a generation request: all of them at once, each with its value, the rule and the way out."""
+"""Problems of a generation request: all of them at once, each with its value, the rule and the way out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
-def fault(tmp_path: Path, **changes: Any) -> str:
+def problem(tmp_path: Path, **changes: Any) -> str:
     with pytest.raises(ValueError) as caught:
         GenerationRequest.from_config(config(tmp_path, **changes))
     return str(caught.value)
@@ -103,14 +103,14 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_each_fault_names_the_value_and_the_rule(changes, parts, tmp_path):
-    message = fault(tmp_path, **changes)
+def test_each_problem_names_the_value_and_the_rule(changes, parts, tmp_path):
+    message = problem(tmp_path, **changes)
     assert all(part in message for part in parts), message
-    assert len(message.splitlines()) == 2, "one fault, one line"
+    assert len(message.splitlines()) == 2, "one problem, one line"
 
 
-def test_all_faults_come_at_once(tmp_path):
-    message = fault(tmp_path, mode="fast", threshold=2, top_p=0, prompts=[], colour="pink")
+def test_all_problems_come_at_once(tmp_path):
+    message = problem(tmp_path, mode="fast", threshold=2, top_p=0, prompts=[], colour="pink")
     for part in ("fast", "threshold = 2", "top_p=0", "no prompts", "pink"):
         assert part in message
 
@@ -118,7 +118,7 @@ def test_all_faults_come_at_once(tmp_path):
 def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("mine")
-    assert "overwrite=True" in fault(tmp_path, output=str(output))
+    assert "overwrite=True" in problem(tmp_path, output=str(output))
     assert GenerationRequest.from_config(config(tmp_path, output=str(output), overwrite=True)).output == output
     assert output.read_text() == "mine"
 
@@ -143,13 +143,13 @@ def test_a_gzipped_file_reads_as_what_is_in_it(tmp_path):
         given = config(tmp_path, prompts=[], prompts_file=str(tmp_path / name))
         assert GenerationRequest.from_config(given).prompts == ("one",)
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"one")[:-4])
-    assert "cut.gz:1: cannot be read" in fault(tmp_path, prompts=[], prompts_file=str(tmp_path / "cut.gz"))
+    assert "cut.gz:1: cannot be read" in problem(tmp_path, prompts=[], prompts_file=str(tmp_path / "cut.gz"))
 
 
 def test_every_bad_line_of_a_jsonl_is_named(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\nnope\n{"text": "a"}\n["prompt"]\n{"prompt": 3}\n')
-    message = fault(tmp_path, prompts=[], prompts_file=str(file))
+    message = problem(tmp_path, prompts=[], prompts_file=str(file))
     assert [f"p.jsonl:{number}:" in message for number in range(1, 6)] == [False, True, True, True, True]
 
 
@@ -157,7 +157,7 @@ def test_keys_that_the_output_has_itself_are_refused_with_line_and_key(tmp_path)
     file = tmp_path / "p.jsonl"
     lines = [{"id": 1}, *({key: "mine", "id": 2} for key in OUTPUT_KEYS if key != "prompt")]
     file.write_text("".join(json.dumps({"prompt": "a", **line}) + "\n" for line in lines))
-    message = fault(tmp_path, prompts=[], prompts_file=str(file))
+    message = problem(tmp_path, prompts=[], prompts_file=str(file))
     for number, key in enumerate(["text", "finish_reason", "tokens", "error"], start=2):
         assert f'p.jsonl:{number}: the key "{key}" is one that the output has itself; rename it' in message
     assert "line 1:" not in message
@@ -170,15 +170,15 @@ def test_half_of_a_surrogate_pair_is_refused_where_it_is_read(line, tmp_path):
     """UTF-8 cannot hold one, so writing the output would fail after the answer was made."""
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "\\ud83d\\ude00", "id": "\\ud83d\\ude00"}\n' + line + "\n")
-    message = fault(tmp_path, prompts=[], prompts_file=str(file))
+    message = problem(tmp_path, prompts=[], prompts_file=str(file))
     assert "p.jsonl:2: holds half a character" in message and "p.jsonl:1" not in message
-    assert "half of a surrogate pair" in fault(tmp_path, prompts=["fine", "a \udcff"])
+    assert "half of a surrogate pair" in problem(tmp_path, prompts=["fine", "a \udcff"])
 
 
 def test_a_file_of_only_bad_lines_does_not_fill_the_screen(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("nope\n" * 500)
-    message = fault(tmp_path, prompts=[], prompts_file=str(file))
+    message = problem(tmp_path, prompts=[], prompts_file=str(file))
     assert "and 480 more" in message and len(message.splitlines()) == 22
 
 
@@ -186,4 +186,4 @@ def test_a_file_of_only_bad_lines_does_not_fill_the_screen(tmp_path):
 def test_files_that_hold_no_text(content, part, tmp_path):
     file = tmp_path / "p.txt"
     file.write_bytes(content)
-    assert part in fault(tmp_path, prompts=[], prompts_file=str(file))
+    assert part in problem(tmp_path, prompts=[], prompts_file=str(file))

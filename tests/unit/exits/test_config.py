@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The `model.early_exit` block: defaults, shorthand, round trip, and one message with every fault."""
+"""The `model.early_exit` block: defaults, shorthand, round trip, and one message with every problem."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def read(block, num_layers=12):
     return EarlyExitConfig.from_mapping(block, num_layers=num_layers)
 
 
-def faults_of(block, num_layers=12):
+def problems_of(block, num_layers=12):
     with pytest.raises(EarlyExitConfigError) as caught:
         read(block, num_layers)
-    assert all(fault in str(caught.value) for fault in caught.value.faults)
-    return caught.value.faults
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+    return caught.value.problems
 
 
 def test_empty_block_is_the_dataclass_defaults():
@@ -100,20 +100,20 @@ def test_every_joins_the_listed_exits_and_leaves_out_their_duplicates():
 
 
 def test_every_must_not_take_the_name_of_another_exit():
-    (fault,) = faults_of({"exits": [{"layer": 5, "name": "layer3-mlp"}], "every": "1/4"})
-    assert "every" in fault and "layer3-mlp" in fault and "exits[0]" in fault and "rename" in fault
+    (problem,) = problems_of({"exits": [{"layer": 5, "name": "layer3-mlp"}], "every": "1/4"})
+    assert "every" in problem and "layer3-mlp" in problem and "exits[0]" in problem and "rename" in problem
 
 
 @pytest.mark.parametrize("every", [8, 0.125, "1:8", "1/0", "0/8", "8/8", "-1/8", "a/b", "", True, ["1/8"]])
 def test_every_must_be_a_fraction(every):
-    (fault,) = faults_of({"every": every})
-    assert fault.startswith(f"model.early_exit.every = {every!r}: must be text n/m") and '"1/8"' in fault
+    (problem,) = problems_of({"every": every})
+    assert problem.startswith(f"model.early_exit.every = {every!r}: must be text n/m") and '"1/8"' in problem
 
 
 @pytest.mark.parametrize("every, num_layers", [("1/8", 1), ("3/4", 2)])
-def test_every_without_any_exit_is_a_fault(every, num_layers):
-    (fault,) = faults_of({"every": every}, num_layers)
-    assert f"no exit below the full depth of {num_layers}" in fault
+def test_every_without_any_exit_is_a_problem(every, num_layers):
+    (problem,) = problems_of({"every": every}, num_layers)
+    assert f"no exit below the full depth of {num_layers}" in problem
 
 
 FULL = {
@@ -169,7 +169,7 @@ def test_every_field_survives_reading():
 
 
 @pytest.mark.parametrize(
-    "lora, fault",
+    "lora, problem",
     [
         ({"rank": 0}, "model.early_exit.lora.rank = 0: must be an integer of at least 1"),
         ({"merge": "no"}, "model.early_exit.lora.merge = 'no': must be True or False"),
@@ -177,15 +177,15 @@ def test_every_field_survives_reading():
         (16, "model.early_exit.lora = 16: must be a mapping with the keys rank, merge"),
     ],
 )
-def test_faults_of_the_lora_block(lora, fault):
-    (found,) = faults_of({"lora": lora})
-    assert found.startswith(fault)
+def test_problems_of_the_lora_block(lora, problem):
+    (found,) = problems_of({"lora": lora})
+    assert found.startswith(problem)
 
 
 @pytest.mark.parametrize("name", ["final", "full_model", "backbone"])
 def test_names_of_the_model_s_own_parts_are_reserved(name):
-    (fault,) = faults_of({"exits": [{"layer": 1, "name": name}]})
-    assert f"name = {name!r}: is reserved for the model's own parts" in fault
+    (problem,) = problems_of({"exits": [{"layer": 1, "name": name}]})
+    assert f"name = {name!r}: is reserved for the model's own parts" in problem
 
 
 def test_objective_of_follows_the_block_unless_the_exit_has_its_own():
@@ -199,8 +199,8 @@ def test_unknown_exit_names_the_ones_there_are():
         read({"exits": [{"layer": 4}]}).exit("layr4-mlp")
 
 
-def test_all_faults_come_in_one_message():
-    faults = faults_of(
+def test_all_problems_come_in_one_message():
+    problems = problems_of(
         {
             "exits": [{"layer": 13}, {"layer": 3, "rank": 0}, {"layer": 3}, 5, {}],
             "every": 8,
@@ -221,9 +221,9 @@ def test_all_faults_come_in_one_message():
         "model.early_exit.exits[4].layer = None: is missing",
         "model.early_exit.every = 8: must be text n/m",
     )
-    assert len(faults) == len(starts)
-    for fault, start in zip(faults, starts, strict=True):
-        assert fault.startswith(start)
+    assert len(problems) == len(starts)
+    for problem, start in zip(problems, starts, strict=True):
+        assert problem.startswith(start)
 
 
 BAD_EXIT_VALUES = [
@@ -242,9 +242,9 @@ BAD_EXIT_VALUES = [
 
 
 @pytest.mark.parametrize("key, value", BAD_EXIT_VALUES)
-def test_each_bad_exit_value_is_one_fault_with_its_key_and_value(key, value):
-    (fault,) = faults_of({"exits": [{"layer": 3, key: value}]})
-    assert fault.startswith(f"model.early_exit.exits[0].{key} = {value!r}: ")
+def test_each_bad_exit_value_is_one_problem_with_its_key_and_value(key, value):
+    (problem,) = problems_of({"exits": [{"layer": 3, key: value}]})
+    assert problem.startswith(f"model.early_exit.exits[0].{key} = {value!r}: ")
 
 
 @pytest.mark.parametrize(
@@ -262,40 +262,40 @@ def test_each_bad_exit_value_is_one_fault_with_its_key_and_value(key, value):
         ("exits", {"layer": 3}),
     ],
 )
-def test_each_bad_block_value_is_one_fault(key, value):
-    (fault,) = faults_of({key: value})
-    assert fault.startswith(f"model.early_exit.{key} = {value!r}: must be ")
+def test_each_bad_block_value_is_one_problem(key, value):
+    (problem,) = problems_of({key: value})
+    assert problem.startswith(f"model.early_exit.{key} = {value!r}: must be ")
 
 
 @pytest.mark.parametrize(
     "key, value", [("temperature", -1), ("top_k", 0), ("top_k", 1.5), ("weight", 1.01), ("weight", "0.5")]
 )
-def test_each_bad_distillation_value_is_one_fault(key, value):
-    (fault,) = faults_of({"distillation": {key: value}})
-    assert fault.startswith(f"model.early_exit.distillation.{key} = {value!r}: must be ")
+def test_each_bad_distillation_value_is_one_problem(key, value):
+    (problem,) = problems_of({"distillation": {key: value}})
+    assert problem.startswith(f"model.early_exit.distillation.{key} = {value!r}: must be ")
 
 
 def test_a_second_exit_with_the_same_default_name_must_be_named():
-    (fault,) = faults_of({"exits": [{"layer": 3}, {"layer": 3, "init": "random"}]})
-    assert "give this exit a name of its own, e.g. name: layer3-mlp-2" in fault
+    (problem,) = problems_of({"exits": [{"layer": 3}, {"layer": 3, "init": "random"}]})
+    assert "give this exit a name of its own, e.g. name: layer3-mlp-2" in problem
     read({"exits": [{"layer": 3}, {"layer": 3, "init": "random", "name": "layer3-mlp-2"}]})
 
 
 def test_a_misspelt_value_gets_a_suggestion_and_numbers_as_text_a_hint():
-    (fault,) = faults_of({"objective": "distilation"})
-    assert "(did you mean distillation?)" in fault
-    (fault,) = faults_of({"exits": [{"layer": 1, "lr": "1e-4"}]})
-    assert "write the number without quotes and with a dot (1.0e-4)" in fault
+    (problem,) = problems_of({"objective": "distilation"})
+    assert "(did you mean distillation?)" in problem
+    (problem,) = problems_of({"exits": [{"layer": 1, "lr": "1e-4"}]})
+    assert "write the number without quotes and with a dot (1.0e-4)" in problem
 
 
 def test_min_lr_must_not_be_above_lr():
-    (fault,) = faults_of({"exits": [{"layer": 1, "lr": 0.1, "min_lr": 0.2}]})
-    assert "must be at most lr = 0.1" in fault
+    (problem,) = problems_of({"exits": [{"layer": 1, "lr": 0.1, "min_lr": 0.2}]})
+    assert "must be at most lr = 0.1" in problem
 
 
 def test_not_a_mapping():
-    (fault,) = faults_of([1])
-    assert fault.startswith("model.early_exit = [1]: must be a mapping")
+    (problem,) = problems_of([1])
+    assert problem.startswith("model.early_exit = [1]: must be a mapping")
 
 
 def test_reads_omegaconf_nodes():

@@ -29,7 +29,7 @@ def test_never_falls(schedule):
     assert values == sorted(values) and values[-1] == 2.0
 
 
-def test_faults():
+def test_problems():
     with pytest.raises(ValueError, match="'step' is unknown; use one of constant, linear, cosine"):
         loss_weight_at("step", 1.0, step=0, num_steps=1)
     with pytest.raises(ValueError, match="step = -1"):

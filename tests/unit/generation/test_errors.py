@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls the engine refuses, each before anything runs and with every fault at once."""
+"""Calls the engine refuses, each before anything runs and with every problem at once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_generate(engine, change, message):
     assert engine.model.cache is None, "nothing ran"
 
 
-def test_all_faults_of_a_call_in_one_message(engine):
+def test_all_problems_of_a_call_in_one_message(engine):
     with pytest.raises(ValueError) as caught:
         engine.generate([[], [99]], max_new_tokens=100, mode="x", policy=POLICY, stop_tokens=[70])
     for part in ("6 problems", "prompt 0 is empty", "token 99", "max_new_tokens = 100", "stop token 70", "mode = 'x'"):

@@ -57,7 +57,7 @@ def test_entropy_thresholds_may_exceed_one():
         ExitPolicy({"early": -1}, criterion="entropy")
 
 
-def test_all_faults_of_the_policy_in_one_message():
+def test_all_problems_of_the_policy_in_one_message():
     with pytest.raises(ValueError) as caught:
         ExitPolicy({"a": 2, "b": -1}, active=("a", "a"), max_pending_tokens=-1)
     for part in (
@@ -73,7 +73,7 @@ def test_all_faults_of_the_policy_in_one_message():
         ExitPolicy(0.5, active="early")
 
 
-def test_all_faults_against_the_model_in_one_message():
+def test_all_problems_against_the_model_in_one_message():
     with pytest.raises(ValueError) as caught:
         ExitPolicy({"erly": 0.5, "late": 0.5}, active=("late", "middle", "none")).evaluated_exits(EXITS)
     for part in (

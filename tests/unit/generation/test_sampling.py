@@ -149,7 +149,7 @@ def test_plain_rows_take_one_argmax_whoever_is_beside_them(monkeypatch):
     assert seen == [(5, 40)]
 
 
-def test_all_faults_in_one_message():
+def test_all_problems_in_one_message():
     with pytest.raises(ValueError) as caught:
         SamplingParams(temperature=0, top_k=0, top_p=1.5, repetition_penalty=-1, seed=-2, min_p=2,
                        presence_penalty=math.inf, logit_bias=((3, math.nan),))  # fmt: skip

@@ -125,7 +125,7 @@ def test_every_reason_is_named_at_once(directory):  # noqa: F811
     model.config = dataclasses.replace(model.config)
     model.config.pipeline_model_parallel_size, model.config.sequence_parallel = 2, True
     model.config.context_parallel_size, model.position_embedding_type = 2, "mrope"
-    with pytest.raises(ValueError) as fault:
+    with pytest.raises(ValueError) as problem:
         engine_of(model)
     for part in (
         "pipeline_model_parallel_size=2",
@@ -134,7 +134,7 @@ def test_every_reason_is_named_at_once(directory):  # noqa: F811
         "position_embedding_type='mrope'",
         "set it to False",
     ):
-        assert part in str(fault.value)
+        assert part in str(problem.value)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A script's settings over a stored config, and the faults of a run that are seen before anything is loaded."""
+"""A script's settings over a stored config, and the problems of a run that are seen before anything is loaded."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_share_without_documents_is_refused(tmp_path: Path, shares: str, split
         _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": shares})
 
 
-def test_a_run_without_faults_starts(tmp_path: Path) -> None:
+def test_a_run_without_problems_starts(tmp_path: Path) -> None:
     _run(tmp_path)
     _run(tmp_path, data={"data_prefix": [1.0, str(tmp_path / "data")], "splits_string": "50,50,0"})
     weighted = ["30", str(tmp_path / "data"), "70", str(tmp_path / "data")]
@@ -325,7 +325,7 @@ def test_a_prefix_may_be_given_as_one_of_its_files(tmp_path: Path, ending: str) 
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_faults_are_named_with_value_and_way_out(what: str, tmp_path: Path) -> None:
+def test_problems_are_named_with_value_and_way_out(what: str, tmp_path: Path) -> None:
     model, changes, expected = FAULTS[what]
     with pytest.raises(ValueError, match="the run cannot start:") as caught:
         _run(tmp_path, changes={key: dict(v) if isinstance(v, dict) else v for key, v in changes.items()}, **model)
@@ -346,7 +346,7 @@ def test_a_model_without_exits_has_nothing_to_train(tmp_path: Path) -> None:
         check_run(cfg, merge_model_config(stored, cfg.model))
 
 
-def test_all_faults_come_in_one_message(tmp_path: Path) -> None:
+def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         _run(
             tmp_path,

@@ -148,7 +148,7 @@ def test_the_final_exit_counts_where_a_step_runs_it(model) -> None:
     assert sizes(model, two_stages(model, {"layers": [1, 2]}, full_depth=True)) == [1, 2]
 
 
-def test_faults_end_it_before_anything_is_built(model) -> None:
+def test_problems_end_it_before_anything_is_built(model) -> None:
     with pytest.raises(ValueError, match="has 1 entries"):
         two_stages(model, {"layers": [3]}, full_depth=True)
     with pytest.raises(ValueError, match="= 2 is more than the 1 layers that run"):

@@ -175,7 +175,7 @@ def test_sizes_that_do_not_divide() -> None:
     assert "global_batch_size=10 is not a multiple of micro_batch_size=2 x data-parallel size=2" in message
 
 
-def test_all_faults_come_together() -> None:
+def test_all_problems_come_together() -> None:
     config = _config(**{key: value for key, (value, _) in REFUSED.items()}, num_attention_heads=9)
     message = _message(config, world_size=6, precision="16-mixed")
     for key in (*REFUSED, "trainer.precision", "num_attention_heads", "(6)"):

@@ -12,7 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from nemo_ee.models import token_files
-from nemo_ee.models.token_files import clean_prefixes, listed_prefixes, vocabulary_fault
+from nemo_ee.models.token_files import clean_prefixes, listed_prefixes, vocabulary_problem
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = numpy.uint16) -> str:
@@ -33,12 +33,12 @@ def test_the_first_token_outside_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     data = IndexedDataset(prefix)
     for limit in (4100, 4000, 3000, 2000, 1):
         places = [(d, p) for d in range(len(data)) for p, token in enumerate(data[d]) if token >= limit]
-        fault = vocabulary_fault(prefix, limit)
+        problem = vocabulary_problem(prefix, limit)
         if not places:
-            assert fault is None and limit == 4100
+            assert problem is None and limit == 4100
             continue
         document, position = places[0]
-        assert fault.startswith(
+        assert problem.startswith(
             f"{prefix}.bin holds the token {data[document][position]} (document {document}, position {position}), "
             f"which is outside the model's vocabulary 0..{limit - 1}; make the data with the model's own tokenizer"
         )
@@ -46,17 +46,17 @@ def test_the_first_token_outside_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_only_what_is_read_is_looked_at(tmp_path: Path) -> None:
     prefix = write(tmp_path / "x", [[1, 2, 3], [4, 99, 5]])
-    assert vocabulary_fault(prefix, 90, [(0, 4), (5, 6)]) is None
-    assert "token 99 (document 1, position 1)" in vocabulary_fault(prefix, 90, [(0, 2), (3, 6)])
-    assert vocabulary_fault(prefix, None) is None and vocabulary_fault(prefix, 100) is None
-    assert vocabulary_fault(prefix, 1 << 20) is None, "16 bits cannot hold such a token"
+    assert vocabulary_problem(prefix, 90, [(0, 4), (5, 6)]) is None
+    assert "token 99 (document 1, position 1)" in vocabulary_problem(prefix, 90, [(0, 2), (3, 6)])
+    assert vocabulary_problem(prefix, None) is None and vocabulary_problem(prefix, 100) is None
+    assert vocabulary_problem(prefix, 1 << 20) is None, "16 bits cannot hold such a token"
 
 
 def test_negative_ids_and_shortened_files_are_refused(tmp_path: Path) -> None:
     prefix = write(tmp_path / "x", [[1, -7, 3]], numpy.int32)
-    assert "holds the token -7 (document 0, position 1)" in vocabulary_fault(prefix, 100)
+    assert "holds the token -7 (document 0, position 1)" in vocabulary_problem(prefix, 100)
     Path(f"{prefix}.bin").write_bytes(b"1234")
-    assert vocabulary_fault(prefix, None) == (
+    assert vocabulary_problem(prefix, None) == (
         f"{prefix}.bin has 4 bytes and {prefix}.idx describes 12; make the data anew"
     )
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The `model.layer_split` block: what it says, its faults, the split it gives."""
+"""The `model.layer_split` block: what it says, its problems, the split it gives."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_can_be_said() -> None:
         ({"layers": [6], "cost": 3, "costs": {"x": 1}}, ["has 1 entries", "must be one of", "costs.x"]),
     ],
 )
-def test_faults_are_reported_together(block: Any, words: list[str]) -> None:
+def test_problems_are_reported_together(block: Any, words: list[str]) -> None:
     with pytest.raises(LayerSplitError) as caught:
         read(block)
     for word in words:

@@ -17,7 +17,7 @@ from nemo_ee.planning.tuning_estimate import (
     all_reduces,
     estimate,
     fastest_layout,
-    layout_fault,
+    layout_problem,
     mlp_exits,
 )
 
@@ -114,10 +114,10 @@ def test_the_recipe_and_its_exits() -> None:
 
 
 def test_layouts_that_do_not_go() -> None:
-    assert "5 stages are more than the 2 layers" in layout_fault(MODEL, EXITS, Layout(1, 5, 1), FAST)
-    assert "8 sequences per step" in layout_fault(MODEL, EXITS, Layout(1, 1, 8), FAST)
-    assert "2 heads" in layout_fault(MODEL, EXITS, Layout(4, 1, 1), FAST)
-    assert layout_fault(MODEL, EXITS, Layout(2, 2, 4), FAST) == ""
+    assert "5 stages are more than the 2 layers" in layout_problem(MODEL, EXITS, Layout(1, 5, 1), FAST)
+    assert "8 sequences per step" in layout_problem(MODEL, EXITS, Layout(1, 1, 8), FAST)
+    assert "2 heads" in layout_problem(MODEL, EXITS, Layout(4, 1, 1), FAST)
+    assert layout_problem(MODEL, EXITS, Layout(2, 2, 4), FAST) == ""
     with pytest.raises(ValueError, match="TP 1 x PP 5 x DP 1: 5 stages"):
         estimate(MODEL, EXITS, Layout(1, 5, 1), FAST)
 

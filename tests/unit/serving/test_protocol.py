@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Requests by themselves: what is refused, and that a body made of faults costs and returns little."""
+"""Requests by themselves: what is refused, and that a body made of problems costs and returns little."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_control_an_answer_can_be_sent_back_as_it_came() -> None:
     ],
     ids=["names", "long-name", "prompts", "values", "stops", "keys", "long-key", "lists", "parts", "calls", "entries"],
 )
-def test_a_large_body_of_faults_costs_little(body: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_body_of_problems_costs_little(body: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
     real = difflib.get_close_matches
     monkeypatch.setattr(
@@ -86,7 +86,7 @@ def test_a_large_body_of_faults_costs_little(body: dict, monkeypatch: pytest.Mon
     assert len(looked_at) <= MAX_PROBLEMS and all(len(name) <= 60 for name in looked_at)
 
 
-def test_messages_of_nothing_but_faults() -> None:
+def test_messages_of_nothing_but_problems() -> None:
     assert (
         refused({"messages": [{"role": f"no-{number}"} for number in range(1000)]}, chat=True).count("; ")
         <= 2 * MAX_PROBLEMS

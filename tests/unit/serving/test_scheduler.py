@@ -27,7 +27,7 @@ from nemo_ee.serving.text_stream import TextStream
 class Session:
     """Each sequence gets its prompt's tokens, one a step. A prompt of `b"!.."` makes `add` raise, `b"?.."` a step."""
 
-    faults = {ord("!"): RuntimeError, ord("v"): ValueError}
+    problems = {ord("!"): RuntimeError, ord("v"): ValueError}
 
     def __init__(self, num_slots: int = 2) -> None:
         self.num_slots, self.own, self.added = num_slots, {}, 0
@@ -42,8 +42,8 @@ class Session:
     def add(self, request) -> int:
         self.asks.set()
         self.may_add.wait(20)
-        if request.prompt[0] in self.faults:
-            raise self.faults[request.prompt[0]]("/a/path of the machine")
+        if request.prompt[0] in self.problems:
+            raise self.problems[request.prompt[0]]("/a/path of the machine")
         self.own[self.added] = list(request.prompt)
         self.added += 1
         return self.added - 1
@@ -112,7 +112,7 @@ def test_a_request_that_cannot_be_added_is_told_and_no_other_is_lost(bad: bytes)
         error = last(works[0][1]).error
         assert error.status == 500 and "path" not in error.message and "log" in error.message
         assert [last(news).finish_reason for _, news in works[1:]] == ["length", "length"]
-        told = last(front)  # what ran in the session that broke has failed; with a fault of one request it went on
+        told = last(front)  # what ran in the session that broke has failed; with a problem of one request it went on
         assert (told.error is not None) == (bad == b"!") and own.healthy
 
 

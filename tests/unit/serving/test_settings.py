@@ -82,7 +82,7 @@ def test_a_whole_export_is_not_a_model(tmp_path: Path) -> None:
         ServerSettings.from_config(serve_config(tmp_path))
 
 
-def test_all_faults_at_once(tmp_path: Path) -> None:
+def test_all_problems_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         ServerSettings.from_config(serve_config(tmp_path, port=-1, mode="x", host="0.0.0.0"))
     assert str(caught.value).count("\n") == 3

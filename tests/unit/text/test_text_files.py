@@ -44,20 +44,20 @@ def test_lines_are_split_at_newlines_alone_and_keep_their_numbers(tmp_path: Path
     values = ["one", "two\u2028of\x85one", "naïve 😀"]
     lines = [json.dumps(value, ensure_ascii=False).encode() for value in values]
     path = written(tmp_path / name, b"\xef\xbb\xbf" + b"\r\n\n  \n".join(lines))
-    faults: list[str] = []
-    found = list(read_json_lines(path, str, faults=faults))
-    assert found == [(f"{path}:{1 + 3 * index}", value) for index, value in enumerate(values)] and not faults
+    problems: list[str] = []
+    found = list(read_json_lines(path, str, problems=problems))
+    assert found == [(f"{path}:{1 + 3 * index}", value) for index, value in enumerate(values)] and not problems
     assert read_document(path) == (b"\r\n\n  \n".join(lines)).decode()
 
 
 def test_every_bad_line_is_named_and_the_good_ones_are_read(tmp_path: Path) -> None:
     bad = [b'{"text": "cut \\ud83d"}', b"[" * 3000, b"9" * 5000, b"NaN", b'"\xff"', b"{"]
     path = written(tmp_path / "a.jsonl.gz", b"\n".join([b"1", *bad, b"2"]))
-    faults: list[str] = []
-    assert [value for _, value in read_json_lines(path, int, faults=faults)] == [1, 2]
+    problems: list[str] = []
+    assert [value for _, value in read_json_lines(path, int, problems=problems)] == [1, 2]
     reasons = ["holds half", "nested too deeply", "more than 40 digits", "holds NaN", "not UTF-8", "not JSON"]
-    for number, (fault, reason) in enumerate(zip(faults, reasons, strict=True), start=2):
-        assert fault.startswith(f"{path}:{number}: ") and reason in fault
+    for number, (problem, reason) in enumerate(zip(problems, reasons, strict=True), start=2):
+        assert problem.startswith(f"{path}:{number}: ") and reason in problem
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -91,9 +91,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_document(tmp_path / "absent.txt")
     cut = written(tmp_path / "cut.jsonl.gz", b"1\n" * 1000)
     cut.write_bytes(cut.read_bytes()[:-12])
-    faults: list[str] = []
-    list(read_json_lines(cut, int, faults=faults))
-    assert len(faults) == 1 and "cannot be read: Compressed file ended" in faults[0]
+    problems: list[str] = []
+    list(read_json_lines(cut, int, problems=problems))
+    assert len(problems) == 1 and "cannot be read: Compressed file ended" in problems[0]
     with pytest.raises(TextError, match=r"b\.txt: not UTF-8 \(invalid start byte at byte 3\)"):
         read_document(written(tmp_path / "b.txt", b"abc\xff"))
 

@@ -55,23 +55,27 @@ def read_settings(block: Mapping[str, Any]) -> Settings:
     """Read and check `early_exit` of config.json.
 
     Raises:
-        ValueError: every fault in one message.
+        ValueError: every problem in one message.
     """
     criterion, thresholds = block.get("criterion", CRITERIA[0]), dict(block.get("thresholds") or {})
-    faults, exits = [], []
+    problems, exits = [], []
     if criterion not in CRITERIA:
-        faults.append(f"criterion={criterion!r}: an engine has {' and '.join(CRITERIA)}")
+        problems.append(f"criterion={criterion!r}: an engine has {' and '.join(CRITERIA)}")
     for row in block.get("exits", ()):
         threshold = thresholds.pop(row["name"], None)
         if threshold is None:
             continue
         if row["architecture"] == "layer":
-            faults.append(f"exit {row['name']!r} has attention of its own, for which an engine has no keys and values")
+            problems.append(
+                f"exit {row['name']!r} has attention of its own, for which an engine has no keys and values"
+            )
         stop = 2 * row["layer"] - (row["architecture"] == "mlp")
         exits.append(Exit(row["name"], stop, row["architecture"], row["output"] == "own", float(threshold)))
-    faults += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
-    if faults:
-        raise ValueError(f"early_exit in config.json: {'; '.join(faults)}; change early_exit.thresholds or criterion")
+    problems += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
+    if problems:
+        raise ValueError(
+            f"early_exit in config.json: {'; '.join(problems)}; change early_exit.thresholds or criterion"
+        )
     ordered = tuple(sorted(exits, key=lambda exit: exit.stop))
     return Settings(criterion, ordered, bool(block.get("mark_exit_index", False)))
 
@@ -265,7 +269,7 @@ def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]
     """Raises ValueError for builder options that change what passes between layers."""
     from tensorrt_llm._common import default_net
 
-    plugins, faults = default_net().plugin_config, []
+    plugins, problems = default_net().plugin_config, []
     for option, wanted, way_out in (
         ("remove_input_padding", True, "--remove_input_padding enable"),
         ("paged_kv_cache", True, "--kv_cache_type paged"),
@@ -276,14 +280,14 @@ def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]
     ):
         value = getattr(plugins, option, None)  # None: left to the builder, which does what is wanted
         if value is not None and bool(value) != wanted:
-            faults.append(f"needs {way_out}")
+            problems.append(f"needs {way_out}")
     if last_token_ids is None:
-        faults.append("--gather_context_logits is not supported")
+        problems.append("--gather_context_logits is not supported")
     if not use_cache:
-        faults.append("needs a cache")
-    faults += [f"{name} is not supported" for name, value in others.items() if value is not None]
-    if faults:
-        raise ValueError(f"early exit in an engine: {'; '.join(faults)}; change the options of trtllm-build")
+        problems.append("needs a cache")
+    problems += [f"{name} is not supported" for name, value in others.items() if value is not None]
+    if problems:
+        raise ValueError(f"early exit in an engine: {'; '.join(problems)}; change the options of trtllm-build")
 
 
 def __getattr__(name: str) -> type:

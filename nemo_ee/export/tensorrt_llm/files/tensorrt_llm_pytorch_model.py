@@ -60,25 +60,27 @@ def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
         mapping: TensorRT-LLM's, the parallelism to serve with.
 
     Raises:
-        ValueError: every fault in one message.
+        ValueError: every problem in one message.
     """
     criterion, thresholds = block.get("criterion", CRITERIA[0]), dict(block.get("thresholds") or {})
-    faults, exits = [], []
+    problems, exits = [], []
     if criterion not in CRITERIA:
-        faults.append(f"criterion={criterion!r} is unknown, use one of {', '.join(CRITERIA)}")
+        problems.append(f"criterion={criterion!r} is unknown, use one of {', '.join(CRITERIA)}")
     for row in block.get("exits", ()):
         threshold = thresholds.pop(row["name"], None)
         if threshold is None:
             continue
         if row["architecture"] == "layer":
-            faults.append(f"exit {row['name']!r} has attention of its own, for which there is no place in the cache")
+            problems.append(f"exit {row['name']!r} has attention of its own, for which there is no place in the cache")
         stop = 2 * row["layer"] - (row["architecture"] == "mlp")
         exits.append(Exit(row["name"], stop, row["architecture"], row["output"] == "own", float(threshold)))
-    faults += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
+    problems += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
     if exits and (mapping.pp_size > 1 or mapping.enable_attention_dp):
-        faults.append("pipeline parallelism and attention data parallelism are not supported with thresholds")
-    if faults:
-        raise ValueError(f"early_exit in config.json: {'; '.join(faults)}; change early_exit.thresholds or criterion")
+        problems.append("pipeline parallelism and attention data parallelism are not supported with thresholds")
+    if problems:
+        raise ValueError(
+            f"early_exit in config.json: {'; '.join(problems)}; change early_exit.thresholds or criterion"
+        )
     return Settings(criterion, tuple(sorted(exits, key=lambda exit: exit.stop)))
 
 

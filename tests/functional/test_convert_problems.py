@@ -60,7 +60,7 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long work in these tests is a failure."""
     from nemo_ee.commands import convert as module
 
-    monkeypatch.setattr(module, "single_run_trainer", lambda *_: pytest.fail("work began before the faults were told"))
+    monkeypatch.setattr(module, "single_run_trainer", lambda *_: pytest.fail("work began before the problems came"))
 
 
 FAULTY = {
@@ -92,7 +92,7 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("what", FAULTY)
-def test_faults_are_told_before_any_work(what: str, source: Path, tmp_path: Path, nothing_is_built: None) -> None:
+def test_problems_are_told_before_any_work(what: str, source: Path, tmp_path: Path, nothing_is_built: None) -> None:
     overrides, exits, block, expected = FAULTY[what]
     overrides = dict(overrides)
     origin, output = overrides.pop("source", source), tmp_path / overrides.pop("output", "ee.nemo")
@@ -247,8 +247,8 @@ def test_damaged_weights_are_refused(tuned: Path, tmp_path: Path) -> None:
 # -- nothing half-written -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["the rename fails", "the disk is full", "the weights cannot be written"])
-def test_a_failed_write_leaves_nothing(fault: str, source: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("problem", ["the rename fails", "the disk is full", "the weights cannot be written"])
+def test_a_failed_write_leaves_nothing(problem: str, source: Path, tmp_path: Path, monkeypatch) -> None:
     from megatron.core import dist_checkpointing
 
     from nemo_ee.checkpoint import nemo_archive
@@ -256,9 +256,9 @@ def test_a_failed_write_leaves_nothing(fault: str, source: Path, tmp_path: Path,
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    if fault == "the rename fails":
+    if problem == "the rename fails":
         monkeypatch.setattr(nemo_archive.os, "replace", fail)
-    elif fault == "the disk is full":
+    elif problem == "the disk is full":
         monkeypatch.setattr(tarfile.TarFile, "addfile", fail)
     else:
         monkeypatch.setattr(dist_checkpointing, "save", fail)
