@@ -106,13 +106,13 @@ def exporter(path: Path, target: str) -> Callable[[], Path]:
     """The export of `path` to a directory beside it, its modules imported."""
     output = path.parent / target
     if target == "huggingface":
-        from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+        from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
-        settings = ExportSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+        settings = HuggingFaceSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
         return lambda: export_huggingface(settings)
-    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
-    settings = ExportSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+    settings = TensorRTLLMSettings(path, output, dtype="bfloat16", parity_gigabytes=0, progress=False)
     return lambda: export_checkpoint(settings)
 
 

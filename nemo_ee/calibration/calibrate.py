@@ -38,9 +38,9 @@ from nemo_ee.calibration.learn_then_test import (
 from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, store_certificate
 from nemo_ee.certificates.validity import identify
+from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
-from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.confidence import NEVER_LEAVES
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.decoding_model import DecodingModel

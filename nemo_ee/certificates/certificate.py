@@ -11,18 +11,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, NemoArchive, write_nemo
+from nemo_ee.checkpoint.atomic import atomic_file
+from nemo_ee.checkpoint.members import CERTIFICATES, CONFIG_MEMBER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import config_elsewhere
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.text.json_values import MAX_FILE_BYTES, JsonError, parse_json
 
-FOLDER = "certificates"
 SCHEMA_VERSION = 1
 DEFAULT_NAME = "default"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
@@ -167,10 +167,10 @@ class Certificate:
             result.policy()
             if not isinstance(result.setting.sampling, Mapping):
                 raise ValueError(f"sampling is {result.setting.sampling!r}, not settings by name")
-        except KeyError as fault:
-            raise ValueError(f"{source}: damaged (no {fault}); calibrate again") from fault
-        except (TypeError, ValueError, AttributeError) as fault:
-            raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
+        except KeyError as problem:
+            raise ValueError(f"{source}: damaged (no {problem}); calibrate again") from problem
+        except (TypeError, ValueError, AttributeError) as problem:
+            raise ValueError(f"{source}: damaged ({problem}); calibrate again") from problem
         return result
 
 
@@ -182,7 +182,7 @@ def check_name(name: object) -> None:
 
 def member_of(name: str) -> str:
     """The member of a `.nemo` that holds the certificate of this name."""
-    return f"{FOLDER}/{name}.json"
+    return f"{CERTIFICATES}/{name}.json"
 
 
 def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
@@ -193,13 +193,13 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
     """
     found = {}
     for member in sorted(archive.members()):
-        if member.startswith(f"{FOLDER}/") and member.endswith(".json"):
+        if member.startswith(f"{CERTIFICATES}/") and member.endswith(".json"):
             source = f"{archive.path}: {member}"
             with archive.open_member(member) as file:
                 try:
                     values = parse_json(file.read(MAX_FILE_BYTES))
-                except JsonError as fault:
-                    raise ValueError(f"{source}: damaged ({fault}); calibrate again") from fault
+                except JsonError as problem:
+                    raise ValueError(f"{source}: damaged ({problem}); calibrate again") from problem
             certificate = Certificate.from_mapping(values, source)
             if member != member_of(certificate.name):
                 raise ValueError(f"{source}: damaged (it is named {certificate.name!r}); calibrate again")
@@ -247,10 +247,8 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
     path = Path(path)
     if output is None and path.is_dir():
         target = path / member
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        with atomic_file(target) as partial:
+            partial.write_text(text, encoding="utf-8")
         return path
     with NemoArchive(path) as archive:
         entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}

@@ -13,15 +13,14 @@ from typing import Any
 from nemo_ee.certificates.certificate import Certificate, Identity, Setting, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
-from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.members import EXIT_WEIGHTS, IN_ARCHIVE, LORA_WEIGHTS, TOKENIZER_ARTIFACTS, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import read_plain_config
 from nemo_ee.checkpoint.unpacked import open_nemo
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.text.special_tokens import EndOfText
 
 KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
-_LORA, _TOKENIZER = "lora_weights", "tokenizer"
-_ARTIFACT, _ARTIFACT_KEYS = "nemo:", ("model", "vocab_file", "merge_file")  # NeMo's
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def identify(path: str | Path) -> Identity:
     stored = read_plain_config(Path(path))
     with NemoArchive(path) as archive:
         tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
-        folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
+        folders = [name for name in (EXIT_WEIGHTS, LORA_WEIGHTS) if archive.has(name)]
     block = stored.get("early_exit") or {}
     if EXIT_WEIGHTS not in folders or not block.get("exits"):
         raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
@@ -74,7 +73,7 @@ def identify(path: str | Path) -> Identity:
         fingerprint = exits_fingerprint(
             ChunkReader(archive.folder(EXIT_WEIGHTS), prefix="exits."),
             [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
-            updates=ChunkReader(archive.folder(_LORA), prefix="") if _LORA in folders else None,
+            updates=ChunkReader(archive.folder(LORA_WEIGHTS), prefix="") if LORA_WEIGHTS in folders else None,
             vocab_size=stored.get("vocab_size"),
         )
     return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)
@@ -88,7 +87,7 @@ def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str
     """
     digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 2\n")
     block = {key: _setting_or_content(archive, key, value) for key, value in block.items()}
-    bundled = sorted(name for name in archive.members() if name.startswith(f"{_TOKENIZER}/"))
+    bundled = sorted(name for name in archive.members() if name.startswith(f"{TOKENIZER_FOLDER}/"))
     folder = Path(str(block.get("type")))
     if bundled:
         contents = ((name.partition("/")[2], lambda name=name: archive.open_member(name)) for name in bundled)
@@ -107,10 +106,10 @@ def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str
 def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
     """A tokenizer's setting; of a file the sha256 of what is in it."""
     text = str(value)
-    member = text.removeprefix(_ARTIFACT)
+    member = text.removeprefix(IN_ARCHIVE)
     if member != text and member in archive.members():
         opened = archive.open_member(member)
-    elif key in _ARTIFACT_KEYS and Path(text).is_file():
+    elif key in TOKENIZER_ARTIFACTS and Path(text).is_file():
         opened = open(text, "rb")
     else:
         return text
@@ -118,7 +117,7 @@ def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:
+def model_problems(certificate: Certificate, found: Identity) -> Iterator[str]:
     """Why the certificate says nothing about this model."""
     parts = {
         "backbone": "the backbone is another",
@@ -131,7 +130,7 @@ def model_faults(certificate: Certificate, found: Identity) -> Iterator[str]:
             yield f"{meaning}: certified {certified[:12]}..., found {ours[:12]}...; calibrate this model"
 
 
-def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
+def setting_problems(certificate: Certificate, asked: Setting) -> Iterator[str]:
     """Where a setting leaves what was certified.
 
     Shorter continuations are outside too: the risk is a mean over a continuation's tokens, and that over all of them
@@ -148,7 +147,7 @@ def setting_faults(certificate: Certificate, asked: Setting) -> Iterator[str]:
             yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
 
 
-def stop_faults(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
+def stop_problems(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
     """Whether answers end at other tokens than in calibration.
 
     Args:
@@ -175,9 +174,9 @@ def valid_certificates(path: str | Path) -> list[Certificate]:
     identity = identify(path) if found else None
     valid = []
     for certificate in found.values():
-        faults = list(model_faults(certificate, identity))
-        if faults:
-            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(faults))
+        problems = list(model_problems(certificate, identity))
+        if problems:
+            logger.warning("certificate %r of %s is void: %s", certificate.name, path, "; ".join(problems))
         else:
             valid.append(certificate)
     return valid

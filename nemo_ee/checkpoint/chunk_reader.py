@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_ee.checkpoint.file_folder import FileFolder
-from nemo_ee.checkpoint.restricted_pickle import METADATA_FILE, load_metadata, plain_file_name
+from nemo_ee.checkpoint.members import METADATA_FILE
+from nemo_ee.checkpoint.restricted_pickle import load_metadata, plain_file_name
 from nemo_ee.checkpoint.tensor_checks import is_finite, load_checked, non_finite_message
 from nemo_ee.text.json_values import parse_json
 
@@ -105,10 +106,10 @@ class ChunkReader:
         metadata = load_metadata(self.folder)
         try:
             self._tensors = _checked_tensors(metadata, self.folder.shown(METADATA_FILE))
-        except (AttributeError, TypeError) as fault:
+        except (AttributeError, TypeError) as problem:
             raise ValueError(
-                f"{self.folder.shown(METADATA_FILE)}: damaged, entries are missing ({fault}); {_AGAIN}."
-            ) from fault
+                f"{self.folder.shown(METADATA_FILE)}: damaged, entries are missing ({problem}); {_AGAIN}."
+            ) from problem
         self._places = metadata.storage_data
         self._checked: set[MetadataIndex] = set()
 
@@ -182,11 +183,11 @@ class ChunkReader:
                 stored = load_checked(stream, check=check)
             if not any(chunk.offsets == index.offset and chunk.sizes == stored.shape for chunk in chunks):
                 raise ValueError(f"it has shape {list(stored.shape)}, another than its index says")
-        except Exception as fault:  # noqa: BLE001  truncated or missing files raise many types
+        except Exception as problem:  # noqa: BLE001  truncated or missing files raise many types
             raise ValueError(
-                f"{where}: cannot read {index.fqn!r} ({_first_line(fault)}); the checkpoint is damaged or incomplete, "
-                f"{_AGAIN}."
-            ) from fault
+                f"{where}: cannot read {index.fqn!r} ({_first_line(problem)}); the checkpoint is damaged or "
+                f"incomplete, {_AGAIN}."
+            ) from problem
         return stored
 
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -266,8 +267,8 @@ def _backend(folder: FileFolder) -> str | None:
         return "zarr" if any(name.endswith("/.zarray") for name in folder.names()) else None
     try:
         return str(parse_json(folder.read(MEGATRON_CONFIG_FILE))["sharded_backend"])
-    except (ValueError, KeyError, TypeError) as fault:
-        raise ValueError(f"{folder.shown(MEGATRON_CONFIG_FILE)}: damaged ({fault!r}); {_AGAIN}.") from fault
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"{folder.shown(MEGATRON_CONFIG_FILE)}: damaged ({problem!r}); {_AGAIN}.") from problem
 
 
 def _checked_tensors(metadata: Any, index: str) -> dict[str, TensorStorageMetadata]:
@@ -301,7 +302,7 @@ def _missing_key_message(key: str, known: dict[str, TensorInfo], folder: str) ->
     return f"{folder}: no tensor {key!r}; it holds {len(known)} tensors: {', '.join(near[:4]) or 'none'}, ..."
 
 
-def _first_line(fault: Exception) -> str:
+def _first_line(problem: Exception) -> str:
     """PyTorch's messages about damaged zips go on for lines."""
-    text = (str(fault).splitlines() or [""])[0].split(". This is an internal")[0]
-    return text if isinstance(fault, ValueError | OSError) else f"{type(fault).__name__}: {text}"
+    text = (str(problem).splitlines() or [""])[0].split(". This is an internal")[0]
+    return text if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {text}"

@@ -3,7 +3,7 @@
 """A Hugging Face directory seen as a Megatron checkpoint: config in NeMo's words, weights under canonical names.
 
 Nothing is converted ahead of time: a chunk of a canonical tensor is put together from the parts of the stored tensors
-that it touches. Faults of config and weights are found at opening, all of them in one message.
+that it touches. Problems of config and weights are found at opening, all of them in one message.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
         )
     try:
         values = read_json_object(path)
-    except JsonError as fault:
-        raise ValueError(f"{fault}; the file is damaged, fetch it again.") from fault
+    except JsonError as problem:
+        raise ValueError(f"{problem}; the file is damaged, fetch it again.") from problem
     code = values.get("auto_map")
     own_code = isinstance(code, dict) and any("Model" in name for name in code)
     refused = (
@@ -59,8 +59,8 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
     )
     try:
         return read_config(values, sequence_length, problems=[refused] if own_code else [])
-    except ValueError as fault:
-        raise ValueError(f"{path}: cannot be used. {fault}.") from None
+    except ValueError as problem:
+        raise ValueError(f"{path}: cannot be used. {problem}.") from None
 
 
 class HuggingFaceSource:
@@ -79,8 +79,8 @@ class HuggingFaceSource:
         self.backbone = read_backbone(self.directory, sequence_length)
         try:
             self._files = TensorFiles(self.directory)
-        except ValueError as fault:
-            raise ValueError(f"{self.directory}: cannot be used. {fault}") from None
+        except ValueError as problem:
+            raise ValueError(f"{self.directory}: cannot be used. {problem}") from None
         self._names = FAMILIES[self.backbone.family].names
         table = tensors_of(self.backbone)
         # Canonical name -> the tensor, of every layer where it is one of a layer.
@@ -129,23 +129,23 @@ class HuggingFaceSource:
                 weights, all in one message.
         """
         expected = self._expected()
-        faults = [f"{name} is missing" for name in sorted(expected.keys() - self._stored_names.keys())]
+        problems = [f"{name} is missing" for name in sorted(expected.keys() - self._stored_names.keys())]
         for name in sorted(expected.keys() & self._stored_names.keys()):
             stored_name = self._stored_names[name]
             shape, dtype = self._files.shape(stored_name), self._files.dtype(stored_name)
             if shape != expected[name]:
-                faults.append(f"{stored_name} has shape {list(shape)}, must be {list(expected[name])}")
+                problems.append(f"{stored_name} has shape {list(shape)}, must be {list(expected[name])}")
             if not isinstance(dtype, torch.dtype):
-                faults.append(f"{stored_name} has dtype {dtype}, must be a floating one (no quantised weights)")
+                problems.append(f"{stored_name} has dtype {dtype}, must be a floating one (no quantised weights)")
         names, tied = self._names, self.backbone.tied
         for name in sorted(self._stored_names.keys() - expected.keys()):
             if not names.is_buffer(name) and not (tied and name == names.output):
-                faults.append(f"{self._stored_names[name]} is not read by a {self.backbone.family} of this config")
-        if faults:
-            more = f"; and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
+                problems.append(f"{self._stored_names[name]} is not read by a {self.backbone.family} of this config")
+        if problems:
+            more = f"; and {len(problems) - _SHOWN_FAULTS} more" if len(problems) > _SHOWN_FAULTS else ""
             raise ValueError(
-                f"{self.directory}: config.json and weights do not fit together ({len(faults)} faults). "
-                f"{'; '.join(faults[:_SHOWN_FAULTS])}{more}. Fetch or save the model again."
+                f"{self.directory}: config.json and weights do not fit together ({len(problems)} problems). "
+                f"{'; '.join(problems[:_SHOWN_FAULTS])}{more}. Fetch or save the model again."
             )
 
     def _without_base_prefix(self) -> dict[str, str]:

@@ -54,26 +54,26 @@ class TensorFiles:
         directory: a Hugging Face model directory.
 
     Raises:
-        ValueError: no weights, missing or damaged files, or an index that does not fit them (all faults together).
+        ValueError: no weights, missing or damaged files, or an index that does not fit them (all problems together).
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         single, index = self._find()
-        faults: list[str] = []
+        problems: list[str] = []
         weight_map = None if index is None else _read_index(index)
         self._files: dict[str, _TensorFile] = {}
         for name in [single.name] if weight_map is None else sorted(set(weight_map.values())):
             try:
                 self._files[name] = _open(directory / name)
-            except ValueError as fault:
-                faults.append(str(fault))
+            except ValueError as problem:
+                problems.append(str(problem))
         if weight_map is None:
             weight_map = {tensor: name for name, file in self._files.items() for tensor in file.names()}
         else:
-            faults += self._check_index(weight_map)
-        if faults:
-            raise ValueError("; ".join(faults))
+            problems += self._check_index(weight_map)
+        if problems:
+            raise ValueError("; ".join(problems))
         self._file_names = weight_map
         self._place = {tensor: self._files[name] for tensor, name in weight_map.items()}
 
@@ -112,14 +112,14 @@ class TensorFiles:
         raise ValueError(f"{self.directory}: no weights ({looked_for}).")
 
     def _check_index(self, weight_map: dict[str, str]) -> list[str]:
-        faults = []
+        problems = []
         for name, file in self._files.items():
             stored, listed = file.names(), {tensor for tensor, place in weight_map.items() if place == name}
-            faults += [
+            problems += [
                 f"{name}: the index places {tensor!r} there, but it is not" for tensor in sorted(listed - stored)
             ]
             # What a file holds beyond its index is not part of the model; transformers does not read it either.
-        return faults
+        return problems
 
 
 class _TensorFile:
@@ -142,8 +142,8 @@ class _SafetensorsFile(_TensorFile):
         try:
             self._handle = safe_open(path, framework="pt", device="cpu")
             self._slices = {name: self._handle.get_slice(name) for name in self._handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as fault:
-            raise ValueError(f"{path}: missing or damaged ({fault}); fetch it again") from fault
+        except (SafetensorError, OSError, ValueError) as problem:
+            raise ValueError(f"{path}: missing or damaged ({problem}); fetch it again") from problem
 
     def names(self) -> set[str]:
         return set(self._slices)
@@ -158,8 +158,8 @@ class _SafetensorsFile(_TensorFile):
     def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
         try:
             return self._slices[name][tuple(slice(start, stop) for start, stop in ranges)]
-        except (SafetensorError, OSError) as fault:
-            raise ValueError(f"{self._path}: cannot read {name!r} ({fault}); fetch it again") from fault
+        except (SafetensorError, OSError) as problem:
+            raise ValueError(f"{self._path}: cannot read {name!r} ({problem}); fetch it again") from problem
 
 
 class _BinFile(_TensorFile):
@@ -194,13 +194,15 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         except RuntimeError:
             # Files from before PyTorch 1.6 cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as fault:
+    except pickle.UnpicklingError as problem:
         raise ValueError(
-            f"{path}: refused or damaged, not a plain file of tensors ({_first_line(fault)}); it is only opened with "
-            "weights_only=True, get the safetensors version of the model"
+            f"{path}: refused or damaged, not a plain file of tensors ({_first_line(problem)}); it is only opened "
+            "with weights_only=True, get the safetensors version of the model"
         ) from None
-    except Exception as fault:  # noqa: BLE001  a damaged pickle may raise anything at all
-        raise ValueError(f"{path}: damaged ({type(fault).__name__}: {_first_line(fault)}); fetch it again") from fault
+    except Exception as problem:  # noqa: BLE001  a damaged pickle may raise anything at all
+        raise ValueError(
+            f"{path}: damaged ({type(problem).__name__}: {_first_line(problem)}); fetch it again"
+        ) from problem
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(
             f"{path}: does not hold a mapping from names to tensors; get the safetensors version of the model"
@@ -208,16 +210,16 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _first_line(fault: Exception) -> str:
-    return (str(fault).splitlines() or [""])[0]
+def _first_line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [""])[0]
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = read_json_object(path)["weight_map"]
         entries = dict(weight_map)
-    except (ValueError, KeyError, TypeError) as fault:
-        raise ValueError(f"{path}: damaged ({fault!r}); fetch it again") from fault
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"{path}: damaged ({problem!r}); fetch it again") from problem
     for name in set(map(str, entries.values())):
         if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
             raise ValueError(f"{path}: refused, it points to {name!r}, which is not a file name inside the directory")

@@ -19,14 +19,11 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import IO
 
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.checkpoint.file_folder import FileFolder, Place
-
-CONFIG_MEMBER = "model_config.yaml"
-MODEL_WEIGHTS = "model_weights"
-EXIT_WEIGHTS = "exit_weights"
+from nemo_ee.checkpoint.members import CONFIG_MEMBER
 
 _LEGACY = "a legacy archive (model_weights.ckpt or one mp_rank_*/tp_rank_* folder per rank)"
 _BLOCK = 512
@@ -74,7 +71,7 @@ class NemoArchive:
     def __enter__(self) -> NemoArchive:
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *problem: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -101,8 +98,8 @@ class NemoArchive:
         with self.open_member(CONFIG_MEMBER) as file:
             try:
                 return file.read().decode("utf-8")
-            except UnicodeDecodeError as fault:
-                raise ValueError(f"{self.path}: {CONFIG_MEMBER} is damaged ({fault}); fetch it again.") from fault
+            except UnicodeDecodeError as problem:
+                raise ValueError(f"{self.path}: {CONFIG_MEMBER} is damaged ({problem}); fetch it again.") from problem
 
     def open_member(self, name: str) -> IO[bytes]:
         """Opens one file in it for reading bytes.
@@ -198,8 +195,7 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     """Writes a `.nemo`: a tar that appears under its name only when it is complete and on disk.
 
     Args:
-        output_path: the `.nemo`; written to `<output_path>.partial` and renamed. An existing file is replaced and its
-            mode kept.
+        output_path: the `.nemo`; see `atomic_file`.
         entries: name in the archive -> what goes there: a file, a directory (with all below it), bytes, a text, or a
             `NemoArchive`, whose member or folder of that very name is copied byte for byte.
 
@@ -211,23 +207,10 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     """
     output = Path(output_path)
     files = _flatten(entries)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                _add_folders(tar, files)
-                for name, source in files.items():
-                    _add_file(tar, name, source)
-            file.flush()
-            os.fsync(file.fileno())
-        if output.exists():
-            shutil.copymode(output, partial)
-        os.replace(partial, output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_directory(output.parent)
+    with atomic_file(output) as partial, tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        _add_folders(tar, files)
+        for name, source in files.items():
+            _add_file(tar, name, source)
     return output
 
 
@@ -238,8 +221,8 @@ _FileSource = Path | bytes | tuple[NemoArchive, str]
 def _open_tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path, mode="r:*")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
-        raise ValueError(f"{path}: not a .nemo archive, or damaged ({fault}); fetch or save it again.") from fault
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise ValueError(f"{path}: not a .nemo archive, or damaged ({problem}); fetch or save it again.") from problem
 
 
 def _checked_members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]:
@@ -263,8 +246,8 @@ def _checked_members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarI
         whole = tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
         while tar.fileobj.read(_COPY_BYTES):  # to the end, where gzip keeps its checksum
             pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
-        raise ValueError(f"{path}: damaged or truncated ({fault}); fetch or save it again.") from fault
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise ValueError(f"{path}: damaged or truncated ({problem}); fetch or save it again.") from problem
     if not whole:
         raise ValueError(f"{path}: truncated (no end mark after {len(members)} members); fetch or save it again.")
     return members
@@ -337,9 +320,9 @@ def _add_file(tar: tarfile.TarFile, name: str, source: _FileSource) -> None:
             info.size = archive.members()[member]
         try:
             tar.addfile(info, stream)
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as fault:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
             origin = source[0].path if isinstance(source, tuple) else "it"
-            raise ValueError(f"cannot copy {name!r} of {origin} into the archive ({fault}).") from fault
+            raise ValueError(f"cannot copy {name!r} of {origin} into the archive ({problem}).") from problem
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
@@ -348,18 +331,7 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
         while block := source.read(_COPY_BYTES):
             target.write(block)
             copied += len(block)
-    except (tarfile.TarError, EOFError, zlib.error) as fault:
-        raise ValueError(f"{what}: damaged or truncated ({fault}); fetch or save it again.") from fault
+    except (tarfile.TarError, EOFError, zlib.error) as problem:
+        raise ValueError(f"{what}: damaged or truncated ({problem}); fetch or save it again.") from problem
     if copied != size:
         raise ValueError(f"{what}: {copied} of {size} bytes are there; the file is truncated, fetch or save it again.")
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable, after a rename in it."""
-    # Not every file system lets a directory be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -102,26 +102,26 @@ def read_architecture(
     llama_like = normalization == "rmsnorm" and activation in _SWIGLU and positions == "rope"
     gpt_like = normalization == "layernorm" and activation in ("gelu", "openai-gelu", "relu")
     gpt_like = gpt_like and positions == "learned_absolute"
-    faults = []
+    problems = []
     if not llama_like and not gpt_like:
-        faults.append(
+        problems.append(
             f"normalization={normalization}, activation={activation}, position_embedding_type={positions}: no stock "
             "class is known for this; supported are (rmsnorm, swiglu, rope) and (layernorm, gelu or relu, "
             "learned_absolute)"
         )
     if gpt_like and activation == "gelu" and not tanh_gelu and not erf_gelu:
-        faults.append("activation=gelu without openai_gelu: TensorRT-LLM's GELU is the tanh approximation, not this")
+        problems.append("activation=gelu without openai_gelu: TensorRT-LLM's GELU is the tanh approximation, not this")
     if gpt_like and get("qkv_bias") and not get("bias", True):
-        faults.append("qkv_bias without bias: GPTForCausalLM has one switch for all biases")
+        problems.append("qkv_bias without bias: GPTForCausalLM has one switch for all biases")
     if gpt_like and get("qk_layernorm"):
-        faults.append("qk_layernorm with layernorm: no stock class is known for this; Qwen3 has it with rmsnorm")
-    faults += _faults_of_settings(get)
+        problems.append("qk_layernorm with layernorm: no stock class is known for this; Qwen3 has it with rmsnorm")
+    problems += _problems_of_settings(get)
     scaling = None
     if llama_like:
-        scaling, fault = _rotary_scaling(get)
-        faults += fault
-    if faults:
-        raise ValueError("; ".join(faults))
+        scaling, problem = _rotary_scaling(get)
+        problems += problem
+    if problems:
+        raise ValueError("; ".join(problems))
     biases = ALL_LINEARS if get("bias", True) else frozenset({QKV} if get("qkv_bias", False) else ())
     defaults = {  # NeMo's own
         "ffn_hidden_size": 4 * hidden,
@@ -152,7 +152,7 @@ def read_architecture(
     )
 
 
-def _faults_of_settings(get) -> list[str]:  # noqa: ANN001
+def _problems_of_settings(get) -> list[str]:  # noqa: ANN001
     refused = {
         "mcore_gpt": (get("mcore_gpt", True) is False, "NeMo's legacy GPT is not supported"),
         "transformer_block_type": (get("transformer_block_type", "pre_ln") != "pre_ln", "must be pre_ln"),

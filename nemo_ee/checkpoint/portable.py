@@ -25,8 +25,16 @@ from typing import Any
 
 import yaml
 
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, MODEL_WEIGHTS, NemoArchive
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, read_json_object
+from nemo_ee.checkpoint.members import (
+    CONFIG_MEMBER,
+    IN_ARCHIVE,
+    METADATA_FILE,
+    MODEL_WEIGHTS,
+    TOKENIZER_ARTIFACTS,
+    TOKENIZER_FOLDER,
+)
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.tokenizer_files import plain_json_object
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
 logger = logging.getLogger(__name__)
@@ -35,9 +43,6 @@ _FOLDERS_UP = 2
 _BACKBONE_KEY = "backbone_path"
 _YAML_STRING = "tag:yaml.org,2002:str"
 _LONGEST_PATH = 4096  # of Linux
-_METADATA_FILE = ".metadata"
-_NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
-_IN_ARCHIVE = "nemo:"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -56,8 +61,8 @@ def plain_config(archive: NemoArchive) -> dict[str, Any]:
     path, text = archive.path, archive.config_text()
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({fault}); fetch or save the file again") from fault
+    except yaml.YAMLError as problem:
+        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again") from problem
     layers = config.get("num_layers") if isinstance(config, dict) else None
     if not isinstance(layers, int) or layers < 1:
         raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
@@ -162,8 +167,10 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as fault:
-        raise ValueError(f"{nemo}: model_config.yaml is damaged ({fault}); fetch or save the file again") from fault
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise ValueError(
+            f"{nemo}: model_config.yaml is damaged ({problem}); fetch or save the file again"
+        ) from problem
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     node = next((value for key, value in pairs if key.value == _BACKBONE_KEY and _follows(value, key)), None)
     stored = node.value if node is not None and node.tag == _YAML_STRING else None
@@ -208,16 +215,16 @@ def portable_tokenizer(
             block["type"] = TOKENIZER_FOLDER
             if block.get("use_fast") is None:  # NeMo's default is False; what is in `tokenizer/` was read with True
                 block["use_fast"] = bundled
-    for key in _NEMO_ARTIFACTS:
+    for key in TOKENIZER_ARTIFACTS:
         value = block.get(key)
-        if not isinstance(value, str) or not value or value.startswith(_IN_ARCHIVE):
+        if not isinstance(value, str) or not value or value.startswith(IN_ARCHIVE):
             continue
         name = PurePosixPath(value).name
         if key in own and Path(value).is_file():
             name = f"{key}_{name}"
-            files[name], block[key] = Path(value), f"{_IN_ARCHIVE}{name}"
+            files[name], block[key] = Path(value), f"{IN_ARCHIVE}{name}"
         elif name in members:  # as old versions of NeMo wrote it
-            block[key] = f"{_IN_ARCHIVE}{name}"
+            block[key] = f"{IN_ARCHIVE}{name}"
         elif key not in own:
             logger.warning("tokenizer.%s=%s of the source is not in its .nemo, and not stored", key, value)
             del block[key]
@@ -231,7 +238,7 @@ def _bundle(folder: Path) -> dict[str, Path]:
     """
     files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     reason = None
-    if not (read_json_object((folder / "tokenizer_config.json").resolve()) or {}).get("tokenizer_class"):
+    if not (plain_json_object((folder / "tokenizer_config.json").resolve()) or {}).get("tokenizer_class"):
         reason = "tokenizer_config.json names no tokenizer_class"
     elif not files.keys() & set(_VOCABULARIES):
         reason = f"there is none of {', '.join(_VOCABULARIES)}"
@@ -312,7 +319,7 @@ def forget_folder(folder: Path) -> None:
 
     For a checkpoint that this process has just written: it is unpickled without restrictions.
     """
-    path = folder / _METADATA_FILE
+    path = folder / METADATA_FILE
     metadata = pickle.loads(path.read_bytes())
     if getattr(metadata, "storage_meta", None) is None:
         return

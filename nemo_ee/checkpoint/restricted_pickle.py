@@ -23,8 +23,8 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nemo_ee.checkpoint.file_folder import FileFolder
+from nemo_ee.checkpoint.members import METADATA_FILE
 
-METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 MODELOPT_FOLDER = "modelopt_state"
 
@@ -129,13 +129,13 @@ def load_metadata(folder: FileFolder) -> dcp_metadata.Metadata:
     path = folder.shown(METADATA_FILE)
     try:
         metadata = MetadataUnpickler(io.BytesIO(folder.read(METADATA_FILE))).load()
-    except UnsafeCheckpointError as fault:
+    except UnsafeCheckpointError as problem:
         raise UnsafeCheckpointError(
-            f"{path}: refused, {fault}. A .metadata file may only hold torch.distributed.checkpoint metadata; "
+            f"{path}: refused, {problem}. A .metadata file may only hold torch.distributed.checkpoint metadata; "
             "a file that holds more was not written by Megatron-core, fetch the checkpoint again."
         ) from None
-    except Exception as fault:  # noqa: BLE001  a damaged pickle may raise anything at all
-        raise ValueError(f"{path}: damaged ({type(fault).__name__}: {fault}); {_AGAIN}.") from fault
+    except Exception as problem:  # noqa: BLE001  a damaged pickle may raise anything at all
+        raise ValueError(f"{path}: damaged ({type(problem).__name__}: {problem}); {_AGAIN}.") from problem
     if not isinstance(metadata, dcp_metadata.Metadata):
         raise ValueError(f"{path}: damaged, it holds a {type(metadata).__name__}, not checkpoint metadata; {_AGAIN}.")
     return metadata
@@ -187,8 +187,8 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
             with open(directory / plain_file_name(place.relative_path, str(directory)), "rb") as file:
                 file.seek(place.offset)
                 payload = io.BytesIO(file.read(place.length))
-        except OSError as fault:
-            raise ValueError(f"{directory}: damaged or incomplete ({fault}); {_AGAIN}.") from fault
+        except OSError as problem:
+            raise ValueError(f"{directory}: damaged or incomplete ({problem}); {_AGAIN}.") from problem
         where = f"{directory}: sharded object {index.fqn!r}"
         with torch.serialization.safe_globals([io.BytesIO]):
             _refuse_unsafe_content(_load_pickle(payload, where, False), where)
@@ -208,17 +208,17 @@ def plain_file_name(name: Any, index: str) -> str:
 def _load_pickle(source: Path | io.BytesIO, where: str, trust_checkpoint: bool) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=not trust_checkpoint)
-    except pickle.UnpicklingError as fault:
+    except pickle.UnpicklingError as problem:
         raise UnsafeCheckpointError(
-            f"{where}: refused, it needs unrestricted unpickling ({_reason(fault)}); {_WAY_OUT}."
+            f"{where}: refused, it needs unrestricted unpickling ({_reason(problem)}); {_WAY_OUT}."
         ) from None
-    except Exception as fault:  # noqa: BLE001  a damaged pickle may raise anything at all
-        raise ValueError(f"{where}: damaged ({type(fault).__name__}: {fault}); {_AGAIN}.") from fault
+    except Exception as problem:  # noqa: BLE001  a damaged pickle may raise anything at all
+        raise ValueError(f"{where}: damaged ({type(problem).__name__}: {problem}); {_AGAIN}.") from problem
 
 
-def _reason(fault: Exception) -> str:
+def _reason(problem: Exception) -> str:
     """The part of PyTorch's long message that names the class or function that was asked for."""
-    lines = [line.strip() for line in str(fault).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    lines = [line.strip() for line in str(problem).splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return lines[0] if lines else "not plain data"
 
 

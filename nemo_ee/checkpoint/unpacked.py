@@ -67,14 +67,14 @@ def unpacked(archive: NemoArchive, prefixes: Sequence[str] | None = None) -> Ite
         archive.extract(directory, prefixes)
         try:
             yield directory
-        except Exception as fault:
-            text = str(fault)
+        except Exception as problem:
+            text = str(problem)
             if str(directory) not in text:
                 raise
             text = text.replace(f"{directory}/", "").replace(str(directory), "it")
             raise ValueError(
                 f"{archive.path}: a file in it cannot be used ({text}); fetch or save it again."
-            ) from fault
+            ) from problem
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate, find_certificate
-from nemo_ee.certificates.validity import identify, model_faults, setting_faults, setting_of, stop_faults
+from nemo_ee.certificates.validity import identify, model_problems, setting_of, setting_problems, stop_problems
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.generation_request import GenerationRequest
 
@@ -40,9 +40,9 @@ def with_certificate(request: GenerationRequest, config: Mapping[str, Any]) -> G
     if wanted in (None, False):
         return request
     certificate = find_certificate(path, wanted)
-    faults = list(model_faults(certificate, identify(path)))
-    outside = [*setting_faults(certificate, setting_of(config)), *_length_faults(certificate, request)]
-    outside += stop_faults(certificate, stored_end_of_text(path))
+    faults = list(model_problems(certificate, identify(path)))
+    outside = [*setting_problems(certificate, setting_of(config)), *_length_faults(certificate, request)]
+    outside += stop_problems(certificate, stored_end_of_text(path))
     if outside and not config["allow_other_setting"]:
         way_out = "change it, or set allow_other_setting=True to run without the guarantee"
         faults += [f"{one}; {way_out}" for one in outside]

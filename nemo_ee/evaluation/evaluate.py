@@ -12,8 +12,9 @@ from typing import Any
 from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.evaluation.exit_quality import evaluate_exits
-from nemo_ee.evaluation.report import draw_quality, write_json
+from nemo_ee.evaluation.report import draw_quality
 from nemo_ee.evaluation.token_windows import TokenWindows, microbatches, num_batches
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
@@ -31,7 +32,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         What exits.json holds; rank 0 has written it.
 
     Raises:
-        ValueError: all faults of model, data and settings in one message, before anything is built.
+        ValueError: all problems of model, data and settings in one message, before anything is built.
     """
     model_config, windows = _check(cfg)
     trainer = single_run_trainer(cfg)
@@ -76,59 +77,59 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check(cfg: DictConfig) -> tuple[DictConfig, TokenWindows]:
-    """The model config to restore with and the text to measure on, or every fault that can be seen without weights."""
-    faults: list[str] = []
-    model_config = _model_config(cfg, faults)
-    windows = _windows(cfg, model_config, faults)
+    """The model config to restore with and the text to measure on, or every problem that shows without weights."""
+    problems: list[str] = []
+    model_config = _model_config(cfg, problems)
+    windows = _windows(cfg, model_config, problems)
     if Path(cfg.output).exists() and not Path(cfg.output).is_dir():
-        faults.append(f"output={cfg.output} is a file; give a directory")
-    if faults:
-        raise ValueError("nothing was evaluated:\n" + "\n".join(f"  {fault}" for fault in faults))
+        problems.append(f"output={cfg.output} is a file; give a directory")
+    if problems:
+        raise ValueError("nothing was evaluated:\n" + "\n".join(f"  {problem}" for problem in problems))
     return model_config, windows
 
 
-def _model_config(cfg: DictConfig, faults: list[str]) -> DictConfig | None:
+def _model_config(cfg: DictConfig, problems: list[str]) -> DictConfig | None:
     if OmegaConf.is_missing(cfg.model, "restore_from_path"):
-        faults.append("model.restore_from_path is missing; give an early-exit .nemo")
+        problems.append("model.restore_from_path is missing; give an early-exit .nemo")
         return None
     path = cfg.model.restore_from_path
     if not Path(path).exists():
-        faults.append(f"model.restore_from_path={path} does not exist; give an early-exit .nemo")
+        problems.append(f"model.restore_from_path={path} does not exist; give an early-exit .nemo")
         return None
     try:
         config = merge_model_config(read_config(path), cfg.model)
-    except ValueError as fault:
-        faults.append(f"model.restore_from_path={path}: {fault}")
+    except ValueError as problem:
+        problems.append(f"model.restore_from_path={path}: {problem}")
         return None
     config.full_depth = True  # agreement needs the final exit
     block = config.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
-        faults.append(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+        problems.append(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
     length, longest = config.encoder_seq_length, config.get("max_position_embeddings")
     if length < 1 or (longest and length > longest):
-        faults.append(f"model.encoder_seq_length={length} is not in 1..{longest}, the model's positions; change it")
+        problems.append(f"model.encoder_seq_length={length} is not in 1..{longest}, the model's positions; change it")
     size = config.get("tensor_model_parallel_size", 1)
     if config.get("sequence_parallel") and length % size:
-        faults.append(
+        problems.append(
             f"model.encoder_seq_length={length} is not a multiple of tensor_model_parallel_size={size}; change it or "
             "set model.sequence_parallel=False"
         )
     try:
         ranks = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
         refuse_unsupported(config, world_size=ranks, precision=cfg.trainer.precision)
-    except ValueError as fault:
-        faults.append(str(fault))
+    except ValueError as problem:
+        problems.append(str(problem))
     return config
 
 
-def _windows(cfg: DictConfig, model_config: DictConfig | None, faults: list[str]) -> TokenWindows | None:
+def _windows(cfg: DictConfig, model_config: DictConfig | None, problems: list[str]) -> TokenWindows | None:
     if OmegaConf.is_missing(cfg, "data"):
-        faults.append("data is missing; give the prefix of a Megatron .bin/.idx")
+        problems.append("data is missing; give the prefix of a Megatron .bin/.idx")
         return None
     length = model_config.encoder_seq_length if model_config is not None else 1
     vocabulary = model_config.get("vocab_size") if model_config is not None else None
     try:
         return TokenWindows(str(cfg.data), seq_length=max(1, length), max_tokens=cfg.max_tokens, vocab_size=vocabulary)
-    except ValueError as fault:
-        faults.append(f"data={cfg.data}: {fault}")
+    except ValueError as problem:
+        problems.append(f"data={cfg.data}: {problem}")
         return None

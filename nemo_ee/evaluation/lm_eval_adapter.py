@@ -65,7 +65,7 @@ class EarlyExitLM(TemplateLM):
         device: `cpu` switches the CPU host on; anything else, and None, means a GPU.
 
     Raises:
-        ValueError: every fault of the settings that shows before weights are loaded.
+        ValueError: every problem of the settings that shows before weights are loaded.
     """
 
     def __init__(

@@ -53,6 +53,6 @@ def scoring_request(config: Mapping[str, Any]) -> GenerationRequest:
             batch_size, and the blocks trainer and model, each as in conf/megatron_gpt_early_exit_generate.yaml.
 
     Raises:
-        ValueError: every fault, in one message.
+        ValueError: every problem, in one message.
     """
     return dataclasses.replace(GenerationRequest.from_config({**_OPEN, **config}), prompts=())

@@ -61,8 +61,8 @@ class TokenWindows:
         self.num_tokens = sum(min(seq_length, available - window * seq_length) for window in self._windows)
         starts = [window * seq_length for window in self._windows]
         spans = None if kept == windows else [(start, start + seq_length + 1) for start in starts]
-        if fault := vocabulary_fault(prefix, vocab_size, spans):
-            raise ValueError(fault)
+        if problem := vocabulary_fault(prefix, vocab_size, spans):
+            raise ValueError(problem)
 
     def __len__(self) -> int:
         return len(self._windows)

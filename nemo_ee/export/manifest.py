@@ -8,14 +8,15 @@ Written last, so a directory with a manifest was written to the end.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.text.json_values import read_json_object
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_EARLIER_KEY = "artefacts"  # the name of `artifacts` in manifests of earlier versions
 _BLOCK = 4 << 20
 
 
@@ -43,7 +44,7 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
         if path.is_file()
     }
     manifest = {"schema_version": SCHEMA_VERSION, **facts, "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / MANIFEST, manifest, indent=1)
     return manifest
 
 
@@ -60,25 +61,27 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         manifest = read_json_object(path)
         version = manifest["schema_version"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise ValueError(f"{path}: damaged ({fault!r}); export again") from fault
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path}: damaged ({problem!r}); export again") from problem
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema version {version!r}, this code reads {SCHEMA_VERSION}; export again")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in entries):
         raise ValueError(f"{path}: refused, a file name lies outside of the export")
+    if _EARLIER_KEY in manifest:
+        manifest["artifacts"] = manifest.pop(_EARLIER_KEY)
     return manifest
 
 
-def file_faults(directory: str | Path, manifest: dict[str, Any]) -> list[str]:
+def file_problems(directory: str | Path, manifest: dict[str, Any]) -> list[str]:
     """Files that are missing, changed, or not in the manifest."""
-    directory, faults = Path(directory), []
+    directory, problems = Path(directory), []
     for name, entry in manifest["files"].items():
         path = directory / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
         elif sha256_of(path) != entry["sha256"]:
-            faults.append(f"{name} has another sha256 than the manifest says")
+            problems.append(f"{name} has another sha256 than the manifest says")
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    return faults + [f"{name} is not in the manifest" for name in sorted(found - {*manifest["files"], MANIFEST})]
+    return problems + [f"{name} is not in the manifest" for name in sorted(found - {*manifest["files"], MANIFEST})]

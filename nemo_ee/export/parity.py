@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from nemo_ee.generation.stats import FINAL
 from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 from nemo_ee.runtime.model import RuntimeModel
 
 logger = logging.getLogger(__name__)
 
-FINAL = "final"
 NUM_TOKENS = 16
 DEFAULT_GIGABYTES = 4.0
 # Of the largest number; fp32 products in another order, on another machine. A wrong tensor changes far more.
@@ -73,7 +73,7 @@ def _summary(text: TeacherForcedPass, exit: str | None, rows: Sequence[int]) -> 
     return {"argmax": logits.argmax(-1).tolist(), **rounded}
 
 
-def parity_setting_faults(parity_gigabytes: Any) -> list[str]:
+def parity_setting_problems(parity_gigabytes: Any) -> list[str]:
     """What is wrong with the setting."""
     number = isinstance(parity_gigabytes, int | float) and not isinstance(parity_gigabytes, bool)
     if number and parity_gigabytes >= 0:
@@ -109,7 +109,7 @@ def _numbers_in(path: Path) -> int:
         return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def parity_faults(
+def parity_problems(
     stated: Mapping[str, Any] | None,
     folder: Path,
     load: Callable[[Path], RuntimeModel],
@@ -125,20 +125,20 @@ def parity_faults(
         return
     try:
         found = parity_of(load(folder))
-    except ValueError as fault:
-        yield f"parity: {fault}"
+    except ValueError as problem:
+        yield f"parity: {problem}"
         return
-    except (RuntimeError, IndexError) as fault:  # torch's own: sizes that do not fit, no memory
-        yield f"parity: cannot be run ({fault!r})"
+    except (RuntimeError, IndexError) as problem:  # torch's own: sizes that do not fit, no memory
+        yield f"parity: cannot be run ({problem!r})"
         return
     if found["tokens"] != stated["tokens"] or found["heads"].keys() != stated["heads"].keys():
         yield f"parity: the manifest's tokens or exits ({', '.join(stated['heads'])}) are not this model's"
         return
     for head, own in stated["heads"].items():
-        yield from _head_faults(head, own, found["heads"][head])
+        yield from _head_problems(head, own, found["heads"][head])
 
 
-def _head_faults(head: str, stated: Mapping[str, list], found: Mapping[str, list]) -> Iterator[str]:
+def _head_problems(head: str, stated: Mapping[str, list], found: Mapping[str, list]) -> Iterator[str]:
     scale = max(abs(number) for name in _NUMBERS for number in found[name])
     far = [name for name in _NUMBERS if not _close(stated[name], found[name], TOLERANCE * scale)]
     clear = [margin > TOLERANCE * scale for margin in found["margin"]]

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor
 
 from nemo_ee.certificates.validity import valid_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
-from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.members import EXIT_WEIGHTS, LORA_WEIGHTS, MODEL_WEIGHTS, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of, plain_config
 from nemo_ee.checkpoint.tensor_checks import is_finite
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, is_plain_file, special_token_ids
+from nemo_ee.checkpoint.tokenizer_files import is_plain_file, special_token_ids
 from nemo_ee.checkpoint.unpacked import readable, unpacked
 from nemo_ee.exits.config import EarlyExitConfig, ExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
@@ -37,7 +37,6 @@ from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, 
 
 logger = logging.getLogger(__name__)
 
-LORA_WEIGHTS = "lora_weights"
 _BLOCK_BYTES = 32 << 20
 
 
@@ -88,7 +87,7 @@ class EarlyExitSource:
     def __enter__(self) -> EarlyExitSource:
         return self
 
-    def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *problem: object) -> None:
         self._stack.close()
 
     @cached_property

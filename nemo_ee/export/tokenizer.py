@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files, read_json_object
+from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files, plain_json_object
 from nemo_ee.runtime.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,13 @@ def write_tokenizer(folder: Path, to: Path) -> bool:
         return bool(names)
     try:
         tokenizer = load_tokenizer(to)
-    except Exception as fault:  # whatever a damaged or incomplete tokenizer makes of its readers
-        logger.warning("%s: transformers does not read the tokenizer (%s); its files are only copied", to.name, fault)
+    except Exception as problem:  # whatever a damaged or incomplete tokenizer makes of its readers
+        logger.warning(
+            "%s: transformers does not read the tokenizer (%s); its files are only copied", to.name, problem
+        )
         return True
     if tokenizer.is_fast:
-        values = _settings(tokenizer, read_json_object(to / _CONFIG) or {})
+        values = _settings(tokenizer, plain_json_object(to / _CONFIG) or {})
         tokenizer.backend_tokenizer.save(str(to / "tokenizer.json"))
         (to / _CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return True

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.certificates.certificate import DEFAULT_NAME, Certificate, Setting
-from nemo_ee.certificates.validity import KV_POLICY, setting_faults, stop_faults
+from nemo_ee.certificates.validity import KV_POLICY, setting_problems, stop_problems
 from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request
 from nemo_ee.serving.errors import ApiError, shown
@@ -97,7 +97,7 @@ def check_setting(
         add_BOS=None,  # as the tokenizer does
         sampling=asked,
     )
-    faults = [*setting_faults(certificate, setting), *stop_faults(certificate, end_of_text)]
+    faults = [*setting_problems(certificate, setting), *stop_problems(certificate, end_of_text)]
     others = sorted({request.max_new_tokens for request in requests} - {certified})
     faults += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
     given = {"stop": call.stops, "stop_token_ids": call.stop_token_ids, "min_tokens": call.min_tokens}

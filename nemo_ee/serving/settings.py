@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.checkpoint.members import CONFIG_MEMBER
 from nemo_ee.generation.cost_rule import COST_RULES, unknown_cost_rule
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.serving.exit_choice import ExitChoice
@@ -162,7 +163,7 @@ def _path(config: Mapping[str, Any], faults: list[str]) -> Path:
         faults.append("model is not set; give hf_early_exit/ of an export (scripts/export/export_huggingface.py)")
         return Path()
     path = Path(str(given))
-    if path.suffix == ".nemo" or (path / "model_config.yaml").is_file():
+    if path.suffix == ".nemo" or (path / CONFIG_MEMBER).is_file():
         faults.append(
             f"model={path} is a NeMo checkpoint, which is not served as it is; run scripts/export/"
             f"export_huggingface.py checkpoint={path} output=export and give export/hf_early_exit"

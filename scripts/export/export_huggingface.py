@@ -20,10 +20,10 @@ from nemo_ee.settings.files import EXPORT_HUGGINGFACE
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg, EXPORT_HUGGINGFACE):
-        from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+        from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
         export_huggingface(
-            ExportSettings(
+            HuggingFaceSettings(
                 checkpoint=Path(cfg.checkpoint),
                 output=Path(cfg.output),
                 backbone=None if cfg.backbone is None else Path(cfg.backbone),

@@ -20,10 +20,10 @@ from nemo_ee.settings.files import EXPORT_TENSORRT_LLM
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg, EXPORT_TENSORRT_LLM):
-        from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+        from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
         export_checkpoint(
-            ExportSettings(
+            TensorRTLLMSettings(
                 checkpoint=Path(cfg.checkpoint),
                 output=Path(cfg.output),
                 backbone=None if cfg.backbone is None else Path(cfg.backbone),

@@ -6,7 +6,7 @@
     python scripts/export/verify_export.py export
     python scripts/export/verify_export.py export --checkpoint tuned.nemo     # and every number, every config field
 
-Ends with 0 when there is no fault, otherwise with 1, or with 2 when there is nothing to check.
+Ends with 0 when there is no problem, otherwise with 1, or with 2 when there is nothing to check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_ee.export.verify import verify_export
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the faults, one a line."""
+    """Print the problems, one a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="output of an export")
     parser.add_argument("--checkpoint", type=Path, help="the .nemo it was made from")
@@ -32,18 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        faults = verify_export(
+        problems = verify_export(
             options.directory, options.checkpoint, options.backbone, parity_gigabytes=options.parity_gigabytes
         )
         note = read_manifest(options.directory).get("verified", {}).get("note", "nothing was run")
-    except ValueError as fault:
-        sys.stderr.write(f"error: {fault}\n")
+    except ValueError as problem:
+        sys.stderr.write(f"error: {problem}\n")
         return 2
-    for fault in faults:
-        print(fault)
+    for problem in problems:
+        print(problem)
     compared = "hashes, names, shapes and shards, stated parity" + (" and every number" if options.checkpoint else "")
-    print(f"{len(faults)} faults in {compared}; {note}")
-    return 1 if faults else 0
+    print(f"{len(problems)} problems in {compared}; {note}")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

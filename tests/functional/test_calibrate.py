@@ -251,7 +251,7 @@ def test_it_survives_restoring_and_saving(certified, tmp_path):
     from omegaconf import OmegaConf
 
     from nemo_ee.certificates.certificate import find_certificate
-    from nemo_ee.certificates.validity import identify, model_faults
+    from nemo_ee.certificates.validity import identify, model_problems
     from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
     from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
     from tests.helpers.megatron_models import cpu_trainer
@@ -268,7 +268,7 @@ def test_it_survives_restoring_and_saving(certified, tmp_path):
         reset_batch_sizes()
         certificate = find_certificate(saved, True)
         assert certificate == find_certificate(certified.path, True)
-        assert not list(model_faults(certificate, identify(saved)))
+        assert not list(model_problems(certificate, identify(saved)))
 
 
 def test_an_exits_only_file_is_calibrated_in_place(start, certified, tmp_path):
@@ -314,7 +314,7 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
     import yaml
 
     from nemo_ee.checkpoint.nemo_archive import NemoArchive
-    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
     with NemoArchive(certified.path) as archive:
         archive.extract(tmp_path / "other")
@@ -323,7 +323,7 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
     listed = []
     for name, checkpoint in (("own", certified.path), ("changed", tmp_path / "other")):
         output = tmp_path / name
-        export_checkpoint(ExportSettings(checkpoint=checkpoint, output=output, drafts=(), progress=False))
+        export_checkpoint(TensorRTLLMSettings(checkpoint=checkpoint, output=output, drafts=(), progress=False))
         listed.append(json.loads((output / "manifest.json").read_text())["certificates"])
     assert listed == [[certified.report["certificate"]], []]
     assert "is void: the backbone is another" in caplog.text

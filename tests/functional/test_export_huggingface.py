@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face directories against transformers: the backbone bitwise, every exit's logits, refusals, faults.
+"""Hugging Face directories against transformers: the backbone bitwise, every exit's logits, refusals, problems.
 
 Logits in fp32, tolerance 1e-5 of the largest; weights and rounded weights bitwise.
 """
@@ -84,14 +84,14 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
     settings = {"progress": False, **settings}
-    return export_huggingface(ExportSettings(checkpoint=checkpoint, output=output, **settings))
+    return export_huggingface(HuggingFaceSettings(checkpoint=checkpoint, output=output, **settings))
 
 
 def stock(folder: Path, **settings: Any):
-    """The directory as transformers loads it; anything missing or left over is a fault."""
+    """The directory as transformers loads it; anything missing or left over is a problem."""
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -128,7 +128,7 @@ def test_the_backbone_comes_back_bitwise(name: str, made, tmp_path: Path) -> Non
     generation, source = (json.loads((path / "generation_config.json").read_text()) for path in (folder, one.source))
     assert generation == source
     assert torch.equal(transformers_logits(stock(folder), one.tokens), one.logits)
-    HuggingFaceSource(folder)  # and the importer reads it without a fault
+    HuggingFaceSource(folder)  # and the importer reads it without a problem
     if name == "opt":
         mask = torch.ones_like(one.tokens).index_fill(1, torch.arange(3), 0)  # [b, s], padded on the left
         ours, theirs = (m(one.tokens, attention_mask=mask).logits for m in (stock(folder), one.reference))

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file  # isort: skip  # after the C
 
 from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.export.verify import verify_export
-from tests.functional.test_export_faults import copied, signed
 from tests.functional.test_export_huggingface import Made, export
-from tests.functional.test_export_huggingface_faults import EMBEDDING, EXITS, MLP, tensors_of
+from tests.functional.test_export_huggingface_problems import EMBEDDING, EXITS, MLP, tensors_of
+from tests.functional.test_export_problems import copied, signed
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def exported(one: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mistral"])
-def test_a_good_export_has_no_faults(name: str, tmp_path: Path) -> None:
+def test_a_good_export_has_no_problems(name: str, tmp_path: Path) -> None:
     made = Made(tmp_path / "made", name, EXITS)
     output = export(made.path, tmp_path / "out")
     assert (output / f"hf_exit_{EMBEDDING}").exists() == (name == "opt")
@@ -63,14 +63,14 @@ CHANGES = {
 def test_files_that_the_format_does_not_ask_for(change: str, exported: Path, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path / "copy")
     _changed(folder, CHANGES[change][0])
-    assert verify_export(folder) == [f"hf_early_exit: {fault}" for fault in CHANGES[change][1]]
+    assert verify_export(folder) == [f"hf_early_exit: {problem}" for problem in CHANGES[change][1]]
 
 
 def test_changed_numbers_show_against_the_source(exported: Path, one: Made, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path / "copy")
     _changed(folder, lambda tensors: tensors[KEY][0, 0].add_(1.0))
-    (fault,) = verify_export(folder)
-    assert fault.startswith("hf_early_exit: the manifest's digest is ") and ", that of the files is " in fault
+    (problem,) = verify_export(folder)
+    assert problem.startswith("hf_early_exit: the manifest's digest is ") and ", that of the files is " in problem
     origin = f"{MLP}.mlp.linear_fc1.weight of the .nemo"
     assert verify_export(folder, one.path) == [f"hf_early_exit: {KEY} differs from {origin}"]
 
@@ -85,7 +85,7 @@ def test_a_digest_says_which_numbers_whatever_the_files(exported: Path, one: Mad
 
     def stated(folder: Path) -> dict[str, str]:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return {artefact["directory"]: artefact["digest"] for artefact in manifest["artefacts"]}
+        return {artifact["directory"]: artifact["digest"] for artifact in manifest["artifacts"]}
 
     assert stated(exported)["hf_early_exit"] == expected and len(set(stated(exported).values())) == 4
     assert stated(export(one.path, tmp_path / "sharded", shard_gigabytes=30_000 / 1e9)) == stated(exported)
@@ -93,9 +93,9 @@ def test_a_digest_says_which_numbers_whatever_the_files(exported: Path, one: Mad
     assert not set(rounded.values()) & set(stated(exported).values())
 
 
-def test_what_an_artefact_is_for_is_in_the_manifest(exported: Path) -> None:
+def test_what_an_artifact_is_for_is_in_the_manifest(exported: Path) -> None:
     manifest = json.loads((exported / MANIFEST).read_text())
-    found = {a["kind"]: (a["lossless"], a["kv"], a["max_batch"]) for a in manifest["artefacts"]}
+    found = {a["kind"]: (a["lossless"], a["kv"], a["max_batch"]) for a in manifest["artifacts"]}
     assert found["full"] == (True, "its own, every layer writes every position", None)
     assert found["exit"][0].startswith("with hf_full as the target") and found["early_exit"][1] == "carry"
 
@@ -110,11 +110,11 @@ def test_a_config_that_the_export_did_not_write_shows_against_the_source(
         values.pop("rms_norm_eps")
         path.write_text(json.dumps(values))
     signed(folder)
-    assert all(": parity: " in fault for fault in verify_export(folder)), "it computes something else"
-    faults = verify_export(folder, one.path)
-    assert len(faults) == 9
-    assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in faults
-    assert any("hf_full: config.json: rms_norm_eps is absent, must be" in fault for fault in faults)
+    assert all(": parity: " in problem for problem in verify_export(folder)), "it computes something else"
+    problems = verify_export(folder, one.path)
+    assert len(problems) == 9
+    assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in problems
+    assert any("hf_full: config.json: rms_norm_eps is missing, must be" in problem for problem in problems)
 
 
 def test_exports_of_earlier_versions_with_one_spelling_are_good(exported: Path, one: Made, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "problem"),
     [
         ({"model_type": "bloom"}, "model_type: 'bloom' is not supported; supported are llama, mistral"),
         ({"hidden_act": "gelu", "rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'.*hidden_act: 'gelu'"),
@@ -165,13 +165,15 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_directories_the_runtime_refuses(changes: dict[str, Any], fault: str, exported: Path, tmp_path: Path) -> None:
+def test_directories_the_runtime_refuses(
+    changes: dict[str, Any], problem: str, exported: Path, tmp_path: Path
+) -> None:
     from nemo_ee.runtime.loader import load_model
 
     folder = copied(exported / "hf_early_exit", tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(ValueError, match=problem):
         load_model(folder)
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The parity digest in the manifests: right, the same whatever the export and its shards, and changed by a fault.
+"""The parity digest in the manifests: right, the same whatever the export and its shards, and changed by a problem.
 
 Right: against transformers and the exits of the NeMo model, 2e-5 of the largest logit in fp32. The same: between
 Hugging Face and TensorRT-LLM exports and between shards, equal numbers.
@@ -22,7 +22,7 @@ from tests.helpers.megatron_models import exit_logits
 import torch  # isort: skip  # after the CPU host is on
 from safetensors.torch import load_file, save_file
 
-from nemo_ee.export.manifest import MANIFEST, file_faults, read_manifest, sha256_of
+from nemo_ee.export.manifest import MANIFEST, file_problems, read_manifest, sha256_of
 from nemo_ee.export.parity import parity_of, probe_tokens
 from nemo_ee.export.tensorrt_llm.unified_reader import load_checkpoint
 from nemo_ee.export.verify import verify_export
@@ -38,13 +38,13 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 def parities(directory: Path) -> dict[str, Any]:
     """Directory -> its parity digest."""
-    return {entry["directory"]: entry["parity"] for entry in read_manifest(directory)["artefacts"]}
+    return {entry["directory"]: entry["parity"] for entry in read_manifest(directory)["artifacts"]}
 
 
 def hugging_face(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
-    return export_huggingface(ExportSettings(checkpoint, output, progress=False, **settings))
+    return export_huggingface(HuggingFaceSettings(checkpoint, output, progress=False, **settings))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,9 +136,9 @@ def test_one_wrong_tensor_in_one_shard_is_noticed(how: str, sharded: Path) -> No
         size = shard.stat().st_size
         content["files"]["trtllm_ckpt/rank1.safetensors"] = {"bytes": size, "sha256": sha256_of(shard)}
         manifest.write_text(json.dumps(content))
-        assert file_faults(sharded, read_manifest(sharded)) == [], "control"
-        faults = verify_export(sharded)
-        assert faults and SPOILT[how] in faults[0], faults
+        assert file_problems(sharded, read_manifest(sharded)) == [], "control"
+        problems = verify_export(sharded)
+        assert problems and SPOILT[how] in problems[0], problems
     finally:
         shard.write_bytes(before[0])
         manifest.write_text(before[1])
@@ -173,15 +173,15 @@ def test_switched_off_or_too_large(made, tmp_path: Path) -> None:
 
 def test_ties_may_fall_either_way(made, tmp_path: Path) -> None:
     """On another machine sums differ in the last digits: what is read is compared with a tolerance."""
-    from nemo_ee.export.parity import parity_faults
+    from nemo_ee.export.parity import parity_problems
 
     folder = export(made("llama").path, tmp_path / "out", drafts=()) / "trtllm_ckpt"
     stated = parity_of(load_checkpoint(folder))
     final = stated["heads"]["final"]
     final["logit"] = [number + 1e-6 for number in final["logit"]]
-    assert list(parity_faults(stated, folder, load_checkpoint)) == []
+    assert list(parity_problems(stated, folder, load_checkpoint)) == []
     final["argmax"] = [(token + 1) % 131 for token in final["argmax"]]
-    assert list(parity_faults(stated, folder, load_checkpoint)) == [
+    assert list(parity_problems(stated, folder, load_checkpoint)) == [
         "parity: final gives other numbers than the manifest says (argmax)"
     ]
 
@@ -192,29 +192,29 @@ def test_a_model_larger_than_the_limit_is_not_run_again(made, tmp_path: Path, ca
     outputs = [engine, hugging_face(one.path, tmp_path / "hf", targets=("full",))]
     for output in outputs:
         content = json.loads((output / MANIFEST).read_text())
-        (entry,) = content["artefacts"]
+        (entry,) = content["artifacts"]
         entry["parity"]["heads"]["final"]["argmax"][0] += 1
         (output / MANIFEST).write_text(json.dumps(content))
         caplog.clear()
         assert verify_export(output, parity_gigabytes=1e-6) == []
         assert "more than parity_gigabytes, so its parity was not run" in caplog.text
-        (fault,) = verify_export(output)
-        assert "final gives other numbers than the manifest says" in fault, "control"
+        (problem,) = verify_export(output)
+        assert "final gives other numbers than the manifest says" in problem, "control"
         with pytest.raises(ValueError, match="parity_gigabytes=nan must be a number of GB"):
             verify_export(output, parity_gigabytes=float("nan"))
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("sizes do not match"), IndexError("index 9 is out of bounds")])
-def test_a_run_that_breaks_is_a_fault_like_others(fault: Exception, made, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("problem", [RuntimeError("sizes do not match"), IndexError("index 9 is out of bounds")])
+def test_a_run_that_breaks_is_a_problem_like_others(problem: Exception, made, tmp_path: Path, monkeypatch) -> None:
     from nemo_ee.export import parity
 
     output = hugging_face(made("llama").path, tmp_path / "hf", targets=("full",))
 
     def broken(model: Any) -> None:
-        raise fault
+        raise problem
 
     monkeypatch.setattr(parity, "parity_of", broken)
-    assert verify_export(output) == [f"hf_full: parity: cannot be run ({fault!r})"]
+    assert verify_export(output) == [f"hf_full: parity: cannot be run ({problem!r})"]
 
 
 def test_what_cannot_be_run_is_not_exported(made, tmp_path: Path, monkeypatch) -> None:

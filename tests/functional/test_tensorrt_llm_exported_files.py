@@ -25,7 +25,7 @@ from nemo_ee.export.tensorrt_llm.files import tensorrt_llm_model, tensorrt_llm_p
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.propagation import generate_propagating
 from tests.functional import test_export_huggingface, test_export_tensorrt_llm
-from tests.functional.test_export_faults import run_script
+from tests.functional.test_export_problems import run_script
 from tests.functional.test_tensorrt_llm_models import (
     ASKED,
     EXITS,
@@ -197,8 +197,8 @@ def test_both_files_read_a_block_alike(block: dict) -> None:
     ):
         try:
             settings = reader({"exits": rows, **block})
-        except ValueError as fault:
-            read.append(str(fault).split("exit 'l'")[0].split("'sureness'")[0])  # the reasons' wording is their own
+        except ValueError as problem:
+            read.append(str(problem).split("exit 'l'")[0].split("'sureness'")[0])  # the reasons' wording is their own
         else:
             read.append((settings.criterion, [tuple(exit) for exit in settings.exits]))
     assert read[0] == read[1]

@@ -1,16 +1,12 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write a `.nemo` as Hugging Face directories.
+"""A `.nemo` as Hugging Face directories.
 
-    hf_full/          the backbone in its family's stock class
-    hf_exit_<name>/   an exit as a model of its own: k layers with the exit's MLP, norm and output, or k + 1
-    hf_early_exit/    the backbone with exit_heads.* beside it and the table of exits in config.json; in it
-                      early_exit_trtllm/, with which TensorRT-LLM's PyTorch backend leaves early
-    manifest.json     written last
-
-Tensor by tensor: read once per directory, low-rank updates folded in, one in memory at a time. Then each directory up
-to `parity_gigabytes` is read back whole, for its parity digest. All of it goes to `<output>.partial`, which gets its
-name when everything is on disk; after a fault or an interruption nothing is left.
+hf_full/          the backbone in its family's stock class
+hf_exit_<name>/   an exit as a model of its own: k layers with the exit's MLP, norm and output, or k + 1
+hf_early_exit/    the backbone with exit_heads.* beside it and the table of exits in config.json; in it
+                  early_exit_trtllm/, with which TensorRT-LLM's PyTorch backend leaves early
+manifest.json     written last
 """
 
 from __future__ import annotations
@@ -19,16 +15,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.huggingface.exported_tensors import Reading, readings
+from nemo_ee.export.export_plan import OWN_KEYS_AND_VALUES, Artifact, ExportPlan, export
+from nemo_ee.export.export_settings import ExportSettings, refuse, unknown_exits
 from nemo_ee.export.huggingface.remote_code import auto_map, remote_code
+from nemo_ee.export.huggingface.shards import index_file, sharded
 from nemo_ee.export.huggingface.stock_config import (
     FORMAT,
     StockConfig,
@@ -37,34 +35,30 @@ from nemo_ee.export.huggingface.stock_config import (
     read_bundled,
     stock_configs,
 )
-from nemo_ee.export.huggingface.weight_files import num_bytes, write_json, write_weights
-from nemo_ee.export.manifest import write_manifest
-from nemo_ee.export.model_origins import check_tensors, draft_model, full_model
-from nemo_ee.export.output_directory import whole_directory
-from nemo_ee.export.parity import written_parity
-from nemo_ee.export.shared_settings import SharedSettings, refuse, unknown_exits
-from nemo_ee.export.source import EarlyExitSource, copy_tokenizer
+from nemo_ee.export.huggingface.stock_tensors import readings
+from nemo_ee.export.model_origins import Model, draft_model, full_model
+from nemo_ee.export.readings import Reading
+from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
-    copy_pytorch_package,
+    pytorch_entries,
+    pytorch_files,
     threshold_block,
-    threshold_faults,
+    threshold_problems,
 )
 from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.runtime.loader import load_model
-from nemo_ee.text.special_tokens import GENERATION_CONFIG
 
 logger = logging.getLogger(__name__)
 
 TARGETS = ("full", "exits", "early_exit")
 NOT_LOADED = "nothing was loaded into transformers"
-_OWN_KV = "its own, every layer writes every position"
 _USES = {
-    "full": {"use": "the backbone in a stock class of transformers", "lossless": True, "kv": _OWN_KV},
+    "full": {"use": "the backbone in a stock class of transformers", "lossless": True, "kv": OWN_KEYS_AND_VALUES},
     "exit": {
         "use": "an exit in a stock class: static depth, or a draft model (assistant_model) for hf_full",
         "lossless": "with hf_full as the target; not when served alone",
-        "kv": _OWN_KV,
+        "kv": OWN_KEYS_AND_VALUES,
     },
     "early_exit": {
         "use": "backbone and exits; nemo_ee.runtime decodes it, a stock class loads the backbone",
@@ -75,114 +69,98 @@ _USES = {
 
 
 @dataclass(frozen=True)
-class ExportSettings(SharedSettings):
+class HuggingFaceSettings(ExportSettings):
     """See conf/export_huggingface.yaml."""
 
     targets: tuple[str, ...] = TARGETS
     shard_gigabytes: float = 5.0
 
-
-@dataclass(frozen=True)
-class Artefact:
-    """One directory to write."""
-
-    directory: str
-    kind: str
-    stock: StockConfig
-    plan: list[Reading]
-    table: list[dict[str, Any]] | None = None
-    exit: ExitConfig | None = None
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output projection is the word embeddings."""
-        return self.stock.architecture.tied
+    def problems(self) -> list[str]:
+        """See `ExportSettings`."""
+        problems = super().problems()
+        for target in self.targets:
+            if target not in TARGETS:
+                problems.append(f"targets: {target!r} is unknown; use some of {', '.join(TARGETS)}")
+        if not self.targets:
+            problems.append(f"targets is empty; name some of {', '.join(TARGETS)}")
+        size = self.shard_gigabytes
+        if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
+            problems.append(f"shard_gigabytes={size!r} must be a number above 0")
+        return problems
 
 
-def export_huggingface(settings: ExportSettings) -> Path:
-    """Export.
+def export_huggingface(settings: HuggingFaceSettings) -> Path:
+    """Export; see `nemo_ee.export.export_plan.export`."""
+    return export(settings, partial(plan_export, settings))
 
-    Returns:
-        The directory written.
+
+def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: torch.dtype) -> ExportPlan:
+    """What is written.
 
     Raises:
-        ValueError: every fault of settings and model in one message before anything is written; or, later, a damaged
-            file or a disk that does not take the output. Nothing is left behind.
+        ValueError: no stock class computes the backbone, or an exit that was asked for by name; settings that do not
+            fit the exits.
     """
-    refuse(_setting_faults(settings))
-    with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
-        exits = settings.wanted_exits(source)
-        unknown = unknown_exits("exits", settings.exits, source)
-        refuse(unknown + threshold_faults(exits, settings.thresholds, settings.criterion))
-        artefacts = plan_artefacts(settings, source)
-        _ = source.certificates  # a damaged one is a problem now, not after hours of writing
-        _write(settings, source, artefacts, settings.dtype_of(source))
-    logger.info("wrote %s: %s", settings.output, ", ".join(a.directory for a in artefacts))
-    return settings.output
-
-
-def _setting_faults(settings: ExportSettings) -> list[str]:
-    faults = settings.problems()
-    for target in settings.targets:
-        if target not in TARGETS:
-            faults.append(f"targets: {target!r} is unknown; use some of {', '.join(TARGETS)}")
-    if not settings.targets:
-        faults.append(f"targets is empty; name some of {', '.join(TARGETS)}")
-    size = settings.shard_gigabytes
-    if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
-        faults.append(f"shard_gigabytes={size!r} must be a number above 0")
-    return faults
-
-
-def plan_artefacts(settings: ExportSettings, source: EarlyExitSource) -> list[Artefact]:
-    """The directories to write.
-
-    Raises:
-        ValueError: no stock class computes the backbone, or an exit that was asked for by name; or config and weights
-            do not fit together.
-    """
-    stocks = _stocks(source)
     exits = settings.wanted_exits(source)
-    full, artefacts = _first_that_fits(source, stocks, lambda stock: _full(stock, (), None)), []
-    faults = _threshold_faults(settings, stocks[0].family)
+    unknown = unknown_exits("exits", settings.exits, source)
+    refuse(unknown + threshold_problems(exits, settings.thresholds, settings.criterion))
+    stocks = _stocks(source)
+    family, architecture = stocks[0].family, stocks[0].architecture
+    problems = _problems_of_thresholds(settings, family)
+
+    def first_that_fits(make: Callable[..., Artifact], *arguments: Any) -> Artifact:
+        return _first_that_fits(source, stocks, partial(make, settings, source, dtype, *arguments))
+
+    full, artifacts, models = first_that_fits(_full), [], []
     if "full" in settings.targets:
-        artefacts.append(full)
+        artifacts.append(full)
     for exit in exits if "exits" in settings.targets else ():
-        reason = exit_refusal(stocks[0].family, exit)
+        reason = exit_refusal(family, exit)
         if reason and settings.exits is not None:
-            faults.append(f"exit {exit.name!r} cannot be a model of its own: {reason}; leave it out")
+            problems.append(f"exit {exit.name!r} cannot be a model of its own: {reason}; leave it out")
         elif reason:
             logger.info("no hf_exit_%s: %s", exit.name, reason)
         else:
-            artefacts.append(_first_that_fits(source, stocks, lambda stock, e=exit: _exit(source, stock, e)))
+            artifacts.append(first_that_fits(_exit, exit))
     if "early_exit" in settings.targets:
-        table = [exit_entry(source, stocks[0].family, exit) for exit in exits]
-        heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
-        artefacts.append(_first_that_fits(source, stocks, lambda stock: _full(stock, heads, table)))
-    if not artefacts and not faults:
-        faults.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
-    refuse(faults)
-    check_tensors(source, [artefact.plan for artefact in (full, *artefacts)], tied=full.tied)
-    return artefacts
+        artifacts.append(first_that_fits(_early_exit, exits))
+        models = pytorch_entries(artifacts[-1].directory, artifacts[-1].files)
+    if not artifacts and not problems:
+        problems.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
+    refuse(problems)
+    return ExportPlan(
+        artifacts=artifacts,
+        backbone=full.plan,
+        tied=architecture.tied,
+        vocab_size=architecture.vocab_size,
+        facts={
+            "targets": ["Hugging Face transformers"],
+            "verified": {"transformers": None, "note": NOT_LOADED},
+            "exits": [_exit_entry(source, family, exit) for exit in source.exits.exits],
+        },
+        early_exit_models=models,
+        tokenizers=[artifact.directory for artifact in artifacts],
+        with_digest=True,
+    )
 
 
-def _threshold_faults(settings: ExportSettings, family: Family) -> list[str]:
+def _problems_of_thresholds(settings: HuggingFaceSettings, family: Family) -> list[str]:
     """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
     if settings.thresholds is None:
         return []
-    faults = []
+    problems = []
     if not family.pytorch_early_exit:
         able = ", ".join(name for name, other in FAMILIES.items() if other.pytorch_early_exit)
-        faults.append(
+        problems.append(
             f"thresholds={settings.thresholds!r}: TensorRT-LLM's PyTorch backend reads them, and there is no model "
             f"file for {family.model_type}, only for {able}; leave them out"
         )
     if "early_exit" not in settings.targets:
-        faults.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
-    return faults
+        problems.append("thresholds are written to hf_early_exit alone; add early_exit to targets, or leave them out")
+    return problems
 
 
-def exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> dict[str, Any]:
+def _exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> dict[str, Any]:
     """A row of the table of exits in config.json and in the manifest."""
     return {**source.exit_row(exit), "stand_alone_refused": exit_refusal(family, exit)}
 
@@ -196,38 +174,79 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
             stored_rows=source.vocabulary_rows(),
             position_rows=source.position_rows(),
         )
-    except ValueError as fault:
-        raise ValueError(f"{source.path}: {fault}") from None
+    except ValueError as problem:
+        raise ValueError(f"{source.path}: {problem}") from None
 
 
-def _full(
-    stock: StockConfig, heads: Sequence[tuple[ExitConfig, bool]], table: list[dict[str, Any]] | None
-) -> Artefact:
+def _full(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: torch.dtype, stock: StockConfig) -> Artifact:
     tied = stock.architecture.tied
-    model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
-    kind = "full" if table is None else "early_exit"
-    return Artefact(f"hf_{kind}", kind, stock, readings(stock.architecture, model), table)
+    model = full_model(stock.architecture.num_layers, (), tied=tied, write_output=not tied)
+    return _artifact("full", settings, dtype, stock, model)
 
 
-def _exit(source: EarlyExitSource, stock: StockConfig, exit: ExitConfig) -> Artefact:
+def _exit(
+    settings: HuggingFaceSettings, source: EarlyExitSource, dtype: torch.dtype, exit: ExitConfig, stock: StockConfig
+) -> Artifact:
     stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
-    plan = readings(stock.architecture, draft_model(exit, write_output=not stock.architecture.tied))
-    return Artefact(f"hf_exit_{exit.name}", "exit", stock, plan, exit=exit)
+    model = draft_model(exit, write_output=not stock.architecture.tied)
+    return _artifact("exit", settings, dtype, stock, model, exit=exit)
+
+
+def _early_exit(
+    settings: HuggingFaceSettings,
+    source: EarlyExitSource,
+    dtype: torch.dtype,
+    exits: Sequence[ExitConfig],
+    stock: StockConfig,
+) -> Artifact:
+    tied, family = stock.architecture.tied, stock.family
+    heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
+    model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
+    table = [_exit_entry(source, family, exit) for exit in exits]
+    block = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
+    values = {"early_exit": block, "auto_map": auto_map()}
+    files = {**remote_code(family), **pytorch_files(family)}
+    return _artifact("early_exit", settings, dtype, stock, model, values=values, files=files)
+
+
+def _artifact(
+    kind: str,
+    settings: HuggingFaceSettings,
+    dtype: torch.dtype,
+    stock: StockConfig,
+    model: Model,
+    *,
+    exit: ExitConfig | None = None,
+    values: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Artifact:
+    """A directory of one kind; `values`: further ones of config.json."""
+    shards = sharded(readings(stock.architecture, model), dtype, settings.shard_gigabytes * 1e9)
+    return Artifact(
+        directory=f"hf_{kind}" if exit is None else f"hf_exit_{exit.name}",
+        config={**stock.values, "torch_dtype": str(dtype).removeprefix("torch."), **(values or {})},
+        shards=shards,
+        entry={"format": FORMAT, "kind": kind, "class": stock.values["architectures"][0], **_USES[kind]},
+        num_layers=stock.architecture.num_layers,
+        exit=exit,
+        files={**index_file(shards, dtype), **(files or {})},
+        load=load_model if stock.has_final_norm else None,
+    )
 
 
 def _first_that_fits(
-    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artefact]
-) -> Artefact:
-    """The artefact of the first config whose constants are the parameters' values.
+    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artifact]
+) -> Artifact:
+    """The artifact of the first config whose constants are the parameters' values.
 
     Raises:
         ValueError: every config has a constant where the `.nemo` has other values.
     """
     for stock in stocks:
-        artefact = make(stock)
-        lost = [own for own in artefact.plan if own.fill is not None and not _is_constant(source, own)]
+        artifact = make(stock)
+        lost = [own for own in artifact.plan if own.fill is not None and not _is_constant(source, own)]
         if not lost:
-            return artefact
+            return artifact
     names = ", ".join(sorted({reading.origin.key for reading in lost}))
     raise ValueError(
         f"{source.path}: {stocks[-1].family.model_class} has no {names}, and theirs are not the values that leaving "
@@ -239,89 +258,3 @@ def _is_constant(source: EarlyExitSource, reading: Reading) -> bool:
     if source.shape(reading.origin) != reading.shape:
         return False
     return bool((source.read(reading.origin, reading.shape, torch.float32) == reading.fill).all())
-
-
-def _write(
-    settings: ExportSettings, source: EarlyExitSource, artefacts: Sequence[Artefact], dtype: torch.dtype
-) -> None:
-    total = sum(num_bytes(reading, dtype) for artefact in artefacts for reading in artefact.plan)
-    generation = source.generation_config(artefacts[0].stock.architecture.vocab_size)
-    with whole_directory(settings.output, total) as partial:
-        thresholds = threshold_block(settings.wanted_exits(source), settings.thresholds, settings.criterion)
-        models, digests = [], []
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=settings.output.name, disable=not settings.progress)
-        with bar:
-            for artefact in artefacts:
-                folder = partial / artefact.directory
-                folder.mkdir()
-                _write_config(folder, artefact, dtype, thresholds)
-                write_json(folder / GENERATION_CONFIG, generation)
-                shard_bytes = settings.shard_gigabytes * 1e9
-                digests.append(write_weights(folder, artefact.plan, source, dtype, shard_bytes, bar.update))
-                copy_tokenizer(source, folder)
-                if artefact.table is not None:
-                    models.append(copy_pytorch_package(folder, artefact.stock.family))
-        parities = [_parity(partial, artefact, settings.parity_gigabytes) for artefact in artefacts]
-        facts = _manifest_facts(settings, source, artefacts, digests, parities, dtype)
-        write_manifest(partial, {**facts, "early_exit_models": [model for model in models if model is not None]})
-
-
-def _parity(partial: Path, artefact: Artefact, parity_gigabytes: float) -> dict[str, Any] | None:
-    if not artefact.stock.has_final_norm:
-        logger.info("%s: no parity digest, our runtime computes no model without final norm", artefact.directory)
-        return None
-    try:
-        return written_parity(partial / artefact.directory, load_model, parity_gigabytes=parity_gigabytes)
-    except ValueError as fault:
-        raise ValueError(
-            f"what was written cannot be run, so nothing was exported: {fault}\n"
-            "parity_gigabytes=0 exports without running it"
-        ) from fault
-
-
-def _write_config(folder: Path, artefact: Artefact, dtype: torch.dtype, thresholds: dict[str, Any]) -> None:
-    if artefact.table is not None:
-        for name, text in remote_code(artefact.stock.family).items():
-            (folder / name).write_text(text, encoding="utf-8")
-    write_json(folder / "config.json", config_values(artefact, dtype, thresholds))
-
-
-def config_values(artefact: Artefact, dtype: torch.dtype, thresholds: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an artefact. `thresholds`: of `threshold_block`, for one with a table of exits."""
-    values = {**artefact.stock.values, "torch_dtype": str(dtype).removeprefix("torch.")}
-    if artefact.table is not None:
-        values |= {"early_exit": {"exits": artefact.table, **thresholds}, "auto_map": auto_map()}
-    return values
-
-
-def _manifest_facts(
-    settings: ExportSettings,
-    source: EarlyExitSource,
-    artefacts: Sequence[Artefact],
-    digests: Sequence[str],
-    parities: Sequence[dict[str, Any] | None],
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    family = artefacts[0].stock.family
-    return {
-        "targets": ["Hugging Face transformers"],
-        **settings.manifest_facts(source, dtype),
-        "verified": {"transformers": None, "note": NOT_LOADED},
-        "exits": [exit_entry(source, family, exit) for exit in source.exits.exits],
-        "artefacts": [
-            {
-                "directory": artefact.directory,
-                "format": FORMAT,
-                "kind": artefact.kind,
-                "class": artefact.stock.values["architectures"][0],
-                "exit": None if artefact.exit is None else artefact.exit.name,
-                "architecture": None if artefact.exit is None else artefact.exit.architecture,
-                "num_layers": artefact.stock.architecture.num_layers,
-                **_USES[artefact.kind],
-                "max_batch": None,
-                "digest": digest,
-                "parity": parity,
-            }
-            for artefact, digest, parity in zip(artefacts, digests, parities, strict=True)
-        ],
-    }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.checkpoint.nemo_config import read_architecture
-from nemo_ee.checkpoint.tokenizer_files import read_json_object
+from nemo_ee.checkpoint.tokenizer_files import plain_json_object
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.family import Family
@@ -139,7 +139,7 @@ def read_stock_config(values: Mapping[str, Any]) -> Architecture:
 def read_bundled(folder: Path | None, name: str) -> dict[str, Any] | None:
     """A JSON file of the original model that the `.nemo` carries beside its tokenizer, without keys that make
     transformers run code; None without one."""
-    return None if folder is None else without_code(read_json_object(folder / name))
+    return None if folder is None else without_code(plain_json_object(folder / name))
 
 
 def _candidates(

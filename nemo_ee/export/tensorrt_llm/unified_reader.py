@@ -61,8 +61,8 @@ def load_checkpoint(folder: Path) -> RuntimeModel:
             table = (values.get("early_exit") or {}).get("exits", [])
             exported = ExportedModel(architecture, exit_entries(table), values["dtype"])
             return model_of(exported, _MergedShards(exported, values, files, folder))
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as fault:
-            raise ValueError(f"{folder}: cannot be read ({fault!r})") from fault
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as problem:
+            raise ValueError(f"{folder}: cannot be read ({problem!r})") from problem
 
 
 class _MergedShards:

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, Setting
-from nemo_ee.certificates.validity import identify, setting_faults, setting_of, stop_faults, tokenizer_fingerprint
+from nemo_ee.certificates.validity import identify, setting_of, setting_problems, stop_problems, tokenizer_fingerprint
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.text.special_tokens import EndOfText
 
@@ -29,10 +29,10 @@ CERTIFICATE = Certificate(
 
 
 def test_the_certified_setting_is_inside():
-    assert not list(setting_faults(CERTIFICATE, SETTING))
+    assert not list(setting_problems(CERTIFICATE, SETTING))
     greedy = dataclasses.replace(SETTING, sampling={"greedy": True, "repetition_penalty": 1.0})
     certificate = dataclasses.replace(CERTIFICATE, setting=greedy)
-    assert not list(setting_faults(certificate, greedy))
+    assert not list(setting_problems(certificate, greedy))
 
 
 def test_top_k_null_and_0_are_one_setting():
@@ -65,7 +65,7 @@ def test_every_other_setting_is_outside(key, value):
     else:
         asked = dataclasses.replace(SETTING, **{key: value})
     certified = SAMPLED.get(key, getattr(SETTING, key, None))
-    assert list(setting_faults(CERTIFICATE, asked)) == [f"{key}={value}, certified {key}={certified}"]
+    assert list(setting_problems(CERTIFICATE, asked)) == [f"{key}={value}, certified {key}={certified}"]
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,10 @@ def test_every_other_setting_is_outside(key, value):
 )
 def test_answers_must_end_at_the_certified_tokens(certified, stops, inside):
     certificate = dataclasses.replace(CERTIFICATE, setting=dataclasses.replace(SETTING, stop_tokens=certified))
-    faults = list(stop_faults(certificate, stops))
-    assert not faults if inside else "answers end at the tokens" in faults[0] and len(faults) == 1
+    problems = list(stop_problems(certificate, stops))
+    assert not problems if inside else "answers end at the tokens" in problems[0] and len(problems) == 1
     running_on = dataclasses.replace(certificate, setting=dataclasses.replace(certificate.setting, stop_on_eos=False))
-    assert not list(stop_faults(running_on, stops))
+    assert not list(stop_problems(running_on, stops))
 
 
 def test_stop_tokens_come_back_from_the_file():

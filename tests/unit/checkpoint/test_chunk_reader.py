@@ -119,7 +119,7 @@ def test_rows_past_the_end_are_zeros_only_on_request(saved: Path) -> None:
         reader.read(EMBEDDING, (0, 1), (1, HIDDEN), allow_missing_rows=True)
 
 
-def test_missing_key_and_wrong_chunks_name_the_fault(one_rank: Path) -> None:
+def test_missing_key_and_wrong_chunks_name_the_problem(one_rank: Path) -> None:
     reader = ChunkReader(one_rank)
     with pytest.raises(KeyError, match="no tensor 'decoder.nope'"):
         reader.read("decoder.nope", (0,), (1,))

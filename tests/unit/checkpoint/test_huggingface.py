@@ -268,7 +268,7 @@ def test_weights_that_are_not_finite_are_named_with_their_files(tmp_path: Path, 
         assert {first.split(": ")[0], second.split(": ")[0]} <= files
 
 
-def test_weights_and_config_that_do_not_fit_give_all_faults_at_once(tmp_path: Path) -> None:
+def test_weights_and_config_that_do_not_fit_give_all_problems_at_once(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_tiny_model(tmp_path, "llama")
@@ -287,7 +287,7 @@ def test_weights_and_config_that_do_not_fit_give_all_faults_at_once(tmp_path: Pa
         "model.layers.0.self_attn.q_norm.weight is not read",
         "model.norm.weight has shape [41], must be [40]",
         "lm_head.weight has dtype I8, must be a floating one",
-        "5 faults",
+        "5 problems",
     ):
         assert part in str(caught.value)
 

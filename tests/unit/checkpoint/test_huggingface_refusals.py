@@ -84,7 +84,7 @@ def test_all_reasons_come_in_one_message(saved: Path, tmp_path: Path) -> None:
     assert all(word in str(caught.value) for word in ("hidden_act", "sliding_window", "yarn", "vocab_size"))
 
 
-def test_a_window_is_no_fault_where_it_does_not_bite(saved: Path, tmp_path: Path) -> None:
+def test_a_window_is_no_problem_where_it_does_not_bite(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "mistral", tmp_path / "mistral")
     change_config(tmp_path / "mistral", sliding_window=None)
     assert read_backbone(tmp_path / "mistral").sequence_length == 32
@@ -171,7 +171,7 @@ def test_an_adapter_is_refused_with_the_code_that_merges_it(tmp_path: Path) -> N
     compile("\n".join(lines), "lines", "exec")
 
 
-def test_broken_indices_name_every_fault(tmp_path: Path) -> None:
+def test_broken_indices_name_every_problem(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, "llama", shard_bytes=20_000)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())

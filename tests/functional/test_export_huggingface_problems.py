@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.verify import verify_export
-from tests.functional.test_export_faults import run_script
 from tests.functional.test_export_huggingface import TOLERANCE, Made, export, stock
+from tests.functional.test_export_problems import run_script
 from tests.functional.test_export_tensorrt_llm import moved
 from tests.helpers.huggingface_models import reference_logits as transformers_logits
 from tests.helpers.nemo_files import members, restore, rewritten
@@ -64,12 +64,12 @@ def test_the_scripts_as_a_user_runs_them(one: Made, tmp_path: Path) -> None:
     directories = {"hf_full", f"hf_exit_{MLP}", f"hf_exit_{LAYER}", "hf_early_exit"}
     assert {path.name for path in output.iterdir()} == {*directories, MANIFEST}
     manifest = json.loads((output / MANIFEST).read_text())
-    assert {artefact["directory"] for artefact in manifest["artefacts"]} == directories
+    assert {artifact["directory"] for artifact in manifest["artifacts"]} == directories
     assert manifest["dtype"] == "bfloat16"
     fingerprint = yaml.safe_load(members(one.path)["model_config.yaml"])["backbone_fingerprint"]
     assert manifest["source"] == {"checkpoint": one.path.name, "backbone_fingerprint": fingerprint}
     checked = run_script("verify_export.py", str(output), "--checkpoint", str(one.path))
-    assert checked.returncode == 0 and checked.stdout.startswith("0 faults in hashes, names, shapes and shards")
+    assert checked.returncode == 0 and checked.stdout.startswith("0 problems in hashes, names, shapes and shards")
     alone = [f"checkpoint={one.path}", f"output={tmp_path / 'alone'}", "targets=full", f"exits={MLP}"]
     assert run_script("export_huggingface.py", *alone).returncode == 0
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"hf_full", MANIFEST}
@@ -157,7 +157,7 @@ def test_which_directories_are_written_is_a_choice(one: Made, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("settings", "faults"),
+    ("settings", "problems"),
     [
         (
             {"targets": ("full", "onnx"), "dtype": "int8", "shard_gigabytes": 0},
@@ -170,17 +170,17 @@ def test_which_directories_are_written_is_a_choice(one: Made, tmp_path: Path) ->
         ({"checkpoint": Path("nowhere.nemo")}, ["checkpoint=nowhere.nemo does not exist"]),
     ],
 )
-def test_faults_of_the_settings_come_together(
-    settings: dict[str, Any], faults: list[str], one: Made, tmp_path: Path
+def test_problems_of_the_settings_come_together(
+    settings: dict[str, Any], problems: list[str], one: Made, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="nothing was exported") as error:
         export(settings.pop("checkpoint", one.path), tmp_path / "out", **settings)
-    assert all(fault in str(error.value) for fault in faults), error.value
+    assert all(problem in str(error.value) for problem in problems), error.value
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "problem"),
     [
         ({"activation": "squared-relu"}, "activation=squared-relu"),
         ({"normalization": "layernorm1p"}, "normalization=layernorm1p"),
@@ -190,10 +190,10 @@ def test_faults_of_the_settings_come_together(
         ({"ffn_hidden_size": 60}, r"(?s)do not fit together:.*linear_fc1.weight.*must be \[120, 40\]"),
     ],
 )
-def test_models_that_no_stock_class_computes(changes: dict[str, Any], fault: str, one: Made, tmp_path: Path) -> None:
+def test_models_that_no_stock_class_computes(changes: dict[str, Any], problem: str, one: Made, tmp_path: Path) -> None:
     config = yaml.safe_load(members(one.path)["model_config.yaml"]) | changes
     path = rewritten(one.path, tmp_path / "x.nemo", {"model_config.yaml": yaml.safe_dump(config).encode()})
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(ValueError, match=problem):
         export(path, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["x.nemo"]
 
@@ -208,26 +208,26 @@ def test_numbers_that_float16_does_not_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("place", ["write", "manifest"])
 def test_an_interruption_leaves_nothing(
-    fault: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
+    problem: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
 ) -> None:
-    from nemo_ee.export.huggingface import exporter as module
-    from nemo_ee.export.huggingface import weight_files as weights
+    from nemo_ee.export import export_plan as module
+    from nemo_ee.export.safetensors_writer import SafetensorsWriter
 
-    real, calls = weights.SafetensorsWriter.write, []
+    real, calls = SafetensorsWriter.write, []
 
     def write(self, name, chunks) -> None:  # noqa: ANN001
         calls.append(name)
         if place == "write" and len(calls) == 40:
-            raise fault
+            raise problem
         real(self, name, chunks)
 
     def manifest(*arguments) -> None:  # noqa: ANN002
-        raise fault
+        raise problem
 
-    monkeypatch.setattr(weights.SafetensorsWriter, "write", write)
+    monkeypatch.setattr(SafetensorsWriter, "write", write)
     if place == "manifest":
         monkeypatch.setattr(module, "write_manifest", manifest)
     with pytest.raises((KeyboardInterrupt, ValueError)) as error:
@@ -267,14 +267,14 @@ import sys
 import tempfile
 from pathlib import Path
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
 def write(self, name, chunks):
     print("writing", flush=True)
     sys.stdin.read()
 
 SafetensorsWriter.write = write
-export_huggingface(ExportSettings(Path(sys.argv[1]), Path(sys.argv[2]), progress=False))
+export_huggingface(HuggingFaceSettings(Path(sys.argv[1]), Path(sys.argv[2]), progress=False))
 """
 
 

@@ -1,25 +1,24 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the exports have in common: settings, their checks, and what every manifest says."""
+"""What a user sets for an export of any format, and its checks."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.output_directory import output_faults
-from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_faults
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_setting_problems
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.runtime.loader import DTYPES
 
 
 @dataclass(frozen=True)
-class SharedSettings:
+class ExportSettings:
     """See conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
 
     checkpoint: Path
@@ -37,10 +36,10 @@ class SharedSettings:
         problems = []
         if not self.checkpoint.exists():
             problems.append(f"checkpoint={self.checkpoint} does not exist; give an early-exit .nemo")
-        problems += output_faults(self.output)
+        problems += _output_problems(self.output)
         if self.dtype is not None and self.dtype not in DTYPES:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}, or null for the stored one")
-        return problems + parity_setting_faults(self.parity_gigabytes)
+        return problems + parity_setting_problems(self.parity_gigabytes)
 
     def dtype_of(self, source: EarlyExitSource) -> torch.dtype:
         """The dtype to write."""
@@ -50,13 +49,17 @@ class SharedSettings:
         """The exits to export."""
         return [exit for exit in source.exits.exits if self.exits is None or exit.name in self.exits]
 
-    def manifest_facts(self, source: EarlyExitSource, dtype: torch.dtype) -> dict[str, Any]:
-        """Entries of every manifest."""
-        return {
-            "source": {"checkpoint": self.checkpoint.name, "backbone_fingerprint": source.fingerprint},
-            "dtype": str(dtype).removeprefix("torch."),
-            "certificates": source.certificates,
-        }
+
+def _output_problems(output: Path) -> list[str]:
+    problems = []
+    if output.is_dir() and any(output.iterdir()):
+        problems.append(f"output={output} is not empty; name a new directory")
+    elif output.exists() and not output.is_dir():
+        problems.append(f"output={output} is a file; name a new directory")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        problems.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
+    return problems
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -68,14 +68,14 @@ def test_the_scripts_as_a_user_runs_them(checkpoint: Path, tmp_path: Path) -> No
     assert manifest["verified"] == {"tensorrt_llm": None, "note": "no real TensorRT-LLM has loaded these files"}
     fingerprint = yaml.safe_load(members(checkpoint)["model_config.yaml"])["backbone_fingerprint"]
     assert manifest["source"] == {"checkpoint": checkpoint.name, "backbone_fingerprint": fingerprint}
-    assert {artefact["directory"] for artefact in manifest["artefacts"]} == {
+    assert {artifact["directory"] for artifact in manifest["artifacts"]} == {
         "trtllm_ckpt", f"draft_{MLP}", f"draft_{LAYER}"
     }  # fmt: skip
     files = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     assert manifest["files"].keys() == files - {MANIFEST}
     assert all(entry["sha256"] == sha256_of(output / name) for name, entry in manifest["files"].items())
     checked = run_script("verify_export.py", str(output), "--checkpoint", str(checkpoint))
-    assert checked.returncode == 0 and checked.stdout.startswith("0 faults in hashes, names, shapes and shards")
+    assert checked.returncode == 0 and checked.stdout.startswith("0 problems in hashes, names, shapes and shards")
     (output / "trtllm_ckpt" / "config.json").unlink()
     checked = run_script("verify_export.py", str(output), "--parity-gigabytes", "0")
     assert checked.returncode == 1 and "trtllm_ckpt/config.json is missing" in checked.stdout
@@ -88,7 +88,7 @@ def test_the_scripts_as_a_user_runs_them(checkpoint: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "faults"),
+    ("settings", "problems"),
     [
         ({"tensor_parallel": 3}, ["tensor_parallel=3 does not divide num_attention_heads=8", "choose a divisor"]),
         ({"tensor_parallel": 16}, ["num_attention_heads=8", "ffn_hidden_size=56"]),
@@ -113,12 +113,12 @@ def test_the_scripts_as_a_user_runs_them(checkpoint: Path, tmp_path: Path) -> No
         ({"checkpoint": Path("nowhere.nemo")}, ["checkpoint=nowhere.nemo does not exist"]),
     ],
 )
-def test_faults_of_the_settings_come_together(
-    settings: dict[str, Any], faults: list[str], checkpoint: Path, tmp_path: Path
+def test_problems_of_the_settings_come_together(
+    settings: dict[str, Any], problems: list[str], checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="nothing was exported") as error:
         export(settings.pop("checkpoint", checkpoint), tmp_path / "out", **settings)
-    assert all(fault in str(error.value) for fault in faults), error.value
+    assert all(problem in str(error.value) for problem in problems), error.value
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,7 +143,7 @@ def test_an_exit_called_like_what_stock_code_looks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "problem"),
     [
         ({"activation": "squared-relu"}, "normalization=rmsnorm, activation=squared-relu, .* no stock class is known"),
         ({"normalization": "layernorm1p"}, "normalization=layernorm1p"),
@@ -154,11 +154,11 @@ def test_an_exit_called_like_what_stock_code_looks_for(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_no_stock_class_computes(
-    changes: dict[str, Any], fault: str, checkpoint: Path, tmp_path: Path
+    changes: dict[str, Any], problem: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     config = yaml.safe_load(members(checkpoint)["model_config.yaml"]) | changes
     path = rewritten(checkpoint, tmp_path / "x.nemo", {"model_config.yaml": yaml.safe_dump(config).encode()})
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(ValueError, match=problem):
         export(path, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["x.nemo"]
 
@@ -214,25 +214,26 @@ def test_numbers_that_float16_does_not_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("place", ["write", "manifest"])
 def test_an_interruption_leaves_nothing(
-    fault: BaseException, place: str, checkpoint: Path, tmp_path: Path, monkeypatch
+    problem: BaseException, place: str, checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from nemo_ee.export.tensorrt_llm import unified_checkpoint as module
+    from nemo_ee.export import export_plan as module
+    from nemo_ee.export.safetensors_writer import SafetensorsWriter
 
-    real, calls = module.SafetensorsWriter.write, []
+    real, calls = SafetensorsWriter.write, []
 
     def write(self, name, chunks) -> None:  # noqa: ANN001
         calls.append(name)
         if place == "write" and len(calls) == 20:
-            raise fault
+            raise problem
         real(self, name, chunks)
 
     def manifest(*arguments) -> None:  # noqa: ANN002
-        raise fault
+        raise problem
 
-    monkeypatch.setattr(module.SafetensorsWriter, "write", write)
+    monkeypatch.setattr(SafetensorsWriter, "write", write)
     if place == "manifest":
         monkeypatch.setattr(module, "write_manifest", manifest)
     with pytest.raises((KeyboardInterrupt, ValueError)) as error:
@@ -244,7 +245,7 @@ def test_an_interruption_leaves_nothing(
 # -- verification ---------------------------------------------------------------------------------------------------
 
 
-def test_a_good_export_has_no_faults(exported: Path, checkpoint: Path) -> None:
+def test_a_good_export_has_no_problems(exported: Path, checkpoint: Path) -> None:
     assert verify_export(exported) == [] and verify_export(exported, checkpoint) == []
 
 
@@ -276,7 +277,7 @@ def test_files_that_the_format_does_not_ask_for(change: str, exported: Path, tmp
     _tensors(folder, CHANGES[change][0])
     assert verify_export(folder)[0].startswith("trtllm_ckpt/rank2.safetensors has ")
     signed(folder)
-    assert verify_export(folder) == [f"trtllm_ckpt: rank2.safetensors: {fault}" for fault in CHANGES[change][1]]
+    assert verify_export(folder) == [f"trtllm_ckpt: rank2.safetensors: {problem}" for problem in CHANGES[change][1]]
 
 
 def test_changed_numbers_show_in_the_hash_when_run_and_against_the_source(
@@ -286,23 +287,23 @@ def test_changed_numbers_show_in_the_hash_when_run_and_against_the_source(
     _tensors(folder, lambda tensors: tensors[KEY][0, 0].add_(100.0))
     by_hash, *by_running = verify_export(folder)
     assert by_hash == "trtllm_ckpt/rank2.safetensors has another sha256 than the manifest says"
-    assert by_running and all(": parity: " in fault for fault in by_running)
+    assert by_running and all(": parity: " in problem for problem in by_running)
     signed(folder)
     assert verify_export(folder) == by_running
     origin = "decoder.layers.mlp.linear_fc1.weight, layer 3, of the .nemo"
     assert verify_export(folder, checkpoint) == [f"trtllm_ckpt: rank2.safetensors: {KEY} differs from {origin}"]
 
 
-def _config(folder: Path, change, artefact: str = "trtllm_ckpt") -> None:  # noqa: ANN001
+def _config(folder: Path, change, artifact: str = "trtllm_ckpt") -> None:  # noqa: ANN001
     """Change config.json and the hashes with it."""
-    path = folder / artefact / "config.json"
+    path = folder / artifact / "config.json"
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
     signed(folder)
 
 
-# what is changed -> (change of config.json, fault, whether it takes the source to notice)
+# what is changed -> (change of config.json, problem, whether it takes the source to notice)
 CONFIG_CHANGES = {
     "rotary_base": (lambda c: c.update(rotary_base=5e5), "rotary_base is 500000.0, must be 10000.0", True),
     "epsilon": (lambda c: c.update(norm_epsilon=0.1), "norm_epsilon is 0.1, must be", True),
@@ -323,10 +324,10 @@ def test_a_field_of_the_config_that_the_model_does_not_have(
 ) -> None:
     """With the hashes brought up to date, and no tensor that shows it."""
     folder = copied(exported, tmp_path / "copy")
-    apply, fault, needs_source = CONFIG_CHANGES[change]
+    apply, problem, needs_source = CONFIG_CHANGES[change]
     _config(folder, apply)
     without, (found, *others) = verify_export(folder), verify_export(folder, checkpoint)
-    assert found.startswith("trtllm_ckpt: config.json: ") and fault in found
+    assert found.startswith("trtllm_ckpt: config.json: ") and problem in found
     assert all("exit_heads" in other for other in others), others  # an exit without a matrix of its own, at most
     assert needs_source or without == [found]
     assert not needs_source or not any("must be" in each and "config.json" in each for each in without)
@@ -346,8 +347,8 @@ def test_missing_strange_and_foreign_files(exported: Path, checkpoint: Path, tmp
     folder = copied(exported, tmp_path / "copy")
     (folder / "trtllm_ckpt" / "rank1.safetensors").unlink()
     (folder / "stranger").write_text("x")
-    faults = verify_export(folder)
-    assert faults == [
+    problems = verify_export(folder)
+    assert problems == [
         "trtllm_ckpt/rank1.safetensors is missing", "stranger is not in the manifest",
         "trtllm_ckpt: rank1.safetensors is missing",
     ]  # fmt: skip
@@ -357,7 +358,7 @@ def test_missing_strange_and_foreign_files(exported: Path, checkpoint: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "problem"),
     [
         (None, "no manifest.json, so this is no finished export"),
         ("{", "damaged"),
@@ -365,8 +366,8 @@ def test_missing_strange_and_foreign_files(exported: Path, checkpoint: Path, tmp
         ('{"schema_version": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "lies outside of the export"),
     ],
 )
-def test_manifests_that_are_none(content: str | None, fault: str, tmp_path: Path) -> None:
+def test_manifests_that_are_none(content: str | None, problem: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(ValueError, match=problem):
         verify_export(tmp_path)
