@@ -218,13 +218,9 @@ class Run:
         """Write the checkpoint; a kill leaves the one before or this one, whole."""
         import torch
 
-        partial = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "identity": self.identity}
-        with open(partial, "wb") as stream:
-            torch.save({**state, "progress": dataclasses.asdict(self.progress)}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, self.checkpoint)
+        with atomic_file(self.checkpoint) as partial:
+            torch.save({**state, "progress": dataclasses.asdict(self.progress)}, partial)
 
     def log(self, **values: Any) -> None:
         """Add a line to log.jsonl. After a resume a step may have two lines; the later one counts."""

@@ -207,27 +207,39 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
     return found
 
 
+def named_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate | None:
+    """The certificate that a user names; None = there is none of that name.
+
+    Args:
+        certificates: by name.
+        wanted: the name; True = the only one, or the one named `default`.
+    """
+    if wanted is True and len(certificates) == 1:
+        return next(iter(certificates.values()))
+    name = DEFAULT_NAME if wanted is True else wanted
+    return certificates.get(name) if isinstance(name, str) else None
+
+
 def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
     """A certificate of a `.nemo`.
 
     Args:
-        wanted: its name; True = the only one, or the one named `default`.
+        wanted: see `named_certificate`.
 
     Raises:
         ValueError: there is none, or several and none is named.
     """
     with NemoArchive(path) as archive:
         found = read_certificates(archive)
-    if wanted is True and len(found) == 1:
-        return next(iter(found.values()))
-    name = DEFAULT_NAME if wanted is True else wanted
-    if name not in found:
+    certificate = named_certificate(found, wanted)
+    if certificate is None:
+        name = DEFAULT_NAME if wanted is True else wanted
         has = f"its certificates are {', '.join(found)}" if found else "it has none"
         raise ValueError(
             f"{path} has no certificate {name!r}, {has}; name one of them, or make one with "
             "examples/megatron_gpt_early_exit_calibrate.py"
         )
-    return found[name]
+    return certificate
 
 
 def store_certificate(path: str | Path, certificate: Certificate, output: str | Path | None = None) -> Path:

@@ -15,8 +15,8 @@ from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
 from nemo_ee.checkpoint.members import EXIT_WEIGHTS, IN_ARCHIVE, LORA_WEIGHTS, TOKENIZER_ARTIFACTS, TOKENIZER_FOLDER
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
-from nemo_ee.checkpoint.portable import read_plain_config
-from nemo_ee.checkpoint.unpacked import open_nemo
+from nemo_ee.checkpoint.portable import plain_config
+from nemo_ee.checkpoint.unpacked import readable
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.text.special_tokens import EndOfText
 
@@ -56,26 +56,26 @@ def identify(path: str | Path) -> Identity:
     Raises:
         ValueError: the file is damaged, has no exits, or does not state its backbone's fingerprint.
     """
-    stored = read_plain_config(Path(path))
     with NemoArchive(path) as archive:
+        stored = plain_config(archive)
+        block = stored.get("early_exit") or {}
+        if not archive.has(EXIT_WEIGHTS) or not block.get("exits"):
+            raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+        if not stored.get("backbone_fingerprint"):
+            raise ValueError(
+                f"{path} does not state the fingerprint of its backbone, which a certificate names; write it anew "
+                "with examples/megatron_gpt_early_exit_convert.py, which computes one"
+            )
         tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
-        folders = [name for name in (EXIT_WEIGHTS, LORA_WEIGHTS) if archive.has(name)]
-    block = stored.get("early_exit") or {}
-    if EXIT_WEIGHTS not in folders or not block.get("exits"):
-        raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
-    if not stored.get("backbone_fingerprint"):
-        raise ValueError(
-            f"{path} does not state the fingerprint of its backbone, which a certificate names; write it anew with "
-            "examples/megatron_gpt_early_exit_convert.py, which computes one"
-        )
-    exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
-    with open_nemo(path) as archive:
-        fingerprint = exits_fingerprint(
-            ChunkReader(archive.folder(EXIT_WEIGHTS), prefix="exits."),
-            [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
-            updates=ChunkReader(archive.folder(LORA_WEIGHTS), prefix="") if LORA_WEIGHTS in folders else None,
-            vocab_size=stored.get("vocab_size"),
-        )
+        exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
+        with readable(archive) as opened:
+            has_updates = opened.has(LORA_WEIGHTS)
+            fingerprint = exits_fingerprint(
+                ChunkReader(opened.folder(EXIT_WEIGHTS), prefix="exits."),
+                [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
+                updates=ChunkReader(opened.folder(LORA_WEIGHTS), prefix="") if has_updates else None,
+                vocab_size=stored.get("vocab_size"),
+            )
     return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)
 
 

@@ -19,7 +19,9 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.checkpoint.file_folder import FileFolder, Place
@@ -86,6 +88,18 @@ class NemoArchive:
     def has(self, prefix: str) -> bool:
         """Whether a file of this name, or any file below this folder, is in it."""
         return any(_matches(name, (prefix,)) for name in self._members)
+
+    def config_values(self) -> Any:
+        """The values of `model_config.yaml`; of a damaged file they may be no mapping.
+
+        Raises:
+            ValueError: absent, not UTF-8, or not YAML.
+        """
+        try:
+            return yaml.safe_load(self.config_text())
+        except yaml.YAMLError as problem:
+            message = f"{self.path}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again"
+            raise ValueError(message) from problem
 
     def config_text(self) -> str:
         """The text of `model_config.yaml`.

@@ -46,23 +46,13 @@ _LONGEST_PATH = 4096  # of Linux
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def read_plain_config(path: str | Path) -> dict[str, Any]:
-    """`plain_config` of a `.nemo` that is not open."""
-    with NemoArchive(path) as archive:
-        return plain_config(archive)
-
-
 def plain_config(archive: NemoArchive) -> dict[str, Any]:
     """The model config of a GPT's `.nemo` as plain values.
 
     Raises:
         ValueError: the file is damaged, or not a GPT.
     """
-    path, text = archive.path, archive.config_text()
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again") from problem
+    path, config = archive.path, archive.config_values()
     layers = config.get("num_layers") if isinstance(config, dict) else None
     if not isinstance(layers, int) or layers < 1:
         raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
@@ -81,7 +71,7 @@ def backbone_of(nemo: str | Path, given: str | Path | None = None, option: str =
     with NemoArchive(nemo) as archive:
         if archive.has(MODEL_WEIGHTS):
             return Path(nemo)
-    config = read_plain_config(nemo)
+        config = plain_config(archive)
     path = find_backbone(nemo, stored=config.get(_BACKBONE_KEY), given=given, option=option)
     with NemoArchive(path) as archive:
         if not archive.has(MODEL_WEIGHTS):
@@ -89,7 +79,7 @@ def backbone_of(nemo: str | Path, given: str | Path | None = None, option: str =
                 f"{nemo} holds exits only, and {path} has no backbone either: "
                 f"give {option}=<the .nemo the exits were tuned on>"
             )
-    found = read_plain_config(path).get("backbone_fingerprint")
+        found = plain_config(archive).get("backbone_fingerprint")
     refuse_other_backbone(config.get("backbone_fingerprint"), found, path, option)
     return path
 

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nemo_ee.checkpoint.members import CONFIG_MEMBER, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.members import TOKENIZER_FOLDER
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.text.json_values import JsonError, read_json_object
@@ -83,20 +81,16 @@ def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> End
         ValueError: the `.nemo` or one of the two configs is damaged.
     """
     with NemoArchive(path) as archive:
-        try:
-            config = yaml.safe_load(archive.config_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({error}); fetch or save the file again") from error
-        has_folder = archive.has(TOKENIZER_FOLDER)
-    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
-    if not has_folder:
-        return end_of_text(None, None, tokenizer_id, vocab_size=vocab_size)
-    with NemoArchive(path) as archive, unpacked(archive, [TOKENIZER_FOLDER]) as directory:
-        folder = directory / TOKENIZER_FOLDER
-        if tokenizer_id is None:
-            tokenizer_id = special_token_ids(folder)["eos_token_id"]
-        origin = f"{path}: {TOKENIZER_FOLDER}"
-        return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size, origin=origin)
+        config = archive.config_values()
+        vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+        if not archive.has(TOKENIZER_FOLDER):
+            return end_of_text(None, None, tokenizer_id, vocab_size=vocab_size)
+        with unpacked(archive, [TOKENIZER_FOLDER]) as directory:
+            folder = directory / TOKENIZER_FOLDER
+            if tokenizer_id is None:
+                tokenizer_id = special_token_ids(folder)["eos_token_id"]
+            origin = f"{path}: {TOKENIZER_FOLDER}"
+            return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size, origin=origin)
 
 
 def _text(token: Any) -> str | None:

@@ -189,7 +189,8 @@ class EarlyExitSource:
 
     def dtype(self) -> torch.dtype:
         """The dtype most of the backbone's numbers are stored in, which an export takes unless it is told another."""
-        infos = {name: self._backbone_infos[name] for name in self.backbone_names()}
+        names = self.backbone_names()
+        infos = {name: info for name, info in self._backbone_infos.items() if name in names}
         dtype = next(iter(numbers_by_dtype(infos)))
         dtype = torch.float32 if dtype is torch.float64 else dtype
         if len({info.dtype for info in infos.values()}) > 1:

@@ -12,7 +12,7 @@ from nemo_ee.certificates.certificate import Certificate
 from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.policy import MODES, ExitPolicy, plan_exits
 from nemo_ee.serving.errors import ApiError, shown
-from nemo_ee.serving.request_certificates import find_certificate
+from nemo_ee.serving.request_certificates import requested_certificate
 
 # Options each mode ignores. Passing one is an error, so that users do not think it had an effect.
 _UNUSED = {
@@ -58,7 +58,7 @@ def exit_choice(
     if faults:
         raise ApiError(400, "; ".join(faults), param="early_exit")
     if "certificate" in given:
-        certificate = find_certificate(certificates, given["certificate"])
+        certificate = requested_certificate(certificates, given["certificate"])
         # Without thresholds only full depth was certified.
         return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:

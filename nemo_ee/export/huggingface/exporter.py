@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from nemo_ee.export.huggingface.stock_config import (
     stock_configs,
 )
 from nemo_ee.export.huggingface.stock_tensors import readings
-from nemo_ee.export.model_origins import Model, draft_model, full_model
+from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.readings import Reading
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
@@ -108,10 +108,10 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
     family, architecture = stocks[0].family, stocks[0].architecture
     problems = _problems_of_thresholds(settings, family)
 
-    def first_that_fits(make: Callable[..., Artifact], *arguments: Any) -> Artifact:
-        return _first_that_fits(source, stocks, partial(make, settings, source, dtype, *arguments))
+    def artifact(kind: str, exits: Sequence[ExitConfig] = ()) -> Artifact:
+        return _first_that_fits(source, stocks, partial(_artifact, settings, source, dtype, kind, exits))
 
-    full, artifacts, models = first_that_fits(_full), [], []
+    full, artifacts, models = artifact("full"), [], []
     if "full" in settings.targets:
         artifacts.append(full)
     for exit in exits if "exits" in settings.targets else ():
@@ -121,9 +121,9 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
         elif reason:
             logger.info("no hf_exit_%s: %s", exit.name, reason)
         else:
-            artifacts.append(first_that_fits(_exit, exit))
+            artifacts.append(artifact("exit", [exit]))
     if "early_exit" in settings.targets:
-        artifacts.append(first_that_fits(_early_exit, exits))
+        artifacts.append(artifact("early_exit", exits))
         models = pytorch_entries(artifacts[-1].directory, artifacts[-1].files)
     if not artifacts and not problems:
         problems.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
@@ -178,58 +178,37 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
         raise ValueError(f"{source.path}: {problem}") from None
 
 
-def _full(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: torch.dtype, stock: StockConfig) -> Artifact:
-    tied = stock.architecture.tied
-    model = full_model(stock.architecture.num_layers, (), tied=tied, write_output=not tied)
-    return _artifact("full", settings, dtype, stock, model)
-
-
-def _exit(
-    settings: HuggingFaceSettings, source: EarlyExitSource, dtype: torch.dtype, exit: ExitConfig, stock: StockConfig
-) -> Artifact:
-    stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
-    model = draft_model(exit, write_output=not stock.architecture.tied)
-    return _artifact("exit", settings, dtype, stock, model, exit=exit)
-
-
-def _early_exit(
+def _artifact(
     settings: HuggingFaceSettings,
     source: EarlyExitSource,
     dtype: torch.dtype,
+    kind: str,
     exits: Sequence[ExitConfig],
     stock: StockConfig,
 ) -> Artifact:
-    tied, family = stock.architecture.tied, stock.family
-    heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
-    model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
-    table = [_exit_entry(source, family, exit) for exit in exits]
-    block = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
-    values = {"early_exit": block, "auto_map": auto_map()}
-    files = {**remote_code(family), **pytorch_files(family)}
-    return _artifact("early_exit", settings, dtype, stock, model, values=values, files=files)
-
-
-def _artifact(
-    kind: str,
-    settings: HuggingFaceSettings,
-    dtype: torch.dtype,
-    stock: StockConfig,
-    model: Model,
-    *,
-    exit: ExitConfig | None = None,
-    values: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
-) -> Artifact:
-    """A directory of one kind; `values`: further ones of config.json."""
+    """A directory of one kind with these exits; of `exit` it is the only one."""
+    exit, values, files = None, {}, {}
+    if kind == "exit":
+        (exit,) = exits
+        stock = exit_config(stock, exit, own_output=source.has_own_output(exit.name))
+        model = draft_model(exit, write_output=not stock.architecture.tied)
+    else:
+        tied, heads = stock.architecture.tied, [(exit, source.has_own_output(exit.name)) for exit in exits]
+        model = full_model(stock.architecture.num_layers, heads, tied=tied, write_output=not tied)
+    if kind == "early_exit":
+        table = [_exit_entry(source, stock.family, exit) for exit in exits]
+        block = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
+        values = {"early_exit": block, "auto_map": auto_map()}
+        files = {**remote_code(stock.family), **pytorch_files(stock.family)}
     shards = sharded(readings(stock.architecture, model), dtype, settings.shard_gigabytes * 1e9)
     return Artifact(
         directory=f"hf_{kind}" if exit is None else f"hf_exit_{exit.name}",
-        config={**stock.values, "torch_dtype": str(dtype).removeprefix("torch."), **(values or {})},
+        config={**stock.values, "torch_dtype": str(dtype).removeprefix("torch."), **values},
         shards=shards,
         entry={"format": FORMAT, "kind": kind, "class": stock.values["architectures"][0], **_USES[kind]},
         num_layers=stock.architecture.num_layers,
         exit=exit,
-        files={**index_file(shards, dtype), **(files or {})},
+        files={**index_file(shards, dtype), **files},
         load=load_model if stock.has_final_norm else None,
     )
 
