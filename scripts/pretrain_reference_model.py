@@ -23,7 +23,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pretraining_settings import PretrainConfig, Progress
 
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.commands.command import command
 from nemo_ee.settings.files import PRETRAIN
 from nemo_ee.text.json_values import check_model_files

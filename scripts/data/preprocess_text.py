@@ -14,10 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from preprocess_settings import DOCUMENT_BYTES, DTYPES, PreprocessError, check_end, read_settings
 from tqdm import tqdm
 
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.commands.command import command
 from nemo_ee.settings.files import PREPROCESS_TEXT
 from nemo_ee.text.json_values import JsonError, read_json

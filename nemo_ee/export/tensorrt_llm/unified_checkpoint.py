@@ -99,7 +99,7 @@ def plan_export(settings: TensorRTLLMSettings, source: EarlyExitSource, dtype: t
     heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
     # A tied output projection is left out only where one rank has the embeddings too.
     model = full_model(architecture.num_layers, heads, tied=tied, write_output=not tied or tp * pp > 1)
-    backbone = _artifact(architecture, model, dtype, tp, pp, tied=tied, early_exit=early_exit)
+    backbone = _artifact(architecture, model, dtype, tp, pp, early_exit=early_exit)
     artifacts = [_artifact(architecture, draft_model(one), dtype, settings.draft_ranks, 1, exit=one) for one in drafts]
     files, models = engine_files(stock_family(architecture).engine, pp)
     return ExportPlan(
@@ -189,20 +189,13 @@ def _artifact(
     tensor_parallel: int,
     pipeline_parallel: int,
     *,
-    tied: bool = False,
     early_exit: Mapping[str, Any] | None = None,
     exit: ExitConfig | None = None,
 ) -> Artifact:
     """The whole model, or an exit as a draft model."""
     sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
-    config = checkpoint_config(
-        architecture,
-        num_layers=len(model.layers),
-        dtype=str(dtype).removeprefix("torch."),
-        tied=tied,
-        early_exit=early_exit,
-        **sizes,
-    )
+    written = dataclasses.replace(architecture, num_layers=len(model.layers), tied=architecture.tied and exit is None)
+    config = checkpoint_config(written, dtype=str(dtype).removeprefix("torch."), early_exit=early_exit, **sizes)
     entry = {
         "format": FORMAT,
         "use": "target model; stock classes ignore exit_heads.*" if exit is None else "draft model",

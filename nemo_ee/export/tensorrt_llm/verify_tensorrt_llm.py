@@ -52,11 +52,9 @@ def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSo
     expected = _expected_architecture(architecture, entry, source)
     wanted = checkpoint_config(
         expected,
-        num_layers=expected.num_layers,
         tensor_parallel=tp,
         pipeline_parallel=pp,
         dtype=config["dtype"],
-        tied=expected.tied,
         early_exit=config.get("early_exit"),
     )
     problems = [*config_problems(config, wanted)]
