@@ -143,7 +143,7 @@ class EarlyExitSource:
             vocab_size: ids outside of it are left out.
         """
         tokens = special_token_ids(self.tokenizer)
-        generation, config = (self._bundled(name) for name in (GENERATION_CONFIG, CONFIG))
+        generation, config = (self.bundled(name) for name in (GENERATION_CONFIG, CONFIG))
         config = tokens if config is None else config
         end = end_of_text(generation, config, tokens["eos_token_id"], vocab_size=vocab_size, origin=self.path)
         if generation is None:
@@ -155,7 +155,7 @@ class EarlyExitSource:
             generation["eos_token_id"] = end.ids[0] if len(end.ids) == 1 else list(end.ids)
         return generation
 
-    def _bundled(self, name: str) -> dict[str, Any] | None:
+    def bundled(self, name: str) -> dict[str, Any] | None:
         """The values of a file of the original model, without keys that run code; None where none can be used."""
         path = None if self.tokenizer is None else self.tokenizer / name
         if path is None or not is_plain_file(path):

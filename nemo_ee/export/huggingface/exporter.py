@@ -32,7 +32,6 @@ from nemo_ee.export.huggingface.stock_config import (
     StockConfig,
     exit_config,
     exit_refusal,
-    read_bundled,
     stock_configs,
 )
 from nemo_ee.export.huggingface.stock_tensors import readings
@@ -48,6 +47,7 @@ from nemo_ee.export.tensorrt_llm.early_exit_files import (
 from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.runtime.loader import load_model
+from nemo_ee.text.special_tokens import CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _stocks(source: EarlyExitSource) -> list[StockConfig]:
     try:
         return stock_configs(
             source.config,
-            read_bundled(source.tokenizer, "config.json"),
+            source.bundled(CONFIG),
             special_token_ids(source.tokenizer),
             stored_rows=source.vocabulary_rows(),
             position_rows=source.position_rows(),
