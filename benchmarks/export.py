@@ -120,11 +120,13 @@ def measure(path: Path, target: str) -> dict[str, float]:
     """Export in this process, its memory watched by a thread."""
     import torch
 
-    from nemo_ee.checkpoint.portable import read_plain_config
+    from nemo_ee.checkpoint.nemo_archive import NemoArchive
+    from nemo_ee.checkpoint.portable import plain_config
 
     torch.set_num_threads(1)
     export = exporter(path, target)
-    config = read_plain_config(path)
+    with NemoArchive(path) as archive:
+        config = plain_config(archive)
     before, peak, done = anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:
