@@ -105,14 +105,15 @@ def anonymous_bytes() -> int:
 def exporter(path: Path, target: str) -> Callable[[], Path]:
     """The export of `path` to a directory beside it, its modules imported."""
     output = path.parent / target
+    options = {"dtype": "bfloat16", "parity_gigabytes": 0, "progress": False}
     if target == "huggingface":
-        from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+        from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
-        settings = ExportSettings(checkpoint=path, output=output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+        settings = HuggingFaceSettings(checkpoint=path, output=output, **options)
         return lambda: export_huggingface(settings)
-    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
-    settings = ExportSettings(checkpoint=path, output=output, dtype="bfloat16", parity_gigabytes=0, progress=False)
+    settings = TensorRTLLMSettings(checkpoint=path, output=output, **options)
     return lambda: export_checkpoint(settings)
 
 
@@ -120,11 +121,13 @@ def measure(path: Path, target: str) -> dict[str, float]:
     """Export in this process, its memory watched by a thread."""
     import torch
 
-    from nemo_ee.checkpoint.portable import read_plain_config
+    from nemo_ee.checkpoint.nemo_archive import NemoArchive
+    from nemo_ee.checkpoint.portable import plain_config
 
     torch.set_num_threads(1)
     export = exporter(path, target)
-    config = read_plain_config(path)
+    with NemoArchive(path) as archive:
+        config = plain_config(archive)
     before, peak, done = anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:

@@ -24,7 +24,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemo_ee.evaluation.report import compare, comparison_table, draw_comparison, write_json
+from nemo_ee.checkpoint.atomic import write_json
+from nemo_ee.evaluation.report import compare, comparison_table, draw_comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "reference-model"

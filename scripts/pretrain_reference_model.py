@@ -23,7 +23,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ import hydra
 from lib.pretraining_settings import PretrainConfig, Progress
 from omegaconf import DictConfig
 
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.commands.command import command
 from nemo_ee.commands.console import messages
 from nemo_ee.text.json_values import check_model_files
@@ -219,13 +219,9 @@ class Run:
         """Write the checkpoint; a kill leaves the one before or this one, whole."""
         import torch
 
-        partial = self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "identity": self.identity}
-        with open(partial, "wb") as stream:
-            torch.save({**state, "progress": dataclasses.asdict(self.progress)}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, self.checkpoint)
+        with atomic_file(self.checkpoint) as partial:
+            torch.save({**state, "progress": dataclasses.asdict(self.progress)}, partial)
 
     def log(self, **values: Any) -> None:
         """Add a line to log.jsonl. After a resume a step may have two lines; the later one counts."""

@@ -152,7 +152,7 @@ def main(cfg: DictConfig) -> None:
         report = sweep(cfg)
         from nemo.utils.get_rank import is_global_rank_zero
 
-        from nemo_ee.evaluation.report import write_json
+        from nemo_ee.checkpoint.atomic import write_json
 
         if is_global_rank_zero():
             if cfg.output is not None:

@@ -37,10 +37,10 @@ from nemo_ee.calibration.learn_then_test import (
 from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, store_certificate
 from nemo_ee.certificates.validity import identify
+from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.console import messages
 from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
-from nemo_ee.evaluation.report import write_json
 from nemo_ee.exits.block_reader import close_match
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.criteria import NEVER_LEAVES

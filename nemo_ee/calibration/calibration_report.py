@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.evaluation.report import escape_text, format_table, replacing
+from nemo_ee.evaluation.report import escape_text, format_table, save_figure
 
 _RISK, _DEPTH, _CHOSEN = "#D55E00", "#0072B2", "#222222"
 _SHOWN_AFTER_FAILURE = 3
@@ -76,8 +76,7 @@ def draw_calibration(path: str | Path, report: Mapping[str, Any], *, title: str,
     upper.legend(frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     figure.suptitle(escape_text(title), fontsize=12, x=0.01, ha="left")
     figure.supxlabel(escape_text(caption), fontsize=8, color="#555555", x=0.01, ha="left")
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
+    save_figure(figure, path)
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, NemoArchive, write_nemo
+from nemo_ee.checkpoint.atomic import atomic_file
+from nemo_ee.checkpoint.members import CERTIFICATES, CONFIG_MEMBER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import config_elsewhere
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.text.json_values import MAX_FILE_BYTES, JsonError, parse_json
 
-FOLDER = "certificates"
 SCHEMA_VERSION = 1
 DEFAULT_NAME = "default"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
@@ -182,7 +182,7 @@ def check_name(name: object) -> None:
 
 def member_of(name: str) -> str:
     """The member of a `.nemo` that holds the certificate of this name."""
-    return f"{FOLDER}/{name}.json"
+    return f"{CERTIFICATES}/{name}.json"
 
 
 def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
@@ -193,7 +193,7 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
     """
     found = {}
     for member in sorted(archive.members()):
-        if member.startswith(f"{FOLDER}/") and member.endswith(".json"):
+        if member.startswith(f"{CERTIFICATES}/") and member.endswith(".json"):
             source = f"{archive.path}: {member}"
             with archive.open_member(member) as file:
                 try:
@@ -207,27 +207,39 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
     return found
 
 
+def named_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate | None:
+    """The certificate that a user names; None = there is none of that name.
+
+    Args:
+        certificates: by name.
+        wanted: the name; True = the only one, or the one named `default`.
+    """
+    if wanted is True and len(certificates) == 1:
+        return next(iter(certificates.values()))
+    name = DEFAULT_NAME if wanted is True else wanted
+    return certificates.get(name) if isinstance(name, str) else None
+
+
 def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
     """A certificate of a `.nemo`.
 
     Args:
-        wanted: its name; True = the only one, or the one named `default`.
+        wanted: see `named_certificate`.
 
     Raises:
         ValueError: there is none, or several and none is named.
     """
     with NemoArchive(path) as archive:
         found = read_certificates(archive)
-    if wanted is True and len(found) == 1:
-        return next(iter(found.values()))
-    name = DEFAULT_NAME if wanted is True else wanted
-    if name not in found:
+    certificate = named_certificate(found, wanted)
+    if certificate is None:
+        name = DEFAULT_NAME if wanted is True else wanted
         has = f"its certificates are {', '.join(found)}" if found else "it has none"
         raise ValueError(
             f"{path} has no certificate {name!r}, {has}; name one of them, or make one with "
             "examples/megatron_gpt_early_exit_calibrate.py"
         )
-    return found[name]
+    return certificate
 
 
 def store_certificate(path: str | Path, certificate: Certificate, output: str | Path | None = None) -> Path:
@@ -247,10 +259,8 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
     path = Path(path)
     if output is None and path.is_dir():
         target = path / member
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        with atomic_file(target) as partial:
+            partial.write_text(text, encoding="utf-8")
         return path
     with NemoArchive(path) as archive:
         entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}

@@ -13,15 +13,14 @@ from typing import Any
 from nemo_ee.certificates.certificate import Certificate, Identity, Setting, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
-from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, NemoArchive
-from nemo_ee.checkpoint.portable import read_plain_config
-from nemo_ee.checkpoint.unpacked import open_nemo
+from nemo_ee.checkpoint.members import EXIT_WEIGHTS, IN_ARCHIVE, LORA_WEIGHTS, TOKENIZER_ARTIFACTS, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.portable import plain_config
+from nemo_ee.checkpoint.unpacked import readable
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.text.special_tokens import EndOfText
 
 KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
-_LORA, _TOKENIZER = "lora_weights", "tokenizer"
-_ARTIFACT, _ARTIFACT_KEYS = "nemo:", ("model", "vocab_file", "merge_file")  # NeMo's
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 
 logger = logging.getLogger(__name__)
@@ -56,26 +55,26 @@ def identify(path: str | Path) -> Identity:
     Raises:
         ValueError: the file is damaged, has no exits, or does not state its backbone's fingerprint.
     """
-    stored = read_plain_config(Path(path))
     with NemoArchive(path) as archive:
+        stored = plain_config(archive)
+        block = stored.get("early_exit") or {}
+        if not archive.has(EXIT_WEIGHTS) or not block.get("exits"):
+            raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
+        if not stored.get("backbone_fingerprint"):
+            raise ValueError(
+                f"{path} does not state the fingerprint of its backbone, which a certificate names; write it anew "
+                "with examples/megatron_gpt_early_exit_convert.py, which computes one"
+            )
         tokenizer = tokenizer_fingerprint(archive, stored.get("tokenizer") or {})
-        folders = [name for name in (EXIT_WEIGHTS, _LORA) if archive.has(name)]
-    block = stored.get("early_exit") or {}
-    if EXIT_WEIGHTS not in folders or not block.get("exits"):
-        raise ValueError(f"{path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
-    if not stored.get("backbone_fingerprint"):
-        raise ValueError(
-            f"{path} does not state the fingerprint of its backbone, which a certificate names; write it anew with "
-            "examples/megatron_gpt_early_exit_convert.py, which computes one"
-        )
-    exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
-    with open_nemo(path) as archive:
-        fingerprint = exits_fingerprint(
-            ChunkReader(archive.folder(EXIT_WEIGHTS), prefix="exits."),
-            [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
-            updates=ChunkReader(archive.folder(_LORA), prefix="") if _LORA in folders else None,
-            vocab_size=stored.get("vocab_size"),
-        )
+        exits = EarlyExitConfig.from_mapping(block, num_layers=stored["num_layers"]).exits
+        with readable(archive) as opened:
+            has_updates = opened.has(LORA_WEIGHTS)
+            fingerprint = exits_fingerprint(
+                ChunkReader(opened.folder(EXIT_WEIGHTS), prefix="exits."),
+                [f"{exit.name} {exit.layer} {exit.architecture} {exit.output}" for exit in exits],
+                updates=ChunkReader(opened.folder(LORA_WEIGHTS), prefix="") if has_updates else None,
+                vocab_size=stored.get("vocab_size"),
+            )
     return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)
 
 
@@ -87,7 +86,7 @@ def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str
     """
     digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 2\n")
     block = {key: _setting_or_content(archive, key, value) for key, value in block.items()}
-    bundled = sorted(name for name in archive.members() if name.startswith(f"{_TOKENIZER}/"))
+    bundled = sorted(name for name in archive.members() if name.startswith(f"{TOKENIZER_FOLDER}/"))
     folder = Path(str(block.get("type")))
     if bundled:
         contents = ((name.partition("/")[2], lambda name=name: archive.open_member(name)) for name in bundled)
@@ -106,10 +105,10 @@ def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str
 def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
     """A tokenizer's setting; of a file the sha256 of what is in it."""
     text = str(value)
-    member = text.removeprefix(_ARTIFACT)
+    member = text.removeprefix(IN_ARCHIVE)
     if member != text and member in archive.members():
         opened = archive.open_member(member)
-    elif key in _ARTIFACT_KEYS and Path(text).is_file():
+    elif key in TOKENIZER_ARTIFACTS and Path(text).is_file():
         opened = open(text, "rb")
     else:
         return text

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_ee.checkpoint.file_folder import FileFolder
-from nemo_ee.checkpoint.restricted_pickle import METADATA_FILE, load_metadata, plain_file_name
+from nemo_ee.checkpoint.members import METADATA_FILE
+from nemo_ee.checkpoint.restricted_pickle import load_metadata, plain_file_name
 from nemo_ee.checkpoint.tensor_checks import is_finite, load_checked, non_finite_message
 from nemo_ee.text.json_values import parse_json
 
@@ -184,9 +185,8 @@ class ChunkReader:
                 raise ValueError(f"it has shape {list(stored.shape)}, another than its index says")
         except Exception as problem:  # noqa: BLE001  truncated or missing files raise many types
             raise ValueError(
-                f"{where}: cannot read {index.fqn!r} ({_first_line(problem)}); "
-                "the checkpoint is damaged or incomplete, "
-                f"{_AGAIN}."
+                f"{where}: cannot read {index.fqn!r} ({_first_line(problem)}); the checkpoint is damaged or "
+                f"incomplete, {_AGAIN}."
             ) from problem
         return stored
 

@@ -113,7 +113,7 @@ def _hash_tensors(
         # The line says how many bytes follow, so no two different sets of tensors hash the same stream.
         digest.update(f"{key} {str(info.dtype).removeprefix('torch.')} {list(shape)}\n".encode())
         for offset, block in _blocks(key, shape, info.dtype):
-            content = _bytes(source.read(key, offset, block))
+            content = tensor_bytes(source.read(key, offset, block))
             digest.update(content)
             if on_bytes is not None:
                 on_bytes(len(content))
@@ -130,6 +130,6 @@ def _blocks(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tu
         yield (start, *(0 for _ in shape[1:])), (min(rows, shape[0] - start), *shape[1:])
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in memory order, without a copy where it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

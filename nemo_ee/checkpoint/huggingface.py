@@ -27,7 +27,7 @@ from nemo_ee.text.json_values import JsonError, read_json_object
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-_SHOWN_FAULTS = 20
+_SHOWN = 20
 
 
 def read_backbone(directory: str | Path, sequence_length: int | None = None) -> Architecture:
@@ -142,10 +142,10 @@ class HuggingFaceSource:
             if not names.is_buffer(name) and not (tied and name == names.output):
                 problems.append(f"{self._stored_names[name]} is not read by a {self.backbone.family} of this config")
         if problems:
-            more = f"; and {len(problems) - _SHOWN_FAULTS} more" if len(problems) > _SHOWN_FAULTS else ""
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ValueError(
                 f"{self.directory}: config.json and weights do not fit together ({len(problems)} problems). "
-                f"{'; '.join(problems[:_SHOWN_FAULTS])}{more}. Fetch or save the model again."
+                f"{'; '.join(problems[:_SHOWN])}{more}. Fetch or save the model again."
             )
 
     def _without_base_prefix(self) -> dict[str, str]:

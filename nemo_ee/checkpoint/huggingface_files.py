@@ -62,7 +62,7 @@ class TensorFiles:
         single, index = self._find()
         problems: list[str] = []
         weight_map = None if index is None else _read_index(index)
-        self._files: dict[str, _TensorFile] = {}
+        self._files: dict[str, _SafetensorsFile | _BinFile] = {}
         for name in [single.name] if weight_map is None else sorted(set(weight_map.values())):
             try:
                 self._files[name] = _open(directory / name)
@@ -122,21 +122,7 @@ class TensorFiles:
         return problems
 
 
-class _TensorFile:
-    def names(self) -> set[str]:
-        raise NotImplementedError
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def dtype(self, name: str) -> torch.dtype | str:
-        raise NotImplementedError
-
-    def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-        raise NotImplementedError
-
-
-class _SafetensorsFile(_TensorFile):
+class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
@@ -162,7 +148,7 @@ class _SafetensorsFile(_TensorFile):
             raise ValueError(f"{self._path}: cannot read {name!r} ({problem}); fetch it again") from problem
 
 
-class _BinFile(_TensorFile):
+class _BinFile:
     def __init__(self, path: Path) -> None:
         self._tensors = _load_bin(path)
 
@@ -180,7 +166,7 @@ class _BinFile(_TensorFile):
         return self._tensors[name][tuple(slice(start, stop) for start, stop in ranges)]
 
 
-def _open(path: Path) -> _TensorFile:
+def _open(path: Path) -> _SafetensorsFile | _BinFile:
     if not path.is_file():
         raise ValueError(f"{path}: missing, though the index names it; fetch it again")
     return _SafetensorsFile(path) if path.suffix == ".safetensors" else _BinFile(path)
@@ -196,9 +182,8 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise ValueError(
-            f"{path}: refused or damaged, not a plain file of tensors ({_first_line(problem)}); "
-            "it is only opened with "
-            "weights_only=True, get the safetensors version of the model"
+            f"{path}: refused or damaged, not a plain file of tensors ({_first_line(problem)}); it is only opened "
+            "with weights_only=True, get the safetensors version of the model"
         ) from None
     except Exception as problem:  # noqa: BLE001  a damaged pickle may raise anything at all
         raise ValueError(

@@ -19,14 +19,13 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
+import yaml
+
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.checkpoint.file_folder import FileFolder, Place
-
-CONFIG_MEMBER = "model_config.yaml"
-MODEL_WEIGHTS = "model_weights"
-EXIT_WEIGHTS = "exit_weights"
+from nemo_ee.checkpoint.members import CONFIG_MEMBER
 
 _LEGACY = "a legacy archive (model_weights.ckpt or one mp_rank_*/tp_rank_* folder per rank)"
 _BLOCK = 512
@@ -74,7 +73,7 @@ class NemoArchive:
     def __enter__(self) -> NemoArchive:
         return self
 
-    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *problem: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -89,6 +88,18 @@ class NemoArchive:
     def has(self, prefix: str) -> bool:
         """Whether a file of this name, or any file below this folder, is in it."""
         return any(_matches(name, (prefix,)) for name in self._members)
+
+    def config_values(self) -> Any:
+        """The values of `model_config.yaml`; of a damaged file they may be no mapping.
+
+        Raises:
+            ValueError: absent, not UTF-8, or not YAML.
+        """
+        try:
+            return yaml.safe_load(self.config_text())
+        except yaml.YAMLError as problem:
+            message = f"{self.path}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again"
+            raise ValueError(message) from problem
 
     def config_text(self) -> str:
         """The text of `model_config.yaml`.
@@ -198,8 +209,7 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     """Writes a `.nemo`: a tar that appears under its name only when it is complete and on disk.
 
     Args:
-        output_path: the `.nemo`; written to `<output_path>.partial` and renamed. An existing file is replaced and its
-            mode kept.
+        output_path: the `.nemo`; see `atomic_file`.
         entries: name in the archive -> what goes there: a file, a directory (with all below it), bytes, a text, or a
             `NemoArchive`, whose member or folder of that very name is copied byte for byte.
 
@@ -211,23 +221,10 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     """
     output = Path(output_path)
     files = _flatten(entries)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                _add_folders(tar, files)
-                for name, source in files.items():
-                    _add_file(tar, name, source)
-            file.flush()
-            os.fsync(file.fileno())
-        if output.exists():
-            shutil.copymode(output, partial)
-        os.replace(partial, output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_directory(output.parent)
+    with atomic_file(output) as partial, tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        _add_folders(tar, files)
+        for name, source in files.items():
+            _add_file(tar, name, source)
     return output
 
 
@@ -352,14 +349,3 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> None:
         raise ValueError(f"{what}: damaged or truncated ({problem}); fetch or save it again.") from problem
     if copied != size:
         raise ValueError(f"{what}: {copied} of {size} bytes are there; the file is truncated, fetch or save it again.")
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable, after a rename in it."""
-    # Not every file system lets a directory be opened.
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

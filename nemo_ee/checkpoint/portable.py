@@ -25,8 +25,16 @@ from typing import Any
 
 import yaml
 
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, MODEL_WEIGHTS, NemoArchive
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, read_json_object
+from nemo_ee.checkpoint.members import (
+    CONFIG_MEMBER,
+    IN_ARCHIVE,
+    METADATA_FILE,
+    MODEL_WEIGHTS,
+    TOKENIZER_ARTIFACTS,
+    TOKENIZER_FOLDER,
+)
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.tokenizer_files import plain_json_object
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
 logger = logging.getLogger(__name__)
@@ -35,16 +43,7 @@ _FOLDERS_UP = 2
 _BACKBONE_KEY = "backbone_path"
 _YAML_STRING = "tag:yaml.org,2002:str"
 _LONGEST_PATH = 4096  # of Linux
-_METADATA_FILE = ".metadata"
-_NEMO_ARTIFACTS = ("model", "vocab_file", "merge_file")  # of the tokenizer block; NeMo bundles them as `nemo:<name>`
-_IN_ARCHIVE = "nemo:"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-def read_plain_config(path: str | Path) -> dict[str, Any]:
-    """`plain_config` of a `.nemo` that is not open."""
-    with NemoArchive(path) as archive:
-        return plain_config(archive)
 
 
 def plain_config(archive: NemoArchive) -> dict[str, Any]:
@@ -53,11 +52,7 @@ def plain_config(archive: NemoArchive) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or not a GPT.
     """
-    path, text = archive.path, archive.config_text()
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
-        raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again") from problem
+    path, config = archive.path, archive.config_values()
     layers = config.get("num_layers") if isinstance(config, dict) else None
     if not isinstance(layers, int) or layers < 1:
         raise ValueError(f"{path}: {CONFIG_MEMBER} has no num_layers, so this is not a GPT; give the .nemo of one")
@@ -76,7 +71,7 @@ def backbone_of(nemo: str | Path, given: str | Path | None = None, option: str =
     with NemoArchive(nemo) as archive:
         if archive.has(MODEL_WEIGHTS):
             return Path(nemo)
-    config = read_plain_config(nemo)
+        config = plain_config(archive)
     path = find_backbone(nemo, stored=config.get(_BACKBONE_KEY), given=given, option=option)
     with NemoArchive(path) as archive:
         if not archive.has(MODEL_WEIGHTS):
@@ -84,7 +79,7 @@ def backbone_of(nemo: str | Path, given: str | Path | None = None, option: str =
                 f"{nemo} holds exits only, and {path} has no backbone either: "
                 f"give {option}=<the .nemo the exits were tuned on>"
             )
-    found = read_plain_config(path).get("backbone_fingerprint")
+        found = plain_config(archive).get("backbone_fingerprint")
     refuse_other_backbone(config.get("backbone_fingerprint"), found, path, option)
     return path
 
@@ -210,16 +205,16 @@ def portable_tokenizer(
             block["type"] = TOKENIZER_FOLDER
             if block.get("use_fast") is None:  # NeMo's default is False; what is in `tokenizer/` was read with True
                 block["use_fast"] = bundled
-    for key in _NEMO_ARTIFACTS:
+    for key in TOKENIZER_ARTIFACTS:
         value = block.get(key)
-        if not isinstance(value, str) or not value or value.startswith(_IN_ARCHIVE):
+        if not isinstance(value, str) or not value or value.startswith(IN_ARCHIVE):
             continue
         name = PurePosixPath(value).name
         if key in own and Path(value).is_file():
             name = f"{key}_{name}"
-            files[name], block[key] = Path(value), f"{_IN_ARCHIVE}{name}"
+            files[name], block[key] = Path(value), f"{IN_ARCHIVE}{name}"
         elif name in members:  # as old versions of NeMo wrote it
-            block[key] = f"{_IN_ARCHIVE}{name}"
+            block[key] = f"{IN_ARCHIVE}{name}"
         elif key not in own:
             logger.warning("tokenizer.%s=%s of the source is not in its .nemo, and not stored", key, value)
             del block[key]
@@ -233,7 +228,7 @@ def _bundle(folder: Path) -> dict[str, Path]:
     """
     files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     reason = None
-    if not (read_json_object((folder / "tokenizer_config.json").resolve()) or {}).get("tokenizer_class"):
+    if not (plain_json_object((folder / "tokenizer_config.json").resolve()) or {}).get("tokenizer_class"):
         reason = "tokenizer_config.json names no tokenizer_class"
     elif not files.keys() & set(_VOCABULARIES):
         reason = f"there is none of {', '.join(_VOCABULARIES)}"
@@ -314,7 +309,7 @@ def forget_folder(folder: Path) -> None:
 
     For a checkpoint that this process has just written: it is unpickled without restrictions.
     """
-    path = folder / _METADATA_FILE
+    path = folder / METADATA_FILE
     metadata = pickle.loads(path.read_bytes())
     if getattr(metadata, "storage_meta", None) is None:
         return

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nemo_ee.checkpoint.file_folder import FileFolder
+from nemo_ee.checkpoint.members import METADATA_FILE
 
-METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 MODELOPT_FOLDER = "modelopt_state"
 
@@ -141,25 +141,6 @@ def load_metadata(folder: FileFolder) -> dcp_metadata.Metadata:
     return metadata
 
 
-def load_common(directory: Path | str, *, trust_checkpoint: bool = False, known: Sequence[Any] = ()) -> dict[str, Any]:
-    """Loads `<directory>/common.pt`, the part of a distributed checkpoint that is not sharded ({} when absent).
-
-    Args:
-        directory: a torch_dist directory.
-        trust_checkpoint: unpickle without restrictions; the file may then run code.
-        known: further classes that it may hold, which run nothing when they are unpickled.
-
-    Raises:
-        UnsafeCheckpointError: the file needs more than tensors and plain data, and `trust_checkpoint` is off.
-        ValueError: the file is damaged.
-    """
-    path = Path(directory) / COMMON_FILE
-    if not path.exists():
-        return {}
-    with torch.serialization.safe_globals(list(known)):
-        return _load_pickle(path, str(path), trust_checkpoint)
-
-
 def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = False, known: Sequence[Any] = ()) -> None:
     """Checks every pickled part of a torch_dist directory, for use before NeMo or Megatron-core unpickle it freely.
 
@@ -167,7 +148,7 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
 
     Args:
         trust_checkpoint: check nothing.
-        known: see `load_common`.
+        known: further classes that `common.pt` may hold, which run nothing when they are unpickled.
 
     Raises:
         UnsafeCheckpointError: a part needs more than tensors and plain data, and `trust_checkpoint` is off.
@@ -179,7 +160,10 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
         # NeMo hands this folder to ModelOpt, which unpickles it before anything else is read.
         raise UnsafeCheckpointError(f"{directory}: refused, it has a {MODELOPT_FOLDER}/ folder; {_WAY_OUT}.")
     metadata = load_metadata(FileFolder.on_disk(directory))
-    load_common(directory, known=known)
+    common = directory / COMMON_FILE
+    if common.exists():
+        with torch.serialization.safe_globals(list(known)):
+            _load_pickle(common, str(common))
     for index, place in (metadata.storage_data or {}).items():
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), dcp_metadata.BytesStorageMetadata):
             continue
@@ -191,7 +175,7 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
             raise ValueError(f"{directory}: damaged or incomplete ({problem}); {_AGAIN}.") from problem
         where = f"{directory}: sharded object {index.fqn!r}"
         with torch.serialization.safe_globals([io.BytesIO]):
-            _refuse_unsafe_content(_load_pickle(payload, where, False), where)
+            _refuse_unsafe_content(_load_pickle(payload, where), where)
 
 
 def plain_file_name(name: Any, index: str) -> str:
@@ -205,9 +189,9 @@ def plain_file_name(name: Any, index: str) -> str:
     return name
 
 
-def _load_pickle(source: Path | io.BytesIO, where: str, trust_checkpoint: bool) -> Any:
+def _load_pickle(source: Path | io.BytesIO, where: str) -> Any:
     try:
-        return torch.load(source, map_location="cpu", weights_only=not trust_checkpoint)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise UnsafeCheckpointError(
             f"{where}: refused, it needs unrestricted unpickling ({_reason(problem)}); {_WAY_OUT}."
@@ -229,7 +213,7 @@ def _refuse_unsafe_content(value: Any, where: str) -> None:
         for item in value:
             _refuse_unsafe_content(item, where)
     elif isinstance(value, io.BytesIO) and value.getbuffer().nbytes:
-        _refuse_unsafe_content(_load_pickle(io.BytesIO(value.getvalue()), where, False), where)
+        _refuse_unsafe_content(_load_pickle(io.BytesIO(value.getvalue()), where), where)
     elif isinstance(value, bytes | bytearray) and value:
         raise UnsafeCheckpointError(f"{where}: refused, it carries bytes that may be unpickled later; {_WAY_OUT}.")
     elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():

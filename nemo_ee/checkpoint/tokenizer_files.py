@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nemo_ee.checkpoint.nemo_archive import CONFIG_MEMBER, NemoArchive
+from nemo_ee.checkpoint.members import TOKENIZER_FOLDER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.unpacked import unpacked
-from nemo_ee.text import json_values
+from nemo_ee.text.json_values import JsonError, read_json_object
 from nemo_ee.text.special_tokens import EndOfText, end_of_text, end_of_text_of
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
-TOKENIZER_FOLDER = "tokenizer"
 SPECIAL_TOKENS = ("bos", "eos", "pad")
 
 
@@ -50,11 +48,11 @@ def copy_tokenizer_files(folder: Path, to: Path) -> list[str]:
     return names
 
 
-def read_json_object(path: Path) -> dict[str, Any] | None:
+def plain_json_object(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such plain file, or something else in it."""
     try:
-        return json_values.read_json_object(path, wide_integers=True) if is_plain_file(path) else None
-    except json_values.JsonError:
+        return read_json_object(path, wide_integers=True) if is_plain_file(path) else None
+    except JsonError:
         return None
 
 
@@ -63,7 +61,7 @@ def special_token_ids(folder: Path | None) -> dict[str, int | None]:
     ids: dict[str, int | None] = {f"{role}_token_id": None for role in SPECIAL_TOKENS}
     if folder is None:
         return ids
-    named = [read_json_object(folder / name) or {} for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    named = [plain_json_object(folder / name) or {} for name in ("tokenizer_config.json", "special_tokens_map.json")]
     for role in SPECIAL_TOKENS:
         texts = (_text(values.get(f"{role}_token")) for values in named)
         text = next((text for text in texts if text is not None), None)
@@ -83,20 +81,16 @@ def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> End
         ValueError: the `.nemo` or one of the two configs is damaged.
     """
     with NemoArchive(path) as archive:
-        try:
-            config = yaml.safe_load(archive.config_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: {CONFIG_MEMBER} is damaged ({error}); fetch or save the file again") from error
-        has_folder = archive.has(TOKENIZER_FOLDER)
-    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
-    if not has_folder:
-        return end_of_text(None, None, tokenizer_id, vocab_size=vocab_size)
-    with NemoArchive(path) as archive, unpacked(archive, [TOKENIZER_FOLDER]) as directory:
-        folder = directory / TOKENIZER_FOLDER
-        if tokenizer_id is None:
-            tokenizer_id = special_token_ids(folder)["eos_token_id"]
-        origin = f"{path}: {TOKENIZER_FOLDER}"
-        return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size, origin=origin)
+        config = archive.config_values()
+        vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+        if not archive.has(TOKENIZER_FOLDER):
+            return end_of_text(None, None, tokenizer_id, vocab_size=vocab_size)
+        with unpacked(archive, [TOKENIZER_FOLDER]) as directory:
+            folder = directory / TOKENIZER_FOLDER
+            if tokenizer_id is None:
+                tokenizer_id = special_token_ids(folder)["eos_token_id"]
+            origin = f"{path}: {TOKENIZER_FOLDER}"
+            return end_of_text_of(folder, tokenizer_id, vocab_size=vocab_size, origin=origin)
 
 
 def _text(token: Any) -> str | None:
@@ -107,11 +101,11 @@ def _text(token: Any) -> str | None:
 
 def _tokens(folder: Path) -> Iterator[tuple[str, int]]:
     """Every (token, id) of the files, the added tokens first: they win over the vocabulary."""
-    added = (read_json_object(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
+    added = (plain_json_object(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
     for number, token in added.items() if isinstance(added, dict) else ():
         if number.isdecimal():
             yield _text(token) or "", int(number)
-    whole = read_json_object(folder / "tokenizer.json") or {}
+    whole = plain_json_object(folder / "tokenizer.json") or {}
     for token in whole.get("added_tokens") or ():
         if isinstance(token, dict) and type(token.get("id")) is int:
             yield _text(token) or "", token["id"]
@@ -119,7 +113,8 @@ def _tokens(folder: Path) -> Iterator[tuple[str, int]]:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
         vocabulary = {row[0]: number for number, row in enumerate(vocabulary) if isinstance(row, list) and row}
-    for table in (read_json_object(folder / "added_tokens.json"), vocabulary, read_json_object(folder / "vocab.json")):
+    added, listed = (plain_json_object(folder / name) for name in ("added_tokens.json", "vocab.json"))
+    for table in (added, vocabulary, listed):
         for token, number in (table or {}).items() if isinstance(table, dict) else ():
             if type(number) is int:
                 yield token, number

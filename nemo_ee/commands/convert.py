@@ -26,9 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.chunk_reader import dtype_shares
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.members import CONFIG_MEMBER
 from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.checkpoint.portable import backbone_of
-from nemo_ee.checkpoint.tokenizer_files import read_json_object
+from nemo_ee.checkpoint.tokenizer_files import plain_json_object
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.families.rotary_settings import with_both_spellings
@@ -120,7 +121,7 @@ def convert(cfg: DictConfig) -> Conversion:
 
 
 def _is_hugging_face(source: Path) -> bool:
-    return source.is_dir() and not (source / "model_config.yaml").is_file()
+    return source.is_dir() and not (source / CONFIG_MEMBER).is_file()
 
 
 def _base_config(cfg: DictConfig, source: Path) -> dict:
@@ -213,7 +214,7 @@ def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.T
         return None
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    values = read_json_object((source / "config.json").resolve())
+    values = plain_json_object((source / "config.json").resolve())
     config_class = CONFIG_MAPPING[values["model_type"]]
     known = with_both_spellings(values) if model.cfg.position_embedding_type == "rope" else values
     reference = AutoModelForCausalLM.from_pretrained(

@@ -18,6 +18,7 @@ from typing import Any
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.checkpoint.members import TOKENIZER_FOLDER
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import unpacked
@@ -319,8 +320,8 @@ def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
         return None
     with NemoArchive(path) as archive, ExitStack() as stack:
         folder = Path(str(stored.tokenizer.get("type")))
-        if archive.has("tokenizer"):
-            folder = stack.enter_context(unpacked(archive, ["tokenizer"])) / "tokenizer"
+        if archive.has(TOKENIZER_FOLDER):
+            folder = stack.enter_context(unpacked(archive, [TOKENIZER_FOLDER])) / TOKENIZER_FOLDER
         if not folder.is_dir():
             return None
         with readable_tokenizer(folder) as readable:

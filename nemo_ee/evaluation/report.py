@@ -1,49 +1,22 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reports for people and programs: JSON files and pictures of per-exit numbers.
+"""Reports for people: tables and pictures of per-exit numbers.
 
 Files appear under their names only when they are whole. Text that comes from models or users is escaped in pictures.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.checkpoint.atomic import atomic_file
+
 # Colour-blind safe (Okabe and Ito); one per series.
 _BEFORE, _AFTER, _AGREEMENT, _FULL = "#999999", "#0072B2", "#D55E00", "#222222"
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it on success and removed on failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write a report. Numbers that are not finite become null: JSON has none."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(_finite(report), indent=2, ensure_ascii=True, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def escape_text(text: str) -> str:
@@ -233,5 +206,10 @@ def _figure(path: str | Path, title: str, caption: str, *, panels: int, width: f
         panel.grid(axis="y", alpha=0.25)
         panel.set_axisbelow(True)
     yield axes
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a picture of matplotlib's in the format that the file's suffix names."""
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=Path(path).suffix[1:] or None)

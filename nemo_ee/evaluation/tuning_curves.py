@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.evaluation.report import escape_text, replacing
+from nemo_ee.evaluation.report import escape_text, save_figure
 
 # Colour-blind safe (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -90,8 +90,7 @@ def draw_tuning_curves(
             list(handles.values()), list(handles), frameon=False, loc="outside upper right", fontsize=9,
             ncols=min(5, len(handles)),
         )  # fmt: skip
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _value(settings: Mapping[str, Any], key: str | None) -> str:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
+
+from nemo_ee.checkpoint.fingerprint import tensor_bytes
 
 
 class ContentDigest:
@@ -32,7 +33,7 @@ class ContentDigest:
         """
         content = hashlib.sha256()
         for chunk in chunks:
-            content.update(memoryview(chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            content.update(tensor_bytes(chunk))
             yield chunk
         self._lines.append(f"{name} {dtype} {'x'.join(map(str, shape))} {content.hexdigest()}\n")
 

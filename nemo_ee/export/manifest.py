@@ -8,14 +8,15 @@ Written last, so a directory with a manifest was written to the end.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.text.json_values import read_json_object
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_EARLIER_KEY = "artefacts"  # the name of `artifacts` in manifests of earlier versions
 _BLOCK = 4 << 20
 
 
@@ -43,7 +44,7 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
         if path.is_file()
     }
     manifest = {"schema_version": SCHEMA_VERSION, **facts, "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / MANIFEST, manifest, indent=1)
     return manifest
 
 
@@ -66,6 +67,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: schema version {version!r}, this code reads {SCHEMA_VERSION}; export again")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in entries):
         raise ValueError(f"{path}: refused, a file name lies outside of the export")
+    if _EARLIER_KEY in manifest:
+        manifest["artifacts"] = manifest.pop(_EARLIER_KEY)
     return manifest
 
 

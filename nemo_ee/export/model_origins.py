@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.source import EarlyExitSource, Origin
+from nemo_ee.export.source import Origin
 from nemo_ee.families.tensors import FINAL_NORM, LAYERS, OUTPUT, WORDS, Canonical, TensorTable
 
 
@@ -127,43 +127,3 @@ def draft_model(exit: ExitConfig, *, write_output: bool = True) -> Model:
 
 def _backbone_layer(index: int) -> Callable[[str], Origin]:
     return lambda key: Origin("backbone", f"{LAYERS}{key}", index)
-
-
-class Wanted(Protocol):
-    """A canonical tensor that an export reads."""
-
-    origin: Origin
-    shape: tuple[int, ...]
-
-
-def check_tensors(source: EarlyExitSource, plans: Sequence[Sequence[Wanted]], *, tied: bool) -> None:
-    """Compare what is read with what is there.
-
-    Args:
-        plans: what the directories are written from; that of the whole backbone is among them.
-        tied: the output projection is the word embeddings, and a stored one is not read.
-
-    Raises:
-        ValueError: tensors that are missing or of another shape, or tensors of the backbone that nothing is written
-            from.
-    """
-    problems, read = [], set()
-    for reading in {reading.origin: reading for plan in plans for reading in plan}.values():
-        origin, shape = reading.origin, source.shape(reading.origin)
-        where = f"{origin.key}" if origin.layer is None else f"{origin.key} of layer {origin.layer + 1}"
-        if origin.part == "backbone":
-            read.add(origin.key)
-        # Vocabulary matrices are padded, by rows that are not exported; exits and backbone may differ in it.
-        padded = origin.part == "output" or origin.key in (WORDS, OUTPUT)
-        if shape is None:
-            problems.append(f"{where} is missing")
-        elif shape != reading.shape and not (
-            padded and shape[1:] == reading.shape[1:] and shape[0] >= reading.shape[0]
-        ):
-            problems.append(f"{where} has shape {list(shape)}, must be {list(reading.shape)}")
-    tied_output = {OUTPUT} if tied else set()
-    unknown = sorted(source.backbone_names() - read - tied_output)
-    if unknown:
-        problems.append(f"the backbone holds tensors that no stock class has: {', '.join(unknown)}")
-    if problems:
-        raise ValueError(f"{source.path}: config and weights do not fit together:\n" + "\n".join(problems))

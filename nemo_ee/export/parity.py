@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from nemo_ee.generation.stats import FINAL
 from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 from nemo_ee.runtime.model import RuntimeModel
 
 logger = logging.getLogger(__name__)
 
-FINAL = "final"
 NUM_TOKENS = 16
 DEFAULT_GIGABYTES = 4.0
 # Of the largest number; fp32 products in another order, on another machine. A wrong tensor changes far more.

@@ -9,48 +9,50 @@ tensors' bytes without gaps. The file has its name only once it is whole and on 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from nemo_ee.checkpoint.atomic import atomic_file
+from nemo_ee.checkpoint.fingerprint import tensor_bytes
+
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-class SafetensorsWriter:
-    """Writes one file; use it as a context manager.
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> (dtype, shape)
+
+
+@contextlib.contextmanager
+def safetensors_file(path: Path, entries: Entries) -> Iterator[SafetensorsWriter]:
+    """Write one file; see `atomic_file`.
 
     Args:
-        path: the file; written to `<path>.partial` and renamed when the context ends without an exception.
-        entries: name -> (dtype, shape), in the order in which the tensors will be written.
+        entries: in the order in which the tensors will be written.
 
     Raises:
         ValueError: a dtype that is not float32, float16 or bfloat16.
         OSError: the file cannot be written.
     """
+    header = _header(entries)
+    with atomic_file(path) as partial, open(partial, "wb") as file:
+        file.write(header)
+        writer = SafetensorsWriter(file, entries)
+        yield writer
+        assert not writer.waiting, f"not written: {', '.join(writer.waiting[:4])}"
 
-    def __init__(self, path: str | Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self.path = Path(path)
-        self._entries = dict(entries)
-        self._waiting = list(self._entries)
-        self._header = _header(self._entries)
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> SafetensorsWriter:
-        self._file = open(self._partial, "wb")
-        try:
-            self._file.write(self._header)
-        except BaseException:
-            self._abandon()
-            raise
-        return self
+class SafetensorsWriter:
+    """Writes the tensors of one file in their order; see `safetensors_file`."""
+
+    def __init__(self, file: IO[bytes], entries: Entries) -> None:
+        self._file, self._entries = file, entries
+        self.waiting = list(entries)
 
     def write(self, name: str, chunks: Iterable[Tensor]) -> None:
         """Write the next tensor.
@@ -59,37 +61,18 @@ class SafetensorsWriter:
             name: must be the next of `entries`.
             chunks: pieces that, one after the other in memory order, make up the tensor; each of the tensor's dtype.
         """
-        assert self._file is not None, "used outside of its context"
-        assert self._waiting and self._waiting[0] == name, f"{name} is not next; that is {self._waiting[:1]}"
+        assert self.waiting and self.waiting[0] == name, f"{name} is not next; that is {self.waiting[:1]}"
         dtype, shape = self._entries[name]
         written = 0
         for chunk in chunks:
             assert chunk.dtype is dtype, f"{name}: a piece is {chunk.dtype}, the tensor {dtype}"
-            self._file.write(memoryview(chunk.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor_bytes(chunk))
             written += chunk.numel()
         assert written == math.prod(shape), f"{name}: {written} elements written, {math.prod(shape)} declared"
-        self._waiting.pop(0)
-
-    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
-        if problem is not None:
-            self._abandon()
-            return
-        try:
-            assert not self._waiting, f"not written: {', '.join(self._waiting[:4])}"
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._partial, self.path)
-        except BaseException:
-            self._abandon()
-            raise
-
-    def _abandon(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self.waiting.pop(0)
 
 
-def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+def _header(entries: Entries) -> bytes:
     wrong = sorted({str(dtype) for dtype, _ in entries.values() if dtype not in DTYPE_NAMES})
     if wrong:
         raise ValueError(f"cannot write {', '.join(wrong)}; only float32, float16 and bfloat16")
@@ -104,21 +87,19 @@ def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def header_problems(
-    files: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> Iterator[str]:
-    """Where tensors are not what they must be.
+def header_problems(file: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[str]:
+    """Where the tensors of an open safetensors file are not what they must be.
 
     Args:
-        files: name of every tensor -> the open safetensors file that holds it.
         shapes: name -> shape of every tensor that must be there.
         dtype: of all of them.
     """
-    yield from (f"{name} is missing" for name in shapes if name not in files)
-    yield from (f"{name} does not belong there" for name in sorted(files.keys() - shapes.keys()))
-    for name in shapes.keys() & files.keys():
-        stored = files[name].get_slice(name)
-        if tuple(stored.get_shape()) != shapes[name]:
-            yield f"{name} has shape {stored.get_shape()}, must be {list(shapes[name])}"
-        if stored.get_dtype() != DTYPE_NAMES[dtype]:
-            yield f"{name} is {stored.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"
+    stored = set(file.keys())
+    yield from (f"{name} is missing" for name in shapes if name not in stored)
+    yield from (f"{name} does not belong there" for name in sorted(stored - shapes.keys()))
+    for name in sorted(shapes.keys() & stored):
+        tensor = file.get_slice(name)
+        if tuple(tensor.get_shape()) != shapes[name]:
+            yield f"{name} has shape {tensor.get_shape()}, must be {list(shapes[name])}"
+        if tensor.get_dtype() != DTYPE_NAMES[dtype]:
+            yield f"{name} is {tensor.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor
 
 from nemo_ee.certificates.validity import valid_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
-from nemo_ee.checkpoint.nemo_archive import EXIT_WEIGHTS, MODEL_WEIGHTS, NemoArchive
+from nemo_ee.checkpoint.members import EXIT_WEIGHTS, LORA_WEIGHTS, MODEL_WEIGHTS, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import backbone_of, plain_config
 from nemo_ee.checkpoint.tensor_checks import is_finite
-from nemo_ee.checkpoint.tokenizer_files import TOKENIZER_FOLDER, is_plain_file, special_token_ids
+from nemo_ee.checkpoint.tokenizer_files import is_plain_file, special_token_ids
 from nemo_ee.checkpoint.unpacked import readable, unpacked
 from nemo_ee.exits.config import EarlyExitConfig, ExitConfig
 from nemo_ee.export.tokenizer import write_tokenizer
@@ -37,7 +37,6 @@ from nemo_ee.text.special_tokens import CONFIG, GENERATION_CONFIG, end_of_text, 
 
 logger = logging.getLogger(__name__)
 
-LORA_WEIGHTS = "lora_weights"
 _BLOCK_BYTES = 32 << 20
 
 
@@ -88,7 +87,7 @@ class EarlyExitSource:
     def __enter__(self) -> EarlyExitSource:
         return self
 
-    def __exit__(self, kind: type | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *problem: object) -> None:
         self._stack.close()
 
     @cached_property
@@ -144,7 +143,7 @@ class EarlyExitSource:
             vocab_size: ids outside of it are left out.
         """
         tokens = special_token_ids(self.tokenizer)
-        generation, config = (self._bundled(name) for name in (GENERATION_CONFIG, CONFIG))
+        generation, config = (self.bundled(name) for name in (GENERATION_CONFIG, CONFIG))
         config = tokens if config is None else config
         end = end_of_text(generation, config, tokens["eos_token_id"], vocab_size=vocab_size, origin=self.path)
         if generation is None:
@@ -156,7 +155,7 @@ class EarlyExitSource:
             generation["eos_token_id"] = end.ids[0] if len(end.ids) == 1 else list(end.ids)
         return generation
 
-    def _bundled(self, name: str) -> dict[str, Any] | None:
+    def bundled(self, name: str) -> dict[str, Any] | None:
         """The values of a file of the original model, without keys that run code; None where none can be used."""
         path = None if self.tokenizer is None else self.tokenizer / name
         if path is None or not is_plain_file(path):
@@ -190,7 +189,8 @@ class EarlyExitSource:
 
     def dtype(self) -> torch.dtype:
         """The dtype most of the backbone's numbers are stored in, which an export takes unless it is told another."""
-        infos = {name: self._backbone_infos[name] for name in self.backbone_names()}
+        names = self.backbone_names()
+        infos = {name: info for name, info in self._backbone_infos.items() if name in names}
         dtype = next(iter(numbers_by_dtype(infos)))
         dtype = torch.float32 if dtype is torch.float64 else dtype
         if len({info.dtype for info in infos.values()}) > 1:

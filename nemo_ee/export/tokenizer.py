@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files, read_json_object
+from nemo_ee.checkpoint.tokenizer_files import copy_tokenizer_files, plain_json_object
 from nemo_ee.runtime.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def write_tokenizer(folder: Path, to: Path) -> bool:
         )
         return True
     if tokenizer.is_fast:
-        values = _settings(tokenizer, read_json_object(to / _CONFIG) or {})
+        values = _settings(tokenizer, plain_json_object(to / _CONFIG) or {})
         tokenizer.backend_tokenizer.save(str(to / "tokenizer.json"))
         (to / _CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return True

@@ -8,17 +8,24 @@ manifest states a parity digest; it is not loaded into the library it is for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
+from nemo_ee.export.content_digest import ContentDigest
 from nemo_ee.export.huggingface import verify_huggingface
 from nemo_ee.export.huggingface.stock_config import FORMAT
 from nemo_ee.export.manifest import file_problems, read_manifest
-from nemo_ee.export.parity import DEFAULT_GIGABYTES
+from nemo_ee.export.parity import DEFAULT_GIGABYTES, parity_problems
+from nemo_ee.export.readings import Reading, shapes_by_file
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_problems
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm import verify_tensorrt_llm
+from nemo_ee.export.written import WrittenArtifact
 
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -55,13 +62,82 @@ def verify_export(
                 problems.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
         # An export can be told the length that a model is used with; the `.nemo` does not say it.
         shared = {"max_position_embeddings": manifest.get("max_position_embeddings")}
-        for artifact in manifest.get("artifacts", []):
-            name, check = str(artifact.get("directory")), verify_tensorrt_llm.artifact_problems
-            if artifact.get("format") == FORMAT:
-                check = verify_huggingface.artifact_problems
+        for entry in manifest.get("artifacts", []):
+            name = str(entry.get("directory"))
             try:
-                found = check(directory / name, shared | artifact, source, parity_gigabytes=parity_gigabytes)
+                found = _artifact_problems(directory / name, shared | entry, source, parity_gigabytes)
                 problems += [f"{name}: {problem}" for problem in found]
             except _UNREADABLE as problem:
                 problems.append(f"{name}: cannot be read ({problem!r})")
     return problems
+
+
+def _artifact_problems(
+    folder: Path, entry: Mapping[str, Any], source: EarlyExitSource | None, parity_gigabytes: float
+) -> list[str]:
+    """Every problem of a directory; `entry`: its own in the manifest."""
+    # Manifests of earlier versions name only one of the two formats.
+    format_of = verify_huggingface if entry.get("format") == FORMAT else verify_tensorrt_llm
+    written = format_of.written_artifact(folder, entry, source)
+    problems = list(written.problems)
+    if written.plan is None:
+        return problems
+    expected = shapes_by_file(written.plan)
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for name, shown in written.files.items():
+            if not (folder / name).is_file():
+                problems.append(f"{name} is missing")
+                continue
+            files[name] = stack.enter_context(safe_open(folder / name, framework="pt", device="cpu"))
+            wrong = header_problems(files[name], expected.get(name, {}), written.dtype)
+            problems += [f"{shown}{problem}" for problem in wrong]
+        if not problems:
+            problems += _weight_problems(written, files, source, entry.get("digest"))
+    if not problems:
+        problems += parity_problems(entry.get("parity"), folder, written.load, parity_gigabytes=parity_gigabytes)
+    return problems
+
+
+def _weight_problems(
+    written: WrittenArtifact, files: Mapping[str, Any], source: EarlyExitSource | None, stated: str | None
+) -> Iterator[str]:
+    """Numbers that are not the `.nemo`'s, and a digest that is another than the manifest's.
+
+    Args:
+        source: None to take the digest of what the files hold.
+        stated: the manifest's digest, if it has one.
+    """
+    if source is None and stated is None:
+        return
+    digest, holder = ContentDigest(), "the files" if source is None else "the .nemo"
+    for reading in written.plan:
+        if reading.written:
+            yield from _reading_problems(reading, written, files, source, digest if stated else None)
+    if stated is not None and digest.hexdigest() != stated:
+        yield f"the manifest's digest is {stated}, that of {holder} is {digest.hexdigest()}"
+
+
+def _reading_problems(
+    reading: Reading,
+    written: WrittenArtifact,
+    files: Mapping[str, Any],
+    source: EarlyExitSource | None,
+    digest: ContentDigest | None,
+) -> Iterator[str]:
+    origin = reading.origin
+    where = origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"
+    tensor = None
+    if source is not None:
+        if source.shape(origin) is None:
+            yield f"{where} is not in the .nemo"
+            return
+        tensor = source.read(origin, reading.shape, written.dtype)
+    for own in reading.written:
+        stored = files[own.file].get_tensor(own.name)
+        made = stored if tensor is None else torch.cat(list(own.chunks(tensor)))
+        if digest is not None:
+            for _ in digest.passing(own.name, DTYPE_NAMES[written.dtype], own.shape, [made]):
+                pass
+        if tensor is not None and not torch.equal(stored, made):
+            yield f"{written.files[own.file]}{own.name} differs from {where} of the .nemo"

@@ -33,6 +33,10 @@ from yaml import YAMLError
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.low_rank_weights import MergedSource
+from nemo_ee.checkpoint.members import CONFIG_MEMBER as CONFIG
+from nemo_ee.checkpoint.members import EXIT_WEIGHTS as EXITS
+from nemo_ee.checkpoint.members import LORA_WEIGHTS as LORA
+from nemo_ee.checkpoint.members import MODEL_WEIGHTS as BACKBONE
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import (
     backbone_of,
@@ -47,8 +51,6 @@ from nemo_ee.checkpoint.unpacked import open_nemo, unpacked
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.megatron.model.backbone_training import low_rank_shards, merged_backbone_to_save
 from nemo_ee.models.run_config import without_training_setup
-
-BACKBONE, EXITS, LORA, CONFIG = "model_weights", "exit_weights", "lora_weights", "model_config.yaml"
 
 logger = logging.getLogger(__name__)
 

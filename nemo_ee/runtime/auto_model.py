@@ -21,7 +21,7 @@ from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
-from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, json_object
+from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, optional_settings
 
 # What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
 # fetching files from the Hub, and here they are in a local directory already.
@@ -182,7 +182,7 @@ def _first(*values: Any) -> Any:
 
 def _generation_config(directory: Path) -> dict[str, Any]:
     path = directory / GENERATION_CONFIG
-    return json_object(path.read_bytes(), path) if path.is_file() else {}
+    return optional_settings(path) or {}
 
 
 def _list(value: int | Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.policy import ExitPolicy, plan_exits
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.protocol import EarlyExit
-from nemo_ee.serving.request_certificates import find_certificate
+from nemo_ee.serving.request_certificates import requested_certificate
 from nemo_ee.settings.user_input import shortened
 
 _CAPS = ("max_pending_tokens", "num_draft_tokens")
@@ -59,7 +59,7 @@ def exit_choice(
     if problems:
         raise ApiError(400, "; ".join(problems), param="early_exit")
     if "certificate" in keys:
-        certificate = find_certificate(certificates, keys["certificate"])
+        certificate = requested_certificate(certificates, keys["certificate"])
         # Without thresholds only full depth was certified.
         return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.certificates.certificate import DEFAULT_NAME, Certificate, Setting
+from nemo_ee.certificates.certificate import Certificate, Setting, named_certificate
 from nemo_ee.certificates.validity import KV_POLICY, setting_problems, stop_problems
 from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request
@@ -55,21 +55,19 @@ def _is_file_of(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_of(path) == digest
 
 
-def find_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate:
-    """The certificate a request names; true = the only one, or the one named `default`.
+def requested_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate:
+    """The certificate a request names; see `named_certificate`.
 
     Raises:
         ApiError: 400, there is none.
     """
-    if wanted is True and len(certificates) == 1:
-        return next(iter(certificates.values()))
-    name = DEFAULT_NAME if wanted is True else wanted
-    if not isinstance(name, str) or name not in certificates:
+    certificate = named_certificate(certificates, wanted)
+    if certificate is None:
         rule = "this model carries no certificate; give a threshold"
         if certificates:
             rule = f"its certificates are {', '.join(certificates)}; name one of them"
         raise ApiError(400, f"early_exit.certificate = {shortened(wanted)}: {rule}", param="early_exit")
-    return certificates[name]
+    return certificate
 
 
 def check_setting(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from nemo_ee.checkpoint.members import CONFIG_MEMBER
 from nemo_ee.commands.decoding_config import PolicyInput
 from nemo_ee.serving.exit_choice import ExitChoice
 from nemo_ee.serving.protocol import Limits
@@ -89,7 +90,7 @@ class ServerSettings(PolicyInput, ScriptInput):
     @field_validator("path")
     @classmethod
     def _is_a_model(cls, path: Path) -> Path:
-        if path.suffix == ".nemo" or (path / "model_config.yaml").is_file():
+        if path.suffix == ".nemo" or (path / CONFIG_MEMBER).is_file():
             raise ValueError(
                 "is a NeMo checkpoint, which is not served as it is; run scripts/export/export_huggingface.py "
                 f"checkpoint={path} output=export and give export/hf_early_exit"

@@ -95,33 +95,42 @@ def parse_json(text: bytes | str, *, wide_integers: bool = False) -> Any:
     return value
 
 
-def read_json(path: str | Path, *, wide_integers: bool = False, max_bytes: int = MAX_FILE_BYTES) -> Any:
+def read_json(
+    path: str | Path, *, wide_integers: bool = False, max_bytes: int = MAX_FILE_BYTES, shown: object = None
+) -> Any:
     """The value of a JSON file.
+
+    Args:
+        shown: what messages call the file; None = its path.
 
     Raises:
         JsonError: `path:line: reason`.
         OSError: it cannot be opened.
     """
+    shown = path if shown is None else shown
     with open(path, "rb") as file:
         text = file.read(max_bytes + 1)
     if len(text) > max_bytes:
-        raise JsonError(f"{path}: more than {max_bytes} bytes, the limit of a JSON file")
+        raise JsonError(f"{shown}: more than {max_bytes} bytes, the limit of a JSON file")
     try:
         return parse_json(text, wide_integers=wide_integers)
     except JsonError as error:
-        raise JsonError(f"{path}:{error.line}: {error}", error.line) from None
+        raise JsonError(f"{shown}:{error.line}: {error}", error.line) from None
 
 
-def read_json_object(path: str | Path, *, wide_integers: bool = False) -> dict[str, Any]:
+def read_json_object(path: str | Path, *, wide_integers: bool = False, shown: object = None) -> dict[str, Any]:
     """The mapping in a JSON file.
+
+    Args:
+        shown: see `read_json`.
 
     Raises:
         JsonError: as `read_json`, or it holds something else.
         OSError: it cannot be opened.
     """
-    value = read_json(path, wide_integers=wide_integers)
+    value = read_json(path, wide_integers=wide_integers, shown=shown)
     if not isinstance(value, dict):
-        raise JsonError(f"{path}:1: a JSON {type(value).__name__}, not an object")
+        raise JsonError(f"{path if shown is None else shown}:1: a JSON {type(value).__name__}, not an object")
     return value
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.text.json_values import JsonError, parse_json
+from nemo_ee.text.json_values import JsonError, read_json_object
 
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
 # What transformers' config classes say where config.json has no such key, by `model_type`; None elsewhere.
@@ -101,7 +101,8 @@ def end_of_text_of(
         ValueError: as `end_of_text`, or one of the files is damaged.
     """
     origin = directory if origin is None else origin
-    files = (_read(Path(directory) / name, f"{origin}/{name}") for name in (GENERATION_CONFIG, CONFIG))
+    names = (GENERATION_CONFIG, CONFIG)
+    files = (optional_settings(Path(directory) / name, shown=f"{origin}/{name}") for name in names)
     return end_of_text(*files, tokenizer_id, vocab_size=vocab_size, origin=origin)
 
 
@@ -118,23 +119,19 @@ def _ids(values: Mapping[str, Any], source: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read(path: Path, source: str) -> dict[str, Any] | None:
-    return json_object(path.read_bytes(), source) if path.is_file() else None
+def optional_settings(path: Path, *, shown: object = None) -> dict[str, Any] | None:
+    """The values of a directory's JSON file; None where there is none.
 
-
-def json_object(data: bytes, source: object) -> dict[str, Any]:
-    """The JSON object in `data`.
+    Args:
+        shown: what messages call the file; None = its path.
 
     Raises:
         ValueError: it is damaged, or something else than an object.
     """
     try:
-        values = parse_json(data)
+        return read_json_object(path, shown=shown) if path.is_file() else None
     except JsonError as error:
-        raise ValueError(f"{source}:{error.line}: {error}; fetch or write the file again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}:1: a JSON {type(values).__name__}, not an object; fetch or write the file again")
-    return values
+        raise ValueError(f"{error}; fetch or write the file again") from error
 
 
 def prompt_ids(tokenizer: Any, text: str, add_bos: bool | None = None) -> list[int]:

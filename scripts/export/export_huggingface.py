@@ -18,9 +18,9 @@ from nemo_ee.commands.console import show
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg):
-        from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+        from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
-        export_huggingface(ExportSettings.from_config(cfg))
+        export_huggingface(HuggingFaceSettings.from_config(cfg))
         show(f"exported: {cfg.output}")
 
 

@@ -18,9 +18,9 @@ from nemo_ee.commands.console import show
 def main(cfg: DictConfig) -> None:
     """Export."""
     with command(cfg):
-        from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+        from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
-        export_checkpoint(ExportSettings.from_config(cfg))
+        export_checkpoint(TensorRTLLMSettings.from_config(cfg))
         show(f"exported: {cfg.output}")
 
 

@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.text.text_files import sample_index_folder
 
 
@@ -29,17 +29,11 @@ def replacing(finished: list[Path]) -> Iterator[list[Path]]:
     Args:
         finished: data and index files in turn, the index that is read first at the end.
     """
-    finished[0].parent.mkdir(parents=True, exist_ok=True)
-    partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finished]
-    try:
-        yield partial
+    with ExitStack() as stack:
         # The index goes first and comes last: nobody finds an index that belongs to other data.
+        partial = [stack.enter_context(atomic_file(path)) for path in reversed(finished)]
+        yield partial[::-1]
         finished[-1].unlink(missing_ok=True)
-        for source, target in zip(partial, finished, strict=True):
-            os.replace(source, target)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
 
 
 def forget_samples(prefix: str) -> None:

@@ -314,7 +314,7 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
     import yaml
 
     from nemo_ee.checkpoint.nemo_archive import NemoArchive
-    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
     with NemoArchive(certified.path) as archive:
         archive.extract(tmp_path / "other")
@@ -323,7 +323,7 @@ def test_an_export_lists_the_certificates_that_hold(certified, tmp_path, caplog)
     listed = []
     for name, checkpoint in (("own", certified.path), ("changed", tmp_path / "other")):
         output = tmp_path / name
-        export_checkpoint(ExportSettings(checkpoint=checkpoint, output=output, drafts=(), progress=False))
+        export_checkpoint(TensorRTLLMSettings(checkpoint=checkpoint, output=output, drafts=(), progress=False))
         listed.append(json.loads((output / "manifest.json").read_text())["certificates"])
     assert listed == [[certified.report["certificate"]], []]
     assert "is void: the backbone is another" in caplog.text

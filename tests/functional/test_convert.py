@@ -166,7 +166,7 @@ def test_a_source_of_mixed_dtypes(tmp_path: Path) -> None:
     from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource
     from nemo_ee.checkpoint.unpacked import open_nemo
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
     folder = tmp_path / "source"
     save_tiny_model(folder, "llama", dtype=torch.bfloat16)
@@ -189,7 +189,7 @@ def test_a_source_of_mixed_dtypes(tmp_path: Path) -> None:
     tokens = torch.randint(0, 133, (1, 16), generator=torch.Generator().manual_seed(2))
     for dtype, name in ((None, "bfloat16"), ("float32", "float32")):
         settings = {"targets": ("full",), "dtype": dtype, "progress": False, "output": tmp_path / name}
-        out = export_huggingface(ExportSettings(checkpoint=tmp_path / "more.nemo", **settings)) / "hf_full"
+        out = export_huggingface(HuggingFaceSettings(checkpoint=tmp_path / "more.nemo", **settings)) / "hf_full"
         theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
         for parameter in theirs.parameters():
             parameter.data = parameter.data.to(getattr(torch, name)).float()

@@ -84,10 +84,10 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
-    settings = {"progress": False, **settings}
-    return export_huggingface(ExportSettings.from_config({"checkpoint": checkpoint, "output": output, **settings}))
+    settings = {"progress": False, **settings, "checkpoint": checkpoint, "output": output}
+    return export_huggingface(HuggingFaceSettings.from_config(settings))
 
 
 def stock(folder: Path, **settings: Any):

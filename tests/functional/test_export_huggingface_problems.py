@@ -217,10 +217,10 @@ def test_numbers_that_float16_does_not_hold(tmp_path: Path) -> None:
 def test_an_interruption_leaves_nothing(
     problem: BaseException, place: str, one: Made, tmp_path: Path, monkeypatch
 ) -> None:
-    from nemo_ee.export.huggingface import exporter as module
-    from nemo_ee.export.huggingface import weight_files as weights
+    from nemo_ee.export import export_plan as module
+    from nemo_ee.export.safetensors_writer import SafetensorsWriter
 
-    real, calls = weights.SafetensorsWriter.write, []
+    real, calls = SafetensorsWriter.write, []
 
     def write(self, name, chunks) -> None:  # noqa: ANN001
         calls.append(name)
@@ -231,7 +231,7 @@ def test_an_interruption_leaves_nothing(
     def manifest(*arguments) -> None:  # noqa: ANN002
         raise problem
 
-    monkeypatch.setattr(weights.SafetensorsWriter, "write", write)
+    monkeypatch.setattr(SafetensorsWriter, "write", write)
     if place == "manifest":
         monkeypatch.setattr(module, "write_manifest", manifest)
     with pytest.raises((KeyboardInterrupt, ValueError)) as error:
@@ -271,14 +271,14 @@ import sys
 import tempfile
 from pathlib import Path
 from nemo_ee.export.safetensors_writer import SafetensorsWriter
-from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
 def write(self, name, chunks):
     print("writing", flush=True)
     sys.stdin.read()
 
 SafetensorsWriter.write = write
-export_huggingface(ExportSettings(checkpoint=sys.argv[1], output=sys.argv[2], progress=False))
+export_huggingface(HuggingFaceSettings(checkpoint=sys.argv[1], output=sys.argv[2], progress=False))
 """
 
 

@@ -114,7 +114,7 @@ def test_a_config_that_the_export_did_not_write_shows_against_the_source(
     problems = verify_export(folder, one.path)
     assert len(problems) == 9
     assert f"hf_exit_{MLP}: config.json: rope_theta is 500000.0, must be 10000.0" in problems
-    assert any("hf_full: config.json: rms_norm_eps is absent, must be" in problem for problem in problems)
+    assert any("hf_full: config.json: rms_norm_eps is missing, must be" in problem for problem in problems)
 
 
 def test_exports_of_earlier_versions_with_one_spelling_are_good(exported: Path, one: Made, tmp_path: Path) -> None:

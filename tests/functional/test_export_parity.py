@@ -42,10 +42,10 @@ def parities(directory: Path) -> dict[str, Any]:
 
 
 def hugging_face(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
     settings |= {"checkpoint": checkpoint, "output": output, "progress": False}
-    return export_huggingface(ExportSettings.from_config(settings))
+    return export_huggingface(HuggingFaceSettings.from_config(settings))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -219,9 +219,10 @@ def test_numbers_that_float16_does_not_hold(tmp_path: Path) -> None:
 def test_an_interruption_leaves_nothing(
     problem: BaseException, place: str, checkpoint: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from nemo_ee.export.tensorrt_llm import unified_checkpoint as module
+    from nemo_ee.export import export_plan as module
+    from nemo_ee.export.safetensors_writer import SafetensorsWriter
 
-    real, calls = module.SafetensorsWriter.write, []
+    real, calls = SafetensorsWriter.write, []
 
     def write(self, name, chunks) -> None:  # noqa: ANN001
         calls.append(name)
@@ -232,7 +233,7 @@ def test_an_interruption_leaves_nothing(
     def manifest(*arguments) -> None:  # noqa: ANN002
         raise problem
 
-    monkeypatch.setattr(module.SafetensorsWriter, "write", write)
+    monkeypatch.setattr(SafetensorsWriter, "write", write)
     if place == "manifest":
         monkeypatch.setattr(module, "write_manifest", manifest)
     with pytest.raises((KeyboardInterrupt, ValueError)) as error:

@@ -104,10 +104,10 @@ def made(tmp_path_factory: pytest.TempPathFactory):
 
 
 def export(checkpoint: Path, output: Path, **settings: Any) -> Path:
-    from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings, export_checkpoint
+    from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings, export_checkpoint
 
     settings = {"dtype": None, "progress": False, **settings}
-    return export_checkpoint(ExportSettings.from_config({"checkpoint": checkpoint, "output": output, **settings}))
+    return export_checkpoint(TensorRTLLMSettings.from_config({"checkpoint": checkpoint, "output": output, **settings}))
 
 
 def backbone_only(ranks: list[dict]) -> list[dict]:

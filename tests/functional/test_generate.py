@@ -346,7 +346,7 @@ def ended(model, generate, tmp_path) -> SimpleNamespace:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
     _, free = generate(mode="full")
     stops = [0, free[0]["tokens"][4]["id"]]
@@ -354,7 +354,7 @@ def ended(model, generate, tmp_path) -> SimpleNamespace:
     text = json.dumps({"eos_token_id": stops, "pad_token_id": 3})
     (directory / "generation_config.json").write_text(text)
     path = rewritten(model.path, tmp_path / "ended.nemo", {"tokenizer/generation_config.json": text.encode()})
-    export = export_huggingface(ExportSettings(checkpoint=path, output=tmp_path / "export", progress=False))
+    export = export_huggingface(HuggingFaceSettings(checkpoint=path, output=tmp_path / "export", progress=False))
     tokenizer, expected = AutoTokenizer.from_pretrained(directory), []
     reference = AutoModelForCausalLM.from_pretrained(directory)
     for prompt in PROMPTS:

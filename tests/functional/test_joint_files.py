@@ -262,13 +262,13 @@ def test_one_flipped_bit_is_noticed_by_whatever_reads_it(folder: str, lora: Simp
     """Loading a model, an export, a certificate's identity; without `verify=full`."""
     from nemo_ee.certificates.validity import identify
     from nemo_ee.checkpoint.nemo_archive import NemoArchive
-    from nemo_ee.export.huggingface.exporter import ExportSettings, export_huggingface
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 
     with NemoArchive(lora.beside) as archive:
         archive.extract(tmp_path / "tree", [folder])
     name, content = flipped(tmp_path / "tree" / folder)
     path = rewritten(lora.beside, tmp_path / "flipped.nemo", {f"{folder}/{name}": content})
-    export = ExportSettings(checkpoint=path, output=tmp_path / "out", progress=False)
+    export = HuggingFaceSettings(checkpoint=path, output=tmp_path / "out", progress=False)
     readers = [lambda: restore(path), lambda: export_huggingface(export)]
     readers += [] if folder == "model_weights" else [lambda: identify(path)]
     message = rf"flipped.nemo: {folder}/{name}: cannot read '.*' \(its bytes do not have the checksum .*save it again"

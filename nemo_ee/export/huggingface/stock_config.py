@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from nemo_ee.checkpoint.nemo_config import read_architecture
-from nemo_ee.checkpoint.tokenizer_files import read_json_object
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES, read_config
 from nemo_ee.families.rotary_settings import with_both_spellings
-from nemo_ee.text.huggingface_json import without_code
 
 FORMAT = "huggingface"  # of a directory, in the manifest
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -134,12 +131,6 @@ def read_stock_config(values: Mapping[str, Any]) -> Architecture:
     droppable = {family.droppable_final_norm for family in FAMILIES.values()}
     # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
     return read_config({key: value for key, value in values.items() if key not in droppable}, 1)
-
-
-def read_bundled(folder: Path | None, name: str) -> dict[str, Any] | None:
-    """A JSON file of the original model that the `.nemo` carries beside its tokenizer, without keys that make
-    transformers run code; None without one."""
-    return None if folder is None else without_code(read_json_object(folder / name))
 
 
 def _candidates(

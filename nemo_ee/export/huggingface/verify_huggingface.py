@@ -1,150 +1,103 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check one exported Hugging Face directory against its config.json and, when given, the `.nemo`."""
+"""An exported Hugging Face directory as its config.json describes it, beside what its `.nemo` says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
-from nemo_ee.export.content_digest import ContentDigest
-from nemo_ee.export.huggingface.exported_tensors import Reading, parts_of, readings
-from nemo_ee.export.huggingface.exporter import ExportSettings, config_values, plan_artifacts
+from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, plan_export
+from nemo_ee.export.huggingface.shards import INDEX, SINGLE
 from nemo_ee.export.huggingface.stock_config import read_stock_config
+from nemo_ee.export.huggingface.stock_tensors import readings
 from nemo_ee.export.model_origins import described_model
-from nemo_ee.export.parity import parity_problems
-from nemo_ee.export.safetensors_writer import DTYPE_NAMES, header_problems
+from nemo_ee.export.readings import Reading
 from nemo_ee.export.source import EarlyExitSource
+from nemo_ee.export.written import WrittenArtifact, config_problems
 from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.runtime.loader import DTYPES, load_model
 from nemo_ee.text.json_values import read_json_object
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-
-def artifact_problems(
-    folder: Path, artifact: dict[str, Any], source: EarlyExitSource | None, *, parity_gigabytes: float
-) -> list[str]:
-    """Every problem of the directory.
+def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSource | None) -> WrittenArtifact:
+    """What the directory holds by its config.json.
 
     Args:
-        artifact: its entry in the manifest.
-        source: the opened `.nemo`, to compare the numbers with.
-        parity_gigabytes: largest model that is run.
+        entry: its own in the manifest.
+        source: the opened `.nemo`, to compare the config with.
 
     Raises:
         OSError, ValueError, KeyError, TypeError, SafetensorError: the directory cannot be read.
     """
     config = read_json_object(folder / "config.json")
-    plan, dtype = _plan(config, artifact), DTYPES[config["torch_dtype"]]
-    shapes = {piece.name: piece.shape for reading in plan for piece in reading.written}
-    problems: list[str] = []
-    with ExitStack() as stack:
-        files: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        for file_name in _file_names(folder):
-            file = stack.enter_context(safe_open(folder / file_name, framework="pt", device="cpu"))
-            problems += [f"{name} is in {places[name]} and in {file_name}" for name in file.keys() if name in places]
-            files |= dict.fromkeys(file.keys(), file)
-            places |= dict.fromkeys(file.keys(), file_name)
-        problems += header_problems(files, shapes, dtype)
-        problems += _index_problems(folder, places)
-        if source is not None:
-            problems += _config_problems(config, artifact, source)
-        if not problems:
-            problems += _weight_problems(plan, files, source, dtype, artifact.get("digest"))
-    if not problems:
-        problems += parity_problems(artifact.get("parity"), folder, load_model, parity_gigabytes=parity_gigabytes)
-    return problems
+    places, problems = _places(folder)
+    problems += _index_problems(folder, places)
+    if source is not None:
+        problems += _config_problems(config, entry, source)
+    first = min(places.values(), default=SINGLE)  # a tensor that is missing is missing there
+    return WrittenArtifact(
+        problems=problems,
+        plan=[reading.in_files(lambda name: places.get(name, first)) for reading in _plan(config, entry)],
+        files=dict.fromkeys(_file_names(folder), ""),
+        dtype=DTYPES[config["torch_dtype"]],
+        load=load_model,
+    )
 
 
-def _config_problems(config: dict[str, Any], artifact: dict[str, Any], source: EarlyExitSource) -> Iterator[str]:
+def _config_problems(config: dict[str, Any], entry: Mapping[str, Any], source: EarlyExitSource) -> Iterator[str]:
     """Where config.json is not what an export of the `.nemo` would say; the thresholds are the user's choice."""
-    block, kind = config.get("early_exit") or {}, artifact["kind"]
-    exits = [entry["name"] for entry in block.get("exits", ())] if kind == "early_exit" else [artifact["exit"]]
+    block, kind = config.get("early_exit") or {}, entry["kind"]
+    exits = [row["name"] for row in block.get("exits", ())] if kind == "early_exit" else [entry["exit"]]
     targets, exits = ("exits",) if kind == "exit" else (kind,), () if kind == "full" else tuple(exits)
     # Taken from the directory itself, so nothing of it is a user's to check.
-    settings = ExportSettings.model_construct(checkpoint=source.path, targets=targets, exits=exits)
-    thresholds = {key: value for key, value in block.items() if key != "exits"}
-    (planned,) = plan_artifacts(settings, source)
-    wanted = json.loads(json.dumps(config_values(planned, DTYPES[config["torch_dtype"]], thresholds)))
-    if not planned.stock.architecture.learned_positions:  # exports of earlier versions have one spelling
+    settings = HuggingFaceSettings.model_construct(checkpoint=source.path, targets=targets, exits=exits)
+    (planned,) = plan_export(settings, source, DTYPES[config["torch_dtype"]]).artifacts
+    wanted = json.loads(json.dumps(planned.config))
+    if kind == "early_exit":
+        wanted["early_exit"] |= {key: value for key, value in block.items() if key != "exits"}
+    if "rope_parameters" in wanted:  # exports of earlier versions have one spelling
         config = with_both_spellings(config)
-    for key in sorted(wanted.keys() | config.keys()):
-        if wanted.get(key) != config.get(key) or (key in wanted) != (key in config):
-            found, must = (repr(values[key]) if key in values else "absent" for values in (config, wanted))
-            yield f"config.json: {key} is {found}, must be {must}"
+    yield from config_problems(config, wanted)
 
 
-def _plan(config: dict[str, Any], artifact: dict[str, Any]) -> list[Reading]:
+def _plan(config: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
     stock = read_stock_config(config)
     # A stock class ignores a table of exits, so one in another kind's config.json says nothing of its tensors.
-    table = (config.get("early_exit") or {}).get("exits", []) if artifact["kind"] == "early_exit" else []
+    table = (config.get("early_exit") or {}).get("exits", []) if entry["kind"] == "early_exit" else []
     tied = stock.tied
-    return readings(stock, described_model(artifact, table, stock.num_layers, tied=tied, write_output=not tied))
+    return readings(stock, described_model(entry, table, stock.num_layers, tied=tied, write_output=not tied))
 
 
 def _file_names(folder: Path) -> list[str]:
-    if not (folder / _INDEX).is_file():
-        return [_SINGLE]
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-def _index_problems(folder: Path, places: dict[str, str]) -> Iterator[str]:
-    if not (folder / _INDEX).is_file():
+def _places(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Name of every tensor -> its file; and tensors that are in several."""
+    places: dict[str, str] = {}
+    problems = []
+    for file_name in _file_names(folder):
+        with safe_open(folder / file_name, framework="pt", device="cpu") as file:
+            names = file.keys()
+        problems += [f"{name} is in {places[name]} and in {file_name}" for name in names if name in places]
+        places |= dict.fromkeys(names, file_name)
+    return places, problems
+
+
+def _index_problems(folder: Path, places: Mapping[str, str]) -> Iterator[str]:
+    if not (folder / INDEX).is_file():
         return
-    weight_map = read_json_object(folder / _INDEX)["weight_map"]
+    weight_map = read_json_object(folder / INDEX)["weight_map"]
     for name in sorted(weight_map.keys() ^ places.keys()):
-        yield f"{name} is in only one of {_INDEX} and the files"
+        yield f"{name} is in only one of {INDEX} and the files"
     for name in sorted(weight_map.keys() & places.keys()):
         if weight_map[name] != places[name]:
-            yield f"{name} is in {places[name]}, {_INDEX} says {weight_map[name]}"
-
-
-def _weight_problems(
-    plan: list[Reading],
-    files: dict[str, Any],
-    source: EarlyExitSource | None,
-    dtype: torch.dtype,
-    stated: str | None,
-) -> Iterator[str]:
-    """Numbers that are not the `.nemo`'s, and a digest that is another than the manifest's.
-
-    Args:
-        source: None to take the digest of what the files hold.
-        stated: the manifest's digest, if it has one.
-    """
-    digest, holder = ContentDigest(), "the files" if source is None else "the .nemo"
-    for reading in plan:
-        yield from _reading_problems(reading, files, source, dtype, digest)
-    if stated is not None and digest.hexdigest() != stated:
-        yield f"the manifest's digest is {stated}, that of {holder} is {digest.hexdigest()}"
-
-
-def _reading_problems(
-    reading: Reading, files: dict[str, Any], source: EarlyExitSource | None, dtype: torch.dtype, digest: ContentDigest
-) -> Iterator[str]:
-    if not reading.written:
-        return
-    origin = reading.origin
-    where = origin.key if origin.layer is None else f"{origin.key}, layer {origin.layer + 1},"
-    tensor = None
-    if source is not None:
-        if source.shape(origin) is None:
-            yield f"{where} is not in the .nemo"
-            return
-        tensor = source.read(origin, reading.shape, dtype)
-    for piece in reading.written:
-        stored = files[piece.name].get_tensor(piece.name)
-        made = stored if tensor is None else torch.cat(list(parts_of(tensor, piece)))
-        for _ in digest.passing(piece.name, DTYPE_NAMES[dtype], piece.shape, [made]):
-            pass
-        if tensor is not None and not torch.equal(stored, made):
-            yield f"{piece.name} differs from {where} of the .nemo"
+            yield f"{name} is in {places[name]}, {INDEX} says {weight_map[name]}"

@@ -10,8 +10,7 @@ The model files are copied as they are and are never imported here.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ ENGINE_FILE = "tensorrt_llm_model.py"
 ENGINE_CRITERIA = ("max_probability", "entropy")
 PYTORCH_FILE = "tensorrt_llm_pytorch_model.py"
 PYTORCH_PACKAGE = "early_exit_trtllm"
+_PYTORCH_MODULE = f"{PYTORCH_PACKAGE}/__init__.py"
 VERIFIED = "on an eager stand-in of the API it uses, on the CPU, one rank, fp32; no real TensorRT-LLM has loaded it"
 
 
@@ -54,8 +54,8 @@ def threshold_block(
         )
     points = [ExitPoint(exit.name, exit.layer, 2 * exit.layer) for exit in exits if exit.name not in attending]
     policy = ExitPolicy(thresholds, criterion, None if named is None else tuple(named))
-    asked = {exit.point.name: exit.threshold for exit in policy.evaluated_exits(points)}
-    return {"criterion": criterion, "thresholds": asked}
+    chosen = {exit.point.name: exit.threshold for exit in policy.evaluated_exits(points)}
+    return {"criterion": criterion, "thresholds": chosen}
 
 
 def threshold_problems(
@@ -100,33 +100,39 @@ def engine_problems(engine: EngineClass, pipeline_parallel: int) -> list[str]:
     return problems
 
 
-def copy_engine_file(to: Path, engine: EngineClass, pipeline_parallel: int) -> dict[str, Any] | None:
-    """Copy the engine's model file into `to`; its entry for the manifest. None where it cannot build the export."""
+def engine_files(engine: EngineClass, pipeline_parallel: int) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The engine's model file, name -> text, and its entry for the manifest; empty where it builds no such export."""
     if engine_problems(engine, pipeline_parallel):
-        return None
-    shutil.copyfile(_FILES / ENGINE_FILE, to / ENGINE_FILE)
-    return {
+        return {}, []
+    entry = {
         "file": ENGINE_FILE,
         "class": engine.early_exit,
         "loads": "trtllm_ckpt",
         "backend": "TensorRT engines, TensorRT-LLM 0.20.0 to 1.2.1",
         **_decision("runs the attention of every layer, skips MLPs"),
     }
+    return {ENGINE_FILE: (_FILES / ENGINE_FILE).read_text(encoding="utf-8")}, [entry]
 
 
-def copy_pytorch_package(to: Path, family: Family) -> dict[str, Any] | None:
-    """Copy the PyTorch backend's model file into `to` as a package; its entry for the manifest, or None."""
+def pytorch_files(family: Family) -> dict[str, str]:
+    """The PyTorch backend's model file as a package, name -> text; empty for a family that has none."""
     if not family.pytorch_early_exit:
-        return None
-    (to / PYTORCH_PACKAGE).mkdir()
-    shutil.copyfile(_FILES / PYTORCH_FILE, to / PYTORCH_PACKAGE / "__init__.py")
-    return {
-        "file": f"{to.name}/{PYTORCH_PACKAGE}/__init__.py",
+        return {}
+    return {_PYTORCH_MODULE: (_FILES / PYTORCH_FILE).read_text(encoding="utf-8")}
+
+
+def pytorch_entries(directory: str, files: Container[str]) -> list[dict[str, Any]]:
+    """The manifest's entry for `pytorch_files`, where they are among the files of a directory."""
+    if _PYTORCH_MODULE not in files:
+        return []
+    entry = {
+        "file": f"{directory}/{_PYTORCH_MODULE}",
         "class": None,
-        "loads": to.name,
+        "loads": directory,
         "backend": "PyTorch, TensorRT-LLM 1.0 to 1.2",
         **_decision("runs the attention of skipped layers for their keys and values, skips MLPs"),
     }
+    return [entry]
 
 
 def _decision(work: str) -> dict[str, Any]:

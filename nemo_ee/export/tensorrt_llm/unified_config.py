@@ -41,18 +41,15 @@ def stock_family(architecture: Architecture) -> Family:
 def checkpoint_config(
     architecture: Architecture,
     *,
-    num_layers: int,
     tensor_parallel: int,
     pipeline_parallel: int,
     dtype: str,
-    tied: bool,
-    early_exit: Mapping[str, Any] | None,
+    early_exit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of a unified checkpoint's config.json.
 
     Args:
-        num_layers: of the model written, which for a draft is not the backbone's.
-        tied: the output projection is the word embeddings.
+        architecture: the model written, which for a draft is not the backbone's.
         early_exit: table of the exits; stock classes keep unknown keys and do nothing with them.
     """
     a, engine = architecture, stock_family(architecture).engine
@@ -61,8 +58,6 @@ def checkpoint_config(
         "dtype": dtype,
         "logits_dtype": "float32",
         **{key: getattr(a, field) for field, key in _KEYS.items()},
-        "num_hidden_layers": num_layers,
-        "tie_word_embeddings": tied,
         "position_embedding_type": "learned_absolute" if a.learned_positions else "rope_gpt_neox",
         # Embeddings stay whole on every rank: whether a class can share them out differs between releases.
         "use_parallel_embedding": False,

@@ -16,12 +16,12 @@ on the stage of its layer; stock classes do not ask for them. None is called `lm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.model_origins import Model
-from nemo_ee.export.source import Origin
+from nemo_ee.export.readings import Reading, WrittenTensor, joined
 from nemo_ee.export.tensorrt_llm.unified_config import stock_family
 from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture
 from nemo_ee.families.tensors import (
@@ -38,47 +38,23 @@ from nemo_ee.families.tensors import (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Part:
+class _Part(NamedTuple):
     """A rank's part of a canonical tensor: row ranges one below the other, a range of columns, zero rows below."""
 
     rows: tuple[tuple[int, int], ...]
-    columns: tuple[int, int] | None  # None for a vector
-    padding: int = 0
+    columns: tuple[int, int] | None = None  # None is all of them
+    zeros: int = 0
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the part."""
-        height = sum(stop - start for start, stop in self.rows) + self.padding
-        return (height,) if self.columns is None else (height, self.columns[1] - self.columns[0])
+    def written(self, name: str, shape: tuple[int, ...], file: str) -> WrittenTensor:
+        """The tensor of a file; `shape`: the canonical tensor's."""
+        columns = self.columns and (self.columns[1] - self.columns[0],)
+        height = sum(stop - start for start, stop in self.rows) + self.zeros
+        shape = (height, *(columns or shape[1:]))
+        return WrittenTensor(name, shape, self.rows, self.columns, zeros_below=self.zeros, file=file)
 
 
 # (shape of the canonical tensor, tensor-parallel size, tensor rank) -> the rank's part
-Split = Callable[[tuple[int, ...], int, int], Part]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One canonical tensor and the tensors written from it.
-
-    Attributes:
-        origin: where it comes from.
-        shape: its shape (of one layer).
-        written: name in the file -> how it is split over the tensor-parallel ranks.
-        stages: pipeline ranks whose files hold it.
-    """
-
-    origin: Origin
-    shape: tuple[int, ...]
-    written: tuple[tuple[str, Split], ...]
-    stages: tuple[int, ...]
-
-    def parts(self, tensor_parallel: int) -> Iterator[tuple[int, str, Part]]:
-        """(rank, name in its file, part) of everything written from it."""
-        for stage in self.stages:
-            for rank in range(tensor_parallel):
-                for name, split in self.written:
-                    yield stage * tensor_parallel + rank, name, split(self.shape, tensor_parallel, rank)
+Split = Callable[[tuple[int, ...], int, int], _Part]
 
 
 def draft_refusal(architecture: Architecture, exit: ExitConfig) -> str | None:
@@ -96,12 +72,12 @@ def stage_of(layer: int, num_layers: int, pipeline_parallel: int) -> int:
     return (layer - 1) // (num_layers // pipeline_parallel)
 
 
-def readings(architecture: Architecture, model: Model, pipeline_parallel: int) -> list[Reading]:
+def readings(architecture: Architecture, model: Model, tensor_parallel: int, pipeline_parallel: int) -> list[Reading]:
     """Every canonical tensor to read, in the order in which files hold what is written from them."""
     num_layers, names = len(model.layers), _names(architecture)
     result = []
     for part in model.parts(tensor_table(stock_family(architecture).names, architecture)):
-        place, key, prefix = part.place, part.key, ""
+        place, key, prefix, shape = part.place, part.key, "", part.tensor.shape
         if place is None:
             stage = 0 if key.startswith("embedding.") else pipeline_parallel - 1
         elif isinstance(place, int):
@@ -111,9 +87,20 @@ def readings(architecture: Architecture, model: Model, pipeline_parallel: int) -
             stage, prefix = stage_of(place.layer, num_layers, pipeline_parallel), f"exit_heads.{place.name}."
         if key.startswith("layer."):
             prefix, key = f"{prefix}layer.", key.removeprefix("layer.")
-        written = tuple((f"{prefix}{name}", split) for name, split in names[key])
-        result.append(Reading(part.origin, part.tensor.shape, written, (stage,)))
+        written = [
+            split(shape, tensor_parallel, rank).written(
+                f"{prefix}{name}", shape, rank_file(stage * tensor_parallel + rank)
+            )
+            for rank in range(tensor_parallel)
+            for name, split in names[key]
+        ]
+        result.append(Reading(part.origin, shape, tuple(written)))
     return result
+
+
+def rank_file(rank: int) -> str:
+    """The file of a rank."""
+    return f"rank{rank}.safetensors"
 
 
 def _names(a: Architecture) -> dict[str, tuple[tuple[str, Split], ...]]:
@@ -142,35 +129,31 @@ def _names(a: Architecture) -> dict[str, tuple[tuple[str, Split], ...]]:
     return names
 
 
-def _all_columns(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    return (0, shape[1]) if len(shape) == 2 else None
+def _whole(shape: tuple[int, ...], tp: int, rank: int) -> _Part:
+    return _Part(((0, shape[0]),))
 
 
-def _whole(shape: tuple[int, ...], tp: int, rank: int) -> Part:
-    return Part(((0, shape[0]),), _all_columns(shape))
-
-
-def _rows(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+def _rows(shape: tuple[int, ...], tp: int, rank: int) -> _Part:
     height = shape[0] // tp
-    return Part(((rank * height, (rank + 1) * height),), _all_columns(shape))
+    return _Part(((rank * height, (rank + 1) * height),))
 
 
-def _columns(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+def _columns(shape: tuple[int, ...], tp: int, rank: int) -> _Part:
     width = shape[1] // tp
-    return Part(((0, shape[0]),), (rank * width, (rank + 1) * width))
+    return _Part(((0, shape[0]),), (rank * width, (rank + 1) * width))
 
 
-def _vocabulary(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+def _vocabulary(shape: tuple[int, ...], tp: int, rank: int) -> _Part:
     height = -(-shape[0] // tp)
     start, stop = min(rank * height, shape[0]), min((rank + 1) * height, shape[0])
-    return Part(((start, stop),), _all_columns(shape), height - (stop - start))
+    return _Part(((start, stop),), zeros=height - (stop - start))
 
 
 def _half(index: int) -> Split:
-    def split(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+    def split(shape: tuple[int, ...], tp: int, rank: int) -> _Part:
         half = shape[0] // 2
         start = index * half + rank * (half // tp)
-        return Part(((start, start + half // tp),), _all_columns(shape))
+        return _Part(((start, start + half // tp),))
 
     return split
 
@@ -178,7 +161,7 @@ def _half(index: int) -> Split:
 def _query_key_value(heads: int, groups: int, size: int) -> Split:
     per_group = heads // groups
 
-    def split(shape: tuple[int, ...], tp: int, rank: int) -> Part:
+    def split(shape: tuple[int, ...], tp: int, rank: int) -> _Part:
         def head(group: int, place: int) -> tuple[int, int]:
             start = (group * (per_group + 2) + place) * size
             return start, start + size
@@ -188,31 +171,9 @@ def _query_key_value(heads: int, groups: int, size: int) -> Split:
         rows = [head(query // per_group, query % per_group) for query in queries]
         rows += [head(group, per_group) for group in held]
         rows += [head(group, per_group + 1) for group in held]
-        return Part(tuple(_joined(rows)), _all_columns(shape))
+        return _Part(joined(rows))
 
     return split
-
-
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same rows in the same order with adjoining ranges made one."""
-    result = [ranges[0]]
-    for start, stop in ranges[1:]:
-        if start == result[-1][1]:
-            result[-1] = (result[-1][0], stop)
-        else:
-            result.append((start, stop))
-    return result
-
-
-def rank_shapes(
-    plan: Sequence[Reading], tensor_parallel: int, pipeline_parallel: int
-) -> list[dict[str, tuple[int, ...]]]:
-    """Per rank, name -> shape of what its file holds, in the order of the file."""
-    ranks: list[dict[str, tuple[int, ...]]] = [{} for _ in range(tensor_parallel * pipeline_parallel)]
-    for reading in plan:
-        for rank, name, part in reading.parts(tensor_parallel):
-            ranks[rank][name] = part.shape
-    return ranks
 
 
 def parallel_problems(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> list[str]:

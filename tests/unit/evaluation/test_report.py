@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_ee.checkpoint.atomic import atomic_file, write_json
 from nemo_ee.evaluation.report import (
     compare,
     comparison_table,
@@ -18,8 +19,6 @@ from nemo_ee.evaluation.report import (
     draw_quality,
     escape_text,
     quality_table,
-    replacing,
-    write_json,
 )
 
 NAN = float("nan")
@@ -49,7 +48,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     write_json(path, {"old": True})
     with pytest.raises(TypeError):
         write_json(path, {"new": object()})
-    with pytest.raises(OSError, match="disk full"), replacing(path) as partial:
+    with pytest.raises(OSError, match="disk full"), atomic_file(path) as partial:
         partial.write_text('{"ha')
         raise OSError("disk full")
     assert json.loads(path.read_text()) == {"old": True}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_ee.export.safetensors_writer import SafetensorsWriter
+from nemo_ee.export.safetensors_writer import SafetensorsWriter, safetensors_file
 
 TENSORS = {
     "b.weight": torch.randn(7, 5, dtype=torch.float32),
@@ -23,7 +23,7 @@ ENTRIES = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS
 
 def test_what_is_written_reads_back_bitwise(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with SafetensorsWriter(path, ENTRIES) as writer:
+    with safetensors_file(path, ENTRIES) as writer:
         for name, tensor in TENSORS.items():
             writer.write(name, tensor.split(2))
         assert not path.exists(), "the name appears when the file is whole"
@@ -35,7 +35,7 @@ def test_what_is_written_reads_back_bitwise(tmp_path: Path) -> None:
 
 def test_pieces_that_are_no_contiguous_rows(tmp_path: Path) -> None:
     whole = torch.arange(24.0).view(4, 6)
-    with SafetensorsWriter(tmp_path / "x.safetensors", {"x": (torch.float32, (4, 3))}) as writer:
+    with safetensors_file(tmp_path / "x.safetensors", {"x": (torch.float32, (4, 3))}) as writer:
         writer.write("x", (whole[start : start + 2, 1:4] for start in (0, 2)))
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], whole[:, 1:4])
 
@@ -62,11 +62,12 @@ def _interrupted(writer: SafetensorsWriter) -> None:
 
 @pytest.mark.parametrize("work", [_in_another_order, _too_little, _another_dtype, _not_all, _interrupted])
 def test_an_unfinished_file_leaves_nothing(work, tmp_path: Path) -> None:
-    with pytest.raises((AssertionError, KeyboardInterrupt)), SafetensorsWriter(tmp_path / "x", ENTRIES) as writer:
+    with pytest.raises((AssertionError, KeyboardInterrupt)), safetensors_file(tmp_path / "x", ENTRIES) as writer:
         work(writer)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_dtypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot write torch.int64; only float32, float16 and bfloat16"):
-        SafetensorsWriter(tmp_path / "x", {"x": (torch.int64, (1,))})
+        safetensors_file(tmp_path / "x", {"x": (torch.int64, (1,))}).__enter__()
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ is kept and ignored without a word, and a field that is left out has a default t
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,8 @@ def test_the_whole_file(name: str) -> None:
     architecture = read_architecture(nemo, stored_rows=136, max_positions=None)
     table = {"exits": [], "thresholds": {"a": 0.5}}
     config = checkpoint_config(
-        architecture, num_layers=4, tensor_parallel=2, pipeline_parallel=3, dtype="bfloat16", tied=architecture.tied,
-        early_exit=table,
-    )  # fmt: skip
+        architecture, tensor_parallel=2, pipeline_parallel=3, dtype="bfloat16", early_exit=table
+    )
     assert config == {**expected, "early_exit": table}
     assert config.keys() >= REQUIRED
     assert config.keys() <= BASE | OURS | ALLOWED[config["architecture"]]
@@ -142,11 +142,8 @@ def test_the_model_files_have_a_class_for_every_family_that_says_so() -> None:
 
 
 def test_a_draft_says_nothing_of_exits() -> None:
-    architecture = read_architecture(LLAMA, stored_rows=136, max_positions=16)
-    config = checkpoint_config(
-        architecture, num_layers=2, tensor_parallel=2, pipeline_parallel=3, dtype="bfloat16", tied=False,
-        early_exit=None,
-    )  # fmt: skip
+    architecture = replace(read_architecture(LLAMA, stored_rows=136, max_positions=16), num_layers=2, tied=False)
+    config = checkpoint_config(architecture, tensor_parallel=2, pipeline_parallel=3, dtype="bfloat16")
     changes = {"num_hidden_layers": 2, "max_position_embeddings": 16}
     assert config == {**EXPECTED["llama"][1], **changes}
 

@@ -1,18 +1,18 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the exports have in common: settings, their checks, and what every manifest says."""
+"""What a user sets for an export of any format, and its checks."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.export.output_directory import output_problems
 from nemo_ee.export.parity import DEFAULT_GIGABYTES
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.runtime.loader import DTYPES
@@ -21,7 +21,7 @@ from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Sentence, rule
 
 
-class SharedSettings(ScriptInput):
+class ExportSettings(ScriptInput):
     """See conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
 
     headline: ClassVar = "nothing was exported"
@@ -46,7 +46,7 @@ class SharedSettings(ScriptInput):
     @field_validator("output")
     @classmethod
     def _can_be_written(cls, output: Path) -> Path:
-        if problems := output_problems(output):
+        if problems := _output_problems(output):
             raise Sentence(*problems)
         return output
 
@@ -58,13 +58,17 @@ class SharedSettings(ScriptInput):
         """The exits to export."""
         return [exit for exit in source.exits.exits if self.exits is None or exit.name in self.exits]
 
-    def manifest_facts(self, source: EarlyExitSource, dtype: torch.dtype) -> dict[str, Any]:
-        """Entries of every manifest."""
-        return {
-            "source": {"checkpoint": self.checkpoint.name, "backbone_fingerprint": source.fingerprint},
-            "dtype": str(dtype).removeprefix("torch."),
-            "certificates": source.certificates,
-        }
+
+def _output_problems(output: Path) -> list[str]:
+    problems = []
+    if output.is_dir() and any(output.iterdir()):
+        problems.append(f"output={output} is not empty; name a new directory")
+    elif output.exists() and not output.is_dir():
+        problems.append(f"output={output} is a file; name a new directory")
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        problems.append(f"output={output} cannot be written: {above} is no directory or not writable; choose another")
+    return problems
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -8,46 +8,13 @@ one canonical tensor, so its rows are a list of ranges of that one. An exit's te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.model_origins import Model
-from nemo_ee.export.source import Origin, row_blocks
+from nemo_ee.export.readings import Reading, WrittenTensor, joined
+from nemo_ee.export.source import Origin
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import tensors_of
 from nemo_ee.families.tensors import Canonical, Stored
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor to write.
-
-    Attributes:
-        name, shape: in the file.
-        rows: ranges of the canonical tensor's rows, one below the other.
-        transposed: the file holds the transpose.
-        zeros: rows of zeros before them (OPT's two positions that no token looks up).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rows: tuple[tuple[int, int], ...]
-    transposed: bool = False
-    zeros: int = 0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One canonical tensor, of one layer, and the tensors written from it; `fill`: it is a constant, none is."""
-
-    origin: Origin
-    shape: tuple[int, ...]
-    written: tuple[Piece, ...]
-    fill: float | None = None
 
 
 def readings(architecture: Architecture, model: Model) -> list[Reading]:
@@ -77,33 +44,16 @@ def _reading(origin: Origin, tensor: Canonical) -> Reading:
         height = rows.stop - rows.start
         places.setdefault(rows.stored, []).append((rows.start, top, height))
         top += height
-    return Reading(origin, tensor.shape, tuple(_piece(stored, sorted(parts)) for stored, parts in places.items()))
+    return Reading(origin, tensor.shape, tuple(_written(stored, sorted(parts)) for stored, parts in places.items()))
 
 
-def _piece(stored: Stored, parts: list[tuple[int, int, int]]) -> Piece:
+def _written(stored: Stored, parts: list[tuple[int, int, int]]) -> WrittenTensor:
     """A stored tensor from (its row, the canonical row, number of rows), in the order of its rows."""
-    ranges: list[tuple[int, int]] = []
     zeros = position = parts[0][0]
-    for start, top, height in parts:
+    for start, _, height in parts:
         assert start == position, f"{stored.name}: rows {position}..{start} come from nowhere"
         position += height
-        if ranges and ranges[-1][1] == top:
-            ranges[-1] = (ranges[-1][0], top + height)
-        else:
-            ranges.append((top, top + height))
     height = stored.shape[-1 if stored.transposed else 0]
     assert position == height, f"{stored.name}: rows {position}..{height} come from nowhere"
-    return Piece(stored.name, stored.shape, tuple(ranges), stored.transposed, zeros)
-
-
-def parts_of(tensor: Tensor, piece: Piece) -> Iterator[Tensor]:
-    """A tensor of the file in pieces of rows, from the canonical one."""
-    if piece.transposed:
-        yield torch.cat([tensor[start:stop] for start, stop in piece.rows]).t()
-        return
-    if piece.zeros:
-        yield torch.zeros((piece.zeros, *piece.shape[1:]), dtype=tensor.dtype)
-    for start, stop in piece.rows:
-        rows = tensor[start:stop]
-        for first, last in row_blocks(tuple(rows.shape)):
-            yield rows[first:last]
+    rows = joined((top, top + height) for _, top, height in parts)
+    return WrittenTensor(stored.name, stored.shape, rows, zeros_above=zeros, transposed=stored.transposed)

@@ -1,0 +1,129 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files and directories that are whole or not there: written as `<name>.partial`, synced, then renamed.
+
+An exception removes the partial file or directory. A killed process leaves it, and the next writer replaces it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """The path to write to; it becomes `path` when the context ends without an exception. Missing folders are made.
+
+    An existing file is replaced and its mode kept.
+
+    Raises:
+        ValueError: another process is writing the same file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    with open(partial, "ab") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path} is being written by another process; wait, or name another file") from None
+        try:
+            yield partial
+            _sync_file(partial)
+            if path.exists():
+                shutil.copymode(path, partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, num_bytes: int) -> Iterator[Path]:
+    """The directory to write to; it becomes `path` when the context ends without an exception. Missing folders are
+    made, and removed again after an exception.
+
+    Args:
+        path: absent, or an empty directory.
+        num_bytes: about what will be written.
+
+    Raises:
+        ValueError: not enough space, or a disk that does not take the files.
+    """
+    path = path.absolute()
+    partial = _partial(path)
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if num_bytes > free:
+            raise ValueError(f"{path} needs {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")
+        yield partial
+        _sync_files(partial)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(partial, path)
+        sync_directory(path.parent)
+    except BaseException as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else uses a folder by now
+            for parent in made:
+                parent.rmdir()
+        if isinstance(problem, OSError):
+            raise ValueError(f"{path} could not be written ({problem}); nothing was left there") from problem
+        raise
+
+
+def write_json(path: str | Path, values: Any, *, indent: int = 2) -> None:
+    """Write a JSON file. Numbers that are not finite become null: JSON has none."""
+    text = json.dumps(_finite(values), indent=indent, allow_nan=False) + "\n"
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, after a rename in it."""
+    # Not every file system lets a directory be opened.
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _sync_files(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _sync_file(path)
+        else:
+            sync_directory(path)
+    sync_directory(directory)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,163 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What an export reads and what it writes from it, in every format: one canonical tensor of one layer at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_ee.export.content_digest import ContentDigest
+from nemo_ee.export.safetensors_writer import DTYPE_NAMES, safetensors_file
+from nemo_ee.export.source import EarlyExitSource, Origin, row_blocks
+from nemo_ee.families.tensors import OUTPUT, WORDS
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """One tensor of a file, made of rows and columns of a canonical tensor.
+
+    Attributes:
+        name, shape: in the file.
+        rows: ranges of the canonical tensor's rows, one below the other.
+        columns: range of its columns; None is all of them.
+        zeros_above, zeros_below: rows of zeros around them.
+        transposed: the file holds the transpose.
+        file: name of the file in its directory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int] | None = None
+    zeros_above: int = 0
+    zeros_below: int = 0
+    transposed: bool = False
+    file: str = ""
+
+    def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The tensor in blocks of rows, from the canonical one."""
+        if self.transposed:
+            yield torch.cat([tensor[start:stop] for start, stop in self.rows]).t()
+            return
+        if self.zeros_above:
+            yield torch.zeros((self.zeros_above, *self.shape[1:]), dtype=tensor.dtype)
+        for start, stop in self.rows:
+            rows = tensor[start:stop]
+            rows = rows if self.columns is None else rows[:, slice(*self.columns)]
+            for first, last in row_blocks(tuple(rows.shape)):
+                yield rows[first:last]
+        if self.zeros_below:
+            yield torch.zeros((self.zeros_below, *self.shape[1:]), dtype=tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One canonical tensor, of one layer, and the tensors written from it; `fill`: it is a constant, none is."""
+
+    origin: Origin
+    shape: tuple[int, ...]
+    written: tuple[WrittenTensor, ...]
+    fill: float | None = None
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the tensors written from it."""
+        return sum(math.prod(written.shape) for written in self.written)
+
+    def in_files(self, file_of: Callable[[str], str]) -> Reading:
+        """The reading with the file of each tensor, by its name."""
+        return replace(self, written=tuple(replace(own, file=file_of(own.name)) for own in self.written))
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same rows in the same order with adjoining ranges made one."""
+    result: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], stop)
+        else:
+            result.append((start, stop))
+    return tuple(result)
+
+
+def shapes_by_file(plan: Sequence[Reading]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File -> name -> shape of what it holds, in the order of the file."""
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for reading in plan:
+        for written in reading.written:
+            files.setdefault(written.file, {})[written.name] = written.shape
+    return files
+
+
+def write_weights(
+    folder: Path,
+    plan: Sequence[Reading],
+    source: EarlyExitSource,
+    dtype: torch.dtype,
+    on_bytes: Callable[[int], Any],
+    digest: ContentDigest | None,
+) -> None:
+    """Write the files of a plan, all of them open at once and one canonical tensor in memory.
+
+    Args:
+        on_bytes: called with the number of bytes written.
+        digest: takes every tensor; None where none is wanted.
+    """
+    with ExitStack() as stack:
+        writers = {}
+        for file, shapes in shapes_by_file(plan).items():
+            entries = {name: (dtype, shape) for name, shape in shapes.items()}
+            writers[file] = stack.enter_context(safetensors_file(folder / file, entries))
+        for reading in plan:
+            if reading.written:
+                _write_reading(writers, reading, source.read(reading.origin, reading.shape, dtype), digest)
+            on_bytes(reading.num_elements * dtype.itemsize)
+
+
+def _write_reading(writers: dict[str, Any], reading: Reading, tensor: Tensor, digest: ContentDigest | None) -> None:
+    for written in reading.written:
+        chunks = written.chunks(tensor)
+        if digest is not None:
+            chunks = digest.passing(written.name, DTYPE_NAMES[tensor.dtype], written.shape, chunks)
+        writers[written.file].write(written.name, chunks)
+
+
+def check_tensors(source: EarlyExitSource, plans: Sequence[Sequence[Reading]], *, tied: bool) -> None:
+    """Compare what is read with what is there.
+
+    Args:
+        plans: what the directories are written from; that of the whole backbone is among them.
+        tied: the output projection is the word embeddings, and a stored one is not read.
+
+    Raises:
+        ValueError: tensors that are missing or of another shape, or tensors of the backbone that nothing is written
+            from.
+    """
+    problems, read = [], set()
+    for reading in {reading.origin: reading for plan in plans for reading in plan}.values():
+        origin, shape = reading.origin, source.shape(reading.origin)
+        where = f"{origin.key}" if origin.layer is None else f"{origin.key} of layer {origin.layer + 1}"
+        if origin.part == "backbone":
+            read.add(origin.key)
+        # Vocabulary matrices are padded, by rows that are not exported; exits and backbone may differ in it.
+        padded = origin.part == "output" or origin.key in (WORDS, OUTPUT)
+        if shape is None:
+            problems.append(f"{where} is missing")
+        elif shape != reading.shape and not (
+            padded and shape[1:] == reading.shape[1:] and shape[0] >= reading.shape[0]
+        ):
+            problems.append(f"{where} has shape {list(shape)}, must be {list(reading.shape)}")
+    tied_output = {OUTPUT} if tied else set()
+    unknown = sorted(source.backbone_names() - read - tied_output)
+    if unknown:
+        problems.append(f"the backbone holds tensors that no stock class has: {', '.join(unknown)}")
+    if problems:
+        raise ValueError(f"{source.path}: config and weights do not fit together:\n" + "\n".join(problems))
