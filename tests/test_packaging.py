@@ -119,7 +119,7 @@ def imported_packages(folder: Path) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module.partition(".")[0])
-        names -= {beside.stem for beside in path.parent.glob("*.py")}  # a script may import the one beside it
+        names -= {beside.stem for beside in path.parent.glob("*.py")} | {"lib"}  # what scripts import of scripts/
     return names - set(sys.stdlib_module_names) - {"nemo_ee"}
 
 

@@ -61,13 +61,13 @@ def model_of(stem: str) -> type[ScriptInput]:
     if stem in MODELS:
         return MODELS[stem]
     if stem == "export_huggingface":
-        from nemo_ee.export.huggingface.exporter import ExportSettings
+        from nemo_ee.export.huggingface.exporter import HuggingFaceSettings
 
-        return ExportSettings
+        return HuggingFaceSettings
     if stem == "export_tensorrt_llm":
-        from nemo_ee.export.tensorrt_llm.unified_checkpoint import ExportSettings
+        from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings
 
-        return ExportSettings
+        return TensorRTLLMSettings
     script = script_of(stem)
     (name,) = re.findall(r"(\w+)\.from_config\(cfg\)", Path(script.__file__).read_text(encoding="utf-8"))
     return getattr(script, name)
