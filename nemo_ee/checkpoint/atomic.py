@@ -15,27 +15,33 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """The path to write to; it becomes `path` when the context ends without an exception. Missing folders are made.
 
-    An existing file is replaced and its mode kept.
+    An existing file is replaced and its mode kept. A lock on the partial file keeps out a second writer; a child that
+    is forked inside the context holds it, too.
 
     Raises:
-        ValueError: another process is writing the same file.
+        ValueError: the file is being written already.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
+    busy = f"{path} is being written already; wait, or name another file"
     with open(partial, "ab") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{path} is being written by another process; wait, or name another file") from None
+                raise ValueError(busy) from None
+        if not _is_at(lock, partial):  # the other writer has renamed it between the opening and the lock
+            raise ValueError(busy)
+        lock.truncate(0)  # what a killed writer left
+        _use_default_mode(lock)
         try:
             yield partial
             _sync_file(partial)
@@ -83,6 +89,22 @@ def atomic_directory(path: Path, num_bytes: int) -> Iterator[Path]:
         if isinstance(problem, OSError):
             raise ValueError(f"{path} could not be written ({problem}); nothing was left there") from problem
         raise
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _use_default_mode(file: IO[bytes]) -> None:
+    """The mode of a new file; one that a killed writer left may have another."""
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(OSError):  # the file of another user
+        os.fchmod(file.fileno(), 0o666 & ~umask)
 
 
 def write_json(path: str | Path, values: Any, *, indent: int = 2) -> None:

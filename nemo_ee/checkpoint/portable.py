@@ -158,9 +158,7 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as problem:
-        raise ValueError(
-            f"{nemo}: model_config.yaml is damaged ({problem}); fetch or save the file again"
-        ) from problem
+        raise ValueError(f"{nemo}: {CONFIG_MEMBER} is damaged ({problem}); fetch or save the file again") from problem
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     node = next((value for key, value in pairs if key.value == _BACKBONE_KEY and _follows(value, key)), None)
     stored = node.value if node is not None and node.tag == _YAML_STRING else None

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from nemo_ee.commands.decoding_config import PolicyInput, SamplingInput, check_ranks
+from nemo_ee.generation.policy import unused_cap
 from nemo_ee.settings.fields import FilePath, Run, StoredModel
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
@@ -95,6 +96,15 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
     batch_size: Positive
     trainer: Run
     model: GenerationModel
+
+    @field_validator("num_draft_tokens")
+    @classmethod
+    def _goes_with_the_mode(cls, cap: int | None, info: ValidationInfo) -> int | None:
+        if "mode" in info.data and (
+            problem := unused_cap(info.data["mode"], info.data.get("max_pending_tokens"), cap)
+        ):
+            raise Sentence(problem)
+        return cap
 
     @field_validator("given_prompts")
     @classmethod

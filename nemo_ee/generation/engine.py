@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
 from nemo_ee.generation.decoding_model import DecodingModel
-from nemo_ee.generation.policy import MODES, ExitPolicy, unknown_mode
+from nemo_ee.generation.policy import MODES, ExitPolicy, unknown_mode, unused_cap
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
@@ -106,6 +106,9 @@ class EarlyExitEngine:
             ValueError: with every problem of the call, before anything runs.
             RuntimeError: with every sequence whose logits are not numbers, after all have ended.
         """
+        problem = policy and unused_cap(mode, policy.max_pending_tokens, policy.num_draft_tokens)
+        if problem:
+            raise ValueError(problem)
         requests = self._requests(prompts, max_new_tokens, sampling, stop_tokens)
         session = self.start(requests, mode=mode, policy=policy)
         events: list[TokenEvent] = []

@@ -184,8 +184,7 @@ def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint],
         num_layers: number of the model's layers.
 
     Raises:
-        ValueError: unknown mode, no policy where one is needed, a cap of the other mode, or the policy's problems on
-            this model.
+        ValueError: unknown mode, no policy where one is needed, or the policy's problems on this model.
     """
     if mode not in MODES:
         raise ValueError(unknown_mode(mode))
@@ -195,21 +194,24 @@ def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint],
         raise ValueError(f"mode = {mode!r} needs a policy; pass ExitPolicy(thresholds=...) or use mode='full'")
     if mode == "static_depth":
         return ExitPlan(criterion=policy.criterion, end=policy.static_exit(exits))
-    evaluated, cap = policy.evaluated_exits(exits), _cap(mode, policy)
+    evaluated = policy.evaluated_exits(exits)
     if mode == "early_exit":
-        return ExitPlan(evaluated, policy.criterion, cap)
+        return ExitPlan(evaluated, policy.criterion, policy.max_pending_tokens)
     # A draft from the end of the stack would not be pending, so it would save nothing.
     evaluated = tuple(exit for exit in evaluated if exit.point.stop < 2 * num_layers)
-    return ExitPlan(evaluated, policy.criterion, cap, verify=True)
+    return ExitPlan(evaluated, policy.criterion, policy.num_draft_tokens, verify=True)
 
 
-def _cap(mode: str, policy: ExitPolicy) -> int | None:
-    """The mode's own cap. The other one alone is a mistake, not something to ignore."""
-    keys = ("max_pending_tokens", "num_draft_tokens")
-    own, other = keys if mode == "early_exit" else reversed(keys)
-    if getattr(policy, own) is None and getattr(policy, other) is not None:
-        raise ValueError(f"{other} = {getattr(policy, other)} has no effect in mode {mode!r}; use {own}")
-    return getattr(policy, own)
+def unused_cap(mode: str, max_pending_tokens: int | None, num_draft_tokens: int | None) -> str | None:
+    """The problem of a cap of another mode without the mode's own. A policy for several modes may have both caps."""
+    pending, draft = ("max_pending_tokens", max_pending_tokens), ("num_draft_tokens", num_draft_tokens)
+    pairs = {"early_exit": (pending, draft), "self_speculative": (draft, pending)}
+    if mode not in pairs:
+        return None
+    (own, own_value), (other, value) = pairs[mode]
+    if own_value is not None or value is None:
+        return None
+    return f"{other} = {value} has no effect in mode {mode!r}; use {own}"
 
 
 def _threshold_problem(value: object, criterion: str) -> str | None:

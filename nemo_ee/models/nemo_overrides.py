@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo.utils import AppState
 from omegaconf import open_dict
 
+from nemo_ee.checkpoint.members import TOKENIZER_FOLDER
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 
@@ -38,7 +39,7 @@ class WholeModelHooks:
 
     def _build_tokenizer(self) -> None:
         """NeMo's; `type` is the folder bundled in the `.nemo` being restored, where there is one for Hugging Face."""
-        block, bundled = self.cfg.tokenizer, Path(AppState().nemo_file_folder or "", "tokenizer")
+        block, bundled = self.cfg.tokenizer, Path(AppState().nemo_file_folder or "", TOKENIZER_FOLDER)
         named = block.get("type")
         with open_dict(block):
             block.trust_remote_code = False  # a config from a file must not run code

@@ -100,13 +100,13 @@ def _merge_exits(block: dict, stored: list[dict]) -> dict:
     return {**block, "exits": entries}
 
 
-def check_run(cfg: DictConfig, model: DictConfig, problems: Mapping[str, str] = MappingProxyType({})) -> None:
+def check_run(cfg: DictConfig, model: DictConfig, wrong: Mapping[str, str] = MappingProxyType({})) -> None:
     """Problems of a tuning run that can be seen before anything is loaded, all in one message.
 
     Args:
         cfg: the script's config.
         model: the merged model config.
-        problems: dotted key of the script's config -> what is wrong with its value. What computes with it is not
+        wrong: dotted key of the script's config -> what is wrong with its value. What computes with it is not
             checked.
 
     Raises:
@@ -114,9 +114,9 @@ def check_run(cfg: DictConfig, model: DictConfig, problems: Mapping[str, str] = 
     """
 
     def right(*keys: str) -> bool:
-        return not any(wrong.startswith(keys) for wrong in problems)
+        return not any(key.startswith(keys) for key in wrong)
 
-    problems = list(problems.values())
+    problems = list(wrong.values())
     if right("model.data"):
         data = _data_problems(model.data)
         problems += data or (_amount_problems(model) if right(*_SIZES) else []) or vocabulary_problems(model)

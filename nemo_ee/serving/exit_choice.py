@@ -68,7 +68,7 @@ def exit_choice(
             0.0 if "threshold" in _UNUSED[mode] else keys.get("threshold", default.policy.thresholds),
             criterion=keys.get("criterion", default.policy.criterion),
             active=keys.get("exits", default.policy.active),
-            **{cap: keys.get(cap, getattr(default.policy, cap)) for cap in _CAPS if cap not in _UNUSED[mode]},
+            **{cap: keys.get(cap, getattr(default.policy, cap)) for cap in _CAPS},
         )
         plan_exits(mode, policy, model.exits, model.num_layers)
     except ValueError as problem:

@@ -206,8 +206,8 @@ def preprocess(config: ChatConfig) -> Counts:
     except PreprocessError as error:
         problems += error.problems
     else:
-        dtype, problems = choose_dtype(config.dtype, chat.vocabulary.largest + 1)
-        problems += problems
+        dtype, more = choose_dtype(config.dtype, chat.vocabulary.largest + 1)
+        problems += more
         problems += check_end(config.tokenizer, chat.tokenizer.eos_token_id if config.append_eod else None)
     if problems:
         raise PreprocessError(problems)

@@ -130,8 +130,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
             problems.append(f"tokenizer: {config.tokenizer} has no eos_token for append_eod; set it False")
         problems += check_end(config.tokenizer, eod)
         vocabulary = Vocabulary.of(tokenizer, config.tokenizer)
-        dtype, problems = choose_dtype(config.dtype, vocabulary.largest + 1)
-        problems += problems
+        dtype, more = choose_dtype(config.dtype, vocabulary.largest + 1)
+        problems += more
     if problems:
         raise PreprocessError(problems)
 

@@ -131,7 +131,7 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
             "exits": [_exit_entry(source, family, exit) for exit in source.exits.exits],
         },
         early_exit_models=models,
-        tokenizers=[artifact.directory for artifact in artifacts],
+        tokenizers=[one.directory for one in artifacts],
         with_digest=True,
     )
 

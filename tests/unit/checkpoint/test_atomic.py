@@ -67,7 +67,7 @@ def test_one_process_writes_a_file_at_a_time_and_a_killed_one_is_in_nobodys_way(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert other.stdout.readline() == "writing\n"
-    with pytest.raises(ValueError, match=r"x\.bin is being written by another process; wait"), atomic_file(path):
+    with pytest.raises(ValueError, match=r"x\.bin is being written already; wait"), atomic_file(path):
         raise AssertionError("it was not refused")
     assert names(tmp_path) == ["x.bin.partial"], "control: the other's file is left alone"
     other.send_signal(signal.SIGKILL)
@@ -113,3 +113,26 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path) -> 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), (1, 2)]}, indent=1)
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, [1, 2]]}
+
+
+def test_what_a_killed_writer_left_leaves_no_trace(tmp_path: Path) -> None:
+    path, partial = tmp_path / "x.bin", tmp_path / "x.bin.partial"
+    partial.write_bytes(b"0" * 50)
+    partial.chmod(0o600)
+    fresh = tmp_path / "fresh"
+    fresh.touch()
+    with atomic_file(path) as target, open(target, "r+b") as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode == fresh.stat().st_mode
+
+
+def test_a_partial_file_that_its_writer_has_renamed_is_not_locked(tmp_path: Path, monkeypatch) -> None:
+    """The other writer ends between the opening and the lock; without the check two would write one file."""
+    path = tmp_path / "x.bin"
+
+    def lock_late(*_: object) -> None:
+        (tmp_path / "x.bin.partial").rename(path)
+
+    monkeypatch.setattr("nemo_ee.checkpoint.atomic.fcntl.flock", lock_late)
+    with pytest.raises(ValueError, match="is being written already"), atomic_file(path):
+        pytest.fail("a second writer")

@@ -8,7 +8,7 @@ import dataclasses
 
 import pytest
 
-from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy, plan_exits
+from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy, plan_exits, unused_cap
 from tests.helpers.stub_models import exit_points
 
 EXITS = exit_points(("early", 2, 3), ("middle", 4, 7), ("late", 6, 12))
@@ -92,7 +92,9 @@ def test_each_mode_has_a_cap_of_its_own():
         ("early_exit", "num_draft_tokens", "max_pending_tokens"),
         ("self_speculative", "max_pending_tokens", "num_draft_tokens"),
     ):
-        with pytest.raises(ValueError, match=f"{wrong} = 2 has no effect in mode '{mode}'; use {own}"):
-            plan_exits(mode, ExitPolicy(0.5, **{wrong: 2}), EXITS, 12)
+        assert unused_cap(mode, **{wrong: 2, own: None}) == f"{wrong} = 2 has no effect in mode '{mode}'; use {own}"
+        assert unused_cap(mode, **{wrong: 2, own: 3}) is None, "a policy for several modes"
+        assert plan_exits(mode, ExitPolicy(0.5, **{wrong: 2}), EXITS, 12).max_pending_tokens is None
+    assert unused_cap("static_depth", 2, 3) is None
     with pytest.raises(ValueError, match="num_draft_tokens = -1 must be a whole number"):
         ExitPolicy(0.5, num_draft_tokens=-1)
