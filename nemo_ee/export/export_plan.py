@@ -24,7 +24,7 @@ from nemo_ee.checkpoint.atomic import atomic_directory, write_json
 from nemo_ee.commands.console import messages
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.content_digest import ContentDigest
-from nemo_ee.export.export_settings import ExportSettings, refuse
+from nemo_ee.export.export_settings import ExportSettings
 from nemo_ee.export.manifest import write_manifest
 from nemo_ee.export.parity import written_parity
 from nemo_ee.export.readings import Reading, check_tensors, write_weights
@@ -106,10 +106,9 @@ def export(settings: ExportSettings, plan_of: Callable[[EarlyExitSource, torch.d
         The directory written.
 
     Raises:
-        ValueError: every problem of settings and model in one message before anything is written; or, later, a damaged
-            file or a disk that does not take the output. Nothing is left behind.
+        ValueError: every problem of the model in one message before anything is written; or, later, a damaged file or
+            a disk that does not take the output. Nothing is left behind.
     """
-    refuse(settings.problems())
     with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
         dtype = settings.dtype_of(source)
         plan = plan_of(source, dtype)
