@@ -214,7 +214,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_warned_of(source: Path, mon
     from nemo_ee.commands import convert as module
 
     warnings: list[str] = []
-    monkeypatch.setattr(module.logging, "warning", warnings.append)
+    monkeypatch.setattr(module.logger, "warning", warnings.append)
     tokenizer = AutoTokenizer.from_pretrained(source)
     for size in (4096, 4094, 133):
         model = SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer), vocab_size=size)
