@@ -43,7 +43,7 @@ def test_the_table_in_the_docs_is_the_one_it_prints(script, capsys) -> None:
     assert script.main([]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 24
-    assert "\n".join(table) in (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert "\n".join(table) in (ROOT / "docs" / "tuning-at-scale.md").read_text(encoding="utf-8")
 
 
 def test_given_layouts_and_what_does_not_go(script, capsys) -> None:
