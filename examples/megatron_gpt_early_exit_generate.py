@@ -56,9 +56,10 @@ def show_answers(generator, request) -> None:
         answers = stream(generator, request, legend) if colour else generator.generate(request.prompts)
         for label, answer in zip(request.labels, answers, strict=True):
             if not colour:
-                show(marked_text(answer.prompt, answer.tokens, legend, width=shutil.get_terminal_size().columns - 1))
+                width = shutil.get_terminal_size().columns - 1
+                show(marked_text(answer.prompt, answer.tokens, legend, width=width), log=False)
             elif request.batch_size > 1:
-                show(coloured_text(answer.prompt, answer.tokens, legend), end="")
+                show(coloured_text(answer.prompt, answer.tokens, legend), end="", log=False)
             if answer.error is not None:
                 show(f"\nfailed: {escape(answer.error)}", end="")
             show("\n" if colour else "")
@@ -78,9 +79,9 @@ def stream(generator, request, legend):
         yield from generator.generate(request.prompts)
         return
     for prompt in request.prompts:
-        show(coloured_text(prompt, [], legend), end="")
+        show(coloured_text(prompt, [], legend), end="", log=False)
         yield from generator.generate(
-            [prompt], on_token=lambda token: show(legend.paint(token.text, token.exit), end="")
+            [prompt], on_token=lambda token: show(legend.paint(token.text, token.exit), end="", log=False)
         )
 
 

@@ -47,8 +47,10 @@ def with_certificate(request: GenerationRequest) -> GenerationRequest:
     )  # fmt: skip
     policy = certificate.policy()
     chosen = {"threshold": policy.thresholds, "exits": policy.active, "mode": request.mode if thresholds else "full"}
+    caps = ("max_pending_tokens", "num_draft_tokens")
+    own, other = reversed(caps) if request.mode == "self_speculative" else caps
     return request.model_copy(
-        update=chosen | {"criterion": policy.criterion, "max_pending_tokens": policy.max_pending_tokens}
+        update=chosen | {"criterion": policy.criterion, own: policy.max_pending_tokens, other: None}
     )
 
 

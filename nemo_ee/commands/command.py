@@ -94,6 +94,10 @@ def _errors_in_one_message(path: Path | None) -> Iterator[None]:
     """End the script on an error: a user's error in its message, any other in its traceback, then the log file."""
     try:
         yield
+    except KeyboardInterrupt:
+        logger.debug("where it was interrupted", exc_info=True)
+        complain(f"interrupted\nlog file: {path}\n" if path else "interrupted\n")
+        raise
     except Exception as error:
         who = f"rank {rank()}: " if rank() else ""  # a problem may show on one rank only
         where = f"log file: {path}\n" if path else ""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 _console: tuple[TextIO, TextIO] | None = None  # the standard output and error that a log file has taken the place of
 
-_log_files: list[TextIO] = []  # they stay open: libraries keep them for their later messages
+_log_files: dict[Path, TextIO] = {}  # they stay open: libraries keep them for their later messages
 
 
 def results() -> TextIO:
@@ -40,10 +40,10 @@ def messages() -> TextIO:
     return _console[1] if _console else sys.stderr
 
 
-def show(text: str, *, end: str = "\n") -> None:
-    """Print a result, on rank 0; to the log file too."""
+def show(text: str, *, end: str = "\n", log: bool = True) -> None:
+    """Print a result, on rank 0; with `log` to the log file too."""
     if not rank():
-        _write(text + end, results(), sys.stdout)
+        _write(text + end, results(), *([sys.stdout] if log else []))
 
 
 def complain(text: str) -> None:
@@ -59,7 +59,7 @@ def _write(text: str, *streams: TextIO) -> None:
 
 def rank() -> int:
     """Rank of this process, by the variables of torchrun, Slurm or Lightning; 0 of a process alone."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), 0))
 
 
@@ -68,38 +68,53 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = record.levelname.lower()
-        text = self.format(record) if kind == "info" else f"{kind}: {self.format(record)}"
-        tqdm.write(f"rank {rank()}: {text}" if rank() else text, file=messages())
+        try:
+            text = self.format(record) if kind == "info" else f"{kind}: {self.format(record)}"
+            tqdm.write(f"rank {rank()}: {text}" if rank() else text, file=messages())
+        except Exception:  # of a closed console: the work goes on
+            self.handleError(record)
 
 
 @contextlib.contextmanager
 def console(log_file: Path | None) -> Iterator[None]:
-    """Show nemo_ee's messages, and send the output of everyone else to a log file.
+    """Show the messages of nemo_ee and of the web server, and send the output of everyone else to a log file.
 
     Args:
         log_file: file to append to; None: the output of others stays where it is.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     global _console
-    ours, everyone = logging.getLogger("nemo_ee"), logging.getLogger()
+    ours, web, everyone = (logging.getLogger(name) for name in ("nemo_ee", "uvicorn", None))
     levels, streams = (ours.level, everyone.level), (_console, sys.stdout, sys.stderr)
     to_console = _Messages(logging.WARNING if rank() else logging.INFO)
     to_file = logging.NullHandler()
     if log_file:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        log = open(log_file, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        _log_files.append(log)
+        log = _log_files.get(log_file) or _opened(log_file)
         to_file = logging.StreamHandler(log)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         everyone.setLevel(logging.INFO)
         _console, sys.stdout, sys.stderr = (sys.stdout, sys.stderr), log, log
     ours.setLevel(logging.DEBUG if log_file else logging.INFO)
     ours.addHandler(to_console)
+    web.addHandler(to_console)
     everyone.addHandler(to_file)
     try:
         yield
     finally:
-        if log_file:
+        if log_file and sys.stdout is log:  # not of a console that ended before one inside it
             _console, sys.stdout, sys.stderr = streams
+        web.removeHandler(to_console)
         for logger, level, handler in zip((ours, everyone), levels, (to_console, to_file), strict=True):
             logger.setLevel(level)
             logger.removeHandler(handler)
+
+
+def _opened(path: Path) -> TextIO:
+    """A new log file, which only its owner reads: it may hold prompts and answers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _log_files[path] = open(
+        path, "a", encoding="utf-8", errors="backslashreplace", buffering=1, opener=lambda *args: os.open(*args, 0o600)
+    )
+    return _log_files[path]

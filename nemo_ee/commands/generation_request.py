@@ -64,6 +64,9 @@ def _prompt_of_line(value: Any) -> PromptLine:
     return PromptLine(value["prompt"], labels)
 
 
+EndString = Annotated[str, Field(min_length=1)]  # a line break, too
+
+
 class GenerationModel(StoredModel):
     """The `model` block."""
 
@@ -92,7 +95,9 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
     allow_other_setting: bool
     tokens_to_generate: Positive
     min_tokens_to_generate: Natural
-    end_strings: Annotated[tuple[Text, ...], rule("a list of texts, none empty; write end_strings=['...']")]
+    end_strings: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], rule("a list of texts, none empty; write end_strings=['...']")
+    ]
     batch_size: Positive
     trainer: Run
     model: GenerationModel

@@ -69,6 +69,16 @@ class TuningProgressBar(CustomProgressBar):
         with contextlib.redirect_stdout(self._stream):
             return super().init_validation_tqdm()
 
+    def init_sanity_tqdm(self) -> Tqdm:
+        """The bar of the validation before the first step."""
+        with contextlib.redirect_stdout(self._stream):
+            return super().init_sanity_tqdm()
+
+    def init_test_tqdm(self) -> Tqdm:
+        """The bar of a test."""
+        with contextlib.redirect_stdout(self._stream):
+            return super().init_test_tqdm()
+
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Name the bar."""
         super().on_train_epoch_start(trainer, *args)

@@ -117,6 +117,7 @@ def web_server(server: Server, port: int, log_level: str) -> WebServer:
         server.app(),
         host=settings.host,
         port=port,
+        log_config=None,  # uvicorn's closes every handler of the process; `commands.console` shows its messages
         log_level=log_level,
         access_log=False,
         server_header=False,

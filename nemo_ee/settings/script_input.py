@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nemo_ee.exits.block_reader import Check, close_match
+from nemo_ee.exits.block_reader import RENAMED_KEYS, Check, close_match
 from nemo_ee.settings.user_input import InputError, Problem, UserInput, problems_of, shortened
 
 _TAKEN_OVER = re.compile(r"\$\{(\.*\w[\w.]*)[\[}]")
@@ -168,6 +168,8 @@ def _unknown(key: str, value: Any, known: Collection[str]) -> str:
     if below:
         return f"{key}={shortened(value)} must be a block of settings, such as {', '.join(below[:3])}"
     block, _, name = key.rpartition(".")
+    if name in RENAMED_KEYS:
+        return f"{key}={shortened(value)} is now {RENAMED_KEYS[name]}"
     match = close_match(key, [one for one in known if one.rpartition(".")[0] == block]) or close_match(key, [*known])
     if not match:
         elsewhere = [one for one in known if one.rpartition(".")[2] == name]

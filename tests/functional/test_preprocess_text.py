@@ -377,3 +377,14 @@ def test_command_line_reports_problems_without_a_traceback(tmp_path: Path) -> No
     missing = run_command(tmp_path, "output=train")
     assert missing.returncode == 2 and all(f"  {key} is needed" in missing.stderr for key in ("input", "tokenizer"))
     assert files_in(tmp_path) == []
+
+
+def test_problems_found_before_a_good_tokenizer_is_loaded_are_kept(script: ModuleType, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": TEXTS[0]}])
+    prefix = tmp_path / "train"
+    for suffix in (".bin", ".idx"):
+        Path(f"{prefix}{suffix}").write_bytes(b"precious")
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "missing.jsonl")]
+    with pytest.raises(script.PreprocessError, match=r"missing\.jsonl does not exist[\s\S]*exist already"):
+        script.preprocess(config(script, prefix, input=inputs))
+    assert Path(f"{prefix}.bin").read_bytes() == b"precious"
