@@ -243,7 +243,7 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client) -> None:
         ({**GOOD, "prompt": [5] * 1024}, 400, "1024 prompt tokens + max_tokens = 2 are more than the 1024 tokens a "
                                               "sequence may have here; shorten the prompt by at least 1 tokens"),
         ({**GOOD, "prompt": [5] * 1025, "max_tokens": 0, "echo": True}, 400, "the prompt by at least 1 tokens"),
-        ({**GOOD, "prompt": [5] * 1020, "max_tokens": 5}, 400, "shorten the prompt or ask for at most 4 new tokens"),
+        ({**GOOD, "prompt": [5] * 1020, "max_tokens": 5}, 400, "shorten the prompt or request at most 4 new tokens"),
         ({**GOOD, "max_tokens": 1022}, 200, ""),
         ({**GOOD, "max_tokens": 0}, 400, "max_tokens=0 needs echo = true"),
         ({**GOOD, "max_tokens": -5}, 400, "from 0 to 1024"),
