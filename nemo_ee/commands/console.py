@@ -6,10 +6,10 @@
 |---|---|
 | standard output | results: `show` |
 | standard error | progress bars, messages of nemo_ee (rank 0; warnings and errors of every rank), tracebacks |
-| log file | all of it, nemo_ee's debug messages, and what libraries print, log and warn |
+| log file | all of the above, nemo_ee's debug messages, and the output, log and warnings of libraries |
 
-Inside `console`, `sys.stdout` and `sys.stderr` are the log file: every library that prints, or opens a handler
-of its logging, writes there without being known here. Code of nemo_ee names the console instead. Without a log file
+Inside `console`, `sys.stdout` and `sys.stderr` are the log file: prints and log handlers
+of every library go there. Code of nemo_ee names the console instead. Without a log file
 the console is `sys.stdout` and `sys.stderr`.
 """
 
@@ -25,7 +25,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-_console: tuple[TextIO, TextIO] | None = None  # the standard output and error that a log file has taken the place of
+_console: tuple[TextIO, TextIO] | None = None  # standard output and error, while a log file replaces them
 
 _log_files: list[TextIO] = []  # they stay open: libraries keep them for their later messages
 
@@ -41,13 +41,13 @@ def messages() -> TextIO:
 
 
 def show(text: str, *, end: str = "\n") -> None:
-    """Print a result, on rank 0; to the log file too."""
+    """Print a result on rank 0, also to the log file."""
     if not rank():
         _write(text + end, results(), sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Print an error, to the log file too."""
+    """Print an error, also to the log file."""
     _write(text, messages(), sys.stderr)
 
 
@@ -58,7 +58,7 @@ def _write(text: str, *streams: TextIO) -> None:
 
 
 def rank() -> int:
-    """Rank of this process, by the variables of torchrun, Slurm or Lightning; 0 of a process alone."""
+    """Rank of this process, by the variables of torchrun, Slurm or Lightning; 0 in a single process."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), 0))
 
@@ -74,10 +74,10 @@ class _Messages(logging.Handler):
 
 @contextlib.contextmanager
 def console(log_file: Path | None) -> Iterator[None]:
-    """Show nemo_ee's messages, and send the output of everyone else to a log file.
+    """Show nemo_ee's messages, and send the output of libraries to a log file.
 
     Args:
-        log_file: file to append to; None: the output of others stays where it is.
+        log_file: file to append to; None: the output of libraries is not redirected.
     """
     global _console
     ours, everyone = logging.getLogger("nemo_ee"), logging.getLogger()
