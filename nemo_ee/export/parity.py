@@ -135,7 +135,7 @@ def _head_problems(head: str, stated: Mapping[str, list], found: Mapping[str, li
     scale = max(abs(number) for name in _NUMBERS for number in found[name])
     far = [name for name in _NUMBERS if not _close(stated[name], found[name], TOLERANCE * scale)]
     clear = [margin > TOLERANCE * scale for margin in found["margin"]]
-    if any(sure and a != b for sure, a, b in zip(clear, stated["argmax"], found["argmax"], strict=True)):
+    if any(certain and a != b for certain, a, b in zip(clear, stated["argmax"], found["argmax"], strict=True)):
         far.append("argmax")
     if far:
         yield f"parity: {head} gives other numbers than those in the manifest ({', '.join(far)})"

@@ -60,7 +60,8 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """One canonical tensor of one layer, and the tensors written from it. `fill`: its constant, if nothing is written."""
+    """One canonical tensor of one layer, and the tensors written from it. `fill`: the constant that it must be if none
+    is written."""
 
     origin: Origin
     shape: tuple[int, ...]
@@ -73,7 +74,7 @@ class Reading:
         return sum(math.prod(written.shape) for written in self.written)
 
     def in_files(self, file_of: Callable[[str], str]) -> Reading:
-        """The reading with the file of each tensor; `files` maps names of tensors."""
+        """The reading with the file of each tensor; `file_of`: name of a tensor -> its file."""
         return replace(self, written=tuple(replace(own, file=file_of(own.name)) for own in self.written))
 
 

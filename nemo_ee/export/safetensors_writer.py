@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a safetensors file tensor by tensor (the header, then each tensor's bytes), and checks headers.
 
-The writer of the `safetensors` library needs all tensors at once; this one needs one piece of one tensor in memory. Layout: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the
+The writer of the `safetensors` library needs all tensors at once; this one needs one piece of one tensor in
+memory. Layout: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the
 tensors' bytes without gaps. The file gets its name only when it is complete and on disk.
 """
 

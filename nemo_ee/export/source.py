@@ -64,8 +64,8 @@ class EarlyExitSource:
         option: the setting for it, for messages.
 
     Raises:
-        ValueError: the file is damaged, unsafe, not a GPT or without a backbone, or the backbone is not the one that the
-            exits were tuned on.
+        ValueError: the file is damaged, unsafe, not a GPT or without a backbone, or the backbone is not the one that
+            the exits were tuned on.
     """
 
     def __init__(self, path: str | Path, backbone: str | Path | None = None, *, option: str = "backbone") -> None:

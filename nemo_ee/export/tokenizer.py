@@ -4,8 +4,8 @@
 
 The class in the source's tokenizer_config.json adds to tokenizer.json, and its additions depend on the version:
 transformers 5 builds `LlamaTokenizer` from the vocabulary alone, 4.51 gives it a begin-of-text token. An export
-therefore has the tokenizer that the class builds here, as the tokenizer.json of a `PreTrainedTokenizerFast`, which both
-versions use unchanged.
+therefore has the tokenizer that the class builds here, as the tokenizer.json of a `PreTrainedTokenizerFast`, which
+both versions use unchanged.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
 
 
 def _problems_of_thresholds(settings: HuggingFaceSettings, family: Family) -> list[str]:
-    """Problems of thresholds that no software would read: only TensorRT-LLM's PyTorch backend does, in `hf_early_exit`."""
+    """Problems of unread thresholds: only TensorRT-LLM's PyTorch backend reads them, in `hf_early_exit`."""
     if settings.thresholds is None:
         return []
     problems = []

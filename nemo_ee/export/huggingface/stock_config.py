@@ -5,8 +5,8 @@
 If the backbone came from Hugging Face, the `.nemo` has that model's config.json, which is used if it still describes
 the model. Otherwise the families' configs are tried, the original model's family first.
 
-In both cases the importer's reader reads the values back, and the result must equal the `.nemo`'s architecture: a model
-that a stock class would compute differently is refused.
+In both cases the importer's reader reads the values back, and the result must equal the `.nemo`'s architecture: a
+model that a stock class would compute differently is refused.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def stock_configs(
 ) -> list[StockConfig]:
     """All configs that describe a `.nemo`'s backbone: the original model's, and that of the first family.
 
-    Both may have constants for parameters of the `.nemo` (biases that the class does not have). Such a config fits only
-    while those parameters have the constants' values.
+    Both may have constants for parameters of the `.nemo` (biases that the class does not have). Such a config fits
+    only while those parameters have the constants' values.
 
     Args:
         config: the `.nemo`'s model config as plain values.
@@ -85,7 +85,7 @@ def stock_configs(
             found.append(StockConfig(values if made.learned_positions else with_both_spellings(values), made))
             if not is_original:
                 break
-        elif not is_original:  # an original that differs means that the `.nemo` was changed, not that its class lacks something
+        elif not is_original:  # the original differs if the `.nemo` was changed: no reason against the class
             nearest = min(nearest or problems, problems, key=len)
     if not found:
         raise ValueError(f"no stock class of transformers computes this model: {'; '.join(nearest)}")

@@ -11,7 +11,7 @@ Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renum
     norms, embeddings, biases of dense and proj: whole on every rank
 
 With fewer key-value heads than ranks, tp / heads ranks hold the same one. An exit's tensors are `exit_heads.<name>.*`
-on the stage of its layer; stock classes do not load them. None is called `lm_head`, since stock code searches for that name.
+on the stage of its layer; stock classes do not load them. None is called `lm_head`, a name that stock code looks up.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSo
 def _expected_architecture(
     described: Architecture, entry: Mapping[str, Any], source: EarlyExitSource | None
 ) -> Architecture:
-    """The architecture that config.json must have: its own without a source, else that of the `.nemo`'s model or draft."""
+    """The architecture that config.json must have: that of the `.nemo`'s model or draft; without a source its own."""
     if source is None:
         return described
     expected = read_architecture(

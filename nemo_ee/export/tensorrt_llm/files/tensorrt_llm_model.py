@@ -124,7 +124,7 @@ def exit_logits(head: Any, exit: Exit, hidden: Any, output: Any) -> Any:
 
 
 def all_confident(logits: Any, exit: Exit, criterion: str, vocab_size: int) -> Any:
-    """Whether the confidence passes the threshold for every sequence of the step: bool `[1]`. The softmax is in fp32."""
+    """Whether every sequence's confidence in the step passes the threshold: bool `[1]`. The softmax is in fp32."""
     from tensorrt_llm.functional import cast, concat, gt, log, lt, max, maximum, min, shape, slice, softmax, sum
 
     logits = cast(logits, "float32")
@@ -146,7 +146,7 @@ def decoding_step(input_ids: Any, last_token_ids: Any) -> Any:
 
 
 def unless(left: Any | None, work: Callable[..., Any], hidden: Any, *others: Any) -> Any:
-    """`work(hidden, *others)`, or `hidden` unchanged if the step has left. `left` None: no exit has been evaluated yet."""
+    """`work(hidden, *others)`, or `hidden` unchanged if the step has left. `left` None: no exit was evaluated yet."""
     from tensorrt_llm.functional import Conditional
 
     if left is None:
@@ -174,7 +174,7 @@ def early_exit_class(stock: type, architecture: str, name: str) -> type:
                 setattr(self.exit_heads, exit.name, exit_head(config, exit))
 
         def prepare_inputs(self, *sizes: Any, max_draft_len: int | None = 0, **options: Any) -> Any:
-            # A verification step has several tokens per sequence, and would leave with all of them at the first exit.
+            # A verification step has several tokens per sequence; it would leave with all by the confidence in one.
             if max_draft_len:
                 raise ValueError(
                     f"early exit in an engine: --max_draft_len {max_draft_len}: a target of draft-target decoding has "

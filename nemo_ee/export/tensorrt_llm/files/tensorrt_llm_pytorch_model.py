@@ -15,7 +15,8 @@ TensorRT-LLM has loaded this file.
 A step leaves at an exit iff the confidence passes the threshold for every sequence in it. The cache manager keeps one
 length for all layers, so the skipped layers still compute keys and values for the new tokens, from the hidden state at
 the exit (`kv: propagate`): their attention runs, its output is dropped. Early exit saves their MLPs and the final
-output projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full depth.
+output projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full
+depth.
 
 The file is stand-alone: the export copies it, and the host that serves does not need nemo_ee.
 """
@@ -85,8 +86,8 @@ def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
 
 
 def all_confident(logits: Tensor, exit: Exit, criterion: str) -> bool:
-    """Whether the confidence passes the threshold in every row of `[sequences, v]`. The softmax is in fp32. Synchronises
-    with the device.
+    """Whether the confidence passes the threshold in every row of `[sequences, v]`. The softmax is in fp32.
+    The call synchronises with the device.
 
     All tensor-parallel ranks hold the same gathered logits, so their decisions are equal.
     """
