@@ -81,15 +81,15 @@ def draw_calibration(path: str | Path, report: Mapping[str, Any], *, title: str,
 
 def summary(report: Mapping[str, Any]) -> str:
     """Summary of the result in a few lines."""
-    promise = f"{report['risk_name']} <= {report['epsilon']:g} with confidence {1 - report['delta']:g}"
+    bound = f"{report['risk_name']} <= {report['epsilon']:g} with confidence {1 - report['delta']:g}"
     chosen: Sequence[Mapping[str, Any]] = [one for one in report["policies"] if one["chosen"]]
     if not chosen:
-        lines = [f"full depth: no policy has {promise} on {report['num_tested']} prompts"]
+        lines = [f"full depth: no policy has {bound} on {report['num_tested']} prompts"]
     else:
         one = chosen[0]
         lines = [
             f"{report['criterion']} thresholds {one['thresholds']}",
-            f"{promise}, tested on {report['num_tested']} prompts",
+            f"{bound}, tested on {report['num_tested']} prompts",
             f"mean depth {one['mean_depth']:.2f} of {report['num_layers']} layers",
         ]
     if not report["certificate"]["data"]["independent"]:
@@ -97,7 +97,7 @@ def summary(report: Mapping[str, Any]) -> str:
     free = report["free_running"]
     if free is not None:
         lines.append(
-            f"decoded freely ({free['num_prompts']} prompts, measured, not promised): {free['identical']:.1%} of the "
+            f"decoded freely ({free['num_prompts']} prompts, without guarantee): {free['identical']:.1%} of the "
             f"answers are the full model's, {free['differing']:.1%} of the tokens differ, "
             f"mean depth {free['mean_depth']:.2f}"
         )

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a file are.
+    """Place of the bytes of a file.
 
     Attributes:
         file: path of a file, or an open file. An open file is read even if its name belongs to another file by now.

@@ -131,7 +131,7 @@ def find_backbone(
         if _exists(place):
             return place
     named = str(given) if given else stored
-    tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
+    tried = f" (searched: {', '.join(map(str, places))})" if len(places) > 1 else ""
     problem = f"its base model ({named!r}) was not found{tried}" if named else "it does not name its base model"
     raise ValueError(f"{nemo} holds exits only; {problem}: give {option}=<the .nemo the exits were tuned on>")
 

@@ -40,10 +40,10 @@ def with_certificate(request: GenerationRequest) -> GenerationRequest:
         raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
     for one in outside:
         logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
-    promise, thresholds = certificate.guarantee, dict(certificate.thresholds)
+    guarantee, thresholds = certificate.guarantee, dict(certificate.thresholds)
     logger.info(
-        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
-        1 - promise.delta, f"thresholds {thresholds}" if thresholds else "full depth",
+        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, guarantee.risk, guarantee.epsilon,
+        1 - guarantee.delta, f"thresholds {thresholds}" if thresholds else "full depth",
     )  # fmt: skip
     policy = certificate.policy()
     chosen = {"threshold": policy.thresholds, "exits": policy.active, "mode": request.mode if thresholds else "full"}

@@ -244,7 +244,7 @@ def _reasons(values: Mapping, defaults: Mapping) -> str:
     import transformers
 
     unknown = sorted(values.keys() - defaults.keys() - {"rope_parameters", "dtype"})
-    keys = f"does not know its keys {', '.join(unknown)}" if unknown else "knows all of its keys"
+    keys = f"does not read its keys {', '.join(unknown)}" if unknown else "reads all of its keys"
     return (
         f"config.json was saved by transformers {values.get('transformers_version', 'of an unknown version')}; the "
         f"installed {transformers.__version__} {keys}. If the two versions read the file differently, "

@@ -197,7 +197,7 @@ class EarlyExitLM(TemplateLM):
                 two are longer than `max_length + 1`. ln p of an empty continuation is 0.
         """
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        # A context of blanks has no tokens of its own: lm-eval moves them into the continuation.
+        # A context of blanks has no tokens: lm-eval moves the blanks into the continuation.
         texts = [[*(context or [self.prefix_token_id]), *own] for _, context, own in requests]
         for index, (_, _, own) in enumerate(requests):
             if len(own) > self.max_length:

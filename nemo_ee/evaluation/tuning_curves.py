@@ -108,7 +108,7 @@ def _pick(looks: Sequence[str], values: Sequence[str], value: str) -> str:
 
 def _labels(exits: Mapping[str, Mapping[str, Any]], colours: str | None, styles: str | None) -> dict[str, str]:
     """Exit name -> its label in the legend: its settings, or its name if another exit has the same settings."""
-    said = {
+    labels = {
         name: ", ".join(
             value if key in ("init", "architecture", "output") else f"{key} {value}"
             for key in dict.fromkeys((colours, styles))
@@ -116,8 +116,8 @@ def _labels(exits: Mapping[str, Mapping[str, Any]], colours: str | None, styles:
         )
         for name, settings in exits.items()
     }
-    texts = list(said.values())
-    return {name: escape_text(text if text and texts.count(text) == 1 else name) for name, text in said.items()}
+    texts = list(labels.values())
+    return {name: escape_text(text if text and texts.count(text) == 1 else name) for name, text in labels.items()}
 
 
 def _draw(panel, curve: Curve, validation: Curve, look: Mapping[str, str]):

@@ -10,7 +10,7 @@ the export, the manifest has at every position
     margin       its distance from the second largest logit
     logsumexp    ln of the sum of exp(logit) over the vocabulary
 
-to six significant digits. Two exports of one model in one dtype, Hugging Face or TensorRT-LLM, whatever their shards,
+to six significant digits. Two exports of one model in one dtype, Hugging Face or TensorRT-LLM, with any shards,
 have the same numbers; the logits of a real engine can be compared with them.
 
 Weights are read back from the files in the dtype they were rounded to when written; sums, norms, rotary positions,

@@ -72,7 +72,7 @@ def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
         if threshold is None:
             continue
         if row["architecture"] == "layer":
-            problems.append(f"exit {row['name']!r} has attention of its own, for which there is no place in the cache")
+            problems.append(f"exit {row['name']!r} has an attention layer, for which the cache has no place")
         stop = 2 * row["layer"] - (row["architecture"] == "mlp")
         exits.append(Exit(row["name"], stop, row["architecture"], row["output"] == "own", float(threshold)))
     problems += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
