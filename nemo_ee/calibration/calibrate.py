@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A calibration from its config to its certificate.
+"""Runs a calibration: from its config to its certificate.
 
 request -> model -> prompts -> the full model's continuations -> table of all exits -> Learn then Test
         -> the chosen policy decoded freely -> certificate in the `.nemo`, calibration.json, calibration.png
@@ -68,20 +68,20 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
         request: made from the same config.
 
     Returns:
-        What calibration.json holds.
+        The content of calibration.json.
 
     Raises:
-        ValueError: every problem that the file's config shows, and those of the prompts, before weights are loaded (of
-            prompts after that where the file's tokenizer is no Hugging Face one).
+        ValueError: problems of the file's config and of the prompts, all of them before weights are loaded. Without a
+            Hugging Face tokenizer in the file, the prompts are checked after the weights are loaded.
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
-    # The layers are those of one stage, all of them, whatever the file was tuned with.
+    # One pipeline stage holds all layers, also of a file that was tuned with more stages.
     model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
     positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
     _check_model(request, stored, positions)
     tokenizer = stored_tokenizer(request.path, stored)
-    # Problems of the prompts show before weights are read.
+    # Problems of the prompts are reported before weights are read.
     prompts = None if tokenizer is None else _prompts(request, tokenizer, positions, stored.get("vocab_size"))
     identity = identify(request.path)
     trainer = single_run_trainer(cfg)
@@ -117,8 +117,8 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
             meant = close_match(name, names)
             problems.append(f"exits names {name!r}, which the model does not have{meant}; it has {', '.join(names)}")
     if request.split:
-        asked = [name for name in names if request.exits is None or name in request.exits]
-        problems += candidate_problems(request.grid, len(asked), NEVER_LEAVES[request.criterion])
+        chosen = [name for name in names if request.exits is None or name in request.exits]
+        problems += candidate_problems(request.grid, len(chosen), NEVER_LEAVES[request.criterion])
     longest = request.setting.tokens_to_generate
     if any(entry.is_document for entry in request.data.entries):
         longest += request.prompt_tokens
@@ -133,20 +133,20 @@ def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int
 def _prompts(
     request: CalibrationRequest, tokenizer: Any, positions: int, vocab_size: int | None
 ) -> CalibrationPrompts:
-    asked = request.setting
-    if asked.add_BOS and tokenizer.bos_id is None:
+    setting = request.setting
+    if setting.add_BOS and tokenizer.bos_id is None:
         raise ValueError("add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False")
-    if asked.stop_on_eos and not stored_end_of_text(request.path, tokenizer.eos_id).ids:
+    if setting.stop_on_eos and not stored_end_of_text(request.path, tokenizer.eos_id).ids:
         raise ValueError(NO_END_OF_TEXT)
-    adds_bos = prompt_ids(tokenizer, "x", asked.add_BOS)[:1] == [tokenizer.bos_id]
+    adds_bos = prompt_ids(tokenizer, "x", setting.add_BOS)[:1] == [tokenizer.bos_id]
     prompts = make_prompts(
         request.data.entries,
-        lambda text: prompt_ids(tokenizer, text, asked.add_BOS),
+        lambda text: prompt_ids(tokenizer, text, setting.add_BOS),
         bos=tokenizer.bos_id if adds_bos else None,
         prompt_tokens=request.prompt_tokens,
         prompts_per_document=request.prompts_per_document,
         num_prompts=request.num_prompts,
-        longest=positions - asked.tokens_to_generate,
+        longest=positions - setting.tokens_to_generate,
         vocab_size=vocab_size,
         seed=request.seed,
         facts=request.data.facts,
@@ -170,11 +170,11 @@ class Calibrator:
     """Learn then Test of one request on a model and its prompts.
 
     Args:
-        model: what decodes.
-        tokenizer: NeMo's; the task risk reads the text of answers.
+        model: the model that decodes.
+        tokenizer: NeMo's tokenizer; the task risk reads the text of answers.
         request: see `CalibrationRequest`.
-        prompts: what to calibrate on.
-        score: of the task risk, in 0..1; None = exact match with the prompt's answer.
+        prompts: the calibration prompts.
+        score: score of an answer for the task risk, in 0..1; None = exact match with the prompt's answer.
         end_of_text: token ids that end an answer under `stop_on_eos`; None = the tokenizer's end-of-text token.
 
     Attributes:
@@ -200,25 +200,24 @@ class Calibrator:
 
     def run(self) -> dict[str, Any]:
         """The report: settings, policies in the order of the test, free-running divergence."""
-        asked, everyone = self.request, range(len(self.prompts.ids))
+        request, everyone = self.request, range(len(self.prompts.ids))
         full = self._generate(everyone, None)
-        path = one_threshold_path(asked.grid, len(self.exits))
+        path = one_threshold_path(request.grid, len(self.exits))
         tested = list(everyone)
-        if asked.risk == "task":
+        if request.risk == "task":
             measure = self._measure_task(full)
         else:
             table = self._table(full)
-            if asked.split:
-                found_on, tested = split_prompts(len(tested), asked.split, asked.seed)
-                path = pareto_path(
-                    asked.grid, len(self.exits), NEVER_LEAVES[asked.criterion], self._simulate(table.select(found_on))
-                )
+            if request.split:
+                found_on, tested = split_prompts(len(tested), request.split, request.seed)
+                simulate, never = self._simulate(table.select(found_on)), NEVER_LEAVES[request.criterion]
+                path = pareto_path(request.grid, len(self.exits), never, simulate)
             measure = self._simulate(table.select(tested))
         results = learn_then_test(
-            path, measure, epsilon=asked.epsilon, delta=asked.delta, all_of_it=asked.risk != "task"
+            path, measure, epsilon=request.epsilon, delta=request.delta, all_of_it=request.risk != "task"
         )
         chosen = fastest(results)
-        free = None if chosen is None else self._free_running(full, tested[: asked.free_running], chosen)
+        free = None if chosen is None else self._free_running(full, tested[: request.free_running], chosen)
         return self._report(results, chosen, free, len(tested))
 
     def policy(self, thresholds: Sequence[float]) -> ExitPolicy:
@@ -237,7 +236,7 @@ class Calibrator:
         return dataclasses.replace(sampling, seed=sampling.seed + index)
 
     def _generate(self, indices: Sequence[int], policy: ExitPolicy | None) -> list[GenerationResult]:
-        """Answers of these prompts, a batch at a time; without a policy the full model's."""
+        """Answers to these prompts, decoded a batch at a time; without a policy by the full model."""
         size = self.request.batch_size
         batches = [indices[first : first + size] for first in range(0, len(indices), size)]
         what = "full model" if policy is None else "early exit"
@@ -268,7 +267,7 @@ class Calibrator:
         return measure_on(table, self.request.risk, self.request.clip_nats, self.request.max_pending_tokens)
 
     def _measure_task(self, full: Sequence[GenerationResult]) -> Measure:
-        """Losses of the task risk: what the full model scores more than the policy, decoded freely."""
+        """Losses of the task risk: the full model's score minus that of the policy's freely decoded answer."""
         best = self._scores(full)
 
         def measure(thresholds: Sequence[float]) -> tuple[torch.Tensor, float]:
@@ -309,7 +308,7 @@ class Calibrator:
         free: dict[str, Any] | None,
         num_tested: int,
     ) -> dict[str, Any]:
-        asked = self.request
+        request = self.request
         names = [point.name for point in self.exits]
         policies = [
             {
@@ -320,11 +319,11 @@ class Calibrator:
             for one in results
         ]
         return {
-            "model": str(asked.path),
-            "risk_name": asked.risk,
-            "epsilon": asked.epsilon,
-            "delta": asked.delta,
-            "criterion": asked.criterion,
+            "model": str(request.path),
+            "risk_name": request.risk,
+            "epsilon": request.epsilon,
+            "delta": request.delta,
+            "criterion": request.criterion,
             "num_layers": self.model.num_layers,
             "num_tested": num_tested,
             "policies": policies,

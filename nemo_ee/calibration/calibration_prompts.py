@@ -1,13 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to calibrate on: lines of a JSONL, or pieces cut from documents.
+"""Calibration prompts: lines of a JSONL file, or pieces cut from documents.
 
-    {"prompt": ...}                    as it is
+    {"prompt": ...}                    used unchanged
     {"prompt": ..., "answer": ...}     with the answer that the task risk compares with
     {"text": ...}                      a document: `prompt_tokens` tokens from a random place of it
     any other file                     one document
 
-The guarantee counts independent prompts, so a document gives one unless the user wants more.
+The guarantee needs independent prompts, so a document gives one prompt by default (`prompts_per_document`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nemo_ee.text.text_files import (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of the file. `is_document`: `text` is cut into prompts; otherwise it is one."""
+    """A line of the file. `is_document`: `text` is cut into prompts; otherwise it is one prompt."""
 
     text: str
     answer: str | None
@@ -40,11 +40,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationPrompts:
-    """What is calibrated on.
+    """The prompts of a calibration.
 
     Attributes:
         ids: token ids of each prompt.
-        answers: of each prompt, None where there is none.
+        answers: the answer of each prompt, None without one.
         facts: for the certificate: file, sha256, num_prompts, cut, seed.
     """
 
@@ -103,21 +103,21 @@ def make_prompts(
     facts: dict[str, Any],
     vocab_size: int | None = None,
 ) -> CalibrationPrompts:
-    """Tokenize, cut documents, choose.
+    """Tokenize entries, cut documents into prompts, and choose `num_prompts` of them.
 
     Args:
         to_ids: text -> token ids, the begin-of-text token included where it belongs.
-        bos: that token, put in front of pieces of documents too; None = prompts get none.
-        prompt_tokens, prompts_per_document: how documents are cut: a document's tokens are divided into equal spans,
-            and each span gives that many tokens from a random place. Documents that are too short are left out.
-        num_prompts: how many to take, at random; None = all.
-        longest: tokens a prompt may have.
-        seed: of the random choices.
-        facts: taken over into the result's.
-        vocab_size: the model's; None for no check.
+        bos: the begin-of-text token, also put in front of pieces of documents; None = prompts get none.
+        prompt_tokens, prompts_per_document: a document's tokens are divided into `prompts_per_document` equal spans,
+            and each span gives `prompt_tokens` tokens from a random place. Documents that are too short are left out.
+        num_prompts: number of prompts to take, at random; None = all.
+        longest: most tokens of a prompt.
+        seed: random seed of the choices.
+        facts: facts about the data, copied into the result.
+        vocab_size: the model's vocabulary size; None = token ids are not checked.
 
     Raises:
-        ValueError: a prompt is empty, too long or holds tokens that the model does not have, or there are none.
+        ValueError: a prompt is empty, too long or holds tokens that the model does not have, or there is no prompt.
     """
     chance = random.Random(seed)
     found: list[tuple[tuple[int, ...], str | None]] = []

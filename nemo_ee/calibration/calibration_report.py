@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A calibration for people: the table of policies, and a picture of risk and depth along the path."""
+"""Report of a calibration: the table of policies, and a picture of risk and depth along the path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN_AFTER_FAILURE = 3
 
 
 def thresholds_text(thresholds: Mapping[str, float]) -> str:
-    """One number where all exits share it, otherwise a number per exit."""
+    """Thresholds as text: one number if all exits share it, else a number per exit."""
     values = list(thresholds.values())
     if len(set(values)) == 1:
         return f"{values[0]:g}"
@@ -23,7 +23,7 @@ def thresholds_text(thresholds: Mapping[str, float]) -> str:
 
 
 def policy_table(report: Mapping[str, Any]) -> str:
-    """Policies from the safest to the fastest, as far as they matter: some after the first that failed."""
+    """Table of policies from the safest to the fastest, up to a few after the first that failed."""
     rows = [("threshold", "risk", "p-value", "mean depth", "layers saved", "")]
     policies, layers = report["policies"], report["num_layers"]
     failed = next((index for index, one in enumerate(policies) if not one["certified"]), len(policies))
@@ -43,7 +43,7 @@ def policy_table(report: Mapping[str, Any]) -> str:
 
 
 def draw_calibration(path: str | Path, report: Mapping[str, Any], *, title: str, caption: str) -> None:
-    """PNG: above the risk with epsilon, below the depth, over the policies in the order of the test."""
+    """PNG with the risk and epsilon (above) and the depth (below) of the policies, in the order of the test."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,16 +80,16 @@ def draw_calibration(path: str | Path, report: Mapping[str, Any], *, title: str,
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """What came out, in a few lines."""
-    promise = f"{report['risk_name']} <= {report['epsilon']:g} with confidence {1 - report['delta']:g}"
+    """Summary of the result in a few lines."""
+    bound = f"{report['risk_name']} <= {report['epsilon']:g} with confidence {1 - report['delta']:g}"
     chosen: Sequence[Mapping[str, Any]] = [one for one in report["policies"] if one["chosen"]]
     if not chosen:
-        lines = [f"full depth: no policy has {promise} on {report['num_tested']} prompts"]
+        lines = [f"full depth: no policy has {bound} on {report['num_tested']} prompts"]
     else:
         one = chosen[0]
         lines = [
             f"{report['criterion']} thresholds {one['thresholds']}",
-            f"{promise}, tested on {report['num_tested']} prompts",
+            f"{bound}, tested on {report['num_tested']} prompts",
             f"mean depth {one['mean_depth']:.2f} of {report['num_layers']} layers",
         ]
     if not report["certificate"]["data"]["independent"]:
@@ -97,7 +97,7 @@ def summary(report: Mapping[str, Any]) -> str:
     free = report["free_running"]
     if free is not None:
         lines.append(
-            f"decoded freely ({free['num_prompts']} prompts, measured, not promised): {free['identical']:.1%} of the "
+            f"decoded freely ({free['num_prompts']} prompts, without guarantee): {free['identical']:.1%} of the "
             f"answers are the full model's, {free['differing']:.1%} of the tokens differ, "
             f"mean depth {free['mean_depth']:.2f}"
         )

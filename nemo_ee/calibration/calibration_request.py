@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a calibration does, read once from its config; every problem that needs no model, in one message."""
+"""Settings of a calibration, read once from its config. All problems that need no model are in one message."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Probability = Annotated[float, Field(gt=0, lt=1)]
 
 
 class CalibrationData(NamedTuple):
-    """What the data file says: its entries, and its name and sha256."""
+    """Content of the data file: its entries, and its name and sha256."""
 
     entries: tuple[Entry, ...]
     facts: dict[str, Any]
@@ -57,7 +57,7 @@ def _read_data(file: Any, info: ValidationInfo) -> Any:
 class CalibrationRequest(SamplingInput, ScriptInput):
     """conf/megatron_gpt_early_exit_calibrate.yaml, a field for each key.
 
-    `data` is what the file says, `grid` goes from the safest threshold to the fastest.
+    `data` is the content of the file, `grid` is sorted from the safest threshold to the fastest.
     """
 
     headline: ClassVar = "nothing was calibrated"
@@ -121,7 +121,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
     @field_validator("grid")
     @classmethod
     def _goes_with_the_criterion(cls, grid: Any, info: ValidationInfo) -> Any:
-        """The thresholds from the safest to the fastest, whatever the order they are given in."""
+        """The thresholds sorted from the safest to the fastest."""
         criterion = info.data.get("criterion")
         if criterion is None:
             return grid
@@ -165,7 +165,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
     @field_validator("model")
     @classmethod
     def _is_one_model(cls, model: StoredModel, info: ValidationInfo) -> StoredModel:
-        """Calibration runs on the ranks of one stage of one model, and may write into its file."""
+        """Check that the ranks are those of one pipeline stage of one model, and that its file can be written."""
         path, stages = model.restore_from_path, model.pipeline_model_parallel_size
         if stages != 1:
             raise ValueError(
@@ -179,17 +179,17 @@ class CalibrationRequest(SamplingInput, ScriptInput):
 
     @property
     def path(self) -> Path:
-        """The `.nemo`."""
+        """Path of the `.nemo`."""
         return self.model.restore_from_path
 
     @property
     def setting(self) -> Setting:
-        """How the model runs."""
+        """The setting of the model that a certificate names."""
         return setting_of(self, "early_exit")
 
 
 def _check_folder(key: str, folder: Path) -> None:
-    """Raises Sentence if nothing can be written to a folder, which need not exist yet."""
+    """Raises Sentence if a folder cannot be written to. It need not exist yet."""
     there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
     if not there.is_dir():
         raise Sentence(f"{key}: {there} is a file, but files are to be written below it; give a directory")

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Learn then Test over exit policies: measure them in an order fixed beforehand, certify, choose the fastest.
+"""Learn then Test over exit policies: measure them in a fixed order, certify them, and choose the fastest.
 
 The unit is a prompt; its loss is in [0, 1]. For policy j the null is "expected loss > epsilon", tested by
 `hoeffding_bentkus_p_value` in fixed sequence (arXiv 2110.01052; for early exit CALM, arXiv 2207.07061, section 4).
@@ -21,18 +21,18 @@ from torch import Tensor
 from nemo_ee.calibration.risk_control import fixed_sequence, hoeffding_bentkus_p_value, mean_loss, pareto_order
 from nemo_ee.generation.exit_trace import ExitTrace
 
-# Policies that `split` may compare while it looks for an order.
+# Most policies that `split` compares to find an order.
 MOST_CANDIDATES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyResult:
-    """One policy on the prompts that test.
+    """Result of one policy on the test prompts.
 
     Attributes:
-        thresholds: one for each exit, in the model's order.
+        thresholds: one threshold for each exit, in the model's order.
         risk: mean loss.
-        p_value: of "the risk is greater than epsilon".
+        p_value: p-value of the null hypothesis "the risk is greater than epsilon".
         mean_depth: layers per token.
         certified: whether the null was rejected in the sequence.
     """
@@ -53,14 +53,14 @@ def learn_then_test(
     """Test policies in the order of `path`.
 
     Args:
-        path: thresholds of each policy; the order may not depend on the prompts that `measure` uses.
+        path: thresholds of each policy. Their order must not depend on the prompts that `measure` uses.
         measure: losses of every prompt under a policy, and its mean depth.
-        all_of_it: measure policies after the first failure too, for a picture; otherwise they are left out.
+        all_of_it: whether policies after the first failure are measured too, for a picture.
 
     Raises:
         ValueError: a loss outside of [0, 1].
     """
-    assert path, "without policies nothing is tested"
+    assert path, "a test needs at least one policy"
     results: list[PolicyResult] = []
 
     def tested() -> Iterable[float]:
@@ -79,12 +79,12 @@ def learn_then_test(
 
 
 def fastest(results: Sequence[PolicyResult]) -> PolicyResult | None:
-    """The certified policy with the least depth, the safer one of two alike; None = full depth is the answer."""
+    """The certified policy with the least depth, the safer one of two equally deep ones; None = full depth."""
     return min((one for one in results if one.certified), key=lambda one: one.mean_depth, default=None)
 
 
 def table_losses(table: ExitTrace, choice: torch.LongTensor, risk: str, clip_nats: float) -> Tensor:
-    """Losses of every prompt `[n]`, fp64, in [0, 1], of a risk that a table can simulate.
+    """Losses of every prompt `[n]`, fp64, in [0, 1], for a risk that a table can simulate.
 
     Args:
         risk: `disagreement`, or `nll_excess`: the mean excess in nats, clipped to 0..`clip_nats` and divided by it.
@@ -108,29 +108,29 @@ def measure_on(table: ExitTrace, risk: str, clip_nats: float, max_pending_tokens
 
 
 def one_threshold_path(grid: Sequence[float], num_exits: int) -> list[tuple[float, ...]]:
-    """The same threshold for every exit, along the grid."""
+    """One policy per value of the grid, with the same threshold for every exit."""
     return [(value,) * num_exits for value in grid]
 
 
 def split_prompts(num_prompts: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """The prompts that find an order of policies, and the others, which test it; at random, both ascending."""
+    """Random split into prompts that order the policies and prompts that test them. Both are ascending indices."""
     shuffled = random.Random(seed).sample(range(num_prompts), num_prompts)
     set_aside = round(share * num_prompts)
     return sorted(shuffled[:set_aside]), sorted(shuffled[set_aside:])
 
 
 def pareto_path(grid: Sequence[float], num_exits: int, never: float, measure: Measure) -> list[tuple[float, ...]]:
-    """A path of policies with a threshold per exit, found on prompts that take no part in the test.
+    """A path of policies with a threshold per exit, found on prompts that the test does not use.
 
     Args:
-        grid: thresholds to combine; an exit that is never left at is among the choices.
-        never: that threshold.
-        measure: on the prompts set aside.
+        grid: thresholds to combine; `never` is added to them.
+        never: the threshold at which no token leaves.
+        measure: losses and mean depth on the prompts set aside.
 
     Raises:
         ValueError: no prompts were set aside.
     """
-    assert not list(candidate_problems(grid, num_exits, never)), "checked before the long work"
+    assert not list(candidate_problems(grid, num_exits, never)), "the caller reports these before the long work"
     candidates = list(itertools.product(_with_never(grid, never), repeat=num_exits))
     measured = [measure(candidate) for candidate in candidates]
     order = pareto_order([mean_loss(losses) for losses, _ in measured], [depth for _, depth in measured])
@@ -138,7 +138,7 @@ def pareto_path(grid: Sequence[float], num_exits: int, never: float, measure: Me
 
 
 def candidate_problems(grid: Sequence[float], num_exits: int, never: float) -> Iterator[str]:
-    """Why `pareto_path` cannot compare all combinations of these thresholds."""
+    """Problem that keeps `pareto_path` from comparing all combinations of these thresholds."""
     values = len(_with_never(grid, never))
     if values**num_exits > MOST_CANDIDATES:
         yield (
@@ -158,14 +158,15 @@ def _most_values(num_exits: int) -> int:
 
 
 def divergence(own: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """How far freely decoded answers are from the full model's.
+    """Divergence of freely decoded answers from the full model's.
 
     Args:
-        own, full: new tokens of each prompt.
+        own, full: new tokens of each prompt, decoded with the policy and by the full model.
 
     Returns:
         num_prompts; identical: share of answers that are the same; differing: share of positions (of the longer
-        answer) with another token; first_difference: mean position of it, of those that differ (None = none do).
+        answer) with another token; first_difference: mean position of the first differing token over
+            the answers that differ (None = none differs).
     """
     firsts, differing, positions, identical = [], 0, 0, 0
     for ours, theirs in zip(own, full, strict=True):

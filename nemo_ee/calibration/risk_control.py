@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Risk control: how sure n bounded losses make us that a policy's expected loss is at most epsilon.
+"""Risk control: p-values from n bounded losses for "a policy's expected loss is at most epsilon", and their tests.
 
 Learn then Test (Angelopoulos et al., arXiv 2110.01052): each policy has the null hypothesis "its risk is greater than
 epsilon"; rejecting it certifies the policy. The p-value of a policy with mean loss r over n independent prompts is
@@ -9,9 +9,9 @@ Hoeffding's and Bentkus' (section 3.1.1 there):
     p = min( exp(-n h(min(r, epsilon), epsilon)),  e P[Bin(n, epsilon) <= ceil(n r)] )
     h(a, b) = a ln(a / b) + (1 - a) ln((1 - a) / (1 - b))
 
-Fixed-sequence testing: nulls are tested in an order that the losses had no part in, each at level delta, up to the
-first that is not rejected. The chance that any true null is rejected is then at most delta, whatever the number of
-policies, so that any of the rejected ones may be chosen.
+Fixed-sequence testing: nulls are tested in an order that does not depend on the losses, each at level delta, up to the
+first that is not rejected. The chance that any true null is rejected is then at most delta for any number of policies,
+so any of the rejected ones may be chosen.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def hoeffding_bentkus_p_value(risk: float, epsilon: float, num_prompts: int) -> 
     Args:
         risk: mean of the losses, each in [0, 1].
         epsilon: the tolerated risk, in (0, 1).
-        num_prompts: how many independent losses there are, at least 1.
+        num_prompts: number of independent losses, at least 1.
 
     Returns:
-        In (0, 1]; 1.0 where the mean loss is not below epsilon.
+        A number in (0, 1]; 1.0 if the mean loss is not below epsilon.
     """
     assert 0 <= risk <= 1 and 0 < epsilon < 1 and num_prompts >= 1, f"{risk}, {epsilon}, {num_prompts}"
     if risk >= epsilon:
@@ -62,12 +62,12 @@ def binomial_cdf(successes: int, trials: int, probability: float) -> float:
 
 
 def fewest_prompts(epsilon: float, delta: float) -> int:
-    """The number of prompts below which no policy can be certified, not even one without any loss."""
+    """The least number of prompts with which a policy without any loss is certified."""
     return math.ceil(math.log(delta) / math.log1p(-epsilon))
 
 
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
-    """How many leading hypotheses are rejected at family-wise level delta; later p-values are not even read."""
+    """Number of leading hypotheses rejected at family-wise level delta. Later p-values are not read."""
     rejected = 0
     for p_value in p_values:
         if p_value > delta:
@@ -77,16 +77,16 @@ def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
 
 
 def pareto_order(risks: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Policies that no other one beats in both risk and cost, from the least risk to the least cost.
+    """Policies that no other policy beats in both risk and cost, from the least risk to the least cost.
 
-    Pareto testing (Laufer-Goldshtein et al., arXiv 2210.07913): an order found on prompts of its own may be tested by
-    `fixed_sequence` on the others.
+    Pareto testing (Laufer-Goldshtein et al., arXiv 2210.07913): `fixed_sequence` may test an order on prompts that
+    were not used to find it.
 
     Args:
-        risks, costs: of each policy, on the prompts set aside for finding the order.
+        risks, costs: risk and cost of each policy on the prompts set aside to find the order.
 
     Returns:
-        Indices; equal ones once.
+        Indices of the policies; one index of equal ones.
     """
     kept: list[int] = []
     cheapest = math.inf
@@ -98,7 +98,7 @@ def pareto_order(risks: Sequence[float], costs: Sequence[float]) -> list[int]:
 
 
 def bounded_losses(losses: Tensor) -> Tensor:
-    """Losses as `hoeffding_bentkus_p_value` needs them.
+    """Check losses and convert them to the fp64 of `hoeffding_bentkus_p_value`.
 
     Args:
         losses: `[n]`, any floating dtype.
@@ -107,7 +107,7 @@ def bounded_losses(losses: Tensor) -> Tensor:
         `[n]`, fp64.
 
     Raises:
-        ValueError: a loss is not a number in [0, 1], or there is none.
+        ValueError: a loss is not a number in [0, 1], or there is no loss.
     """
     losses = losses.double()
     if not losses.numel():
@@ -121,5 +121,5 @@ def bounded_losses(losses: Tensor) -> Tensor:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """The mean of `bounded_losses`, at most 1 whatever the rounding."""
+    """The mean of `bounded_losses`, at most 1 also after rounding."""
     return min(1.0, torch.mean(bounded_losses(losses)).item())

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Certificates: an exit policy, the risk that is promised for it, and the model and setting the promise is about.
+"""Certificates: an exit policy, the bound on its risk, and the model and setting for which the bound holds.
 
 One JSON file per certificate, `certificates/<name>.json` of a `.nemo`; saving a restored model keeps it, exports list
 it in their manifest.
@@ -30,7 +30,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Which model a certificate is about; sha256 of each part.
+    """The model of a certificate: sha256 of each part.
 
     Attributes:
         backbone, exits, tokenizer: fingerprints.
@@ -43,13 +43,13 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How the model was run.
+    """The decoding setting of a certificate.
 
     Attributes:
         mode: `early_exit`.
-        kv: how keys and values of skipped layers come about: `carry` (exact).
+        kv: method for keys and values of skipped layers: `carry` (exact).
         precision: `32` or `bf16`.
-        tokens_to_generate: new tokens per prompt at most; losses are means over them.
+        tokens_to_generate: most new tokens per prompt; losses are means over them.
         stop_on_eos, add_BOS: as in the generation yaml.
         sampling: greedy, temperature, top_k, top_p, repetition_penalty (no seed).
         stop_tokens: ids that ended an answer, sorted; None = the tokenizer's end-of-text token alone, as in
@@ -68,17 +68,17 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Guarantee:
-    """What is promised: with probability 1 - delta over the calibration prompts, the expected risk is at most epsilon.
+    """The guarantee: with probability 1 - delta over the calibration prompts, the expected risk is at most epsilon.
 
     Attributes:
-        risk: its name: `disagreement`, `nll_excess` or `task`.
-        definition: in words.
-        epsilon, delta: of the promise.
-        empirical_risk: mean over the calibration prompts.
-        p_value: of "the risk is greater than epsilon"; None where full depth was the answer.
+        risk: name of the risk: `disagreement`, `nll_excess` or `task`.
+        definition: the risk in words.
+        epsilon, delta: bound on the risk, and probability that the bound does not hold.
+        empirical_risk: mean loss over the calibration prompts.
+        p_value: p-value of the null hypothesis "the risk is greater than epsilon"; None for full depth.
         mean_depth: layers per token on the calibration prompts.
-        num_layers: of the model.
-        answer_until: of the task risk: an answer is compared up to this text; None = whole.
+        num_layers: number of the model's layers.
+        answer_until: the task risk compares answers up to this text; None = whole answers.
     """
 
     risk: str
@@ -94,17 +94,17 @@ class Guarantee:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """See the module.
+    """A certificate.
 
     Attributes:
-        name: under which it is stored.
+        name: name under which it is stored.
         created: date, ISO 8601.
         model: the fingerprints.
-        setting: how it was run.
+        setting: the decoding setting.
         criterion, thresholds, max_pending_tokens: the policy; no thresholds = full depth.
-        guarantee: the promise.
-        data: sha256, num_prompts, and how the prompts came about.
-        free_running: measured, not promised.
+        guarantee: the bound on the risk.
+        data: sha256, num_prompts, and the origin of the prompts.
+        free_running: measurements of free decoding, without a guarantee.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Certificate:
     schema_version: int = SCHEMA_VERSION
 
     def policy(self) -> ExitPolicy:
-        """The certified policy; one that never leaves where only full depth was certified."""
+        """The certified policy; a policy without exits if only full depth was certified."""
         return ExitPolicy(
             dict(self.thresholds),
             criterion=self.criterion,
@@ -129,7 +129,7 @@ class Certificate:
         )
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The certificate as plain JSON values."""
         values = dataclasses.asdict(self)
         stops = values["setting"].pop("stop_tokens")
         if stops is not None:
@@ -141,10 +141,10 @@ class Certificate:
         """Read what `to_mapping` wrote.
 
         Args:
-            source: named in errors.
+            source: name for errors.
 
         Raises:
-            ValueError: damaged, or of another schema version.
+            ValueError: the values are damaged, or of another schema version.
         """
         version = values.get("schema_version") if isinstance(values, Mapping) else None
         if version != SCHEMA_VERSION:
@@ -175,7 +175,7 @@ class Certificate:
 
 
 def check_name(name: object) -> None:
-    """Raises ValueError unless this can name a certificate."""
+    """Raises ValueError unless `name` is a valid name of a certificate."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"certificate name {name!r} must match {_NAME.pattern}")
 
@@ -189,7 +189,7 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
     """All certificates of a `.nemo` by name.
 
     Raises:
-        ValueError: one is damaged.
+        ValueError: a certificate is damaged.
     """
     found = {}
     for member in sorted(archive.members()):
@@ -208,10 +208,10 @@ def read_certificates(archive: NemoArchive) -> dict[str, Certificate]:
 
 
 def named_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate | None:
-    """The certificate that a user names; None = there is none of that name.
+    """The certificate of a name; None = there is none of that name.
 
     Args:
-        certificates: by name.
+        certificates: all certificates by name.
         wanted: the name; True = the only one, or the one named `default`.
     """
     if wanted is True and len(certificates) == 1:
@@ -227,7 +227,7 @@ def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
         wanted: see `named_certificate`.
 
     Raises:
-        ValueError: there is none, or several and none is named.
+        ValueError: there is no such certificate, or there are several and `wanted` is True.
     """
     with NemoArchive(path) as archive:
         found = read_certificates(archive)
@@ -244,15 +244,15 @@ def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
 
 def store_certificate(path: str | Path, certificate: Certificate, output: str | Path | None = None) -> Path:
     """Put a certificate into a `.nemo`; one of the same name is replaced. Everything else is copied byte for byte,
-    but for `backbone_path` of an exits-only file that is written to another directory.
+    except `backbone_path` of an exits-only file that is written to another directory.
 
     Args:
-        path: the `.nemo`, or an extracted one.
-        output: where to write the whole file; None = `path` itself (the file that a link names), which is replaced
-            only when the new file is whole.
+        path: the `.nemo` file, or an extracted one.
+        output: the whole file to write; None = `path` itself (of a link: its target), which is replaced only when the
+            new file is whole.
 
     Returns:
-        The file (or directory) that holds it now.
+        The file (or directory) with the certificate.
     """
     member = member_of(certificate.name)
     text = certificate_text(certificate)
@@ -264,7 +264,7 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
         return path
     with NemoArchive(path) as archive:
         entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}
-        # Replacing a link would leave the file it names without the certificate.
+        # The target of a link is replaced, not the link: the certificate belongs into the target.
         target = Path(output) if output else path.resolve()
         if CONFIG_MEMBER in entries:
             entries[CONFIG_MEMBER] = config_elsewhere(archive.config_text(), path, target)
@@ -272,7 +272,7 @@ def store_certificate(path: str | Path, certificate: Certificate, output: str | 
 
 
 def certificate_text(certificate: Certificate) -> str:
-    """The JSON text. JSON has no infinities: a number that is not finite is refused."""
+    """The JSON text. A number that is not finite is an error: JSON has no infinities."""
     for value in (certificate.guarantee.empirical_risk, certificate.guarantee.mean_depth):
         assert math.isfinite(value), value
     return json.dumps(certificate.to_mapping(), indent=2, allow_nan=False) + "\n"

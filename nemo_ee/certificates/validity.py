@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a certificate is valid here: for this model, this tokenizer and this setting."""
+"""Validity of a certificate for a model, a tokenizer and a setting."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from nemo_ee.checkpoint.unpacked import readable
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.text.special_tokens import EndOfText
 
-KV_POLICY = "carry"  # how the decoding engine treats skipped layers: their keys and values are computed later, exactly
+KV_POLICY = "carry"  # the decoding engine computes keys and values of skipped layers later, exactly
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*")
 
 logger = logging.getLogger(__name__)
 
 
-def setting_of(asked: Any, mode: str) -> Setting:
-    """The setting that a script is run with.
+def setting_of(request: Any, mode: str) -> Setting:
+    """The setting of a script's run.
 
     Args:
-        asked: the checked settings of generation or calibration; top_k null and 0 both keep every token.
+        request: the checked settings of generation or calibration; top_k null and 0 both keep every token.
         mode: one of `nemo_ee.generation.policy.MODES`.
     """
-    shaping = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": asked.top_k or 0}
-    sampling = {"greedy": asked.greedy, "repetition_penalty": asked.repetition_penalty}
+    shaping = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k or 0}
+    sampling = {"greedy": request.greedy, "repetition_penalty": request.repetition_penalty}
     return Setting(
         mode=mode,
         kv=KV_POLICY,
-        precision="bf16" if asked.trainer.precision.startswith("bf16") else "32",
-        tokens_to_generate=asked.tokens_to_generate,
-        stop_on_eos=asked.stop_on_eos,
-        add_BOS=asked.add_BOS,
-        sampling=sampling if asked.greedy else {**sampling, **shaping},
+        precision="bf16" if request.trainer.precision.startswith("bf16") else "32",
+        tokens_to_generate=request.tokens_to_generate,
+        stop_on_eos=request.stop_on_eos,
+        add_BOS=request.add_BOS,
+        sampling=sampling if request.greedy else {**sampling, **shaping},
     )
 
 
 def identify(path: str | Path) -> Identity:
-    """Read and hash what a certificate of this `.nemo` depends on.
+    """The model of a certificate of this `.nemo`: fingerprints of its backbone, exits and tokenizer.
 
-    The backbone's fingerprint is the one that the file states; `model.verify=full` recomputes it when weights are
+    The backbone's fingerprint is read from the file; `model.verify=full` recomputes it when weights are
     loaded. Exits and tokenizer are hashed here.
 
     Raises:
@@ -82,7 +82,7 @@ def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str
     """sha256 over names and contents of the tokenizer's files: bundled, or in a directory; else over its settings.
 
     NeMo bundles single files, such as a SentencePiece model, under `nemo:<random>_<name>`: their contents count, not
-    a name that is another after each saving.
+    the name, which changes with each save.
     """
     digest = hashlib.sha256(b"nemo_ee tokenizer fingerprint 2\n")
     block = {key: _setting_or_content(archive, key, value) for key, value in block.items()}
@@ -103,7 +103,7 @@ def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str
 
 
 def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
-    """A tokenizer's setting; of a file the sha256 of what is in it."""
+    """A tokenizer's setting; for a file the sha256 of its content."""
     text = str(value)
     member = text.removeprefix(IN_ARCHIVE)
     if member != text and member in archive.members():
@@ -117,7 +117,7 @@ def _setting_or_content(archive: NemoArchive, key: str, value: Any) -> str:
 
 
 def model_problems(certificate: Certificate, found: Identity) -> Iterator[str]:
-    """Why the certificate says nothing about this model."""
+    """Differences between the model of the certificate and this model."""
     parts = {
         "backbone": "the backbone is another",
         "exits": "the exits (or low-rank updates) have been changed or tuned since",
@@ -129,29 +129,29 @@ def model_problems(certificate: Certificate, found: Identity) -> Iterator[str]:
             yield f"{meaning}: certified {certified[:12]}..., found {ours[:12]}...; calibrate this model"
 
 
-def setting_problems(certificate: Certificate, asked: Setting) -> Iterator[str]:
-    """Where a setting leaves what was certified.
+def setting_problems(certificate: Certificate, setting: Setting) -> Iterator[str]:
+    """Differences between a setting and the certified one.
 
-    Shorter continuations are outside too: the risk is a mean over a continuation's tokens, and that over all of them
-    does not bound the one over the first of them.
+    Shorter continuations are a difference too: the risk is a mean over a continuation's tokens, and the mean over all
+    of them does not bound the mean over the first ones.
     """
     certified = certificate.setting
     for key in ("mode", "kv", "precision", "tokens_to_generate", "stop_on_eos", "add_BOS"):
-        if getattr(asked, key) != getattr(certified, key):
-            yield f"{key}={getattr(asked, key)}, certified {key}={getattr(certified, key)}"
-    ours, theirs = asked.sampling, certified.sampling
-    # Greedy settings say nothing about the shape of a distribution.
+        if getattr(setting, key) != getattr(certified, key):
+            yield f"{key}={getattr(setting, key)}, certified {key}={getattr(certified, key)}"
+    ours, theirs = setting.sampling, certified.sampling
+    # Greedy settings have no temperature, top_k and top_p.
     for key in ("greedy", *(key for key in ours if key in theirs and key != "greedy")):
         if ours.get(key) != theirs.get(key):
             yield f"{key}={ours.get(key)}, certified {key}={theirs.get(key)}"
 
 
 def stop_problems(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
-    """Whether answers end at other tokens than in calibration.
+    """Difference between the tokens that end an answer here and in calibration.
 
     Args:
-        stops: of the model at hand. No ids mean that its tokenizer alone says, and a tokenizer is part of the
-            certificate's identity.
+        stops: end-of-text tokens of this model. No ids: they are the tokenizer's, and the certificate's identity
+            already covers the tokenizer.
     """
     setting = certificate.setting
     certified = setting.stop_tokens
@@ -163,7 +163,7 @@ def stop_problems(certificate: Certificate, stops: EndOfText) -> Iterator[str]:
 
 
 def valid_certificates(path: str | Path) -> list[Certificate]:
-    """The certificates of a `.nemo` that are about its present weights and tokenizer; others are warned of.
+    """The certificates of a `.nemo` for its present weights and tokenizer. Each other one causes a warning.
 
     Raises:
         ValueError: the file or a certificate is damaged.

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files and directories that are whole or not there: written as `<name>.partial`, synced, then renamed.
+"""Files and directories that are complete or absent: written as `<name>.partial`, synced, then renamed.
 
 An exception removes the partial file or directory. A killed process leaves it, and the next writer replaces it.
 """
@@ -61,10 +61,10 @@ def atomic_directory(path: Path, num_bytes: int) -> Iterator[Path]:
 
     Args:
         path: absent, or an empty directory.
-        num_bytes: about what will be written.
+        num_bytes: about the number of bytes to be written.
 
     Raises:
-        ValueError: not enough space, or a disk that does not take the files.
+        ValueError: not enough space, or the files cannot be written.
     """
     path = path.absolute()
     partial = _partial(path)
@@ -83,7 +83,7 @@ def atomic_directory(path: Path, num_bytes: int) -> Iterator[Path]:
         sync_directory(path.parent)
     except BaseException as problem:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # somebody else uses a folder by now
+        with contextlib.suppress(OSError):  # another process uses a folder by now
             for parent in made:
                 parent.rmdir()
         if isinstance(problem, OSError):

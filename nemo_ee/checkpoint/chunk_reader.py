@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading chunks of a Megatron distributed checkpoint (format torch_dist) without a process group.
 
-Megatron-core loads whole layer stacks only. Here any chunk (key, offset, shape) of a global tensor is read, for
-instance one layer's tensor-parallel slice of a [num_layers, ffn, hidden] tensor that several ranks saved, through
-the public parts of torch.distributed.checkpoint, without unpacking an archive. No code in an untrusted file runs
+Megatron-core loads whole layer stacks only. This module reads any chunk (key, offset, shape) of a global tensor, for
+instance one layer's tensor-parallel slice of a [num_layers, ffn, hidden] tensor that several ranks saved. It uses the
+public parts of torch.distributed.checkpoint and does not unpack an archive. No code in an untrusted file runs
 (restricted_pickle.py).
 """
 
@@ -39,14 +39,14 @@ _AGAIN = "fetch or save it again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A global tensor as the checkpoint holds it."""
+    """A global tensor of the checkpoint."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def numbers_by_dtype(infos: Mapping[str, TensorInfo]) -> dict[torch.dtype, int]:
-    """How many numbers are stored in each dtype, most first."""
+    """Number of elements stored in each dtype, the most frequent dtype first."""
     counts: dict[torch.dtype, int] = {}
     for info in infos.values():
         counts[info.dtype] = counts.get(info.dtype, 0) + math.prod(info.shape)
@@ -54,7 +54,7 @@ def numbers_by_dtype(infos: Mapping[str, TensorInfo]) -> dict[torch.dtype, int]:
 
 
 def dtype_shares(infos: Mapping[str, TensorInfo]) -> str:
-    """`bfloat16 (99.8 %), float32 (0.2 %)`."""
+    """The shares of the dtypes as text: `bfloat16 (99.8 %), float32 (0.2 %)`."""
     counts = numbers_by_dtype(infos)
     total = sum(counts.values())
     return ", ".join(f"{str(t).removeprefix('torch.')} ({100 * n / total:.3g} %)" for t, n in counts.items())
@@ -74,8 +74,8 @@ class WeightSource(Protocol):
         """The chunk of `key` that starts at `offset` and has `shape`, on the CPU, in the stored dtype.
 
         Args:
-            allow_missing_rows: rows (axis 0) past the stored end are zeros instead of an error, because the padding of
-                the vocabulary differs between layouts.
+            allow_missing_rows: rows (axis 0) past the stored end are zeros instead of an error. Layouts differ in the
+                padding of the vocabulary.
 
         Raises:
             KeyError: no such key.
@@ -87,16 +87,16 @@ class WeightSource(Protocol):
 class ChunkReader:
     """A `WeightSource` over one torch_dist directory (`model_weights/` or `exit_weights/` of a `.nemo`).
 
-    Every tensor that is read is checked once, as it is read: its bytes have the checksum that was stored with them,
-    and it holds neither NaN nor infinities.
+    Every stored chunk is checked when it is read for the first time: its bytes have the checksum that was stored with
+    them, and it holds neither NaN nor infinities.
 
     Args:
         folder: holds `.metadata` and the `.distcp` files; a directory, or a folder in an archive.
-        prefix: leading part of the stored names that callers do not write; keys without it are not shown.
+        prefix: leading part of the stored names, which keys omit; tensors without it are left out.
 
     Raises:
-        ValueError: not a torch_dist directory (the message says what it is and the way out), or a damaged one.
-        UnsafeCheckpointError: the metadata asks for more than plain metadata.
+        ValueError: not a torch_dist directory (the message has its kind and the way out), or a damaged one.
+        UnsafeCheckpointError: the metadata needs more classes than those of plain metadata.
     """
 
     def __init__(self, folder: str | Path | FileFolder, prefix: str = "model.") -> None:
@@ -114,7 +114,7 @@ class ChunkReader:
         self._checked: set[MetadataIndex] = set()
 
     def keys(self) -> dict[str, TensorInfo]:
-        """Every stored tensor whose name starts with the prefix; sharded objects (`_extra_state`) are no tensors."""
+        """Every stored tensor whose name starts with the prefix; sharded objects (`_extra_state`) are left out."""
         return {
             name[len(self.prefix) :]: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for name, entry in sorted(self._tensors.items())
@@ -127,7 +127,7 @@ class ChunkReader:
         """See `WeightSource.read`. Only the stored chunks that overlap the wanted one are read.
 
         Raises:
-            ValueError: also where a stored chunk is damaged or not finite.
+            ValueError: also for a stored chunk that is damaged or not finite.
         """
         name = self.prefix + key
         if name not in self._tensors:
@@ -182,7 +182,7 @@ class ChunkReader:
             with self.folder.open(place.relative_path, place.offset, place.length) as stream:
                 stored = load_checked(stream, check=check)
             if not any(chunk.offsets == index.offset and chunk.sizes == stored.shape for chunk in chunks):
-                raise ValueError(f"it has shape {list(stored.shape)}, another than its index says")
+                raise ValueError(f"it has shape {list(stored.shape)}, unlike its index")
         except Exception as problem:  # noqa: BLE001  truncated or missing files raise many types
             raise ValueError(
                 f"{where}: cannot read {index.fqn!r} ({_first_line(problem)}); the checkpoint is damaged or "
@@ -191,7 +191,7 @@ class ChunkReader:
         return stored
 
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under the prefix, with the files it is in; of damaged ones what can be read."""
+        """Every tensor under the prefix, with the files it is in; the readable chunks of damaged ones."""
         for name, entry in sorted(self._tensors.items()):
             if not name.startswith(self.prefix):
                 continue
@@ -211,7 +211,7 @@ def present_rows(
     """Checks a wanted chunk against the stored shape.
 
     Returns:
-        None when the whole chunk is stored, otherwise how many of its leading rows are (the rest is to be zeros).
+        None when the whole chunk is stored, else the number of its stored leading rows (the rest must become zeros).
 
     Raises:
         ValueError: wrong number of axes, negative numbers, or outside of the tensor.
@@ -272,7 +272,7 @@ def _backend(folder: FileFolder) -> str | None:
 
 
 def _checked_tensors(metadata: Any, index: str) -> dict[str, TensorStorageMetadata]:
-    """The tensor entries, after checking everything that reading relies on (the file may come from anyone)."""
+    """The tensor entries, after a check of everything that reading relies on (the file may be untrusted)."""
     entries, places = metadata.state_dict_metadata, metadata.storage_data
     damaged = f"{index}: damaged, "
     if not isinstance(entries, dict) or not isinstance(places, dict):
@@ -303,6 +303,6 @@ def _missing_key_message(key: str, known: dict[str, TensorInfo], folder: str) ->
 
 
 def _first_line(problem: Exception) -> str:
-    """PyTorch's messages about damaged zips go on for lines."""
+    """The first line of a message; PyTorch's messages about damaged zips have many."""
     text = (str(problem).splitlines() or [""])[0].split(". This is an internal")[0]
     return text if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {text}"

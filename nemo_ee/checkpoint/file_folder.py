@@ -1,8 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A folder whose files are read where they lie: on disk, or as members of a `.nemo` that is not unpacked.
+"""A folder whose files are read in place: on disk, or as members of a `.nemo` that is not unpacked.
 
-Errors name a file as the user knows it: `tuned.nemo: exit_weights/__0_0.distcp`.
+Errors name a file by its place in the user's file: `tuned.nemo: exit_weights/__0_0.distcp`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import BinaryIO
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a file are.
+    """Place of the bytes of a file.
 
     Attributes:
-        file: on disk; or open, then it is this very file that is read, even where its name means another by now.
-        offset: first byte in it.
+        file: path of a file, or an open file. An open file is read even if its name belongs to another file by now.
+        offset: its first byte in `file`.
         size: number of bytes.
     """
 
@@ -34,8 +34,8 @@ class FileFolder:
     """Files by name.
 
     Args:
-        name: how messages call the folder.
-        places: file name, relative to the folder -> where it is.
+        name: name of the folder in messages.
+        places: file name, relative to the folder -> place of its bytes.
     """
 
     def __init__(self, name: str, places: Mapping[str, Place]) -> None:
@@ -43,7 +43,7 @@ class FileFolder:
 
     @classmethod
     def on_disk(cls, directory: str | Path) -> FileFolder:
-        """A directory, with all below it; of one that does not exist the files are none."""
+        """A directory with all files below it; a directory that does not exist has no files."""
         directory = Path(directory)
         files = (file for file in sorted(directory.rglob("*")) if file.is_file())
         places = {file.relative_to(directory).as_posix(): Place(file, 0, file.stat().st_size) for file in files}
@@ -53,11 +53,11 @@ class FileFolder:
         return name in self._places
 
     def names(self) -> list[str]:
-        """The files."""
+        """Names of the files."""
         return list(self._places)
 
     def shown(self, name: str) -> str:
-        """A file for a message."""
+        """Name of a file for a message."""
         return f"{self.name}{name}"
 
     def open(self, name: str, offset: int = 0, size: int | None = None) -> FileSlice:
@@ -65,7 +65,7 @@ class FileFolder:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file ends before.
+            ValueError: the file is too short.
         """
         if name not in self._places:
             raise FileNotFoundError("the file is missing")
@@ -82,7 +82,7 @@ class FileFolder:
 
 
 class FileSlice(io.RawIOBase):
-    """A part of a file as a file of its own; unbuffered, since tensors are read whole into their memory."""
+    """A part of a file as a file object; unbuffered, since tensors are read whole into their memory."""
 
     def __init__(self, place: Place) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class FileSlice(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """As of any file; a damaged zip that says it goes on for gigabytes costs no memory."""
+        """Read as any file does; a size past the end, as in a damaged zip, costs no memory."""
         left = max(0, self._place.size - self._at)
         return super().read(left if size is None or size < 0 else min(size, left))
 

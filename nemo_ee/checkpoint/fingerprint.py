@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints of a backbone and of exits: sha256 over canonical names, global shapes, dtypes and contents.
 
-They do not depend on how a checkpoint was sharded or in which format it is stored, so exits can name the backbone that
-they belong to, and certificates both. Padding rows of the vocabulary, whose number depends on the layout, are left out
-when the true vocabulary size is given.
+They do not depend on the sharding or the format of a checkpoint. Exits name their backbone by
+its fingerprint, and certificates name both. Padding rows of the vocabulary, whose number depends on the layout, are
+left out when the true vocabulary size is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_ee.checkpoint.chunk_reader import TensorInfo, WeightSource
 
-# What a backbone consists of; everything else in a checkpoint (exits, optimizers) is not part of it.
+# The parts of a backbone; everything else in a checkpoint (exits, optimizers) is not part of it.
 BACKBONE_COMPONENTS = ("embedding", "decoder", "output_layer")
 _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _STACKED = "decoder.layers."
@@ -46,8 +46,8 @@ def backbone_fingerprint(
 
     Args:
         source: the weights.
-        vocab_size: rows of the two vocabulary matrices that count; None for all that are stored. With it, checkpoints
-            that differ in padding only have the same fingerprint.
+        vocab_size: number of rows of the two vocabulary matrices that are hashed; None = all stored rows. With it,
+            checkpoints that differ in padding only have the same fingerprint.
         on_bytes: called with the number of bytes after each block, for a progress bar.
 
     Returns:
@@ -71,13 +71,13 @@ def exits_fingerprint(
     updates: WeightSource | None = None,
     vocab_size: int | None = None,
 ) -> str:
-    """Hashes where exits stand, every tensor of theirs, and low-rank updates that lie beside the backbone.
+    """Hashes the placement of exits, all their tensors, and low-rank updates that are stored beside the backbone.
 
     Args:
         exits: their weights, named `<exit>.<parameter>`.
-        placement: a line per exit, in order, of what its weights do not say (layer, architecture, output).
-        updates: `lora_weights/`; None = there are none.
-        vocab_size: rows of the exits' vocabulary matrices that count; None for all that are stored.
+        placement: a line per exit, in order, with its layer, architecture and output, which its weights do not have.
+        updates: the weights in `lora_weights/`; None = there are none.
+        vocab_size: number of rows of the exits' vocabulary matrices that are hashed; None = all stored rows.
 
     Returns:
         64 hexadecimal digits.
@@ -110,7 +110,7 @@ def _hash_tensors(
             if shape[0] < vocab_size:
                 raise ValueError(f"{key} has {shape[0]} rows, fewer than the vocabulary size {vocab_size}")
             shape = (vocab_size, *shape[1:])
-        # The line says how many bytes follow, so no two different sets of tensors hash the same stream.
+        # The line determines the number of bytes that follow, so different sets of tensors never hash the same stream.
         digest.update(f"{key} {str(info.dtype).removeprefix('torch.')} {list(shape)}\n".encode())
         for offset, block in _blocks(key, shape, info.dtype):
             content = tensor_bytes(source.read(key, offset, block))

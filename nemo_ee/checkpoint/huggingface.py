@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face directory seen as a Megatron checkpoint: config in NeMo's words, weights under canonical names.
+"""A Hugging Face directory as a Megatron checkpoint: config with NeMo's keys, weights under canonical names.
 
-Nothing is converted ahead of time: a chunk of a canonical tensor is put together from the parts of the stored tensors
-that it touches. Problems of config and weights are found at opening, all of them in one message.
+Nothing is converted in advance: a chunk of a canonical tensor is assembled from the parts of the stored tensors that
+it covers. All problems of config and weights are reported on opening, in one message.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
 
     Args:
         directory: a Hugging Face model directory.
-        sequence_length: the length the model is to be used with, default its own maximum. A model whose attention
-            window is shorter than its maximum is accepted up to that window.
+        sequence_length: the length for which the model will be used, its own maximum by default. A model whose
+            attention window is shorter than its maximum is accepted up to that window.
 
     Raises:
         ValueError: no or damaged config.json, or a model that is not supported (every reason in one message).
@@ -83,7 +83,7 @@ class HuggingFaceSource:
             raise ValueError(f"{self.directory}: cannot be used. {problem}") from None
         self._names = FAMILIES[self.backbone.family].names
         table = tensors_of(self.backbone)
-        # Canonical name -> the tensor, of every layer where it is one of a layer.
+        # Canonical name -> the tensor; for a layer's tensor one entry per layer.
         self._places = {key: [tensor] for key, tensor in table.others.items()}
         for index in range(self.backbone.num_layers):
             for key, tensor in table.of_layer(index).items():
@@ -93,17 +93,17 @@ class HuggingFaceSource:
         self._infos = {key: self._info(key) for key in sorted(self._places)}
 
     def keys(self) -> dict[str, TensorInfo]:
-        """Every canonical tensor. The dtype is the stored one; where a tensor's parts differ, the one that holds them
-        all exactly; float32 for float64."""
+        """Every canonical tensor. The dtype is the stored one. If a tensor's parts differ in dtype, it is the one that
+        holds all of them exactly; float64 becomes float32."""
         return dict(self._infos)
 
     def read(
         self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], *, allow_missing_rows: bool = False
     ) -> Tensor:
-        """See `WeightSource.read`. Only the parts of stored tensors that lie in the chunk are read.
+        """See `WeightSource.read`. Only the parts of stored tensors inside the chunk are read.
 
         Raises:
-            ValueError: also where one of them is not finite.
+            ValueError: also if one of them is not finite.
         """
         if key not in self._infos:
             raise KeyError(f"{self.directory}: no tensor {key!r}; it has {', '.join(self._infos)}.")
@@ -122,11 +122,11 @@ class HuggingFaceSource:
         return chunk
 
     def check(self) -> None:
-        """Compares what is stored with what the config says should be.
+        """Compares the stored tensors with those of the config.
 
         Raises:
-            ValueError: missing weights, weights that nothing reads (known buffers apart), wrong shapes, quantised
-                weights, all in one message.
+            ValueError: missing weights, unread weights (except known buffers), wrong shapes, quantised weights; all in
+                one message.
         """
         expected = self._expected()
         problems = [f"{name} is missing" for name in sorted(expected.keys() - self._stored_names.keys())]
@@ -155,8 +155,8 @@ class HuggingFaceSource:
             name = stored.removeprefix(self._names.base)
             if name in names:
                 raise ValueError(
-                    f"{self.directory}: holds both {names[name]!r} and {stored!r}, which is which cannot be told; "
-                    "remove one."
+                    f"{self.directory}: holds both {names[name]!r} and {stored!r}, and their names differ "
+                    "in the prefix only; remove one."
                 )
             names[name] = stored
         return names
@@ -172,7 +172,7 @@ class HuggingFaceSource:
     def _info(self, key: str) -> TensorInfo:
         places = self._places[key]
         stored = [own for tensor in places for own in tensor.stored]
-        # A constant has no dtype of its own; it goes with the weights around it.
+        # A constant has no stored dtype; it takes that of the weights around it.
         stored = stored or self._places[WORDS][0].stored
         dtypes = {self._files.dtype(self._stored_names[self._bare(own)]) for own in stored}
         layers = (len(places),) if key.startswith(LAYERS) else ()

@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a Hugging Face directory, part by part: safetensors or `.bin`, one file or several with an index.
+"""Reads parts of the tensors of a Hugging Face directory: safetensors or `.bin`, one file or several with an index.
 
-`.bin` files are pickles and are opened with `weights_only=True` alone. A file outside of the directory, which an index
-from someone else could name, is never opened.
+`.bin` files are pickles and are opened with `weights_only=True` only. A file outside of the directory, which an
+untrusted index could name, is never opened.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 
 
 def refuse_adapter(directory: Path) -> None:
-    """For a directory without a model in it.
+    """Check that a directory without a model is no PEFT adapter.
 
     Raises:
-        ValueError: it holds a PEFT adapter; with the Python that merges it.
+        ValueError: it holds a PEFT adapter; the message has the Python code that merges it.
     """
     if not (directory / "adapter_config.json").is_file():
         return
@@ -90,11 +90,11 @@ class TensorFiles:
         return self._place[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """The stored dtype, or its name when it is not one of the floating ones that are read."""
+        """The stored dtype, or its name if it is not one of the supported floating dtypes."""
         return self._place[name].dtype(name)
 
     def read(self, name: str, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-        """The part [start, stop) along every axis.
+        """The part [start, stop) of a tensor along every axis.
 
         Raises:
             ValueError: the file is damaged.
@@ -118,7 +118,7 @@ class TensorFiles:
             problems += [
                 f"{name}: the index places {tensor!r} there, but it is not" for tensor in sorted(listed - stored)
             ]
-            # What a file holds beyond its index is not part of the model; transformers does not read it either.
+            # Tensors that the index does not list are not part of the model; transformers does not read them either.
         return problems
 
 
@@ -175,7 +175,7 @@ def _open(path: Path) -> _SafetensorsFile | _BinFile:
 def _load_bin(path: Path) -> dict[str, Tensor]:
     try:
         try:
-            # Mapped, so that only the parts that are read take memory.
+            # The file is memory-mapped, so only the parts that are read take memory.
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
             # Files from before PyTorch 1.6 cannot be mapped.

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank updates of a backbone that are stored beside it: load them to train on, or read the backbone as W + B A."""
+"""Low-rank updates that are stored beside a backbone: load them to train further, or read the backbone as W + B A."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _A, _B, _WEIGHT = "low_rank_a", "low_rank_b", "weight"
 
 
 def load_low_rank(model: EarlyExitGPTModel, source: WeightSource | None, *, seed: int) -> None:
-    """Fill a stage's low-rank updates from `source`, or start them anew where it is None.
+    """Fill a stage's low-rank updates from `source`; None initialises them anew.
 
     Raises:
         ValueError: the stored updates have another rank or other linears than the model's.
@@ -28,8 +28,8 @@ def load_low_rank(model: EarlyExitGPTModel, source: WeightSource | None, *, seed
     wanted = next(shard.global_shape[-1] for shard in local_shards(low_rank_shards(model)) if shard.key.endswith(_B))
     if stored != wanted:
         raise ValueError(
-            f"the file holds low-rank updates of rank {stored} and model.early_exit.lora.rank={wanted} asks for "
-            f"another; set model.early_exit.lora.rank={stored}"
+            f"the file holds low-rank updates of rank {stored}, but model.early_exit.lora.rank={wanted}; "
+            f"set model.early_exit.lora.rank={stored}"
         )
     load_shards(low_rank_shards(model), source)
 
@@ -42,7 +42,7 @@ def stored_rank(source: WeightSource) -> int:
 class MergedSource:
     """A `WeightSource` of a backbone whose low-rank updates are added as its weights are read.
 
-    W + B A is formed in fp32 for the rows and columns asked for, in global coordinates, so any layout reads the same.
+    W + B A is formed in fp32 for the requested rows and columns, in global coordinates, so any layout reads the same.
 
     Args:
         backbone: the weights W.
@@ -66,7 +66,7 @@ class MergedSource:
         if f"{stem}{_A}" not in self._updated:
             return weight
         rank = self._updated[f"{stem}{_A}"].shape[-2]
-        *layer, row, column = offset  # the linears' keys are stacked: one layer axis in front
+        *layer, row, column = offset  # the linears' keys are stacked, with the layer axis first
         *layers, rows, columns = shape
         a = self.updates.read(f"{stem}{_A}", (*layer, 0, column), (*layers, rank, columns))
         b = self.updates.read(f"{stem}{_B}", (*layer, row, 0), (*layers, rows, rank))

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The members of a `.nemo` by name; folders are named without a slash at the end."""
+"""The members of a `.nemo` by name; names of folders have no slash at the end."""
 
 CONFIG_MEMBER = "model_config.yaml"
 MODEL_WEIGHTS = "model_weights"
@@ -9,9 +9,9 @@ LORA_WEIGHTS = "lora_weights"  # low-rank updates of the backbone that were not 
 TOKENIZER_FOLDER = "tokenizer"
 CERTIFICATES = "certificates"
 
-# In a folder of weights: which chunk of which tensor lies where.
+# In a folder of weights: the index of all chunks of all tensors.
 METADATA_FILE = ".metadata"
 
-# NeMo bundles the files that these keys of the tokenizer's block name; the config then says `nemo:<member>`.
+# NeMo bundles the files that these keys of the tokenizer's block name; the config then has `nemo:<member>`.
 TOKENIZER_ARTIFACTS = ("model", "vocab_file", "merge_file")
 IN_ARCHIVE = "nemo:"

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fill a module's parameters, on any layout, from any source of global tensors.
 
-Megatron's own loader cannot read a part of a layer stack; reading (key, offset, shape) chunks can, and serves Hugging
-Face directories by the same code.
+Megatron's loader cannot read a part of a layer stack. Reading chunks (key, offset, shape) can, and the same code reads
+Hugging Face directories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards
 
 @torch.no_grad()
 def load_shards(sharded_state_dict: dict, source: WeightSource) -> None:
-    """Copy every shard's chunk from `source` into the parameter it stands for, in place.
+    """Copy every shard's chunk from `source` into its parameter, in place.
 
     Args:
         sharded_state_dict: Megatron's sharded state dict of a module, keys as in `source`. Tensors that allow a shape

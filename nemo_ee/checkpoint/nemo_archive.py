@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing `.nemo` files: tar archives (older ones gzip-compressed), or the same files in a directory.
 
-Weights are read where they lie, so nothing large is unpacked, but for compressed archives. Nothing outside the wanted
-members is unpacked, and nothing in the archive can place a file elsewhere: absolute names,
-`..`, links, devices and repeated names are refused. Writing streams members of another archive byte for byte, so a
-complete early-exit `.nemo` costs one pass over the source's weights and no memory, and appears under its name only
-when it is whole.
+Weights are read in place, so nothing large is unpacked except for compressed archives. Only the wanted members are
+unpacked, and no member can place a file elsewhere: absolute names, `..`, links, devices and repeated names are
+refused. Writing streams members of another archive byte for byte, so a complete early-exit `.nemo` costs one pass over
+the source's weights and no memory. The file gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ class NemoArchive:
 
     Args:
         path: `.nemo` file or directory.
-        unpacked: a directory that the file has been unpacked to, to read from; messages name `path`.
+        unpacked: directory with the unpacked file, from which members are read; messages name `path`.
 
     Raises:
-        ValueError: absent, damaged, truncated, unsafe, or of a kind that is not read (legacy, NeMo 2).
+        ValueError: the file is absent, damaged, truncated, unsafe, or of an unsupported kind (legacy, NeMo 2).
     """
 
     def __init__(self, path: str | Path, *, unpacked: Path | None = None) -> None:
@@ -82,18 +81,18 @@ class NemoArchive:
             self._tar.close()
 
     def members(self) -> dict[str, int]:
-        """The files in it: name without leading `./` -> size in bytes."""
+        """The archive's files: name without leading `./` -> size in bytes."""
         return dict(self._members)
 
     def has(self, prefix: str) -> bool:
-        """Whether a file of this name, or any file below this folder, is in it."""
+        """Whether the archive has a file of this name, or any file below a folder of this name."""
         return any(_matches(name, (prefix,)) for name in self._members)
 
     def config_values(self) -> Any:
-        """The values of `model_config.yaml`; of a damaged file they may be no mapping.
+        """The values of `model_config.yaml`; in a damaged file they may not be a mapping.
 
         Raises:
-            ValueError: absent, not UTF-8, or not YAML.
+            ValueError: the member is absent, not UTF-8, or not YAML.
         """
         try:
             return yaml.safe_load(self.config_text())
@@ -105,7 +104,7 @@ class NemoArchive:
         """The text of `model_config.yaml`.
 
         Raises:
-            ValueError: absent, or not UTF-8.
+            ValueError: the member is absent, or not UTF-8.
         """
         if CONFIG_MEMBER not in self._members:
             raise ValueError(f"{self.path}: no {CONFIG_MEMBER} in it, so this is not a NeMo model; give a .nemo file.")
@@ -116,7 +115,7 @@ class NemoArchive:
                 raise ValueError(f"{self.path}: {CONFIG_MEMBER} is damaged ({problem}); fetch it again.") from problem
 
     def open_member(self, name: str) -> IO[bytes]:
-        """Opens one file in it for reading bytes.
+        """Opens a member for reading bytes.
 
         Raises:
             KeyError: no such member.
@@ -126,24 +125,24 @@ class NemoArchive:
         if self._tar is None:
             return open(self._root / name, "rb")
         stream = self._tar.extractfile(self._infos[name])
-        assert stream is not None, "only regular files are members"
+        assert stream is not None, "every member is a regular file"
         return stream
 
     @property
     def directory(self) -> Path | None:
-        """Where its files lie, if not in an archive."""
+        """Directory of the files; None for an archive."""
         return self._root if self._tar is None else None
 
     @property
     def is_compressed(self) -> bool:
-        """Whether its members can only be read from the start on."""
+        """Whether members can only be read from the start of the file on, as in a compressed archive."""
         return self._tar is not None and not isinstance(self._tar.fileobj, io.BufferedReader)
 
     def folder(self, name: str) -> FileFolder:
-        """A folder in it, to read any part of its files without unpacking, as long as the archive is open.
+        """A folder of the archive, to read any part of its files without unpacking while the archive is open.
 
         Args:
-            name: without a slash at the end; a folder that is not there has no files.
+            name: name without a slash at the end; an absent folder has no files.
         """
         assert not self.is_compressed, "see open_nemo in unpacked.py"
         start, places = f"{name}/", {}
@@ -161,11 +160,11 @@ class NemoArchive:
             prefixes: file names and folders to unpack; None for all.
 
         Returns:
-            The files written.
+            Paths of the written files.
 
         Raises:
             ValueError: nothing matches a prefix, not enough disk space, or the archive is damaged.
-            FileExistsError: a file is already there.
+            FileExistsError: a file already exists.
         """
         to = Path(to)
         for prefix in prefixes or ():
@@ -206,15 +205,15 @@ class NemoArchive:
 
 
 def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str | NemoArchive]) -> Path:
-    """Writes a `.nemo`: a tar that appears under its name only when it is complete and on disk.
+    """Writes a `.nemo`: a tar that gets its name only when it is complete and on disk.
 
     Args:
         output_path: the `.nemo`; see `atomic_file`.
-        entries: name in the archive -> what goes there: a file, a directory (with all below it), bytes, a text, or a
-            `NemoArchive`, whose member or folder of that very name is copied byte for byte.
+        entries: name in the archive -> content: a file, a directory (with all files below it), bytes, a text, or a
+            `NemoArchive`, whose member or folder of the same name is copied byte for byte.
 
     Returns:
-        The path written.
+        Path of the written file.
 
     Raises:
         ValueError: an entry does not exist, or a name is absolute, contains `..` or comes twice.
@@ -228,7 +227,7 @@ def write_nemo(output_path: str | Path, entries: Mapping[str, Path | bytes | str
     return output
 
 
-# Where the bytes of one file come from: a file on disk, bytes, or a member of another archive.
+# Source of the bytes of one file: a file on disk, bytes, or a member of another archive.
 _FileSource = Path | bytes | tuple[NemoArchive, str]
 
 
@@ -254,11 +253,11 @@ def _checked_members(tar: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarI
             if name in members:
                 raise ValueError(f"{path}: refused, member {name!r} comes twice; a .nemo holds each file once.")
             members[name] = info
-        # A tar ends in blocks of zeros. Without them it was cut, even when the cut fell between two members.
+        # A tar ends in blocks of zeros. Without them it was truncated, even if the cut is between two members.
         assert tar.fileobj is not None
         tar.fileobj.seek(end)
         whole = tar.fileobj.read(_BLOCK) == bytes(_BLOCK)
-        while tar.fileobj.read(_COPY_BYTES):  # to the end, where gzip keeps its checksum
+        while tar.fileobj.read(_COPY_BYTES):  # gzip checks its checksum at the end
             pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise ValueError(f"{path}: damaged or truncated ({problem}); fetch or save it again.") from problem
@@ -279,7 +278,7 @@ def _matches(name: str, prefixes: Sequence[str]) -> bool:
 
 
 def _flatten(entries: Mapping[str, Path | bytes | str | NemoArchive]) -> dict[str, _FileSource]:
-    """One item per file; a name that repeats or escapes is refused before anything is written."""
+    """One item per file; repeated names and names outside the archive are refused before writing."""
     files: dict[str, _FileSource] = {}
 
     def add(name: str, source: _FileSource) -> None:
@@ -311,7 +310,7 @@ def _flatten(entries: Mapping[str, Path | bytes | str | NemoArchive]) -> dict[st
 
 
 def _add_folders(tar: tarfile.TarFile, files: Mapping[str, object]) -> None:
-    # NeMo writes "./"-names and tells a distributed checkpoint by its folder entry, so the folders are members too.
+    # NeMo writes "./"-names and recognises a distributed checkpoint by its folder entry, so folders are members too.
     folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
     for folder in sorted(folders):
         info = tarfile.TarInfo("." if folder == "." else f"./{folder}")

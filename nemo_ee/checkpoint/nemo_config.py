@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model's architecture in the words of NeMo's `MegatronGPTModel`.
+"""A model's architecture as the config of NeMo's `MegatronGPTModel`.
 
-`nemo_config` writes them; `read_architecture` reads them again with NeMo's own defaults, and refuses what no stock
-class of any target computes.
+`nemo_config` writes the config. `read_architecture` reads it again with NeMo's defaults and refuses an architecture
+that no stock class of any target computes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEYS = keyed(
     qk_norm="qk_layernorm",
     tied="share_embeddings_and_output_weights",
 )
-# Activation -> NeMo's activation and openai_gelu.
+# Activation -> NeMo's `activation` and `openai_gelu`.
 _NEMO_ACTIVATIONS = {
     "silu": ("fast-swiglu", False),
     "relu": ("relu", False),
@@ -34,10 +34,10 @@ _NEMO_ACTIVATIONS = {
 def nemo_config(a: Architecture) -> dict[str, Any]:
     """The part of a NeMo `MegatronGPTModel` config that follows from the architecture.
 
-    The keys are the same for all models, but for three: `bias_activation_fusion: false` is there only where fusing
-    would be wrong, NeMo's four numbers of `scale_positional_embedding` only when that is on, and `name` only where
-    NeMo's own model needs another layer spec than its default. All but `vocab_size`,
-    `rope_scaling` (the numbers once more, for our own model) and `activation: relu` are read by NeMo's own model too.
+    The keys are the same for all models, with three exceptions: `bias_activation_fusion: false` is present only if
+    fusing would be wrong, the four numbers of `scale_positional_embedding` only if that is on, and `name` only if
+    NeMo's model needs another layer spec than its default. NeMo's model reads all keys except `vocab_size`,
+    `rope_scaling` (the same numbers for the early-exit model) and `activation: relu`.
     """
     scaling = a.rotary_scaling or {}
     kind = scaling.get("type")
@@ -65,7 +65,7 @@ def nemo_config(a: Architecture) -> dict[str, Any]:
         # Megatron's fused GELU is the tanh approximation in every case, and there is no fused ReLU.
         config["bias_activation_fusion"] = False
     if a.qk_norm:
-        config["name"] = "decoder_block_gpt"  # the only spec of NeMo's own model with norms of query and key
+        config["name"] = "decoder_block_gpt"  # NeMo's only layer spec with norms of query and key
     if kind == "llama3":
         config |= {
             "scale_factor": scaling["factor"],
@@ -82,22 +82,22 @@ def read_architecture(
     """Read a `.nemo`'s model config.
 
     Args:
-        config: plain values.
-        stored_rows: rows of the stored word embeddings; the vocabulary size where the config has none, as NeMo's own
-            exporter has it.
+        config: the model config as plain values.
+        stored_rows: number of rows of the stored word embeddings. It is the vocabulary size if the config has none,
+            as in NeMo's exporter.
         max_positions: overrides the config's `max_position_embeddings`.
-        erf_gelu: the exact GELU can be computed where this goes, and is called `gelu_erf`; TensorRT-LLM has only the
-            tanh approximation.
+        erf_gelu: whether the target computes the exact GELU (`gelu_erf`); TensorRT-LLM has only the tanh
+            approximation.
 
     Raises:
-        ValueError: what no stock class computes, all in one message.
+        ValueError: no stock class computes the model; all reasons in one message.
     """
     get = config.get
     heads, hidden = int(get("num_attention_heads") or 1), int(get("hidden_size") or 1)
     normalization = str(get("normalization") or "layernorm").lower()
     activation = str(get("activation") or "gelu").lower()
     positions = str(get("position_embedding_type") or "learned_absolute").lower()
-    # NeMo fuses bias and activation unless told not to, and Megatron's fused GELU is the tanh approximation.
+    # NeMo fuses bias and activation by default, and Megatron's fused GELU is the tanh approximation.
     tanh_gelu = bool(get("openai_gelu") or activation == "openai-gelu" or get("bias_activation_fusion", True))
     llama_like = normalization == "rmsnorm" and activation in _SWIGLU and positions == "rope"
     gpt_like = normalization == "layernorm" and activation in ("gelu", "openai-gelu", "relu")
@@ -123,7 +123,7 @@ def read_architecture(
     if problems:
         raise ValueError("; ".join(problems))
     biases = ALL_LINEARS if get("bias", True) else frozenset({QKV} if get("qkv_bias", False) else ())
-    defaults = {  # NeMo's own
+    defaults = {  # NeMo's defaults
         "ffn_hidden_size": 4 * hidden,
         "num_query_groups": heads,
         "kv_channels": hidden // heads,

@@ -1,16 +1,16 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a `.nemo` says about places on disk, so that it means the same on another machine.
+"""Paths on disk in a `.nemo`, stored such that the file can be used on another machine.
 
-    backbone_path    of an exits-only file: seen from that file where the backbone lies beside or below it, or below
-                     one of the two folders around it; else its base name, a hint. The fingerprint says whether it is
-                     the right one
+    backbone_path    in an exits-only file: relative to that file if the backbone lies beside or below it, or below
+                     one of the two folders around it; else the backbone's base name as a hint. The fingerprint
+                     decides whether it is the right backbone
     tokenizer        the files themselves, in `tokenizer/`; `type` names that folder
     anything else    an absolute path in the config is dropped
 
-Two places stay. A backbone is copied byte for byte, so its `.metadata` may name the folder it was first written in. A
-tokenizer's directory that cannot be bundled (no `tokenizer_class`, no vocabulary file of a known name) is still named
-by `type`, with a warning.
+Two paths are kept. A backbone is copied byte for byte, so its `.metadata` may name the folder in which it was first
+written. A tokenizer's directory that cannot be bundled (no `tokenizer_class`, no vocabulary file of a known name) is
+still named by `type`, with a warning.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _FOLDERS_UP = 2
 _BACKBONE_KEY = "backbone_path"
 _YAML_STRING = "tag:yaml.org,2002:str"
-_LONGEST_PATH = 4096  # of Linux
+_LONGEST_PATH = 4096  # limit of Linux
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -60,13 +60,13 @@ def plain_config(archive: NemoArchive) -> dict[str, Any]:
 
 
 def backbone_of(nemo: str | Path, given: str | Path | None = None, option: str = "model.backbone_path") -> Path:
-    """The file with the backbone of a `.nemo`: itself, or the base of an exits-only one; only configs are read.
+    """The file with the backbone of a `.nemo`: the file itself, or the base of an exits-only file. Reads configs only.
 
     Args:
         nemo, given, option: see `find_backbone`.
 
     Raises:
-        ValueError: no file there, one without a backbone, or with another than the exits were tuned on.
+        ValueError: the file does not exist, has no backbone, or another backbone than the exits were tuned on.
     """
     with NemoArchive(nemo) as archive:
         if archive.has(MODEL_WEIGHTS):
@@ -96,7 +96,7 @@ def refuse_other_backbone(
 
 
 def stored_backbone_path(backbone: str | Path, nemo: str | Path) -> str:
-    """What an exits-only file `nemo` says about where its backbone is; it names no folder above the two around it."""
+    """The `backbone_path` to store in an exits-only file `nemo`; it names no folder above the two around the file."""
     relative = Path(os.path.relpath(Path(backbone).resolve(), Path(nemo).resolve().parent))
     return relative.as_posix() if relative.parts.count("..") <= _FOLDERS_UP else relative.name
 
@@ -109,18 +109,18 @@ def find_backbone(
     Args:
         nemo: the exits-only file.
         stored: `backbone_path` of its config, relative to it; files of earlier versions hold an absolute path.
-        given: what the user says, relative to the working directory; it wins.
-        option: how the user says it.
+        given: the user's path, relative to the working directory; it has priority over `stored`.
+        option: the setting with the user's path, for messages.
 
     Raises:
-        ValueError: no file there, or what is stored is no path.
+        ValueError: the file does not exist, or the stored value is not a path.
     """
     if given:
         places = [Path(str(given))]
     elif stored:
         if not isinstance(stored, str) or len(stored) > _LONGEST_PATH:
             raise ValueError(
-                f"{nemo} is damaged: its {_BACKBONE_KEY} is {str(stored)[:40]!r}..., which is no path; "
+                f"{nemo} is damaged: its {_BACKBONE_KEY} is {str(stored)[:40]!r}..., which is not a path; "
                 f"give {option}=<the .nemo the exits were tuned on>"
             )
         folder, name = Path(nemo).resolve().parent, PureWindowsPath(stored).name  # both kinds of separators
@@ -131,7 +131,7 @@ def find_backbone(
         if _exists(place):
             return place
     named = str(given) if given else stored
-    tried = f" (looked for {', '.join(map(str, places))})" if len(places) > 1 else ""
+    tried = f" (searched: {', '.join(map(str, places))})" if len(places) > 1 else ""
     problem = f"its base model ({named!r}) was not found{tried}" if named else "it does not name its base model"
     raise ValueError(f"{nemo} holds exits only; {problem}: give {option}=<the .nemo the exits were tuned on>")
 
@@ -144,12 +144,12 @@ def _exists(place: Path) -> bool:
 
 
 def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
-    """The config of an exits-only file for a copy of it: where the backbone is, seen from there.
+    """The config of an exits-only file for a copy of the file: `backbone_path` is made relative to the copy.
 
-    Only that value is written anew; the rest, and other configs, stay as they are.
+    All other values, and configs of other files, are unchanged.
 
     Args:
-        text: of `model_config.yaml`.
+        text: text of `model_config.yaml`.
         nemo, output: the file and its copy.
 
     Raises:
@@ -166,7 +166,7 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
         return text
     try:
         moved = stored_backbone_path(find_backbone(nemo, stored=stored, given=None), output)
-    except ValueError:  # the user said where it is; a copy keeps its name
+    except ValueError:  # the user gave its path; a copy keeps its name
         moved = PureWindowsPath(stored).name
     start, end = node.start_mark.index, node.end_mark.index
     end = start + len(text[start:end].rstrip())  # a block's value ends after its last newline
@@ -175,20 +175,20 @@ def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:
 
 
 def _follows(value: yaml.Node, key: yaml.Node) -> bool:
-    """Not so of an alias, whose text is somewhere else."""
+    """Whether the text of a node's value is at the node; an alias has it somewhere else."""
     return value.start_mark.index >= key.end_mark.index
 
 
 def portable_tokenizer(
     block: Mapping[str, Any], members: Container[str], *, own: Container[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """A config's tokenizer block without paths of this machine, and the files to put into the archive for it.
+    """A config's tokenizer block without paths of this machine, and the files that the archive needs for it.
 
     Args:
         block: `library`, `type`, `model`, ...
-        members: names in the archive; a tokenizer that is there already stays.
-        own: keys whose values the user said. The others are a `.nemo`'s, which anybody may have made: of a directory
-            that one of them names only a tokenizer's files are taken, a single file is not.
+        members: names in the archive; a tokenizer in the archive is kept.
+        own: keys that the user set. Other keys come from a `.nemo`, which may be untrusted: from a directory that such
+            a key names only a tokenizer's files are taken, and a single file that it names is not taken.
 
     Returns:
         (the block to store, name in the archive -> file).
@@ -201,7 +201,7 @@ def portable_tokenizer(
             files = _bundle(folder)
         if bundled or files:
             block["type"] = TOKENIZER_FOLDER
-            if block.get("use_fast") is None:  # NeMo's default is False; what is in `tokenizer/` was read with True
+            if block.get("use_fast") is None:  # NeMo's default is False; the files in `tokenizer/` were read with True
                 block["use_fast"] = bundled
     for key in TOKENIZER_ARTIFACTS:
         value = block.get(key)
@@ -211,7 +211,7 @@ def portable_tokenizer(
         if key in own and Path(value).is_file():
             name = f"{key}_{name}"
             files[name], block[key] = Path(value), f"{IN_ARCHIVE}{name}"
-        elif name in members:  # as old versions of NeMo wrote it
+        elif name in members:  # written by old versions of NeMo
             block[key] = f"{IN_ARCHIVE}{name}"
         elif key not in own:
             logger.warning("tokenizer.%s=%s of the source is not in its .nemo, and not stored", key, value)
@@ -220,9 +220,9 @@ def portable_tokenizer(
 
 
 def _bundle(folder: Path) -> dict[str, Path]:
-    """The tokenizer of a directory; nothing where transformers needs more than its own files.
+    """The tokenizer files of a directory; none if transformers needs more than these.
 
-    Links are followed: a folder of the Hugging Face hub's cache has nothing else.
+    Links are followed: a folder of the Hugging Face hub's cache consists of links.
     """
     files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     reason = None
@@ -241,8 +241,8 @@ def _bundle(folder: Path) -> dict[str, Path]:
 
 
 def without_code_files(entries: Mapping[str, Path | bytes | str | NemoArchive]) -> dict[str, Any]:
-    """Entries of a `.nemo` (see `write_nemo`) without what makes transformers run code when it loads the tokenizer:
-    Python files, and such keys in the settings of `tokenizer/`.
+    """Entries of a `.nemo` (see `write_nemo`) without code that transformers would run when it loads the tokenizer:
+    Python files, and keys in the settings of `tokenizer/` that name code.
     """
     kept: dict[str, Any] = {}
     for name, source in entries.items():
@@ -272,7 +272,7 @@ def _contents(name: str, source: Path | bytes | str | NemoArchive) -> bytes:
 def without_machine_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A model config without the keys whose value is an absolute path, or a list with one.
 
-    The tokenizer's block is left alone: see `portable_tokenizer`.
+    The tokenizer's block is unchanged: see `portable_tokenizer`.
     """
     kept: dict[str, Any] = {}
     for key, value in config.items():
@@ -303,9 +303,9 @@ def _is_absolute(text: str) -> bool:
 
 
 def forget_folder(folder: Path) -> None:
-    """Take out of a distributed checkpoint's `.metadata` where it was written; its name is put there.
+    """Replace the path in a distributed checkpoint's `.metadata` by the checkpoint's name.
 
-    For a checkpoint that this process has just written: it is unpickled without restrictions.
+    Only for a checkpoint that this process has just written: it is unpickled without restrictions.
     """
     path = folder / METADATA_FILE
     metadata = pickle.loads(path.read_bytes())

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the pickled parts of a distributed checkpoint without running code that someone put into them.
+"""Reads the pickled parts of a distributed checkpoint without running code in them.
 
-A torch_dist directory holds pickles in three places: `.metadata` (which chunk lies where), `common.pt` (what is not
-sharded) and the byte payloads of sharded objects (`_extra_state`). Megatron-core and PyTorch unpickle all three
+A torch_dist directory holds pickles in three places: `.metadata` (the index of chunks), `common.pt` (everything
+unsharded) and the byte payloads of sharded objects (`_extra_state`). Megatron-core and PyTorch unpickle all three
 without restrictions, so a file from an untrusted source can run anything. Here `.metadata` goes through an unpickler
-that knows only the classes it needs, the other two through `torch.load(weights_only=True)`.
+that is limited to the classes it needs, the other two through `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _WAY_OUT = "if you trust where the file comes from, set model.trust_checkpoint=t
 
 
 class UnsafeCheckpointError(ValueError):
-    """A pickled part of a checkpoint asks for more than plain data and tensors."""
+    """A pickled part of a checkpoint needs more than plain data and tensors."""
 
 
 class _Ignored:
-    """Stands in for a class whose instances are recorded in `.metadata` but not needed to read tensors."""
+    """Replaces a class whose instances are recorded in `.metadata` but not needed to read tensors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -50,7 +50,7 @@ class _Ignored:
 
 
 def _enum_member(owner: Any, name: str) -> Any:
-    """`getattr` as some Python versions pickle enum members; nothing but an enum member may be fetched with it."""
+    """`getattr` for enum members, which some Python versions pickle with it; any other use is an error."""
     if owner is _Ignored:
         return _Ignored()
     if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
@@ -58,7 +58,7 @@ def _enum_member(owner: Any, name: str) -> Any:
     raise UnsafeCheckpointError(f"it calls getattr on {owner!r}")
 
 
-# (module, name) -> what the restricted unpickler hands out for it.
+# (module, name) -> the object that the restricted unpickler returns for it.
 _CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
@@ -75,18 +75,18 @@ _CLASSES: dict[tuple[str, str], Any] = {
             "StorageMeta Metadata MetadataIndex"
         ).split()
     },
-    # Up to PyTorch 2.2 a checkpoint's tensor properties were those of sharded tensors.
+    # Up to PyTorch 2.2 a checkpoint used the tensor properties of sharded tensors.
     **{
         ("torch.distributed._shard.sharded_tensor.metadata", name): getattr(shard_metadata, name)
         for name in ("TensorProperties", "MEM_FORMAT_ENCODING")
     },
-    # Python 3.13 moved the classes; a path of another operating system is only a label here.
+    # Python 3.13 moved the classes; a path of another operating system is used as a label only.
     **{
         (module, name): PurePosixPath
         for module in ("pathlib", "pathlib._local")
         for name in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
     },
-    # The writers' plans, which Megatron-core keeps beside the metadata to speed up later saves.
+    # Plans of the writers, which Megatron-core stores with the metadata to speed up later saves.
     **{
         ("torch.distributed.checkpoint.planner", name): _Ignored
         for name in (
@@ -116,7 +116,7 @@ class MetadataUnpickler(pickle.Unpickler):
             return known
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise UnsafeCheckpointError(f"it asks for {module}.{name}")
+        raise UnsafeCheckpointError(f"it needs {module}.{name}")
 
 
 def load_metadata(folder: FileFolder) -> dcp_metadata.Metadata:
@@ -147,8 +147,8 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
     Byte payloads are streams within streams (Transformer Engine's `_extra_state`): the inner ones are checked too.
 
     Args:
-        trust_checkpoint: check nothing.
-        known: further classes that `common.pt` may hold, which run nothing when they are unpickled.
+        trust_checkpoint: skip all checks.
+        known: further classes that `common.pt` may hold; unpickling them must run no code.
 
     Raises:
         UnsafeCheckpointError: a part needs more than tensors and plain data, and `trust_checkpoint` is off.
@@ -157,7 +157,7 @@ def refuse_unsafe_pickles(directory: Path | str, *, trust_checkpoint: bool = Fal
         return
     directory = Path(directory)
     if (directory / MODELOPT_FOLDER).exists():
-        # NeMo hands this folder to ModelOpt, which unpickles it before anything else is read.
+        # NeMo passes this folder to ModelOpt, which unpickles it before anything else is read.
         raise UnsafeCheckpointError(f"{directory}: refused, it has a {MODELOPT_FOLDER}/ folder; {_WAY_OUT}.")
     metadata = load_metadata(FileFolder.on_disk(directory))
     common = directory / COMMON_FILE
@@ -182,7 +182,7 @@ def plain_file_name(name: Any, index: str) -> str:
     """`name` if it is a file name without any folder, so that a checkpoint cannot point outside its own directory.
 
     Args:
-        index: what names it, for the message.
+        index: name of the file that holds `name`, for the message.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UnsafeCheckpointError(f"{index}: refused, its index points to {name!r}, not to a file inside it.")
@@ -201,7 +201,7 @@ def _load_pickle(source: Path | io.BytesIO, where: str) -> Any:
 
 
 def _reason(problem: Exception) -> str:
-    """The part of PyTorch's long message that names the class or function that was asked for."""
+    """The part of PyTorch's long message that names the requested class or function."""
     lines = [line.strip() for line in str(problem).splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return lines[0] if lines else "not plain data"
 

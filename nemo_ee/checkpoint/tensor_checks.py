@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a tensor's numbers: NaN and infinities, and bytes other than those that were written.
+"""Checks of a tensor's values: NaN and infinities, and bytes that differ from the written ones.
 
-`torch.save` writes a zip with a CRC-32 of every record, which `torch.load` does not look at. Every tensor of a
-distributed checkpoint is such a zip, so damage shows while it is read, in files of any age, without a pass of its own.
+`torch.save` writes a zip with a CRC-32 of every record, which `torch.load` does not check. Every tensor of a
+distributed checkpoint is such a zip, so damage is found while it is read, in files of any age, without a further pass.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _SHOWN = 20
 
 
 def load_checked(stream: IO[bytes], *, check: bool) -> Tensor:
-    """A tensor that `torch.save` wrote; no code in it runs.
+    """Read a tensor that `torch.save` wrote, without running code in it.
 
     Args:
-        stream: seekable, nothing else in it.
-        check: compare its bytes with the checksums beside them.
+        stream: seekable stream with the tensor alone.
+        check: whether its bytes are compared with the stored checksums.
 
     Raises:
-        ValueError: the bytes are not those that were written.
-        Exception: a damaged file may raise anything at all.
+        ValueError: the bytes differ from the written ones.
+        Exception: a damaged file may raise any exception.
     """
     tensor = torch.load(stream, map_location="cpu", weights_only=True)
     if not isinstance(tensor, Tensor):
@@ -46,7 +46,7 @@ def _compare_checksums(records: zipfile.ZipFile, tensor: Tensor) -> None:
         return  # written with torch.serialization.set_crc32_options(False)
     for info in infos:
         if not info.filename.endswith("/data/0"):
-            records.read(info)  # compares by itself
+            records.read(info)  # compares the checksum
             continue
         content = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
         if zlib.crc32(memoryview(content.numpy())) != info.CRC:
@@ -64,8 +64,8 @@ def non_finite_message(file: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """One message about all tensors that are not finite.
 
     Args:
-        file: what holds them, for the message.
-        tensors: (name, with the file it is in) and values; read one after the other.
+        file: the file or directory that holds them, for the message.
+        tensors: pairs of (name with its file, values), read one after the other.
     """
     found = []
     for name, tensor in tensors:

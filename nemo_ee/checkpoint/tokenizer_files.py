@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer's files in a `.nemo`'s `tokenizer/`: which of them are carried on, the special tokens they name, and
-what ends a text.
+"""The tokenizer's files in a `.nemo`'s `tokenizer/`: the files that are copied, their special tokens, and the
+end-of-text tokens.
 
-A `.nemo` may come from anybody, so nothing else of that folder is copied, and no link is followed.
+A `.nemo` may be untrusted, so nothing else of that folder is copied, and no link is followed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SPECIAL_TOKENS = ("bos", "eos", "pad")
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether it is a file and neither it nor its folder is a link."""
+    """Whether the path is a file, and neither the file nor its folder is a link."""
     return path.is_file() and not path.is_symlink() and not path.parent.is_symlink()
 
 
 def copy_tokenizer_files(folder: Path, to: Path) -> list[str]:
-    """Copy what is in `TOKENIZER_FILES`, and nothing else, into the existing directory `to`. Returns the names.
+    """Copy the files named in `TOKENIZER_FILES`, and no others, into the existing directory `to`. Returns the names.
 
-    Settings go through `carried_settings`; those that are no JSON object are left out.
+    Settings go through `carried_settings`; a file that is not a JSON object is left out.
     """
     names = []
     for name in TOKENIZER_FILES:
@@ -49,7 +49,7 @@ def copy_tokenizer_files(folder: Path, to: Path) -> list[str]:
 
 
 def plain_json_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such plain file, or something else in it."""
+    """The JSON object in a file; None if it is not a plain file or holds anything else."""
     try:
         return read_json_object(path, wide_integers=True) if is_plain_file(path) else None
     except JsonError:
@@ -57,7 +57,7 @@ def plain_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def special_token_ids(folder: Path | None) -> dict[str, int | None]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id` as the tokenizer's files say; None where they do not."""
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` from the tokenizer's files; None if not given there."""
     ids: dict[str, int | None] = {f"{role}_token_id": None for role in SPECIAL_TOKENS}
     if folder is None:
         return ids
@@ -71,11 +71,11 @@ def special_token_ids(folder: Path | None) -> dict[str, int | None]:
 
 
 def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> EndOfText:
-    """What ends a text of the model in a `.nemo`; a file without the Hugging Face model's two configs (NeMo's own, or
-    one of an earlier version) leaves it to the tokenizer.
+    """The end-of-text tokens of the model in a `.nemo`; the tokenizer's if the file has not the Hugging Face model's
+    two configs (a file of NeMo, or of an earlier version).
 
     Args:
-        tokenizer_id: the loaded tokenizer's end-of-text token; None = the one that the tokenizer's files name.
+        tokenizer_id: the loaded tokenizer's end-of-text token; None = the one in the tokenizer's files.
 
     Raises:
         ValueError: the `.nemo` or one of the two configs is damaged.
@@ -94,13 +94,13 @@ def stored_end_of_text(path: str | Path, tokenizer_id: int | None = None) -> End
 
 
 def _text(token: Any) -> str | None:
-    """A special token is written as its text or as an object around it."""
+    """The text of a special token, which is stored as a text or as an object with it."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def _tokens(folder: Path) -> Iterator[tuple[str, int]]:
-    """Every (token, id) of the files, the added tokens first: they win over the vocabulary."""
+    """Every (token, id) of the files. The added tokens are first: they have priority over the vocabulary."""
     added = (plain_json_object(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
     for number, token in added.items() if isinstance(added, dict) else ():
         if number.isdecimal():

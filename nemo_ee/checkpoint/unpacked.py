@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a `.nemo` to read its weights, and its files as a directory for code that needs one.
+"""Opens a `.nemo` to read its weights, and gives its files as a directory to code that needs one.
 
-Weights are read where they lie in the archive. What has to be unpacked (a tokenizer, all of a compressed archive) goes
-to a temporary folder; the next start removes those of processes that were killed. A folder belongs to the process that
-holds its lock (`flock`), which the kernel releases when the process ends, however it ends. A process number in the
-name would not do: containers that share a temporary directory count their processes apart.
+Weights are read in place in the archive. A tokenizer, and all of a compressed archive, are unpacked into a temporary
+folder; the next start removes folders of killed processes. A folder belongs to the process that holds its lock
+(`flock`), which the kernel releases when the process ends for any reason. A process number in the name would not
+identify the process: containers that share a temporary directory number their processes separately.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 
-# Earlier versions wrote `nemo_ee-*` without a lock, so those cannot be told from folders in use and stay.
+# Earlier versions wrote `nemo_ee-*` without a lock. Those look like folders in use and are not removed.
 PREFIX = "nemo_ee.unpacked-"
 
 
 @contextlib.contextmanager
 def open_nemo(path: str | Path) -> Iterator[NemoArchive]:
-    """A `.nemo` whose folders can be read where they lie; see `readable`.
+    """A `.nemo` whose folders can be read in place; see `readable`.
 
     Raises:
         ValueError: see `NemoArchive` and `NemoArchive.extract`.
@@ -37,7 +37,7 @@ def open_nemo(path: str | Path) -> Iterator[NemoArchive]:
 
 @contextlib.contextmanager
 def readable(archive: NemoArchive) -> Iterator[NemoArchive]:
-    """An open archive, whose folders can be read where they lie; only a compressed one is unpacked for that.
+    """An open archive whose folders can be read in place; only a compressed one is unpacked for that.
 
     Raises:
         ValueError: see `NemoArchive.extract`.
@@ -54,10 +54,10 @@ def unpacked(archive: NemoArchive, prefixes: Sequence[str] | None = None) -> Ite
     """The files of an archive as a directory, for code that needs one.
 
     A directory is used in place. An archive is unpacked (only `prefixes`) into a temporary directory, which is removed
-    afterwards, or by the next start where this process is killed.
+    afterwards, or by the next start if this process is killed.
 
     Raises:
-        ValueError: see `NemoArchive.extract`; or what a file in it caused, under the archive's name.
+        ValueError: see `NemoArchive.extract`; also for an error that a file in it caused, with the archive's name.
     """
     directory = archive.directory
     if directory is not None:
@@ -94,9 +94,9 @@ def _locked_folder() -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         try:
             lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another start took it for abandoned before the lock was there
+        except FileNotFoundError:  # another start removed the folder before it had its lock
             continue
-        with contextlib.suppress(OSError):  # a file system without locks: nobody removes the folder either
+        with contextlib.suppress(OSError):  # on a file system without locks no other process removes the folder
             fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return folder, lock

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Generation under a certificate: the request with the certificate's policy, or every reason why it is not valid."""
+"""Generation under a certificate: the request with the certificate's policy, or all reasons against it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def with_certificate(request: GenerationRequest) -> GenerationRequest:
-    """The request with the policy of a certificate, if it names one.
+    """The request with the policy of the certificate that it names; unchanged if it names none.
 
     Raises:
-        ValueError: no such certificate, or it is about another model or (without `allow_other_setting`) another
+        ValueError: no such certificate, or it is for another model or (without `allow_other_setting`) another
             setting; all reasons in one message.
     """
     wanted, path = request.certificate, request.path
@@ -40,10 +40,10 @@ def with_certificate(request: GenerationRequest) -> GenerationRequest:
         raise ValueError(f"certificate {certificate.name!r} of {path} does not hold here:\n{listed}")
     for one in outside:
         logger.warning("certificate %r: %s; its guarantee does not hold for this run", certificate.name, one)
-    promise, thresholds = certificate.guarantee, dict(certificate.thresholds)
+    guarantee, thresholds = certificate.guarantee, dict(certificate.thresholds)
     logger.info(
-        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, promise.risk, promise.epsilon,
-        1 - promise.delta, f"thresholds {thresholds}" if thresholds else "full depth",
+        "certificate %r: %s at most %g with confidence %g, %s", certificate.name, guarantee.risk, guarantee.epsilon,
+        1 - guarantee.delta, f"thresholds {thresholds}" if thresholds else "full depth",
     )  # fmt: skip
     policy = certificate.policy()
     chosen = {"threshold": policy.thresholds, "exits": policy.active, "mode": request.mode if thresholds else "full"}
@@ -55,10 +55,10 @@ def with_certificate(request: GenerationRequest) -> GenerationRequest:
 
 
 def _length_problems(certificate: Certificate, request: GenerationRequest) -> Iterator[str]:
-    """Where answers end that ran on in calibration, or run on where they ended."""
+    """Settings by which an answer ends at another place than in calibration."""
     if request.min_tokens_to_generate:
         yield f"min_tokens_to_generate={request.min_tokens_to_generate}, certified min_tokens_to_generate=0"
-    # An answer that is compared up to a text may end there.
+    # With answer_until the text after it does not count, so an answer may end there.
     until = certificate.guarantee.answer_until
     if request.end_strings and (until is None or request.end_strings != (until,)):
         allowed = "[]" if until is None else f"[] or {[until]}"

@@ -1,7 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every script does around its work: switch the CPU host on in time, end a user's error in one message, and end
-the processes it started when it is killed."""
+"""Set-up and error handling of every script: the CPU host is switched on in time, a user's error is one message, and
+the processes of a killed script end."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @contextlib.contextmanager
 def command(cfg: Any) -> Iterator[None]:
-    """Surround a script's work; enter it before anything imports torch's users.
+    """Context of a script's work; enter it before the first import of a library that uses torch.
 
-    `trainer.accelerator=cpu` switches the CPU host on. What libraries print goes to the script's log file
+    `trainer.accelerator=cpu` switches the CPU host on. The output of libraries goes to the script's log file
     (`nemo_ee.commands.console`), if its yaml names a folder for one in `hydra.run.dir`.
 
-    A `ValueError` or `FileNotFoundError` (what the package raises for problems of a config, a checkpoint or a request)
+    A `ValueError` or `FileNotFoundError` (the package's errors for a config, a checkpoint or a request)
     ends the script with its message and exit code 2 instead of a traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
     The path of the log file is the last line of every error.
 
@@ -44,7 +44,7 @@ def command(cfg: Any) -> Iterator[None]:
     """
     from omegaconf import OmegaConf
 
-    # NeMo registers it when imported; the config may be resolved before that.
+    # NeMo registers this resolver on import; the config may be resolved before that.
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     os.environ[_SCRIPT_PID] = str(os.getpid())
     path = _log_path()
@@ -61,10 +61,10 @@ def command(cfg: Any) -> Iterator[None]:
 
 
 def refuse_renamed_overrides(overrides: Sequence[str] | None = None) -> None:
-    """Check Hydra overrides (None: this process's arguments), which would otherwise end in Hydra's own message.
+    """Check Hydra overrides (None: this process's arguments) before Hydra, whose message would not name the new key.
 
     Raises:
-        SystemExit: one of them sets a retired key; the message names the new one.
+        SystemExit: an override sets a retired key; the message names the new key.
     """
     for override in sys.argv[1:] if overrides is None else overrides:
         name = override.partition("=")[0].lstrip("+~").rpartition(".")[2]
@@ -73,7 +73,7 @@ def refuse_renamed_overrides(overrides: Sequence[str] | None = None) -> None:
 
 
 def _log_path() -> Path | None:
-    """Log file of this rank: `<script>-<date>-<time>.log` in Hydra's run folder; None where that is `.` or not known.
+    """Log file of this rank: `<script>-<date>-<time>.log` in Hydra's run folder; None if that is `.` or unknown.
 
     Ranks other than 0 write beside it, `<...>.rank<r>.log`.
     """
@@ -91,7 +91,7 @@ def _log_path() -> Path | None:
 
 @contextlib.contextmanager
 def _errors_in_one_message(path: Path | None) -> Iterator[None]:
-    """End the script on an error: a user's error in its message, any other in its traceback, then the log file."""
+    """End the script on an error: print a user's error as its message, others as a traceback, then the log file."""
     try:
         yield
     except KeyboardInterrupt:
@@ -99,11 +99,11 @@ def _errors_in_one_message(path: Path | None) -> Iterator[None]:
         complain(f"interrupted\nlog file: {path}\n" if path else "interrupted\n")
         raise
     except Exception as error:
-        who = f"rank {rank()}: " if rank() else ""  # a problem may show on one rank only
+        who = f"rank {rank()}: " if rank() else ""  # one rank alone may have the problem
         where = f"log file: {path}\n" if path else ""
         if isinstance(error, (ValueError, FileNotFoundError)) and os.environ.get("HYDRA_FULL_ERROR") != "1":
             logger.debug("where the error comes from", exc_info=True)
-            complain(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows where)\n{where}")
+            complain(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows the traceback)\n{where}")
             sys.exit(2)
         if not path:
             raise
@@ -112,15 +112,16 @@ def _errors_in_one_message(path: Path | None) -> Iterator[None]:
 
 
 def _end_with_the_script() -> None:
-    """End this process once its parent is gone, if that parent is a script inside `command` (or a child of one).
+    """End this process when its parent has ended, if the parent is a script inside `command` (or a child of one).
 
     Checkpoint writers and the ranks that Lightning starts would wait for ever, or for the time limit of a collective.
-    The kernel's own signal for this (PR_SET_PDEATHSIG) already comes when the thread that started the process ends.
+    The kernel's signal for this (PR_SET_PDEATHSIG) is no substitute: it is sent when the thread that started this
+    process ends.
     """
     parent = os.getppid()
     if os.environ.get(_SCRIPT_PID) != str(parent):
         return
-    os.environ[_SCRIPT_PID] = str(os.getpid())  # what this process starts ends with it
+    os.environ[_SCRIPT_PID] = str(os.getpid())  # child processes of this process end with it
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -130,6 +131,6 @@ def _end_with_the_script() -> None:
     threading.Thread(target=watch, name="ends with the script", daemon=True).start()
 
 
-# A forked process runs the hook; a spawned one and a rank import the script, and with it this file.
+# A forked process runs the hook; a spawned process and a rank import the script, which imports this file.
 os.register_at_fork(after_in_child=_end_with_the_script)
 _end_with_the_script()

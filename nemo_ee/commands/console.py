@@ -6,10 +6,10 @@
 |---|---|
 | standard output | results: `show` |
 | standard error | progress bars, messages of nemo_ee (rank 0; warnings and errors of every rank), tracebacks |
-| log file | all of it, nemo_ee's debug messages, and what libraries print, log and warn |
+| log file | all of the above, nemo_ee's debug messages, and the output, log and warnings of libraries |
 
-Inside `console`, `sys.stdout` and `sys.stderr` are the log file: every library that prints, or opens a handler
-of its logging, writes there without being known here. Code of nemo_ee names the console instead. Without a log file
+Inside `console`, `sys.stdout` and `sys.stderr` are the log file: prints and log handlers
+of every library go there. Code of nemo_ee names the console instead. Without a log file
 the console is `sys.stdout` and `sys.stderr`.
 """
 
@@ -25,7 +25,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-_console: tuple[TextIO, TextIO] | None = None  # the standard output and error that a log file has taken the place of
+_console: tuple[TextIO, TextIO] | None = None  # standard output and error, while a log file replaces them
 
 _log_files: dict[Path, TextIO] = {}  # they stay open: libraries keep them for their later messages
 
@@ -47,7 +47,7 @@ def show(text: str, *, end: str = "\n", log: bool = True) -> None:
 
 
 def complain(text: str) -> None:
-    """Print an error, to the log file too."""
+    """Print an error, also to the log file."""
     _write(text, messages(), sys.stderr)
 
 
@@ -77,10 +77,10 @@ class _Messages(logging.Handler):
 
 @contextlib.contextmanager
 def console(log_file: Path | None) -> Iterator[None]:
-    """Show the messages of nemo_ee and of the web server, and send the output of everyone else to a log file.
+    """Show the messages of nemo_ee and of the web server, and send the output of libraries to a log file.
 
     Args:
-        log_file: file to append to; None: the output of others stays where it is.
+        log_file: file to append to; None: the output of libraries is not redirected.
 
     Raises:
         OSError: the file cannot be written.

@@ -4,12 +4,12 @@
 
     read config -> check everything -> build -> load -> initialise exits -> write -> read back -> compare logits
 
-Every tensor keeps the dtype it has in the source, also where they differ (bfloat16 matrices, float32 norms); float64
+Every tensor keeps its dtype of the source, also where dtypes differ (bfloat16 matrices, float32 norms); float64
 becomes float32.
 
-A `.nemo` source keeps its weights byte for byte and the exits it already has. What was written is read again and its
+A `.nemo` source keeps its weights byte for byte and the exits it already has. The written file is read again and its
 full model's logits are compared: bitwise with those before writing, and for a Hugging Face source with those of
-`transformers` itself.
+`transformers`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from nemo_ee.settings.script_input import raise_problems, script_problems
 from nemo_ee.text.json_values import check_model_files
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
-# Relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
+# Tolerances relative to the largest logit. fp32: the same sums in another order; GPUs may use TF32; bf16 has 8 bits.
 LOGIT_TOLERANCE = 1e-5
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,14 @@ _BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
-        output: the file written.
+        output: the written file.
         exits: names of all exits in it.
-        added: names of those that are new.
-        fingerprint: of the backbone.
-        logit_difference: largest difference to `transformers`, relative to the largest logit; None where not compared.
+        added: names of the new exits.
+        fingerprint: the backbone's fingerprint.
+        logit_difference: largest difference from `transformers`, relative to the largest logit; None = not compared.
     """
 
     output: Path
@@ -75,15 +75,15 @@ def convert(cfg: DictConfig) -> Conversion:
     """Run a conversion; `cfg` is conf/megatron_gpt_early_exit_convert.yaml. Every rank must call it.
 
     Raises:
-        ValueError: all problems of source, output and exits in one message, before anything is built; or, at the end,
-            a written file whose logits differ (it is removed).
+        ValueError: all problems of source, output and exits in one message, before anything is built; at the
+            end, the logits of the written file differ (it is removed).
     """
     problems = script_problems(ConvertSettings, cfg)
     source, output = (Path(str(OmegaConf.select(cfg, key, throw_on_missing=False))) for key in ("source", "output"))
     texts = [one.text for one in problems]
     base: dict = {}
     config: EarlyExitConfig | None = None
-    if all(one.where == "output" for one in problems):  # what follows computes with the other settings
+    if all(one.where == "output" for one in problems):  # the checks below need valid settings other than the output
         train = cfg.model.early_exit.get("train")
         if train in ("joint", "lora"):
             texts.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
@@ -125,7 +125,7 @@ def _is_hugging_face(source: Path) -> bool:
 
 
 def _base_config(cfg: DictConfig, source: Path) -> dict:
-    """The model config of the source, the script's settings laid over it, exits left out."""
+    """The source's model config with the script's settings, without exits."""
     overrides = OmegaConf.to_container(cfg.model, resolve=True)
     overrides.pop("early_exit", None)
     if not _is_hugging_face(source):
@@ -143,7 +143,7 @@ def _base_config(cfg: DictConfig, source: Path) -> dict:
 
 
 def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:
-    """What the model refuses when it is built, seen before its weights are unpacked."""
+    """Problems that building the model would raise, found before its weights are unpacked."""
     settings = {**base, "early_exit": OmegaConf.to_container(cfg.model.early_exit, resolve=True)}
     config = OmegaConf.create(settings)
     refuse_unsupported(config, world_size=planned_ranks(cfg.trainer, config), precision=cfg.trainer.precision)
@@ -157,7 +157,7 @@ def _exits(cfg: DictConfig, base: Mapping) -> EarlyExitConfig:
     config = EarlyExitConfig.from_mapping({**block, "exits": [*stored, *new]}, num_layers=base["num_layers"])
     if not config.exits:
         raise ValueError(
-            "model.early_exit asks for no exits; add model.early_exit.every=1/4 or model.early_exit.exits=[{layer: 3}]"
+            "model.early_exit has no exits; add model.early_exit.every=1/4 or model.early_exit.exits=[{layer: 3}]"
         )
     return config
 
@@ -180,13 +180,13 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
     model.backbone_dtypes = {key: info.dtype for key, info in infos.items()}
     logger.info(f"{source}: every tensor is stored in its dtype there: {dtype_shares(infos)}")
     model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
-    # The tokenizer's classes are chosen by config.json where tokenizer_config.json does not name them.
+    # config.json decides the tokenizer's class if tokenizer_config.json does not name it.
     model.bundled_files["tokenizer/config.json"] = source / "config.json"
     return model
 
 
 def _warn_of_tokens_without_rows(model: MegatronEarlyExitGPTModel) -> None:
-    """Say which ids the tokenizer has and the model does not."""
+    """Log the token ids that the tokenizer has and the model does not have."""
     vocabulary = getattr(getattr(model.tokenizer, "tokenizer", None), "get_vocab", dict)()
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= model.vocab_size)
     if beyond:
@@ -202,14 +202,14 @@ def _probe_tokens(model: MegatronEarlyExitGPTModel, count: int) -> torch.Tensor:
     """[1, n] tokens spread over the whole vocabulary, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     count = min(count, model.cfg.encoder_seq_length)
-    count -= count % model.cfg.get("tensor_model_parallel_size", 1)  # sequence parallelism splits it evenly
+    count -= count % model.cfg.get("tensor_model_parallel_size", 1)  # sequence parallelism splits the tokens evenly
     return torch.randint(0, model.vocab_size, (1, count), generator=generator)
 
 
 @torch.no_grad()
 def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.Tensor | None, model) -> float | None:
-    """Relative difference of the logits to `transformers`' on the same weights, in fp32, on rank 0 of the last
-    stage."""
+    """Relative difference between the logits and those of `transformers` on the same weights, in fp32, on rank 0 of
+    the last stage."""
     if ours is None or parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
         return None
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -235,19 +235,19 @@ def _compare_with_transformers(source: Path, tokens: torch.Tensor, ours: torch.T
 
 
 def _reasons(values: Mapping, defaults: Mapping) -> str:
-    """Why the installed transformers may compute another model than a config.json describes.
+    """Reasons why the installed transformers may compute another model than a config.json describes.
 
     Args:
-        values: of the file.
-        defaults: of the config's class in the installed transformers.
+        values: content of the file.
+        defaults: defaults of the config's class in the installed transformers.
     """
     import transformers
 
     unknown = sorted(values.keys() - defaults.keys() - {"rope_parameters", "dtype"})
-    keys = f"does not know its keys {', '.join(unknown)}" if unknown else "knows all of its keys"
+    keys = f"does not read its keys {', '.join(unknown)}" if unknown else "reads all of its keys"
     return (
         f"config.json was saved by transformers {values.get('transformers_version', 'of an unknown version')}; the "
-        f"installed {transformers.__version__} {keys}. If it reads the file otherwise than the one that saved it, "
+        f"installed {transformers.__version__} {keys}. If the two versions read the file differently, "
         "compare_with_transformers=False converts without this check. Else the conversion is wrong: please report the "
         "model's config.json"
     )

@@ -17,7 +17,7 @@ from nemo_ee.settings.user_input import Natural, Sentence, UserInput, rule
 
 
 def check_ranks(run: Run | None, model: StoredModel, what: str) -> None:
-    """Raises ValueError unless the ranks are those of one model."""
+    """Raises ValueError unless the number of ranks is that of one model."""
     tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     if run is not None and run.ranks != tensor * stages:
         raise ValueError(
@@ -31,7 +31,7 @@ Cap = Annotated[Natural | None, rule("a whole number of tokens from 0, or null f
 
 
 class PolicyInput(UserInput):
-    """When a token may leave; `policy` is the whole of it."""
+    """Settings of the exit policy; `policy` combines them."""
 
     mode: Literal[MODES]
     criterion: Criterion
@@ -56,13 +56,13 @@ class PolicyInput(UserInput):
 
     @property
     def policy(self) -> ExitPolicy:
-        """The criterion is reported in every mode."""
+        """Check the policy's parts together; a wrong criterion is reported in every mode."""
         caps = {key: getattr(self, key) for key in ("max_pending_tokens", "num_draft_tokens")}
         return ExitPolicy(self.threshold, criterion=self.criterion, active=self.exits, **caps)
 
 
 def check_policy(threshold: float | Mapping[str, float], **others: Any) -> None:
-    """Raises Sentence with what is wrong with a part of an exit policy."""
+    """Raises Sentence with the problem of a part of an exit policy."""
     try:
         ExitPolicy(threshold, **others)
     except ValueError as error:
@@ -70,7 +70,7 @@ def check_policy(threshold: float | Mapping[str, float], **others: Any) -> None:
 
 
 class SamplingInput(UserInput):
-    """How tokens are chosen; `sampling` is the whole of it."""
+    """Settings of the choice of tokens; `sampling` combines them."""
 
     greedy: bool
     temperature: Annotated[AboveZero, rule("a finite number above 0; for the most likely token set greedy=True")]
@@ -83,6 +83,6 @@ class SamplingInput(UserInput):
 
     @property
     def sampling(self) -> SamplingParams:
-        """NeMo's top_k=0 keeps every token."""
+        """None for top_k=0, with which NeMo keeps every token."""
         keys = ("greedy", "temperature", "top_p", "repetition_penalty", "seed")
         return SamplingParams(top_k=self.top_k or None, **{key: getattr(self, key) for key in keys})

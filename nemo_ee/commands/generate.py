@@ -49,14 +49,14 @@ NO_END_OF_TEXT = "stop_on_eos=True, but neither model nor tokenizer names an end
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """One prompt's answer.
+    """The answer to one prompt.
 
     Attributes:
-        prompt: the text.
+        prompt: text of the prompt.
         tokens: the text of each new token, with its exit.
-        events: what the engine said about each new token.
-        finish_reason: `stop`, `length`, or `error` where the answer ends before its time.
-        error: what went wrong then.
+        events: the engine's event of each new token.
+        finish_reason: `stop`, `length`, or `error` if the answer ended early.
+        error: the message of that error.
     """
 
     prompt: str
@@ -85,17 +85,17 @@ class Generated:
         ]
         line = {"prompt": self.prompt, "text": self.text, "finish_reason": self.finish_reason, "tokens": tokens}
         line |= {} if self.error is None else {"error": self.error}
-        assert line.keys() <= set(OUTPUT_KEYS), "a prompt's own keys must not be written over"
+        assert line.keys() <= set(OUTPUT_KEYS), "keys of a prompt's line must not be overwritten"
         return line
 
 
 class TextGenerator:
-    """Text in, text out, over a decoding engine. Leave it as a context manager: that lets other pipeline stages go.
+    """Text in, text out, over a decoding engine. It is a context manager whose end releases the other pipeline stages.
 
     Args:
-        model: what decodes.
-        tokenizer: NeMo's.
-        request: how to generate; its prompts are not read.
+        model: the model that decodes.
+        tokenizer: NeMo's tokenizer.
+        request: settings of generation; its prompts are not read.
         end_of_text: token ids that end a text; None = the tokenizer's end-of-text token.
     """
 
@@ -114,10 +114,10 @@ class TextGenerator:
         self.num_failed = 0
 
     def check(self, prompts: Sequence[str]) -> list[Request]:
-        """What the engine is asked for these prompts.
+        """The engine's requests for these prompts.
 
         Raises:
-            ValueError: every problem of every prompt, by its number.
+            ValueError: all problems of all prompts, with the prompt's number.
         """
         limits = (self.model.max_positions, self.model.vocab_size)
         problems = list(_prompt_problems(self.request, prompts, self.tokenizer, self.end_of_text, *limits))
@@ -139,11 +139,11 @@ class TextGenerator:
         self, prompts: Sequence[str], on_token: Callable[[TokenText], None] | None = None
     ) -> Iterator[Generated]:
         """Answers in the order of the prompts; `batch_size` prompts are decoded at a time, the next one as soon as one
-        of them ends. An answer that fails is one of them, with its `error`; `num_failed` counts those.
+        of them ends. A failed answer is returned with its `error`; `num_failed` counts them.
 
         Args:
-            prompts: texts.
-            on_token: called with every token as it comes, for a display.
+            prompts: texts of the prompts.
+            on_token: called with every new token, for a display.
 
         Raises:
             ValueError: as `check`, before anything runs.
@@ -183,26 +183,26 @@ class TextGenerator:
         self.stats = stats if self.stats is None else _sum(self.stats, stats)
 
     def _request(self, prompt: str) -> Request:
-        asked = self.request
-        ids = prompt_ids(self.tokenizer, prompt, asked.add_BOS)
+        request = self.request
+        ids = prompt_ids(self.tokenizer, prompt, request.add_BOS)
         return Request(
             tuple(ids),
-            asked.tokens_to_generate,
-            asked.sampling,
-            stop_tokens=frozenset(self.end_of_text if asked.stop_on_eos else ()),
-            min_new_tokens=asked.min_tokens_to_generate,
-            ends=EndStrings(self.decode, asked.end_strings, ids) if asked.end_strings else None,
+            request.tokens_to_generate,
+            request.sampling,
+            stop_tokens=frozenset(self.end_of_text if request.stop_on_eos else ()),
+            min_new_tokens=request.min_tokens_to_generate,
+            ends=EndStrings(self.decode, request.end_strings, ids) if request.end_strings else None,
         )
 
     def _start(self, requests: Sequence[Request]) -> DecodingSession:
         """An empty session in which each of these requests has room."""
-        asked, engine = self.request, EarlyExitEngine(self.model, cost_rule=self.request.cost_rule)
+        request, engine = self.request, EarlyExitEngine(self.model, cost_rule=self.request.cost_rule)
         longest = max(len(own.prompt) + own.max_new_tokens for own in requests)
         return engine.start(
             [],
-            mode=asked.mode,
-            policy=asked.policy,
-            num_slots=min(asked.batch_size, len(requests)),
+            mode=request.mode,
+            policy=request.policy,
+            num_slots=min(request.batch_size, len(requests)),
             max_length=min(longest, self.model.max_positions),
         )
 
@@ -219,16 +219,16 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
         request: made from the same config.
 
     Returns:
-        On the first pipeline stage the generator. Later stages do what it asks of them within this call, which returns
-        None when the generator is left.
+        On the first pipeline stage the generator. Later stages execute its commands within this call, which returns
+        None when the generator's context ends.
 
     Raises:
-        ValueError: every problem of the request that the file's config and tokenizer show, before weights are loaded.
-            `TextGenerator.check` has those that only the loaded tokenizer shows.
+        ValueError: all problems of the request with the file's config and tokenizer, before weights are loaded.
+            `TextGenerator.check` raises those that need the loaded tokenizer.
     """
     stored = read_config(request.path)
     model_config = merge_model_config(stored, cfg.model)
-    # All layers, however the file was tuned.
+    # All layers, also of a file that was tuned up to its deepest exit.
     model_config.update({"full_depth": True, "sequence_parallel": False})
     check_request(request, stored)
     trainer = single_run_trainer(cfg)
@@ -252,7 +252,7 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
 
 
 def check_request(request: GenerationRequest, stored: DictConfig) -> None:
-    """Hold a request against the config of its `.nemo`.
+    """Check a request against the config of its `.nemo`.
 
     Raises:
         ValueError: every problem, in one message.
@@ -282,7 +282,7 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
 
 def _raise(problems: Sequence[str]) -> None:
     if problems:
-        lines = dict.fromkeys(f"  {one}" for one in problems)  # a problem that all prompts share is one
+        lines = dict.fromkeys(f"  {one}" for one in problems)  # a problem of all prompts is listed once
         raise ValueError("nothing was generated:\n" + "\n".join(lines))
 
 
@@ -314,8 +314,8 @@ def _prompt_problems(
 
 
 def stored_tokenizer(path: Path, stored: DictConfig) -> Any:
-    """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before restoring,
-    then the prompts are checked after it."""
+    """The Hugging Face tokenizer of a `.nemo`, bundled or in a local directory; None = not readable before the model
+    is restored; then the prompts are checked after that."""
     if stored.tokenizer.library != "huggingface":
         return None
     with NemoArchive(path) as archive, ExitStack() as stack:
@@ -332,9 +332,9 @@ def prompt_ids(tokenizer: Any, prompt: str, add_bos: bool | None) -> list[int]:
     """Token ids of a prompt: `nemo_ee.text.special_tokens.prompt_ids` behind NeMo's wrapper.
 
     Args:
-        tokenizer: NeMo's.
-        prompt: the text.
-        add_bos: as there; a tokenizer that is not transformers' adds nothing by itself.
+        tokenizer: NeMo's tokenizer.
+        prompt: text of the prompt.
+        add_bos: see `prompt_ids`; a tokenizer that is not transformers' adds no tokens by itself.
     """
     if is_transformers(tokenizer):
         return special_tokens.prompt_ids(tokenizer.tokenizer, prompt, add_bos)
@@ -348,7 +348,7 @@ def is_transformers(tokenizer: Any) -> bool:
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text of token ids, special tokens included where the tokenizer can tell them apart.
+    """Text of token ids, special tokens included if the tokenizer can tell them apart.
 
     A model may have more rows than its tokenizer has tokens; such ids have no text.
     """
@@ -358,7 +358,7 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _sum(one: DecodingStats, other: DecodingStats) -> DecodingStats:
-    """Stats of two calls together."""
+    """Sum of the statistics of two calls."""
     tokens = one.num_tokens + other.num_tokens
     depth = one.mean_depth * one.num_tokens + other.mean_depth * other.num_tokens
     return DecodingStats(

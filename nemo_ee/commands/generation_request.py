@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a generation run does, read once from its config; every problem that needs no model, in one message."""
+"""Settings of a generation run, read once from its config. All problems that need no model are in one message."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Natural, Positive, Sentence, Text, rule
 from nemo_ee.text.text_files import TextError, is_jsonl, read_json_lines, read_lines, text_line
 
-# Of a line of `output`, beside what the prompt's own line says.
+# Keys of a line of `output`, beside those of the prompt's line.
 OUTPUT_KEYS = ("prompt", "text", "finish_reason", "tokens", "error")
 
 
 class PromptLine(NamedTuple):
-    """A prompt, and what else its line of a `.jsonl` file says; none of `OUTPUT_KEYS`."""
+    """A prompt, and the other keys of its line in a `.jsonl` file; none of `OUTPUT_KEYS`."""
 
     prompt: str
     labels: Mapping[str, Any]
@@ -31,7 +31,7 @@ class PromptLine(NamedTuple):
 
 def _prompts_of_file(file: Any, info: ValidationInfo) -> Any:
     """One prompt a line; in a `.jsonl` each line is an object with the key `prompt`. Blank lines are left out."""
-    given = info.data.get("given_prompts", ())  # what is wrong is named alone
+    given = info.data.get("given_prompts", ())  # a problem of `prompts` is reported alone
     if given and file is not None:
         raise Sentence("both prompts and prompts_file are given; leave one out")
     if file is None and not given and "given_prompts" in info.data:
@@ -60,7 +60,7 @@ def _prompt_of_line(value: Any) -> PromptLine:
     labels = {key: own for key, own in value.items() if key != "prompt"}
     taken = ", ".join(f'"{key}"' for key in labels if key in OUTPUT_KEYS)
     if taken:
-        raise ValueError(f"the key {taken} is one that the output has itself; rename it or leave it out")
+        raise ValueError(f"the key {taken} is also a key of the output; rename it or leave it out")
     return PromptLine(value["prompt"], labels)
 
 
@@ -76,7 +76,7 @@ class GenerationModel(StoredModel):
 class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
     """conf/megatron_gpt_early_exit_generate.yaml, a field for each key.
 
-    `prompts` are the texts of either source; at least one.
+    `prompts` holds the texts of the source that is set, at least one.
     """
 
     headline: ClassVar = "nothing was generated"
@@ -150,22 +150,22 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
 
     @property
     def path(self) -> Path:
-        """The `.nemo`."""
+        """Path of the `.nemo`."""
         return self.model.restore_from_path
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The texts."""
+        """Texts of the prompts."""
         return self.given_prompts or tuple(line.prompt for line in self.prompts_file or ())
 
     @property
     def labels(self) -> tuple[Mapping[str, Any], ...]:
-        """What else the line of each prompt says."""
+        """The other keys of each prompt's line."""
         return tuple(line.labels for line in self.prompts_file or ()) or ({},) * len(self.prompts)
 
 
 def _is_writable(text: str) -> bool:
-    """Whether UTF-8 can hold a text: lone surrogates are in no encoding."""
+    """Whether UTF-8 can encode a text; it cannot encode lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

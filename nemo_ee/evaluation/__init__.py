@@ -1,3 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring exits on a text, generating with them, and reports of both (level 4). Importing it loads nothing."""
+"""Level 4: evaluation of exits on a text, lm-evaluation-harness tasks, and reports. Importing it loads nothing."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation from its config to its files: check everything, restore, measure, write exits.json and exits.png."""
+"""Runs an evaluation: check everything, restore, measure, write exits.json and exits.png."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Run an evaluation; `cfg` is conf/megatron_gpt_early_exit_eval.yaml. Every rank must call it.
 
     Returns:
-        What exits.json holds; rank 0 has written it.
+        The content of exits.json, which rank 0 has written.
 
     Raises:
         ValueError: all problems of model, data and settings in one message, before anything is built.
@@ -79,10 +79,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check(cfg: DictConfig) -> tuple[DictConfig, TokenWindows]:
-    """The model config to restore with and the text to measure on.
+    """The model config for restoring, and the windows of the evaluation text.
 
     Raises:
-        ValueError: every problem that can be seen without weights.
+        ValueError: all problems that can be found without weights.
     """
     problems = script_problems(EvaluationSettings, cfg)
     texts, wrong = [one.text for one in problems], {one.where for one in problems}

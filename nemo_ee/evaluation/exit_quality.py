@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How good each exit is on a text: loss, perplexity, and agreement with the full model.
+"""Quality of each exit on a text: loss, perplexity, and agreement with the full model.
 
 loss        mean over the predicted tokens of -log p(token), in nats
 perplexity  exp(loss)
-agreement   share of positions where the exit's most likely token is the full model's
+agreement   share of positions at which the exit and the full model have the same most likely token
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTMod
 
 @dataclass(frozen=True)
 class ExitResult:
-    """One exit's numbers.
+    """Measurements of one exit.
 
     Attributes:
-        name, layer, architecture: of the exit.
+        name, layer, architecture: name, layer and architecture of the exit.
         loss: nats per token.
         perplexity: exp(loss).
-        agreement: share of positions, 0..1.
+        agreement: share of positions that agree with the full model, 0..1.
         confidence: mean largest probability.
-        entropy: mean entropy, nats.
-        trainable_parameters: elements that train, over all ranks, without vocabulary padding.
+        entropy: mean entropy in nats.
+        trainable_parameters: number of trainable elements over all ranks, without vocabulary padding.
     """
 
     name: str
@@ -52,12 +52,12 @@ class ExitResult:
 
 @dataclass(frozen=True)
 class ExitQuality:
-    """Every exit's numbers and the full model's, on the same tokens.
+    """Measurements of every exit and of the full model on the same tokens.
 
     Attributes:
-        exits: in the order of the config.
-        loss, perplexity: of the full model.
-        tokens: predicted tokens.
+        exits: measurements of the exits, in the order of the config.
+        loss, perplexity: loss and perplexity of the full model.
+        tokens: number of predicted tokens.
     """
 
     exits: tuple[ExitResult, ...]
@@ -87,7 +87,7 @@ def evaluate_exits(
         model: a full-depth model.
         batches: this data-parallel rank's microbatches of each global batch; see `token_windows.microbatches`.
         num_batches: length of `batches`, for the progress bar.
-        progress: show a progress bar (on global rank 0 only).
+        progress: whether a progress bar is shown (on global rank 0 only).
 
     Raises:
         ValueError: the model is cut at its deepest exit, or no position counts.
@@ -125,7 +125,7 @@ def evaluate_exits(
 def trainable_parameters(model: MegatronEarlyExitGPTModel) -> dict[str, int]:
     """Trainable elements of every exit of the whole model. Every rank of a pipeline must call it.
 
-    The number does not depend on the layout: tensor-parallel shards are put together, vocabulary padding is left out.
+    The number does not depend on the layout: tensor-parallel shards are added up, vocabulary padding is left out.
     """
     here = {head.exit.name: _trainable(head, model) for head in model.model.exits}
     stages = [here]

@@ -5,10 +5,11 @@
     python -m nemo_ee.evaluation.lm_eval_adapter run --model nemo_ee \
         --model_args path=tuned.nemo,mode=early_exit,threshold=0.8 --tasks lambada_openai --batch_size 16 --device cpu
 
-This is the command `lm_eval` itself, with one more model (lm-evaluation-harness 0.4 looks for no models in other
-packages; importing this module registers it). Every scored token is read from the exit it would leave at
-(`EarlyExitEngine.score`): the first token of a continuation from the final exit, as the first generated one is.
-`mode=full` gives the log-likelihoods of the backbone. How many tokens left where is among the results, under `config`.
+This is the command `lm_eval` itself, with one more model (importing this module registers it, since
+lm-evaluation-harness 0.4 does not search other packages for models). Every scored token is read at the exit at which
+it would leave (`EarlyExitEngine.score`). The first token of a continuation is read at the final exit, like the first
+generated one. `mode=full` gives the log-likelihoods of the backbone. The results have the number of tokens per exit
+under `config`.
 """
 
 from __future__ import annotations
@@ -47,26 +48,28 @@ class EarlyExitLM(TemplateLM):
     """An early-exit `.nemo` for lm-eval. Under torchrun every rank of one model (tensor parallelism) must make one.
 
     Args:
-        path: the `.nemo`.
+        path: path of the `.nemo`.
         mode: `early_exit` or `full`.
-        threshold: one number, or `exit:number+exit:number`; a token leaves iff more sure (entropy: less).
+        threshold: one number, or `exit:number+exit:number`; a token leaves iff its confidence is above it
+            (entropy: below it).
         criterion: `max_probability`, `margin` or `entropy`.
-        exits: names joined by `+` of the exits that may be left at, None = all.
+        exits: names of the exits at which tokens may leave, joined by `+`; None = all.
         max_pending_tokens, num_draft_tokens: see `ExitPolicy`.
         backbone_path: `.nemo` of the base model, for exits-only files whose base has moved.
         precision: 32 or bf16.
-        tensor_model_parallel_size: ranks that share every layer.
-        add_bos: begin-of-text token in front of contexts that do not begin with it; None = as the tokenizer does.
-        max_length: tokens that the model reads at a time, at most its positions; None = those. As in lm-eval's `hf`
-            the last token of a text is predicted and not read, so a context and its continuation may have one more.
-        max_gen_toks: new tokens where a task does not say.
-        seed: of sampling, where a task asks for it.
+        tensor_model_parallel_size: number of ranks that share every layer.
+        add_bos: whether contexts get a begin-of-text token if they do not begin with it; None = the tokenizer decides.
+        max_length: most tokens that the model reads at a time, at most its positions; None = its positions. As in
+            lm-eval's `hf` the last token of a text is predicted and not read, so a context and its continuation may
+            have one token more.
+        max_gen_toks: most new tokens if a task does not set it.
+        seed: random seed of sampling, for tasks that sample.
         batch_size: sequences run together, or `auto` (8192 tokens together); results do not depend on it.
-        max_batch_size: not read; lm-eval hands it on.
+        max_batch_size: not read; lm-eval passes it to every model.
         device: `cpu` switches the CPU host on; anything else, and None, means a GPU.
 
     Raises:
-        ValueError: every problem of the settings that shows before weights are loaded.
+        ValueError: all problems of the settings, before weights are loaded.
     """
 
     def __init__(
@@ -118,13 +121,13 @@ class EarlyExitLM(TemplateLM):
         }
         self._request = scoring_request(config)
         backbone_of(path, backbone_path, option="backbone_path")
-        # NeMo is imported only now: the CPU host has to be on before.
+        # NeMo is imported only now: the CPU host has to be switched on before.
         from nemo_ee.commands.generate import is_transformers, open_generator
 
         generator = open_generator(OmegaConf.create(config), self._request)
         self._engine, self._tokenizer = EarlyExitEngine(generator.model), generator.tokenizer
         self._decode, self._end_of_text = generator.decode, frozenset(generator.end_of_text)
-        # transformers', for chat templates and text without special tokens
+        # the tokenizer of transformers, for chat templates and text without special tokens
         self.tokenizer = generator.tokenizer.tokenizer if is_transformers(generator.tokenizer) else None
         self.max_length = _limited("max_length", max_length, generator.model.max_positions)
         self.max_gen_toks, self._seed = max_gen_toks, seed
@@ -138,12 +141,12 @@ class EarlyExitLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in front of text without context: the begin-of-text token, else the end-of-text token."""
+        """The token in front of text without context: the begin-of-text token, else the end-of-text token."""
         return self.eot_token_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the requests cache: what the tokenizer is, since the `.nemo` may be another one tomorrow."""
+        """Key of lm-eval's requests cache: the tokenizer's fingerprint, since the `.nemo` may be replaced."""
         from nemo_ee.models.connector import read_config
 
         path = self._request.path
@@ -152,13 +155,13 @@ class EarlyExitLM(TemplateLM):
             return f"nemo_ee-{tokenizer_fingerprint(archive, block)}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text. `add_special_tokens`: False = none but those in the text, None = as `add_bos` says."""
+        """Token ids of a text. `add_special_tokens`: False = only those in the text, None = by `add_bos`."""
         from nemo_ee.commands.generate import prompt_ids
 
         return prompt_ids(self._tokenizer, string, False if add_special_tokens is False else self._request.add_BOS)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the tokenizer's own template."""
+        """A conversation as text, by the tokenizer's template."""
         if self.tokenizer is None:
             raise ValueError(f"the tokenizer of {self._request.path} has no chat template; run without one")
         return self.tokenizer.apply_chat_template(
@@ -169,7 +172,7 @@ class EarlyExitLM(TemplateLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """Where tokens left so far: lm-eval puts it into its results, under `config`."""
+        """Counts of tokens per exit so far; lm-eval puts them into its results, under `config`."""
         total = sum(self._left_at.values())
         return {
             "mode": self._request.mode,
@@ -179,22 +182,22 @@ class EarlyExitLM(TemplateLM):
         }
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(ln p of the continuation, whether it is the greedy one) of every (context, continuation)."""
-        texts = [request for request in requests if any(request.args)]  # lm-eval's own code fails on ("", "")
+        """(ln p of the continuation, whether it is the greedy one) for every (context, continuation)."""
+        texts = [request for request in requests if any(request.args)]  # lm-eval's code fails on ("", "")
         answers = iter(super().loglikelihood(texts, disable_tqdm=disable_tqdm))
         return [next(answers) if any(request.args) else (0.0, True) for request in requests]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(ln p of the continuation, whether each of its tokens is the most likely one) of every request.
+        """(ln p of the continuation, whether each of its tokens is the most likely one) for every request.
 
         Args:
-            requests: (texts, ids of the context, ids of the continuation); contexts lose their beginning where the
+            requests: (texts, ids of the context, ids of the continuation); contexts lose their beginning if the
                 two are longer than `max_length + 1`. ln p of an empty continuation is 0.
         """
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        # A context of blanks has no tokens of its own: lm-eval moves them into the continuation.
+        # A context of blanks has no tokens: lm-eval moves the blanks into the continuation.
         texts = [[*(context or [self.prefix_token_id]), *own] for _, context, own in requests]
         for index, (_, _, own) in enumerate(requests):
             if len(own) > self.max_length:
@@ -228,8 +231,8 @@ class EarlyExitLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """ln p of whole texts, in windows that read `max_length` tokens and predict each token of the text once.
 
-        A text is tokenized as a context is. So where the tokenizer adds a begin-of-text token, that token is part of
-        what is predicted, behind the prefix token, as in lm-eval's `hf`.
+        A text is tokenized like a context. A begin-of-text token that the tokenizer adds is therefore predicted too,
+        after the prefix token, as in lm-eval's `hf`.
         """
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
@@ -251,15 +254,15 @@ class EarlyExitLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of the contexts, each up to its first stop text, the end-of-text token or its length."""
-        asked = [self._generation(*request.args) for request in requests]
+        """Continuations of the contexts, each up to its first stop text, the end-of-text token or its length limit."""
+        given = [self._generation(*request.args) for request in requests]
         answers = [""] * len(requests)
-        lengths = [len(own.prompt) + own.max_new_tokens for own, _ in asked]
+        lengths = [len(own.prompt) + own.max_new_tokens for own, _ in given]
         with tqdm(
             total=len(requests), desc="generate", disable=disable_tqdm, dynamic_ncols=True, file=messages()
         ) as bar:
             for batch in self._batches(range(len(requests)), lengths):
-                texts = self._continue([asked[index] for index in batch])
+                texts = self._continue([given[index] for index in batch])
                 for index, text in zip(batch, texts, strict=True):
                     answers[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
@@ -295,16 +298,16 @@ class EarlyExitLM(TemplateLM):
         return Request(tuple(prompt), new, sampling, self._end_of_text, ends=ends), stops
 
     def _stop_texts(self, until: Sequence[str]) -> list[str]:
-        """A task's stop texts and, as in lm-eval's `hf`, that of the tokenizer's end-of-text token."""
+        """A task's stop texts and, as in lm-eval's `hf`, the text of the tokenizer's end-of-text token."""
         end = None if self.eot_token_id is None else self._text([self.eot_token_id])
         return [text for text in handle_stop_sequences(list(until), eos=end) if text]
 
-    def _continue(self, asked: Sequence[tuple[Request, list[str]]]) -> list[str]:
+    def _continue(self, given: Sequence[tuple[Request, list[str]]]) -> list[str]:
         """Texts of one batch, without special tokens, each up to its first stop text."""
         session = self._engine.start(
-            [request for request, _ in asked], mode=self._request.mode, policy=self._request.policy
+            [request for request, _ in given], mode=self._request.mode, policy=self._request.policy
         )
-        tokens: list[list[int]] = [[] for _ in asked]
+        tokens: list[list[int]] = [[] for _ in given]
         while not session.finished:
             events = session.step()
             raise_failures(events)
@@ -313,7 +316,7 @@ class EarlyExitLM(TemplateLM):
                 tokens[event.sequence].append(event.token)
         return [
             postprocess_generated_text(self._text(own, special=False), stops, None)
-            for own, (_, stops) in zip(tokens, asked, strict=True)
+            for own, (_, stops) in zip(tokens, given, strict=True)
         ]
 
     def _text(self, ids: list[int], *, special: bool = True) -> str:
@@ -323,7 +326,7 @@ class EarlyExitLM(TemplateLM):
         return self._decode(ids if special else [token for token in ids if token != self.eot_token_id])
 
     def _batches(self, indices: Iterable[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """The indices in batches, longest first: running out of memory shows at once."""
+        """The indices in batches, longest first, so that a lack of memory shows at once."""
         batch: list[int] = []
         for index in sorted(indices, key=lambda one: (-lengths[one], one)):
             # The first of a batch is its longest.

@@ -1,8 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reports for people: tables and pictures of per-exit numbers.
+"""Tables and pictures of per-exit numbers.
 
-Files appear under their names only when they are whole. Text that comes from models or users is escaped in pictures.
+Files get their names only when they are complete. Text from models or users is escaped in pictures.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[st
 
 
 def draw_comparison(path: str | Path, report: Mapping[str, Any], *, title: str, caption: str = "") -> None:
-    """PNG of per-exit loss before and after tuning, with the full model as the line to reach.
+    """PNG of per-exit loss before and after tuning, with the full model's loss as a line.
 
     Args:
         path: file to write.
@@ -154,7 +154,7 @@ def _bars(
 
 
 def _label(exit: Mapping[str, Any]) -> str:
-    """Name if it is not the default one, layer, architecture."""
+    """Label of an exit: its name if that is not the default, layer, architecture."""
     name, layer, architecture = exit["name"], f"layer {exit['layer']}", exit["architecture"]
     if name == f"layer{exit['layer']}-{architecture}":
         lines = [layer, architecture]
@@ -173,7 +173,7 @@ def _full_model_line(axes, report: Mapping[str, Any]) -> None:
 
 
 def _legend(axes) -> None:
-    """In a row above the bars, the full model last."""
+    """Numbers in a row above the bars, the full model last."""
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: labels[index].startswith("full model"))
     axes.legend(
@@ -210,6 +210,6 @@ def _figure(path: str | Path, title: str, caption: str, *, panels: int, width: f
 
 
 def save_figure(figure: Any, path: str | Path, *, dpi: int = 150) -> None:
-    """Write a picture of matplotlib's in the format that the file's suffix names."""
+    """Write a matplotlib figure in the format of the file's suffix."""
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=dpi, format=Path(path).suffix[1:] or None)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A generation request for work that brings its own texts: scoring, and evaluation harnesses."""
+"""A generation request without prompts, for scoring and evaluation harnesses, which have their own texts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from nemo_ee.commands.generation_request import GenerationRequest
 
-# What conf/megatron_gpt_early_exit_generate.yaml asks and a request without prompts leaves open.
+# Keys of conf/megatron_gpt_early_exit_generate.yaml that a request without prompts does not set.
 _OPEN = {
-    "prompts": ["x"],  # stands in for texts to come; the engine checks each of them
+    "prompts": ["x"],  # placeholder for the texts, each of which the engine checks
     "prompts_file": None,
     "output": None,
     "overwrite": False,

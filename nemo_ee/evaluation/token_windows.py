@@ -4,7 +4,7 @@
 
 The documents are concatenated in file order. Window i reads the tokens i*s .. i*s + s inclusive and predicts the last
 s of them, so neighbours share one token and every token but the very first is predicted exactly once. With
-`max_tokens` the windows that are kept lie evenly over the whole text: the first files alone would be a poor sample.
+`max_tokens` the kept windows are spread evenly over the whole text: the first files alone would be a poor sample.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TokenWindows:
     Args:
         prefix: path of the data, with or without .bin or .idx.
         seq_length: s, tokens predicted per window.
-        max_tokens: predict at most this many tokens, in whole windows; None for the whole text.
+        max_tokens: most tokens to predict, in whole windows; None for the whole text.
         vocab_size: ids in the windows must be below it; None for no check.
 
     Raises:
@@ -56,7 +56,7 @@ class TokenWindows:
                     f"max_tokens={max_tokens} is less than one window of seq_length={seq_length}; raise it or shorten "
                     "the windows"
                 )
-        # Rounded down: where not all are kept, the last and perhaps partial one is not among them.
+        # Rounded down: if not all windows are kept, the last and perhaps partial one is left out.
         self._windows = [index * windows // kept for index in range(kept)]
         self.num_tokens = sum(min(seq_length, available - window * seq_length) for window in self._windows)
         starts = [window * seq_length for window in self._windows]
@@ -92,7 +92,7 @@ class TokenWindows:
 
 
 def num_batches(windows: Sequence, *, global_batch_size: int) -> int:
-    """Global batches in a pass over the windows; the same on every rank."""
+    """Number of global batches in a pass over the windows; the same on every rank."""
     return math.ceil(len(windows) / global_batch_size)
 
 
@@ -114,8 +114,8 @@ def microbatches(
         windows: `TokenWindows`, or anything whose items are (tokens, labels, mask) of one length.
         micro_batch_size: b, windows per microbatch and rank.
         global_batch_size: windows per global batch over all ranks, a multiple of b * data_size.
-        data_rank, data_size: of the data-parallel group.
-        device: where the tensors go.
+        data_rank, data_size: rank in the data-parallel group, and size of the group.
+        device: device of the tensors.
     """
     stride = micro_batch_size * data_size
     for start in range(0, len(windows), global_batch_size):

@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a tuning run with many exits: a number of every exit over the steps, sorted by the exits' settings.
+"""A picture of a tuning run with many exits: one curve per exit over the steps, grouped by the exits' settings.
 
-Panels, colours and line styles each stand for one setting of the exits (architecture, init, layer, output, lr, ...),
-so that nine exits are three panels of three lines and not nine lines in one.
+Panels, colours and line styles each show one setting of the exits (architecture, init, layer, output, lr, ...): nine
+exits become three panels of three lines instead of nine lines in one panel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Curve = Sequence[tuple[int, float]]
 
 
 def check_settings(exits: Mapping[str, Mapping[str, Any]], **keys: str | None) -> None:
-    """Raises ValueError where a panel, colour or style is to stand for something that exits do not have.
+    """Raises ValueError if panels, colours or styles are to show a setting that exits do not have.
 
     Args:
         exits: exit name -> its settings.
@@ -54,11 +54,11 @@ def draw_tuning_curves(
 
     Args:
         path: file to write.
-        curves: exit name -> [(step, value)] in order; values that are not finite are left out.
+        curves: exit name -> [(step, value)], ascending steps; values that are not finite are left out.
         exits: exit name -> its settings, in the order of the legend; at least those of `curves`.
         validation: the same for validation, drawn as circles.
-        panels, colours, styles: settings they stand for, None for none.
-        quantity: what the values are, beside the axis.
+        panels, colours, styles: settings that they show; None = none.
+        quantity: label of the values' axis.
         title, caption: above and below the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -107,8 +107,8 @@ def _pick(looks: Sequence[str], values: Sequence[str], value: str) -> str:
 
 
 def _labels(exits: Mapping[str, Mapping[str, Any]], colours: str | None, styles: str | None) -> dict[str, str]:
-    """Exit name -> what the legend says of it: its settings, or its name where those do not tell it from others."""
-    said = {
+    """Exit name -> its label in the legend: its settings, or its name if another exit has the same settings."""
+    labels = {
         name: ", ".join(
             value if key in ("init", "architecture", "output") else f"{key} {value}"
             for key in dict.fromkeys((colours, styles))
@@ -116,8 +116,8 @@ def _labels(exits: Mapping[str, Mapping[str, Any]], colours: str | None, styles:
         )
         for name, settings in exits.items()
     }
-    texts = list(said.values())
-    return {name: escape_text(text if text and texts.count(text) == 1 else name) for name, text in said.items()}
+    texts = list(labels.values())
+    return {name: escape_text(text if text and texts.count(text) == 1 else name) for name, text in labels.items()}
 
 
 def _draw(panel, curve: Curve, validation: Curve, look: Mapping[str, str]):

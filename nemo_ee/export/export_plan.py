@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An export of any format: check everything, write tensor by tensor, read back, write manifest.json last.
+"""Runs an export of any format: check everything, write tensor by tensor, read back, write manifest.json last.
 
-A format says what is written (`ExportPlan`); this file writes it. All of it goes to `<output>.partial`, which gets
-its name when everything is on disk; after a problem or an interruption nothing is left. Each canonical tensor is read
-once per directory, low-rank updates folded in, one in memory at a time. Then each directory up to `parity_gigabytes`
-is read back whole, for its parity digest.
+A format makes an `ExportPlan`; this file writes it. All files go to `<output>.partial`, which gets its final name when
+everything is on disk; after a problem or an interruption nothing is left. Each canonical tensor is read once per
+directory, with low-rank updates added, one tensor in memory at a time. Then each directory up to `parity_gigabytes` is
+read back completely for its parity digest.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Artifact:
     """One directory to write.
 
     Attributes:
-        directory: its name in the export.
+        directory: name of the directory in the export.
         config: the values of config.json.
-        shards: what is read for the files that are written together, in their order.
-        entry: what the manifest says of it, beside the rest of this class.
-        num_layers: of the model in it.
-        exit: the exit that it is as a model of its own; None = the whole backbone.
+        shards: readings of the files that are written together, in the order of the files.
+        entry: further keys of its entry in the manifest.
+        num_layers: number of layers of its model.
+        exit: the exit that the directory holds as a stand-alone model; None = the whole backbone.
         files: further files, name -> text; values are written as JSON.
-        load: reads it back for its parity; None = the runtime does not compute this model.
+        load: reads the directory back for the parity digest; None = the runtime does not compute this model.
     """
 
     directory: str
@@ -63,25 +63,25 @@ class Artifact:
 
     @property
     def plan(self) -> list[Reading]:
-        """Everything that is read."""
+        """All readings of the directory."""
         return list(chain.from_iterable(self.shards))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """What an export of a format writes.
+    """Contents of an export.
 
     Attributes:
         artifacts: the directories.
-        backbone: what the whole backbone is written from, also where it is not among the artifacts.
+        backbone: readings of the whole backbone, also if no artifact has all of it.
         tied: the output projection is the word embeddings.
-        vocab_size: of the model.
+        vocab_size: vocabulary size of the model.
         facts: entries of the manifest.
         early_exit_models: entries of the manifest about model files for an engine.
         files: files beside the directories, name -> text.
         tokenizers: directories that get the tokenizer.
-        config_indent: of config.json.
-        with_digest: the manifest states a digest of each directory's numbers.
+        config_indent: indentation of config.json.
+        with_digest: whether the manifest has a digest of each directory's numbers.
     """
 
     artifacts: Sequence[Artifact]
@@ -100,20 +100,20 @@ def export(settings: ExportSettings, plan_of: Callable[[EarlyExitSource, torch.d
     """Export.
 
     Args:
-        plan_of: the format; checks what it can without reading weights.
+        plan_of: makes the format's plan and checks everything that needs no weights.
 
     Returns:
-        The directory written.
+        Path of the written directory.
 
     Raises:
         ValueError: every problem of the model in one message before anything is written; or, later, a damaged file or
-            a disk that does not take the output. Nothing is left behind.
+            an output that cannot be written. Nothing is left behind.
     """
     with EarlyExitSource(settings.checkpoint, settings.backbone) as source:
         dtype = settings.dtype_of(source)
         plan = plan_of(source, dtype)
         check_tensors(source, [plan.backbone, *(artifact.plan for artifact in plan.artifacts)], tied=plan.tied)
-        _ = source.certificates  # a damaged one is a problem now, not after hours of writing
+        _ = source.certificates  # a damaged certificate is reported now, not after hours of writing
         _write(settings, source, plan, dtype)
     logger.info("wrote %s: %s", settings.output, ", ".join(artifact.directory for artifact in plan.artifacts))
     return settings.output
@@ -176,12 +176,12 @@ def _entry(artifact: Artifact, digest: ContentDigest | None) -> dict[str, Any]:
 
 def _parity(folder: Path, artifact: Artifact, parity_gigabytes: float) -> dict[str, Any] | None:
     if artifact.load is None:
-        logger.info("%s: no parity digest, our runtime computes no model without final norm", artifact.directory)
+        logger.info("%s: no parity digest, nemo_ee's runtime computes no model without final norm", artifact.directory)
         return None
     try:
         return written_parity(folder, artifact.load, parity_gigabytes=parity_gigabytes)
     except ValueError as problem:
         raise ValueError(
-            f"what was written cannot be run, so nothing was exported: {problem}\n"
+            f"the written model cannot be run, so nothing was exported: {problem}\n"
             "parity_gigabytes=0 exports without running it"
         ) from problem

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sets for an export of any format, and its checks."""
+"""Settings of an export of any format, and their checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_ee.settings.user_input import Sentence, rule
 
 
 class ExportSettings(ScriptInput):
-    """See conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
+    """The common keys of conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
 
     headline: ClassVar = "nothing was exported"
 
@@ -72,13 +72,13 @@ def _output_problems(output: Path) -> list[str]:
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raises ValueError with all of them, if there are any."""
+    """Raises ValueError with all problems, if there are any."""
     if problems:
         raise ValueError("nothing was exported:\n" + "\n".join(problems))
 
 
 def unknown_exits(setting: str, names: Sequence[str] | None, source: EarlyExitSource) -> list[str]:
-    """Names in a setting that no exit has."""
+    """Problems of names in a setting that no exit has."""
     known = source.exits.names
     return [
         f"{setting}: no exit is called {name!r}; there are {', '.join(known) or 'none'}"

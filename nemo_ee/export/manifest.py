@@ -1,8 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`manifest.json` of an export: what is in it, sha256 of every file, where it came from, what was verified.
+"""`manifest.json` of an export: its contents, the sha256 of every file, its origin, and what was verified.
 
-Written last, so a directory with a manifest was written to the end.
+The manifest is written last, so a directory with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemo_ee.text.json_values import read_json_object
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_EARLIER_KEY = "artefacts"  # the name of `artifacts` in manifests of earlier versions
+_EARLIER_KEY = "artefacts"  # the key of `artifacts` in manifests of earlier versions
 _BLOCK = 4 << 20
 
 
@@ -36,7 +36,7 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
         facts: further top-level entries, plain JSON values.
 
     Returns:
-        What was written.
+        The content of the manifest.
     """
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -52,11 +52,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of an export.
 
     Raises:
-        ValueError: absent, damaged, or of another schema version.
+        ValueError: the manifest is absent, damaged, or of another schema version.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{directory}: no {MANIFEST}, so this is no finished export; give the output of an export")
+        raise ValueError(f"{directory}: no {MANIFEST}, so this is not a complete export; give the output of an export")
     try:
         manifest = read_json_object(path)
         version = manifest["schema_version"]
@@ -80,8 +80,8 @@ def file_problems(directory: str | Path, manifest: dict[str, Any]) -> list[str]:
         if not path.is_file():
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+            problems.append(f"{name} has {path.stat().st_size} bytes, but {entry['bytes']} in the manifest")
         elif sha256_of(path) != entry["sha256"]:
-            problems.append(f"{name} has another sha256 than the manifest says")
+            problems.append(f"{name} has another sha256 than in the manifest")
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     return problems + [f"{name} is not in the manifest" for name in sorted(found - {*manifest["files"], MANIFEST})]

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tensors of an exported model come from: the whole backbone, or an exit as a model of its own."""
+"""Origins of an exported model's tensors: the whole backbone, or an exit as a stand-alone model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nemo_ee.families.tensors import FINAL_NORM, LAYERS, OUTPUT, WORDS, Canonica
 
 @dataclass(frozen=True)
 class Model:
-    """What is written as one checkpoint: where every layer's tensors, the final norm and the output come from.
+    """One written checkpoint: the origins of every layer's tensors, the final norm and the output.
 
     Attributes:
-        layers: per layer, canonical name within a layer -> origin.
+        layers: for each layer, canonical name within a layer -> origin.
         final_norm: `weight` or `bias` -> origin; None leaves it out.
-        output: the output projection; None where it is the word embeddings and left out.
-        exits: heads carried along: (exit, the output projection or None where it is the backbone's).
+        output: origin of the output projection; None if it is the word embeddings and left out.
+        exits: heads in the checkpoint: (exit, its output projection or None if that is the backbone's).
     """
 
     layers: tuple[Callable[[str], Origin], ...]
@@ -30,10 +30,10 @@ class Model:
     exits: tuple[tuple[ExitConfig, Origin | None], ...] = ()
 
     def parts(self, table: TensorTable) -> Iterator[ModelTensor]:
-        """Every canonical tensor to read, in the order in which files hold what is written from them.
+        """Every canonical tensor to read, in the order of the tensors in the files.
 
         Args:
-            table: the tensors of the stock model that is written.
+            table: the tensors of the written stock model.
         """
         for key, tensor in table.others.items():
             if key.startswith("embedding."):
@@ -54,13 +54,13 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """A canonical tensor of a model that is written.
+    """A canonical tensor of a written model.
 
     Attributes:
-        origin: where it comes from.
-        place: what it belongs to: a layer, by its index from 0; an exit; None for the others.
+        origin: the tensor in the source.
+        place: the layer of the tensor, by its index from 0, or its exit; None for the others.
         key: its canonical name in that place.
-        tensor: its rows; stored names are without the place's prefix.
+        tensor: its rows; stored names omit the place's prefix.
     """
 
     origin: Origin
@@ -73,8 +73,8 @@ def full_model(num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tie
     """The backbone with exit heads beside it.
 
     Args:
-        exits: (exit, whether its output projection is a matrix of its own).
-        tied: the output projection is the word embeddings.
+        exits: pairs (exit, whether it has an output projection).
+        tied: whether the output projection is the word embeddings.
         write_output: False leaves out an output projection that is the word embeddings.
     """
     output = Origin("backbone", WORDS if tied else OUTPUT)
@@ -89,12 +89,12 @@ def full_model(num_layers: int, exits: Sequence[tuple[ExitConfig, bool]], *, tie
 def described_model(
     artifact: Mapping[str, Any], table: Sequence[Mapping[str, Any]], num_layers: int, *, tied: bool, write_output: bool
 ) -> Model:
-    """The model of a directory that was written; its origins are those of its export.
+    """The model of a written directory, with the origins of its export.
 
     Args:
         artifact: its entry in the manifest.
-        table: the exits beside it.
-        num_layers, tied: as its config.json says.
+        table: the exits in the directory.
+        num_layers, tied: values of its config.json.
         write_output: see `full_model`.
     """
     if artifact["exit"] is None:
@@ -110,7 +110,7 @@ def _described_exit(row: Mapping[str, Any]) -> ExitConfig:
 
 
 def draft_model(exit: ExitConfig, *, write_output: bool = True) -> Model:
-    """An exit as a model of its own: k layers, the last one with the exit's MLP, or k + 1; its norm and its output.
+    """An exit as a stand-alone model: k layers, the last one with the exit's MLP, or k + 1; its norm and its output.
 
     Args:
         write_output: False leaves out an output projection that is the word embeddings.

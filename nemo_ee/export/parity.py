@@ -1,17 +1,17 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The parity digest of an export: what the written model says about a fixed text, in few numbers of the manifest.
+"""The parity digest of an export: the written model's predictions for a fixed text, as a few numbers in the manifest.
 
-Sixteen fixed tokens go through the model once, at full depth. Of the final exit and of every exit beside it, the
-manifest keeps for every position
+Sixteen fixed tokens go through the model once, at full depth. For the final exit and every other exit in
+the export, the manifest has at every position
 
     argmax       the most likely next token
     logit        its logit
-    margin       how much that is above the second largest
+    margin       its distance from the second largest logit
     logsumexp    ln of the sum of exp(logit) over the vocabulary
 
-to six significant digits. Two exports of one model in one dtype, Hugging Face or TensorRT-LLM, whatever their shards,
-have the same numbers; someone with a real engine can compare its logits with them.
+to six significant digits. Two exports of one model in one dtype, Hugging Face or TensorRT-LLM, with any shards,
+have the same numbers; the logits of a real engine can be compared with them.
 
 Weights are read back from the files in the dtype they were rounded to when written; sums, norms, rotary positions,
 attention and softmax are fp32. So bfloat16 differs from float32 by the rounding of the weights (up to 2**-9 of each)
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 16
 DEFAULT_GIGABYTES = 4.0
-# Of the largest number; fp32 products in another order, on another machine. A wrong tensor changes far more.
+# Tolerance relative to the largest number, for fp32 sums in another order on another machine. A wrong tensor changes
+# far more.
 TOLERANCE = 1e-4
 _STRIDE = 7919  # a prime, so that the tokens spread over any vocabulary
 _NUMBERS = ("logit", "margin", "logsumexp")
@@ -52,8 +53,8 @@ def parity_of(model: RuntimeModel) -> dict[str, Any]:
     """Run a model on the fixed text.
 
     Returns:
-        `tokens` and `heads`: name of an exit, `final` for the final one -> argmax, logit, margin (to the second
-        largest logit) and logsumexp of each position; plain JSON values.
+        `tokens`, and `heads`: name of an exit (`final` for the final one) -> argmax, logit, margin (to the second
+        largest logit) and logsumexp of each position. All are plain JSON values.
     """
     tokens = probe_tokens(model.vocab_size, model.max_positions)
     text = TeacherForcedPass(model, [[*tokens, tokens[0]]], tuple(exit.name for exit in model.exits))
@@ -76,10 +77,10 @@ def _summary(text: TeacherForcedPass, exit: str | None, rows: Sequence[int]) -> 
 def written_parity(
     folder: Path, load: Callable[[Path], RuntimeModel], *, parity_gigabytes: float
 ) -> dict[str, Any] | None:
-    """The parity digest of a directory that was just written; None where it is too large.
+    """The parity digest of a directory that was just written; None if it is too large.
 
     Args:
-        load: reads the directory back.
+        load: reads the directory back as a model.
         parity_gigabytes: largest model, its numbers counted as fp32.
     """
     if not _may_be_run(folder, parity_gigabytes, logging.INFO):
@@ -88,7 +89,7 @@ def written_parity(
 
 
 def _may_be_run(folder: Path, gigabytes: float, level: int) -> bool:
-    """Whether a directory is small enough; says so at this level where it is not."""
+    """Whether a directory is small enough; logs a message at `level` if not."""
     size = sum(_numbers_in(path) for path in folder.glob("*.safetensors")) * 4 / 1e9
     if size > gigabytes:
         logger.log(level, "%s: %.1f GB in fp32, more than parity_gigabytes, so its parity was not run", folder, size)
@@ -108,10 +109,10 @@ def parity_problems(
     *,
     parity_gigabytes: float = DEFAULT_GIGABYTES,
 ) -> Iterator[str]:
-    """Where a directory says something else than its manifest states; nothing where it states nothing.
+    """Differences between a directory's predictions and its manifest; none if the manifest has no parity digest.
 
     Args:
-        parity_gigabytes: see `written_parity`; a larger model is not run, and a warning says so.
+        parity_gigabytes: see `written_parity`; a larger model is not run, with a warning.
     """
     if stated is None or not _may_be_run(folder, parity_gigabytes, logging.WARNING):
         return
@@ -120,11 +121,11 @@ def parity_problems(
     except ValueError as problem:
         yield f"parity: {problem}"
         return
-    except (RuntimeError, IndexError) as problem:  # torch's own: sizes that do not fit, no memory
+    except (RuntimeError, IndexError) as problem:  # errors of torch: sizes that do not fit, no memory
         yield f"parity: cannot be run ({problem!r})"
         return
     if found["tokens"] != stated["tokens"] or found["heads"].keys() != stated["heads"].keys():
-        yield f"parity: the manifest's tokens or exits ({', '.join(stated['heads'])}) are not this model's"
+        yield f"parity: the manifest's tokens or exits ({', '.join(stated['heads'])}) are not those of this model"
         return
     for head, own in stated["heads"].items():
         yield from _head_problems(head, own, found["heads"][head])
@@ -134,10 +135,10 @@ def _head_problems(head: str, stated: Mapping[str, list], found: Mapping[str, li
     scale = max(abs(number) for name in _NUMBERS for number in found[name])
     far = [name for name in _NUMBERS if not _close(stated[name], found[name], TOLERANCE * scale)]
     clear = [margin > TOLERANCE * scale for margin in found["margin"]]
-    if any(sure and a != b for sure, a, b in zip(clear, stated["argmax"], found["argmax"], strict=True)):
+    if any(certain and a != b for certain, a, b in zip(clear, stated["argmax"], found["argmax"], strict=True)):
         far.append("argmax")
     if far:
-        yield f"parity: {head} gives other numbers than the manifest says ({', '.join(far)})"
+        yield f"parity: {head} gives other numbers than those in the manifest ({', '.join(far)})"
 
 
 def _close(one: list[float], other: list[float], tolerance: float) -> bool:

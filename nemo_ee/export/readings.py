@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an export reads and what it writes from it, in every format: one canonical tensor of one layer at a time."""
+"""Readings of an export in any format: one canonical tensor of one layer, and the tensors written from it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class WrittenTensor:
     """One tensor of a file, made of rows and columns of a canonical tensor.
 
     Attributes:
-        name, shape: in the file.
-        rows: ranges of the canonical tensor's rows, one below the other.
-        columns: range of its columns; None is all of them.
-        zeros_above, zeros_below: rows of zeros around them.
-        transposed: the file holds the transpose.
+        name, shape: name and shape in the file.
+        rows: ranges of the canonical tensor's rows, from top to bottom.
+        columns: range of its columns; None = all.
+        zeros_above, zeros_below: number of zero rows above and below them.
+        transposed: whether the file holds the transpose.
         file: name of the file in its directory.
     """
 
@@ -43,7 +43,7 @@ class WrittenTensor:
     file: str = ""
 
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The tensor in blocks of rows, from the canonical one."""
+        """The tensor in blocks of rows, cut from the canonical tensor."""
         if self.transposed:
             yield torch.cat([tensor[start:stop] for start, stop in self.rows]).t()
             return
@@ -60,7 +60,8 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """One canonical tensor, of one layer, and the tensors written from it; `fill`: it is a constant, none is."""
+    """One canonical tensor of one layer, and the tensors written from it. `fill`: the constant that it must be if none
+    is written."""
 
     origin: Origin
     shape: tuple[int, ...]
@@ -69,16 +70,16 @@ class Reading:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the tensors written from it."""
+        """Number of elements of the tensors written from it."""
         return sum(math.prod(written.shape) for written in self.written)
 
     def in_files(self, file_of: Callable[[str], str]) -> Reading:
-        """The reading with the file of each tensor, by its name."""
+        """The reading with the file of each tensor; `file_of`: name of a tensor -> its file."""
         return replace(self, written=tuple(replace(own, file=file_of(own.name)) for own in self.written))
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The same rows in the same order with adjoining ranges made one."""
+    """The same rows in the same order, with adjacent ranges merged."""
     result: list[tuple[int, int]] = []
     for start, stop in ranges:
         if result and result[-1][1] == start:
@@ -89,7 +90,7 @@ def joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def shapes_by_file(plan: Sequence[Reading]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File -> name -> shape of what it holds, in the order of the file."""
+    """File -> name -> shape of its tensors, in the order of the file."""
     files: dict[str, dict[str, tuple[int, ...]]] = {}
     for reading in plan:
         for written in reading.written:
@@ -109,7 +110,7 @@ def write_weights(
 
     Args:
         on_bytes: called with the number of bytes written.
-        digest: takes every tensor; None where none is wanted.
+        digest: gets every tensor; None = no digest.
     """
     with ExitStack() as stack:
         writers = {}
@@ -131,15 +132,14 @@ def _write_reading(writers: dict[str, Any], reading: Reading, tensor: Tensor, di
 
 
 def check_tensors(source: EarlyExitSource, plans: Sequence[Sequence[Reading]], *, tied: bool) -> None:
-    """Compare what is read with what is there.
+    """Compare the tensors to read with those in the source.
 
     Args:
-        plans: what the directories are written from; that of the whole backbone is among them.
-        tied: the output projection is the word embeddings, and a stored one is not read.
+        plans: readings of the directories, and those of the whole backbone.
+        tied: whether the output projection is the word embeddings; a stored one is then not read.
 
     Raises:
-        ValueError: tensors that are missing or of another shape, or tensors of the backbone that nothing is written
-            from.
+        ValueError: tensors are missing or have another shape, or no tensor is written from a tensor of the backbone.
     """
     problems, read = [], set()
     for reading in {reading.origin: reading for plan in plans for reading in plan}.values():
@@ -147,7 +147,7 @@ def check_tensors(source: EarlyExitSource, plans: Sequence[Sequence[Reading]], *
         where = f"{origin.key}" if origin.layer is None else f"{origin.key} of layer {origin.layer + 1}"
         if origin.part == "backbone":
             read.add(origin.key)
-        # Vocabulary matrices are padded, by rows that are not exported; exits and backbone may differ in it.
+        # Vocabulary matrices have padding rows that are not exported; exits and backbone may differ in their number.
         padded = origin.part == "output" or origin.key in (WORDS, OUTPUT)
         if shape is None:
             problems.append(f"{where} is missing")

@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A safetensors file written tensor by tensor: the header first, then each tensor's bytes; and the check of headers.
+"""Writes a safetensors file tensor by tensor (the header, then each tensor's bytes), and checks headers.
 
-The `safetensors` library's own writer takes all tensors at once; here no more than one piece of one tensor is in
+The writer of the `safetensors` library needs all tensors at once; this one needs one piece of one tensor in
 memory. Layout: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the
-tensors' bytes without gaps. The file has its name only once it is whole and on disk.
+tensors' bytes without gaps. The file gets its name only when it is complete and on disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def safetensors_file(path: Path, entries: Entries) -> Iterator[SafetensorsWriter
     """Write one file; see `atomic_file`.
 
     Args:
-        entries: in the order in which the tensors will be written.
+        entries: dtypes and shapes by name, in the order in which the tensors will be written.
 
     Raises:
         ValueError: a dtype that is not float32, float16 or bfloat16.
@@ -44,7 +44,7 @@ def safetensors_file(path: Path, entries: Entries) -> Iterator[SafetensorsWriter
         file.write(header)
         writer = SafetensorsWriter(file, entries)
         yield writer
-        assert not writer.waiting, f"not written: {', '.join(writer.waiting[:4])}"
+        assert not writer.remaining, f"not written: {', '.join(writer.remaining[:4])}"
 
 
 class SafetensorsWriter:
@@ -52,16 +52,16 @@ class SafetensorsWriter:
 
     def __init__(self, file: IO[bytes], entries: Entries) -> None:
         self._file, self._entries = file, entries
-        self.waiting = list(entries)
+        self.remaining = list(entries)
 
     def write(self, name: str, chunks: Iterable[Tensor]) -> None:
         """Write the next tensor.
 
         Args:
-            name: must be the next of `entries`.
-            chunks: pieces that, one after the other in memory order, make up the tensor; each of the tensor's dtype.
+            name: name of the tensor; it must be the next of `entries`.
+            chunks: consecutive pieces of the tensor in memory order, in the tensor's dtype.
         """
-        assert self.waiting and self.waiting[0] == name, f"{name} is not next; that is {self.waiting[:1]}"
+        assert self.remaining and self.remaining[0] == name, f"{name} is not next; that is {self.remaining[:1]}"
         dtype, shape = self._entries[name]
         written = 0
         for chunk in chunks:
@@ -69,7 +69,7 @@ class SafetensorsWriter:
             self._file.write(tensor_bytes(chunk))
             written += chunk.numel()
         assert written == math.prod(shape), f"{name}: {written} elements written, {math.prod(shape)} declared"
-        self.waiting.pop(0)
+        self.remaining.pop(0)
 
 
 def _header(entries: Entries) -> bytes:
@@ -88,11 +88,11 @@ def _header(entries: Entries) -> bytes:
 
 
 def header_problems(file: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[str]:
-    """Where the tensors of an open safetensors file are not what they must be.
+    """Problems of the tensors of an open safetensors file.
 
     Args:
         shapes: name -> shape of every tensor that must be there.
-        dtype: of all of them.
+        dtype: dtype that all of them must have.
     """
     stored = set(file.keys())
     yield from (f"{name} is missing" for name in shapes if name not in stored)
@@ -102,4 +102,4 @@ def header_problems(file: Any, shapes: Mapping[str, tuple[int, ...]], dtype: tor
         if tuple(tensor.get_shape()) != shapes[name]:
             yield f"{name} has shape {tensor.get_shape()}, must be {list(shapes[name])}"
         if tensor.get_dtype() != DTYPE_NAMES[dtype]:
-            yield f"{name} is {tensor.get_dtype()}, config.json says {DTYPE_NAMES[dtype]}"
+            yield f"{name} is {tensor.get_dtype()}, but {DTYPE_NAMES[dtype]} in config.json"

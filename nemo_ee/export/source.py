@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An early-exit `.nemo` opened for export: its config, exits, weights and certificates.
 
-The file is opened once and its weights are read where they lie (a compressed one is unpacked when the first is read);
-low-rank updates are folded in as weights are read.
-Nothing is built and NeMo is not imported; one tensor of one layer is in memory at a time.
+The file is opened once and its weights are read in place (a compressed file is unpacked on the first read). Low-rank
+updates are added as weights are read. No model is built and NeMo is not imported; one tensor of one layer is in memory
+at a time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _BLOCK_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor comes from.
+    """The source of a written tensor.
 
     Attributes:
         part: `backbone`; `exit`; or `output`, an exit's output projection with its low-rank update.
-        key: canonical name; of an exit `<exit name>.<parameter>`; of an output the exit's name.
+        key: canonical name; for an exit `<exit name>.<parameter>`; for an output the exit's name.
         layer: 0-based index in a stacked backbone tensor, None for the others.
     """
 
@@ -59,12 +59,13 @@ class EarlyExitSource:
     """Opens a complete or exits-only `.nemo` (or an extracted one); a context manager.
 
     Args:
-        path: the file or directory.
-        backbone: the base model's `.nemo` for an exits-only file; None takes the one its config names.
-        option: how the user gives it.
+        path: path of the file or directory.
+        backbone: the base model's `.nemo` for an exits-only file; None = the one that its config names.
+        option: the setting for it, for messages.
 
     Raises:
-        ValueError: damaged, unsafe, no GPT, without a backbone, or a backbone other than the one tuned on.
+        ValueError: the file is damaged, unsafe, not a GPT or without a backbone, or the backbone is not the one that
+            the exits were tuned on.
     """
 
     def __init__(self, path: str | Path, backbone: str | Path | None = None, *, option: str = "backbone") -> None:
@@ -92,7 +93,7 @@ class EarlyExitSource:
 
     @cached_property
     def _own(self) -> NemoArchive:
-        """The file, to read its weights where they lie."""
+        """The file as an archive whose weights are read in place."""
         return self._stack.enter_context(readable(self._archive))
 
     @cached_property
@@ -115,7 +116,7 @@ class EarlyExitSource:
 
     @cached_property
     def tokenizer(self) -> Path | None:
-        """The folder of the bundled tokenizer, if there is one."""
+        """Folder of the bundled tokenizer, if there is one."""
         if not self._archive.has(TOKENIZER_FOLDER):
             return None
         return self._stack.enter_context(unpacked(self._own, [TOKENIZER_FOLDER])) / TOKENIZER_FOLDER
@@ -130,17 +131,17 @@ class EarlyExitSource:
 
     @cached_property
     def certificates(self) -> list[dict[str, Any]]:
-        """Certificates that are about these weights, as plain values; they promise nothing where keys and values of
-        skipped layers are not `kv: carry`'s. Read them before anything is written, since they may be damaged."""
+        """Certificates for these weights, as plain values. They hold only if keys and values of skipped layers are
+        computed as in `kv: carry`. Read them before anything is written, since they may be damaged."""
         return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
 
     def generation_config(self, vocab_size: int) -> dict[str, Any]:
         """The values of generation_config.json for every exported directory: the original model's, else what
-        transformers makes of its config.json, else the tokenizer's special tokens. `eos_token_id` is what ends a text
-        of this `.nemo`, whichever of its files says so.
+        transformers makes of its config.json, else the tokenizer's special tokens. `eos_token_id` are the end-of-text
+        tokens of this `.nemo`, from any of its files.
 
         Args:
-            vocab_size: ids outside of it are left out.
+            vocab_size: vocabulary size; ids outside of it are left out.
         """
         tokens = special_token_ids(self.tokenizer)
         generation, config = (self.bundled(name) for name in (GENERATION_CONFIG, CONFIG))
@@ -156,7 +157,7 @@ class EarlyExitSource:
         return generation
 
     def bundled(self, name: str) -> dict[str, Any] | None:
-        """The values of a file of the original model, without keys that run code; None where none can be used."""
+        """The values of a file of the original model, without keys that run code; None if there is no usable one."""
         path = None if self.tokenizer is None else self.tokenizer / name
         if path is None or not is_plain_file(path):
             return None
@@ -171,15 +172,15 @@ class EarlyExitSource:
         return {key for key in self._backbone_infos if "_extra_state" not in key and not key.startswith("exits.")}
 
     def position_rows(self) -> int | None:
-        """Stored rows of learned positions; None without."""
+        """Number of stored rows of learned positions; None without."""
         return self._backbone_infos[POSITIONS].shape[0] if POSITIONS in self._backbone_infos else None
 
     def vocabulary_rows(self) -> int:
-        """Stored rows of the word embeddings, padding included."""
+        """Number of stored rows of the word embeddings, padding included."""
         return self._backbone_infos[WORDS].shape[0] if WORDS in self._backbone_infos else 0
 
     def shape(self, origin: Origin) -> tuple[int, ...] | None:
-        """The stored shape of a tensor, without the layer axis; None where the file has no such tensor."""
+        """The stored shape of a tensor, without the layer axis; None if the file has no such tensor."""
         info = self._info(origin)
         if info is None:
             return None
@@ -188,7 +189,7 @@ class EarlyExitSource:
         return info.shape[1:] if origin.layer < info.shape[0] else None
 
     def dtype(self) -> torch.dtype:
-        """The dtype most of the backbone's numbers are stored in, which an export takes unless it is told another."""
+        """The most frequent stored dtype of the backbone, which is the default dtype of an export."""
         names = self.backbone_names()
         infos = {name: info for name, info in self._backbone_infos.items() if name in names}
         dtype = next(iter(numbers_by_dtype(infos)))
@@ -204,10 +205,10 @@ class EarlyExitSource:
         """A whole tensor (of one layer) in `dtype`, low-rank updates added in fp32.
 
         Args:
-            shape: the wanted shape; a vocabulary matrix may be cut (its padding) and missing rows read as zeros.
+            shape: the wanted shape. A vocabulary matrix may lose padding rows; missing rows are read as zeros.
 
         Raises:
-            ValueError: damaged, not finite, or beyond what `dtype` holds.
+            ValueError: the tensor is damaged, not finite, or beyond the range of `dtype`.
         """
         tensor = self._read(origin, shape, dtype)
         if dtype is not torch.float32 and not is_finite(tensor):
@@ -233,11 +234,11 @@ class EarlyExitSource:
         return _converted(tensor, dtype, self._update(f"{origin.key}.output_update.", shape[0]))
 
     def output_key(self) -> str:
-        """Canonical name of the backbone's output matrix: its own or the word embeddings."""
+        """Canonical name of the backbone's output matrix: the output projection or the word embeddings."""
         return OUTPUT if OUTPUT in self._backbone_infos else WORDS
 
     def exit_row(self, exit: ExitConfig) -> dict[str, Any]:
-        """What every table of exits says of one."""
+        """The common keys of an exit in every table of exits."""
         return {
             "name": exit.name,
             "layer": exit.layer,
@@ -268,10 +269,10 @@ class EarlyExitSource:
 
 
 def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
-    """Writes the tokenizer, if the `.nemo` carries one; see `write_tokenizer`.
+    """Writes the tokenizer, if the `.nemo` has one; see `write_tokenizer`.
 
     Args:
-        to: a directory, made if need be.
+        to: a directory, made if absent.
     """
     if source.tokenizer is None:
         logger.info("%s: the .nemo has no tokenizer/ folder, so no tokenizer is written", to.name)
@@ -281,7 +282,7 @@ def copy_tokenizer(source: EarlyExitSource, to: Path) -> bool:
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, update: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The tensor (plus B A) in `dtype`; converted in blocks of rows, so that no fp32 copy of all of it exists."""
+    """The tensor (plus B A) in `dtype`; converted in blocks of rows, without an fp32 copy of the whole tensor."""
     if update is None and tensor.dtype is dtype:
         return tensor
     result = torch.empty(tensor.shape, dtype=dtype)

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of an export: the same ids and text in every version of transformers, and nothing that runs code.
+"""The tokenizer of an export: the same ids and text in every version of transformers, without code.
 
-The class that tokenizer_config.json of the source names adds to what tokenizer.json says, and what it adds depends on
-the version: transformers 5 puts `LlamaTokenizer` together from the vocabulary alone, 4.51 gives it a begin-of-text
-token. An export therefore holds what the class made here, as the tokenizer.json of a `PreTrainedTokenizerFast`, which
-both versions take as it is.
+The class in the source's tokenizer_config.json adds to tokenizer.json, and its additions depend on the version:
+transformers 5 builds `LlamaTokenizer` from the vocabulary alone, 4.51 gives it a begin-of-text token. An export
+therefore has the tokenizer that the class builds here, as the tokenizer.json of a `PreTrainedTokenizerFast`, which
+both versions use unchanged.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from nemo_ee.runtime.loader import load_tokenizer
 logger = logging.getLogger(__name__)
 
 _CONFIG = "tokenizer_config.json"
-# Settings of the source that are said again, where it has them. Others are not: they may be anybody's.
+# Settings of the source that are copied, if present. Others are not copied: the source may be untrusted.
 _KEPT = ("chat_template", "extra_special_tokens", "model_max_length", "add_bos_token", "add_eos_token")
 _MADE = ("clean_up_tokenization_spaces", "padding_side", "truncation_side")
 
 
 def write_tokenizer(folder: Path, to: Path) -> bool:
-    """Copy a tokenizer's own files, and nothing else, and say the tokenizer in a way that every version reads.
+    """Copy a tokenizer's files, and no others, and write the tokenizer in a form that every version reads.
 
     Args:
-        folder: `tokenizer/` of a `.nemo` that anybody may have made.
-        to: an existing directory; a config.json in it is ours.
+        folder: `tokenizer/` of a `.nemo`, which may be untrusted.
+        to: an existing directory; a config.json in it is the export's.
 
     Returns:
-        Whether there is one. Files that transformers makes no fast tokenizer of are copied as they are.
+        Whether there is a tokenizer. Files without a fast tokenizer in transformers are copied unchanged.
     """
     names = copy_tokenizer_files(folder, to)
     if _CONFIG not in names:
         return bool(names)
     try:
         tokenizer = load_tokenizer(to)
-    except Exception as problem:  # whatever a damaged or incomplete tokenizer makes of its readers
+    except Exception as problem:  # a damaged or incomplete tokenizer may cause any exception
         logger.warning(
             "%s: transformers does not read the tokenizer (%s); its files are only copied", to.name, problem
         )
@@ -54,7 +54,7 @@ def write_tokenizer(folder: Path, to: Path) -> bool:
 
 
 def _settings(tokenizer: Any, stored: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json of a `PreTrainedTokenizerFast` that does what the tokenizer does."""
+    """tokenizer_config.json of a `PreTrainedTokenizerFast` that is equivalent to the tokenizer."""
     values = {name: stored[name] for name in _KEPT if name in stored}
     ids = tokenizer("x")["input_ids"]
     # llama.cpp reads these two; transformers 4.51 ignores them in this class, transformers 5 beside a tokenizer.json.

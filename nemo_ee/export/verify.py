@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check an export: hashes, config fields, names, shapes, shards and parity; with its `.nemo`, every number.
+"""Checks an export: hashes, config fields, names, shapes, shards and parity; with its `.nemo`, every number.
 
-A directory without problems is what its format asks for. What it computes is run by nemo_ee's own runtime, where the
-manifest states a parity digest; it is not loaded into the library it is for.
+A directory without problems conforms to its format. nemo_ee's runtime runs its model if the manifest has a parity
+digest. The directory is not loaded into the library of its format.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def verify_export(
     *,
     parity_gigabytes: float = DEFAULT_GIGABYTES,
 ) -> list[str]:
-    """Every problem found, none for a good export.
+    """All problems of an export; an empty list for a good one.
 
     Args:
         directory: output of an export.
         checkpoint: the `.nemo` it was made from, to compare the weights with.
         backbone: see `EarlyExitSource`.
-        parity_gigabytes: see `nemo_ee.export.parity`; a larger model is not run, and a warning says so.
+        parity_gigabytes: see `nemo_ee.export.parity`; a larger model is not run, with a warning.
 
     Raises:
         ValueError: no manifest, a wrong setting, or the `.nemo` cannot be read.
@@ -60,7 +60,7 @@ def verify_export(
             made_of = manifest.get("source", {}).get("backbone_fingerprint")
             if None not in (made_of, source.fingerprint) and made_of != source.fingerprint:
                 problems.append(f"made from the backbone {made_of}, but {checkpoint} has {source.fingerprint}")
-        # An export can be told the length that a model is used with; the `.nemo` does not say it.
+        # The sequence length may be a setting of the export, which the `.nemo` does not have.
         shared = {"max_position_embeddings": manifest.get("max_position_embeddings")}
         for entry in manifest.get("artifacts", []):
             name = str(entry.get("directory"))
@@ -75,7 +75,7 @@ def verify_export(
 def _artifact_problems(
     folder: Path, entry: Mapping[str, Any], source: EarlyExitSource | None, parity_gigabytes: float
 ) -> list[str]:
-    """Every problem of a directory; `entry`: its own in the manifest."""
+    """All problems of a directory; `entry`: its entry in the manifest."""
     # Manifests of earlier versions name only one of the two formats.
     format_of = verify_huggingface if entry.get("format") == FORMAT else verify_tensorrt_llm
     written = format_of.written_artifact(folder, entry, source)
@@ -102,10 +102,10 @@ def _artifact_problems(
 def _weight_problems(
     written: WrittenArtifact, files: Mapping[str, Any], source: EarlyExitSource | None, stated: str | None
 ) -> Iterator[str]:
-    """Numbers that are not the `.nemo`'s, and a digest that is another than the manifest's.
+    """Numbers that differ from the `.nemo`'s, and a digest that differs from the manifest's.
 
     Args:
-        source: None to take the digest of what the files hold.
+        source: the opened `.nemo`; None = only the digest of the files is checked.
         stated: the manifest's digest, if it has one.
     """
     if source is None and stated is None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A directory of an export as its own config.json describes it, for the verification of any format."""
+"""A directory of an export as described by its config.json, for the verification of any format."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nemo_ee.runtime.model import RuntimeModel
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenArtifact:
-    """A directory that was written.
+    """A written directory.
 
     Attributes:
-        problems: what is wrong with config.json and index.
-        plan: what its files hold and come from; None = config.json does not say.
-        files: files of weights -> what messages put in front of a tensor in it.
-        dtype: of every tensor.
-        load: reads the directory, to run it.
+        problems: problems of config.json and index.
+        plan: tensors of its files and their origins; None = unknown, since config.json is damaged.
+        files: files of weights -> prefix of their tensors' names in messages.
+        dtype: dtype of every tensor.
+        load: reads the directory as a model, to run it.
     """
 
     problems: Sequence[str]

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: the one description that the importer, the runtime, the cost model and every exporter read."""
+"""Architecture of a model: the one description that the importer, the runtime, the cost model and exporters read."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ ALL_LINEARS = frozenset({QKV, PROJ, FC1, FC2})
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only GPT with its norms in front of attention and MLP. The defaults are a Llama's.
+    """A decoder-only GPT with norms in front of attention and MLP. The defaults are a Llama's.
 
     Attributes:
         num_layers, hidden_size, ffn_hidden_size, num_attention_heads: sizes of the model.
-        num_query_groups: key-value heads.
+        num_query_groups: number of key-value heads.
         kv_channels: size of one head.
         vocab_size: true vocabulary size; layouts pad it as they need.
-        max_position_embeddings: longest sequence the model was made for; rows of learned positions.
-        layer_norm: LayerNorm instead of RMSNorm.
-        norm_epsilon: added to the variance, in every norm.
-        norm_affine: the norms in front of attention, MLP and output have weights.
-        qk_norm: RMSNorm over every query and key head, in front of the rotary positions.
+        max_position_embeddings: longest sequence of the model; number of rows of learned positions.
+        layer_norm: whether norms are LayerNorm instead of RMSNorm.
+        norm_epsilon: number added to the variance in every norm.
+        norm_affine: whether the norms in front of attention, MLP and output have weights.
+        qk_norm: whether an RMSNorm over every query and key head precedes the rotary positions.
         hidden_act: `silu` in a gated MLP; `relu`, `gelu` (the tanh approximation) or `gelu_erf` in a plain one.
         biases: the linears of a layer that have a bias, some of `ALL_LINEARS`.
-        learned_positions: instead of rotary ones.
+        learned_positions: whether positions are learned instead of rotary.
         rotary_base: base of the rotary frequencies.
-        rotary_scaling: what `linear_scaling` or `llama3_scaling` returns; None is no scaling.
-        tied: the output projection is the word embeddings.
-        family: transformers' `model_type` of the config.json this was read from; None without one.
-        sequence_length: the length the model is to be used with; None is `max_position_embeddings`.
-        attention_window: positions that attention sees back; None sees all.
+        rotary_scaling: result of `linear_scaling` or `llama3_scaling`; None = no scaling.
+        tied: whether the output projection is the word embeddings.
+        family: transformers' `model_type` of the config.json that was read; None without one.
+        sequence_length: the length for which the model will be used; None = `max_position_embeddings`.
+        attention_window: number of previous positions that attention reads; None = all.
         init_method_std: standard deviation of new weights.
 
     The last four do not change what the model computes within its window, so they do not count in a comparison.
@@ -72,32 +72,32 @@ class Architecture:
 
     @property
     def qkv_rows(self) -> int:
-        """Rows of query, key and value together."""
+        """Number of rows of query, key and value together."""
         return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
 
     @property
     def proj_columns(self) -> int:
-        """Columns of the projection behind attention."""
+        """Number of columns of the projection after attention."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def fc1_rows(self) -> int:
-        """Rows of the MLP's first matrix, both branches of a gated one."""
+        """Number of rows of the MLP's first matrix, with both branches of a gated MLP."""
         return self.ffn_hidden_size * (2 if self.gated else 1)
 
     @property
     def attention_size(self) -> int:
-        """Entries of a layer's attention matrices."""
+        """Number of elements of a layer's attention matrices."""
         return self.hidden_size * (self.qkv_rows + self.proj_columns)
 
     @property
     def mlp_size(self) -> int:
-        """Entries of a layer's MLP matrices."""
+        """Number of elements of a layer's MLP matrices."""
         return self.hidden_size * (self.fc1_rows + self.ffn_hidden_size)
 
     @property
     def usable_positions(self) -> int:
-        """Positions up to which attention sees all of a sequence."""
+        """Number of positions up to which attention reads the whole sequence."""
         return min(self.max_position_embeddings, self.attention_window or self.max_position_embeddings)
 
     @property
@@ -106,12 +106,12 @@ class Architecture:
         return bool(self.biases - {QKV})
 
     def completed(self) -> Architecture:
-        """The same model with a parameter wherever Megatron's GPT has one: every bias where one linear but the first
-        has one, weights in every norm."""
+        """The same model with every parameter of Megatron's GPT: biases in all linears if a linear other than the
+        first has one, and weights in every norm."""
         return dataclasses.replace(self, biases=ALL_LINEARS if self.bias else self.biases, norm_affine=True)
 
     def differences(self, other: Architecture) -> Iterator[tuple[str, Any, Any]]:
-        """(field, value here, value in `other`) of everything in which the two compute something else.
+        """(field, value here, value in `other`) of every difference that changes the computation.
 
         A rotary model may be used at another length than it was trained with.
         """
@@ -123,17 +123,17 @@ class Architecture:
 
 
 def keyed(same: str, **others: str) -> dict[str, str]:
-    """Field of `Architecture` -> the key that says it in some config. `same`: those that are called alike."""
+    """Field of `Architecture` -> its key in a config. `same`: fields whose key has the field's name."""
     return {field: field for field in same.split()} | others
 
 
 def linear_scaling(factor: float) -> dict[str, Any]:
-    """All rotary frequencies / factor, with Hugging Face's names; the kind twice, since readers differ."""
+    """All rotary frequencies / factor, with Hugging Face's names; the kind is given twice, since readers differ."""
     return {"type": "linear", "rope_type": "linear", "factor": float(factor)}
 
 
 def llama3_scaling(factor: float, low: float, high: float, original: int) -> dict[str, Any]:
-    """Only the wavelengths beyond the original context length are stretched."""
+    """Llama 3's scaling: only wavelengths beyond the original context length are stretched."""
     return {
         "type": "llama3",
         "rope_type": "llama3",

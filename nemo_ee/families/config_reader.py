@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Typed access to a config.json: every problem is collected, and a wrong value reads as a harmless stand-in."""
+"""Typed access to a config.json: all problems are collected, and a wrong value is replaced by a harmless one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ConfigReader:
 
     Args:
         values: the parsed file.
-        sequence_length: the length the model is to be used with; None is the model's own.
+        sequence_length: the length for which the model will be used; None = the model's maximum.
 
     Attributes:
-        problems: what is wrong, in the order in which it was found.
+        problems: the problems in the order in which they were found.
     """
 
     def __init__(self, values: Mapping[str, Any], sequence_length: int | None = None) -> None:
@@ -35,11 +35,11 @@ class ConfigReader:
         self.problems: list[str] = []
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it is."""
+        """The unchecked value."""
         return self.values.get(name, default)
 
     def flag(self, name: str, default: bool | None = False) -> bool:
-        """A switch."""
+        """A boolean."""
         return bool(self.values.get(name, default))
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -61,13 +61,13 @@ class ConfigReader:
         return value
 
     def fields(self, keys: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
-        """Fields of `Architecture`, each by the key that says it; required where there is no default."""
+        """Fields of `Architecture`, each read from its key; a key without a default is required."""
         types = {field.name: field.type for field in dataclasses.fields(Architecture)}
         readers = {"int": self.size, "float": self.number, "bool": self.flag}
         return {field: readers[types[field]](key, defaults.get(field)) for field, key in keys.items()}
 
     def choice(self, name: str, default: str, known: Mapping[str, str]) -> str:
-        """What one of the known words means."""
+        """The meaning of a value that must be one of the known words."""
         value = self.values.get(name, default)
         if not isinstance(value, str) or value not in known:
             self.problems.append(f"{name}: {value!r} is not supported; supported are {', '.join(known)}")
@@ -75,21 +75,21 @@ class ConfigReader:
         return known[value]
 
     def refuse_if(self, condition: Any, problem: str) -> None:
-        """Note a problem."""
+        """Add a problem if a condition holds."""
         if condition:
             self.problems.append(problem)
 
     def refuse(self, reasons: Mapping[str, str], *, value: bool = True) -> None:
-        """Note every named switch that is on, with its reason.
+        """Add a problem for every named switch that has the refused value, with its reason.
 
         Args:
-            value: the switch's refused position; one that is absent is in the other.
+            value: the refused value; an absent switch has the other value.
         """
         for name, reason in reasons.items():
             self.refuse_if(self.flag(name, not value) is value, f"{name}: {str(value).lower()}, {reason}")
 
     def used_length(self, longest: int) -> int:
-        """The length the model is to be used with, which must be within the longest."""
+        """The length for which the model will be used, at most `longest`."""
         wanted = self.sequence_length
         self.refuse_if(
             wanted is not None and not 1 <= wanted <= longest,
@@ -98,7 +98,7 @@ class ConfigReader:
         return wanted or longest
 
     def window(self, length: int) -> int | None:
-        """The attention window, which must be at least as long as the length the model is to be used with."""
+        """The attention window, at least the length for which the model will be used."""
         name = "sliding_window"
         window = self.values.get(name, 4096)
         if window is None:
@@ -109,7 +109,7 @@ class ConfigReader:
         self.refuse_if(
             window < length,
             f"{name}: {window} is shorter than the sequence length {length}, which Megatron's local attention "
-            f"cannot do; ask for a sequence length of at most {window}",
+            f"cannot do; set a sequence length of at most {window}",
         )
         return window
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of a family says."""
+"""The dataclasses that a family's file fills in."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class EngineClass:
 
     Attributes:
         architecture: the class's name in a checkpoint's config.json.
-        computes: whether it computes an architecture.
-        fields: keys of config.json that only this class has.
-        early_exit: the class in `export/tensorrt_llm/files/tensorrt_llm_model.py` that adds exits to it, if any.
+        computes: architecture -> whether the class computes it.
+        fields: architecture -> keys of config.json that only this class has.
+        early_exit: the class in `export/tensorrt_llm/files/tensorrt_llm_model.py` that adds exits to it, or None.
     """
 
     architecture: str
@@ -37,16 +37,16 @@ class Family:
     Attributes:
         model_type: transformers' name of the family.
         model_class, config_class: transformers' classes.
-        names: where the tensors are stored.
-        keys: field of `Architecture` -> key of config.json, of those that are a number or a switch there too.
-        read: the architecture that a config.json describes; problems are collected in the reader.
-        other_keys: the other keys of a config.json that describe an architecture. They need not describe it well: they
-            are read back and compared.
+        names: names of the stored tensors.
+        keys: field of `Architecture` -> key of config.json, for fields that are a number or a switch in both.
+        read: reader of a config.json -> its architecture; the reader collects problems.
+        other_keys: architecture -> the other keys of its config.json. They may be wrong for an unsuitable
+            architecture, since they are read back and compared.
         chosen_for: whether a model of this architecture and of unknown origin is written as this family's.
-        droppable_final_norm: key of config.json that leaves the final norm out, where the class knows one.
-        engine: the class of TensorRT-LLM's engine backend; None = that of an earlier family, or none.
-        pytorch_early_exit: `export/tensorrt_llm/files/tensorrt_llm_pytorch_model.py` adds exits to TensorRT-LLM's own
-            PyTorch class, which is called as transformers' is.
+        droppable_final_norm: key of config.json that leaves the final norm out, if the class has one.
+        engine: the class of TensorRT-LLM's engine backend; None = the class of an earlier family, or no class.
+        pytorch_early_exit: whether `export/tensorrt_llm/files/tensorrt_llm_pytorch_model.py` adds exits to
+            TensorRT-LLM's PyTorch class, which has the same name as the class of transformers.
     """
 
     model_type: str
@@ -62,7 +62,7 @@ class Family:
     pytorch_early_exit: bool = False
 
     def stock_config(self, architecture: Architecture) -> dict[str, Any]:
-        """The values of a config.json that describe an architecture, class and family named."""
+        """The values of a config.json for an architecture, with class and family."""
         keyed = {key: getattr(architecture, field) for field, key in self.keys.items()}
         named = {"model_type": self.model_type, "architectures": [self.model_class]}
         return {**named, **keyed, **self.other_keys(architecture)}

@@ -12,7 +12,7 @@ from nemo_ee.families.config_reader import PLAIN, ConfigReader
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.tensors import Names
 
-# transformers' names of the activations, for what is written.
+# transformers' names of the activations, for writing.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu_new", "gelu_erf": "gelu"}
 
 _NAMES = Names(
@@ -51,9 +51,9 @@ def read_layer_norm_model(
     """The architecture of a config.json: LayerNorm, learned positions, a key-value head per query head.
 
     Args:
-        keys: as in `Family`.
-        activation: where `activation_function` is absent.
-        ffn: MLP size where its key is absent; None is that the key is required.
+        keys: see `Family`.
+        activation: default of `activation_function`.
+        ffn: default of the MLP size; None = its key is required.
         others: further fields of `Architecture`.
     """
     fields = reader.fields(keys, ffn_hidden_size=ffn, norm_epsilon=1e-5, tied=True, init_method_std=0.02)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama 2 and 3, and Mistral, which is a Llama with an attention window. Qwen2 and Qwen3 read most of their keys here.
 
-RMSNorm, gated SiLU, rotary positions, grouped queries
+The models have RMSNorm, gated SiLU, rotary positions and grouped queries.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def read_llama_like(
     """The architecture of a config.json with Llama's keys.
 
     Args:
-        windowed: attention has a window.
-        default_groups: key-value heads where `num_key_value_heads` is absent; None is one per query head.
-        default_head_size: where `head_dim` is absent; None is hidden size / heads.
+        windowed: whether attention has a window.
+        default_groups: default of `num_key_value_heads`; None = the number of query heads.
+        default_head_size: default of `head_dim`; None = hidden size / heads.
         others: further fields of `Architecture`.
     """
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
@@ -86,12 +86,12 @@ def read_llama_like(
 
 
 def rotary_keys(a: Architecture) -> dict[str, Any]:
-    """Llama's keys of rotary positions and of the activation."""
+    """Llama's keys for rotary positions and the activation."""
     return {"hidden_act": "silu", "rope_theta": a.rotary_base, "rope_scaling": a.rotary_scaling}
 
 
 def rotary_engine_fields(a: Architecture) -> Mapping[str, Any]:
-    """What TensorRT-LLM's classes for rotary models have in common."""
+    """The common condition of TensorRT-LLM's classes for rotary models."""
     return {
         "rotary_base": a.rotary_base,
         "rotary_scaling": a.rotary_scaling,

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""OPT: LayerNorm, learned positions from row 2 on, ReLU. It alone has switches for its biases and norm weights."""
+"""OPT: LayerNorm, learned positions from row 2 on, ReLU. Only OPT has switches for its biases and norm weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = Names(
     base="model.",
     words="model.decoder.embed_tokens.weight",
     positions="model.decoder.embed_positions.weight",
-    position_offset=2,  # two rows that were padding are never looked up
+    position_offset=2,  # the first two rows were padding and are not used
     layer="model.decoder.layers.{}.",
     attention_norm="self_attn_layer_norm",
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -29,7 +29,7 @@ _NAMES = Names(
 )
 
 
-_KEYS = keyed(  # none for the norms' epsilon, which is 1e-5
+_KEYS = keyed(  # the norms' epsilon has no key; it is 1e-5
     "vocab_size hidden_size num_attention_heads max_position_embeddings",
     ffn_hidden_size="ffn_dim",
     num_layers="num_hidden_layers",

@@ -1,7 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3 (dense): a Llama whose query and key heads pass an RMSNorm before they are rotated, with a head size of its
-own."""
+"""Qwen3 (dense): a Llama with an RMSNorm over query and key heads before the rotary positions, and with a separate
+head size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_ee.families.qwen2 import read_qwen
 
 
 def _read(reader: ConfigReader) -> Architecture:
-    # Megatron has one switch for the biases of attention and MLP, so exits would train what the class cannot hold.
+    # Megatron has one switch for the biases of attention and MLP, so exits would train biases that the class lacks.
     reader.refuse({"attention_bias": "a Qwen3 with biases is not supported: its exits' MLPs would have some too"})
     return read_qwen(reader, family="qwen3", default_head_size=128, qk_norm=True)
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""All families, and what is looked up among them.
+"""The table of all families, and look-ups in it.
 
-The order counts where several classes compute the same: the first one that does is taken.
+The order matters if several classes compute the same model: the first of them is used.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, M
 def read_config(
     values: Mapping[str, Any], sequence_length: int | None = None, *, problems: Sequence[str] = ()
 ) -> Architecture:
-    """The model that a config.json describes. Absent optional keys mean what they mean in the transformers library.
+    """The model that a config.json describes. Absent optional keys have the defaults of the transformers library.
 
     Args:
         values: the parsed file.
-        sequence_length: the length the model is to be used with, default the model's own maximum. A model whose
-            attention window is shorter is refused.
-        problems: what the caller has found already, for the same message.
+        sequence_length: the length for which the model will be used, by default its maximum. A model whose attention
+            window is shorter is refused.
+        problems: problems that the caller has found already, for the same message.
 
     Raises:
-        ValueError: not supported, or inconsistent; the message lists every reason.
+        ValueError: the model is not supported, or the config is inconsistent; the message lists every reason.
     """
     family = values.get("model_type")
     if family not in FAMILIES:
@@ -69,11 +69,11 @@ def _refuse_what_no_family_has(reader: ConfigReader) -> None:
 
 
 def tensors_of(architecture: Architecture) -> TensorTable:
-    """Where the tensors of a model of a family are stored."""
+    """Names of the stored tensors of a family's model."""
     return tensor_table(FAMILIES[architecture.family].names, architecture)
 
 
 def engine_family(architecture: Architecture) -> Family | None:
-    """The family whose class in TensorRT-LLM's engine backend computes an architecture; None where none does."""
+    """The family whose class in TensorRT-LLM's engine backend computes an architecture; None if no class does."""
     able = (family for family in FAMILIES.values() if family.engine is not None)
     return next((family for family in able if family.engine.computes(architecture)), None)

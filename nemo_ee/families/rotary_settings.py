@@ -20,13 +20,13 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config.json, in either spelling or in both.
 
     Args:
-        values: of the file.
+        values: content of the file.
 
     Returns:
-        `rope_theta`, `rope_type` and the type's numbers, as stored: their values are not checked.
+        `rope_theta`, `rope_type` and the type's numbers, as stored and unchecked.
 
     Raises:
-        ValueError: not a mapping, one per kind of layer, or two spellings with different values.
+        ValueError: the settings are not a mapping, differ by kind of layer, or differ between the two spellings.
     """
     old, new = (_one_spelling(name, values.get(name)) for name in ("rope_scaling", "rope_parameters"))
     bases = {
@@ -46,7 +46,7 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_spelling(name: str, found: Any) -> dict[str, Any]:
-    """The settings under a key with `rope_type` alone as the name of the type; null values are absent ones."""
+    """The settings under a key with `rope_type` alone as the name of the type; null values count as absent."""
     if found is None:
         return {}
     if not isinstance(found, Mapping):
@@ -70,7 +70,7 @@ def _disagreement(one: str, first: Any, other: str, second: Any) -> str:
 
 
 def with_both_spellings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of a model with rotary positions, whose rotary settings transformers 4.51 and 5 read alike.
+    """A config.json whose rotary settings are the same in transformers 4.51 and 5.
 
     Raises:
         ValueError: see `rotary_settings`.

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where each row of Megatron's canonical tensors lies in a stored model, as a table.
+"""Table of the place of each row of Megatron's canonical tensors in a stored model.
 
-Every canonical tensor is a column of row ranges of stored tensors, one below the other. So the query-key-value
-matrix, whose rows Megatron groups as [query heads of a group, its key, its value], a gated MLP's [gate; up], GPT-2's
-transposed matrices and OPT's positions that start at row 2 are all the same kind of thing: any chunk is read by
-reading the ranges it touches, and a stored tensor is written by the same ranges turned around.
+Every canonical tensor is a list of row ranges of stored tensors, from top to bottom. This form covers the
+query-key-value matrix, whose rows Megatron groups as [query heads of a group, its key, its value], a gated MLP's
+[gate; up], GPT-2's transposed matrices and OPT's positions from row 2 on: a chunk is read from the ranges that it
+overlaps, and a stored tensor is written from the inverted ranges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture
 
-LAYERS = "decoder.layers."  # of a layer's canonical names
+LAYERS = "decoder.layers."  # prefix of the layers' canonical names
 WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 FINAL_NORM, OUTPUT = "decoder.final_layernorm.", "output_layer.weight"
 # The canonical names of a layer's linears, and of the norms in front of the first and the third.
@@ -31,7 +31,7 @@ Q_NORM, K_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernor
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored tensor; its name in a layer is without the layer's prefix."""
+    """One stored tensor; in a layer, its name omits the layer's prefix."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of a stored tensor (its columns, when transposed), or a constant where nothing is stored."""
+    """Rows [start, stop) of a stored tensor (its columns, when transposed), or a constant if nothing is stored."""
 
     stored: Stored | None
     start: int
@@ -57,33 +57,33 @@ class Canonical:
 
     @property
     def stored(self) -> tuple[Stored, ...]:
-        """The stored tensors it is made of, in the order of their first rows; empty for a constant."""
+        """The stored tensors with its rows, in the order of their first rows; empty for a constant."""
         return tuple(dict.fromkeys(rows.stored for rows in self.rows if rows.stored is not None))
 
     def rows_of(self, stored: Stored) -> tuple[int, int]:
-        """First and last + 1 of the rows of a stored tensor (its columns, when transposed) that it is made of."""
+        """First and last + 1 of its rows in a stored tensor (columns, when transposed)."""
         parts = [rows for rows in self.rows if rows.stored == stored]
         return min(rows.start for rows in parts), max(rows.stop for rows in parts)
 
     def under(self, prefix: str) -> Canonical:
-        """The same tensor of a place whose stored names begin with `prefix`."""
+        """The same tensor with `prefix` in front of its stored names."""
         named = {stored: replace(stored, name=f"{prefix}{stored.name}") for stored in self.stored}
         return replace(self, rows=tuple(replace(rows, stored=named.get(rows.stored)) for rows in self.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """How a family calls its tensors. Those of a layer are without its prefix, linears and norms without `.weight`.
+    """A family's names of tensors. Names in a layer omit its prefix; linears and norms omit `.weight`.
 
     Attributes:
-        base: prefix that files of a bare model (without its output projection) lack.
+        base: prefix that files of a bare model (without output projection) do not have.
         layer: prefix of a layer, with {} for its index from 0.
         qkv: query, key and value, or one linear that holds them one below the other.
-        fc1: the MLP's first matrix: gate and up of a gated one.
-        q_norm, k_norm: norms of query and key heads, where the family has them.
-        positions: learned positions, where the family has them; position p is row p + `position_offset`.
-        transposed: linears are stored as [in, out].
-        buffers: stored tensors that are no weights.
+        fc1: the MLP's first matrix; gate and up of a gated MLP.
+        q_norm, k_norm: norms of query and key heads, if the family has them.
+        positions: learned positions, if the family has them; position p is row p + `position_offset`.
+        transposed: whether linears are stored as [in, out].
+        buffers: regular expression for stored tensors that are not weights.
     """
 
     base: str
@@ -105,7 +105,7 @@ class Names:
     buffers: str = r"(?!)"
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a stored tensor, named without `base`, is no weight."""
+        """Whether a stored tensor, named without `base`, is not a weight."""
         return re.fullmatch(self.buffers, name) is not None
 
 
@@ -114,9 +114,9 @@ class TensorTable:
     """The canonical tensors of a model by name.
 
     Attributes:
-        layer: those of a layer, without `LAYERS`; their stored names are without the layer's prefix.
-        others: the others.
-        prefix: of a layer's stored names, with {} for its index from 0.
+        layer: tensors of a layer by names without `LAYERS`; stored names omit the layer's prefix.
+        others: all other tensors.
+        prefix: prefix of a layer's stored names, with {} for its index from 0.
     """
 
     layer: dict[str, Canonical]
@@ -128,13 +128,13 @@ class TensorTable:
         return {key: tensor.under(self.prefix.format(index)) for key, tensor in self.layer.items()}
 
     def of_exit(self, architecture: str, own_output: bool) -> dict[str, Canonical]:
-        """The tensors of an exit head by their canonical names within it, beside a model of this family.
+        """The tensors of an exit head of a model of this family, by their canonical names in the head.
 
-        They are named like those of a layer; the norm is `norm`, the output projection `unembed`.
+        Their stored names are those of a layer; the norm is `norm`, the output projection `unembed`.
 
         Args:
-            architecture: as in `nemo_ee.exits.config.ExitConfig`.
-            own_output: it has an output projection of its own.
+            architecture: see `nemo_ee.exits.config.ExitConfig`.
+            own_output: whether the head has an output projection.
         """
         found: dict[str, Canonical] = {}
         if architecture == "mlp":
@@ -152,7 +152,7 @@ class TensorTable:
 
 
 def tensor_table(names: Names, a: Architecture) -> TensorTable:
-    """The canonical tensors of a model whose family has these names."""
+    """The canonical tensors of a model of a family with these names."""
     heads = [a.num_attention_heads * a.kv_channels] + [a.num_query_groups * a.kv_channels] * 2
     matrix, hidden = (a.vocab_size, a.hidden_size), a.hidden_size
     parts = {  # linear -> (its stored parts with their heights, the columns of its matrix)
@@ -171,10 +171,10 @@ def tensor_table(names: Names, a: Architecture) -> TensorTable:
         bias = _linear(a, linear, stored, "bias")
         if linear in a.biases:
             layer[f"{key}bias"] = bias
-        elif a.bias:  # Megatron has one switch for all of them
+        elif a.bias:  # Megatron has one switch for all biases
             layer[f"{key}bias"] = _constant(0.0, *bias.shape)
     if a.qk_norm:
-        assert names.q_norm is not None and names.k_norm is not None, "a family without query and key norms"
+        assert names.q_norm is not None and names.k_norm is not None, "the family has no query and key norms"
         layer[Q_NORM] = _whole(f"{names.q_norm}.weight", a.kv_channels)
         layer[K_NORM] = _whole(f"{names.k_norm}.weight", a.kv_channels)
     others = {WORDS: _whole(names.words, *matrix)}
@@ -189,7 +189,7 @@ def tensor_table(names: Names, a: Architecture) -> TensorTable:
 
 
 def _parts(names: tuple[str, ...], heights: list[int]) -> list[tuple[str, list[int]]]:
-    """Stored linears with the heights of the parts that each holds."""
+    """Stored linears, each with the heights of its parts."""
     if len(names) == len(heights):
         return [(name, [height]) for name, height in zip(names, heights, strict=True)]
     (name,) = names
@@ -204,7 +204,7 @@ def _linear(
     columns: tuple[int, ...] = (),
     transposed: bool = False,
 ) -> Canonical:
-    """A linear's matrix or bias: its parts one below the other, those of `QKV` in Megatron's order."""
+    """A linear's matrix or bias: its parts from top to bottom, those of `QKV` in Megatron's order."""
     rows = []
     for name, heights in parts:
         shape = (sum(heights), *columns)
@@ -218,7 +218,7 @@ def _linear(
 
 
 def _by_group(a: Architecture, query: Rows, key: Rows, value: Rows) -> list[Rows]:
-    """Query, key and value rows in Megatron's order: per group its query heads, its key head, its value head."""
+    """Query, key and value rows in Megatron's order: for each group its query heads, key head and value head."""
     size, groups = a.kv_channels, a.num_query_groups
     per_group = a.num_attention_heads // groups * size
     return [

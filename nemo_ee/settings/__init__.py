@@ -1,3 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may set: the keys of every script's yaml and what each may be, checked before any work (level 1)."""
+"""Level 1: user settings. The keys of every script's yaml and their rules, checked before any work."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that several scripts have: types beside those of `nemo_ee.settings.user_input`, and whole blocks."""
+"""Settings that several scripts share: types besides those of `nemo_ee.settings.user_input`, and whole blocks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemo_ee.settings.user_input import Positive, Text, UserInput, rule
 
 
 def as_text(value: Any) -> Any:
-    """A whole number that is meant as a text, as 32 or 2024 is on the command line."""
+    """A whole number as a text: the command line gives 32 or 2024 as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def as_list(value: Any) -> Any:
-    """One value alone, of a setting that is a list."""
+    """A list of one value, for a list setting that is given one value."""
     return value if value is None or isinstance(value, tuple) else (value,)
 
 
@@ -37,7 +37,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[BelowOne, BelowOne]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy takes no larger one
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy's largest seed
 Criterion = Literal[CRITERIA]
 Accelerator = Annotated[Literal["gpu", "cpu", "cuda", "auto"], BeforeValidator(as_text)]
 Precision = Annotated[Literal["32", "32-true", "bf16", "bf16-mixed", "bf16-true"], BeforeValidator(as_text)]

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that Lightning, NeMo and Megatron-core read besides those of the yamls, taken from their own code.
+"""Settings of Lightning, NeMo and Megatron-core besides those of the yamls, taken from the libraries' code.
 
 trainer       the arguments of Lightning's Trainer
 exp_manager   the fields of NeMo's dataclass, with their types
-model         the fields of Megatron-core's config, with their types; what NeMo's GPT model and the early-exit
-              model read of their `cfg`, found in their sources
+model         the fields of Megatron-core's config, with their types; keys of `cfg` that NeMo's GPT model and
+              the early-exit model read, found in their sources
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from nemo_ee.exits.block_reader import Check
 from nemo_ee.settings.user_input import in_words
 
-# Below the packages: the sources that read a GPT's `model` block.
+# Sources of the packages that read a GPT's `model` block.
 _NEMO_READERS = (
     "collections/nlp/models/language_modeling/megatron_gpt_model.py",
     "collections/nlp/models/language_modeling/megatron_base_model.py",
@@ -37,13 +37,13 @@ _METHODS = ("get", "update", "pop", "lower", "items", "keys")
 
 
 def anything(value: Any) -> Any:
-    """No check: the library has its own."""
+    """No check: the library checks the value."""
     return value
 
 
 @cache
 def trainer_keys() -> Mapping[str, Check]:
-    """The arguments of Lightning's Trainer; it checks them itself, before anything is written."""
+    """The arguments of Lightning's Trainer, which checks their values before anything is written."""
     from lightning.pytorch import Trainer
 
     return dict.fromkeys(inspect.signature(Trainer).parameters, anything)
@@ -81,7 +81,7 @@ def _by_schema(schema: Any, key: str) -> Check:
 
 @cache
 def model_keys() -> Mapping[str, Check]:
-    """What is read of a GPT's `model` block."""
+    """The keys of a GPT's `model` block that are read."""
     import dataclasses
 
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -104,7 +104,7 @@ def _folder(package: str) -> Path:
 
 
 def read_keys(source: str) -> set[str]:
-    """Dotted keys that a source reads of a `cfg` or `model_cfg`: `cfg.a.b`, `cfg.get("a")`, `self.cfg["a"]`."""
+    """Dotted keys of a `cfg` or `model_cfg` that a source reads: `cfg.a.b`, `cfg.get("a")`, `self.cfg["a"]`."""
     found = (_key(node) for node in ast.walk(ast.parse(source)))
     return {".".join(parts) for parts in found if parts and not set(parts) & set(_METHODS)}
 
@@ -129,7 +129,7 @@ def _below(node: ast.AST, name: Any) -> tuple[str, ...] | None:
 
 
 def _by_type(kind: Any) -> Check:
-    """A check by a field's annotation; anything for what is neither a number nor a switch, nor null."""
+    """A check by a field's annotation; any value is valid unless the type is a number, a switch or null."""
     if not set(get_args(kind) or (kind,)) <= {bool, int, float, type(None)}:
         return anything
     adapter = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))

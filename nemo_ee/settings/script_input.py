@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The config of a script, read into a pydantic model; every problem of it in one message.
+"""Reads a script's config into a pydantic model, with all problems in one message.
 
-A config may hold the model's keys, what a library that takes one of its blocks reads there, and keys that other values
-take over (`${key}`). Everything else is a mistake in writing, which Hydra lets in with `+` or from a yaml.
+A config may hold the model's keys, the keys that a library reads in one of its blocks, and keys that other values
+refer to (`${key}`). Any other key is a spelling mistake, which Hydra accepts with `+` or in a yaml.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nemo_ee.exits.block_reader import RENAMED_KEYS, Check, close_match
 from nemo_ee.settings.user_input import InputError, Problem, UserInput, problems_of, shortened
 
 _TAKEN_OVER = re.compile(r"\$\{(\.*\w[\w.]*)[\[}]")
-_NEEDED = object()  # the value of a setting that is still to be given
-_TO_COME = object()  # of one that is worked out from such a setting
+_NEEDED = object()  # the value of a required setting that is not given
+_TO_COME = object()  # the value of a setting that is computed from such a setting
 
 
 class ScriptInput(UserInput):
@@ -29,9 +29,9 @@ class ScriptInput(UserInput):
 
     Attributes:
         headline: first line of the message that lists the problems.
-        libraries: block -> what gives the further keys (below the block) that a library reads there, with their
-            checks. Called only for a key that the model does not have. They are not in the model.
-        may_lack: beginnings of keys that a config need not have.
+        libraries: block -> function that returns the further keys (below the block) of a library, with their checks.
+            It is called only for a key that the model does not have. These keys are not in the model.
+        may_lack: prefixes of keys that a config need not have.
     """
 
     headline: ClassVar[str] = "nothing was started"
@@ -55,12 +55,12 @@ Script = TypeVar("Script", bound=ScriptInput)
 
 
 def script_problems(model: type[ScriptInput], cfg: DictConfig) -> list[Problem]:
-    """What is wrong with a config, with the value, the rule and the way out; `where` is a key of the yaml."""
+    """A problem of a config, with the value, the rule and the way out; `where` is a key of the yaml."""
     return _read(model, cfg)[0]
 
 
 def raise_problems(headline: str, texts: Collection[str]) -> None:
-    """One ValueError with every problem; nothing where there is none."""
+    """Raises one ValueError with all problems, if there are any."""
     if texts:
         raise InputError(headline, [Problem("", "value", text) for text in texts])
 
@@ -77,7 +77,7 @@ def _read(model: type[Script], cfg: DictConfig) -> tuple[list[Problem], Script |
         absent.discard(key)
         needed |= {key} if value is _NEEDED else set()
         if isinstance(value, OmegaConfBaseException):
-            text = f"{key} cannot be worked out: {str(value).splitlines()[0]}"
+            text = f"{key} cannot be computed: {str(value).splitlines()[0]}"
             unresolved.append(Problem(key, "value", text))
         elif key in known:
             values |= {} if value is _NEEDED or value is _TO_COME else {key: value}
@@ -94,16 +94,16 @@ def _read(model: type[Script], cfg: DictConfig) -> tuple[list[Problem], Script |
         text = one.text
         if one.kind == "missing" and one.where == key and key not in needed:
             if key not in absent or key.startswith(model.may_lack or ("???",)):
-                continue  # it is worked out from one that is named, or may be missing
+                continue  # it is computed from a key that is reported, or may be missing
             text = f"{key} is not in the config; take its line over from the script's yaml in conf/"
         found.append(Problem(key, one.kind, text))
-    # A value that others are worked out from is named alone.
+    # Of a value and the values computed from it, only the first is reported.
     keys = {one.where for one in found}
     return [one for one in found if not _sources(cfg, one.where) & keys] or unresolved, settings
 
 
 def fields_of(model: type[UserInput], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a model; what lies below a key belongs to its value."""
+    """The dotted keys of a model; keys below a dotted key belong to its value."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         yield from fields_of(field.annotation, f"{key}.") if _is_block(field.annotation) else [key]
@@ -114,7 +114,7 @@ def _is_block(annotation: Any) -> bool:
 
 
 def _nested(model: type[UserInput], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key as the blocks of a model; a block without a value is empty."""
+    """Values by dotted key, as nested blocks of a model; a block without values is empty."""
     result: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         name = field.alias or name
@@ -135,7 +135,7 @@ def _validated(model: type[Script], values: dict[str, Any]) -> tuple[Script | No
 
 
 def _library_problem(key: str, value: Any, library: Mapping[str, Check], known: Collection[str]) -> Iterator[Problem]:
-    """The problem of a key that the model does not have: its library's, or that no library reads it."""
+    """The problem of a key that the model does not have: the library's check fails, or no library reads the key."""
     entry = _entry(key, library)
     if entry is None:
         yield Problem(key, "unknown", _unknown(key, value, [*known, *library]))
@@ -148,7 +148,7 @@ def _library_problem(key: str, value: Any, library: Mapping[str, Check], known: 
 
 
 def _is_taken_over(key: str, names: Collection[str]) -> bool:
-    """Whether another value is worked out from a key or from a block that it is in; `.name` is relative to a block."""
+    """Whether another value is computed from a key or from a block around it; `.name` is relative to a block."""
     parts = key.split(".")
     blocks = [".".join(parts[: count + 1]) for count in range(len(parts))]
     relative = [name.lstrip(".") for name in names if name.startswith(".")]
@@ -156,7 +156,7 @@ def _is_taken_over(key: str, names: Collection[str]) -> bool:
 
 
 def _sources(cfg: DictConfig, key: str) -> set[str]:
-    """The keys that a value is worked out from."""
+    """The keys from which a value is computed."""
     block, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, block) if block else cfg
     raw = OmegaConf.to_container(parent, resolve=False) if OmegaConf.is_dict(parent) else {}
@@ -178,13 +178,13 @@ def _unknown(key: str, value: Any, known: Collection[str]) -> str:
 
 
 def _entry(key: str, known: Collection[str]) -> str | None:
-    """The entry that a key is, or lies below; None where there is none."""
+    """The entry that equals a key or contains it; None if there is none."""
     parts = key.split(".")
     return next((one for n in range(len(parts), 0, -1) if (one := ".".join(parts[:n])) in known), None)
 
 
 def _values(block: DictConfig, known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, plain value, or why it cannot be worked out); blocks themselves are left out, empty ones too."""
+    """Pairs (dotted key, plain value or the error of computing it). Blocks are left out, also empty ones."""
     for name in block:
         key = f"{prefix}{name}"
         if OmegaConf.is_missing(block, name):

@@ -1,17 +1,17 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""User input as pydantic models, and one form for what is wrong with it: the value, the rule and the way out.
+"""User input as pydantic models, and one form of its problems: the value, the rule and the way out.
 
 A model lists the keys of a block with their types. `read` returns it, or raises one error with every problem:
 
     num_slots='eight' must be a whole number of at least 1
     num_slts=8 is not a setting here (did you mean num_slots?); leave it out
 
-The rule comes from the field's JSON schema, so limits stand in the field's type and nowhere else. What a type cannot
-say is a validator that raises ValueError, with one text per problem: a field's validator with the rest of the sentence
+The rule comes from the field's JSON schema, so limits are in the field's type only. A rule that a type cannot express
+is a validator that raises ValueError, with one text per problem: a field's validator with the rest of the sentence
 ("must be ...", "does not exist; ..."), a block's validator with the whole sentence, as `Sentence` is for a field. A
-rule between two fields belongs to the later one, which finds the earlier ones in `info.data` if they are right:
-pydantic calls a block's validator only if every field is right.
+rule between two fields belongs to the later one, which finds valid earlier ones in `info.data`:
+pydantic calls a block's validator only if all fields are valid.
 
 Strict: no text becomes a number, True is not 1, a whole number may stand for a fraction. Frozen: lists become tuples.
 """
@@ -31,8 +31,8 @@ from nemo_ee.exits.block_reader import RENAMED_KEYS, close_match, reads_as_numbe
 _LONGEST_NAME = 60  # characters of a key that a message shows
 _MAX_SHOWN = 80  # characters of a value
 _MOST_SHOWN = 100  # problems that a message lists
-_MOST_OF_ONE = 20  # of one value, such as a file with many wrong lines
-_MOST_READ = 1000  # problems that are put into words
+_MOST_OF_ONE = 20  # problems of one value, such as a file with many wrong lines
+_MOST_READ = 1000  # problems that are formatted
 _NOT_BLANK = r"\S"
 
 
@@ -54,7 +54,7 @@ def _tuples(value: Any) -> Any:
 
 
 def rule(text: str) -> Any:
-    """Metadata of a field whose rule is not what its type says: `Annotated[str, rule("a text such as ...")]`."""
+    """Metadata of a field with another rule than that of its type: `Annotated[str, rule("a text such as ...")]`."""
     return Field(json_schema_extra={"x-rule": text})
 
 
@@ -65,7 +65,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Sentence(ValueError):
-    """A whole sentence about a field, such as one that names several keys: no key and value are put before it."""
+    """A whole sentence about a field, for instance about several keys. Key and value are not put in front of it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Problem:
 
 
 class InputError(ValueError):
-    """Every problem of one input; the message lists their texts.
+    """All problems of one input; the message lists their texts.
 
     Args:
         headline: first line of the message.
@@ -135,7 +135,7 @@ def _schema(model: type[BaseModel]) -> Mapping[str, Any]:
 def problems_of(
     error: ValidationError, model: type[BaseModel], values: Any, *, where: str = "", most: int = _MOST_READ
 ) -> list[Problem]:
-    """The problems that pydantic found, in our form: one per key, whatever the number of types the key may have."""
+    """The problems that pydantic found, in this module's form: one per key, also if the key may have several types."""
     schema = _schema(model)
     found: dict[Problem, None] = {}
     for one in error.errors(include_url=False)[:_MOST_READ]:
@@ -146,25 +146,25 @@ def problems_of(
             {"extra_forbidden": "unknown", "missing": "missing"}.get(one["type"], "value") if place.exact else "value"
         )
         found |= dict.fromkeys(Problem(place.key, kind, text) for text in _texts(one, kind, place))
-    # A list whose entries are wrong is no problem of its own.
+    # A list with wrong entries is not reported in addition to the entries.
     inner = [problem.where for problem in found]
     return [one for one in found if not any(where.startswith((f"{one.where}.", f"{one.where}[")) for where in inner)]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in an input a problem is: its key, value, the schema of the value, and the keys known beside it."""
+    """Place of a problem in an input: its key, value, the schema of the value, and the known keys of its block."""
 
     key: str
     value: Any
     schema: Mapping[str, Any]
     beside: tuple[str, ...]
-    exact: bool  # the problem is at the key itself, not with one of several types of its value
-    is_block: bool  # the value is one of a model
+    exact: bool  # the problem is of the key itself, not of one of several types of its value
+    is_block: bool  # the value belongs to a model's block
 
 
 def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, where: str) -> _Place:
-    """The deepest key that a location of pydantic names; where a value has several types, it names types as well."""
+    """The deepest key that a location of pydantic names; for a value with several types it also names types."""
     definitions = root.get("$defs", {})
 
     def options(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -204,27 +204,27 @@ def _place(loc: tuple[int | str, ...], root: Mapping[str, Any], values: Any, whe
 
 def _texts(error: Mapping[str, Any], kind: str, place: _Place) -> Iterator[str]:
     """The sentences of one error of pydantic."""
-    said = f"{place.key or 'the input'}={shortened(place.value)}"
+    given = f"{place.key or 'the input'}={shortened(place.value)}"
     if kind == "unknown":
         name = place.key.rpartition(".")[2]
         if name in RENAMED_KEYS:
-            yield f"{said} is now {RENAMED_KEYS[name]}"
+            yield f"{given} is now {RENAMED_KEYS[name]}"
         else:
-            yield f"{said} is not a setting here{close_match(name, place.beside)}; leave it out"
+            yield f"{given} is not a setting here{close_match(name, place.beside)}; leave it out"
     elif kind == "missing":
         yield f"{place.key} is needed and not given; it must be {in_words(place.schema)}"
     elif place.exact and error["type"] == "value_error":  # raised by a validator
         raised, count = error["ctx"]["error"], len(error["ctx"]["error"].args)
         for text in raised.args[:_MOST_OF_ONE]:
-            yield text if place.is_block or isinstance(raised, Sentence) else f"{said} {text}"
+            yield text if place.is_block or isinstance(raised, Sentence) else f"{given} {text}"
         if count > _MOST_OF_ONE:
             yield f"and {count - _MOST_OF_ONE} more"
     else:
-        yield f"{said} must be {in_words(place.schema)}{_hint(place)}"
+        yield f"{given} must be {in_words(place.schema)}{_hint(place)}"
 
 
 def _hint(place: _Place) -> str:
-    """What the value was probably meant as."""
+    """Way out for a value that was probably meant as another type."""
     words = in_words(place.schema)
     if isinstance(place.value, str):
         if "number" in words and reads_as_number(place.value):
@@ -242,7 +242,7 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
 
 
 def in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any] | None = None, *, many: bool = False) -> str:
-    """What a JSON schema allows, as the object of "must be": "a whole number of at least 1, or null"."""
+    """The values that a JSON schema allows, as the object of "must be": "a whole number of at least 1, or null"."""
     definitions = schema.get("$defs", {}) if definitions is None else definitions
     if "$ref" in schema:
         return in_words(definitions[schema["$ref"].rpartition("/")[2]], definitions, many=many)
@@ -309,13 +309,13 @@ def _entries(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it: on one line and not long, whatever its size."""
+    """A value for a message: on one line, and short for a value of any size."""
     text = repr(_part(value, 3))
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def _part(value: Any, depth: int) -> Any:
-    """Enough of a value for its first characters, so that a large one costs nothing."""
+    """The start of a value's text, computed without the text of a large value."""
     if isinstance(value, str):
         return value[:_MAX_SHOWN]
     if not isinstance(value, list | tuple | dict):

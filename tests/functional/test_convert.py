@@ -208,8 +208,8 @@ def test_a_conversion_that_computes_something_else_is_refused(source: Path, tmp_
     monkeypatch.setattr(convert, "nemo_config", lambda architecture: right(architecture) | {"rotary_base": 500})
     change_config(shutil.copytree(source, tmp_path / "newer"), mup_width=3, transformers_version="9.0")
     for folder, reason in (
-        (source, "knows all of its keys"),
-        (tmp_path / "newer", "does not know its keys mup_width"),
+        (source, "reads all of its keys"),
+        (tmp_path / "newer", "does not read its keys mup_width"),
     ):
         with pytest.raises(ValueError, match=r"logits differ from transformers' by .* nothing was written") as caught:
             run_convert(folder, tmp_path / "ee.nemo", EXITS)

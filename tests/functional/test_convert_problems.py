@@ -66,7 +66,7 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 FAULTY = {
     "no source": ({"source": "/nowhere"}, [], {}, ["source='/nowhere' does not exist"]),
     "suffix": ({"output": "x.ckpt"}, EXITS, {}, ["output=", "x.ckpt' must end in .nemo"]),
-    "no exits": ({}, [], {}, ["asks for no exits; add model.early_exit.every=1/4"]),
+    "no exits": ({}, [], {}, ["has no exits; add model.early_exit.every=1/4"]),
     "layer 0": ({}, [{"layer": 0}], {}, ["exits[0].layer = 0", "1..3"]),
     "too deep": ({}, [{"layer": 4}], {}, ["exits[0].layer = 4", "the model has 3 layers"]),
     "same names": ({}, [{"layer": 1}, {"layer": 1}], {}, ["exits[1].name = 'layer1-mlp'", "already the name"]),
@@ -304,7 +304,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(member: str, tuned:
     mark = tmp_path / "ran"
     evil = pickle.dumps(_RunsCode(mark))
     path = rewritten(tuned, tmp_path / "evil.nemo", {member: evil})
-    with pytest.raises(ValueError, match=r"\.metadata: refused, it asks for (posix|os)\.mkdir"):
+    with pytest.raises(ValueError, match=r"\.metadata: refused, it needs (posix|os)\.mkdir"):
         restore(path)
     with pytest.raises(ValueError, match="refused"):
         run_convert(path, tmp_path / "out.nemo", [exit_entry(3, "mlp")])

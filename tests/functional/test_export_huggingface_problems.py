@@ -169,7 +169,7 @@ def test_which_directories_are_written_is_a_choice(one: Made, tmp_path: Path) ->
         ),
         ({"targets": ()}, ["targets=[] must be some of full, exits, early_exit"]),
         ({"exits": ("nope",)}, ["exits: no exit is called 'nope'; there are", MLP]),
-        ({"exits": (EMBEDDING,)}, [f"exit {EMBEDDING!r} cannot be a model of its own", "only OPT", "leave it out"]),
+        ({"exits": (EMBEDDING,)}, [f"exit {EMBEDDING!r} cannot be a stand-alone model", "only OPT", "leave it out"]),
         ({"exits": (), "targets": ("exits",)}, ["leave nothing to write"]),
         ({"checkpoint": Path("nowhere.nemo")}, ["nowhere.nemo", "does not exist; give an early-exit .nemo"]),
     ],
@@ -244,7 +244,7 @@ def test_what_a_killed_export_leaves_is_no_export_and_in_nobody_s_way(one: Made,
     left = tmp_path / "out.partial" / "hf_full"
     left.mkdir(parents=True)
     (left / "model.safetensors.partial").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="no finished export"):
+    with pytest.raises(ValueError, match="not a complete export"):
         verify_export(tmp_path / "out.partial")
     output = export(one.path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and verify_export(output, one.path) == []

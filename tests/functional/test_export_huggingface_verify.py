@@ -55,7 +55,7 @@ KEY = f"exit_heads.{MLP}.mlp.up_proj.weight"
 CHANGES = {
     "renamed": (lambda t: t.__setitem__("x", t.pop(KEY)), [f"{KEY} is missing", "x does not belong there"]),
     "cut": (lambda t: t.__setitem__(KEY, t[KEY][1:].clone()), [f"{KEY} has shape [55, 40], must be [56, 40]"]),
-    "cast": (lambda t: t.__setitem__(KEY, t[KEY].half()), [f"{KEY} is F16, config.json says F32"]),
+    "cast": (lambda t: t.__setitem__(KEY, t[KEY].half()), [f"{KEY} is F16, but F32 in config.json"]),
 }
 
 

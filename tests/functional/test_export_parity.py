@@ -109,7 +109,7 @@ def spoil(tensors: dict[str, torch.Tensor], how: str) -> None:
 
 SPOILT = {
     "two halves swapped": "final gives other numbers",
-    "keys and values swapped": "of tensor-parallel rank 1 is another than on the ranks before it",
+    "keys and values swapped": "of tensor-parallel rank 1 differs from the ranks before it",
     "transformer.layers.0.mlp.proj.weight": "final gives other numbers",
     "lm_head.weight": "final gives other numbers",
     "exit_heads.l1-mlp-random-own.unembed.weight": "parity: l1-mlp-random-own gives other numbers",
@@ -183,7 +183,7 @@ def test_ties_may_fall_either_way(made, tmp_path: Path) -> None:
     assert list(parity_problems(stated, folder, load_checkpoint)) == []
     final["argmax"] = [(token + 1) % 131 for token in final["argmax"]]
     assert list(parity_problems(stated, folder, load_checkpoint)) == [
-        "parity: final gives other numbers than the manifest says (argmax)"
+        "parity: final gives other numbers than those in the manifest (argmax)"
     ]
 
 
@@ -200,7 +200,7 @@ def test_a_model_larger_than_the_limit_is_not_run_again(made, tmp_path: Path, ca
         assert verify_export(output, parity_gigabytes=1e-6) == []
         assert "more than parity_gigabytes, so its parity was not run" in caplog.text
         (problem,) = verify_export(output)
-        assert "final gives other numbers than the manifest says" in problem, "control"
+        assert "final gives other numbers than those in the manifest" in problem, "control"
         with pytest.raises(ValueError, match="parity_gigabytes=nan must be a number of GB"):
             verify_export(output, parity_gigabytes=float("nan"))
 

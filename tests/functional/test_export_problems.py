@@ -106,7 +106,7 @@ def test_the_scripts_as_a_user_runs_them(checkpoint: Path, tmp_path: Path) -> No
             {"exits": ("nope",), "drafts": (EMBEDDING,)},
             [
                 "exits: no exit is called 'nope'; there are",
-                f"drafts: exit {EMBEDDING!r} cannot be one",
+                f"drafts: exit {EMBEDDING!r} cannot be a draft model",
                 "final norm out",
             ],
         ),
@@ -267,7 +267,7 @@ KEY = "transformer.layers.0.mlp.fc.weight"
 CHANGES = {
     "renamed": (lambda t: t.__setitem__("x", t.pop(KEY)), [f"{KEY} is missing", "x does not belong there"]),
     "cut": (lambda t: t.__setitem__(KEY, t[KEY][1:].clone()), [f"{KEY} has shape [27, 40], must be [28, 40]"]),
-    "cast": (lambda t: t.__setitem__(KEY, t[KEY].half()), [f"{KEY} is F16, config.json says F32"]),
+    "cast": (lambda t: t.__setitem__(KEY, t[KEY].half()), [f"{KEY} is F16, but F32 in config.json"]),
 }
 
 
@@ -286,7 +286,7 @@ def test_changed_numbers_show_in_the_hash_when_run_and_against_the_source(
     folder = copied(exported, tmp_path / "copy")
     _tensors(folder, lambda tensors: tensors[KEY][0, 0].add_(100.0))
     by_hash, *by_running = verify_export(folder)
-    assert by_hash == "trtllm_ckpt/rank2.safetensors has another sha256 than the manifest says"
+    assert by_hash == "trtllm_ckpt/rank2.safetensors has another sha256 than in the manifest"
     assert by_running and all(": parity: " in problem for problem in by_running)
     signed(folder)
     assert verify_export(folder) == by_running
@@ -360,7 +360,7 @@ def test_missing_strange_and_foreign_files(exported: Path, checkpoint: Path, tmp
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "no manifest.json, so this is no finished export"),
+        (None, "no manifest.json, so this is not a complete export"),
         ("{", "damaged"),
         ('{"schema_version": 2, "files": {}}', "schema version 2"),
         ('{"schema_version": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "lies outside of the export"),

@@ -229,18 +229,18 @@ def test_an_engine_without_thresholds_is_the_stock_class(exported, stand_in) -> 
 
 
 def test_padding_rows_of_the_vocabulary_are_no_tokens(stand_in) -> None:
-    from nemo_ee.export.tensorrt_llm.files.tensorrt_llm_model import Exit, all_sure
+    from nemo_ee.export.tensorrt_llm.files.tensorrt_llm_model import Exit, all_confident
 
     exit = Exit("a", 2, "norm", True, 0.63)
     logits = stand_in._wrap(torch.tensor([[2.0, 1.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]]))
-    assert bool(all_sure(logits, exit, "max_probability", 3))
-    assert not bool(all_sure(logits, exit, "max_probability", 4))
+    assert bool(all_confident(logits, exit, "max_probability", 3))
+    assert not bool(all_confident(logits, exit, "max_probability", 4))
 
 
 @pytest.mark.parametrize(
     ("early_exit", "message"),
     [
-        ({"thresholds": {EXITS[-1]["name"]: 0.5}}, "attention of its own"),
+        ({"thresholds": {EXITS[-1]["name"]: 0.5}}, "an attention layer"),
         ({"thresholds": {"nowhere": 0.5}}, "names 'nowhere'"),
         ({"criterion": "margin"}, "criterion='margin'"),
     ],
@@ -332,8 +332,8 @@ def test_a_log_line_says_that_the_class_is_in_use(exported, torch_stand_in) -> N
     one.torch_session(thresholds={second: 0.5, first: 0.25}, criterion="margin")
     one.torch_session()
     assert torch_stand_in.lines == [
-        f"early exit: EarlyExitLlamaForCausalLM asks {first} > 0.25, {second} > 0.5 (margin)",
-        "early exit: EarlyExitLlamaForCausalLM asks no exit, config.json has no thresholds",
+        f"early exit: EarlyExitLlamaForCausalLM evaluates {first} > 0.25, {second} > 0.5 (margin)",
+        "early exit: EarlyExitLlamaForCausalLM evaluates no exit, config.json has no thresholds",
     ]
 
 

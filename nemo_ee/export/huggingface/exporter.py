@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo` as Hugging Face directories.
+"""Exports a `.nemo` as Hugging Face directories.
 
 hf_full/          the backbone in its family's stock class
-hf_exit_<name>/   an exit as a model of its own: k layers with the exit's MLP, norm and output, or k + 1
+hf_exit_<name>/   an exit as a stand-alone model: k layers with the exit's MLP, norm and output, or k + 1
 hf_early_exit/    the backbone with exit_heads.* beside it and the table of exits in config.json; in it
                   early_exit_trtllm/, with which TensorRT-LLM's PyTorch backend leaves early
 manifest.json     written last
@@ -70,7 +70,7 @@ _USES = {
 
 
 class HuggingFaceSettings(ExportSettings):
-    """See conf/export_huggingface.yaml."""
+    """conf/export_huggingface.yaml, a field for each key."""
 
     targets: Annotated[
         tuple[Literal[TARGETS], ...],
@@ -87,11 +87,11 @@ def export_huggingface(settings: HuggingFaceSettings) -> Path:
 
 
 def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: torch.dtype) -> ExportPlan:
-    """What is written.
+    """The plan of the export.
 
     Raises:
-        ValueError: no stock class computes the backbone, or an exit that was asked for by name; settings that do not
-            fit the exits.
+        ValueError: no stock class computes the backbone, or an exit that `exits` names; settings that do not fit the
+            exits.
     """
     exits = settings.wanted_exits(source)
     unknown = unknown_exits("exits", settings.exits, source)
@@ -109,7 +109,7 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
     for exit in exits if "exits" in settings.targets else ():
         reason = exit_refusal(family, exit)
         if reason and settings.exits is not None:
-            problems.append(f"exit {exit.name!r} cannot be a model of its own: {reason}; leave it out")
+            problems.append(f"exit {exit.name!r} cannot be a stand-alone model: {reason}; leave it out")
         elif reason:
             logger.info("no hf_exit_%s: %s", exit.name, reason)
         else:
@@ -137,7 +137,7 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
 
 
 def _problems_of_thresholds(settings: HuggingFaceSettings, family: Family) -> list[str]:
-    """Thresholds that nothing would read: they are for TensorRT-LLM's PyTorch backend, in `hf_early_exit`."""
+    """Problems of unread thresholds: only TensorRT-LLM's PyTorch backend reads them, in `hf_early_exit`."""
     if settings.thresholds is None:
         return []
     problems = []
@@ -178,7 +178,7 @@ def _artifact(
     exits: Sequence[ExitConfig],
     stock: StockConfig,
 ) -> Artifact:
-    """A directory of one kind with these exits; of `exit` it is the only one."""
+    """The artifact of a kind with these exits; for an `exit` it has that one alone."""
     exit, values, files = None, {}, {}
     if kind == "exit":
         (exit,) = exits
@@ -208,10 +208,10 @@ def _artifact(
 def _first_that_fits(
     source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artifact]
 ) -> Artifact:
-    """The artifact of the first config whose constants are the parameters' values.
+    """The artifact of the first config whose constants equal the `.nemo`'s parameters.
 
     Raises:
-        ValueError: every config has a constant where the `.nemo` has other values.
+        ValueError: every config has constants that differ from the `.nemo`'s parameters.
     """
     for stock in stocks:
         artifact = make(stock)
@@ -220,8 +220,8 @@ def _first_that_fits(
             return artifact
     names = ", ".join(sorted({reading.origin.key for reading in lost}))
     raise ValueError(
-        f"{source.path}: {stocks[-1].family.model_class} has no {names}, and theirs are not the values that leaving "
-        "them out means; no stock class of transformers computes this model"
+        f"{source.path}: {stocks[-1].family.model_class} has no {names}, and their values are not those of a "
+        "model without them; no stock class of transformers computes this model"
     )
 
 

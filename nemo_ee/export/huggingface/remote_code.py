@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python files of `hf_early_exit/`: the runtime and the engine, copied, for `trust_remote_code=True`.
 
-transformers runs a directory's own code from files beside config.json. They are made from this package as it is at the
-time of the export: `nemo_ee.runtime.auto_model` and everything of nemo_ee that it imports, with imports of one another
-made relative, and one small file that names the classes. The config class is the stock one's subclass, so that other
-models of the family load as before.
+transformers runs a directory's code from files beside config.json. They are copies of this package at the time of the
+export: `nemo_ee.runtime.auto_model` and all modules of nemo_ee that it imports, with relative imports among them, and
+one small file that names the classes. The config class is a subclass of the stock one, so other models of the family
+load as before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_ee.families.family import Family
 
 ROOT_MODULE = "nemo_ee.runtime.auto_model"
 MODELING = "modeling_early_exit"
-LICENCE = "LICENSE.early_exit_code"  # beside the code; the weights have their own
+LICENCE = "LICENSE.early_exit_code"  # licence of the code; the weights have another
 _IMPORT = re.compile(r"^(\s*)from (nemo_ee(?:\.\w+)+) import", re.MULTILINE)
 
 _TEMPLATE = '''# Copyright 2026 The nemo_ee authors.
@@ -34,7 +34,7 @@ from transformers import {stock}
 
 from .{root} import EarlyExitCausalLM
 
-# transformers copies no files but those that this one names.
+# transformers copies only files that this file imports.
 {others}
 
 
@@ -43,14 +43,14 @@ class EarlyExitConfig({stock}):
 
 
 class EarlyExitForCausalLM(EarlyExitCausalLM):
-    """See `generate`."""
+    """The model class; see `generate`."""
 
     config_class = EarlyExitConfig
 '''
 
 
 def auto_map() -> dict[str, str]:
-    """What config.json says about the classes."""
+    """The keys of config.json that name the classes."""
     return {"AutoConfig": f"{MODELING}.EarlyExitConfig", "AutoModelForCausalLM": f"{MODELING}.EarlyExitForCausalLM"}
 
 
@@ -78,7 +78,7 @@ def remote_code(family: Family) -> dict[str, str]:
 
 
 def _licence() -> str | None:
-    """The licence's text as installed, or of the source tree that this package is run from."""
+    """The licence's text from the installed package, or from its source tree."""
     try:
         installed = distribution("nemo_ee")
         text = installed.read_text("licenses/LICENSE") or installed.read_text("LICENSE")
@@ -91,5 +91,5 @@ def _licence() -> str | None:
 
 
 def _flat(module: str) -> str:
-    """`nemo_ee.runtime.model` -> `early_exit_runtime_model`."""
+    """File name of a module: `nemo_ee.runtime.model` -> `early_exit_runtime_model`."""
     return "early_exit_" + module.removeprefix("nemo_ee.").replace(".", "_")

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The weight files of a Hugging Face directory: which tensor goes to which file, and the index that says so."""
+"""The weight files of a Hugging Face directory: the file of each tensor, and the index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def sharded(plan: Sequence[Reading], dtype: torch.dtype, shard_bytes: float) -> list[list[Reading]]:
-    """The readings of each file; `shard_bytes`: about the largest size of one."""
+    """The readings of each file; `shard_bytes`: approximate largest size of a file."""
     shards: list[list[Reading]] = [[]]
     filled = 0
     for reading in plan:
@@ -37,7 +37,7 @@ def _file_name(number: int, many: int) -> str:
 
 
 def index_file(shards: Sequence[Sequence[Reading]], dtype: torch.dtype) -> dict[str, Any]:
-    """The index of several files, by its name; nothing for one file."""
+    """Name -> content of the index of several files; empty for one file."""
     if len(shards) == 1:
         return {}
     plan = [reading for shard in shards for reading in shard]

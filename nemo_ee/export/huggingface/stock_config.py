@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A `.nemo`'s architecture as the config.json of a stock transformers class.
 
-Where the backbone came from Hugging Face, the `.nemo` carries that model's config.json, and it is taken if it still
-describes the model. Otherwise the families' own configs are tried, the original model's family first.
+If the backbone came from Hugging Face, the `.nemo` has that model's config.json, which is used if it still describes
+the model. Otherwise the families' configs are tried, the original model's family first.
 
-Either way the values are read back by the importer's own reader, and what it makes of them has to be the `.nemo`'s
-architecture again: anything a stock class would compute differently is refused.
+In both cases the importer's reader reads the values back, and the result must equal the `.nemo`'s architecture: a
+model that a stock class would compute differently is refused.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from nemo_ee.families.family import Family
 from nemo_ee.families.registry import FAMILIES, read_config
 from nemo_ee.families.rotary_settings import with_both_spellings
 
-FORMAT = "huggingface"  # of a directory, in the manifest
+FORMAT = "huggingface"  # format of a directory, in the manifest
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Keys of somebody's config.json that say nothing about the exported model.
+# Keys of a config.json that do not describe the exported model.
 _LEFT_OUT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "early_exit")
 
 
 @dataclasses.dataclass(frozen=True)
 class StockConfig:
-    """The values of a config.json and what the importer's reader makes of them."""
+    """The values of a config.json, and the architecture that the importer's reader finds in them."""
 
     values: dict[str, Any]
     architecture: Architecture
 
     @property
     def family(self) -> Family:
-        """The family whose class it is."""
+        """The family of the config's class."""
         return FAMILIES[self.architecture.family]
 
     @property
     def has_final_norm(self) -> bool:
-        """False for an OPT that is told to leave it out."""
+        """Whether the model has a final norm; False for an OPT config that leaves it out."""
         return not self.values.get(self.family.droppable_final_norm)
 
 
@@ -54,21 +54,21 @@ def stock_configs(
     stored_rows: int,
     position_rows: int | None,
 ) -> list[StockConfig]:
-    """Every config.json that describes a `.nemo`'s backbone: the original model's, and that of the first family.
+    """All configs that describe a `.nemo`'s backbone: the original model's, and that of the first family.
 
-    Both may hold constants where the `.nemo` has parameters (biases that the class does not have), so that they fit
-    only while those parameters still have these values.
+    Both may have constants for parameters of the `.nemo` (biases that the class does not have). Such a config fits
+    only while those parameters have the constants' values.
 
     Args:
-        config: the `.nemo`'s model config, plain values.
-        bundled: the original model's config.json, if the `.nemo` carries it.
+        config: the `.nemo`'s model config as plain values.
+        bundled: the original model's config.json, if the `.nemo` has it.
         special_tokens: `bos_token_id` and so on, for a `.nemo` without one; None is written as null, since an absent
-            key would be the stock class's own default, some token of this vocabulary.
+            key would mean the stock class's default, an arbitrary token of this vocabulary.
         stored_rows: rows of the stored word embeddings.
         position_rows: rows of the stored learned positions, if there are any.
 
     Raises:
-        ValueError: no stock class computes this model; with the reasons of the nearest one.
+        ValueError: no stock class computes this model; the message has the reasons of the nearest class.
     """
     wanted = read_architecture(config, stored_rows=stored_rows, max_positions=position_rows, erf_gelu=True)
     found, nearest = [], []
@@ -85,7 +85,7 @@ def stock_configs(
             found.append(StockConfig(values if made.learned_positions else with_both_spellings(values), made))
             if not is_original:
                 break
-        elif not is_original:  # the original's differ where the `.nemo` was changed, which says nothing of the class
+        elif not is_original:  # the original differs if the `.nemo` was changed: no reason against the class
             nearest = min(nearest or problems, problems, key=len)
     if not found:
         raise ValueError(f"no stock class of transformers computes this model: {'; '.join(nearest)}")
@@ -93,7 +93,7 @@ def stock_configs(
 
 
 def exit_refusal(family: Family, exit: ExitConfig) -> str | None:
-    """Why an exit cannot be a stand-alone model of a stock class; None where it can."""
+    """Reason why an exit cannot be a stand-alone model of a stock class; None if it can."""
     if exit.architecture == "embedding" and family.droppable_final_norm is None:
         able = ", ".join(other.model_class for other in FAMILIES.values() if other.droppable_final_norm)
         return (
@@ -104,10 +104,10 @@ def exit_refusal(family: Family, exit: ExitConfig) -> str | None:
 
 
 def exit_config(stock: StockConfig, exit: ExitConfig, *, own_output: bool) -> StockConfig:
-    """The config of an exit as a model of its own: k layers, k + 1 for a `layer` exit.
+    """The config of an exit as a stand-alone model: k layers, k + 1 for a `layer` exit.
 
     Args:
-        own_output: its output projection is another matrix than the backbone's.
+        own_output: whether its output projection is another matrix than the backbone's.
     """
     layers = exit.layer + (exit.architecture == "layer")
     values = {**stock.values, stock.family.keys["num_layers"]: layers}
@@ -123,20 +123,20 @@ def exit_config(stock: StockConfig, exit: ExitConfig, *, own_output: bool) -> St
 
 
 def read_stock_config(values: Mapping[str, Any]) -> Architecture:
-    """What an exported config.json describes, whether or not it leaves the final norm out.
+    """The architecture of an exported config.json, with or without a final norm.
 
     Raises:
-        ValueError: it is of no family, or inconsistent.
+        ValueError: the config belongs to no family, or is inconsistent.
     """
     droppable = {family.droppable_final_norm for family in FAMILIES.values()}
-    # Any length will do: only an attention window shorter than it matters, and that changes no tensor.
+    # The length is arbitrary: it matters only for attention windows, and they change no tensor.
     return read_config({key: value for key, value in values.items() if key not in droppable}, 1)
 
 
 def _candidates(
     wanted: Architecture, bundled: Mapping[str, Any] | None, special_tokens: Mapping[str, int | None]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """(values, whether they are the original model's), the best first."""
+    """Pairs (values, whether they are the original model's), the best first."""
     carried: dict[str, Any] = {
         name: None if token is None or token >= wanted.vocab_size else token for name, token in special_tokens.items()
     }
@@ -154,7 +154,7 @@ def _candidates(
 
 
 def _sequence_length(config: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:
-    """The length the `.nemo` is used with, where an attention window depends on it; None = the model's own."""
+    """The `.nemo`'s sequence length if an attention window depends on it; None = the model's maximum."""
     length, longest = config.get("encoder_seq_length"), values.get("max_position_embeddings")
     if "sliding_window" not in values or not isinstance(length, int) or not isinstance(longest, int):
         return None

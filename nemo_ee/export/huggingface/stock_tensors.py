@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of which canonical tensor make up each tensor of a Hugging Face model: the importer's table, inverted.
+"""The canonical rows of each tensor of a Hugging Face model: the importer's table, inverted.
 
-`families.tensors` says for each canonical tensor where its rows lie in stored tensors. Each stored tensor comes from
-one canonical tensor, so its rows are a list of ranges of that one. An exit's tensors are under `exit_heads.<name>.`.
+`families.tensors` has the place of each canonical tensor's rows in stored tensors. Each stored tensor comes from one
+canonical tensor, so its rows are a list of ranges of that tensor. An exit's tensors are under `exit_heads.<name>.`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from nemo_ee.families.tensors import Canonical, Stored
 
 
 def readings(architecture: Architecture, model: Model) -> list[Reading]:
-    """Every canonical tensor to read, in the order in which the files hold what is written from them.
+    """Every canonical tensor to read, in the order of the tensors in the files.
 
     Args:
-        architecture: the stock model that is written; it has as many layers as `model`.
+        architecture: the written stock model; it has as many layers as `model`.
     """
     table = tensors_of(architecture)
 
@@ -51,9 +51,9 @@ def _written(stored: Stored, parts: list[tuple[int, int, int]]) -> WrittenTensor
     """A stored tensor from (its row, the canonical row, number of rows), in the order of its rows."""
     zeros = position = parts[0][0]
     for start, _, height in parts:
-        assert start == position, f"{stored.name}: rows {position}..{start} come from nowhere"
+        assert start == position, f"{stored.name}: rows {position}..{start} have no source"
         position += height
     height = stored.shape[-1 if stored.transposed else 0]
-    assert position == height, f"{stored.name}: rows {position}..{height} come from nowhere"
+    assert position == height, f"{stored.name}: rows {position}..{height} have no source"
     rows = joined((top, top + height) for _, top, height in parts)
     return WrittenTensor(stored.name, stored.shape, rows, zeros_above=zeros, transposed=stored.transposed)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An exported Hugging Face directory as its config.json describes it, beside what its `.nemo` says."""
+"""Checks of an exported Hugging Face directory against its config.json and its `.nemo`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from nemo_ee.text.json_values import read_json_object
 
 
 def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSource | None) -> WrittenArtifact:
-    """What the directory holds by its config.json.
+    """The contents of the directory by its config.json.
 
     Args:
-        entry: its own in the manifest.
+        entry: the directory's entry in the manifest.
         source: the opened `.nemo`, to compare the config with.
 
     Raises:
@@ -39,7 +39,7 @@ def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSo
     problems += _index_problems(folder, places)
     if source is not None:
         problems += _config_problems(config, entry, source)
-    first = min(places.values(), default=SINGLE)  # a tensor that is missing is missing there
+    first = min(places.values(), default=SINGLE)  # messages place missing tensors in this file
     return WrittenArtifact(
         problems=problems,
         plan=[reading.in_files(lambda name: places.get(name, first)) for reading in _plan(config, entry)],
@@ -50,17 +50,17 @@ def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSo
 
 
 def _config_problems(config: dict[str, Any], entry: Mapping[str, Any], source: EarlyExitSource) -> Iterator[str]:
-    """Where config.json is not what an export of the `.nemo` would say; the thresholds are the user's choice."""
+    """Differences between config.json and that of an export of the `.nemo`. Thresholds may differ: users edit them."""
     block, kind = config.get("early_exit") or {}, entry["kind"]
     exits = [row["name"] for row in block.get("exits", ())] if kind == "early_exit" else [entry["exit"]]
     targets, exits = ("exits",) if kind == "exit" else (kind,), () if kind == "full" else tuple(exits)
-    # Taken from the directory itself, so nothing of it is a user's to check.
+    # These values come from the directory itself, so they are not checked.
     settings = HuggingFaceSettings.model_construct(checkpoint=source.path, targets=targets, exits=exits)
     (planned,) = plan_export(settings, source, DTYPES[config["torch_dtype"]]).artifacts
     wanted = json.loads(json.dumps(planned.config))
     if kind == "early_exit":
         wanted["early_exit"] |= {key: value for key, value in block.items() if key != "exits"}
-    if "rope_parameters" in wanted:  # exports of earlier versions have one spelling
+    if "rope_parameters" in wanted:  # exports of earlier versions have only one of the two spellings
         config = with_both_spellings(config)
     yield from config_problems(config, wanted)
 
@@ -68,7 +68,7 @@ def _config_problems(config: dict[str, Any], entry: Mapping[str, Any], source: E
 def _plan(config: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Reading]:
     """The readings of the model that a config.json describes; the origins are those of its export."""
     stock = read_stock_config(config)
-    # A stock class ignores a table of exits, so one in another kind's config.json says nothing of its tensors.
+    # A stock class ignores a table of exits, so in other kinds of directories the table describes no tensors.
     table = (config.get("early_exit") or {}).get("exits", []) if entry["kind"] == "early_exit" else []
     tied = stock.tied
     return readings(stock, described_model(entry, table, stock.num_layers, tied=tied, write_output=not tied))
@@ -81,7 +81,7 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _places(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Name of every tensor -> its file; and tensors that are in several."""
+    """Name of every tensor -> its file, and the problems of tensors that are in several files."""
     places: dict[str, str] = {}
     problems = []
     for file_name in _file_names(folder):
@@ -100,4 +100,4 @@ def _index_problems(folder: Path, places: Mapping[str, str]) -> Iterator[str]:
         yield f"{name} is in only one of {INDEX} and the files"
     for name in sorted(weight_map.keys() & places.keys()):
         if weight_map[name] != places[name]:
-            yield f"{name} is in {places[name]}, {INDEX} says {weight_map[name]}"
+            yield f"{name} is in {places[name]}, but in {weight_map[name]} by {INDEX}"

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an export carries so that TensorRT-LLM can leave early: thresholds in config.json, a model file beside it.
+"""Early exit in exports for TensorRT-LLM: thresholds in config.json, and a model file beside it.
 
     engine backend     tensorrt_llm_model.py beside trtllm_ckpt/       for trtllm-build --model_cls_file
     PyTorch backend    hf_early_exit/early_exit_trtllm/__init__.py     for trtllm-serve --custom_module_dirs
 
-The model files are copied as they are and are never imported here.
+The model files are copied unchanged and are never imported here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def threshold_block(
     """`criterion` and `thresholds` for `early_exit` in config.json; empty without thresholds.
 
     Args:
-        exits: those that are exported.
-        thresholds: a number for all exits without attention of their own, or numbers by name, or None.
+        exits: the exported exits.
+        thresholds: a number for all exits without an attention layer, or numbers by name, or None.
         criterion: one of `nemo_ee.exits.confidence.CRITERIA`.
 
     Raises:
-        ValueError: numbers or names that do not fit.
+        ValueError: numbers or names do not fit the exits.
     """
     if thresholds is None:
         return {}
@@ -64,15 +64,15 @@ def threshold_problems(
     criterion: str,
     criteria: Sequence[str] | None = None,
 ) -> list[str]:
-    """What `threshold_block` would raise; a criterion that is not among `criteria`, thresholds given or not; and
-    thresholds that no exit gets."""
+    """Problems of thresholds: those that `threshold_block` would raise, a criterion that is not among `criteria` (also
+    without thresholds), and thresholds that no exit gets."""
     try:
         block = threshold_block(exits, thresholds, criterion)
     except ValueError as problem:
         return [str(problem)]
     if thresholds is not None and not block["thresholds"]:
         return [
-            f"thresholds={thresholds!r}: no exit gets one (it is empty, or no exit without attention of its own is "
+            f"thresholds={thresholds!r}: no exit gets one (it is empty, or no exit without an attention layer is "
             "exported); export one, or leave thresholds out"
         ]
     if criterion not in CRITERIA:
@@ -83,7 +83,7 @@ def threshold_problems(
 
 
 def engine_problems(engine: EngineClass, pipeline_parallel: int) -> list[str]:
-    """Why no class of the engine's model file builds a checkpoint of a class, so that thresholds would do nothing."""
+    """Reasons why no class of the engine's model file builds this checkpoint, so that thresholds have no effect."""
     problems = []
     if engine.early_exit is None:
         engines = [family.engine for family in FAMILIES.values() if family.engine is not None]
@@ -101,7 +101,7 @@ def engine_problems(engine: EngineClass, pipeline_parallel: int) -> list[str]:
 
 
 def engine_files(engine: EngineClass, pipeline_parallel: int) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The engine's model file, name -> text, and its entry for the manifest; empty where it builds no such export."""
+    """The engine's model file, name -> text, and its entry for the manifest; empty if it cannot build this export."""
     if engine_problems(engine, pipeline_parallel):
         return {}, []
     entry = {
@@ -122,7 +122,7 @@ def pytorch_files(family: Family) -> dict[str, str]:
 
 
 def pytorch_entries(directory: str, files: Container[str]) -> list[dict[str, Any]]:
-    """The manifest's entry for `pytorch_files`, where they are among the files of a directory."""
+    """The manifest's entry for `pytorch_files`, if a directory has them."""
     if _PYTORCH_MODULE not in files:
         return []
     entry = {
@@ -137,10 +137,10 @@ def pytorch_entries(directory: str, files: Container[str]) -> list[dict[str, Any
 
 def _decision(work: str) -> dict[str, Any]:
     return {
-        "leaves": "when an exit is sure of every sequence of a decoding step",
+        "leaves": "when an exit's confidence passes its threshold for every sequence of a decoding step",
         "work": work,
         "lossless": False,
         "kv": "propagate",
-        "max_batch": None,  # no limit, but the more sequences, the rarer they agree
+        "max_batch": None,  # no limit, but with more sequences fewer steps leave early
         "verified": VERIFIED,
     }

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo` as TensorRT-LLM unified checkpoints: the full model with its exits beside it, and draft models.
+"""Exports a `.nemo` as TensorRT-LLM unified checkpoints: the full model with its exits, and draft models.
 
-    trtllm_ckpt/      config.json, rank<r>.safetensors; a stock class builds it, exit_heads.* are carried along
+    trtllm_ckpt/      config.json, rank<r>.safetensors; a stock class builds it; exit_heads.* are stored with it
     draft_<name>/     an exit as a stand-alone model, for draft-target decoding
     tensorrt_llm_model.py   a class for trtllm-build with which an engine of trtllm_ckpt/ (one stage) leaves early
-    tokenizer/        the `.nemo`'s
+    tokenizer/        the tokenizer of the `.nemo`
     manifest.json     written last
 
 A single process writes the files of all ranks.
@@ -45,13 +45,13 @@ from nemo_ee.settings.user_input import Positive
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "trtllm_ckpt"
-FORMAT = "tensorrt_llm"  # of a directory, in the manifest
+FORMAT = "tensorrt_llm"  # format of a directory, in the manifest
 TARGETS = ["TensorRT-LLM unified checkpoint, engine backend, 0.20.0 to 1.2.1"]
 NOT_RUN = "no real TensorRT-LLM has loaded these files"
 
 
 class TensorRTLLMSettings(ExportSettings):
-    """See conf/export_tensorrt_llm.yaml."""
+    """conf/export_tensorrt_llm.yaml, a field for each key."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = "bfloat16"
     tensor_parallel: Positive = 1
@@ -74,10 +74,10 @@ def export_checkpoint(settings: TensorRTLLMSettings) -> Path:
 
 
 def plan_export(settings: TensorRTLLMSettings, source: EarlyExitSource, dtype: torch.dtype) -> ExportPlan:
-    """What is written.
+    """The plan of the export.
 
     Raises:
-        ValueError: no stock class computes the backbone, or settings that do not fit the model.
+        ValueError: no stock class computes the backbone, or settings do not fit the model.
     """
     exits = settings.wanted_exits(source)
     architecture = _checked(settings, source, exits)
@@ -88,7 +88,7 @@ def plan_export(settings: TensorRTLLMSettings, source: EarlyExitSource, dtype: t
     table = _exit_table(settings, source, architecture, exits, drafts)
     early_exit = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
     heads = [(exit, source.has_own_output(exit.name)) for exit in exits]
-    # A tied output projection is left out only where one rank has the embeddings too.
+    # A tied output projection is left out only if one rank has the embeddings too.
     model = full_model(architecture.num_layers, heads, tied=tied, write_output=not tied or tp * pp > 1)
     backbone = _artifact(architecture, model, dtype, tp, pp, early_exit=early_exit)
     artifacts = [_artifact(architecture, draft_model(one), dtype, settings.draft_ranks, 1, exit=one) for one in drafts]
@@ -112,7 +112,7 @@ def plan_export(settings: TensorRTLLMSettings, source: EarlyExitSource, dtype: t
 
 
 def _checked(settings: TensorRTLLMSettings, source: EarlyExitSource, exits: Sequence[ExitConfig]) -> Architecture:
-    """The architecture, with all that can be refused from the config alone."""
+    """The architecture, after all checks that need the config alone."""
     drafts = settings.drafts or ()
     problems = unknown_exits("exits", settings.exits, source) + unknown_exits("drafts", drafts, source)
     for exit in exits:
@@ -135,7 +135,7 @@ def _checked(settings: TensorRTLLMSettings, source: EarlyExitSource, exits: Sequ
         for exit in source.exits.exits:
             reason = draft_refusal(architecture, exit)
             if exit.name in drafts and reason:
-                problems.append(f"drafts: exit {exit.name!r} cannot be one: {reason}; leave it out")
+                problems.append(f"drafts: exit {exit.name!r} cannot be a draft model: {reason}; leave it out")
     refuse(problems)
     return architecture
 
@@ -143,7 +143,7 @@ def _checked(settings: TensorRTLLMSettings, source: EarlyExitSource, exits: Sequ
 def _drafts(
     settings: TensorRTLLMSettings, source: EarlyExitSource, architecture: Architecture, exits: Sequence[ExitConfig]
 ) -> list[ExitConfig]:
-    """The exits that are written as draft models."""
+    """The exits to write as draft models."""
     drafts = []
     for exit in source.exits.exits:
         wanted = exit in exits if settings.drafts is None else exit.name in settings.drafts
@@ -183,7 +183,7 @@ def _artifact(
     early_exit: Mapping[str, Any] | None = None,
     exit: ExitConfig | None = None,
 ) -> Artifact:
-    """The whole model, or an exit as a draft model."""
+    """The artifact of the whole model, or of an exit as a draft model."""
     sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     written = dataclasses.replace(architecture, num_layers=len(model.layers), tied=architecture.tied and exit is None)
     config = checkpoint_config(written, dtype=str(dtype).removeprefix("torch."), early_exit=early_exit, **sizes)
@@ -191,7 +191,7 @@ def _artifact(
         "format": FORMAT,
         "use": "target model; stock classes ignore exit_heads.*" if exit is None else "draft model",
         **sizes,
-        # Alone, a draft is the model cut at its exit; the target checks its tokens in draft-target decoding.
+        # A draft model alone is the model cut at its exit; in draft-target decoding the target verifies its tokens.
         "lossless": True if exit is None else f"with {CHECKPOINT} as the target; not when served alone",
         "kv": OWN_KEYS_AND_VALUES,
     }

@@ -1,8 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A `.nemo`'s architecture in TensorRT-LLM's words: the config.json of the class that computes it.
+"""A `.nemo`'s architecture as the config.json of the TensorRT-LLM class that computes it.
 
-Which class that is, and what only it asks for, is said in `nemo_ee.families`. Fields and classes: TensorRT-LLM 0.20 to
+`nemo_ee.families` has the class of each architecture, and its special keys. Fields and classes: TensorRT-LLM 0.20 to
 1.2.1.
 """
 
@@ -29,7 +29,7 @@ def stock_family(architecture: Architecture) -> Family:
     """The family whose class in TensorRT-LLM computes an architecture.
 
     Raises:
-        ValueError: none does.
+        ValueError: no class computes it.
     """
     family = engine_family(architecture)
     if family is None:
@@ -49,7 +49,7 @@ def checkpoint_config(
     """The contents of a unified checkpoint's config.json.
 
     Args:
-        architecture: the model written, which for a draft is not the backbone's.
+        architecture: the written model; a draft has another one than the backbone.
         early_exit: table of the exits; stock classes keep unknown keys and do nothing with them.
     """
     a, engine = architecture, stock_family(architecture).engine
@@ -59,7 +59,7 @@ def checkpoint_config(
         "logits_dtype": "float32",
         **{key: getattr(a, field) for field, key in _KEYS.items()},
         "position_embedding_type": "learned_absolute" if a.learned_positions else "rope_gpt_neox",
-        # Embeddings stay whole on every rank: whether a class can share them out differs between releases.
+        # Embeddings stay whole on every rank: classes of some releases cannot split them.
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "mapping": {

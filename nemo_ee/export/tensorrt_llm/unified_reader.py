@@ -1,10 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a TensorRT-LLM unified checkpoint back into `nemo_ee.runtime`'s model: all ranks' shards made whole again.
+"""Reads a TensorRT-LLM unified checkpoint back into `nemo_ee.runtime`'s model, from the shards of all ranks.
 
-Names and shards are written from the format's description, not from the tables the export writes by
-(`unified_tensors`), so that a problem of those shows. What several ranks hold whole has to be the same on all of them,
-and padding has to be zeros.
+Names and shards here follow the format's description, not the export's tables (`unified_tensors`), so that problems of
+those tables are found. Tensors that several ranks hold whole must be equal on all of them, and padding must be zeros.
 
     attention.qkv     [Q; K; V] of each rank's heads; a key-value head that several ranks hold counts once
     dense, mlp.proj   columns side by side         mlp.fc, mlp.gate, lm_head    rows one below the other
@@ -44,10 +43,10 @@ from nemo_ee.text.json_values import read_json_object
 
 
 def load_checkpoint(folder: Path) -> RuntimeModel:
-    """The model of a checkpoint directory with the exits carried along, computing in fp32.
+    """The model of a checkpoint directory with its exits, which computes in fp32.
 
     Raises:
-        ValueError: files that are missing, damaged or do not fit together, or ranks that contradict each other.
+        ValueError: files are missing, damaged or do not fit together, or ranks contradict each other.
     """
     with ExitStack() as stack:
         try:
@@ -56,7 +55,7 @@ def load_checkpoint(folder: Path) -> RuntimeModel:
                 stack.enter_context(safe_open(folder / f"rank{rank}.safetensors", framework="pt", device="cpu"))
                 for rank in range(values["mapping"]["world_size"])
             ]
-            # The output projection of a tied model may be in the files too.
+            # The files may have the output projection of a tied model too.
             architecture = replace(architecture_of(values), tied="lm_head.weight" not in files[-1].keys())
             table = (values.get("early_exit") or {}).get("exits", [])
             exported = ExportedModel(architecture, exit_entries(table), values["dtype"])
@@ -95,7 +94,7 @@ class _MergedShards:
             yield name, make()
 
     def _add(self, make: Callable[[str, int], Tensor], key: str, stored: str, stage: int) -> None:
-        """A piece below those there are, where the stage has what it is made from."""
+        """Append a piece to a tensor, if the stage has the stored tensor."""
         if stored in self._names[stage * self.tp]:
             self._pieces.setdefault(key, []).append((stored, partial(make, stored, stage)))
 
@@ -145,7 +144,7 @@ class _MergedShards:
         return rows[:count]
 
     def _query_key_value(self, index: int, name: str, stage: int) -> Tensor:
-        """One of the three; `index`: 0, 1, 2."""
+        """One of query (`index` 0), key (1) and value (2)."""
         groups, size = self.a.num_query_groups, self.a.kv_channels
         held = max(groups // self.tp, 1)
         sizes = [self.a.num_attention_heads // self.tp * size, held * size, held * size]
@@ -158,4 +157,4 @@ class _MergedShards:
 
 def _refuse_another(one: Tensor, other: Tensor, name: str, rank: int) -> None:
     if not torch.equal(one, other):
-        raise ValueError(f"{name} of tensor-parallel rank {rank} is another than on the ranks before it")
+        raise ValueError(f"{name} of tensor-parallel rank {rank} differs from the ranks before it")

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows and columns of which canonical tensor make up each tensor of a TensorRT-LLM unified checkpoint, per rank.
+"""Canonical rows and columns of each tensor of a TensorRT-LLM unified checkpoint, per rank.
 
 Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renumbered from 0:
 
@@ -11,7 +11,7 @@ Rank r = pipeline rank * tp + tensor rank holds the tensors of its layers, renum
     norms, embeddings, biases of dense and proj: whole on every rank
 
 With fewer key-value heads than ranks, tp / heads ranks hold the same one. An exit's tensors are `exit_heads.<name>.*`
-on the stage of its layer; stock classes do not ask for them. None is called `lm_head`, which stock code looks for.
+on the stage of its layer; stock classes do not load them. None is called `lm_head`, a name that stock code looks up.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class _Part(NamedTuple):
     """A rank's part of a canonical tensor: row ranges one below the other, a range of columns, zero rows below."""
 
     rows: tuple[tuple[int, int], ...]
-    columns: tuple[int, int] | None = None  # None is all of them
+    columns: tuple[int, int] | None = None  # None = all
     zeros: int = 0
 
     def written(self, name: str, shape: tuple[int, ...], file: str) -> WrittenTensor:
-        """The tensor of a file; `shape`: the canonical tensor's."""
+        """The tensor in the file; `shape`: shape of the canonical tensor."""
         columns = self.columns and (self.columns[1] - self.columns[0],)
         height = sum(stop - start for start, stop in self.rows) + self.zeros
         shape = (height, *(columns or shape[1:]))
@@ -58,7 +58,7 @@ Split = Callable[[tuple[int, ...], int, int], _Part]
 
 
 def draft_refusal(architecture: Architecture, exit: ExitConfig) -> str | None:
-    """Why an exit cannot be a stand-alone model of a stock class; None where it can."""
+    """Reason why an exit cannot be a stand-alone model of a stock class; None if it can."""
     if exit.architecture == "embedding":
         return "an embedding exit has no norm, and no stock class can leave its final norm out"
     if architecture.learned_positions:
@@ -73,7 +73,7 @@ def stage_of(layer: int, num_layers: int, pipeline_parallel: int) -> int:
 
 
 def readings(architecture: Architecture, model: Model, tensor_parallel: int, pipeline_parallel: int) -> list[Reading]:
-    """Every canonical tensor to read, in the order in which files hold what is written from them."""
+    """Every canonical tensor to read, in the order of the tensors in the files."""
     num_layers, names = len(model.layers), _names(architecture)
     result = []
     for part in model.parts(tensor_table(stock_family(architecture).names, architecture)):
@@ -104,7 +104,7 @@ def rank_file(rank: int) -> str:
 
 
 def _names(a: Architecture) -> dict[str, tuple[tuple[str, Split], ...]]:
-    """Canonical name in its place -> what is written from it there: name and split over the ranks."""
+    """Canonical name in its place -> the tensors written from it: name and split over the ranks."""
     query_key_value = _query_key_value(a.num_attention_heads, a.num_query_groups, a.kv_channels)
     halves = (("fc", _half(0)), ("gate", _half(1))) if a.gated else (("fc", _rows),)
     names = {
@@ -177,7 +177,7 @@ def _query_key_value(heads: int, groups: int, size: int) -> Split:
 
 
 def parallel_problems(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> list[str]:
-    """Sizes that do not fit the model, each with the way out."""
+    """Problems of sizes that do not fit the model, each with the way out."""
     a, tp, pp = architecture, tensor_parallel, pipeline_parallel
     problems = [
         f"tensor_parallel={tp} does not divide {name}={value}; choose a divisor"

@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A TensorRT-LLM checkpoint directory as its config.json describes it.
+"""Checks of a TensorRT-LLM checkpoint directory against its config.json and its `.nemo`.
 
-config.json is compared field by field with the one the export would write: for what the `.nemo` says where that is
-given, otherwise for what the file itself says of the model. Thresholds may be edited, so they are not compared.
-Nothing here runs TensorRT-LLM.
+config.json is compared field by field with the one that the export would write: for the `.nemo`'s model if that is
+given, otherwise for the model of the file itself. Thresholds may be edited, so they are not compared. TensorRT-LLM is
+not run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from nemo_ee.text.json_values import read_json_object
 
 
 def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSource | None) -> WrittenArtifact:
-    """What the directory holds by its config.json.
+    """The contents of the directory by its config.json.
 
     Args:
-        entry: its own in the manifest, with the manifest's `max_position_embeddings`.
+        entry: the directory's entry in the manifest, with the manifest's `max_position_embeddings`.
         source: the opened `.nemo`, to compare the config with.
 
     Raises:
@@ -47,7 +47,7 @@ def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSo
     computed_by = stock_family(architecture).engine.architecture
     if config["architecture"] != computed_by:
         return WrittenArtifact(
-            problems=[f"architecture: {config['architecture']}, but {computed_by} computes what is described"]
+            problems=[f"architecture: {config['architecture']}, but {computed_by} computes the described model"]
         )
     expected = _expected_architecture(architecture, entry, source)
     wanted = checkpoint_config(
@@ -73,7 +73,7 @@ def written_artifact(folder: Path, entry: Mapping[str, Any], source: EarlyExitSo
 def _expected_architecture(
     described: Architecture, entry: Mapping[str, Any], source: EarlyExitSource | None
 ) -> Architecture:
-    """What config.json has to describe: what it does without a source, else the `.nemo`'s model, or its draft."""
+    """The architecture that config.json must have: that of the `.nemo`'s model or draft; without a source its own."""
     if source is None:
         return described
     expected = read_architecture(

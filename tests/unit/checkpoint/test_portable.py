@@ -125,7 +125,7 @@ def test_a_config_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [7, ["ee.nemo"], {"a": 1}, "x/" * 3000])
 def test_a_stored_path_that_is_none(stored: object, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"exits.nemo is damaged: its backbone_path is .{3,50}, which is no path"):
+    with pytest.raises(ValueError, match=r"exits.nemo is damaged: its backbone_path is .{3,50}, which is not a path"):
         find_backbone(tmp_path / "exits.nemo", stored=stored, given=None)
     _touch(tmp_path / "ee.nemo")
     assert find_backbone(tmp_path / "exits.nemo", stored=stored, given=tmp_path / "ee.nemo") == tmp_path / "ee.nemo"

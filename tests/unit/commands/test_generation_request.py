@@ -159,7 +159,7 @@ def test_keys_that_the_output_has_itself_are_refused_with_line_and_key(tmp_path)
     file.write_text("".join(json.dumps({"prompt": "a", **line}) + "\n" for line in lines))
     message = problem(tmp_path, prompts=[], prompts_file=str(file))
     for number, key in enumerate(["text", "finish_reason", "tokens", "error"], start=2):
-        assert f'p.jsonl:{number}: the key "{key}" is one that the output has itself; rename it' in message
+        assert f'p.jsonl:{number}: the key "{key}" is also a key of the output; rename it' in message
     assert "line 1:" not in message
 
 

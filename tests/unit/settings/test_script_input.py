@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A script's config becomes a model: what is missing, unknown, a library's, or worked out from other keys."""
+"""A script's config becomes a model: what is missing, unknown, a library's, or computed from other keys."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_value_that_is_worked_out_is_named_alone_with_what_it_comes_from() -> 
         "output is needed and not given; it must be the name of a file or directory"
     ]
     assert texts(block={"size": 0, "name": "${block.size}"}) == ["block.size=0 must be a whole number of at least 1"]
-    assert texts(files="${nowhere}")[0].startswith("files cannot be worked out: Interpolation key 'nowhere' not found")
+    assert texts(files="${nowhere}")[0].startswith("files cannot be computed: Interpolation key 'nowhere' not found")
 
 
 def test_helper_keys_that_others_take_over_are_read() -> None:

@@ -6,15 +6,15 @@
         --model_cls_name EarlyExitLlamaForCausalLM --workers 1 --reduce_fusion disable ...
 
 or another name of `CLASSES`, by the `architecture` in trtllm_ckpt/config.json. Exits with a threshold in that file's
-`early_exit.thresholds` are built in; all others cost nothing. No real TensorRT-LLM has loaded this file.
+`early_exit.thresholds` are built in; others are left out. No real TensorRT-LLM has loaded this file.
 
-An engine has no branches per sequence. TensorRT's if-conditional decides once per step, so tokens leave at an exit iff
-it is sure of all of them, and it cannot hold the attention plugin, so the skipped layers' attention runs all the same:
-on the hidden state at the exit, which is how their keys and values come about (`kv: propagate`), with its output
-dropped. What is saved is the MLPs (about two thirds of a Llama layer) and the final output projection. Steps with a
-prompt in them run to full depth.
+An engine has no branches per sequence. TensorRT's if-conditional decides once per step, so all tokens of a step leave
+at an exit iff each one's confidence passes its threshold. The conditional cannot hold the attention plugin, so the
+skipped layers' attention runs in every step. Its input is the hidden state at the exit, from which it computes their
+keys and values (`kv: propagate`); its output is dropped. Early exit saves the MLPs (about two thirds of a Llama layer)
+and the final output projection. Steps with a prompt in them run to full depth.
 
-The file stands alone: the export copies it, and the host that builds needs nothing of nemo_ee.
+The file is stand-alone: the export copies it, and the host that builds does not need nemo_ee.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# Name to give as --model_cls_name -> (stock class, `architecture` in config.json).
+# Name for --model_cls_name -> (stock class, `architecture` in config.json).
 CLASSES = {
     "EarlyExitLlamaForCausalLM": ("LLaMAForCausalLM", "LlamaForCausalLM"),
     "EarlyExitQwen2ForCausalLM": ("QWenForCausalLM", "Qwen2ForCausalLM"),
@@ -34,7 +34,7 @@ EXIT_INDEX_OUTPUT = "early_exit_index"
 
 
 class Exit(NamedTuple):
-    """An exit that is asked. `stop`: its tap in half layers, 2k - 1 (before layer k's MLP) for `mlp`, else 2k."""
+    """An exit that is evaluated. `stop`: its tap in half layers, 2k - 1 (before layer k's MLP) for `mlp`, else 2k."""
 
     name: str
     stop: int
@@ -44,7 +44,7 @@ class Exit(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """`early_exit` of config.json. `mark_exit_index`: an extra engine output that says where a step left."""
+    """`early_exit` of config.json. `mark_exit_index`: whether the engine has an extra output with a step's exit."""
 
     criterion: str
     exits: tuple[Exit, ...]
@@ -66,9 +66,7 @@ def read_settings(block: Mapping[str, Any]) -> Settings:
         if threshold is None:
             continue
         if row["architecture"] == "layer":
-            problems.append(
-                f"exit {row['name']!r} has attention of its own, for which an engine has no keys and values"
-            )
+            problems.append(f"exit {row['name']!r} has an attention layer, for which an engine has no keys and values")
         stop = 2 * row["layer"] - (row["architecture"] == "mlp")
         exits.append(Exit(row["name"], stop, row["architecture"], row["output"] == "own", float(threshold)))
     problems += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
@@ -123,12 +121,12 @@ def exit_logits(head: Any, exit: Exit, hidden: Any, output: Any) -> Any:
     return head.unembed(hidden) if exit.own_output else output(hidden)
 
 
-def all_sure(logits: Any, exit: Exit, criterion: str, vocab_size: int) -> Any:
-    """Whether the exit is sure of every sequence of the step: bool `[1]`. The softmax is in fp32."""
+def all_confident(logits: Any, exit: Exit, criterion: str, vocab_size: int) -> Any:
+    """Whether every sequence's confidence in the step passes the threshold: bool `[1]`. The softmax is in fp32."""
     from tensorrt_llm.functional import cast, concat, gt, log, lt, max, maximum, min, shape, slice, softmax, sum
 
     logits = cast(logits, "float32")
-    if logits.shape[-1] != vocab_size:  # zero rows up to a multiple of the ranks are no tokens
+    if logits.shape[-1] != vocab_size:  # rows of zeros up to a multiple of the ranks are not tokens
         logits = slice(logits, [0, 0], concat([shape(logits, 0), vocab_size]))
     probabilities = softmax(logits, dim=-1)
     if criterion == "max_probability":
@@ -139,21 +137,21 @@ def all_sure(logits: Any, exit: Exit, criterion: str, vocab_size: int) -> Any:
 
 
 def decoding_step(input_ids: Any, last_token_ids: Any) -> Any:
-    """Whether a step has one token for every sequence, no prompt of two or more: bool `[1]`, from the shapes alone."""
+    """Whether a step has one token per sequence and no prompt of two or more: bool `[1]`, from the shapes alone."""
     from tensorrt_llm.functional import eq, shape, view
 
     return view(eq(shape(input_ids, 0), shape(last_token_ids, 0)), [1])
 
 
 def unless(left: Any | None, work: Callable[..., Any], hidden: Any, *others: Any) -> Any:
-    """`work(hidden, *others)`, or `hidden` unchanged where the step has left. `left` None: nothing can have yet."""
+    """`work(hidden, *others)`, or `hidden` unchanged if the step has left. `left` None: no exit was evaluated yet."""
     from tensorrt_llm.functional import Conditional
 
     if left is None:
         return work(hidden, *others)
     conditional = Conditional(left)
     kept = conditional.add_input(hidden)
-    # TensorRT skips only what hangs on the conditional's own inputs.
+    # TensorRT skips only operations on the conditional's inputs.
     return conditional.add_output(kept, work(*(conditional.add_input(tensor) for tensor in (hidden, *others))))
 
 
@@ -174,7 +172,7 @@ def early_exit_class(stock: type, architecture: str, name: str) -> type:
                 setattr(self.exit_heads, exit.name, exit_head(config, exit))
 
         def prepare_inputs(self, *sizes: Any, max_draft_len: int | None = 0, **options: Any) -> Any:
-            # A step that checks drafted tokens would leave for all of them where one of them is sure.
+            # A verification step has several tokens per sequence; it would leave with all by the confidence in one.
             if max_draft_len:
                 raise ValueError(
                     f"early exit in an engine: --max_draft_len {max_draft_len}: a target of draft-target decoding has "
@@ -199,9 +197,9 @@ def early_exit_class(stock: type, architecture: str, name: str) -> type:
                 cache.past_key_value = [kv_cache_params.past_key_value[index]]
                 attended, _ = layer.attention(layer.input_layernorm(hidden), kv_cache_params=cache, **attention)
                 hidden = unless(step.left, lambda x, attended: x + attended, hidden, attended)
-                step.ask(2 * index + 1, hidden)
+                step.evaluate(2 * index + 1, hidden)
                 hidden = unless(step.left, lambda x, layer=layer: x + layer.mlp(layer.post_layernorm(x)), hidden)
-                step.ask(2 * index + 2, hidden)
+                step.evaluate(2 * index + 2, hidden)
             logits = step.final(hidden)
             logits.mark_output("logits", self.config.logits_dtype)
             if self.early_exit.mark_exit_index:
@@ -213,7 +211,7 @@ def early_exit_class(stock: type, architecture: str, name: str) -> type:
 
 
 class _Step:
-    """What is known on the way down: whether the step has left, and the logits of where it did."""
+    """State of one step: whether it has left, and the logits with which it left."""
 
     def __init__(self, model: Any, decoding: Any, last_token_ids: Any) -> None:
         self.model, self.decoding, self.last_token_ids = model, decoding, last_token_ids
@@ -222,13 +220,13 @@ class _Step:
         self.lefts: list[Any] = []
 
     def newest(self, hidden: Any) -> Any:
-        """The row of each sequence's newest token. `[tokens, h]` -> `[sequences, h]`."""
+        """Rows of each sequence's newest token: `[tokens, h]` -> `[sequences, h]`."""
         from tensorrt_llm.functional import gather_last_token_logits
 
         return gather_last_token_logits(hidden, self.last_token_ids, True)
 
     def read(self, project: Callable[[Any], Any], hidden: Any) -> Any:
-        """`project(newest hidden states)`, or the logits that the step has left with."""
+        """`project(newest hidden states)`, or the logits with which the step has left."""
         from tensorrt_llm.functional import Conditional
 
         newest = self.newest(hidden)
@@ -238,25 +236,25 @@ class _Step:
         kept = conditional.add_input(self.logits)
         return conditional.add_output(kept, project(conditional.add_input(newest)))
 
-    def ask(self, stop: int, hidden: Any) -> None:
-        """Ask the exits at this stop, unless the step has left."""
+    def evaluate(self, stop: int, hidden: Any) -> None:
+        """Evaluate the exits at this stop, unless the step has left."""
         from tensorrt_llm.functional import op_and, op_or
 
         model = self.model
         for exit in (exit for exit in model.early_exit.exits if exit.stop == stop):
             head = getattr(model.exit_heads, exit.name)
             self.logits = self.read(lambda x, h=head, e=exit: exit_logits(h, e, x, model.lm_head), hidden)
-            sure = all_sure(self.logits, exit, model.early_exit.criterion, model.config.vocab_size)
-            leaves = op_and(sure, self.decoding)
+            confident = all_confident(self.logits, exit, model.early_exit.criterion, model.config.vocab_size)
+            leaves = op_and(confident, self.decoding)
             self.left = leaves if self.left is None else op_or(self.left, leaves)
             self.lefts.append(self.left)
 
     def final(self, hidden: Any) -> Any:
-        """The step's logits: the final exit's, or those it left with."""
+        """The step's logits: the final exit's, or those with which it left."""
         return self.read(lambda x: self.model.lm_head(self.model.transformer.ln_f(x)), hidden)
 
     def exit_index(self) -> Any:
-        """Which of the asked exits the step left at, their number for the final exit: fp32 `[1]`."""
+        """Index of the exit at which the step left; the number of exits for the final exit: fp32 `[1]`."""
         from tensorrt_llm.functional import cast
 
         index = cast(self.decoding, "float32") * 0.0 + float(len(self.lefts))
@@ -266,7 +264,7 @@ class _Step:
 
 
 def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]) -> None:
-    """Raises ValueError for builder options that change what passes between layers."""
+    """Raises ValueError for builder options that change the tensors between layers."""
     from tensorrt_llm._common import default_net
 
     plugins, problems = default_net().plugin_config, []
@@ -278,7 +276,7 @@ def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]
         ("norm_quant_fusion", False, "--norm_quant_fusion disable"),
         ("pp_reduce_scatter", False, "--pp_reduce_scatter disable"),
     ):
-        value = getattr(plugins, option, None)  # None: left to the builder, which does what is wanted
+        value = getattr(plugins, option, None)  # None: the builder's default, which is the wanted value
         if value is not None and bool(value) != wanted:
             problems.append(f"needs {way_out}")
     if last_token_ids is None:
@@ -291,7 +289,7 @@ def _check_build(last_token_ids: Any, use_cache: bool, others: Mapping[str, Any]
 
 
 def __getattr__(name: str) -> type:
-    # trtllm-build asks for the class by name; only then is tensorrt_llm needed.
+    # trtllm-build gets the class by name; only then is tensorrt_llm imported.
     if name not in CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import tensorrt_llm.models

@@ -1,23 +1,24 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file gives Llama, Mistral, Qwen2 and Qwen3
-exits.
+"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file adds exits to Llama, Mistral,
+Qwen2 and Qwen3.
 
     TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve hf_early_exit --backend pytorch \
         --custom_module_dirs hf_early_exit/early_exit_trtllm --extra_llm_api_options serve.yaml
 
-with `cuda_graph_config: null` in serve.yaml, since where a step leaves depends on its data, and `enable_block_reuse:
-false` in its `kv_cache_config`, since keys and values of a request that left early are approximate. A line `early
-exit: EarlyExit... asks ...` in the log says that a class of this file is in use. Exits with a threshold in
-config.json's `early_exit.thresholds` are asked; a directory without any is served as before. No real TensorRT-LLM has
-loaded this file.
+with `cuda_graph_config: null` in serve.yaml, since a step's exit depends on its data, and `enable_block_reuse: false`
+in its `kv_cache_config`, since keys and values of a request that left early are approximate. A line `early exit:
+EarlyExit... evaluates ...` in the log shows that a class of this file is in use. Exits with a threshold in
+config.json's `early_exit.thresholds` are evaluated; a directory without thresholds is served as before. No real
+TensorRT-LLM has loaded this file.
 
-A step leaves at an exit iff that exit is sure of every sequence in it. The cache manager keeps one length for all
-layers, so the skipped ones still get keys and values for the new tokens, from the hidden state at the exit
-(`kv: propagate`): their attention runs, its output is dropped. What is saved is their MLPs and the final output
-projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full depth.
+A step leaves at an exit iff the confidence passes the threshold for every sequence in it. The cache manager keeps one
+length for all layers, so the skipped layers still compute keys and values for the new tokens, from the hidden state at
+the exit (`kv: propagate`): their attention runs, its output is dropped. Early exit saves their MLPs and the final
+output projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full
+depth.
 
-The file stands alone: the export copies it, and the host that serves needs nothing of nemo_ee.
+The file is stand-alone: the export copies it, and the host that serves does not need nemo_ee.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LOG_EVERY = 1000  # decoding steps
 
 
 class Exit(NamedTuple):
-    """An exit that is asked. `stop`: its tap in half layers, 2k - 1 (before layer k's MLP) for `mlp`, else 2k."""
+    """An exit that is evaluated. `stop`: its tap in half layers, 2k - 1 (before layer k's MLP) for `mlp`, else 2k."""
 
     name: str
     stop: int
@@ -47,7 +48,7 @@ class Exit(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """`early_exit` of config.json: the criterion, and the exits to ask, in the order of their stops."""
+    """`early_exit` of config.json: the criterion, and the exits to evaluate, in the order of their stops."""
 
     criterion: str
     exits: tuple[Exit, ...]
@@ -57,7 +58,7 @@ def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
     """Read and check `early_exit` of config.json.
 
     Args:
-        mapping: TensorRT-LLM's, the parallelism to serve with.
+        mapping: TensorRT-LLM's parallelism for serving.
 
     Raises:
         ValueError: every problem in one message.
@@ -71,7 +72,7 @@ def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
         if threshold is None:
             continue
         if row["architecture"] == "layer":
-            problems.append(f"exit {row['name']!r} has attention of its own, for which there is no place in the cache")
+            problems.append(f"exit {row['name']!r} has an attention layer, for which the cache has no place")
         stop = 2 * row["layer"] - (row["architecture"] == "mlp")
         exits.append(Exit(row["name"], stop, row["architecture"], row["output"] == "own", float(threshold)))
     problems += [f"thresholds names {name!r}, which is no exit in this directory" for name in thresholds]
@@ -84,10 +85,11 @@ def read_settings(block: Mapping[str, Any], mapping: Any) -> Settings:
     return Settings(criterion, tuple(sorted(exits, key=lambda exit: exit.stop)))
 
 
-def all_sure(logits: Tensor, exit: Exit, criterion: str) -> bool:
-    """Whether the exit is sure of every row of `[sequences, v]`, by the softmax in fp32. Waits for the device.
+def all_confident(logits: Tensor, exit: Exit, criterion: str) -> bool:
+    """Whether the confidence passes the threshold in every row of `[sequences, v]`. The softmax is in fp32.
+    The call synchronises with the device.
 
-    All tensor-parallel ranks hold the same gathered logits, so they decide alike.
+    All tensor-parallel ranks hold the same gathered logits, so their decisions are equal.
     """
     probabilities = logits.float().softmax(dim=-1)
     if criterion == "entropy":
@@ -124,7 +126,7 @@ def exit_head(model_config: Any, exit: Exit) -> nn.Module:
 
 
 class _Step:
-    """One decoding step: the new token of every sequence on its way down. Hidden states are `[sequences, h]`."""
+    """One decoding step: a forward pass of the new token of every sequence. Hidden states are `[sequences, h]`."""
 
     def __init__(self, model: Any, attn_metadata: Any, position_ids: Tensor) -> None:
         self.model, self.attn_metadata, self.position_ids = model, attn_metadata, position_ids
@@ -151,8 +153,8 @@ class _Step:
         return self.logits(hidden, head.unembed if exit.own_output else self.model.lm_head)
 
     def run(self, hidden: Tensor) -> Tensor:
-        """From the embeddings to the logits of where the step leaves."""
-        # With speculative decoding a model can hold further layers.
+        """Run the step from the embeddings to the logits of the exit at which it leaves."""
+        # With speculative decoding a model can have further layers.
         settings, layers = self.model.early_exit, self.model.model.layers[: self.model.config.num_hidden_layers]
         at = {stop: [e for e in settings.exits if e.stop == stop] for stop in {e.stop for e in settings.exits}}
         for half in range(2 * len(layers)):
@@ -163,7 +165,7 @@ class _Step:
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             for exit in at.get(half + 1, ()):
                 logits = self.exit_logits(exit, hidden)
-                if all_sure(logits, exit, settings.criterion):
+                if all_confident(logits, exit, settings.criterion):
                     for skipped in layers[half // 2 + 1 :]:
                         self.attention(skipped, hidden)
                     self.model.count_step(exit.name)
@@ -176,8 +178,8 @@ def _described(settings: Settings) -> str:
     if not settings.exits:
         return "no exit, config.json has no thresholds"
     sign = "<" if settings.criterion == "entropy" else ">"
-    asked = ", ".join(f"{exit.name} {sign} {exit.threshold:g}" for exit in settings.exits)
-    return f"{asked} ({settings.criterion})"
+    exits = ", ".join(f"{exit.name} {sign} {exit.threshold:g}" for exit in settings.exits)
+    return f"{exits} ({settings.criterion})"
 
 
 def _log(line: str) -> None:
@@ -198,7 +200,7 @@ def early_exit_class(stock: type) -> type:
             self.early_exit = read_settings(block, model_config.mapping)
             self.exit_heads = nn.ModuleDict({e.name: exit_head(model_config, e) for e in self.early_exit.exits})
             self.steps_left_at: Counter[str] = Counter()
-            _log(f"early exit: {type(self).__name__} asks {_described(self.early_exit)}")
+            _log(f"early exit: {type(self).__name__} evaluates {_described(self.early_exit)}")
 
         def forward(
             self, attn_metadata: Any, input_ids: Any = None, position_ids: Any = None, inputs_embeds: Any = None,
@@ -220,7 +222,7 @@ def early_exit_class(stock: type) -> type:
             return _Step(self, attn_metadata, position_ids).run(hidden)
 
         def count_step(self, name: str) -> None:
-            """Log now and then at which exits the decoding steps leave."""
+            """Log the number of decoding steps per exit, every `LOG_EVERY` steps."""
             self.steps_left_at[name] += 1
             if self.steps_left_at.total() % LOG_EVERY == 0:
                 _log(f"early exit, steps by exit: {dict(self.steps_left_at)}")
@@ -230,10 +232,10 @@ def early_exit_class(stock: type) -> type:
 
 
 def register() -> None:
-    """Take the place of the stock classes; the last registration of a name counts.
+    """Replace the stock classes; the last registration of a name counts.
 
     Raises:
-        RuntimeError: this TensorRT-LLM keeps its classes elsewhere.
+        RuntimeError: a stock class is not where TensorRT-LLM 1.0 to 1.2 has it.
     """
     import tensorrt_llm._torch.models  # noqa: F401  registers the stock classes
     from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING, register_auto_model
@@ -248,6 +250,6 @@ def register() -> None:
             register_auto_model(name)(early_exit_class(stock))
 
 
-# On import, as TensorRT-LLM asks of such modules; a host without it can still read and check this file.
+# TensorRT-LLM requires registration on import. A host without TensorRT-LLM can still import this file.
 if importlib.util.find_spec("tensorrt_llm") is not None:
     register()
