@@ -29,9 +29,9 @@ from nemo_ee.text.special_tokens import EndOfText, prompt_ids
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call as the engine takes it: the requests in the order of the answers, and how their tokens leave.
+    """A call for the engine: the requests in the order of the answers, and their exit choice.
 
-    `prompt_texts`: what each answer starts with where the call has `echo`, else empty texts.
+    `prompt_texts`: the beginning of each answer where the call has `echo`, else empty texts.
     """
 
     requests: tuple[Request, ...]
