@@ -1,13 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What early exit is worth when decoding: every number beside its baseline, on the models in assets/.
+"""The speedup of early exit when decoding: every number beside its baseline, on the models in assets/.
 
     python benchmarks/decoding.py --json decoding.json         # all of it; at most 20 minutes
     python benchmarks/decoding.py --only forced_speed_at_5pct  # one number and those measured with it
 
 One thread, fp32 sums, CPU seconds; the sides of a ratio take turns, text by text, and a ratio is the median over the
-turns. Texts and lengths are in benchmarks/decoding_workload.json. docs/benchmarks.md says what each name is.
-`runtime_over_hf` is of the first reference model, everything else of the byte-level one with its tuned exits.
+turns. Texts and lengths are in benchmarks/decoding_workload.json. docs/benchmarks.md explains each name.
+`runtime_over_hf` is measured on the first reference model, everything else on the byte-level one with its tuned exits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from nemo_ee.runtime.loader import load_model, load_tokenizer
 LIMITS = {"1pct": 0.01, "5pct": 0.05}
 BATCHES = (1, 4, 16)
 DRAFT_COUNTS = ("drafted", "accepted", "num_verifications")
-# name -> what to reach; None = reported
+# name -> target; None = only reported
 TARGETS: dict[str, float | None] = {
     "runtime_over_hf": 3.0, "self_speculative_over_runtime": 1.3, "self_speculative_over_hf_assistant": None,
     "forced_speed_at_1pct": 1.2, "forced_speed_at_5pct": 1.5, "forced_over_bound": 0.85,
@@ -52,11 +52,11 @@ Numbers = dict[str, Any]
 
 
 class Decoding:
-    """The measurements; what several of them need is made when it is first asked for.
+    """The measurements. Inputs that several of them share are made at their first use.
 
     Args:
-        options: of the command line.
-        folder: for what is made on the way.
+        options: options of the command line.
+        folder: folder for temporary models and files.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
@@ -76,22 +76,22 @@ class Decoding:
 
     @cached_property
     def texts(self) -> Texts:
-        """The held-out texts in its tokens."""
+        """The held-out texts in the model's tokens."""
         return Texts(load_tokenizer(self.paths[0] / "hf_early_exit"))
 
     @cached_property
     def windows(self) -> list[list[int]]:
-        """Of forced decoding."""
+        """The windows of forced decoding."""
         return self.texts.at(self.work.windows, self.work.window_tokens + 1)
 
     @cached_property
     def policies(self) -> dict[str, ExitPolicy]:
-        """The fastest within each limit."""
+        """The fastest policy within each limit."""
         return {name: self.choice.fastest(limit) for name, limit in LIMITS.items()}
 
     @cached_property
     def choice(self) -> PolicyChoice:
-        """On the windows of forced decoding, so that the limits hold for what is measured."""
+        """The policy search, on the windows of forced decoding, so that the limits hold on the measured text."""
         return PolicyChoice(self.model, self.windows)
 
     @cached_property
@@ -100,18 +100,18 @@ class Decoding:
         return _transformers(self.paths[0] / "hf_full")
 
     def prompts(self, count: int) -> list[list[int]]:
-        """The first so many."""
+        """The first `count` prompts."""
         return self.texts.at(self.work.prompts[:count], self.work.prompt_tokens)
 
     @cached_property
     def engines(self) -> dict[str, EarlyExitEngine]:
-        """By cost rule; kept, because what a rule goes by is measured once for each size of batch."""
+        """Engines by cost rule; kept, because a rule's cost table is measured once for each size of batch."""
         return {rule: EarlyExitEngine(self.model, cost_rule=rule) for rule in COST_RULES}
 
     def decode(
         self, prompts: list[list[int]], new_tokens: int, *, cost_rule: str = "none", **how: Any
     ) -> tuple[GenerationResult, int]:
-        """What the engine says, and the weights that were read for it."""
+        """The engine's result, and the number of weights that were read for it."""
         before = self.model.touched
         result = self.engines[cost_rule].generate(prompts, max_new_tokens=new_tokens, **how)
         return result, self.model.touched - before
@@ -205,7 +205,7 @@ class Decoding:
         return generate(self.full, prompt, length, assistant_early_exit=layer)
 
     def forced(self) -> Numbers:
-        """Speed under the policies on tokens that are given, beside the bound."""
+        """Speed under the policies on given tokens, beside the bound."""
         sides: dict[str, Callable[[list[int]], Any]] = {"full": lambda own: force(self.model, own, None)}
         sides |= {
             name: lambda own, policy=policy: force(self.model, own, policy) for name, policy in self.policies.items()
@@ -249,7 +249,7 @@ class Decoding:
         """Two pipeline stages, by benchmarks/decoding_pipeline.py."""
         _, nemo, backbone = self.paths
         if nemo is None:
-            raise ValueError("pp2_early_exit_over_full needs --nemo, the checkpoint --export was made from")
+            raise ValueError("pp2_early_exit_over_full needs --nemo, the checkpoint that --export was made from")
         # Best with one exit, at the end of the first stage (docs/decoding.md); within 5 % like the others.
         policy = self.choice.fastest(LIMITS["5pct"], most_active=1)
         numbers = policy.thresholds.values() if isinstance(policy.thresholds, dict) else [policy.thresholds]
@@ -266,7 +266,7 @@ class Decoding:
         return about | {f"{name}.{key}": value for key, value in sides.items()}
 
     def frontier(self) -> Numbers:
-        """Speed and quality over thresholds, asking the exits of the 5 % policy."""
+        """Speed and quality over thresholds, evaluating the exits of the 5 % policy."""
         active, windows = self.policies["5pct"].active, self.windows[: self.work.frontier_windows]
         policies = {threshold: ExitPolicy(threshold, active=active) for threshold in FRONTIER}
         sides: dict[str, Callable[[list[int]], Any]] = {"full": lambda own: force(self.model, own, None)}
@@ -290,7 +290,7 @@ class Decoding:
         return {f"frontier.{name}": value for name, value in named.items()}
 
     def groups(self) -> dict[str, Callable[[], Numbers]]:
-        """Name of a number -> what measures it."""
+        """Name of a number -> its measurement."""
         found: dict[str, Callable[[], Numbers]] = {"runtime_over_hf": self.runtime}
         found |= dict.fromkeys(("forced_speed_at_1pct", "forced_speed_at_5pct", "forced_over_bound"), self.forced)
         found |= {f"batch{size}_early_exit_over_full": lambda size=size: self.batch(size) for size in BATCHES}
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="output of export_huggingface.py; default: made from assets/")
     parser.add_argument("--nemo", type=Path, help="the checkpoint of --export, for two pipeline stages")
     parser.add_argument("--backbone", type=Path, help=".nemo of its base model, where --nemo holds exits only")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # few tokens: numbers mean nothing
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # few tokens, for tests only
     options = parser.parse_args(arguments)
     if options.plot is None and options.json is not None:
         options.plot = options.json.with_suffix(".png")

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/decoding.py decodes and with what: the fixed texts, and the model directories made from assets/."""
+"""Inputs of benchmarks/decoding.py: the fixed texts, and the model directories made from assets/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.measure import ROOT
 REFERENCE = ROOT / "assets" / "reference-model"
 BYTES = ROOT / "assets" / "reference-model-bytes"
 WORKLOAD = ROOT / "benchmarks" / "decoding_workload.json"
-# `--quick`: the numbers mean nothing.
+# `--quick`, for tests only.
 QUICK = {
     "prompt_tokens": 12, "new_tokens": 12, "batch_new_tokens": 8, "window_tokens": 16, "frontier_windows": 2,
     "rounds": 2, "tuning_tokens": 6,
@@ -29,12 +29,15 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Texts by place, `(line of the held-out file, first token)`, and how much of them is used.
+    """Texts by place, `(line of the held-out file, first token)`, and the lengths to use.
 
     Attributes:
-        prompts, tuning_prompts, windows: places; settings are chosen on the second, nothing is reported on them.
-        prompt_tokens, new_tokens: of generation; `batch_new_tokens`: of each sequence of the batches.
-        window_tokens: scored tokens of a window of forced decoding; `frontier_windows`: how many the frontier uses.
+        prompts, tuning_prompts, windows: places; settings are chosen on the tuning prompts, and no result is reported
+            on them.
+        prompt_tokens, new_tokens: lengths in generation; `batch_new_tokens`: new tokens of each sequence of the
+            batches.
+        window_tokens: scored tokens of a window of forced decoding; `frontier_windows`: number of windows of the
+            frontier.
         rounds: prompts, or batches of them, on every side.
         tuning_tokens: new tokens of a trial of a setting.
     """
@@ -52,7 +55,7 @@ class Workload:
 
     @staticmethod
     def read(*, quick: bool) -> Workload:
-        """From the file beside this module."""
+        """Read the file beside this module."""
         values = json.loads(WORKLOAD.read_text(encoding="utf-8"))
         del values["about"]
         own = Workload(**{**values, **(QUICK if quick else {})})
@@ -60,7 +63,7 @@ class Workload:
 
 
 class Texts:
-    """The held-out files as one tokenizer's tokens."""
+    """The held-out files as tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -92,12 +95,12 @@ def make_models(folder: Path) -> tuple[Path, Path, Path]:
     """Export the byte-level model with its tuned exits. Returns (export, exits-only .nemo, .nemo of the backbone).
 
     Raises:
-        ValueError: its tuned exits are not there.
+        ValueError: the tuned exits are missing.
         RuntimeError: a command failed; the message ends with its last lines.
     """
     exits, backbone, export = BYTES / "exits.nemo", folder / "backbone.nemo", folder / "export"
     if not exits.is_file():
-        raise ValueError(f"{exits} is not there; give --export (and --nemo) of a model of your own")
+        raise ValueError(f"{exits} is missing; give --export (and --nemo) of another model")
     convert = [f"source={BYTES}", f"output={backbone}", "model.early_exit.every=1/2", "trainer.accelerator=cpu"]
     _run("examples/megatron_gpt_early_exit_convert.py", *convert)
     checkpoint = [f"checkpoint={exits}", f"backbone={backbone}", f"output={export}", "progress=False"]

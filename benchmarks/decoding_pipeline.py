@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--layers", help="layers per stage, e.g. [4,8]; default: even")
-    parser.add_argument("--exits", nargs="+", help="exits that may be left at; default: all")
+    parser.add_argument("--exits", nargs="+", help="exits at which tokens may leave; default: all")
     parser.add_argument("--run-pending-after", type=int, help="pending tokens in a batch; 0: until one goes deeper")
     options = parser.parse_args()
     from nemo_ee import cpu_host

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoding engine itself costs for a token: a model whose segments and heads return at once.
+"""Time of the decoding engine itself for a token, with a model whose segments and heads return at once.
 
     python benchmarks/engine_overhead.py --json engine.json       # about a minute
 
@@ -36,52 +36,52 @@ EXITS = tuple(ExitPoint(f"layer{k}", k, 2 * k - 1) for k in (3, 6, 9))
 
 
 class Nothing(DecodingModel):
-    """A `DecodingModel` and its cache that compute nothing. `sure`: the exits that are."""
+    """A `DecodingModel` and its cache that compute nothing. `passing`: exits whose confidence passes the threshold."""
 
     num_layers, vocab_size, max_positions, exits = 12, VOCABULARY, LONGEST, EXITS
 
-    def __init__(self, sure: frozenset[str | None]) -> None:
-        self.sure, self.hidden = sure, torch.zeros(LONGEST, 8)
-        self.unsure_logits = torch.randn(16, VOCABULARY, generator=torch.Generator().manual_seed(0))
-        self.sure_logits = self.unsure_logits.clone()
-        self.sure_logits[:, 5] += 20.0
+    def __init__(self, passing: frozenset[str | None]) -> None:
+        self.passing, self.hidden = passing, torch.zeros(LONGEST, 8)
+        self.flat_logits = torch.randn(16, VOCABULARY, generator=torch.Generator().manual_seed(0))
+        self.peaked_logits = self.flat_logits.clone()
+        self.peaked_logits[:, 5] += 20.0
 
     def new_cache(self, *sizes: Any) -> Nothing:
-        """Itself."""
+        """The model itself."""
         return self
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Nothing is kept."""
+        """Does nothing."""
 
     def embed(self, tokens: torch.Tensor, positions: Any) -> torch.Tensor:
         """Zeros."""
         return self.hidden[: tokens.shape[0]]
 
     def run(self, hidden: torch.Tensor, *segment: Any) -> torch.Tensor:
-        """What it is given."""
+        """The hidden states unchanged."""
         return hidden
 
     def write_exit_kv(self, *call: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def exit_logits(self, name: str | None, hidden: torch.Tensor, positions: Any, cache: Any) -> torch.Tensor:
-        """Always the same."""
-        return (self.sure_logits if name in self.sure else self.unsure_logits)[: hidden.shape[0]]
+        """Constant logits."""
+        return (self.peaked_logits if name in self.passing else self.flat_logits)[: hidden.shape[0]]
 
 
 SHORT, LONG = (3,), (3500,)  # tokens of each sequence's prompt
-# name -> (exits that are sure, prompts, how `start` is called)
+# name -> (exits that pass the threshold, prompts, how `start` is called)
 CASES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...], dict[str, Any]]] = {
     "full": ((None,), SHORT, {"mode": "full"}),
     "static_depth": (("layer6",), SHORT, {"mode": "static_depth", "policy": ExitPolicy(1.0, active=("layer6",))}),
-    "early_exit_never_sure": ((), SHORT, {"policy": ExitPolicy(0.9)}),
-    "early_exit_sure_at_first": ((None, "layer3"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
-    "early_exit_sure_at_last": ((None, "layer9"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
+    "early_exit_no_exit_passes": ((), SHORT, {"policy": ExitPolicy(0.9)}),
+    "early_exit_first_exit_passes": ((None, "layer3"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
+    "early_exit_last_exit_passes": ((None, "layer9"), SHORT, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "self_speculative": (
         (None, "layer3"), SHORT, {"mode": "self_speculative", "policy": ExitPolicy(0.9, num_draft_tokens=4)},
     ),
     "early_exit_batch_8": ((None, "layer3"), SHORT * 8, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
-    # Nothing may grow with the text that is there already.
+    # The time must not grow with the length of the text.
     "early_exit_long_context": ((None, "layer3"), LONG, {"policy": ExitPolicy(0.9, max_pending_tokens=8)}),
     "self_speculative_long_context": (
         (None, "layer3"), LONG, {"mode": "self_speculative", "policy": ExitPolicy(0.9, num_draft_tokens=4)},
@@ -90,10 +90,10 @@ CASES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...], dict[str, Any]]]
 
 
 def microseconds(case: str, num_tokens: int) -> float:
-    """Per token of a sequence, the prompt's step left out."""
-    sure, prompts, call = CASES[case]
+    """Microseconds per token of a sequence, without the prompt's step."""
+    passing, prompts, call = CASES[case]
     requests = [Request((1,) * own, num_tokens) for own in prompts]
-    session = EarlyExitEngine(Nothing(frozenset(sure))).start(requests, **call)
+    session = EarlyExitEngine(Nothing(frozenset(passing))).start(requests, **call)
     session.step()
     started, count = time.perf_counter(), 0
     while not session.finished:
@@ -102,7 +102,7 @@ def microseconds(case: str, num_tokens: int) -> float:
 
 
 def plain_microseconds(decoder: PlainDecoder, num_tokens: int) -> float:
-    """Per token, after a prompt of three."""
+    """Microseconds per token, after a prompt of three tokens."""
     token = decoder.next_token((1, 2, 3), 0)
     started = time.perf_counter()
     for position in range(3, 3 + num_tokens):
@@ -114,7 +114,7 @@ def main() -> None:
     """Time every case in turn, print and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the numbers, one flat object")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # few tokens: the numbers mean nothing
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # few tokens, for tests only
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounds, num_tokens = (2, 8) if options.quick else (9, 400)

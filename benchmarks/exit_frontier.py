@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Speed against quality over thresholds: what is looked at in free-running text, and the picture."""
+"""Speed against quality over thresholds: a check of free-running text for repetition, and the picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FRONTIER = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2)
 
 
 def repeated_share(texts: Sequence[Sequence[int]], size: int = 8) -> float:
-    """Share of the n-grams that stand earlier in the same text; 0.0 where there are none."""
+    """Share of the n-grams that occur earlier in the same text; 0.0 without n-grams."""
     repeated = total = 0
     for tokens in texts:
         grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) + 1 - size)]
@@ -21,7 +21,7 @@ def repeated_share(texts: Sequence[Sequence[int]], size: int = 8) -> float:
 
 
 def draw(rows: Mapping[float, Mapping[str, float]], full_perplexity: float, file: Path) -> None:
-    """Speed and mean depth over the perplexity that they cost, a point for each threshold."""
+    """Plot speed and mean depth over the increase of perplexity, a point for each threshold."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

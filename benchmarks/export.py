@@ -179,7 +179,7 @@ def main() -> None:
     """Make the model, export it, print and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the numbers, one flat object")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # tiny sizes: the numbers mean nothing
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for tests only
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", choices=SECONDS, help=argparse.SUPPRESS)
@@ -196,7 +196,7 @@ def main() -> None:
     print(", ".join(f"{key}={value}" for key, value in result.items()), flush=True)
     with tempfile.TemporaryDirectory(prefix="nemo_ee_benchmark_") as folder:
         path = Path(folder) / "made.nemo"
-        # Processes of their own, so that neither the making nor its libraries are in the measured memory.
+        # Processes of their own, so that the measured memory has neither the making of the model nor its libraries.
         quick = ["--quick"] if options.quick else []
         subprocess.run([sys.executable, __file__, "--make", str(path), *quick], check=True, stdout=sys.stderr)
         result["bytes_read"] = path.stat().st_size

@@ -1,12 +1,12 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Forced decoding: known text runs token by token under an exit policy, each token scored at the exit it left at.
+"""Forced decoding: given text runs token by token under an exit policy, each token scored at the exit it left at.
 
     perplexity = exp(-sum of ln p / tokens)
 
 The work of a step is that of generation (the staged forward with pending tokens, an argmax and ln p); only the next
-token is given instead of chosen. So speed and quality are of the same tokens. The choice of a policy: one pass at full
-depth evaluates every exit at every token, which gives the perplexity and the price of any policy.
+token is given instead of chosen. So speed and quality are measured on the same tokens. For the choice of a policy one
+pass at full depth evaluates every exit at every token, which gives the perplexity and the cost of any policy.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nemo_ee.generation.staged_forward import StagedForward, TokenInput
 THRESHOLDS = tuple(number / 100 for number in range(20, 100, 2)) + (0.99, 0.995, 0.998)
 Outcome = tuple[float, float, tuple[float, ...]]  # (mean excess in nats, seconds, thresholds)
 PRICES = 14  # steps of the bisection
-FILLED = 5  # rows of a step that brings waiting tokens along
+FILLED = 5  # rows of a step that runs pending tokens too
 
 
 @dataclass(frozen=True)
 class Forced:
-    """One window. By token after the first: ln p at the exit it left at, that exit's choice and its layer; and the
-    weights that were read."""
+    """Results of one window. For each token after the first: ln p at the exit it left at, that exit's choice and its
+    layer; and the number of weights that were read."""
 
     logprobs: list[float]
     choices: list[int]
@@ -62,12 +62,12 @@ def force(model: CountingModel, tokens: Sequence[int], policy: ExitPolicy | None
 
 
 def perplexity(windows: Sequence[Forced]) -> float:
-    """Of all tokens of some windows."""
+    """Perplexity of all tokens of some windows."""
     return math.exp(-math.fsum(itertools.chain.from_iterable(own.logprobs for own in windows)) / _count(windows))
 
 
 def agreement(windows: Sequence[Forced], full: Sequence[Forced]) -> float:
-    """Share of the tokens at which the exit chooses what the final exit does."""
+    """Share of the tokens at which the exit chooses the final exit's token."""
     pairs = zip(windows, full, strict=True)
     same = sum(a == b for own, other in pairs for a, b in zip(own.choices, other.choices, strict=True))
     return same / _count(windows)
@@ -83,31 +83,32 @@ def _count(windows: Sequence[Forced]) -> int:
 
 
 class PolicyChoice:
-    """Finds policies on given windows: a threshold per exit, exits that are not worth their question left out.
+    """Finds policies on given windows: a threshold per exit, without exits that cost more time than they save.
 
     For a price of a nat, seconds + price x excess nats is lowered by the one change of one threshold that helps most,
     again and again until none helps; the price is searched by bisection. In the fastest policy seen within the limit
     the thresholds in use are then moved within it.
 
     Args:
-        model: with exits.
-        windows: token ids.
+        model: a model with exits.
+        windows: token ids of each window.
     """
 
     def __init__(self, model: Any, windows: Sequence[Sequence[int]]) -> None:
         passes = TracePass(model, None, "max_probability")
         table = ExitTrace.join([passes.run([own], [1]) for own in windows])
-        asked = table.valid.clone()
-        asked[:, 0] = False  # the first token of a window is the final exit's under every policy
+        scored = table.valid.clone()
+        scored[:, 0] = False  # the first token of a window is the final exit's under every policy
         self.names = [point.name for point in table.exits]
-        self.confidences = table.confidences[asked]  # [tokens, e]
+        self.confidences = table.confidences[scored]  # [tokens, e]
         # [tokens, e + 1] nats more than at the final exit
-        self.excess = (table.logprobs[..., -1:] - table.logprobs)[asked].double()
+        self.excess = (table.logprobs[..., -1:] - table.logprobs)[scored].double()
         costs, bottom = _measured_costs(model), 2 * model.num_layers
         stops = [*(point.stop for point in table.exits), bottom]
-        # [e + 1] of a token that leaves there: its own way down, and later the rest as one row more of another's way.
+        # [e + 1] seconds of a token that leaves there: its own layers, and later the rest as one more row of another
+        # token.
         self.way = torch.tensor([own * costs["half"] + (bottom - own) * costs["row"] for own in stops]).double()
-        self.asking = torch.tensor([costs[name] for name in (*self.names, None)]).double()
+        self.evaluation = torch.tensor([costs[name] for name in (*self.names, None)]).double()
 
     def fastest(self, allowed: float, most_active: int | None = None) -> ExitPolicy:
         """The policy of least expected time with at most so many exits (None = any number) whose perplexity is at most
@@ -137,7 +138,7 @@ class PolicyChoice:
 
     @staticmethod
     def _fastest(seen: Iterable[Outcome], limit: float) -> tuple[tuple[float, ...], float]:
-        """(thresholds, seconds) of the fastest of what was seen within the limit."""
+        """(thresholds, seconds) of the fastest policy seen within the limit."""
         seconds, numbers = min((seconds, numbers) for excess, seconds, numbers in seen if excess <= limit)
         return numbers, seconds
 
@@ -161,32 +162,32 @@ class PolicyChoice:
         """(seconds + price x excess, index, threshold) of the best threshold of one exit, the others as they are."""
         without = (*numbers[:index], 1.0, *numbers[index + 1 :])
         choice, total = self._choices(without), self._totals(without)
-        here = choice > index  # who comes this far
+        here = choice > index  # tokens that come this far
         stay = total[choice] + price * _at(self.excess, choice)
         leave = self._totals((*numbers[:index], 0.0, *numbers[index + 1 :]))[index] + price * self.excess[:, index]
-        gain = (leave - stay - self.asking[index])[here]
+        gain = (leave - stay - self.evaluation[index])[here]
         place = torch.bucketize(self.confidences[here, index], torch.tensor(THRESHOLDS))  # leaves below so many
         gains = torch.zeros(len(THRESHOLDS) + 1, dtype=torch.float64).index_add_(0, place, gain)
-        # Of threshold i: those whose confidence is above it.
-        sums = gains.flip(0).cumsum(0).flip(0)[1:] + self.asking[index] * here.sum()
+        # For threshold i: the tokens whose confidence is above it.
+        sums = gains.flip(0).cumsum(0).flip(0)[1:] + self.evaluation[index] * here.sum()
         best = int(sums.argmin())
         nothing = (stay.mean().item(), index, 1.0)
         return min(nothing, (((stay.sum() + sums[best]) / len(stay)).item(), index, THRESHOLDS[best]))
 
     def _outcome(self, numbers: Sequence[float]) -> tuple[float, float]:
-        """(mean excess in nats, expected seconds) of a token."""
+        """(mean excess in nats, expected seconds) per token."""
         choice = self._choices(numbers)
         return _at(self.excess, choice).mean().item(), self._totals(numbers)[choice].mean().item()
 
     def _choices(self, numbers: Sequence[float]) -> torch.Tensor:
-        """`[tokens]`, the exit each leaves at."""
-        sure = self.confidences > torch.tensor(numbers)
-        return torch.cat([sure, torch.ones(len(sure), 1, dtype=torch.bool)], dim=1).int().argmax(dim=1)
+        """The exit at which each token leaves, `[tokens]`."""
+        passes = self.confidences > torch.tensor(numbers)
+        return torch.cat([passes, torch.ones(len(passes), 1, dtype=torch.bool)], dim=1).int().argmax(dim=1)
 
     def _totals(self, numbers: Sequence[float]) -> torch.Tensor:
-        """`[e + 1]`, seconds of a token that leaves there, with the questions on its way."""
+        """Seconds of a token that leaves at each exit, with the evaluations on its way, `[e + 1]`."""
         active = torch.tensor([*(own < 1.0 for own in numbers), True])
-        return self.way + (self.asking * active).cumsum(0)
+        return self.way + (self.evaluation * active).cumsum(0)
 
 
 def _at(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
@@ -194,8 +195,8 @@ def _at(values: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
 
 
 def _measured_costs(model: Any) -> dict[str | None, float]:
-    """Seconds of a half layer for one token in a short text ("half"), of one row more in it ("row"), and of a question
-    to each exit."""
+    """Seconds of a half layer for one token in a short text ("half"), of one more row in it ("row"), and of evaluating
+    each exit."""
     names = tuple(point.name for point in model.exits)
     cache, bottom, calls = model.new_cache(1, 256, names), 2 * model.num_layers, {}
     for rows in (1, FILLED):
@@ -207,7 +208,7 @@ def _measured_costs(model: Any) -> dict[str | None, float]:
                 calls[name] = lambda name=name, hidden=hidden, positions=positions: (
                     model.exit_logits(name, hidden, positions, cache).softmax(dim=1).max().item()
                 )
-    # The least of many, in turns: what is chosen should not depend on what else the machine does.
+    # The least of many, in turns, so that the choice does not depend on other work of the machine.
     costs = dict.fromkeys(calls, math.inf)
     for _ in range(100):
         for name, call in calls.items():

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an exported directory decodes at: the runtime beside transformers' `generate`, and exits as its draft models.
+"""Decoding speed of an exported directory: the runtime beside transformers' `generate`, and exits as its draft models.
 
     python benchmarks/huggingface.py export --json huggingface.json
 
@@ -8,8 +8,8 @@
 tokens of held-out files. `runtime_over_generate`: tokens per second of the engine over nemo_ee.runtime at full depth
 by those of `generate` on hf_full; `loop_over_generate`: the same without the engine, a bare loop over the runtime.
 Per exit, `assisted.<exit>`: `generate(assistant_model=hf_exit_<name>)` by plain `generate`, and the tokens of a pass
-of the full model. Seconds are of the CPU and not of the clock, so that other processes count less; the sides take
-turns. Tokens are compared too: what is faster has to say the same.
+of the full model. Times are CPU seconds, not wall-clock seconds, so that other processes count less; the sides take
+turns. Tokens are compared too: a faster side must give the same tokens.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path, help="output of scripts/export/export_huggingface.py")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both sides")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="new tokens on both sides")
     parser.add_argument("--prompts", type=int, default=8, help="number of held-out files")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark needs: interleaved timing, peak memory of this process, and what it ran on."""
+"""Shared by all benchmarks: interleaved timing, peak memory of this process, and the facts of machine and commit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def interleaved(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmu
     """Seconds of every side in every round: A B C, A B C, ... so that a busy moment of the machine hits all of them.
 
     Args:
-        sides: name -> what to time.
+        sides: name -> call to time.
         rounds: timed rounds.
         warmup: rounds before them that are not kept.
     """
@@ -53,7 +53,7 @@ def resident_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Start the peak anew at what is resident now."""
+    """Reset the peak to the memory that is resident now."""
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
 
 

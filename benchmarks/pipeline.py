@@ -33,8 +33,8 @@ class Blocks(Callback):
     first step fills the pipeline and is not kept.
 
     Args:
-        modes: of one round, `decoupled` or `drained`.
-        steps: of a block. Stages and data-parallel ranks agree on what is logged at its end.
+        modes: modes of one round, `decoupled` or `drained`.
+        steps: steps of a block. Stages and data-parallel ranks exchange logged numbers at its end.
     """
 
     def __init__(self, modes: Sequence[str], steps: int) -> None:
@@ -43,7 +43,7 @@ class Blocks(Callback):
         self._ends: list[float] = []
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step - 1  # of the one that has just ended
+        step = trainer.global_step - 1  # end of the last step
         mode = self.modes[step // self.steps % len(self.modes)]
         last = (step + 1) % self.steps == 0
         if mode == "drained":
@@ -76,7 +76,7 @@ def fit(
     wanted = split.get("layers")
     found = [placement.num_layers for placement in model.placements]
     if wanted and found != wanted:
-        raise RuntimeError(f"the model's layers are split {found}, not {wanted} as model.layer_split asks")
+        raise RuntimeError(f"the model's layers are split {found}, not {wanted} as in model.layer_split")
     trainer.fit(model)
     return model
 
@@ -99,7 +99,7 @@ def decoupled_against_drained(sizes: Sizes, folder: Path, *, microbatches: int) 
 
 
 class Unlinked:
-    """A `Transport` of a stage alone: what it receives is always there, what it sends goes nowhere."""
+    """A `Transport` of a stage alone: received tensors are always ready, sent tensors are dropped."""
 
     num_stages = RANKS
 
@@ -130,8 +130,8 @@ class _Received:
 def own_times(model, sizes: Sizes, *, name: str, microbatches: int) -> dict[str, float]:
     """`<name>.stage<i>_own_s`: seconds of each stage's own step, timed while it runs alone.
 
-    Its layers, its exits' work and their optimizers, without pipeline, loop and data, the other rank idle: nothing in
-    it but what the stage cannot do without. The model's transport is replaced.
+    Its layers, its exits' work and their optimizers, without pipeline, loop and data, the other rank idle: only the
+    work that the stage cannot do without. The model's transport is replaced.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     model.tuning_context = replace(model.tuning_context, transport=Unlinked(stage))

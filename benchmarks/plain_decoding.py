@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baseline of decoding: the reference model in a bare PyTorch loop, greedy, one sequence.
 
-Nothing but what a token needs: fused projections, rotary embedding (Su et al., arXiv 2104.09864), a preallocated
+Only the work that a token needs: fused projections, rotary embedding (Su et al., arXiv 2104.09864), a preallocated
 key/value cache, attention, SwiGLU, argmax. No exits, no options, fp32.
 """
 
@@ -24,8 +24,8 @@ class PlainDecoder:
     """A Llama directory of one safetensors file with as many key/value heads as heads, as the reference model is.
 
     Args:
-        directory: in Hugging Face format.
-        max_length: most positions.
+        directory: a model directory in Hugging Face format.
+        max_length: largest number of positions.
     """
 
     def __init__(self, directory: Path = REFERENCE_MODEL, max_length: int = 1024) -> None:
@@ -55,7 +55,7 @@ class PlainDecoder:
 
     @torch.inference_mode()
     def next_token(self, tokens: Sequence[int], position: int) -> int:
-        """Feed tokens at `position` and the places behind it; returns the most likely next one."""
+        """Run tokens at `position` and the positions after it; returns the most likely next token."""
         end = position + len(tokens)
         hidden = self.embedding[torch.tensor(tokens)]  # [n, h]
         cos, sin = self.cos[position:end], self.sin[position:end]
@@ -65,7 +65,7 @@ class PlainDecoder:
             query, key = (own * cos + _half_turned(own) * sin for own in (query, key))
             cache[0, :, position:end], cache[1, :, position:end] = key, value
             keys, values = cache[:, :, :end]
-            # A prompt stands at the beginning, so that torch's causal mask is the right one.
+            # A prompt begins at position 0, so torch's causal mask is the right one.
             attended = F.scaled_dot_product_attention(query, keys, values, is_causal=len(tokens) > 1)
             hidden = hidden + attended.transpose(0, 1).flatten(1) @ out.T
             gate, up = (F.rms_norm(hidden, mlp_norm.shape, mlp_norm, self.eps) @ gate_up.T).chunk(2, dim=1)

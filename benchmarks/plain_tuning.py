@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baseline: exit tuning the plain way, on the same Megatron modules and the same numbers.
 
-What the reference implementation of EE-Tuning does on one device (arXiv 2402.00518): the backbone runs without
+The method of EE-Tuning's reference implementation on one device (arXiv 2402.00518): the backbone runs without
 gradients, every exit's logits are materialised in fp32, the graphs of all exits stay alive until one backward of the
 summed loss, the final norm, output layer and its loss are computed although nobody trains on them, and one clipping
 and one optimizer serve all exits. The cross-entropy is torch's own kernel.

@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Run a function in fresh processes, forked from one that has imported everything and computed nothing.
+"""Run a function in fresh processes, forked from a process that has imported everything and computed nothing.
 
 Each point of a benchmark gets its own processes, so no point sees another's allocator, threads or process groups. With
-several ranks the environment names a gloo rendezvous on a port the system says is free. A child dies with its parent
-and with its time-out.
+several ranks the environment names a gloo rendezvous on a free port. A child ends with its parent, and at its
+time-out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_in_processes(
     """Call `function(rank)` in `world_size` forked processes and return what each of them returned, by rank.
 
     Args:
-        function: what a rank runs; its result must pickle.
+        function: the function that each rank runs; its result must pickle.
         world_size: ranks of one gloo job.
         threads: torch threads of each rank.
         timeout: seconds after which every rank is killed.
@@ -63,14 +63,14 @@ def run_in_processes(
 
 
 def _collect(ranks: list, logs: list, deadline: float) -> list[Any]:
-    """Results by rank, as soon as all have come; what failed first is told."""
+    """Results by rank, when all are there; raises the first failure."""
     results: dict[int, Any] = {}
     while len(results) < len(ranks):
         for rank, (process, ours) in enumerate(ranks):
             if rank in results:
                 continue
-            with contextlib.suppress(EOFError):  # it ended without a result: seen below
-                ended = process.exitcode is not None  # looked at first: what it sent before it ended is in the pipe
+            with contextlib.suppress(EOFError):  # it ended without a result: handled below
+                ended = process.exitcode is not None  # before the pipe: its result may still be in it
                 if ours.poll(0.0 if ended else 0.05):
                     results[rank] = ours.recv()
                     continue
@@ -109,5 +109,5 @@ def _rank(
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
-    # Gloo's threads may outlive the work; nothing of them is needed any more.
+    # Gloo's threads may outlive the work; they are not needed any more.
     os._exit(0)

@@ -1,12 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `kv: propagate` and deciding for a whole batch cost in quality, on held-out text. No timing.
+"""Loss of quality of `kv: propagate` and of one decision for a whole batch, on held-out text. No timing.
 
     python benchmarks/propagation.py export/hf_early_exit --json propagation.json
 
-Every threshold scores the same known text: `carry`, the exact engine, each sequence for itself; `propagate`,
-nemo_ee.runtime.propagation with batches of the given sizes, which is what the TensorRT-LLM model files compute.
-Perplexity of the tokens after the context, each read where it would leave, and the mean number of layers below that.
+Every threshold scores the same given text: `carry`, the exact engine, each sequence for itself; `propagate`,
+nemo_ee.runtime.propagation with batches of the given sizes, as the TensorRT-LLM model files compute it. The numbers
+are the perplexity of the tokens after the context, each read where it would leave, and the mean number of layers below
+that.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from nemo_ee.runtime.propagation import PropagatingBatch  # noqa: E402
 
 
 class Quality(NamedTuple):
-    """Over the scored tokens: perplexity, and the mean number of layers they were read after."""
+    """Perplexity over the scored tokens, and the mean number of layers below the exits they were read at."""
 
     perplexity: float
     mean_depth: float
@@ -52,13 +53,13 @@ def propagated(
     model: RuntimeModel, texts: Sequence[Sequence[int]], context: int, policy: ExitPolicy, batch_size: int
 ) -> Quality:
     """`kv: propagate`, `batch_size` texts of equal length at a time."""
-    asked = policy.evaluated_exits(model.exits)
-    layers = {exit.point.name: exit.point.layer for exit in asked} | {None: model.num_layers}
+    evaluated = policy.evaluated_exits(model.exits)
+    layers = {exit.point.name: exit.point.layer for exit in evaluated} | {None: model.num_layers}
     surprise, depth, count = 0.0, 0, 0
     for first in range(0, len(texts), batch_size):
         group = texts[first : first + batch_size]
         length = len(group[0])
-        batch = PropagatingBatch(model, asked, policy.criterion, len(group), length)
+        batch = PropagatingBatch(model, evaluated, policy.criterion, len(group), length)
         exit, logits = batch.run({i: (0, text[:context]) for i, text in enumerate(group)}, evaluating=False)
         for position in range(context, length):
             targets = torch.tensor([text[position] for text in group], device=logits.device)

@@ -29,7 +29,7 @@ MEMORY_STEPS = 4  # the allocator's holes between blocks grow for a few steps
 
 
 class StepAgainstFloor(Callback):
-    """Between the steps of a fit, times what a step cannot do without: partial forward and each exit's work alone.
+    """Between the steps of a fit, times the necessary parts of a step: partial forward and each exit's work alone.
 
     A step's time is all that passes between two calls of this callback: data, the step, optimizer, logging, the loop.
     The matrix products are recorded once, the first time the parts run, and timed alone after every later step.
@@ -57,7 +57,8 @@ class StepAgainstFloor(Callback):
         self._resumed = time.perf_counter()
 
     def _floor(self, context) -> float:
-        """Seconds of the parts, in the order of a step: what a microbatch leaves in the caches counts alike."""
+        """Seconds of the parts, in the order of a step, so that the processor caches hold the same data as in a
+        step."""
         total = 0.0
         for batch in self.batches:
             stage = None  # nothing of the last microbatch is alive in a step either
@@ -160,8 +161,8 @@ def time_against_plain(sizes: Sizes, folder: Path) -> dict[str, float]:
 def temporary_memory(sizes: Sizes, folder: Path, *, plain: bool, vocabulary: int, exits: int) -> float:
     """Peak resident bytes over weights, gradients and optimizer state in four steps. In a fresh process.
 
-    What the libraries take once (code, thread stacks) is taken before by steps on two tokens, which also leave
-    gradients and optimizer state behind; free memory is then given back to the system, and the peak starts anew.
+    Steps on two tokens run first: they allocate the libraries' own memory (code, thread stacks), gradients and
+    optimizer state. Free memory is then returned to the system, and the peak is reset.
     """
     trainer = workload.trainer(folder)
     model = workload.wide_model(sizes, trainer, vocabulary=vocabulary, exits=exits, full_depth=plain)

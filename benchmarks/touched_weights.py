@@ -1,9 +1,9 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How many weights decoding reads: a model that counts them, and the bound on speed that follows.
+"""The number of weights that decoding reads: a model that counts them, and the bound on speed that follows.
 
 Decoding a few tokens reads every weight of the half layers and heads it runs once, however many tokens run together,
-and at small batches that reading is what takes the time. So no mode can be faster than full depth by more than
+and at small batches that reading takes the time. So no mode can be faster than full depth by more than
 
     bound = weights read at full depth / weights read in that mode, for the same tokens
 
@@ -22,7 +22,7 @@ from nemo_ee.runtime.model import RuntimeModel
 
 
 def head_weights(model: ExportedModel) -> dict[str | None, int]:
-    """Weights that one question to each exit reads; the final exit under None."""
+    """Weights that one evaluation of each exit reads; the final exit under None."""
     a = model.architecture
     output = a.hidden_size * a.vocab_size
     before = {"embedding": 0, "norm": 0, "mlp": a.mlp_size, "layer": a.attention_size + a.mlp_size}
@@ -33,7 +33,7 @@ class CountingModel:
     """A `RuntimeModel` that adds up what its calls read.
 
     Attributes:
-        touched: weights read so far; anyone may set it back to 0.
+        touched: weights read so far; it may be reset to 0.
     """
 
     def __init__(self, model: RuntimeModel) -> None:
@@ -41,7 +41,7 @@ class CountingModel:
         self._heads = head_weights(model.config)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the model's."""
+        """All other attributes are the model's."""
         return getattr(self._model, name)
 
     def run(self, hidden: Tensor, positions: TokenPositions, start: int, stop: int, cache: Any) -> Tensor:

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of exit tuning on this machine's CPU, each beside its baseline: docs/benchmarks.md says what they mean.
+"""Numbers of exit tuning on this machine's CPU, each beside its baseline. docs/benchmarks.md explains them.
 
     python benchmarks/tuning.py --json tuning.json        # all of it, up to 20 minutes on two idle cores
     python benchmarks/tuning.py --only step_over_floor    # one number; may be given several times
@@ -38,8 +38,8 @@ class Measure:
     """One number of the table.
 
     Attributes:
-        text: what is divided by what.
-        target: what it should be; None for a number that is only reported.
+        text: numerator / denominator of the ratio.
+        target: the target value; None for a number that is only reported.
         at_least: the target is a lower bound, otherwise an upper one.
         run: name of the function in `runs` that measures it, maybe with others.
     """
@@ -90,7 +90,7 @@ MEASURES = {
 
 
 def runs(sizes: Sizes, folder: Path) -> dict[str, Callable[[], dict[str, float]]]:
-    """What measures the numbers, each in processes of its own."""
+    """The measurement of each number, in processes of its own."""
     from benchmarks import pipeline, single_process, workload
     from benchmarks.processes import run_in_processes
 
@@ -116,8 +116,8 @@ def runs(sizes: Sizes, folder: Path) -> dict[str, Callable[[], dict[str, float]]
             "one_exit": {"plain": False, "vocabulary": small, "exits": 1},
             "large_vocabulary": {"plain": False, "vocabulary": large, "exits": many},
         }
-        # Where the allocator puts things differs from process to process by a few per cent, which matters between the
-        # two whose ratio is about 1; the plain step takes minutes and gigabytes.
+        # The allocator's layout differs from process to process by a few per cent, which matters for the two sides
+        # whose ratio is about 1. The plain step takes minutes and gigabytes.
         times = {"ours": sizes.processes, "one_exit": sizes.processes}
         each = {
             name: [alone(single_process.temporary_memory, **point) for _ in range(times.get(name, 1))]
@@ -192,17 +192,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure exit tuning on this machine's CPU.")
     parser.add_argument("--json", type=Path, help="file for the numbers, one flat object")
     parser.add_argument("--only", action="append", choices=list(MEASURES), help="measure this; may be repeated")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # tiny sizes: the numbers mean nothing
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for tests only
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Measure the chosen numbers."""
     options = arguments()
     from nemo_ee import cpu_host
 
     cpu_host.enable()
-    import nemo_ee.models  # noqa: F401 -- answers NeMo's Apex guards; imported once, before the forks
+    import nemo_ee.models  # noqa: F401 -- sets NeMo's Apex guards; imported once, before the forks
     from benchmarks.workload import QUICK, Sizes
 
     result = report(options.only or list(MEASURES), QUICK if options.quick else Sizes(), quick=options.quick)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models, batches, data and trainers that the tuning benchmarks run on.
 
-Everything is real: NeMo's model class, Lightning's loop, Megatron-core's modules and data sets, gloo. `Sizes` says how
-large; the reference model keeps its own shape.
+Everything is real: NeMo's model class, Lightning's loop, Megatron-core's modules and data sets, gloo. `Sizes` holds
+the sizes; the reference model keeps its own shape.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ REFERENCE_VOCABULARY = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the benchmarks are.
+    """The sizes of the benchmarks.
 
     Attributes:
         batch, length: sequences of a microbatch and tokens of a sequence.
-        microbatches: of a step on one process, where the table does not say otherwise.
-        pipeline_microbatches: of a step on two stages, where the table does not say otherwise.
-        vocabulary, large_vocabulary: of the wide model.
+        microbatches: microbatches of a step on one process, unless the table has another number.
+        pipeline_microbatches: microbatches of a step on two stages, unless the table has another number.
+        vocabulary, large_vocabulary: vocabulary sizes of the wide model.
         hidden, ffn, layers: shape of the wide model.
         exits: exits of the wide model, evenly over its depth, the last one at its full depth.
         rounds: interleaved repetitions.
         processes: fresh processes for the memory of our own step with all exits and with one.
         steps: steps of a block in a pipeline.
-        threads: of a process that has the machine to itself; ranks of a pipeline have one each.
+        threads: threads of a process that runs alone; ranks of a pipeline have one each.
     """
 
     batch: int = 4

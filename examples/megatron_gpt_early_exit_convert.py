@@ -15,7 +15,7 @@ from nemo_ee.commands.console import show
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="megatron_gpt_early_exit_convert")
 def main(cfg: DictConfig) -> None:
-    """Convert and say what came out."""
+    """Convert and print the result."""
     with command(cfg):
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo_ee.commands.convert import convert

@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
         from nemo_ee.commands.generate import open_generator
 
         generator = open_generator(cfg, request)
-        if generator is None:  # a later pipeline stage, and its work is done
+        if generator is None:  # a later pipeline stage, whose work is done
             return
         with generator:
             generator.check(request.prompts)  # once more with the loaded tokenizer, all before the first answer
@@ -41,14 +41,14 @@ def main(cfg: DictConfig) -> None:
                 for _ in generator.generate(request.prompts):
                     pass
         if generator.num_failed:
-            raise RuntimeError(f"{generator.num_failed} of {len(request.prompts)} answers failed, as said beside them")
+            raise RuntimeError(f"{generator.num_failed} of {len(request.prompts)} answers failed; see their messages")
 
 
 def show_answers(generator, request) -> None:
     """Print every answer, then the table of exits used; write `output`."""
     from nemo_ee.text.token_view import ExitLegend, coloured_text, escape, exit_table, marked_text
 
-    results().reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the run
+    results().reconfigure(errors="backslashreplace")  # a character missing in the terminal is no error
     wanted = results().isatty() and "NO_COLOR" not in os.environ
     colour = wanted if request.colour == "auto" else request.colour == "always"
     legend = ExitLegend(generator.model.exits)

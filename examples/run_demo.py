@@ -4,10 +4,10 @@
 
     corpus -> convert -> evaluate -> tune -> evaluate -> generate -> report
 
-Every step is the command a user would type, run on the CPU in a process of its own. What it shows goes to
-<output>/logs/<step>.log, and its own log file lies beside that. At the end <output> holds early_exit.nemo, tuned.nemo,
-report.json, losses.png (loss of every exit before and after tuning) and sample.txt (a text in which each token shows
-its exit). Needs no network.
+Every step is the command that a user would type, run on the CPU in a process of its own. Its output goes to
+<output>/logs/<step>.log, beside its own log file. At the end <output> holds early_exit.nemo, tuned.nemo, report.json,
+losses.png (loss of every exit before and after tuning) and sample.txt (a text in which each token shows its exit).
+Needs no network.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _THREADS = str(min(8, os.cpu_count() or 1))  # the model is small: more threads 
 
 
 def arguments() -> argparse.Namespace:
-    """The demo's options; the defaults are what `make demo` shows."""
+    """The demo's options; the defaults are those of `make demo`."""
     parser = argparse.ArgumentParser(description="Turn the embedded model into an early-exit model, on the CPU.")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="directory of the results")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9], help="layers that get an mlp exit")
@@ -102,7 +102,7 @@ def _quoted(path: Path) -> str:
 
 
 def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
-    """Run one step and show its progress; returns (seconds, what it printed to stdout).
+    """Run one step and show its progress; returns (seconds, its standard output).
 
     Raises:
         SystemExit: the step failed; its last lines are shown.
@@ -114,7 +114,7 @@ def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / command[0]), *command[1:], f"hydra.run.dir={_quoted(logs)}"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
-            start_new_session=True,  # so that the processes it starts can be ended with it
+            start_new_session=True,  # so that its child processes can be ended with it
         )  # fmt: skip
         try:
             while process.poll() is None:
@@ -125,7 +125,7 @@ def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
             raise
     seconds = time.monotonic() - start
     text = printed.read_text(errors="replace")
-    with open(log, "a") as merged:  # one file per step to look at
+    with open(log, "a") as merged:  # one file per step
         merged.write(text)
     printed.unlink()
     if process.returncode:
@@ -177,7 +177,7 @@ def report_of(options: argparse.Namespace, seconds: Mapping[str, float]) -> dict
 
 
 def clear(output: Path) -> None:
-    """Remove what an earlier demo left in `output`, and nothing else."""
+    """Remove the files of an earlier demo from `output`, and nothing else."""
     for folder in ("data", "run", "logs", "before", "after"):
         shutil.rmtree(output / folder, ignore_errors=True)
     for file in ("early_exit.nemo", "tuned.nemo", "report.json", "losses.png", "sample.txt"):

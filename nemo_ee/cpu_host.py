@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run NeMo and Megatron-core, which assume CUDA and Apex, on a host without a GPU (torch.distributed on gloo).
 
-The one place in the package that patches anything. It is switched on exactly when `trainer.accelerator=cpu` is
-asked for, before torch touches a device; every CUDA device is then hidden. Switched off (the default) it changes
-nothing. The same NeMo and Megatron code paths run afterwards; only calls that name a CUDA device are answered on
-the CPU:
+The one place in the package that patches anything. `trainer.accelerator=cpu` switches it on, before torch touches a
+device; every CUDA device is then hidden. Switched off (the default) it changes nothing. The same NeMo and Megatron
+code paths run afterwards; only calls that name a CUDA device are answered on the CPU:
 
 * `torch.cuda.current_device()` answers `"cpu"`; device switches, synchronisation, streams and memory statistics do
 nothing.
@@ -33,7 +32,7 @@ _NO_OPS = (
     "set_device synchronize empty_cache reset_peak_memory_stats reset_max_memory_allocated ipc_collect init nvtx_push"
 ).split()
 
-# Model settings without which NeMo and Megatron ask for GPU kernels; laid over a model's config, never stored.
+# Model settings without which NeMo and Megatron need GPU kernels; laid over a model's config, never stored.
 MODEL_SETTINGS = {
     "use_cpu_initialization": True,
     "transformer_engine": False,
@@ -62,14 +61,14 @@ def enable() -> None:
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.07")  # NeMo parses it as YY.MM and fails on None
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # NeMo and Megatron insist on it for TP overlap
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # NeMo and Megatron need it for TP overlap
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions; here they run as written
     import torch
     import torch._dynamo  # tabulates torch's functions by identity when imported, so before they are replaced
 
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            "trainer.accelerator=cpu was asked for after torch initialised a CUDA device; "
+            "trainer.accelerator=cpu was requested after torch initialised a CUDA device; "
             "call nemo_ee.cpu_host.enable() before any CUDA call"
         )
     _ENABLED = True
@@ -138,7 +137,7 @@ def _here(device: object) -> object:
 
 
 def _answer_factories(torch) -> None:
-    torch.jit._state.disable()  # NeMo scripts functions that call factories; the compiler knows only torch's own
+    torch.jit._state.disable()  # NeMo scripts functions that call factories; the compiler supports only torch's own
 
     def on_cpu(factory: Callable) -> Callable:
         @functools.wraps(factory)

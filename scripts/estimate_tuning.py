@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exits", action="append", type=int, help="number of mlp exits; repeatable; default 1 and 8")
     parser.add_argument("--gpus", action="append", type=int, help="repeatable; default 1, 8, 64 and 1024")
     parser.add_argument("--layout", action="append", type=_layout, help="TP,PP,DP instead of the fastest; repeatable")
-    parser.add_argument("--json", type=Path, help="write assumptions and results there")
+    parser.add_argument("--json", type=Path, help="file for assumptions and results")
     for field in dataclasses.fields(Assumptions):
         name, text = f"--{field.name.replace('_', '-')}", f"{_HELP[field.name]} (default {field.default})"
         if isinstance(field.default, bool):
@@ -96,7 +96,7 @@ _POSITIVE = (
 
 
 def estimates(options: argparse.Namespace, assumptions: Assumptions) -> list[tuple[str, int, int, Estimate | None]]:
-    """(model, number of exits, GPUs, estimate or None where no layout fits) for what was asked.
+    """(model, number of exits, GPUs, estimate or None where no layout fits) for the options.
 
     Raises:
         ValueError: a given layout does not go with a model or the batch.
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens = assumptions.steps * assumptions.sequences * assumptions.sequence_length
     print(f"{tokens:.3g} tokens; assumed: {', '.join(f'{k}={v}' for k, v in dataclasses.asdict(assumptions).items())}")
     print(
-        "1 exit: at a quarter of the depth, only those layers run. 8 exits: at every eighth, down to the full depth."
+        "1 exit: at a quarter of the depth; only those layers run. 8 exits: at every eighth, down to the full depth."
     )
     print(table(rows))
     if options.json:

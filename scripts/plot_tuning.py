@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what a tuning run logged of every exit. See conf/plot_tuning.yaml.
+"""Draw the logged metrics of every exit of a tuning run. See conf/plot_tuning.yaml.
 
 python scripts/plot_tuning.py run=outputs/megatron_gpt_early_exit_sweep output=sweep.png
 """
@@ -38,7 +38,7 @@ class PlotSettings(ScriptInput):
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict]]:
-    """What TensorBoard holds of a run: (tag -> [(step, value)], exit name -> settings).
+    """The TensorBoard data of a run: (tag -> [(step, value)], exit name -> settings).
 
     Of a run that was resumed, the later start's numbers count where two starts made the same step.
 
@@ -86,12 +86,12 @@ def of_metric(numbers: dict[str, list[tuple[int, float]]], prefix: str, metric: 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="plot_tuning")
 def main(cfg: DictConfig) -> None:
-    """Read, draw, and say where every exit ended."""
+    """Read, draw, and print the last value of every exit."""
     with command(cfg):
         settings = PlotSettings.from_config(cfg)
         numbers, exits = read_run(settings.run)
         trained, validated = of_metric(numbers, "", settings.metric), of_metric(numbers, "val/", settings.metric)
-        curves = trained or validated  # agreement and entropy are of validation only
+        curves = trained or validated  # agreement and entropy are measured in validation only
         if not curves:
             known = sorted({tag.split("/")[-1] for tag in numbers if tag.startswith(("exit/", "val/exit/"))})
             raise ValueError(f"metric={settings.metric!r} is not logged; the run has {', '.join(known)}")

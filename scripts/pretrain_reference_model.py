@@ -41,7 +41,7 @@ logger = logging.getLogger("nemo_ee.scripts")
 
 _RMS_NORM_EPS = 1e-5
 _ROPE_THETA = 10000.0
-_SHOWN_FAULTS = 20
+_SHOWN_PROBLEMS = 20
 # Rows of attention done at once. With 512 columns a block of bf16 scores stays in the cache and half of the masked
 # part is never computed; torch's own CPU kernel takes twice the time at this size.
 _ATTENTION_ROWS = 128
@@ -191,7 +191,7 @@ class Run:
             **{key: getattr(config, key) for key in ("lr", "warmup_steps", "weight_decay", "betas", "clip")},
             "data": windows.digest(),
         }
-        # Only what has an effect, so that a run without these goes on from checkpoints that do not know them.
+        # Only settings with an effect, so that a run without these resumes from checkpoints that do not have them.
         if config.start_from is not None:
             self.identity["start_from"] = config.start_from
         if config.exit_layers:
@@ -262,7 +262,7 @@ class Run:
         last = None if config.max_steps_this_run is None else progress.step + config.max_steps_this_run
         while progress.step < progress.end and progress.step != last:
             if progress.heed(config.output / "decay"):
-                logger.info("asked to end: %d steps of decay from step %d", progress.decay_steps, progress.step)
+                logger.info("end requested: %d steps of decay from step %d", progress.decay_steps, progress.step)
             yield self.train_step()
             if progress.step % config.save_every == 0:
                 self.save()
@@ -291,7 +291,7 @@ def read_data(config: PretrainConfig):
     """(training windows, held-out windows).
 
     Raises:
-        ValueError: what is wrong with the files.
+        ValueError: the problems of the files.
     """
     from lib.packed_bytes import PackedWindows, read_documents, without
 
@@ -301,8 +301,8 @@ def read_data(config: PretrainConfig):
         other_problems = ["empty list; name at least one file"]
     problems = [f"data: {problem}" for problem in problems] + [f"held_out: {problem}" for problem in other_problems]
     if problems:
-        more = [f"and {len(problems) - _SHOWN_FAULTS} more"] if len(problems) > _SHOWN_FAULTS else []
-        raise ValueError("\n  - ".join(["Nothing was trained:", *problems[:_SHOWN_FAULTS], *more]))
+        more = [f"and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+        raise ValueError("\n  - ".join(["Nothing was trained:", *problems[:_SHOWN_PROBLEMS], *more]))
     kept = without(documents, held_out)
     logger.info("%d documents, %d of them held out", len(documents), len(documents) - len(kept))
     length, seed = config.sequence_length, config.seed
@@ -310,7 +310,7 @@ def read_data(config: PretrainConfig):
 
 
 def pretrain(config: PretrainConfig) -> Path | None:
-    """Train to the end, or as far as this run goes.
+    """Train to the end, or for `max_steps_this_run` steps.
 
     Returns:
         The directory of the finished model, None if steps are left.

@@ -125,7 +125,7 @@ def _score(engine: Any, texts: list[list[int]], batch_size: int, mode: str, poli
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    # Exits that were not to be left at have no column.
+    # Exits at which tokens could not leave have no column.
     rows = report["rows"]
     names = [name for name in rows[0]["evaluated_per_exit"] if any(row["evaluated_per_exit"][name] for row in rows)]
     depth = f"depth of {report['num_layers']}"

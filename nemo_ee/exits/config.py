@@ -26,7 +26,8 @@ LOSS_WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
 
 BLOCK = "model.early_exit"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}")
-# Reports and statistics call the original output layer so, and its metrics; optimizers the trained backbone.
+# `final` and `full_model`: the original output layer in reports, statistics and metrics; `backbone`: the trained
+# backbone in optimizers.
 RESERVED_NAMES = ("final", "full_model", "backbone")
 
 _EVERY_PATTERN = re.compile(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*")
@@ -87,7 +88,7 @@ class ExitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """How an exit learns from the final exit of the same forward pass.
+    """Settings of distillation: an exit learns from the final exit of the same forward pass.
 
     Attributes:
         temperature: both distributions are softened by it, > 0.
@@ -176,7 +177,7 @@ class EarlyExitConfig:
 
     @property
     def trains(self) -> str:
-        """What a run trains, in words; a training checkpoint resumes only what it was made with."""
+        """The trained parts as text. A training checkpoint resumes only in a run that trains the same parts."""
         return f"lora of rank {self.lora.rank}" if self.train == "lora" else self.train
 
     @property

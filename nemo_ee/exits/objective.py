@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an exit learns from: labels, the final exit of the same forward pass, or both.
+"""The training objective of an exit: labels, the final exit of the same forward pass, or both.
 
     loss_i = w_i (a CE_i + b T^2 KL(q_i || p_i)) / sum_j w_j
 

@@ -25,7 +25,7 @@ def balanced_cut(costs: Sequence[float], num_parts: int) -> tuple[int, ...]:
     """Lengths of the parts.
 
     Args:
-        costs: what each item costs, in order; not negative, any unit.
+        costs: cost of each item, in order; not negative, any unit.
         num_parts: number of parts, 1 <= num_parts <= len(costs); every part gets at least one item.
     """
     num_items = len(costs)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which pipeline stage runs which layers and which exits.
 
-Only the layers that run are split: those up to the deepest exit, or all of them when the final exit is needed. How
-many each stage gets is decided in `nemo_ee.planning.layer_split`.
+Only the layers that run are split: those up to the deepest exit, or all of them when the final exit is needed.
+`nemo_ee.planning.layer_split` chooses the number of layers of each stage.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class StagePlacement:
     Attributes:
         stage: pipeline stage, from 0.
         first_layer: 1-based number of its first layer.
-        num_layers: how many layers it runs, at least 1.
+        num_layers: number of layers it runs, at least 1.
         exits: the exits whose layer it runs, in the configuration's order.
-        skip_last_mlp: its last layer's own MLP is run by nobody: every exit there is an `mlp` exit, nothing follows.
+        skip_last_mlp: its last layer's own MLP does not run: every exit there is an `mlp` exit, nothing follows.
     """
 
     stage: int
@@ -40,12 +40,12 @@ class StagePlacement:
 
 
 def layers_that_run(exits: Sequence[ExitConfig], *, num_layers: int, full_depth: bool) -> int:
-    """How many layers run: all of them at full depth, otherwise those up to the deepest exit."""
+    """The number of layers that run: all of them at full depth, otherwise those up to the deepest exit."""
     return num_layers if full_depth else max(exit.layer for exit in exits)
 
 
 def skips_last_mlp(exits: Sequence[ExitConfig], *, layers_to_run: int, full_depth: bool) -> bool:
-    """Whether nobody runs the deepest layer's own MLP: every exit there is an `mlp` exit and nothing follows."""
+    """Whether the deepest layer's own MLP does not run: every exit there is an `mlp` exit and nothing follows."""
     return not full_depth and all(exit.architecture == "mlp" for exit in exits if exit.layer == layers_to_run)
 
 

@@ -1,3 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Level 1: decoding with early exits. It knows a model only as segments between taps and exit heads to evaluate."""
+"""Level 1: decoding with early exits. Its interface to a model is segments between taps and exit heads to evaluate."""

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether exits save time: seconds per token under a policy against those at full depth, from a cost table.
 
-A share p_i of a sequence's tokens goes past the i-th stop with an exit. With B sequences like it in the session, the
-forward pass runs segment i if any of them goes there, together with the tokens that are pending since the last time:
+A share p_i of a sequence's tokens runs past the i-th stop with an exit. With B sequences like it in the session, the
+forward pass runs segment i if a token of any of them does, together with the tokens that are pending since the last
+time:
 
     a_i = 1 - (1 - p_i)^B,    t(policy) = sum_i a_i [start + halves_i c(1 / a_i) + exit_i] + a_end final
     t(full) = start + halves c(1) + final;    exits pay iff run * t(policy) <= emitted * t(full)
@@ -91,7 +92,7 @@ class CostRule:
     trial_tokens: int = 16
 
     def problems(self, evaluated: Sequence[str], num_slots: int) -> Iterator[str]:
-        """Why it does not fit a session with so many slots that evaluates these exits."""
+        """The problems of the rule in a session with so many slots that evaluates these exits."""
         if isinstance(self.trial_tokens, bool) or not isinstance(self.trial_tokens, int) or self.trial_tokens < 1:
             yield f"the cost rule's trial_tokens = {self.trial_tokens!r} must be a whole number from 1"
         if self.table.num_sequences != num_slots:
@@ -131,7 +132,7 @@ class CostRule:
             plan: with at least one exit.
             num_layers: number of the model's layers.
             left: exit name -> number of tokens that left there; None = ran to the end.
-            emitted: how many of these tokens are in the answer, from 1; fewer where drafts were rejected.
+            emitted: number of these tokens in the answer, from 1; fewer where drafts were rejected.
         """
         table, num_run = self.table, sum(left.values())
         going, depth, policy = 1.0, 0, 0.0

@@ -39,7 +39,7 @@ __all__ = ["MODES", "EarlyExitEngine", "GenerationResult", "Request"]
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What `EarlyExitEngine.generate` returns.
+    """The result of `EarlyExitEngine.generate`.
 
     Attributes:
         tokens: new tokens of each sequence, a stop token included.

@@ -192,7 +192,7 @@ class TracePass:
 
 
 class _Batch:
-    """Which row of a pass predicts which token of which continuation."""
+    """The row of a pass that predicts each token of each continuation."""
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ A slot is a layer, or an exit with a layer of its own. Each row attends to its o
 
     softmax(scale q K^T) V
 
-What depends on the positions alone (which rows attend in one call, their masks, where they write) is a `Placement`. It
-is worked out once for each `TokenPositions`, not once for each layer.
+The facts that depend on the positions alone (rows that attend in one call, their masks, where they write) are a
+`Placement`. It is computed once for each `TokenPositions`, not once for each layer.
 
 Exactness: one call serves one row each of neighbouring sequences, or several rows of one sequence. A row's result
 equals that of the row alone up to the rounding of PyTorch's attention kernels (1e-6 relative in fp32), not bitwise.
@@ -56,7 +56,7 @@ class Block(NamedTuple):
 
 
 class Placement:
-    """Where rows stand in a cache, and which of them attend in one call.
+    """The place of rows in a cache, and the rows that attend in one call.
 
     Args:
         positions: the rows.
@@ -129,7 +129,7 @@ class KVCache:
         self._written = _Written(self._slabs, num_sequences, max_length) if checked else None
 
     def place(self, positions: TokenPositions) -> Placement:
-        """Where these rows stand. Call it before their keys and values are written."""
+        """The place of these rows. Call it before their keys and values are written."""
         for group in positions.groups:
             if group.length > self._lengths[group.sequence]:
                 self._lengths[group.sequence] = group.length
@@ -197,7 +197,7 @@ class KVCache:
 
     def valid(self, slot: Hashable) -> BoolTensor:
         """Which positions of a `checked` cache are written: `[num_sequences, max_length]`, bool, on the host."""
-        assert self._written is not None, "only a checked cache knows"
+        assert self._written is not None, "only a checked cache has it"
         return torch.tensor([list(written) for written in self._written.of[slot]], dtype=torch.bool)
 
 

@@ -30,7 +30,7 @@ class EvaluatedExit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExitPlan:
-    """What one sequence's tokens do at the exits of one model: a mode and a policy, resolved and validated.
+    """The exits, thresholds and caps of one sequence on one model: a mode and a policy, resolved and validated.
 
     Attributes:
         exits: the exits to evaluate, in the model's order.

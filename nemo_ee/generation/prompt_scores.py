@@ -57,7 +57,7 @@ class PromptScorer:
         """
         request = self._request
         start = self._num_run - output.logits.shape[0]
-        following = request.prompt[start + 1 : self._num_run + 1]  # nothing is known to follow the last token
+        following = request.prompt[start + 1 : self._num_run + 1]  # no token of the prompt follows the last one
         if following:
             logprobs = output.logits[: len(following)].log_softmax(dim=1)
             self._logprobs += _entries(logprobs, following)

@@ -18,7 +18,7 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         max_new_tokens: at least 1; with `prompt_logprobs` from 0.
-        sampling: how its tokens are chosen.
+        sampling: sampling parameters of its tokens.
         stop_tokens: token ids that end it; the stop token is its last token.
         min_new_tokens: before this many new tokens no exit gives a stop token any probability.
         ends: called with the new tokens so far; true ends the sequence, e.g. after a stop string. It must depend on

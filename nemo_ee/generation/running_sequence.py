@@ -48,7 +48,7 @@ class RunningSequence:
         return [*self.request.prompt, *self.answer] if self.request.sampling.looks_back else ()
 
     def finish_reason(self) -> str | None:
-        """Why the sequence has ended; None = it has not."""
+        """The reason why the sequence has ended; None = it has not."""
         request = self.request
         if self.answer[-1] in request.stop_tokens:
             return "stop"

@@ -25,7 +25,7 @@ from nemo_ee.generation.decoding_model import TokenPositions
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen.
+    """Parameters for choosing the next token.
 
     Attributes:
         greedy: take the most likely token; temperature, top_k, top_p, min_p and seed are then not used.
@@ -121,8 +121,8 @@ def penalised(logits: Tensor, params: SamplingParams, previous: Sequence[int], n
     Args:
         logits: `[v]`, raw.
         params: the sequence's sampling parameters.
-        previous: the sequence's tokens so far, which the repetition penalty is for.
-        num_prompt: how many of them are the prompt, which the presence and frequency penalties leave alone.
+        previous: the sequence's tokens so far, to which the repetition penalty applies.
+        num_prompt: number of them that are the prompt, to which the presence and frequency penalties do not apply.
 
     Returns:
         `[v]`, fp32.
@@ -154,8 +154,9 @@ def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int]
 
     Args:
         logits: `[v]`, raw.
-        params: how to shape them.
-        previous, num_prompt: the sequence's tokens so far and how many of them are the prompt (for the penalties).
+        params: the sequence's sampling parameters.
+        previous, num_prompt: the sequence's tokens so far, and the number of them that are the prompt (for the
+            penalties).
 
     Returns:
         `[v]`, fp64, sums to 1.
@@ -270,7 +271,7 @@ class MinLengthMask:
         self._by_slot[slot] = (first, sorted(tokens), num_prompt)
 
     def release(self, slot: int, position: int | None = None) -> None:
-        """Forget a slot's tokens. With `position`, only if no later row than that position's is masked."""
+        """Remove a slot's tokens. With `position`, only if no later row than that position's is masked."""
         if slot in self._by_slot and (position is None or position + 1 >= self._by_slot[slot][0]):
             del self._by_slot[slot]
 

@@ -25,7 +25,7 @@ from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 
 @dataclasses.dataclass(frozen=True)
 class ScoreResult:
-    """What `EarlyExitEngine.score` returns. Outer tuples: one entry per sequence; inner tuples: one per scored token.
+    """The result of `EarlyExitEngine.score`. Outer tuples: one entry per sequence; inner tuples: one per scored token.
 
     Attributes:
         logprobs: ln p of each scored token at the exit it is read from.
@@ -44,7 +44,7 @@ class ScoreResult:
 
 @dataclasses.dataclass(frozen=True)
 class _ExitPrediction:
-    """What one exit predicts after one row."""
+    """The prediction of one exit after one row."""
 
     point: ExitPoint | None  # None = the final exit
     confidence: float

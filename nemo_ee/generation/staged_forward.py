@@ -65,7 +65,7 @@ class TokenInput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitOutput:
-    """What one exit predicts after some rows of a sequence.
+    """The predictions of one exit after some rows of a sequence.
 
     Attributes:
         slot: slot of the sequence in the cache.
@@ -145,7 +145,7 @@ class StagedForward:
         self._plan_stops()
 
     def _plan_stops(self, *, released: bool = False) -> None:
-        """Work out where the forward pass stops. `released`: count finished sequences too."""
+        """Compute the stops of the forward pass. `released`: count finished sequences too."""
         slots = [slot for slot in self._plans if released or slot not in self._released]
         ends = {self._end_stop(slot) for slot in slots}
         thresholds: dict[str, dict[int, float]] = defaultdict(dict)

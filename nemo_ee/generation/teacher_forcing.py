@@ -25,7 +25,7 @@ LOGITS_PER_CALL = 2**24
 
 
 class ExitLogits(NamedTuple):
-    """What an exit predicts at m rows.
+    """The predictions of an exit at m rows.
 
     Attributes:
         rows: the m rows, ascending.

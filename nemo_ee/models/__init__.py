@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NeMo model: overrides of `MegatronGPTModel`, trainer, optimizers, save and restore (level 3).
 
-Importing it answers NeMo's Apex guards when the CPU host is switched on.
+Importing it sets NeMo's Apex guards when the CPU host is switched on.
 """
 
 import os

@@ -8,7 +8,7 @@
                   file (checkpoint/portable.py)
     with low-rank updates (`train: lora`, not merged): lora_weights/ beside model_weights/, which stays the source's;
                   read as W + B A unless the run trains them on
-    base          any plain GPT `.nemo`: its exits, if the config asks for some, start as their `init` says
+    base          any plain GPT `.nemo`: exits in the config are initialised by their `init`
 
 Weights are read chunk by chunk under any layout. Nothing in a file is executed: the config's `target` is not imported,
 the checkpoint's metadata goes through a restricted unpickler, and pickled common state is not read at all.
@@ -157,7 +157,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
     def _check_backbone(
         self, model, source: WeightSource, path: Path, *, expected: str | None, found: str | None
     ) -> None:
-        """The exits must belong to this very backbone. A base without a stored fingerprint gets one now."""
+        """Check that the exits belong to this backbone. Compute the fingerprint of a base that stores none."""
         if self.verify == "full" or found is None:
             logger.info(f"computing the fingerprint of the backbone in {path}")
             found = backbone_fingerprint(source, vocab_size=model.vocab_size)
@@ -169,7 +169,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         """Write a `.nemo`. Every rank must call it; the file appears under its name only when it is whole.
 
         Raises:
-            ValueError: an exits-only file is asked for of a model whose backbone was trained.
+            ValueError: `exits_only` with a model whose backbone was trained.
         """
         output = Path(save_path)
         changed = _backbone_changed(model)
@@ -212,7 +212,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         config.backbone_fingerprint = fingerprint or backbone_fingerprint(
             ChunkReader(work / BACKBONE), vocab_size=model.vocab_size
         )
-        config.vocab_size = model.vocab_size  # tells true rows from padding, whose number depends on the layout
+        config.vocab_size = model.vocab_size  # number of true rows; the padding depends on the layout
         # `train` is a setting of a run. A file holds the default.
         config.early_exit = {**model.early_exit.to_mapping(), "train": EarlyExitConfig().train}
         entries: dict = {EXITS: work / EXITS}
@@ -224,7 +224,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 config.pop("backbone_path", None)
             else:
                 config.backbone_path = stored_backbone_path(source, output) if source else None
-                logger.info(f"{output}: exits only, its base is looked for at {config.backbone_path}, seen from it")
+                logger.info(f"{output}: exits only; path of the base, relative to the file: {config.backbone_path}")
             if model.restored_path is not None:
                 archive = stack.enter_context(NemoArchive(model.restored_path))
                 own = (CONFIG, f"{BACKBONE}/", f"{EXITS}/", *((f"{LORA}/",) if model.trains_backbone else ()))
@@ -254,7 +254,7 @@ def _keeps_updates(model) -> bool:
 
 
 def _backbone_changed(model) -> bool:
-    """Whether a saved backbone is another than the one the model was restored with."""
+    """Whether a saved backbone differs from the one the model was restored with."""
     return model.trains_backbone and not _keeps_updates(model)
 
 
@@ -267,7 +267,8 @@ def _blocks(*configs: DictConfig) -> Iterator[EarlyExitConfig]:
 
 
 def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> None:
-    """An exit whose weights are stored must be built as it was: its weights mean nothing elsewhere in the model."""
+    """An exit with stored weights must be built as it was saved: its weights are valid only at that place of the
+    model."""
     if stored.get("early_exit") is None:
         return
     kept, wanted = _blocks(stored, conf)
@@ -278,7 +279,7 @@ def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> No
         fields = ["layer", "architecture", "init", "output"]
         fields += ["rank"] if "lora" in (old.init, exit.init) or "low_rank" in (old.output, exit.output) else []
         problems += [
-            f"exit {exit.name!r} is stored with {field}={getattr(old, field)} and asked for with "
+            f"exit {exit.name!r} is stored with {field}={getattr(old, field)} and set to "
             f"{field}={getattr(exit, field)}"
             for field in fields
             if getattr(old, field) != getattr(exit, field)
@@ -291,12 +292,12 @@ def _refuse_changed_exits(stored: DictConfig, conf: DictConfig, path: str) -> No
 
 
 def _refuse_other_rank(stored: DictConfig, conf: DictConfig, path: str) -> None:
-    """Stored low-rank updates of the backbone go on training only with the rank they have."""
+    """Check that stored low-rank updates of the backbone go on training with the rank they have."""
     kept, wanted = _blocks(stored, conf)
     train, kept, wanted = wanted.train, kept.lora.rank, wanted.lora.rank
     if train == "lora" and kept != wanted:
         raise ValueError(
-            f"{path} holds low-rank updates of rank {kept} and model.early_exit.lora.rank={wanted} asks for another; "
+            f"{path} holds low-rank updates of rank {kept}, and model.early_exit.lora.rank={wanted} is another; "
             f"set model.early_exit.lora.rank={kept}"
         )
 

@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron-core's GPT data sets with loss masks that belong to one sample each.
 
-Megatron-core 0.13 computes one loss mask, hands it out for every sample and clears in it, for good, the positions
-where any sample's label is the padding token. Where padding and end-of-document are one token, as in most tokenizers,
-the tokens that count dwindle sample by sample, differently on every rank; and the token itself is replaced by id 0.
+Megatron-core 0.13 computes one loss mask, returns it for every sample and clears in it, for good, the positions where
+any sample's label is the padding token. Where padding and end-of-document are one token, as in most tokenizers, fewer
+tokens count from sample to sample, differently on every rank; and the token itself is replaced by id 0.
 
 Chat data (scripts/data/preprocess_chat.py) is `<prefix>.bin/.idx` with the tokens and `<prefix>.mask.bin/.idx` with 1
 for every token of an answer and 0 for the others. Where the second pair is there, only answers count:
 
     loss_mask[t] = megatron's loss_mask[t] * mask[t + 1]        position t predicts token t + 1
 
-The masks are read through the very sample, document and shuffle indices of the tokens, so order, resuming and data
+The masks are read through the same sample, document and shuffle indices as the tokens, so order, resuming and data
 parallelism are Megatron's own.
 """
 
@@ -32,17 +32,18 @@ from nemo_ee.models.sample_index import content_keyed_index
 
 logger = logging.getLogger(__name__)
 
-# No token has this id: only what Megatron pads itself is padding, and it masks that and maps it to id 0.
+# No token has this id: only the tokens that Megatron itself pads with are padding. It masks them and maps them to id
+# 0.
 _NO_TOKEN = -1
-MASK_SUFFIX = ".mask"  # added to the data's prefix
+MASK_SUFFIX = ".mask"  # suffix of the data's prefix
 
 
 class DatasetHooks:
     """Mixin in front of `MegatronGPTModel`."""
 
     def build_train_valid_test_datasets(self) -> None:
-        """NeMo's data sets over indices of this very data; every sample has a loss mask of its own, which counts only
-        answers for chat data. Every rank must call it.
+        """NeMo's data sets, with sample indices made from the content of this data. Every sample has a loss mask of
+        its own; for chat data only answers count. Every rank must call it.
 
         Raises:
             ValueError: see `content_keyed_index` and `prepare_dataset`.
@@ -53,7 +54,7 @@ class DatasetHooks:
 
 
 def prepare_dataset(dataset: Any) -> Any:
-    """A data set as training wants it: a loss mask of its own for every sample, answers only where the data says so.
+    """A data set for training: every sample has a loss mask of its own; where the data has a mask, only answers count.
 
     Args:
         dataset: blended or plain; None and other kinds come back as they are.
@@ -103,19 +104,19 @@ def find_mask(prefix: str, tokens: IndexedDataset) -> IndexedDataset | None:
     mask = IndexedDataset(prefix + MASK_SUFFIX)
     if not numpy.array_equal(mask.sequence_lengths, tokens.sequence_lengths):
         raise ValueError(f"{prefix}{MASK_SUFFIX}.idx belongs to other documents than {prefix}.idx; {way_out}")
-    logger.info(f"{prefix}: only the answers count in the loss, as {prefix}{MASK_SUFFIX}.bin says")
+    logger.info(f"{prefix}: only the answers count in the loss (mask: {prefix}{MASK_SUFFIX}.bin)")
     return mask
 
 
 def documents_and_tokens(prefix: str, share: tuple[float, float] = (0.0, 1.0)) -> tuple[int, int]:
-    """How many documents and tokens of a data set on disk lie between two shares of its documents, as Megatron splits.
+    """Number of documents and tokens of a data set on disk between two shares of its documents, as Megatron splits.
 
     Raises:
         ValueError: a mask beside the data that does not belong to it.
     """
     dataset = IndexedDataset(prefix)
     find_mask(prefix, dataset)
-    lengths = dataset.sequence_lengths  # memory of `dataset`, which has to live as long
+    lengths = dataset.sequence_lengths  # a view of the memory of `dataset`, which must live as long
     begin, end = (int(round(bound * len(lengths))) for bound in share)
     counts = end - begin, int(lengths[begin:end].sum(dtype=numpy.int64))
     del lengths, dataset

@@ -57,12 +57,13 @@ from nemo_ee.models.supported import needs_full_depth, refuse_large_top_k, refus
 
 logger = logging.getLogger(__name__)
 
-# What is logged has been summed over all ranks already; Lightning cannot know and advises sync_dist for every metric.
+# Logged values are summed over all ranks already. Lightning has no way to see that and advises sync_dist for every
+# metric.
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 
 class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel):
-    """A Megatron GPT with early-exit heads, whose backbone stays frozen unless `early_exit.train` says otherwise.
+    """A Megatron GPT with early-exit heads; its backbone is frozen with `early_exit.train: exits`, the default.
 
     Args:
         cfg: NeMo's GPT model config with an `early_exit` block (DESIGN: `nemo_ee.exits.config`). Further keys:
@@ -98,7 +99,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         if isinstance(self.model, list):  # NeMo's distributed optimizer wraps a list; ours wraps the exits
             self.model = self.model[0]
         self._save_restore_connector = EarlyExitSaveRestoreConnector()
-        # Where the parts of a saved file come from; set by whoever fills the model.
+        # Sources of the parts of a saved file; set by the code that fills the model.
         self.backbone_path: str | None = None  # the .nemo that holds the backbone
         self.restored_path: str | None = None  # the .nemo the model was restored from
         self.backbone_dtypes: dict[str, torch.dtype] = {}  # canonical name -> dtype in the source
@@ -108,7 +109,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         self._val_sums: ExitSums | None = None
 
     def build_transformer_config(self) -> TransformerConfig:
-        """Megatron's config with the real layer split; NeMo itself only knows equal splits of all layers."""
+        """Megatron's config with the real layer split; NeMo itself supports only equal splits of all layers."""
         stages = self.cfg.get("pipeline_model_parallel_size", 1)
         activation = self.cfg.get("activation", "gelu")
         with open_dict(self.cfg):
@@ -116,7 +117,8 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             if activation == "relu":
                 self.cfg.activation = "gelu"
         try:
-            # NeMo warns of every field of Megatron's config that a model config leaves at its default: over 200 lines.
+            # NeMo warns about every field of Megatron's config that a model config leaves at its default: over 200
+            # lines.
             with nemo_logging.temp_verbosity(nemo_logging.ERROR):
                 config = super().build_transformer_config()
         finally:
@@ -136,7 +138,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             return super().build_model_parallel_config()
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> EarlyExitGPTModel:
-        """Build this rank's stage. Megatron-core wants its process groups when modules are built."""
+        """Build this rank's stage. Megatron-core needs its process groups when modules are built."""
         if not parallel_state.is_initialized():
             self.set_up_process_groups()
             pre_process, post_process = (
@@ -168,7 +170,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         return model
 
     def set_up_process_groups(self) -> None:
-        """Start the ranks where the script does that itself, and make Megatron's groups."""
+        """Start the ranks where Lightning's strategy has a launcher for them, and make Megatron's groups."""
         strategy = self.trainer.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(lambda: None, trainer=self.trainer)
@@ -203,7 +205,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         updates: WeightSource | None = None,
         logged: bool = True,
     ) -> None:
-        """Fill backbone and exits from checkpoints; exits that `exits` does not hold start as their `init` says.
+        """Fill backbone and exits from checkpoints; exits that are not in `exits` are initialised by their `init`.
 
         Args:
             backbone: the backbone's tensors under canonical keys.
@@ -235,7 +237,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             self.log_what_trains()
 
     def freeze_backbone(self) -> None:
-        """Take gradients from everything but the exits. The constructor has done so already."""
+        """Freeze everything but the exits. The constructor has done so already."""
         self.model.freeze_backbone()
 
     def exit_parameter_groups(self) -> dict[str, list[dict[str, Any]]]:
@@ -267,7 +269,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
 
     @cached_property
     def context(self) -> StageContext:
-        """What this stage computes with, without teachers."""
+        """The context of this stage, without teachers."""
         mixed = self.torch_dtype is torch.bfloat16 and not self.main_weights
         autocast = torch.bfloat16 if mixed else None
         return StageContext(self.model, hidden_state_transport(), self.objectives, autocast)
@@ -344,17 +346,17 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         ]
 
     def on_train_end(self) -> None:
-        """Let the last transfers finish before the process groups go away."""
+        """Wait for the last transfers before the process groups are destroyed."""
         super().on_train_end()
         self.tuning_context.drain()
 
     def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """Training checkpoints hold what trains; a frozen backbone is in the `.nemo` it came from."""
+        """Training checkpoints hold the trained parameters; a frozen backbone is in the `.nemo` it came from."""
         backbone = trained_backbone_shards(self.model) if self.trains_backbone else {}
         return {**self.model.exit_sharded_state_dict(f"{prefix}exits."), **backbone}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What trains, in shards, and the fingerprint of the backbone that the run began with."""
+        """Shards of the trained parameters, and the fingerprint of the backbone that the run began with."""
         self.tuning_context.drain()
         checkpoint["sharded_state_dict"] = self.sharded_state_dict()
         checkpoint["exit_names"] = list(self.early_exit.names)
@@ -363,7 +365,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         checkpoint["backbone_fingerprint"] = self.cfg.get("backbone_fingerprint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Copy what was loaded in place; refuse those of another backbone."""
+        """Copy the loaded parameters in place; refuse those of another backbone."""
         saved, ours = checkpoint.get("backbone_fingerprint"), self.cfg.get("backbone_fingerprint")
         if saved != ours:
             raise ValueError(

@@ -15,23 +15,24 @@ from nemo_ee.text.tokenizer_directory import readable_tokenizer
 
 
 class WholeModelHooks:
-    """Mixin in front of `MegatronGPTModel`; needs nothing of what the early-exit model adds."""
+    """Mixin in front of `MegatronGPTModel`; uses none of the members that the early-exit model adds."""
 
     def _wrap_model_for_O2(self) -> None:
-        """Every parameter in bf16. NeMo's wrapper would hide the stage behind a `forward` that nothing calls."""
+        """Convert every parameter to bf16. NeMo's wrapper would hide the stage behind a `forward` that is never
+        called."""
         for module in self.model if isinstance(self.model, list) else [self.model]:
             module.bfloat16()
 
     def setup_validation_data(self, cfg) -> None:
-        """NeMo's, which takes for granted that there is validation data."""
+        """NeMo's, which needs validation data. Does nothing without it."""
         if self._validation_ds is not None:
             super().setup_validation_data(cfg)
 
     def initialize_last_rank_embeddings(self) -> None:
-        """Nothing: tied weights are read from the checkpoint on every stage that needs them."""
+        """Does nothing: tied weights are read from the checkpoint on every stage that needs them."""
 
     def setup_transformer_engine_cp_groups(self) -> None:
-        """Nothing: there is no context parallelism."""
+        """Does nothing: there is no context parallelism."""
 
     def _get_total_params_across_model_parallel_groups_gpt_bert(self) -> tuple[int, int]:
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -51,7 +52,7 @@ class WholeModelHooks:
             block.type = named
 
     def configure_gradient_clipping(self, *args, **kwargs) -> None:
-        """Nothing here: each exit clips its own gradients in its step."""
+        """Does nothing: each exit clips its own gradients in its step."""
 
     def parameters(self, recurse: bool = True):
         """All parameters of this stage."""

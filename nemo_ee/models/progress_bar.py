@@ -19,7 +19,7 @@ from nemo_ee.megatron.loss.exit_metrics import metric_name
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS_OF_THE_BAR = 60  # of a terminal's, for percentage, steps, times and validation loss
+_COLUMNS_OF_THE_BAR = 60  # columns of a terminal for percentage, steps, times and validation loss
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -95,7 +95,7 @@ class TuningProgressBar(CustomProgressBar):
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """The metrics behind the bar."""
         columns = shutil.get_terminal_size((120, 24)).columns - _COLUMNS_OF_THE_BAR
         others = super().get_metrics(trainer, pl_module)
         others.pop("v_num", None)

@@ -26,7 +26,7 @@ from nemo_ee.settings.script_input import raise_problems
 
 # Read by the scripts, not by the model.
 _SCRIPT_KEYS = ("restore_from_path", "verify", "trust_checkpoint")
-# What the layout and the amount of data are computed from.
+# The layout and the amount of data are computed from these.
 _SIZES = (
     "trainer.devices", "trainer.num_nodes", "trainer.precision", "model.global_batch_size", "model.micro_batch_size",
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
@@ -37,10 +37,10 @@ _OPTIM_KEYS = ("lr", "betas", "eps", "weight_decay", "sched")
 
 
 def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
-    """The config to build the model from: what the script sets wins, null leaves what is stored.
+    """The config to build the model from: the script's values win; a null keeps the stored value.
 
     Exits: an empty list (and `every: null`) keeps the stored ones; an entry that names a stored exit takes that exit's
-    settings for what it does not say.
+        settings for keys that it leaves out.
 
     Args:
         stored: config of the `.nemo`.
@@ -62,13 +62,14 @@ def merge_model_config(stored: DictConfig, overrides: DictConfig) -> DictConfig:
 def without_training_setup(stored: DictConfig) -> DictConfig:
     """A copy of a `.nemo`'s config that forces no optimizer and no bf16 parameters on whoever loads it.
 
-    How a model was trained is not what it is: NeMo would build it for the distributed optimizer, Apex or fp32 copies.
-    Where an exits-only file has its base is seen from the file; in a run's config `backbone_path` is the user's word.
+    Training settings do not belong to the model: NeMo would build it for the distributed optimizer, Apex or fp32
+    copies. In an exits-only file the path of the base is relative to the file; in a run's config `backbone_path` is
+    set by the user.
     """
     config = OmegaConf.create(OmegaConf.to_container(stored, resolve=True))
     config.pop("backbone_path", None)
     config.pop("megatron_amp_O2", None)
-    config.pop("precision", None)  # NeMo writes it into every config; trainer.precision says what a run computes in
+    config.pop("precision", None)  # NeMo writes it into every config; a run computes in trainer.precision
     if OmegaConf.is_dict(config.get("optim")):
         config.optim = {"name": "adamw", **{key: config.optim[key] for key in _OPTIM_KEYS if key in config.optim}}
     return config
@@ -106,8 +107,8 @@ def check_run(cfg: DictConfig, model: DictConfig, wrong: Mapping[str, str] = Map
     Args:
         cfg: the script's config.
         model: the merged model config.
-        wrong: dotted key of the script's config -> what is wrong with its value. What computes with it is not
-            checked.
+        wrong: dotted key of the script's config -> problem of its value. Checks that compute with the value are
+            skipped.
 
     Raises:
         ValueError: lists every problem.
@@ -122,12 +123,12 @@ def check_run(cfg: DictConfig, model: DictConfig, wrong: Mapping[str, str] = Map
         problems += data or (_amount_problems(model) if right(*_SIZES) else []) or vocabulary_problems(model)
     problems += _model_problems(cfg, model) if right(*_SIZES) else []
     path = cfg.model.restore_from_path
-    if right("model.restore_from_path", "model.backbone_path") and Path(path).exists():  # else its reader has said so
+    if right("model.restore_from_path", "model.backbone_path") and Path(path).exists():  # else a known problem
         problems += _problems_of(lambda: backbone_of(path, cfg.model.get("backbone_path")))
     block = model.get("early_exit") or {}
     if not block.get("exits") and not block.get("every"):
         problems.append(
-            f"{cfg.model.restore_from_path} has no exits and model.early_exit asks for none, so nothing would "
+            f"{cfg.model.restore_from_path} has no exits and model.early_exit names none, so nothing would "
             f"train; add "
             "some with examples/megatron_gpt_early_exit_convert.py or model.early_exit.every=1/4"
         )
@@ -137,7 +138,7 @@ def check_run(cfg: DictConfig, model: DictConfig, wrong: Mapping[str, str] = Map
     elif save_to and Path(save_to).suffix != ".nemo":
         problems.append(f"save_to={save_to} must end in .nemo")
     if cfg.get("exits_only") and not save_to and right("save_to"):
-        problems.append("exits_only=True says what save_to writes, and save_to is not given; add save_to=tuned.nemo")
+        problems.append("exits_only=True is a setting of save_to, and save_to is not given; add save_to=tuned.nemo")
     if cfg.get("exits_only") and block.get("train") == "joint":
         problems.append(
             "exits_only=True with model.early_exit.train=joint: the exits belong to the backbone that was trained "
@@ -163,7 +164,7 @@ def check_run(cfg: DictConfig, model: DictConfig, wrong: Mapping[str, str] = Map
 
 
 def _learning_rate_problems(model: DictConfig) -> list[str]:
-    """A rate that would rise to its minimum: an exit's own lr or min_lr beside the run's other one."""
+    """Learning rates that would rise to their minimum: an exit's own lr or min_lr with the run's other one."""
     optim = model.get("optim") or {}
     sched = optim.get("sched") or {}
     if (sched.get("name") or "Constant") == "Constant":
@@ -191,7 +192,7 @@ def _amount_problems(model: DictConfig) -> list[str]:
     """Data that cannot be read, splits without a document (on which Megatron counts epochs for ever), and training
     data that is not enough for one step, which Megatron would repeat without a word.
 
-    The files are there. Every token but the first is a label once, so a step needs batch x length + 1.
+    The files exist. Every token but the first is a label once, so a step needs batch x length + 1.
     """
     if model.data.get("data_impl") == "mock":
         return []
@@ -199,7 +200,7 @@ def _amount_problems(model: DictConfig) -> list[str]:
     for split, prefix, share in _parts_of_splits(model.data):
         try:
             found, counted = documents_and_tokens(prefix, share)
-        except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
+        except Exception as error:  # Megatron asserts, numpy raises, depending on the problem
             return [f"model.data.data_prefix, {split}: {prefix}.idx cannot be read ({error}); make the data anew"]
         if not found or not counted:
             problems.append(
@@ -221,7 +222,7 @@ def _amount_problems(model: DictConfig) -> list[str]:
 def vocabulary_problems(model: DictConfig) -> list[str]:
     """Data with token ids that the model does not have; read on rank 0 alone, before any rank waits for another.
 
-    The files are there. A `.nemo` that does not state `vocab_size` takes its tokenizer's, which only the model knows.
+    The files exist. Without `vocab_size` in the `.nemo` the tokenizer's size counts, which only the built model has.
     """
     from nemo.utils.get_rank import is_global_rank_zero
 
@@ -253,7 +254,7 @@ def _data_problems(data: DictConfig) -> list[str]:
         listed = {f"data_prefix, {split}": prefixes.get(split) for split in ("train", "validation", "test")}
         for split in ("validation", "test"):
             if split in prefixes and prefixes[split] is None:
-                del listed[f"data_prefix, {split}"]  # nothing is measured on it
+                del listed[f"data_prefix, {split}"]  # not read: nothing is measured on it
     else:
         listed = {"data_prefix": prefixes}
     problems = []
@@ -279,7 +280,7 @@ def _data_problems(data: DictConfig) -> list[str]:
 
 
 def _model_problems(cfg: DictConfig, model: DictConfig) -> list[str]:
-    """What the model would refuse when it is built, which is after its file has been unpacked."""
+    """Problems that the model would report when it is built, after its file has been unpacked."""
     ranks, precision = planned_ranks(cfg.trainer, model), cfg.trainer.get("precision")
     problems = _problems_of(lambda: refuse_unsupported(model, world_size=ranks, precision=precision))
     if not model.get("early_exit"):

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A tuning run's config with everything about it checked, before a folder is made or a weight is read."""
+"""The validated config of a tuning run; no folder is made and no weight is read before all checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan_run(cfg: DictConfig) -> DictConfig:
         problems[one.where] = f"{problems[one.where]}\n{one.text}" if one.where in problems else one.text
     if any(one.kind == "missing" or one.where == "model.restore_from_path" for one in found):
         raise_problems("the run cannot start", problems.values())
-    # What is wrong is null below, which leaves what the file says; the checks that need it are left out.
+    # Wrong values are null below, so that the file's values are used; checks that need them are left out.
     usable = OmegaConf.create(OmegaConf.to_container(cfg, resolve=not problems))
     for key in problems:
         OmegaConf.update(usable, key, None, force_add=True)
@@ -44,13 +44,13 @@ def plan_run(cfg: DictConfig) -> DictConfig:
             OmegaConf.update(usable, block, {}, force_add=True)
     if usable.exp_manager.get("create_early_stopping_callback") and not validates(usable):
         problems["exp_manager.create_early_stopping_callback"] = (
-            "exp_manager.create_early_stopping_callback=True needs validation, which this run has none of; name "
+            "exp_manager.create_early_stopping_callback=True needs validation, and this run has none; name "
             "validation data and set trainer.limit_val_batches, or set it to False"
         )
     try:
         model = merge_model_config(read_config(usable.model.restore_from_path), usable.model)
     except (ValueError, FileNotFoundError, OmegaConfBaseException) as error:
-        # A value that cannot be worked out comes from one that is wrong.
+        # A value that cannot be computed comes from a wrong one.
         more = [] if isinstance(error, OmegaConfBaseException) else [str(error)]
         raise_problems("the run cannot start", [*problems.values(), *more])
         raise
@@ -76,6 +76,6 @@ def _without_validation(plan: DictConfig) -> None:
     if params.get("every_n_train_steps") is None:
         params.every_n_train_steps = plan.trainer.get("val_check_interval", 200)
     logger.info(
-        f"this run has no validation: a checkpoint every {params.every_n_train_steps} steps, of which the last is "
-        "kept; which one is best is not measured"
+        f"this run has no validation: a checkpoint every {params.every_n_train_steps} steps, of which the last one is "
+        "kept; no metric for the best one is measured"
     )

@@ -1,13 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where Megatron caches the order of a run's samples: a folder that belongs to the content of the data.
+"""The folder in which Megatron caches the order of a run's samples; it belongs to the content of the data.
 
 Megatron names a cached index after the path of the data. It depends on the lengths of the documents, which are in
 `<prefix>.idx`, so after the data is made again under the same path an index of the old data would be read. Here
 
     <index_mapping_dir, or <first prefix>/cache/GPTDataset_indices>/<hash of the content of every .idx>/
 
-is the folder that Megatron gets as `path_to_cache`. `data.json` in it says whose it is; folders of content that a
+is the folder that Megatron gets as `path_to_cache`. `data.json` in it lists its prefixes; folders of content that a
 prefix no longer has are removed. Other ranks take the folder that rank 0 names.
 """
 
@@ -36,7 +36,7 @@ def content_keyed_index(cfg: DictConfig, vocab_size: int) -> Iterator[None]:
 
     Args:
         cfg: the model's config.
-        vocab_size: the model's; the data is held against it where the config did not state it before the model was
+        vocab_size: the model's; the data is checked against it where the config did not state it before the model was
             built.
 
     Raises:
@@ -64,14 +64,14 @@ def content_keyed_index(cfg: DictConfig, vocab_size: int) -> Iterator[None]:
 
 
 def on_rank_0(make: Callable[[], str]) -> str:
-    """What rank 0 makes, or its error, on every rank. Every rank must call it."""
+    """The result or the error of `make` on rank 0, on every rank. Every rank must call it."""
     if not torch.distributed.is_initialized():
         return make()
     outcome: list[str | Exception | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             outcome[0] = make()
-        except Exception as problem:  # noqa: BLE001  the other ranks wait for an outcome, whatever it is
+        except Exception as problem:  # noqa: BLE001  the other ranks wait for a result or any error
             outcome[0] = problem
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
@@ -80,10 +80,10 @@ def on_rank_0(make: Callable[[], str]) -> str:
 
 
 def make_index_folder(prefixes: Sequence[str], given: str | None) -> str:
-    """Make the folder for the sample indices of this data and remove those of data that is no more.
+    """Make the folder for the sample indices of this data and remove those of replaced data.
 
     Args:
-        prefixes: of all data of the run, its files exist.
+        prefixes: prefixes of all data of the run, whose files exist.
         given: parent folder, None = beside the first data.
 
     Raises:

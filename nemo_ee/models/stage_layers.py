@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The layer split of a NeMo model: prices this model's parts, splits its layers, and logs what was chosen.
+"""The layer split of a NeMo model: prices this model's parts, splits its layers, and logs the split.
 
 Costs from FLOPs are the same on every rank by themselves. Measured ones are not: world rank 0 measures, and its
 numbers are broadcast before any module is built.
@@ -97,13 +97,13 @@ def choose_placements(model: MegatronEarlyExitGPTModel, config: TransformerConfi
 
 
 def _layer_costs(model: MegatronEarlyExitGPTModel, config: TransformerConfig, *, full_depth: bool) -> list[float]:
-    """What every layer that runs costs with what hangs on it, in units of one layer's forward."""
+    """Cost of every layer that runs, with its exits, embedding or final exit, in units of one layer's forward."""
     cfg, exits, split = model.cfg, model.early_exit.exits, model.layer_split
     shape = model_shape(cfg, config, padded_vocab_size=model.padded_vocab_size)
     measured = split.layers is None and split.cost == "measured"
     costs = _measured_costs(model, shape) if measured else _costs(model, shape, count_flops)
     layers_to_run = layers_that_run(exits, num_layers=cfg.num_layers, full_depth=full_depth)
-    # Depth that only validation asks for runs the last layers in every step, but the final output only then.
+    # With full depth for validation alone, the last layers run in every step, but the final output only in validation.
     final_exit = bool(cfg.get("full_depth")) or not exits or _step_runs_final_exit(model.early_exit)
     return split.costs.over(costs).per_layer(
         exits,

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the stock `MegatronGPTModel` accepts and the early-exit model does not: refused at once, all in one message."""
+"""Settings that the stock `MegatronGPTModel` accepts and the early-exit model does not: one error lists all of
+them."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def needs_full_depth(cfg: DictConfig, early_exit: EarlyExitConfig) -> bool:
     """Whether the layers past the deepest exit and the final exit are built and run.
 
-    `full_depth` in the config says so; null: if an objective or a metric needs the final exit.
+    It is `full_depth` of the config; null: whether an objective or a metric needs the final exit.
     """
     if early_exit.needs_final_exit:
         return True
@@ -112,7 +113,8 @@ def _joint_problems(cfg: DictConfig) -> list[str]:
 
 
 def planned_ranks(trainer: DictConfig, model: DictConfig) -> int:
-    """Ranks a script's `trainer` block asks for; the model's own layout where only the start tells (`auto`, -1)."""
+    """Number of ranks in a script's `trainer` block; the size of the model's layout where it is known only at the
+    start (`auto`, -1)."""
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes", 1)
     if isinstance(devices, int) and devices > 0:
         return devices * nodes
@@ -144,7 +146,7 @@ def _top_k_problems(top_k: Any, vocabulary: int) -> list[str]:
 
 
 def refuse_large_top_k(top_k: int | None, vocab_size: int) -> None:
-    """Raise ValueError where a teacher's distributions are to have more tokens than there are."""
+    """Raise ValueError where `distillation.top_k` is larger than the vocabulary."""
     if problems := _top_k_problems(top_k, vocab_size):
         raise ValueError("the model config is not supported:\n" + problems[0])
 
@@ -170,7 +172,7 @@ def refuse_unsupported(cfg: DictConfig, *, world_size: int, precision: str | int
             f"  trainer.precision={precision}: fp16 tuning is not supported: each exit runs a backward of its own, "
             "which no loss scale reaches; use bf16-mixed or 32"
         )
-    if cfg.get("vocab_size"):  # otherwise the tokenizer says it, when the model is built
+    if cfg.get("vocab_size"):  # otherwise checked with the tokenizer's size, when the model is built
         problems += _top_k_problems(OmegaConf.select(cfg, "early_exit.distillation.top_k"), cfg.vocab_size)
     problems += _optimizer_problems(cfg, str(precision)) + _joint_problems(cfg)
     tp, pp = cfg.get("tensor_model_parallel_size", 1), cfg.get("pipeline_model_parallel_size", 1)

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised data on disk, `<prefix>.bin/.idx`, before anything reads it: is it there, whole, and of the vocabulary."""
+"""Checks of tokenised data on disk, `<prefix>.bin/.idx`: it exists, is complete, and holds tokens of the
+vocabulary."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_ee.text.text_files import data_prefix
 
-_CHUNK = 1 << 23  # tokens looked at together; they stay in the cache of the processor
+_CHUNK = 1 << 23  # tokens checked at a time; they fit into the processor's cache
 
 
 def clean_prefixes(given: Any) -> Any:
-    """`model.data.data_prefix` with the prefixes of files that are named in full; what else it holds stays."""
+    """`model.data.data_prefix` with a prefix in place of each file that is named in full; other values stay."""
     if isinstance(given, Mapping):
         return {key: clean_prefixes(value) for key, value in given.items()}
     if isinstance(given, list | tuple):
@@ -38,7 +39,7 @@ def is_weight(prefix: Any) -> bool:
 
 
 def missing_files(prefix: str) -> list[str]:
-    """Files that a data prefix should have and has not."""
+    """The missing files of a data prefix."""
     return [prefix + ending for ending in (".bin", ".idx") if not Path(prefix + ending).is_file()]
 
 
@@ -50,21 +51,22 @@ def open_data(prefix: str) -> IndexedDataset:
     """
     try:
         return IndexedDataset(prefix)
-    except Exception as error:  # Megatron asserts, numpy raises, according to what is wrong with it
+    except Exception as error:  # Megatron asserts, numpy raises, depending on the problem
         raise ValueError(f"{prefix}.idx cannot be read ({error}); make the data anew") from error
 
 
 def vocabulary_problem(
     prefix: str, vocab_size: int | None, spans: Sequence[tuple[int, int]] | None = None
 ) -> str | None:
-    """Why a model cannot read the data, or None: a shortened file, or the first token outside the vocabulary.
+    """The reason why a model cannot read the data, or None: a shortened file, or the first token outside the
+    vocabulary.
 
     A pass over the file in its order, at the speed of memory (0.1 s for a GB that is cached).
 
     Args:
         prefix: its files exist.
-        vocab_size: true size of the model's vocabulary, without padding; None looks at the file's length alone.
-        spans: (first, behind the last) of the tokens to look at, counted over all documents; None = all.
+        vocab_size: true size of the model's vocabulary, without padding; None checks the file's length alone.
+        spans: (first, last + 1) of the tokens to check, counted over all documents; None = all.
 
     Raises:
         ValueError: the index is damaged.

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning strategy and trainer builder: NeMo's own, less what joins pipeline stages or expects one whole model."""
+"""Lightning strategy and trainer builder: NeMo's own, without the parts that join pipeline stages or need one whole
+model."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from nemo_ee.checkpoint.restricted_pickle import refuse_unsafe_pickles
 from nemo_ee.models.progress_bar import TuningProgressBar
 from nemo_ee.models.training_checkpoints import StepsOfTheWholeRun
 
-# The model's config in a training checkpoint: Lightning stores it with the hyperparameters. All of it is data.
+# The model's config in a training checkpoint: Lightning stores it with the hyperparameters. It holds data only.
 _CONFIG_CLASSES = (
     DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode, Any, defaultdict, dict, list, int, float, bool, str
 )  # fmt: skip
@@ -37,7 +38,7 @@ class EarlyExitStrategy(NLPDDPStrategy):
     """NeMo's strategy without a DDP wrapper: exits synchronise their own gradients, and a stage may have none.
 
     Attributes:
-        trust_checkpoint: a training checkpoint is unpickled without a check of what it would run.
+        trust_checkpoint: a training checkpoint is unpickled without a check of the code it would run.
     """
 
     trust_checkpoint = False
@@ -52,7 +53,7 @@ class EarlyExitStrategy(NLPDDPStrategy):
         return optimizer.sharded_state_dict(self.lightning_module.sharded_state_dict())
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer_states: bool = True) -> dict[str, Any]:
-        """Load a training checkpoint: what trains, its optimizers, and Lightning's loop state."""
+        """Load a training checkpoint: the trained parameters, their optimizers, and Lightning's loop state."""
         if not Path(checkpoint_path).is_dir():
             raise ValueError(
                 f"training checkpoint {checkpoint_path} is not a directory: exit tuning writes Megatron's distributed "
@@ -87,11 +88,11 @@ class EarlyExitStrategy(NLPDDPStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=wanted)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: the model takes what it trains in `on_load_checkpoint`."""
+        """Does nothing: the model loads its trained parameters in `on_load_checkpoint`."""
 
 
 def check_accelerator(cfg: DictConfig) -> None:
-    """Raises ValueError when a GPU is asked for on a machine that has none."""
+    """Raises ValueError for `trainer.accelerator=gpu` on a machine without a GPU."""
     if cfg.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator}, but this machine has no CUDA device; add "
@@ -131,7 +132,7 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
         return plugins
 
     def _callbacks(self, callbacks: list | None) -> list:
-        # NeMo adds a FLOPs callback that knows neither exits nor truncated models.
+        # NeMo adds a FLOPs callback that supports neither exits nor truncated models.
         callbacks = [*(callbacks or []), StepsOfTheWholeRun()]
         if self.cfg.trainer.get("enable_progress_bar", True):
             callbacks.append(TuningProgressBar(self._console))
@@ -139,7 +140,8 @@ class EarlyExitTrainerBuilder(MegatronTrainerBuilder):
 
 
 def _without_nemo_main_weights(plugin: Any) -> Any:
-    """Under `megatron_amp_O2` NeMo's plugin wants NeMo's own optimizer wrapper; here each exit has one."""
+    """Under `megatron_amp_O2` NeMo's plugin needs NeMo's own optimizer wrapper; here each exit has its own
+    optimizer."""
     if not isinstance(plugin, MegatronHalfPrecisionPlugin):
         return plugin
     return PipelineMixedPrecisionPlugin(precision=plugin.precision, device="cuda", scaler=plugin.scaler)

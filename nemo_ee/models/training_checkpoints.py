@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints that are named, kept and resumed in a killed run as in one that was not.
+"""Training checkpoints: names, pruning and resuming, the same in a killed run as in an undisturbed one.
 
 A checkpoint is a directory `<name>` (one of the best) or `<name>-last`. Where a run is killed between the writing of a
 checkpoint and the removal of the one it replaces, both are there: the next start resumes from the newer, and removes
@@ -24,16 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, tensor
 
 _LAST = "-last"
-_FIELD = re.compile(r"\{([^:}]+)[^}]*\}-?")  # of a file name, with the hyphen that ends it
+_FIELD = re.compile(r"\{([^:}]+)[^}]*\}-?")  # a metric's value in a file name, with the hyphen that ends it
 _STEP = re.compile(r"\bstep=(\d+)")
 
 
 class TrainingCheckpoints(NeMoModelCheckpoint):
-    """NeMo's checkpoint callback, with names that hold only what was measured, and nothing superseded left behind.
+    """NeMo's checkpoint callback. Names hold only measured metrics, and superseded checkpoints are removed.
 
     Args:
         params: fields of NeMo's `CallbackParams`; `filename` and `dirpath` are given.
-        resume: take over the best ones of an earlier start; otherwise what lies there is another run's and stays.
+        resume: take over the best ones of an earlier start; otherwise the checkpoints in the folder are another run's
+            and stay.
     """
 
     def __init__(self, params: Mapping[str, Any], *, resume: bool) -> None:
@@ -44,7 +45,8 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
         super().__init__(n_resume=resume, **params)
 
     def nemo_topk_check_previous_run(self) -> None:
-        """The best of earlier starts by their names; a checkpoint that is loaded knows them better."""
+        """Find the best checkpoints of earlier starts by their names; the state of a loaded checkpoint replaces
+        them."""
         scores = {path: _named(path.name, str(self.monitor)) for path in finished(Path(self.dirpath))}
         scores = {path: score for path, score in scores.items() if score is not None and not is_last(path)}
         best = sorted(scores, key=scores.get, reverse=self.mode == "max")[: self.save_top_k]
@@ -54,7 +56,7 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
     def format_checkpoint_name(
         self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None
     ) -> str:
-        """Lightning's, without the fields that nothing was measured for (which it writes as 0)."""
+        """Lightning's, without the fields of metrics that were not measured (which it writes as 0)."""
         pattern = _FIELD.sub(lambda field: field[0] if field[1] in metrics else "", filename or self.filename)
         return super().format_checkpoint_name(metrics, pattern.rstrip("-") or "{step}", ver)
 
@@ -67,12 +69,12 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
         return {**super().state_dict(), "measured": dict(self._measured)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's, and what an earlier start measured."""
+        """Lightning's, and the metrics of an earlier start."""
         super().load_state_dict(state_dict)
         self._earlier = dict(state_dict.get("measured") or {})
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """A run that goes on has been saved at this step."""
+        """Mark the step at which a run resumes as saved."""
         super().on_train_start(trainer, pl_module)
         if trainer.ckpt_path is not None:
             self._last_global_step_saved = trainer.global_step
@@ -104,7 +106,7 @@ class TrainingCheckpoints(NeMoModelCheckpoint):
 
 
 class StepsOfTheWholeRun(Callback):
-    """Logs a resumed run under the steps of one that was not killed.
+    """Logs a resumed run under the same steps as an undisturbed run.
 
     Lightning counts the steps for its loggers after validation, where checkpoints are written: the count in them is
     one short.
@@ -132,10 +134,11 @@ def _step(checkpoint: Path) -> int:
 
 
 def mark_superseded(folder: Path) -> None:
-    """Mark what a killed run left beside its newest last checkpoint as unfinished; NeMo's set-up removes that.
+    """Mark the checkpoints that a killed run left beside its newest last one as unfinished; NeMo's set-up removes
+    them.
 
-    These are older last ones, and what was written after the newest one, which the run will write again. Every rank
-    must call it, before NeMo looks for the checkpoint to resume from: it refuses two.
+    These are older last ones, and those written after the newest one, which the run will write again. Every rank must
+    call it before NeMo searches for the checkpoint to resume from, because NeMo refuses two.
     """
     found = finished(folder)
     last = [checkpoint for checkpoint in found if is_last(checkpoint)]

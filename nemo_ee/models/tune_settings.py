@@ -157,7 +157,7 @@ class Optimizer(UserInput):
 
 
 def _lists_exits(block: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What is in the block is checked with the model, whose layers count."""
+    """The entries of the block are checked with the model, because they depend on its number of layers."""
     if block is None or isinstance(block.get("exits"), list | None):
         return block
     raise ValueError("must hold a list of exits under exits; write [{layer: 4}, {layer: 8, architecture: norm}]")

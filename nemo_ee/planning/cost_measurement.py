@@ -18,15 +18,15 @@ from torch.nn import functional
 
 from nemo_ee.planning.cost_model import Attention, Operation, Pointwise, Price, Product
 
-_REPETITIONS = range(2, 21)  # fewest and most calls that count
+_REPETITIONS = range(2, 21)  # fewest and most timed calls
 _MOMENT = 0.2  # seconds for one operation
 
 
 def stopwatch(device: torch.device, dtype: torch.dtype) -> Price:
-    """A price in seconds; remembers what it has timed.
+    """A price in seconds. Each operation is timed once.
 
     Args:
-        device: where to run.
+        device: device to run on.
         dtype: dtype of the products (that of autocast).
     """
     known: dict[Operation, float] = {}
@@ -53,7 +53,7 @@ def _seconds(operation: Operation, device: torch.device, dtype: torch.dtype) -> 
 
 @torch.enable_grad()
 def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Fewest seconds of one call, after one that does not count: whatever else runs here only ever adds."""
+    """Fewest seconds of one call, after a warm-up call. Other processes only add time, so the minimum is taken."""
 
     def once() -> float:
         _wait(device)

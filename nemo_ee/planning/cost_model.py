@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What tuning computes for one microbatch, operation by operation, and what that costs.
+"""The operations of tuning for one microbatch, and their costs.
 
     layer             QKV product, attention, output product, MLP            forward, under no_grad
     exit              own MLP or layer, output projection, loss              forward and backward
@@ -323,7 +323,8 @@ class StageCosts:
     def per_layer(
         self, exits: Sequence[ExitConfig], *, layers_to_run: int, skip_last_mlp: bool, final_exit: bool
     ) -> list[float]:
-        """What each layer that runs costs with what hangs on it: its exits, the embedding, the final exit."""
+        """Cost of each layer that runs, with its exits, the embedding (first layer) and the final exit (last
+        layer)."""
         costs = [self.layer] * layers_to_run
         if skip_last_mlp:
             costs[-1] = self.layer_without_mlp

@@ -37,7 +37,7 @@ class LayerSplitError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CostOverrides:
-    """Costs given by the user, in units of one layer's forward; None or a missing exit: as the source says.
+    """Costs given by the user, in units of one layer's forward; None or a missing exit: the cost source's value.
 
     Attributes:
         layer_without_mlp: the deepest layer, where its MLP is skipped.

@@ -66,7 +66,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Everything that is not arithmetic. The machine is an A100-80GB, the recipe that of EE-Tuning's scripts.
+    """Assumptions about machine and run. The machine is an A100-80GB, the recipe that of EE-Tuning's scripts.
 
     Attributes:
         peak_tflops: dense bf16 of one GPU.
@@ -171,7 +171,7 @@ def shape_of(model: Architecture, layout: Layout, assumptions: Assumptions) -> M
 
 
 def layout_problem(model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions) -> str:
-    """Why a run cannot have this layout; empty if it can."""
+    """The reason why a run cannot have this layout; empty if it can."""
     to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
     per_rank = assumptions.micro_batch * layout.data
     if layout.pipeline > to_run:

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime behind the two calls that transformers' users know: `from_pretrained` and `generate`.
+"""The runtime behind two calls of transformers: `from_pretrained` and `generate`.
 
 The export copies this file and what it imports into `hf_early_exit/`, where `AutoModelForCausalLM.from_pretrained(...,
 trust_remote_code=True)` finds it; nothing here needs nemo_ee to be installed.
@@ -23,20 +23,20 @@ from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, optional_settings
 
-# What `AutoModelForCausalLM.from_pretrained` passes on and this class has no use for; the second line is about
-# fetching files from the Hub, and here they are in a local directory already.
+# Arguments that `AutoModelForCausalLM.from_pretrained` passes on and that have no effect here. Those in the second
+# line are for fetching files from the Hub; here the files are in a local directory already.
 _IGNORED = {"adapter_kwargs", "attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
 _IGNORED |= {"cache_dir", "code_revision", "force_download", "local_files_only", "revision", "token"}
 
 
 class EarlyExitCausalLM:
-    """A model that leaves early; no `torch.nn.Module`, it only decodes.
+    """A model with early exits for decoding; it is not a `torch.nn.Module`.
 
     Attributes:
         config: transformers' config.
         generation_config: the values of the directory's generation_config.json, empty without one.
         model: the `RuntimeModel`.
-        engine: decodes it, in all of its modes.
+        engine: the decoding engine of the model, with all of its modes.
     """
 
     def __init__(self, config: Any, directory: str, *, device: str | torch.device, dtype: Any) -> None:
@@ -47,7 +47,7 @@ class EarlyExitCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing to do: transformers 4.53 and later call it on classes of a directory, so that saving copies them."""
+        """Does nothing. transformers 4.53 and later call it on classes of a directory, so that saving copies them."""
 
     @classmethod
     def from_pretrained(cls, directory: str, *, config: Any = None, **settings: Any) -> EarlyExitCausalLM:
@@ -60,7 +60,7 @@ class EarlyExitCausalLM:
                 stored) and `device_map` or `device` (one device).
 
         Raises:
-            ValueError: a setting that is not known, or a directory that cannot be loaded.
+            ValueError: an unsupported setting, or a directory that cannot be loaded.
         """
         dtype = _first(settings.pop("torch_dtype", None), settings.pop("dtype", None))
         device = _first(settings.pop("device_map", None), settings.pop("device", None), "cpu")
@@ -71,17 +71,17 @@ class EarlyExitCausalLM:
         known = {key for key in settings if key in _IGNORED or settings[key] in (None, False)}
         if settings.keys() - known:
             raise ValueError(
-                f"{', '.join(sorted(settings.keys() - known))}: not known here; use torch_dtype and device_map"
+                f"{', '.join(sorted(settings.keys() - known))}: not supported here; use torch_dtype and device_map"
             )
         return cls(config, directory, device=device, dtype=None if dtype == "auto" else dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the model."""
         return self.model.device
 
     def eval(self) -> EarlyExitCausalLM:
-        """Itself: it has no other mode."""
+        """Returns the model itself, which has only this mode."""
         return self
 
     @torch.inference_mode()
@@ -128,10 +128,11 @@ class EarlyExitCausalLM:
             early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
             early_exit_criterion, early_exits, max_pending_tokens: `criterion`, `active` and `max_pending_tokens` of
                 `ExitPolicy`.
-            max_new_tokens, do_sample ... seed: how long, and how tokens are chosen.
-            eos_token_id: what ends a sequence, one or several; None = generation_config.json's, else the config's. The
-                tokenizer is not read.
-            pad_token_id: fills what ended earlier; None = likewise, else the end token.
+            max_new_tokens, do_sample ... seed: length of the answer, and sampling parameters.
+            eos_token_id: ids that end a sequence, one or several; None = generation_config.json's, else the config's.
+                The tokenizer is not read.
+            pad_token_id: fills sequences that ended earlier; None = generation_config.json's, else the config's, else
+                the end token.
             return_result: also return the engine's result: exits, layers, confidences.
 
         Returns:
@@ -140,7 +141,7 @@ class EarlyExitCausalLM:
         Raises:
             ValueError: every problem of the call.
         """
-        others.pop("token_type_ids", None)  # some tokenizers give them unasked; these models have one kind
+        others.pop("token_type_ids", None)  # some tokenizers always return them; these models have one token type
         for key in others:
             if key in RENAMED_KEYS:
                 raise ValueError(f"{key} is now {RENAMED_KEYS[key]}")

@@ -52,7 +52,7 @@ def read_exported_model(directory: str | Path) -> ExportedModel:
     """Read config.json.
 
     Raises:
-        ValueError: no or damaged file, or a model that is not computed here (every reason in one message).
+        ValueError: no or damaged file, or a model that the runtime does not support (every reason in one message).
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -66,7 +66,7 @@ def read_exported_model(directory: str | Path) -> ExportedModel:
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise ValueError(f"{path}: damaged, {problem!r}; export again") from problem
     try:
-        # Any length will do: the runtime stops at the attention window.
+        # Any length is accepted: the runtime stops at the attention window.
         architecture = read_config(values, 1, problems=problems)
     except ValueError as problem:
         raise ValueError(f"{path}: cannot be run. {problem}") from None

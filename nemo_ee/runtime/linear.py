@@ -106,8 +106,8 @@ def make_half_linear(weight: Tensor, bias: Tensor | None) -> HalfLinear | Quanti
     if not _has_direct_product():
         return QuantizedHalfLinear(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias))
     with warnings.catch_warnings():
-        # PyTorch warns once, when it packs and when it multiplies, that the direct calls will go some day; the other
-        # class is for that day.
+        # PyTorch warns once, at packing and at the product, that a later version removes the direct calls; the other
+        # class is for such versions.
         warnings.simplefilter("ignore")
         linear = HalfLinear(torch.fbgemm_pack_gemm_matrix_fp16(weight.contiguous()), bias)
         linear(weight.new_zeros((1, weight.shape[1])))

@@ -46,10 +46,10 @@ _HALVES = {torch.bfloat16, torch.float16}
 
 
 class TensorSource(Protocol):
-    """Where the tensors of an exported model come from.
+    """The source of the tensors of an exported model.
 
     Attributes:
-        origin: what messages name.
+        origin: name of the source in messages.
     """
 
     origin: Path
@@ -70,12 +70,13 @@ def load_model(
 
     Args:
         directory: `hf_early_exit/` of an export; a stock directory of one of the families is a model without exits.
-        device: where it runs.
+        device: device of the model.
         dtype: to compute in, a torch dtype or its name; None = fp32 on the CPU (where weights stored in half precision
             stay so in memory), elsewhere the stored one.
 
     Raises:
-        ValueError: a model that is not run here, or files that are missing, damaged or do not fit together.
+        ValueError: a model that the runtime does not support, or files that are missing, damaged or do not fit
+            together.
     """
     directory = Path(directory)
     exported = read_exported_model(directory)
@@ -181,7 +182,7 @@ class _Directory:
 
 
 class _Reader:
-    """Puts the weights together."""
+    """Builds the model's weights."""
 
     def __init__(
         self, exported: ExportedModel, source: TensorSource, device: torch.device, dtype: torch.dtype

@@ -7,9 +7,9 @@
 with RMSNorm, gated SiLU and rotary positions, or LayerNorm, GELU or ReLU and learned positions; in some families the
 query and key heads pass an RMSNorm before they are rotated.
 
-Few operations per token are what makes it fast: query, key and value are one product, gate and up another, residuals
-are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention runs in
-fp32 on the CPU whatever the weights' dtype is, which is both exact and faster there.
+It is fast because it needs few operations per token: query, key and value are one product, gate and up another,
+residuals are added by the product that ends a half layer, keys and values go into the cache with one copy. Attention
+runs in fp32 on the CPU whatever the weights' dtype is, which is both exact and faster there.
 
 Shapes: n positions, h hidden, H query heads, K key-value heads, d their size, v vocabulary.
 """
@@ -70,7 +70,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """An exit head, or the final exit: what runs, in this order, on the hidden state at its tap."""
+    """An exit head, or the final exit: the modules that run, in this order, on the hidden state at its tap."""
 
     layer: LayerWeights | None
     mlp: MlpWeights | None

@@ -4,8 +4,8 @@
 
     RMSNorm: w x / sqrt(mean(x^2) + eps) = sqrt(h) w x / hypot(|x|, sqrt(h eps))      (arXiv 1910.07467, equation 4)
 
-A row of a few hundred numbers costs what its operations cost to start, so in fp32 on the CPU RMSNorm is written with
-four of them, where PyTorch's own takes eight; on other devices and in half precision PyTorch's is used.
+For a row of a few hundred numbers the time is that of starting the operations, so in fp32 on the CPU RMSNorm is
+written with four of them, where PyTorch's own takes eight; on other devices and in half precision PyTorch's is used.
 """
 
 from __future__ import annotations

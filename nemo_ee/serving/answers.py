@@ -27,7 +27,7 @@ class Answers:
     Args:
         call: the request.
         model: name to report.
-        prepared: the same as the engine takes it.
+        prepared: the engine's requests for it.
         exits: the model's.
         num_layers: the model's.
         decode: token ids -> text, for alternatives.
@@ -48,7 +48,7 @@ class Answers:
         self.pieces: list[list[Piece]] = [[] for _ in self._prompts]
         self._scores: list[PromptScores | None] = [None] * len(self.pieces)
         self._unsent = list(prepared.prompt_texts)
-        self.failed = False  # the server could not give them
+        self.failed = False  # the answers ended with an error
         self.finish_reasons: list[str | None] = [None] * len(self.pieces)
         self._offsets = [0] * len(self.pieces)  # characters sent so far, by answer
         kind = "chat.completion" if call.chat else "text_completion"
@@ -68,7 +68,7 @@ class Answers:
     def add(
         self, answer: int, pieces: Sequence[Piece], finish_reason: str | None, prompt: PromptScores | None = None
     ) -> None:
-        """Take in what is new of an answer; `prompt`: of its prompt, before or with its first token."""
+        """Add new pieces of an answer; `prompt`: the scores of its prompt, before or with its first token."""
         self.pieces[answer] += pieces
         self._scores[answer] = prompt or self._scores[answer]
         self.finish_reasons[answer] = finish_reason
@@ -79,7 +79,7 @@ class Answers:
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     def opening(self) -> list[dict[str, Any]]:
-        """The first chunks of a stream: in a chat, whose turn it is."""
+        """The first chunks of a stream: in a chat, the role of the answer."""
         if not self._call.chat:
             return []
         delta = {"role": "assistant", "content": ""}
@@ -136,7 +136,7 @@ class Answers:
         return choice
 
     def _chat_logprobs(self, answer: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        start = len(self.pieces[answer]) - len(pieces)  # a stream's pieces are added before they are told
+        start = len(self.pieces[answer]) - len(pieces)  # a stream's pieces are added before they are sent
         content = []
         for index, (event, text) in enumerate(pieces, start):
             texts = self._alternatives(self._token_before(answer, index), event.top)
@@ -145,7 +145,7 @@ class Answers:
         return {"content": content, "refusal": None}
 
     def _logprobs(self, answer: int, pieces: Sequence[Piece], echo: str) -> dict[str, Any]:
-        """OpenAI's four lists for new tokens, and behind a prompt's text `echo` for the prompt's before them."""
+        """OpenAI's four lists for new tokens; with `echo`, the prompt's text, they begin with the prompt's tokens."""
         rows: list[tuple[str, float | None, dict[str, float] | None]] = []
         offsets: list[int] = []
         scores, self._scores[answer] = self._scores[answer], None
@@ -189,14 +189,16 @@ class Answers:
         return self.pieces[answer][index - 1].event.token if index else self._prompts[answer][-1]
 
     def _alternatives(self, before: int, top: Sequence[tuple[int, float]]) -> list[str]:
-        """Text of the most likely tokens at a place, each behind the token before it: alone it may lose its space."""
+        """Text of the most likely tokens at a place. Each is decoded behind the token before it: alone it may lose its
+        space."""
         known = self._decode([before]) if top else ""
         texts = [self._decode([before, token]) for token, _ in top]
         return [text[len(os.path.commonprefix([known, text])) :] for text in texts]
 
     @staticmethod
     def _by_text(texts: Sequence[str], alternatives: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """ln p by text. Texts may be equal (parts of characters, special tokens): the less likely go by their ids."""
+        """ln p by text. Where texts are equal (parts of characters, special tokens), the less likely ones have their
+        ids as keys."""
         top: dict[str, float] = {}
         for text, (token, logprob) in zip(texts, alternatives, strict=True):
             top[f"token_id:{token}" if text in top else text] = logprob
@@ -209,7 +211,7 @@ def _entry(text: str, logprob: float) -> dict[str, Any]:
 
 
 def _token(piece: Piece) -> dict[str, Any]:
-    """Where a token came from. Texts of an answer's tokens, one after the other, are its text."""
+    """The exit of a token. The texts of an answer's tokens, one after the other, are its text."""
     event = piece.event
     return {
         "text": piece.text,

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text of a conversation, as the model's chat template writes it (transformers, in its Jinja sandbox).
 
-A template may leave out what it has no words for. That would go unnoticed, so tools, tool calls and messages of tools
-are written a second time with a change, and are refused where the text stays the same.
+A template may leave out parts that it does not support. That would go unnoticed, so tools, tool calls and messages of
+tools are written a second time with a change, and are refused where the text stays the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.messages import Conversation
 
 _LOG = logging.getLogger(__name__)
-# Stands behind a text that is to be continued, so that its end is found whatever the template writes after it.
+# Marks the end of a text to continue, so that the end is found in the template's text.
 _MARK = "\ufffe\ufdd0continued\ufdd1"
 
 
@@ -54,7 +54,7 @@ def chat_prompt(tokenizer: Any, conversation: Conversation) -> str:
 
 
 def _changed(conversation: Conversation) -> Iterator[tuple[str, str, Conversation]]:
-    """What the conversation has of tools: its name, its field, and the conversation with the first of it changed."""
+    """The parts of a conversation with tools: name, field, and the conversation with the first such entry changed."""
     if conversation.tools:
         first, *others = conversation.tools
         yield "tools", "tools", dataclasses.replace(conversation, tools=(_renamed(first), *others))
@@ -79,7 +79,7 @@ def _written(tokenizer: Any, conversation: Conversation) -> str:
     kwargs = conversation.template_kwargs
     own = [name for name in inspect.signature(tokenizer.apply_chat_template).parameters if name in kwargs]
     if own:
-        message = f"chat_template_kwargs names {own[0]}, which is not a template's to have; leave it out"
+        message = f"chat_template_kwargs names {own[0]}, which is not a variable of templates; leave it out"
         raise ApiError(400, message, param="chat_template_kwargs")
     try:
         return tokenizer.apply_chat_template(
@@ -89,8 +89,8 @@ def _written(tokenizer: Any, conversation: Conversation) -> str:
             tokenize=False,
             **kwargs,
         )
-    except TemplateError as problem:  # what a template says to messages it was not made for
+    except TemplateError as problem:  # the template's own error for messages that it refuses
         raise ApiError(400, f"the model's chat template refuses these messages: {problem}", param="messages") from None
-    except Exception:  # whatever else it does with them
+    except Exception:  # any other failure of the template
         _LOG.exception("the chat template failed")
         raise ApiError(400, "the model's chat template fails on these messages", param="messages") from None

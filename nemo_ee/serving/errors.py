@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-MAX_MESSAGE = 2000  # characters; a message may quote what came, which may be large
+MAX_MESSAGE = 2000  # characters; a message may quote the request, which may be large
 
 
 class ErrorFields(BaseModel):
@@ -31,7 +31,7 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status.
-        message: what is wrong, the rule and the way out.
+        message: the problem, the rule and the way out.
         param: field of the request with the first problem.
         code: OpenAI's word for it.
     """

@@ -28,7 +28,7 @@ _UNUSED = {
 
 @dataclass(frozen=True)
 class ExitChoice:
-    """How a request's tokens leave, and the certificate that says so, if one does."""
+    """Mode and policy of a request, and the certificate they come from, if any."""
 
     mode: str
     policy: ExitPolicy
@@ -42,7 +42,7 @@ def exit_choice(
 
     Args:
         given: the request's `early_exit`; None or without keys = the server's defaults.
-        model: its exits are meant.
+        model: the served model, for its exits.
         default: the server's choice; also for keys that are not given.
         certificates: the model's, by name.
 
@@ -52,7 +52,7 @@ def exit_choice(
     keys = {} if given is None else {key: getattr(given, key) for key in given.model_fields_set}
     if not keys:
         return default
-    # Someone who names a threshold or a certificate wants early exit, also where the server's own mode is another.
+    # A threshold or a certificate implies early exit, also where the server's own mode is another.
     keeps = default.mode in ("early_exit", "self_speculative") and "certificate" not in keys
     mode = keys.get("mode", default.mode if keeps else "early_exit")
     problems = list(_problems(keys, mode, [point.name for point in model.exits]))
@@ -64,7 +64,7 @@ def exit_choice(
         return ExitChoice("early_exit" if certificate.thresholds else "full", certificate.policy(), certificate)
     try:
         policy = ExitPolicy(
-            # The server's threshold may not suit a criterion it does not go with here; 0 suits every one.
+            # The server's threshold may be invalid for the request's criterion; 0 is valid for every criterion.
             0.0 if "threshold" in _UNUSED[mode] else keys.get("threshold", default.policy.thresholds),
             criterion=keys.get("criterion", default.policy.criterion),
             active=keys.get("exits", default.policy.active),
@@ -79,11 +79,11 @@ def exit_choice(
 def _problems(keys: Mapping[str, Any], mode: str, known: Sequence[str]) -> Iterator[str]:
     unused = [key for key in _UNUSED[mode] if key in keys]
     if unused:
-        yield f"early_exit: mode {mode!r} has no use for {', '.join(unused)}; leave that out or use another mode"
+        yield f"early_exit: mode {mode!r} does not use {', '.join(unused)}; leave that out or use another mode"
     if "certificate" in keys:
         other = [key for key in ("threshold", "exits", "criterion", *_CAPS) if key in keys]
         if other:
-            yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate says it all"
+            yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate sets all of them"
     for key in ("exits", "threshold"):
         names = keys.get(key)
         unknown = [name for name in names if name not in known] if isinstance(names, tuple | dict) else []

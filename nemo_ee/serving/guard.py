@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every request passes first: is this host name ours, is the key right, is there a web page behind it.
+"""Checks of every request before it is read: host name, API key, and content type, which keeps web pages out.
 
 Without keys the server listens on loopback only, where any web page in a browser on the machine can still reach it.
 Two rules keep pages out: the Host header must name loopback (a foreign name may be made to resolve to it), and a body
-must be declared as JSON (which a page cannot do across origins without being asked for permission, never given here).
+must be declared as JSON (for which a page of another origin needs a permission that is never given here).
 
     Host = uri-host [ ":" port ]                                          RFC 9110, section 7.2
     host = IP-literal / IPv4address / reg-name      port = *DIGIT         RFC 3986, section 3.2
@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.settings import is_loopback
 
-# Answered without a key: the two pages, which have a field for it, and whether the server is up.
+# Answered without a key: the two pages, which have a field for it, and the health check.
 OPEN_PATHS = ("/", "/docs", "/health")
 _HOST = re.compile(
     r"(?P<host>\[(?P<literal>[0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::(?P<port>[0-9]*))?"
@@ -36,8 +36,8 @@ class Guard:
     """ASGI middleware.
 
     Args:
-        app: what is guarded.
-        api_keys: any of which lets a request in; none = loopback only.
+        app: the guarded application.
+        api_keys: valid keys; () = no key is needed, loopback only.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ class Guard:
         headers = Headers(scope=scope)
         if not self._keys:
             names = headers.getlist("host")
-            # Health checks of load balancers speak HTTP/1.0, which has no such header. No browser does.
+            # Health checks of load balancers use HTTP/1.0, which has no such header. Browsers do not use it.
             if not names and scope["http_version"] == "1.0" and scope["path"] == "/health":
                 return None
             name = host_of(names[0]) if len(names) == 1 else None
@@ -79,17 +79,17 @@ class Guard:
     def _knows(self, authorization: str) -> bool:
         kind, _, key = authorization.partition(" ")
         given = _digest(key.strip())
-        # Every key is compared, each in constant time, so that the answer's delay says nothing.
+        # Every key is compared, each in constant time, so that the delay of the answer does not depend on the key.
         return any([hmac.compare_digest(given, known) for known in self._keys]) and kind.lower() == "bearer"
 
 
 def _digest(key: str) -> bytes:
-    """All keys at one length, so that not even that shows."""
+    """A key as a digest of constant length, so that timing does not depend on the key's length either."""
     return hashlib.sha256(key.encode("utf-8", "replace")).digest()
 
 
 def host_of(header: str) -> str | None:
-    """The host that a Host header names, an IPv6 address without its brackets; None = this is no Host header."""
+    """The host in a Host header, an IPv6 address without its brackets; None = not a valid Host header."""
     match = _HOST.fullmatch(header)
     if match is None or len(match["port"] or "") > 5 or int(match["port"] or 0) > 65535:
         return None

@@ -40,16 +40,16 @@ from nemo_ee.serving.settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
 PAGE, DOCS = (Path(__file__).with_name(name) for name in ("page.html", "docs.html"))
-_BODY_SECONDS = 30  # a body that takes longer is not coming
-_UNREAD_SECONDS = 10  # that a client may lag behind at the end of a stream
-_CLIENT_GONE = 499  # nobody sees it; the word that proxies use for it
+_BODY_SECONDS = 30  # seconds to receive a request body
+_UNREAD_SECONDS = 10  # seconds that a client may lag behind at the end of a stream
+_CLIENT_GONE = 499  # non-standard status (nginx) of a client that disconnected; only in the metrics
 
 
 class Server:
     """Answers requests.
 
     Args:
-        model: what is served.
+        model: the served model.
         scheduler: runs it; started and stopped with the app.
         metrics: the scheduler's.
         settings: the network's side.
@@ -58,7 +58,7 @@ class Server:
     def __init__(self, model: ServedModel, scheduler: Scheduler, metrics: Metrics, settings: ServerSettings) -> None:
         self.model, self.scheduler, self.metrics, self.settings = model, scheduler, metrics, settings
         self._created = int(time.time())
-        # Large bodies take a while to read and to tokenize, and one tokenizer is not for two threads.
+        # Large bodies take long to read and to tokenize, and a tokenizer must not be used by two threads.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._page, self._docs = _page(PAGE), _page(DOCS)
         self._openapi: dict[str, Any] = {}  # once the app has its routes
@@ -164,7 +164,7 @@ class Server:
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache"},
                 at_end=lambda: self._end_stream(call, answers, in_flight, started),
-                # The request has its own, shorter limit and says so in the stream.
+                # The request has its own, shorter limit, which is reported in the stream.
                 seconds=self.settings.request_timeout + _UNREAD_SECONDS,
             )
         try:
@@ -173,7 +173,7 @@ class Server:
             in_flight.cancel()
 
     def _read(self, body: bytes, chat: bool) -> tuple[ApiRequest, Prepared]:
-        """What a body asks for. A large one takes a while: not for the event loop."""
+        """The request in a body. A large one takes long, so it runs outside of the event loop."""
         call = read_request(read_body(body), chat=chat, limits=self.settings.limits)
         return call, self.model.prepare(call)
 
@@ -181,7 +181,7 @@ class Server:
         """The body, counted as it comes.
 
         Raises:
-            ApiError: 413 it is larger than allowed, 408 it does not come, 499 nobody sends it any more.
+            ApiError: 413 it is larger than allowed, 408 it does not come in time, 499 the client has disconnected.
         """
         limit = self.settings.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {limit} bytes; send less")
@@ -203,11 +203,11 @@ class Server:
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body did not come within {_BODY_SECONDS} s") from None
         except ClientDisconnect:
-            raise ApiError(_CLIENT_GONE, "the client went away before its body was here") from None
+            raise ApiError(_CLIENT_GONE, "the client disconnected before its body was received") from None
         return b"".join(chunks)
 
     async def _whole(self, request: Request, answers: Answers, in_flight: RequestInFlight) -> Response:
-        """Wait for all of it, or for the client to go away."""
+        """Wait for the whole answer, or for the client to disconnect."""
 
         async def collect() -> None:
             async for index, update in in_flight.updates():
@@ -227,7 +227,7 @@ class Server:
         if not collected:
             return Response(status_code=_CLIENT_GONE)
         collecting.result()
-        # The texts of many tokens take a while.
+        # The texts of many tokens take long.
         return JSONResponse(await asyncio.to_thread(answers.whole))
 
     async def _stream(self, call: ApiRequest, answers: Answers, in_flight: RequestInFlight) -> AsyncIterator[str]:
@@ -245,12 +245,12 @@ class Server:
             if call.include_usage:
                 yield server_sent(answers.last_chunk())
             yield STREAM_END
-        except ApiError as error:  # the status is sent already: the stream says it
+        except ApiError as error:  # the status is sent already, so the error goes into the stream
             answers.failed = True
             yield server_sent(error.to_mapping())
 
     def _end_stream(self, call: ApiRequest, answers: Answers, in_flight: RequestInFlight, started: float) -> None:
-        """After the last chunk, or when the client has gone away."""
+        """Record the end, after the last chunk or when the client has disconnected."""
         in_flight.cancel()
         if not (answers.ended or answers.failed):
             self.metrics.cancelled.inc()
@@ -259,11 +259,11 @@ class Server:
 
 
 class TokenStream(StreamingResponse):
-    """A stream that says when it is over, also when nobody reads it.
+    """A stream that reports its end, also when the client does not read it.
 
     Args:
-        at_end: called once, whatever happens.
-        seconds: it may take; a client that stops reading is cut off then.
+        at_end: called once at the end, after errors too.
+        seconds: time limit; a client that stops reading is cut off then.
         args, kwargs: StreamingResponse's.
     """
 
@@ -282,13 +282,13 @@ class TokenStream(StreamingResponse):
 
 
 def _page(path: Path) -> Callable[[], Response]:
-    """Makes answers with a static page."""
+    """Returns a function that makes responses with a static page."""
     text = path.read_text(encoding="utf-8")
     return partial(HTMLResponse, text, headers=page_headers(text))
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """Headers under which the page can run its own script and style and nothing else, and talk to this server only."""
+    """Headers under which the page can run only its own script and style, and connect to this server only."""
     hashes = {
         tag: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

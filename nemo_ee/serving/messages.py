@@ -27,7 +27,7 @@ from nemo_ee.settings.user_input import rule
 from nemo_ee.text.json_values import JsonError, parse_json
 
 MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 1024, 64, 128
-# Fields of a message that come back with answers, OpenAI's and others'; refused unless they are empty.
+# Fields of OpenAI's and others' answers, which clients send back in messages; refused unless they are empty.
 NEUTRAL_IN_MESSAGE = tuple("refusal function_call audio annotations reasoning reasoning_content".split())
 
 
@@ -38,9 +38,9 @@ class Conversation:
     Attributes:
         messages: `role`, `content` (text) and, where given, `name`, `tool_call_id` and `tool_calls`, whose arguments
             are objects, as templates expect them. The role `developer` has become `system`.
-        tools: as they came; empty = none.
+        tools: as in the request; empty = none.
         continues: the answer continues the last message's text.
-        opens: the beginning of the answer's turn is written behind the messages.
+        opens: the template writes the beginning of the answer's turn behind the messages.
         template_kwargs: further names that the template sees.
     """
 
@@ -83,7 +83,7 @@ class ToolCall(RequestFields):
 
 
 def _as_templates_take_it(given: Any, check: Any) -> dict[str, Any]:
-    """A tool call as it came, with its arguments as an object."""
+    """The tool call of the request, with its arguments as an object."""
     call = check(given)
     return {**given, "type": call.type, "function": call.function.model_dump()}
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What /metrics says, in Prometheus' text format.
+"""The metrics of /metrics, in Prometheus' text format.
 
-Tokens per second over a time of one's own choice:
+Tokens per second over a chosen time:
 sum(rate(nemo_ee_tokens_total[1m])) / rate(nemo_ee_busy_seconds_total[1m]).
 """
 
@@ -38,14 +38,14 @@ class Metrics:
             registry=registry,
         )
         self.cancelled = Counter(
-            "nemo_ee_cancelled_requests", "Requests for completions whose client went away.", registry=registry
+            "nemo_ee_cancelled_requests", "Requests for completions whose client disconnected.", registry=registry
         )
         self.queued = Gauge("nemo_ee_queued_sequences", "Sequences that wait for a slot.", registry=registry)
         self.running = Gauge("nemo_ee_running_sequences", "Sequences being decoded.", registry=registry)
         self.pending = Gauge(
-            "nemo_ee_pending_tokens", "Tokens that left early and wait for deeper layers.", registry=registry
+            "nemo_ee_pending_tokens", "Tokens that left early and whose deeper layers have not run.", registry=registry
         )
-        self.prompt_tokens = Counter("nemo_ee_prompt_tokens", "Prompt tokens taken in.", registry=registry)
+        self.prompt_tokens = Counter("nemo_ee_prompt_tokens", "Prompt tokens of started sequences.", registry=registry)
         self._tokens = Counter(
             "nemo_ee_tokens", "Tokens generated, by the exit that produced them.", ["exit"], registry=registry
         )
@@ -55,15 +55,15 @@ class Metrics:
             buckets=sorted({point.layer for point in exits} | {num_layers}),
             registry=registry,
         )
-        self._drafted = Gauge("nemo_ee_drafted_tokens", "Drafts checked in this session.", registry=registry)
-        self._accepted = Gauge("nemo_ee_accepted_tokens", "Drafts that stayed in this session.", registry=registry)
-        self._acceptance = Gauge("nemo_ee_acceptance_rate", "Share of drafts that stayed.", registry=registry)
+        self._drafted = Gauge("nemo_ee_drafted_tokens", "Drafts verified in this session.", registry=registry)
+        self._accepted = Gauge("nemo_ee_accepted_tokens", "Drafts accepted in this session.", registry=registry)
+        self._acceptance = Gauge("nemo_ee_acceptance_rate", "Share of drafts that were accepted.", registry=registry)
         self._fallbacks = Counter(
             "nemo_ee_fallbacks",
             "Answers that went on at full depth because their exits did not pay (cost_rule).",
             registry=registry,
         )
-        self._num_fallbacks = 0  # of the session, as it was told last
+        self._num_fallbacks = 0  # of the session, at the last step
         self._speed = Gauge(
             "nemo_ee_tokens_per_second",
             f"Tokens of all sequences per second of decoding, over about its last {_SPEED_SECONDS} s.",
@@ -89,8 +89,8 @@ class Metrics:
 
         Args:
             events: its tokens.
-            stats: of the session so far.
-            seconds: it took, above 0.
+            stats: statistics of the session so far.
+            seconds: duration of the step, above 0.
         """
         decay = math.exp(-seconds / _SPEED_SECONDS)
         self._recent = (self._recent[0] * decay + len(events), self._recent[1] * decay + seconds)

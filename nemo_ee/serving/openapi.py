@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The OpenAPI document of the server: FastAPI lists the routes, the schemas are those of the models that are read."""
+"""The OpenAPI document of the server: FastAPI lists the routes, the pydantic models of the requests give the
+schemas."""
 
 from __future__ import annotations
 
@@ -54,13 +55,13 @@ def openapi_document(app: FastAPI, limits: Limits, needs_key: bool) -> dict[str,
     """The document.
 
     Args:
-        app: its routes are listed.
-        limits: of one request; the schemas hold them.
+        app: the application, whose routes are listed.
+        limits: limits of one request, which the schemas hold.
         needs_key: whether the server has API keys.
     """
     document = get_openapi(
         title=app.title,
-        version="v1",  # of the API, as in its paths
+        version="v1",  # version of the API, as in its paths
         description="OpenAI's completions and chat completions over a model with early exits.",
         routes=app.routes,
     )

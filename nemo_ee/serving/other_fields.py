@@ -16,13 +16,13 @@ NO_EFFECT = (
     "user metadata safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention request_id "
     "cache_salt include_reasoning".split()
 )
-_FORMAT = "say in the prompt what the answer is to look like"
+_FORMAT = "describe the form of the answer in the prompt"
 _LEAVE_OUT = "leave it out"
 # field -> (values that change nothing, way out); null changes nothing either. Lists are tuples, as in `UserInput`.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     # OpenAI's
     "audio": ((), _LEAVE_OUT),
-    "best_of": ((1,), "ask for several answers with n"),
+    "best_of": ((1,), "request several answers with n"),
     "function_call": (("none", "auto"), "give tools"),
     "functions": (((),), "give tools"),
     "modalities": ((("text",),), "only text is written"),

@@ -4,8 +4,8 @@
 
     early_exit: {mode, threshold | certificate, exits, criterion, max_pending_tokens, num_draft_tokens}
 
-A field's type has its limits and its description; errors and the published schema are made from them. Every problem
-of a request is reported at once. What this server cannot do is refused (`other_fields.py`).
+A field's type has its limits and its description; errors and the published schema are made from them. Every problem of
+a request is reported at once. Unsupported fields are refused (`other_fields.py`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Limits:
 
 
 class EarlyExit(RequestFields):
-    """How tokens leave early. Keys that are missing have the server's defaults, which /v1/models lists."""
+    """Early exit of a request. Missing keys have the server's defaults, which /v1/models lists."""
 
     mode: Literal[MODES] | None = Field(
         None, description="self_speculative and full give the full model's text; static_depth uses one exit"
@@ -89,7 +89,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class ApiRequest(RequestFields):
-    """The fields of both endpoints that are acted on."""
+    """The fields of both endpoints that have an effect."""
 
     chat: ClassVar[bool]
     limits: ClassVar[Limits]
@@ -220,7 +220,7 @@ class CompletionRequest(ApiRequest):
     @classmethod
     def _none_with_echo(cls, max_tokens: int, info: ValidationInfo) -> int:
         if max_tokens == 0 and not info.data.get("echo", True):
-            raise ValueError("needs echo = true, for there is no answer; ask for at least 1")
+            raise ValueError("needs echo = true, because there is no answer; request at least 1")
         return max_tokens
 
     @field_validator("prompt")

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Certificates of an export: which are about the weights at hand, and which requests they cover.
+"""Certificates of an export: those of the loaded weights, and the check that a request is within their setting.
 
 An export lists the certificates of its `.nemo` in manifest.json, beside the sha256 of every file. A certificate is
 used only while those files are the exported ones, and only for requests inside the setting it was made in.
@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def certificates_of(directory: Path) -> dict[str, Certificate]:
-    """The certificates that are about the files of this directory, by name; void ones are warned of.
+    """The certificates of the files in this directory, by name. Void ones are left out with a warning.
 
     Args:
         directory: `hf_early_exit/` of an export. Its files are hashed where there are certificates.
@@ -73,32 +73,32 @@ def requested_certificate(certificates: Mapping[str, Certificate], wanted: objec
 def check_setting(
     certificate: Certificate, call: ApiRequest, requests: Sequence[Request], precision: str, end_of_text: EndOfText
 ) -> None:
-    """Hold a request against the setting its certificate was made in.
+    """Check a request against the setting its certificate was made in.
 
     Args:
-        precision: of the weights, `32` or `bf16`, or another, which nothing is certified for.
-        end_of_text: what ends answers here.
+        precision: precision of the weights: `32`, `bf16`, or another, for which no certificate is made.
+        end_of_text: the tokens that end answers here.
 
     Raises:
         ApiError: 400, with every difference.
     """
     sampling = call.sampling
-    asked: dict[str, Any] = {"greedy": sampling.greedy, "repetition_penalty": sampling.repetition_penalty}
+    given_sampling: dict[str, Any] = {"greedy": sampling.greedy, "repetition_penalty": sampling.repetition_penalty}
     if not sampling.greedy:
-        asked |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
+        given_sampling |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
     certified = certificate.setting.tokens_to_generate
     setting = Setting(
         mode="early_exit",
         kv=KV_POLICY,
         precision=precision,
-        tokens_to_generate=certified,  # see below: clients have another name for it
+        tokens_to_generate=certified,  # compared below, under its name in requests
         stop_on_eos=not call.ignore_eos,
         add_BOS=None,  # as the tokenizer does
-        sampling=asked,
+        sampling=given_sampling,
     )
     problems = [*setting_problems(certificate, setting), *stop_problems(certificate, end_of_text)]
     others = sorted({request.max_new_tokens for request in requests} - {certified})
-    problems += [f"max_tokens={asked_for}, certified max_tokens={certified}" for asked_for in others]
+    problems += [f"max_tokens={requested}, certified max_tokens={certified}" for requested in others]
     given = {"stop": call.stops, "stop_token_ids": call.stop_token_ids, "min_tokens": call.min_tokens}
     given |= {key: getattr(sampling, key) for key in ("presence_penalty", "frequency_penalty", "logit_bias")}
     if not sampling.greedy:
@@ -114,7 +114,7 @@ def check_setting(
 
 
 def promise(certificate: Certificate) -> dict[str, Any]:
-    """What is promised, for answers and the model's card."""
+    """Summary of the guarantee, for answers and the model's card."""
     made = certificate.guarantee
     return {
         "name": certificate.name,

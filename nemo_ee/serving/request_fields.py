@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from nemo_ee.settings.user_input import UserInput
 
-MAX_PROBLEMS = 10  # that one error lists
+MAX_PROBLEMS = 10  # largest number that one error lists
 
 
 class RequestFields(UserInput):
@@ -69,5 +69,5 @@ def neutral(values: tuple[Any, ...], way_out: str) -> Any:
 
 
 def _is_same(value: object, neutral: object) -> bool:
-    """Whether both are equal and of one kind: True == 1 in Python, but a switch is no number."""
+    """Whether both are equal and of one kind. In Python True == 1, but a boolean is no number here."""
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One request on its way: from the event loop to the model's thread and back."""
+"""A running request, between the event loop and the model's thread."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from nemo_ee.serving.text_stream import TextStream
 
 
 class RequestInFlight:
-    """The sequences of one request, queued when this is made; whoever makes it calls `cancel` in the end.
+    """The sequences of one request, queued by the constructor. The caller must call `cancel` in the end.
 
     Made and used in the event loop.
 
     Args:
         call, prepared: the request.
-        model: to make text with.
-        scheduler: to run on.
-        metrics: told when the first token came.
+        model: the served model, for the text of tokens.
+        scheduler: runs the sequences.
+        metrics: gets the time of the first token.
         deadline: on `time.monotonic()`, in seconds.
 
     Raises:
@@ -43,7 +43,7 @@ class RequestInFlight:
         deadline: float,
     ) -> None:
         self._scheduler, self._metrics, self._started, self._deadline = scheduler, metrics, started, deadline
-        self._loop, self._news = asyncio.get_running_loop(), asyncio.Queue()
+        self._loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
         self._works = [
             Work(
                 request,
@@ -62,26 +62,26 @@ class RequestInFlight:
 
     def _deliver(self, index: int, update: Update) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._news.put_nowait, (index, update))
-        except RuntimeError:  # the loop has ended, and with it everybody who would have listened
+            self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+        except RuntimeError:  # The event loop is closed: nobody reads updates any more.
             pass
 
     def cancel(self) -> None:
-        """End what has not ended."""
+        """End the sequences that still run."""
         self._scheduler.cancel(self._works)
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
-        """(number of the answer, what is new of it), until all have ended.
+        """(number of the answer, update of it), until all have ended.
 
         Raises:
-            ApiError: 504 the time is over, 500 decoding failed.
+            ApiError: 504 the deadline has passed, 500 decoding failed.
         """
         left, waited = len(self._works), True
         while left:
             try:
-                index, update = await asyncio.wait_for(self._news.get(), self._deadline - time.monotonic())
+                index, update = await asyncio.wait_for(self._updates.get(), self._deadline - time.monotonic())
             except asyncio.TimeoutError:
-                message = "the answer took longer than this server allows; ask for fewer tokens"
+                message = "the answer took longer than this server allows; request fewer tokens"
                 raise ApiError(504, message, code="timeout") from None
             if update.error is not None:
                 raise update.error

@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: one thread that alone touches the model, and a bounded queue in front of it.
+"""Continuous batching: one thread is the only user of the model, with a bounded queue in front of it.
 
     submit -> queue -> a free slot of the session -> a step of all sequences at once -> updates to each, as text
 
-Sequences join and leave between steps; what one of them gets does not depend on the others (see `DecodingSession`).
+Sequences join and leave between steps; the tokens of one do not depend on the others (see `DecodingSession`).
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from nemo_ee.serving.metrics import Metrics
 from nemo_ee.serving.text_stream import Piece, TextStream
 
 _LOG = logging.getLogger(__name__)
-# What clients are told; what happened is in the log, for it may speak of the machine.
+# Errors for clients. The cause is only in the log, because it may contain details of the machine.
 _FAILED = (500, "decoding failed; the server's log says why")
-_NOT_TAKEN_IN = (500, "the request could not be started; the server's log says why")
+_NOT_STARTED = (500, "the request could not be started; the server's log says why")
 _STOPPING = (503, "the server is stopping; try again later")
 
 
 class QueueFull(Exception):
-    """More sequences wait than may."""
+    """The queue has no room for the sequences."""
 
 
 class Stopped(Exception):
-    """The server takes nothing in any more."""
+    """The server accepts no sequences any more."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """News of one sequence.
+    """New tokens of one sequence, or its end.
 
     Attributes:
         pieces: tokens with their text.
-        prompt: of a request with `prompt_logprobs`, once.
+        prompt: scores of the prompt, once, for a request with `prompt_logprobs`.
         finish_reason: `stop` or `length` with the last update, else None.
-        error: what went wrong, with the last update, else None.
+        error: the error, with the last update, else None.
     """
 
     pieces: tuple[Piece, ...] = ()
@@ -60,10 +60,10 @@ class Work:
     """A sequence to generate.
 
     Attributes:
-        request: what the engine is asked.
+        request: the engine's request.
         text: turns its tokens into text.
         deliver: called in the model's thread with every `Update`; must not block.
-        cancelled: nobody wants it any more.
+        cancelled: no update is needed any more; the sequence ends before the next step.
     """
 
     request: Request
@@ -78,14 +78,14 @@ class Scheduler:
     Args:
         start_session: makes an empty session; called again if a step fails.
         max_queue: most sequences that may wait for a slot.
-        metrics: told about every step.
+        metrics: gets the numbers of every step.
     """
 
     def __init__(self, start_session: Callable[[], DecodingSession], max_queue: int, metrics: Metrics) -> None:
         self._start_session, self._max_queue, self._metrics = start_session, max_queue, metrics
         self._session: DecodingSession | None = start_session()
         self._num_slots = self._session.num_free_slots
-        self._news = threading.Condition()  # guards what follows, up to the blank line
+        self._changed = threading.Condition()  # guards the attributes up to the blank line
         self._waiting: deque[Work] = deque()
         self._num_taken = 0  # sequences that have a slot or are about to get one
         self._stopping = False
@@ -108,38 +108,38 @@ class Scheduler:
         Raises:
             QueueFull, Stopped: none was queued.
         """
-        with self._news:
+        with self._changed:
             if self._stopping or not self._thread.is_alive():
                 raise Stopped
-            # What a free slot takes at once does not wait.
+            # Sequences that free slots take at once do not count as waiting.
             room = self._max_queue + self._num_slots - self._num_taken
             if len(self._waiting) + len(sequences) > room:
                 raise QueueFull
             self._waiting.extend(sequences)
             self._metrics.queued.set(len(self._waiting))
-            self._news.notify()
+            self._changed.notify()
 
     def cancel(self, sequences: Sequence[Work]) -> None:
         """End sequences before the next step; those that have ended stay as they are. They get no further update."""
-        with self._news:
+        with self._changed:
             for sequence in sequences:
                 sequence.cancelled = True
             self._waiting = deque(one for one in self._waiting if not one.cancelled)
             self._metrics.queued.set(len(self._waiting))
-            self._news.notify()
+            self._changed.notify()
 
     def stop(self) -> None:
-        """End what runs and waits with an error, and the thread. Returns when it has ended."""
-        with self._news:
+        """End running and waiting sequences with an error, then the thread. Returns when it has ended."""
+        with self._changed:
             self._stopping = True
-            self._news.notify()
+            self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         try:
             taken: deque[Work] = deque()
-            while self._take_in(taken):
+            while self._admit(taken):
                 whole = False
                 try:
                     self._add(taken)
@@ -148,22 +148,22 @@ class Scheduler:
                     whole = True
                 except Exception:
                     _LOG.exception("a decoding step failed")
-                # Outside of `except`, where the error still holds on to the old session: two may not fit into memory.
+                # Outside of `except`, where the error still refers to the old session: two may not fit into memory.
                 if not whole:
                     self._start_again(taken)
-        finally:  # also when no new session could be made: nobody may wait for a thread that has ended
-            with self._news:
+        finally:  # also when no new session could be created, so that no client waits for a dead thread
+            with self._changed:
                 self._stopping = True
             self._fail(*_STOPPING)
 
-    def _take_in(self, taken: deque[Work]) -> bool:
-        """Wait for work, drop what was cancelled, take as much as there are free slots.
+    def _admit(self, taken: deque[Work]) -> bool:
+        """Wait for work, end cancelled sequences, take as many new ones as there are free slots.
 
         Returns False when it is time to stop.
         """
-        with self._news:
+        with self._changed:
             while not (self._waiting or self._running or self._stopping):
-                self._news.wait()
+                self._changed.wait()
             if self._stopping:
                 return False
             for index in [index for index, one in self._running.items() if one.cancelled]:
@@ -178,9 +178,9 @@ class Scheduler:
         while taken:
             try:
                 index = self._session.add(taken[0].request)
-            except ValueError:  # the session is as it was
-                _LOG.exception("a request was not taken in")
-                taken.popleft().deliver(Update(error=ApiError(*_NOT_TAKEN_IN)))
+            except ValueError:  # the session is unchanged
+                _LOG.exception("a request was not accepted")
+                taken.popleft().deliver(Update(error=ApiError(*_NOT_STARTED)))
                 continue
             sequence = taken.popleft()
             self._running[index] = sequence
@@ -188,12 +188,12 @@ class Scheduler:
         self._count()
 
     def _start_again(self, taken: deque[Work]) -> None:
-        """End what runs, and what was being added, with an error; the others find a session that is whole."""
+        """End the running sequences, and the one being added, with an error; start a new session for the others."""
         self._session = None
         self._fail(*_FAILED)
         if taken:
             taken.popleft().deliver(Update(error=ApiError(*_FAILED)))
-        with self._news:
+        with self._changed:
             self._waiting.extendleft(one for one in reversed(taken) if not one.cancelled)
             self._num_taken = 0
             self._metrics.queued.set(len(self._waiting))
@@ -201,8 +201,8 @@ class Scheduler:
         self._session = self._start_session()
 
     def _count(self, num_coming: int = 0) -> None:
-        """Note what runs now, what waits in it, and how many are about to join."""
-        with self._news:
+        """Record the running sequences, their pending tokens, and the number that are about to join."""
+        with self._changed:
             self._num_taken = len(self._running) + num_coming
         self._metrics.running.set(len(self._running))
         self._metrics.pending.set(sum(self._session.num_pending(index) for index in self._running))
@@ -225,30 +225,30 @@ class Scheduler:
             elif isinstance(event, PromptScores):
                 prompts[event.sequence] = event
                 self._running[event.sequence].text.finish_reason = event.finish_reason
-            # A check may bring several tokens; those behind a stop string are nobody's.
+            # A verification may give several tokens; those behind a stop string are dropped.
             elif self._running[event.sequence].text.finish_reason is None:
                 own.extend(self._running[event.sequence].text.push(event))
-        news = []
+        updates = []
         for index, own in pieces.items():
             sequence = self._running[index]
             update = Update(tuple(own), sequence.text.finish_reason, failed.get(index), prompts.get(index))
-            news.append((sequence, update))
+            updates.append((sequence, update))
             if sequence.text.finish_reason is not None or index in failed:
                 self._end(index)
-        # Counted before it is told, so that whoever has an answer finds it in the metrics.
+        # Counted before delivery, so that a client that has an answer finds it in the metrics.
         tokens = [event for event in events if isinstance(event, TokenEvent)]
         self._metrics.step(tokens, self._session.stats(()), time.perf_counter() - started)
         self._count()
-        for sequence, update in news:
+        for sequence, update in updates:
             if not sequence.cancelled and update != Update():
                 sequence.deliver(update)
 
     def _fail(self, status: int, message: str) -> None:
-        """End everything with an error; when stopping, what waits too."""
+        """End the running sequences with an error; when stopping, the waiting ones too."""
         lost = list(self._running.values())
         self._running.clear()
         if self._stopping:
-            with self._news:
+            with self._changed:
                 lost += self._waiting
                 self._waiting.clear()
         for sequence in lost:

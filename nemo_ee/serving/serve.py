@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model and serve it until told to stop (SIGINT or SIGTERM)."""
+"""Load a model and serve it until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from nemo_ee.serving.settings import ServerSettings
 from nemo_ee.text.special_tokens import end_of_text_of
 
 _LOG = logging.getLogger(__name__)
-_FAREWELL_SECONDS = 5  # to end the step that runs and to tell those whose answers did not end in time
+_FAREWELL_SECONDS = 5  # seconds to end the running step and to send an error to answers that did not end in time
 
 
 def make_server(settings: ServerSettings) -> Server:
-    """Load what is served.
+    """Load the served model.
 
     Raises:
         ValueError: the directory is not a model that runs here, or the settings do not fit it.
@@ -62,7 +62,7 @@ def make_server(settings: ServerSettings) -> Server:
 
 
 def precision_of(model: RuntimeModel) -> str:
-    """What certificates call the way this model computes: `32`, `bf16`, or a word that none of them has."""
+    """The precision of this model in the words of certificates: `32`, `bf16`, or a word that no certificate has."""
     if model.dtype == torch.float32 and model.config.dtype != "float32":
         return f"32 on weights rounded to {model.config.dtype} (export with dtype=float32)"
     return {torch.float32: "32", torch.bfloat16: "bf16"}.get(model.dtype, str(model.dtype))
@@ -74,18 +74,18 @@ def serve(settings: ServerSettings) -> None:
     model = server.model.model
     exits = ", ".join(f"{point.name} ({point.layer})" for point in model.exits) or "none"
     _LOG.info("serving %s: %d layers, exits %s", settings.name, model.num_layers, exits)
-    # After its own graceful end uvicorn hands the signal on; this process has then done what it was told to.
+    # After its own graceful end uvicorn sends the signal again; this process has then nothing left to do.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     web_server(server, settings.port, log_level="info").run()
 
 
 class WebServer(uvicorn.Server):
-    """uvicorn, which tells running answers of the end before it cuts them off.
+    """uvicorn, which sends an error to running answers before it cuts them off.
 
     Args:
         config: uvicorn's.
-        server: what it serves.
+        server: the served application.
     """
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
@@ -93,7 +93,7 @@ class WebServer(uvicorn.Server):
         self._server = server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End gracefully: answers have `shutdown_timeout` to end; those that have not are told so."""
+        """End gracefully: answers have `shutdown_timeout` to end; the others get an error."""
         telling = asyncio.create_task(self._tell())
         try:
             await super().shutdown(sockets)
@@ -106,7 +106,7 @@ class WebServer(uvicorn.Server):
 
 
 def web_server(server: Server, port: int, log_level: str) -> WebServer:
-    """What listens for a server.
+    """The web server of a `Server`.
 
     Args:
         port: 0 = a free one.

@@ -29,9 +29,9 @@ from nemo_ee.text.special_tokens import EndOfText, prompt_ids
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call as the engine takes it: the requests in the order of the answers, and how their tokens leave.
+    """A call for the engine: the requests in the order of the answers, and their exit choice.
 
-    `prompt_texts`: what each answer starts with where the call has `echo`, else empty texts.
+    `prompt_texts`: the beginning of each answer where the call has `echo`, else empty texts.
     """
 
     requests: tuple[Request, ...]
@@ -44,16 +44,16 @@ class ServedModel:
     """A model with the tokenizer that belongs to it.
 
     Args:
-        name: what requests call it.
-        model: what decodes.
+        name: name of the model in requests.
+        model: the runtime model.
         tokenizer: transformers'.
-        default: mode and policy of requests that do not say.
-        end_of_text: what ends every answer.
+        default: mode and policy of requests without their own.
+        end_of_text: the tokens that end every answer.
         max_length: most tokens of a sequence, prompt included; None = the model's positions.
-        max_new_tokens: most new ones.
-        certificates: of these weights, by name.
-        precision: of the weights, in the words of certificates: `32` or `bf16`.
-        cost_rule: of the engine.
+        max_new_tokens: most new tokens of an answer.
+        certificates: certificates of these weights, by name.
+        precision: precision of the weights, in the words of certificates: `32` or `bf16`.
+        cost_rule: the engine's `cost_rule`.
 
     Raises:
         ValueError: the defaults do not fit the model.
@@ -86,7 +86,7 @@ class ServedModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether it can be talked to in messages."""
+        """Whether it has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def start_session(self, num_slots: int) -> DecodingSession:
@@ -106,11 +106,12 @@ class ServedModel:
         return self.tokenizer.decode(ids, **kind)
 
     def decoder(self, call: ApiRequest) -> Callable[[list[int]], str]:
-        """`decode` as a call asks for it."""
+        """`decode` with the call's setting of special tokens."""
         return partial(self.decode, skip_special_tokens=call.skip_special_tokens)
 
     def prepare(self, call: ApiRequest) -> Prepared:
-        """Tokenize a request and hold it against the model. Long prompts take a while: not for the event loop.
+        """Tokenize a request and check it against the model. Long prompts take long, so it runs outside of the event
+        loop.
 
         Raises:
             ApiError: 400, with every problem, or 404.
@@ -155,7 +156,7 @@ class ServedModel:
         return Prepared(tuple(requests), choice, sum(map(len, prompts)), tuple(texts))
 
     def _check(self, call: ApiRequest, requests: Sequence[Request]) -> None:
-        """Hold the first request of each prompt against the model, in the words of the API's fields."""
+        """Check the first request of each prompt against the model; messages name the API's fields."""
         prompt_field = "messages" if call.chat else "prompt"
         biased = [token for token, _ in call.sampling.logit_bias]
         named = [("logit_bias", biased), ("stop_token_ids", call.stop_token_ids)]
@@ -173,7 +174,7 @@ class ServedModel:
             elif own.min_new_tokens > own.max_new_tokens:
                 text = f"min_tokens = {own.min_new_tokens} is more than max_tokens = {own.max_new_tokens}; lower it"
                 problems.append(("min_tokens", text))
-        # What is left has no field of its own.
+        # The remaining problems have no field of their own.
         problems = problems or [
             (None, text) for own in requests for text in request_problems(self.model, "the request", own)
         ]

@@ -54,12 +54,12 @@ def _read_template(file: Any) -> Any:
 
 
 class ServerSettings(PolicyInput, ScriptInput):
-    """Everything the server is started with.
+    """The settings of the server.
 
     Attributes:
         path: directory of the model.
-        chat_template: text of one that replaces the tokenizer's, or None.
-        api_keys: any of which lets a request in; none = no key is needed.
+        chat_template: text of a template that replaces the tokenizer's, or None.
+        api_keys: valid keys; () = no key is needed.
     """
 
     headline: ClassVar = "the server was not started"
@@ -124,12 +124,12 @@ class ServerSettings(PolicyInput, ScriptInput):
 
     @property
     def name(self) -> str:
-        """What requests call the model."""
+        """Name of the model in requests."""
         return self.given_name or self.path.resolve().name
 
     @property
     def default(self) -> ExitChoice:
-        """Mode and policy of requests that do not say."""
+        """Mode and policy of requests without their own."""
         return ExitChoice(self.mode, self.policy)
 
     @property
@@ -139,7 +139,7 @@ class ServerSettings(PolicyInput, ScriptInput):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own, out of others' reach."""
+    """Whether a host name or address is loopback, which other machines cannot reach."""
     if host.lower() == "localhost":
         return True
     try:

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Text of one answer, token by token: whole characters only, and nothing that may yet turn out to be a stop string.
+"""Text of one answer, token by token: whole characters only, and no text that may be the beginning of a stop string.
 
 A stop string is never part of the answer. Text is held back while it could be the beginning of one, in whole tokens,
 so that every token keeps its text.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from nemo_ee.generation.stats import TokenEvent
 from nemo_ee.text.token_view import Detokenizer
 
-# A character has at most four bytes. Tokens that make none for longer than this are not text and are shown as such.
+# A character has at most four bytes. After this many tokens without a character their bytes are shown as they are.
 _LONGEST_WAIT = 8
 
 
@@ -52,10 +52,10 @@ class TextStream:
         self.finish_reason: str | None = None
 
     def push(self, event: TokenEvent) -> list[Piece]:
-        """Take in the next token. Returns the pieces that are certain now, all that is left once the answer ends."""
+        """Add the next token. Returns the pieces that can be sent now; at the end of the answer all remaining ones."""
         assert self.finish_reason is None, "the answer has ended"
         ends = event.finish_reason is not None
-        if event.token in self._stop_tokens:  # no text of its own, but bytes before it may still be owed
+        if event.token in self._stop_tokens:  # it has no text; bytes of earlier tokens may be left
             text = self._detokenizer.flush()
         else:
             text = self._detokenizer.push(event.token, last=ends or self._silent >= _LONGEST_WAIT)
@@ -72,7 +72,7 @@ class TextStream:
         return self._release(len(buffer) - self._overlap(buffer))
 
     def _overlap(self, buffer: str) -> int:
-        """How many characters at the end may begin a stop string."""
+        """Number of characters at the end that may begin a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         lengths = range(min(longest, len(buffer)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(buffer[-n:]) for stop in self._stops)), 0)

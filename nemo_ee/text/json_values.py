@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from outside, stricter than Python's parser: what it accepts, UTF-8 can hold and every reader can take.
+"""JSON from outside, stricter than Python's parser: accepted values can be written as UTF-8 and read by any parser.
 
 Numbers are finite, whole numbers fit into 64 bits, text is valid Unicode, nesting and file sizes are bounded.
 """
@@ -23,12 +23,12 @@ _MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "chat_template.json",
 )  # fmt: skip
-# Strings are matched whole, so that what stands in them is not taken for JSON.
+# Strings are matched whole, so that their content is not read as JSON.
 _PARTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|[-+.\w]+', re.DOTALL)
 
 
 class JsonError(ValueError):
-    """What is wrong with a JSON text, as a predicate: "not JSON (...)", "holds the number ...".
+    """The problem of a JSON text, as a predicate: "not JSON (...)", "holds the number ...".
 
     Attributes:
         line: number of the line in the text, from 1; 1 where it is not known.
@@ -101,7 +101,7 @@ def read_json(
     """The value of a JSON file.
 
     Args:
-        shown: what messages call the file; None = its path.
+        shown: name of the file in messages; None = its path.
 
     Raises:
         JsonError: `path:line: reason`.

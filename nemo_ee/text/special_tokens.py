@@ -1,13 +1,13 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""End-of-text and begin-of-text tokens: one rule for everything that stops and everything that reads a prompt.
+"""End-of-text and begin-of-text tokens: one rule for the end of answers and one for prompts, used everywhere.
 
 End-of-text: the first of these that names a token of the vocabulary decides, as in transformers' `generate`. A value
 is a token id, a list of them, or null.
 
     generation_config.json    eos_token_id
     config.json               eos_token_id; without the key, the default of the model's class in transformers
-    tokenizer                 its end-of-text token (transformers' `generate` knows no tokenizer and would not stop)
+    tokenizer                 its end-of-text token (transformers' `generate` has no tokenizer and would not stop)
 
 Begin-of-text: a prompt gets the special tokens that its tokenizer adds, unless it begins with that token already.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from nemo_ee.text.json_values import JsonError, read_json_object
 
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
-# What transformers' config classes say where config.json has no such key, by `model_type`; None elsewhere.
+# Defaults of transformers' config classes for keys that config.json does not have, by `model_type`; None elsewhere.
 _CLASS_DEFAULTS = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},
@@ -33,10 +33,10 @@ _CLASS_DEFAULTS = {
 
 @dataclass(frozen=True)
 class EndOfText:
-    """What ends a text.
+    """The tokens that end a text.
 
     Attributes:
-        ids: token ids, in the order in which they are named; () = nothing does.
+        ids: token ids, in the order in which they are named; () = no token does.
         tokenizer: the tokenizer's own end-of-text token.
     """
 
@@ -66,7 +66,7 @@ def end_of_text(
     vocab_size: int | None = None,
     origin: object = "",
 ) -> EndOfText:
-    """What ends a text of a model.
+    """The tokens that end a text of a model.
 
     Args:
         generation_config, config: the values of the two files; None = there is no such file.
@@ -95,7 +95,7 @@ def end_of_text_of(
     """`end_of_text` of a model's directory.
 
     Args:
-        origin: what messages call the directory; None = by its name.
+        origin: name of the directory in messages; None = its own.
 
     Raises:
         ValueError: as `end_of_text`, or one of the files is damaged.
@@ -123,7 +123,7 @@ def optional_settings(path: Path, *, shown: object = None) -> dict[str, Any] | N
     """The values of a directory's JSON file; None where there is none.
 
     Args:
-        shown: what messages call the file; None = its path.
+        shown: name of the file in messages; None = its path.
 
     Raises:
         ValueError: it is damaged, or something else than an object.

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# What the first characters of a piece of text look like may depend on tokens in front of it: a decoder in
-# SentencePiece's way drops a leading space, and bytes of one character may be spread over tokens.
+# The first characters of a piece of text may depend on tokens in front of it: a decoder in SentencePiece's way drops a
+# leading space, and bytes of one character may be spread over tokens.
 _CONTEXT = 8
 
 
@@ -17,7 +17,7 @@ class EndStrings:
     Args:
         decode: token ids -> text.
         strings: not empty, none of them empty.
-        prompt: the ids in front of the new tokens; what is looked for is not looked for in them.
+        prompt: the ids in front of the new tokens; strings in their text do not count.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], strings: Sequence[str], prompt: Sequence[int] = ()) -> None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that a user names: a UTF-8 file, or a `.jsonl` with a JSON value on each line; either may be gzipped.
+"""Text files given by the user: a UTF-8 file, or a `.jsonl` with a JSON value on each line; either may be gzipped.
 
 Files are unpacked and read piece by piece: a line or a document that is longer than the limit is refused before it is
 in memory, however small its archive is.
@@ -141,11 +141,11 @@ def read_json_lines(
     moved: Callable[[int], object] | None = None,
     problems: list[str],
 ) -> Iterator[tuple[str, _T]]:
-    """(`path:line`, what `read` makes of its value) of the lines of a JSONL file.
+    """(`path:line`, result of `read` for its value) of the lines of a JSONL file.
 
     Args:
         path: the file.
-        read: raises ValueError with what is wrong with a value.
+        read: raises ValueError with the problem of a value.
         max_bytes, moved: as in `read_lines`.
         problems: grows by `path:line: reason`.
     """
@@ -175,5 +175,5 @@ def data_prefix(name: str) -> str:
 
 
 def sample_index_folder(prefix: str) -> Path:
-    """Where Megatron caches the order of the samples of this data by default."""
+    """The folder in which Megatron caches the order of the samples of this data by default."""
     return Path(prefix, "cache", "GPTDataset_indices")

@@ -48,11 +48,11 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode, self._ids = decode, list(prompt)
-        # Text is decoded from a little before what is new: what a token looks like depends on the one before it.
+        # Text is decoded from a few tokens before the new one, because a token's text depends on the one before it.
         self._start, self._done = max(0, len(self._ids) - 8), len(self._ids)
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """Append a token; returns the text that is now complete, of the last token everything that is left."""
+        """Append a token; returns the text that is now complete, with `last` everything that is left."""
         self._ids.append(token)
         text = self._pending()
         if text.endswith(_REPLACEMENT) and not last:
@@ -171,12 +171,12 @@ def exit_table(
     seconds: float | None = None,
     legend: ExitLegend | None = None,
 ) -> str:
-    """How many tokens came from each exit, their mean depth and the speed.
+    """Table of the number of tokens from each exit, their mean depth and the speed.
 
     Args:
         stats: statistics of the call.
         exits: the model's exits, sorted by stop.
-        seconds: the call took, for tokens/s.
+        seconds: duration of the call, for tokens/s.
         legend: paints the marks; None leaves them plain.
     """
     plain = ExitLegend(exits)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A directory with a tokenizer, made readable for the transformers that runs, whichever version saved it."""
+"""A directory with a tokenizer, made readable for the installed transformers, whichever version saved it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _CONFIG = "tokenizer_config.json"
-# What transformers takes settings from. In the other JSON files a key is a token, whatever its name.
+# Files from which transformers reads settings. In the other JSON files a key is a token, whatever its name.
 _SETTINGS = (_CONFIG, "special_tokens_map.json", "chat_template.json", "config.json", "generation_config.json")
 _BESIDE = "config.json"  # names the class of a tokenizer whose own config does not
 
 
 def has_settings(name: str) -> bool:
-    """Whether transformers takes settings from a file of this name, so that `carried_settings` applies."""
+    """Whether transformers reads settings from a file of this name, so that `carried_settings` applies."""
     return name in _SETTINGS
 
 
@@ -33,7 +33,7 @@ def carried_settings(name: str, data: bytes) -> bytes | None:
 
     Args:
         name: name of the file.
-        data: its contents; what needs no change comes back byte for byte.
+        data: its contents; they are returned byte for byte where nothing changes.
 
     Returns:
         None where it is no JSON object, and is to be left out.

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Turn JSONL conversations into Megatron's indexed datasets: the tokens, and beside them which of them are answers.
+"""Turn JSONL conversations into Megatron's indexed datasets: the tokens, and beside them a mask of the answers.
 
 python scripts/data/preprocess_chat.py input=chats.jsonl output=data/chat tokenizer=<Hugging Face directory>
 
@@ -8,7 +8,7 @@ A line is {"messages": [{"role": ..., "content": ...}, ...]}. The tokenizer's ch
 `<output>.bin/.idx` get its tokens, `<output>.mask.bin/.idx` 1 for every token of an assistant's answer and 0 for the
 others. Tuning finds the mask beside the tokens (nemo_ee/models/datasets.py) and takes its loss on answers only.
 
-Where an answer lies: a template with {% generation %} marks says so itself. With any other, answer i is what
+The place of an answer: a template with {% generation %} marks defines it. With any other, answer i is the text that
 
     template(messages[:i + 1])  has more than  template(messages[:i], add_generation_prompt=True)
 
@@ -48,7 +48,7 @@ from lib.vocabulary import Vocabulary, choose_dtype, load_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 ANSWERS = "assistant"
-# As transformers looks for it.
+# The marks as transformers searches for them.
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -64,14 +64,14 @@ class ChatConfig(PreprocessSettings):
 
 @dataclasses.dataclass
 class Counts:
-    """What was written."""
+    """Counts of the written data."""
 
     conversations: int = 0
     tokens: int = 0
     answer_tokens: int = 0
     cut: int = 0  # longer than pad_to, and written
-    left_out: int = 0  # nothing of an answer within pad_to
-    empty_answers: int = 0  # of what is written; only what the template puts behind them counts
+    left_out: int = 0  # no token of an answer within pad_to
+    empty_answers: int = 0  # in the written conversations; only the text that the template puts behind them counts
 
 
 class ChatTokenizer:
@@ -79,7 +79,7 @@ class ChatTokenizer:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        directory: where it was read.
+        directory: directory of the tokenizer.
     """
 
     def __init__(self, tokenizer: Any, directory: str) -> None:
@@ -88,11 +88,11 @@ class ChatTokenizer:
         self.marks_answers = bool(_MARKS_ANSWERS.search(tokenizer.get_chat_template()))
 
     def encode(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them belong to an assistant's answer.
+        """Token ids of a conversation, and a mask of those that belong to an assistant's answer.
 
         Raises:
-            ValueError: the template refuses the conversation, answers cannot be told from the rest, or a token is one
-                that the model does not have.
+            ValueError: the template refuses the conversation, the places of the answers are unknown, or the model does
+                not have a token.
         """
         if self.marks_answers:
             encoded = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -108,7 +108,7 @@ class ChatTokenizer:
             ]
         if not any(counts):
             raise ValueError(
-                "no token of an answer is left by the template; look at what it writes for an assistant, or leave a "
+                "the template writes no token of an answer; check its text for an assistant's message, or leave a "
                 "conversation without an answer out"
             )
         if problem := self.vocabulary.problem(ids):
@@ -116,7 +116,7 @@ class ChatTokenizer:
         return ids, counts
 
     def _spans(self, messages: Sequence[dict[str, str]], text: str) -> list[tuple[int, int]]:
-        """Where in the template's text the answers are."""
+        """The places of the answers in the template's text."""
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != ANSWERS:
@@ -125,8 +125,8 @@ class ChatTokenizer:
             after = self._apply(messages[: index + 1], tokenize=False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError(
-                    f"the chat template writes what comes before messages[{index}] differently when more messages "
-                    "follow, so the answer cannot be told from the rest; use a template with {% generation %} marks "
+                    f"the chat template writes the text before messages[{index}] differently when more messages "
+                    "follow, so the place of the answer is unknown; use a template with {% generation %} marks "
                     "(chat_template=...), or conversations that end with their only answer"
                 )
             spans.append((len(before), len(after)))
@@ -134,7 +134,7 @@ class ChatTokenizer:
 
     def _apply(self, messages: Sequence[dict[str, str]], **options: Any) -> Any:
         try:
-            if not messages:  # transformers looks at the first message, unless several conversations are given
+            if not messages:  # transformers reads the first message to see whether several conversations are given
                 return self.tokenizer.apply_chat_template([[]], **options)[0]
             return self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # a template is a program of its own and may fail in any way
@@ -142,7 +142,7 @@ class ChatTokenizer:
 
 
 def message_problem(messages: list[Any]) -> str | None:
-    """What is wrong with a conversation whatever the template, or None."""
+    """The problem of a conversation with any template, or None."""
     if not messages:
         return "no messages"
     for index, message in enumerate(messages):
@@ -165,7 +165,7 @@ def load_chat_tokenizer(config: ChatConfig) -> ChatTokenizer:
     """The tokenizer with its template, or with that of the file `chat_template`.
 
     Raises:
-        PreprocessError: no tokenizer, no template, or one that cannot say where in a text its tokens are.
+        PreprocessError: no tokenizer, no template, or a tokenizer without the places of its tokens in a text.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     problems = []
@@ -220,8 +220,8 @@ def preprocess(config: ChatConfig) -> Counts:
 def conversations(
     files: Sequence[Path], config: ChatConfig, chat: ChatTokenizer, problems: list[str], bar: tqdm
 ) -> Iterator[tuple[list[int], list[bool], int]]:
-    """Token ids, answers and number of empty answers of every conversation; what is wrong with one is added to
-    `problems` as file:line."""
+    """Token ids, answers and number of empty answers of every conversation; problems are added to `problems` as
+    file:line."""
     for path in files:
         found, known = 0, len(problems)
         for place, messages in read_fields(path, config, "messages_key", list, problems, bar):

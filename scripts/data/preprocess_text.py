@@ -47,7 +47,7 @@ class PreprocessConfig(PreprocessSettings):
 
 @dataclasses.dataclass(frozen=True)
 class PreprocessResult:
-    """What was written."""
+    """Counts of the written data."""
 
     documents: int
     tokens: int
@@ -56,7 +56,7 @@ class PreprocessResult:
 
 
 def read_documents(path: Path, config: PreprocessConfig, problems: list[str], bar: tqdm) -> Iterator[tuple[str, str]]:
-    """(file:line or file, document) of one file; what cannot be read is added to `problems` as file:line.
+    """(file:line or file, document) of one file; problems of reading are added to `problems` as file:line.
 
     Args:
         path: a text or JSONL file, possibly .gz.
@@ -79,7 +79,7 @@ def _batches(
 ) -> Iterator[list[tuple[str, str]]]:
     """Batches of non-empty documents with their places, at most `limit` documents in all.
 
-    After the first problem nothing more is handed out: the rest is only read, for its problems.
+    After the first problem no batch follows: the rest is read only for its problems.
     """
     batch: list[tuple[str, str]] = []
     taken = 0

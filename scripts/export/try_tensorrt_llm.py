@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Try an export on a real TensorRT-LLM: for whoever has the GPU. This script has not been run on one.
+"""Try an export on a real TensorRT-LLM, which needs a GPU. This script has not been run on one.
 
     python scripts/export/export_huggingface.py checkpoint=tuned.nemo output=hf thresholds=0.9
     python scripts/export/export_tensorrt_llm.py checkpoint=tuned.nemo output=trt thresholds=0.9
@@ -11,8 +11,8 @@
 Start it in the repository with PYTHONPATH=. in TensorRT-LLM's container; it needs torch, safetensors and transformers,
 which are there. It serves three prompts greedily: as a batch for tokens per second, beside those without exits, and
 one by one to compare the tokens with nemo_ee.runtime under `kv: propagate` on the CPU, since with several sequences
-one token that differs changes where all of them leave. In half precision some tokens differ: what counts is that most
-agree, and that a threshold of 1.0 gives the tokens without exits. --dry-run prints what would be run.
+one token that differs changes where all of them leave. In half precision some tokens differ: most must agree, and a
+threshold of 1.0 must give the tokens without exits. --dry-run prints the commands.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def generate(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tup
 
 
 def compare(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], what: str) -> None:
-    """Print how far the tokens agree: one that differs changes all behind it."""
+    """Print the number of equal first tokens: a different token changes all that follow."""
     for index, (own, other) in enumerate(zip(ours, theirs, strict=True)):
         same = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other)))
         print(f"prompt {index}: the first {same} of {len(other)} tokens are {what}'s")
@@ -89,7 +89,7 @@ def reference_tokens(
 
     Args:
         folder: `hf_early_exit/`.
-        early_exit: thresholds and criterion of what is compared with it.
+        early_exit: thresholds and criterion of the compared engine.
     """
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.runtime.loader import load_model
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("backend", choices=("pytorch", "engine"))
     parser.add_argument("directory", type=Path, help="hf_early_exit (pytorch), or an export_tensorrt_llm.py's output")
     parser.add_argument("--reference", type=Path, help="engine: hf_early_exit of the same .nemo, to compare with")
-    parser.add_argument("--engine-dir", type=Path, default=Path("engines"), help="engine: where to build")
+    parser.add_argument("--engine-dir", type=Path, default=Path("engines"), help="engine: directory to build in")
     parser.add_argument("--new-tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--max-seq-len", type=int, default=1024, help="tokens, prompt included")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")

@@ -1,7 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Check an export against its manifest, its format, what it computed when it was written (parity) and, when given, the
-`.nemo` it was made from.
+"""Check an export against its manifest, its format, the results it had when it was written (parity) and, when given,
+the `.nemo` it was made from.
 
     python scripts/export/verify_export.py export
     python scripts/export/verify_export.py export --checkpoint tuned.nemo     # and every number, every config field

@@ -1,3 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts share. A script puts the folder above this one on `sys.path`, unless it lies there itself."""
+"""Shared code of scripts. A script puts the folder above this one on `sys.path`, unless it lies there itself."""

@@ -43,7 +43,7 @@ def write_byte_tokenizer(directory: str | Path, max_length: int) -> None:
     """Write `tokenizer.json` and its two companions.
 
     Args:
-        directory: of the model; exists.
+        directory: existing directory of the model.
         max_length: context of the model in tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a data set: which may be written, and how they appear together."""
+"""The files of a data set: the check before writing, and temporary names until all are complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_ee.text.text_files import sample_index_folder
 
 
 def existing_problems(finished: list[Path]) -> list[str]:
-    """What is wrong with writing to these files when none may be replaced."""
+    """The problems of writing to these files when none may be replaced."""
     existing = [str(path) for path in finished if path.exists()]
     if not existing:
         return []
@@ -30,7 +30,7 @@ def replacing(finished: list[Path]) -> Iterator[list[Path]]:
         finished: data and index files in turn, the index that is read first at the end.
     """
     with ExitStack() as stack:
-        # The index goes first and comes last: nobody finds an index that belongs to other data.
+        # The index is removed first and written last, so there is never an index that belongs to other data.
         partial = [stack.enter_context(atomic_file(path)) for path in reversed(finished)]
         yield partial[::-1]
         finished[-1].unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The text and JSONL files that data is made from: which they are, and their lines."""
+"""The text and JSONL files that data is made from: their list, and their lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ending(path: Path) -> str:
 
 
 def find_files(config: Any) -> tuple[list[Path], list[str]]:
-    """The input files in order (directories sorted by path), and what is wrong with the list."""
+    """The input files in order (directories sorted by path), and the problems of the list."""
     known = {name.lower() for name in (*config.jsonl_extensions, *config.text_extensions)}
     rule = f"known endings: {', '.join(sorted(known))}, each also with .gz"
     files: list[Path] = []
@@ -51,7 +51,7 @@ def find_files(config: Any) -> tuple[list[Path], list[str]]:
 def read_fields(
     path: Path, config: Any, setting: str, kind: type, problems: list[str], bar: tqdm
 ) -> Iterator[tuple[str, Any]]:
-    """(file:line, value of one field) of every line of a JSONL file; what cannot be read is added to `problems`.
+    """(file:line, value of one field) of every line of a JSONL file; problems of reading are added to `problems`.
 
     Args:
         path: the file, possibly .gz.
@@ -74,7 +74,7 @@ def read_fields(
 
 @contextmanager
 def moving(bar: tqdm, path: Path) -> Iterator[Callable[[int], None]]:
-    """What moves the bar to a place in the file; at the end it stands behind the file."""
+    """A function that moves the bar to a place in the file; afterwards the bar is at the end of the file."""
     seen = 0
 
     def moved(place: int) -> None:

@@ -23,20 +23,20 @@ from nemo_ee.text.text_files import MAX_DOCUMENT_BYTES, read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and where it comes from."""
+    """A text and its source."""
 
     text: str
     source: str
 
     def digest(self) -> str:
-        """What tells texts apart."""
+        """Digest of the text."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
 def read_documents(
     paths: Iterable[str], max_bytes: int | None = MAX_DOCUMENT_BYTES
 ) -> tuple[list[Document], list[str]]:
-    """The lines of JSONL files (fields `text` and, if there is one, `source`), and what is wrong with the files.
+    """The lines of JSONL files (fields `text` and, if there is one, `source`), and the problems of the files.
 
     Args:
         paths: the files; `.gz` is unpacked.
@@ -72,7 +72,7 @@ class PackedWindows:
     Args:
         documents: at least one window's worth of text.
         length: tokens predicted per window.
-        seed: of the orders.
+        seed: random seed of the orders.
 
     Raises:
         ValueError: less text than one window.
@@ -95,7 +95,7 @@ class PackedWindows:
         return self._count
 
     def digest(self) -> str:
-        """What tells data from other data: a resumed run must find the same."""
+        """Digest of the data, which must be the same when a run resumes."""
         return hashlib.sha256(self._stream.tobytes()).hexdigest()
 
     def window(self, number: int) -> numpy.ndarray:

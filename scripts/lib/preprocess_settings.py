@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that the preprocessing scripts share: how they are read, and how everything wrong with them is reported."""
+"""Settings that the preprocessing scripts share, and the error that reports all their problems."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from nemo_ee.text.special_tokens import end_of_text_of
 
 logger = logging.getLogger("nemo_ee.scripts")
 
-_MAX_FAULTS = 20  # problems spelled out in a message; the rest is counted
+_MAX_PROBLEMS = 20  # problems spelled out in a message; the rest is counted
 DTYPES = {"uint16": numpy.uint16, "int32": numpy.int32}
 
 
 class PreprocessError(ValueError):
-    """What is wrong with the settings or the data, all in one message."""
+    """The problems of the settings or the data, all in one message."""
 
     def __init__(self, problems: list[str]) -> None:
-        shown = [f"  - {problem}" for problem in problems[:_MAX_FAULTS]]
-        if len(problems) > _MAX_FAULTS:
-            shown.append(f"  ... and {len(problems) - _MAX_FAULTS} more")
+        shown = [f"  - {problem}" for problem in problems[:_MAX_PROBLEMS]]
+        if len(problems) > _MAX_PROBLEMS:
+            shown.append(f"  ... and {len(problems) - _MAX_PROBLEMS} more")
         super().__init__("Nothing was written:\n" + "\n".join(shown))
         self.problems = tuple(problems)
 
 
 def _without_ending(output: str) -> str:
-    """The prefix is meant where one of the two files is named."""
+    """The prefix, also where one of the two files is named."""
     return re.sub(r"\.(bin|idx)$", "", output)
 
 
 class PreprocessSettings(ScriptInput):
-    """The settings that both scripts have."""
+    """The settings of both scripts."""
 
     headline: ClassVar = "Nothing was written"
 
@@ -54,14 +54,15 @@ class PreprocessSettings(ScriptInput):
 
 
 def check_end(tokenizer: str, end: int | None) -> list[str]:
-    """Warns where documents end with another token than decoding stops at, if the tokenizer's directory is a model's.
+    """Warn if documents end with a token at which decoding does not stop, where the tokenizer's directory is a
+    model's.
 
     Args:
         tokenizer: the directory.
         end: the token that ends documents; None = none does.
 
     Returns:
-        What is wrong with the directory's files.
+        The problems of the directory's files.
     """
     if end is None:
         return []

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a pre-training run, and where a run stands on its learning-rate schedule.
+"""Settings of a pre-training run, and the progress of a run on its learning-rate schedule.
 
 rise:   lr x min(1, (step + 1) / warmup_steps)
 fall:   lr x (1 - sqrt((step - decay_start) / decay_steps))        arXiv 2405.18392, section 4
@@ -127,7 +127,7 @@ class PretrainConfig(ScriptInput):
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands; all of it is in the checkpoint beside weights and optimizer."""
+    """The progress of a run; all of it is in the checkpoint beside weights and optimizer."""
 
     step: int  # steps done
     decay_start: int  # first step of the fall
@@ -139,23 +139,23 @@ class Progress:
         return self.decay_start + self.decay_steps
 
     def learning_rate(self, config: PretrainConfig) -> float:
-        """Of the step about to be made."""
+        """Learning rate of the next step."""
         if self.step >= self.decay_start:
             return config.lr * (1 - math.sqrt((self.step - self.decay_start) / self.decay_steps))
         return config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
 
     def resumed(self, stored: Progress) -> Progress:
-        """Where a run stands that goes on from `stored` with the settings of `self`.
+        """The progress of a run that goes on from `stored` with the settings of `self`.
 
-        A fall that has begun is finished as it was; before that the settings of now hold, so a run can be made longer
-        or shorter.
+        A fall that has begun keeps its settings. Before that the current settings hold, so a run can be made longer or
+        shorter.
         """
         if stored.step >= stored.decay_start:
             return stored
         return Progress(stored.step, max(self.decay_start, stored.step), self.decay_steps)
 
     def heed(self, request: Path) -> bool:
-        """Start the fall if the file asks for it (its content, if any, is the number of steps); False once it runs.
+        """Start the fall if the file exists (its content, if any, is the number of steps); False once it runs.
 
         Raises:
             ValueError: the file holds something else than a number.

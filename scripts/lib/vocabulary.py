@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer that data is made with, its ids against those of the model it lies beside, and their type on disk."""
+"""The tokenizer of data: its ids against those of the model in its directory, and their type on disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Vocabulary:
     """The token ids of a tokenizer against those of the model it lies beside.
 
     Attributes:
-        largest: of the tokenizer's ids.
+        largest: the tokenizer's largest id.
         size: ids of the model, by its config.json; None where the tokenizer has no id beyond them, or nothing says.
     """
 
@@ -56,7 +56,7 @@ class Vocabulary:
         return cls(tokenizer, config, largest, size if isinstance(size, int) and 0 < size <= largest else None)
 
     def problem(self, tokens: Sequence[int]) -> str | None:
-        """What is wrong with the tokens of a document, or None."""
+        """The problem of the tokens of a document, or None."""
         if self.size is None or max(tokens, default=0) < self.size:
             return None
         token = next(token for token in tokens if token >= self.size)
@@ -68,7 +68,7 @@ class Vocabulary:
 
 
 def choose_dtype(name: str, vocab_size: int) -> tuple[str, list[str]]:
-    """The token type on disk for a vocabulary, and what is wrong with the choice.
+    """The token type on disk for a vocabulary, and the problem of the choice.
 
     Args:
         name: auto, uint16 or int32.

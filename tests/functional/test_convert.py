@@ -245,10 +245,10 @@ def test_a_stored_exit_is_not_rebuilt_as_another(tuned: Path, tmp_path: Path) ->
     """Weights tuned for one place would silently be used, in part, in another."""
     mlp, norm = EXITS[0]["name"], EXITS[1]["name"]
     for changed, told in (
-        ({"name": mlp, "layer": 2}, [f"exit '{mlp}' is stored with layer=1 and asked for with layer=2"]),
-        ({"name": mlp, "architecture": "norm"}, ["architecture=mlp and asked for with architecture=norm"]),
+        ({"name": mlp, "layer": 2}, [f"exit '{mlp}' is stored with layer=1 and set to layer=2"]),
+        ({"name": mlp, "architecture": "norm"}, ["architecture=mlp and set to architecture=norm"]),
         ({"name": norm, "rank": 4, "init": "copy"}, ["init=lora and", "init=copy", "rank=3", "rank=4"]),
-        ({"name": norm, "output": "own"}, ["output=low_rank and asked for with output=own"]),
+        ({"name": norm, "output": "own"}, ["output=low_rank and set to output=own"]),
     ):
         with pytest.raises(ValueError, match="another name to start a new one") as caught:
             restore(tuned, early_exit={"exits": [changed]})

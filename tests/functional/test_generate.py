@@ -317,7 +317,7 @@ def test_the_script_writes_every_answer_and_then_fails(generate, monkeypatch, tm
         return logits
 
     monkeypatch.setattr(MegatronDecodingModel, "exit_logits", broken)
-    with pytest.raises(RuntimeError, match="1 of 3 answers failed, as said beside them"):
+    with pytest.raises(RuntimeError, match="1 of 3 answers failed; see their messages"):
         generate(batch_size=3)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert [line["finish_reason"] for line in lines] == ["length", "error", "length"]

@@ -259,7 +259,7 @@ def test_a_template_whose_prefixes_are_not_prefixes_is_refused(script: ModuleTyp
         ([], PLAIN, {}, "in.jsonl: holds no conversation"),
         (CHATS, PLAIN, {"pad_to": 1}, "pad_to=1 must be a whole number of tokens from 2"),
         (CHATS, PLAIN, {"pad_to": 2}, "none of the 3 conversations has an answer within pad_to; raise it"),
-        (CHATS, "{{ 'x' }}", {}, "no token of an answer is left by the template"),
+        (CHATS, "{{ 'x' }}", {}, "the template writes no token of an answer"),
         (CHATS, PLAIN, {"input": "chats.txt"}, "chats.txt does not exist"),
     ],
 )

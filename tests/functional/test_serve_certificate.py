@@ -99,8 +99,8 @@ def test_no_thresholds_means_full_depth(client) -> None:
         ("sampled", {"temperature": 0.7, "top_p": 0.9}, "temperature=0.7, certified temperature=0.8"),
         ("other", {}, "its certificates are default, sampled"),
         (3, {}, "early_exit.certificate=3 must be True, or a text"),
-        ("default", {"early_exit": {"max_pending_tokens": 1}}, "a certificate says it all"),
-        ("default", {"early_exit": {"mode": "self_speculative"}}, "has no use for certificate"),
+        ("default", {"early_exit": {"max_pending_tokens": 1}}, "a certificate sets all of them"),
+        ("default", {"early_exit": {"mode": "self_speculative"}}, "does not use certificate"),
     ],
 )
 def test_what_it_does_not_cover_is_refused(certificate, changes: dict, words: str, client) -> None:

@@ -236,7 +236,7 @@ def test_a_key_is_asked_for(model: Path, browser: Browser, monkeypatch) -> None:
     guarded = make_server(ServerSettings.from_config(serve_config(model)))
     with running(guarded) as url:
         browser.call("Page.navigate", url=url)
-        browser.until("document.getElementById('card')?.textContent.includes('asks for an API key')")
+        browser.until("document.getElementById('card')?.textContent.includes('needs an API key')")
         browser.run("document.getElementById('key').focus()")
         browser.call("Input.insertText", text=key)
         browser.run("document.getElementById('key').blur()")

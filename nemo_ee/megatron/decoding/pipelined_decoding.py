@@ -128,7 +128,7 @@ class PipelinedDecodingModel(_Pipeline, DecodingModel):
         self._holder_of: dict[str | None, int] = {point.name: self.holder(point.stop) for point in self.exits}
         self._holder_of[None] = lines.num_stages - 1
         self._num_caches = 0
-        self._dropped: list[int] = []  # caches that nobody has any more
+        self._dropped: list[int] = []  # caches that are no longer in use
         self._is_open = True
 
     def __enter__(self) -> PipelinedDecodingModel:
@@ -138,7 +138,7 @@ class PipelinedDecodingModel(_Pipeline, DecodingModel):
         self.close()
 
     def close(self) -> None:
-        """Let the other stages go; nothing when that has happened, or when one of them is gone."""
+        """End `serve` on the other stages. Does nothing if they have ended, or if a transfer has failed."""
         if self._is_open and not self.lines.is_broken:
             self._send_to_all(Command(Op.CLOSE))
             self.lines.drain()
@@ -168,7 +168,7 @@ class PipelinedDecodingModel(_Pipeline, DecodingModel):
             hidden: `[n, h]` at a stop of this stage, `[n, 0]` past it.
 
         Returns:
-            Likewise.
+            The hidden states at `stop`: `[n, h]` on this stage, `[n, 0]` past it.
         """
         if start == stop:
             return hidden

@@ -5,7 +5,8 @@
 A command is a few whole numbers in host memory and is sent over a gloo group of its own, so that no device waits for
 it. Hidden states and logits are sent over Megatron's pipeline group. Every stage receives its commands in the order in
 which they were sent and posts its transfers in that order, so the two ends of a transfer always match. Under tensor
-parallelism rank t of each stage talks to ranks t of the other stages; all ranks of a stage get the same commands.
+parallelism rank t of each stage exchanges messages with ranks t of the other stages; all ranks of a stage get the same
+commands.
 """
 
 from __future__ import annotations

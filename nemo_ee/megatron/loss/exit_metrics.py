@@ -33,7 +33,7 @@ from nemo_ee.megatron.loss.linear_cross_entropy import TokenSums
 
 FULL_MODEL = "full_model"
 STEP_VALUES = ("lr", "grad_norm", "loss_weight")
-# (sum, what it is divided by); the first column is what gradients are divided by.
+# (sum, its divisor); gradients are divided by the first column.
 _MEANS = {
     "loss": ("loss", "weight"),
     "cross_entropy": ("cross_entropy", "tokens"),
@@ -50,9 +50,9 @@ def row_of(sums: TokenSums, *, taught: bool = False, entropy: bool = False) -> T
     """One microbatch's sums as a row, fp32; its first entry is the weight that the summed loss is divided by.
 
     Args:
-        sums: of `linear_cross_entropy`.
-        taught: there was a teacher, so `kl` means something.
-        entropy: the entropy was asked for.
+        sums: sums from `linear_cross_entropy`.
+        taught: there was a teacher, so `kl` is defined.
+        entropy: the entropy was computed.
     """
     values = {**vars(sums), "confidence_tokens": sums.tokens}
     values |= {"kl_tokens": sums.tokens} if taught else {}
@@ -162,7 +162,7 @@ def named_metrics(
     Args:
         results: exit name -> metric -> value.
         objectives: exit name -> objective; a training loss that is the label's cross-entropy is not named twice.
-        validation: of validation, whose loss always is the label's cross-entropy.
+        validation: the results are validation results, whose loss is always the label's cross-entropy.
     """
     for name, result in results.items():
         plain = validation or objectives.get(name, CROSS_ENTROPY) == CROSS_ENTROPY
@@ -172,7 +172,7 @@ def named_metrics(
 
 
 def mean_loss(results: Mapping[str, Mapping[str, float]], *, full_model: bool) -> float:
-    """Mean of the exits' losses, the full model's among them if asked for; 0 where there is none."""
+    """Mean of the exits' losses, the full model's included if requested; 0 where there is none."""
     losses = [
         result["loss"] for name, result in results.items() if "loss" in result and (full_model or name != FULL_MODEL)
     ]

@@ -45,7 +45,7 @@ class TokenSums:
         cross_entropy: mask * label cross-entropy.
         kl: mask * KL(q || p) at the objective's temperature, 0 without a teacher.
         confidence: mask * largest probability.
-        entropy: mask * entropy in nats, 0 unless asked for.
+        entropy: mask * entropy in nats, 0 without `want_entropy`.
         tokens: mask.
     """
 
@@ -63,10 +63,10 @@ class LinearCrossEntropy:
     """Result of `linear_cross_entropy`.
 
     Attributes:
-        sums: loss and what goes with it.
+        sums: loss, weights and metrics.
         input_grads: d(grad_scale * sums.loss)/d(input) of every term that requires it, this rank's part of the
-            vocabulary only; empty when no gradient was asked for. Token weights count as constants.
-        argmax: [n] token id with the highest logit over the whole vocabulary, None unless asked for.
+            vocabulary only; empty without `grad_scale`. Token weights count as constants.
+        argmax: [n] token id with the highest logit over the whole vocabulary, None without `want_argmax`.
     """
 
     sums: TokenSums
@@ -99,7 +99,7 @@ def linear_cross_entropy(
         labels: [n] int64 token ids; read only where `mask` is not zero.
         mask: [n] float weights of the tokens.
         vocabulary: this rank's part of the vocabulary.
-        objective: what the loss is made of.
+        objective: the exit's objective.
         teacher: the final exit, needed by objectives that have one; with others only its divergence is reported.
         grad_scale: factor on the gradients; None computes the sums only.
         want_argmax, want_entropy: also return the most likely token, the entropy.
@@ -159,7 +159,7 @@ class _Chunk:
     soft_total: Tensor | None = None
 
     def compare(self, teacher: TeacherChunk) -> None:
-        """Take what the divergence needs of the logits."""
+        """Compute the part of the divergence that needs the logits."""
         self.teacher, self.excess = teacher, teacher.excess(self.logits, self.objective.temperature)
         if self.objective.temperature != 1.0:
             self.softened = (self.logits / self.objective.temperature).exp_()

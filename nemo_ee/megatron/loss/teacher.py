@@ -31,7 +31,7 @@ from nemo_ee.megatron.loss.vocab_parallel import (
 class TeacherChunk(Protocol):
     """q of some tokens over this rank's part of the vocabulary."""
 
-    log_total: Tensor  # [c] fp64, what `excess` is too large by
+    log_total: Tensor  # [c] fp64, to be subtracted from `excess`
 
     def excess(self, values: Tensor, temperature: float) -> Tensor:
         """[c] sum over this shard of q * (ln q + log_total - values / T), values [c, v/tp]. Called once.

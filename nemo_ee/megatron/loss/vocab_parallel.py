@@ -21,7 +21,7 @@ _ROWS_OF_MIXED_PRODUCTS = 8192
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which part of the vocabulary this rank's weight rows are.
+    """The part of the vocabulary that this rank's weight rows hold.
 
     Attributes:
         start: first token id of the shard.
@@ -57,7 +57,7 @@ class VocabularyShard:
         return torch.cat(parts, dim=-1)
 
     def local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of token ids in this shard, clamped into it, and which of them really are in it; both of ids' shape."""
+        """Rows of token ids in this shard, clamped into it, and a mask of those that are in it; both of ids' shape."""
         local = ids - self.start
         return local.clamp(0, max(0, self.num_valid - 1)), (local >= 0) & (local < self.num_valid)
 

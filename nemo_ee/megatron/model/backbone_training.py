@@ -19,12 +19,12 @@ from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards, seeded_normal
 from nemo_ee.megatron.model.low_rank import LowRankLinear, add_low_rank_updates
 
-BACKBONE_PREFIX = "backbone."  # of the trained backbone's keys in training checkpoints
+BACKBONE_PREFIX = "backbone."  # prefix of the trained backbone's keys in training checkpoints
 _LOW_RANK = ("low_rank_a", "low_rank_b")
 
 
 def prepare_backbone(model: EarlyExitGPTModel, early_exit: EarlyExitConfig) -> None:
-    """Let train what the config says: nothing of the backbone, all of it, or low-rank updates (added here).
+    """Make the configured part of the backbone trainable: nothing, everything, or low-rank updates (added here).
 
     Args:
         model: a fresh stage; with `lora` its layers are built on the local spec.

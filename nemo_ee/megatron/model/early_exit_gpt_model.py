@@ -33,7 +33,7 @@ from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput, Taps
 
 
 def set_layer_split(config: TransformerConfig, placements: Iterable[StagePlacement]) -> None:
-    """Tell Megatron which layers each stage holds; it numbers layers and names their weights by this."""
+    """Set the layers of each stage in Megatron's config, from which it numbers layers and names their weights."""
     stages = [["decoder"] * placement.num_layers for placement in placements]
     if len(stages) > 1:
         config.pipeline_model_parallel_layout = PipelineParallelLayerLayout(stages, len(stages))
@@ -104,7 +104,7 @@ class EarlyExitGPTModel(GPTModel):
         self.eval()
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Nothing: every stage reads its weights from the checkpoint, tied ones too, so no stage sends any."""
+        """Does nothing: every stage reads its weights from the checkpoint, tied ones too, so no stage sends any."""
 
     def _own_output_weight(self) -> Tensor | None:
         """The backbone's output weight [v/tp, h] where this stage has it."""
@@ -122,7 +122,7 @@ class EarlyExitGPTModel(GPTModel):
         return ((name, value) for name, value in self.named_parameters() if not name.startswith("exits."))
 
     def freeze_backbone(self) -> None:
-        """Exits stay as they are; everything else takes no gradient."""
+        """Freeze all parameters except those of the exits, which stay as they are."""
         for _, parameter in self.backbone_named_parameters():
             parameter.requires_grad_(False)
 
@@ -195,7 +195,7 @@ class EarlyExitGPTModel(GPTModel):
             stored = output_weight_key(self.share_embeddings_and_output_weights)
             for key, shard in self.backbone_output.sharded_state_dict("backbone_output.").items():
                 sharded[key] = replace(shard, key=stored)
-        own = ("_extra_state", "low_rank_a", "low_rank_b")  # no part of what a backbone is read from
+        own = ("_extra_state", "low_rank_a", "low_rank_b")  # not read when a backbone is loaded
         return {key: value for key, value in sharded.items() if not key.endswith(own)}
 
     def sharded_backbone_to_save(self, prefix: str) -> dict:
@@ -204,7 +204,7 @@ class EarlyExitGPTModel(GPTModel):
         Args:
             prefix: in front of every key, NeMo's is `model.`.
         """
-        assert self.placement.num_layers and not self.placement.skip_last_mlp, "only a full-depth model is whole"
+        assert self.placement.num_layers and not self.placement.skip_last_mlp, "only a full-depth model is complete"
         sharded = super().sharded_state_dict(prefix)
         own = (f"{prefix}exits.", f"{prefix}backbone_output.")
         return {key: value for key, value in sharded.items() if not key.startswith(own)}

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Exit heads: what sits at an exit layer (EE-Tuning, arXiv 2402.00518, section 2).
+"""Exit heads: the modules at an exit layer (EE-Tuning, arXiv 2402.00518, section 2).
 
     embedding   output projection of the hidden state after layer k
     norm        norm, output projection

@@ -7,8 +7,9 @@
     own MLP             <- layer k's MLP, with the norm in front of it
     own layer           <- the last transformer layer
 
-Every rank reads the slices it holds from the checkpoint itself, so no stage asks another for weights. Random matrices
-are drawn whole from a generator seeded by (seed, exit name, parameter) and then sliced: the same for every layout.
+Every rank reads the slices it holds from the checkpoint itself, so no stage receives weights from another. Random
+matrices are drawn whole from a generator seeded by (seed, exit name, parameter) and then sliced: the same for every
+layout.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def initialise_exit_head(
     std: float,
     seed: int,
 ) -> None:
-    """Fill a head's parameters in place, as its `init` says.
+    """Fill a head's parameters in place, by its `init`.
 
     Args:
         head: the head, on whatever layout.

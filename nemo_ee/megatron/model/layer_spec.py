@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which Megatron-core modules the backbone and the exit heads are built from: Transformer Engine's or the local ones.
+"""Specs of the backbone and the exit heads: Megatron-core modules on Transformer Engine, or the local ones.
 
 The checkpoint keys are the same for both (Megatron's canonical, Transformer-Engine ones): the local spec maps its
 separate norms onto the names of the norms that Transformer Engine fuses into the next linear layer.
@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class TorchNorm:
     """`torch.nn.LayerNorm` or `RMSNorm` by `config.normalization`, usable under sequence parallelism.
 
-    Megatron's own wrapper around the torch norms refuses sequence parallelism. All it takes is the mark on the
-    parameters that says that each tensor-parallel rank saw only its part of the sequence, so that their gradients
-    are summed over the tensor-parallel group.
+    Megatron's own wrapper around the torch norms refuses sequence parallelism. Here the parameters carry Megatron's
+    mark for sequence parallelism: each tensor-parallel rank sees only its part of the sequence, so their gradients are
+    summed over the tensor-parallel group.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs) -> torch.nn.Module:
@@ -66,7 +66,7 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
         transformer_engine: build on Transformer Engine; otherwise on Megatron's local modules.
 
     Raises:
-        ValueError: Transformer Engine is asked for and not installed.
+        ValueError: `transformer_engine` is set and Transformer Engine is not installed.
     """
     local = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     local.submodules.input_layernorm = TorchNorm

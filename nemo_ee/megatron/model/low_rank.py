@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank updates (LoRA, arXiv 2106.09685) of Megatron's tensor-parallel linears and of the output projection.
 
-y = W x + B A x with W frozen, A: [r, in], B: [out, r]. B starts at zero, so the update starts as nothing.
+y = W x + B A x with W frozen, A: [r, in], B: [out, r]. B starts at zero, so the update starts at zero.
 
     column-parallel W (rows sharded):     A replicated, B sharded like W's rows
     row-parallel W (columns sharded):     A sharded like W's columns, B replicated

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A microbatch, and the hidden states that the layers of one pipeline stage leave of it.
+"""A microbatch, and the hidden states that the layers of one pipeline stage compute for it.
 
 Shapes: s sequence, b micro batch, h hidden.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a pipeline stage needs to know of one microbatch.
+    """The input of one microbatch on a pipeline stage.
 
     Attributes:
         tokens: [b, s] int64 input ids.
@@ -51,7 +51,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What one stage's layers leave behind.
+    """The output of one stage's layers.
 
     Attributes:
         hidden: [s, b, h] state for the next stage; on the last stage of a full-depth model the final norm's output.

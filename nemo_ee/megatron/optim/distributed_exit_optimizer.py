@@ -34,7 +34,7 @@ from nemo_ee.megatron.optim.exit_gradients import all_reduce_flat, mean_scale, s
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizer, tensor_state
 
 MAIN_WEIGHT = "fp32_param"  # name of the fp32 copy in checkpoints, Megatron's own
-_ADAM_STATE = ("exp_avg", "exp_avg_sq")  # a rank that steps no element of a parameter has to know the names too
+_ADAM_STATE = ("exp_avg", "exp_avg_sq")  # a rank that steps no element of a parameter needs the names too
 
 
 class MegatronExitOptimizer(ExitOptimizer):
@@ -171,7 +171,7 @@ class MegatronExitOptimizer(ExitOptimizer):
         return savers
 
     def _part(self, parameter: Parameter) -> tuple[Tensor, slice] | None:
-        """(what this rank's optimizer steps, which elements of the flattened parameter it is), None for nothing."""
+        """(the tensor this rank's optimizer steps, its elements of the flattened parameter), None for nothing."""
         place = self.megatron.model_param_group_index_map.get(parameter)
         if place is None:
             return None

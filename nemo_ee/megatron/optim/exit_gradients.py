@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of an entry that has an optimizer of its own: summed over ranks, made a mean, measured, scaled down."""
+"""Gradient reduction, norm and clipping for one optimizer (an exit's, or the backbone's)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-_BUCKET_BYTES = 512 * 2**20  # of gradients copied for one collective
+_BUCKET_BYTES = 512 * 2**20  # bytes of gradients copied for one collective
 
 
 def mean_scale(counted: Tensor, nominal: float) -> Tensor:
-    """Factor that makes gradients scaled by 1/nominal those of a mean over the summed weights; 0 of no weight."""
+    """Factor that turns gradients scaled by 1/nominal into those of a mean over the summed weights; 0 without
+    weight."""
     weight = counted[0]
     return torch.where(weight > 0, nominal / weight, torch.zeros_like(weight))
 
@@ -59,7 +60,8 @@ def all_reduce_flat(tensors: list[Tensor], group: ProcessGroup) -> None:
 
 
 def counted_once(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients of which the sum of squares over all ranks of the entry counts no element twice."""
+    """The gradients this rank contributes to the global norm. A parameter that several ranks hold (replicated over
+    tensor parallelism, or shared between stages) counts on one of them only."""
     return [
         p.grad
         for p in parameters
@@ -96,5 +98,5 @@ def gradient_norms(entries: Sequence[tuple[Sequence[Tensor], ProcessGroup]]) -> 
 
 
 def _device_of(group: ProcessGroup) -> str:
-    """Where a group reduces: this rank may hold no gradient that says it."""
+    """The device on which a group reduces. This rank may hold no gradient to take it from."""
     return "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"

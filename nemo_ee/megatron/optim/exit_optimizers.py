@@ -39,7 +39,7 @@ from nemo_ee.megatron.optim.exit_gradients import (
 
 logger = logging.getLogger(__name__)
 
-_SCALARS = ("lr", "weight_decay", "step")  # of each exit, stored as one small tensor under its name
+_SCALARS = ("lr", "weight_decay", "step")  # scalars of each exit, stored as one small tensor under its name
 
 
 @dataclass
@@ -108,7 +108,7 @@ class ExitOptimizer:
         self.optimizer.step()
 
     def whole_state(self) -> dict[str, dict[str, Tensor]]:
-        """What this rank saves: parameter key -> {name: tensor of the parameter's shape on this rank}.
+        """The state this rank saves: parameter key -> {name: tensor of the parameter's shape on this rank}.
 
         Every data-parallel rank of the exit must call it.
         """
@@ -121,7 +121,8 @@ class ExitOptimizer:
                 value.copy_(saved[key][name])
 
     def shard_to_save(self, shard: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
-        """How a parameter's shard says who saves its optimizer state: as the parameter's own, by default."""
+        """The parameter's shard with the replica id of its optimizer state, which decides the rank that saves it. By
+        default the shard as it is."""
         return shard
 
 
@@ -137,7 +138,7 @@ class ExitOptimizers(torch.optim.Optimizer):
     def __init__(self, exits: Iterable[ExitOptimizer], *, max_norm: float = 0.0) -> None:
         self.exits = list(exits)
         self.max_norm = max_norm
-        self.grad_norms: dict[str, float] = {}  # of the last step, before clipping
+        self.grad_norms: dict[str, float] = {}  # norms of the last step, before clipping
         self._clipped = False
         # torch refuses an empty list, NeMo reads param_groups[0]["lr"]; both are satisfied on stages without exits.
         groups = [group for exit in self.exits for group in exit.optimizer.param_groups]
@@ -164,10 +165,10 @@ class ExitOptimizers(torch.optim.Optimizer):
         self._clipped = True
 
     def step_values(self, loss_weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """What the step that is about to be made does to each exit of the stage; clips the gradients.
+        """Clip the gradients; return the loss weight, learning rate and gradient norm of each exit in the coming step.
 
         Args:
-            loss_weights: of all the stage's exits, those with nothing to train too.
+            loss_weights: weights of all the stage's exits, those with nothing to train too.
 
         Returns:
             exit name -> {"loss_weight", "lr", "grad_norm"}, the last two only for exits that train something.
@@ -325,5 +326,5 @@ def parameter_groups(
 
 
 def optimizer_options(optim: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `model.optim` reaches the optimizer itself."""
+    """The keys of `model.optim` that are passed to the optimizer."""
     return {key: optim[key] for key in ("betas", "eps", "lr", "weight_decay") if optim.get(key) is not None}

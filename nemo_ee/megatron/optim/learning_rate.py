@@ -80,7 +80,8 @@ class ExitLearningRates(LRScheduler):
 
     @property
     def common_lr(self) -> float:
-        """What an exit without settings of its own has in this step, on every stage: `model.optim`'s."""
+        """The learning rate of `model.optim` in this step, for exits without one of their own; the same on every
+        stage."""
         min_lr = (self.optim.get("sched") or {}).get("min_lr") or 0.0
         return self.schedule.learning_rate(self.last_epoch, lr=self.optim["lr"], min_lr=min_lr)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizers of everything that trains on one pipeline stage, as `model.optim` and `model.megatron_amp_O2` say.
+"""The optimizers of everything that trains on one pipeline stage, by `model.optim` and `model.megatron_amp_O2`.
 
 A trained backbone is one more entry beside the exits, with one name on every stage, `backbone`. It is clipped by one
 norm over tensor and pipeline parallelism, so every stage joins that one collective in a step.
@@ -61,7 +61,7 @@ def stage_optimizers(
     max_norm: float = 0.0,
     trains_backbone: bool = False,
 ) -> ExitOptimizers:
-    """The optimizers of a stage's exits and of what trains in its backbone.
+    """The optimizers of a stage's exits and of the trained part of its backbone.
 
     Every rank must call it once the weights are on their device.
 

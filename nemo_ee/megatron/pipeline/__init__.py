@@ -1,3 +1,3 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A training step on one pipeline stage, and what stages send one another."""
+"""A training step on one pipeline stage, and the transfers between stages."""

@@ -53,7 +53,7 @@ def tune_exit(
         context: the exit's stage.
         head: the exit.
         batch: the microbatch.
-        output: what the stage's layers left of it.
+        output: output of the stage's layers for it.
         grad_scale: factor on the gradient of the summed loss.
         teacher: the final exit's distributions; read if the exit's objective has a teacher.
     """

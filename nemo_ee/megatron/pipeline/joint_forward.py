@@ -4,10 +4,10 @@
 
     loss = final exit's loss + sum over exits of weight_e * loss_e      (EE-LLM, arXiv 2312.04916, section 3)
 
-A schedule hands a stage's output on and later gives back its gradient; it knows nothing of losses on the way. So an
+A schedule passes a stage's output on and later returns its gradient; it has no place for losses on the way. So an
 exit's loss is attached to the hidden state it was computed from, as Megatron-core attaches the auxiliary losses of
 mixture-of-experts and multi-token prediction: forward, the hidden state passes unchanged; backward, the loss gets the
-gradient 1 and what it sends back joins the hidden state's own gradient. No loss has to travel between stages.
+gradient 1 and its gradient is added to the hidden state's own. No loss has to travel between stages.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:
 def forward_with_exit_losses(
     context: StageContext, batch: MicroBatch, *, loss_scales: Mapping[str, float], losses: dict[str, Tensor]
 ) -> Tensor:
-    """This stage's layers with the losses of its exits attached. Recomputes activations as the config says.
+    """This stage's layers with the losses of its exits attached. Recomputes activations by the config.
 
     Every rank of the tensor-parallel group must call it. On stages after the first the schedule has handed over the
     received hidden state by `set_input_tensor`.
@@ -146,10 +146,10 @@ def label_loss(context: StageContext, inputs: list[Tensor], weights: list[Tensor
 
 
 def recomputed_ranges(config: TransformerConfig, num_layers: int) -> list[tuple[int, int, bool]]:
-    """(first, end, recompute?) of consecutive layers of a stage, as Megatron's `recompute_*` settings ask.
+    """(first, end, recompute?) of consecutive layers of a stage, by Megatron's `recompute_*` settings.
 
     `full` with `uniform` recomputes pieces of `recompute_num_layers` layers, with `block` the first
-    `recompute_num_layers` layers one by one. `selective` is the layers' own affair.
+    `recompute_num_layers` layers one by one. `selective` is done inside the layers.
     """
     if config.recompute_granularity != "full":
         return [(0, num_layers, False)]

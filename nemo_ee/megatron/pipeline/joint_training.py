@@ -4,8 +4,8 @@
 
     loss = sum over tokens / number of tokens, of the final exit's cross-entropy + sum_e weight_e(step) * exit e's
 
-Takes the place of `tune_global_batch`. The model runs in training mode, dropout as configured, while the schedule
-runs, and is in evaluation mode otherwise.
+It is used in place of `tune_global_batch`. The model is in training mode, dropout as configured, while the schedule
+runs, and in evaluation mode otherwise.
 
 The backbone's output weight has copies on several stages: the first one where it is tied to the embeddings, the last
 one, and every stage with an exit that shares it. Megatron sums the gradients of the first and the last stage for its
@@ -43,7 +43,7 @@ class JointTraining:
     Args:
         context: this stage.
         placements: all stages.
-        seed: of the run; the random numbers of a step follow from it and the step's number.
+        seed: seed of the run; the random numbers of a step follow from it and the step's number.
     """
 
     def __init__(self, context: StageContext, placements: Sequence[StagePlacement], *, seed: int) -> None:
@@ -175,6 +175,6 @@ def seed_dropout(seed: int, step: int) -> None:
     """
     stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     digest = hashlib.blake2b(f"{seed}/{step}/{stage}/{replica}".encode(), digest_size=4).digest()
-    own = int.from_bytes(digest, "big") >> 1  # positive as a 32-bit number, what every generator takes
+    own = int.from_bytes(digest, "big") >> 1  # positive as a 32-bit number, which every generator accepts
     torch.manual_seed(own)
     tensor_parallel.model_parallel_cuda_manual_seed(own)

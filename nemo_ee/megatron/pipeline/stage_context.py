@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every microbatch on one pipeline stage is computed with, read-only and the same for all steps of a run."""
+"""The context of every microbatch on one pipeline stage; read-only and the same for all steps of a run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from nemo_ee.megatron.pipeline.transport import Transport
 
 @dataclass(frozen=True)
 class StageContext:
-    """See above.
+    """Model, transport and settings of one stage.
 
     Attributes:
         model: this stage.
         transport: carries hidden states from the stage before and to the stage behind.
         objectives: exit name -> training objective, for the exits of the whole model.
         autocast: dtype of mixed precision, None for none.
-        teachers: where the final exit's distributions come from. None: no exit learns from it, or none is compared
-            with it.
+        teachers: source of the final exit's distributions. None: no exit learns from it, or none is compared with it.
     """
 
     model: EarlyExitGPTModel
@@ -36,7 +35,7 @@ class StageContext:
 
     @property
     def device(self) -> torch.device:
-        """Where the stage computes."""
+        """The device of the stage."""
         return next(self.model.parameters()).device
 
     def mixed_precision(self, *, backward: bool = False) -> torch.autocast:

@@ -86,7 +86,7 @@ def _run_and_send(
         output = model.forward_to_taps(batch, received)
     teacher = None if context.teachers is None else context.teachers.after_forward(output, batch)
     if transport.stage + 1 < transport.num_stages:
-        # Under autocast the residual stream stays in the parameters' dtype, so that is what travels between stages.
+        # Under autocast the residual stream stays in the parameters' dtype, so states travel between stages in it.
         transport.send(transport.stage + 1, output.hidden.to(model.config.params_dtype))
     return batch, output if model.post_process else replace(output, hidden=None), teacher
 

@@ -32,7 +32,7 @@ class Transport:
 
     Args:
         group: ranks of one pipeline, in the order of its stages.
-        carries: what is sent, for messages.
+        carries: name of the sent data, for messages.
         max_outstanding: sends that may be outstanding, at least 1.
         task: start of the message of a failed transfer.
         way_out: end of that message.
@@ -121,7 +121,7 @@ def new_pipeline_group(
 
     Args:
         stages: the stages in it; None: all.
-        timeout: of its transfers; None: torch's.
+        timeout: time-out of its transfers; None: torch's.
         backend: None: torch's default one.
 
     Returns:

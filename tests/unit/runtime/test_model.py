@@ -156,7 +156,7 @@ def test_settings_of_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fetching |= {"local_files_only": True, "force_download": True}
     EarlyExitCausalLM.register_for_auto_class(auto_class="AutoModelForCausalLM")  # as transformers 5 calls it before
     EarlyExitCausalLM.from_pretrained(str(tmp_path), torch_dtype="auto", dtype=None, **fetching)
-    with pytest.raises(ValueError, match="max_memory: not known here"):
+    with pytest.raises(ValueError, match="max_memory: not supported here"):
         EarlyExitCausalLM.from_pretrained(str(tmp_path), max_memory={0: 1})
     asked = []
     monkeypatch.setattr("nemo_ee.runtime.auto_model.load_model", lambda *_, device, dtype: asked.append(device))
