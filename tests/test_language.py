@@ -21,7 +21,9 @@ GROUPS = {
     "package": ["nemo_ee/**/*.py", "nemo_ee/**/*.html"],
     "scripts": ["examples/**/*.py", "scripts/**/*.py", "benchmarks/**/*.py"],
 }
-ENFORCED = ("docs",)  # all of them: tuple(GROUPS)
+ENFORCED = tuple(GROUPS)
+
+ALLOWED = ("nemo_ee/export/manifest.py:19: 'artefacts'",)  # the key in manifests of earlier versions
 
 # Retired word (a regular expression) -> what to write instead.
 RETIRED = {
@@ -75,6 +77,7 @@ def problems_of(group: str) -> list[str]:
         text = path.read_text(encoding="utf-8")
         words = retired_words(prose(text) if path.suffix == ".md" else text)
         found += [f"{path.relative_to(ROOT).as_posix()}:{word}" for word in words]
+    found = [one for one in found if not one.startswith(ALLOWED)]
     return found
 
 
