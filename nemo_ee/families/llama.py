@@ -45,6 +45,7 @@ LLAMA_KEYS = keyed(
 def read_llama_like(
     reader: ConfigReader,
     *,
+    keys: Mapping[str, str] = LLAMA_KEYS,
     windowed: bool = False,
     default_groups: int | None = None,
     default_head_size: int | None = None,
@@ -52,18 +53,25 @@ def read_llama_like(
 ) -> Architecture:
     """The architecture of a config.json with Llama's keys.
 
-    Args:
-        windowed: whether attention has a window.
-        default_groups: default of `num_key_value_heads`; None = the number of query heads.
-        default_head_size: default of `head_dim`; None = hidden size / heads.
-        others: further fields of `Architecture`.
+        Args:
+    <<<<<<< ours
+            windowed: whether attention has a window.
+            default_groups: default of `num_key_value_heads`; None = the number of query heads.
+            default_head_size: default of `head_dim`; None = hidden size / heads.
+    =======
+            keys: as in `Family`, where one is not Llama's.
+            windowed: attention has a window.
+            default_groups: key-value heads where `num_key_value_heads` is absent; None is one per query head.
+            default_head_size: where `head_dim` is absent; None is hidden size / heads.
+    >>>>>>> theirs
+            others: further fields of `Architecture`.
     """
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     if default_head_size is None:
         indivisible = reader.get("head_dim") is None and hidden % heads
         reader.refuse_if(indivisible, f"hidden_size: {hidden}, not a multiple of num_attention_heads {heads}")
     fields = reader.fields(
-        LLAMA_KEYS,
+        keys,
         num_query_groups=heads if "num_key_value_heads" in reader.values else default_groups or heads,
         kv_channels=default_head_size or max(hidden // heads, 1),
         norm_epsilon=1e-6,

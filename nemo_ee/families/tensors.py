@@ -79,7 +79,7 @@ class Names:
         base: prefix that files of a bare model (without output projection) do not have.
         layer: prefix of a layer, with {} for its index from 0.
         qkv: query, key and value, or one linear that holds them one below the other.
-        fc1: the MLP's first matrix; gate and up of a gated MLP.
+        fc1: the MLP's first matrix: gate and up of a gated MLP, or one linear with the rows of both, gate first.
         q_norm, k_norm: norms of query and key heads, if the family has them.
         positions: learned positions, if the family has them; position p is row p + `position_offset`.
         transposed: whether linears are stored as [in, out].
