@@ -53,18 +53,12 @@ def read_llama_like(
 ) -> Architecture:
     """The architecture of a config.json with Llama's keys.
 
-        Args:
-    <<<<<<< ours
-            windowed: whether attention has a window.
-            default_groups: default of `num_key_value_heads`; None = the number of query heads.
-            default_head_size: default of `head_dim`; None = hidden size / heads.
-    =======
-            keys: as in `Family`, where one is not Llama's.
-            windowed: attention has a window.
-            default_groups: key-value heads where `num_key_value_heads` is absent; None is one per query head.
-            default_head_size: where `head_dim` is absent; None is hidden size / heads.
-    >>>>>>> theirs
-            others: further fields of `Architecture`.
+    Args:
+        keys: as in `Family`; give them if one differs from Llama's.
+        windowed: whether attention has a window.
+        default_groups: default of `num_key_value_heads`; None = the number of query heads.
+        default_head_size: default of `head_dim`; None = hidden size / heads.
+        others: further fields of `Architecture`.
     """
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     if default_head_size is None:

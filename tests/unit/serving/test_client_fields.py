@@ -20,7 +20,7 @@ from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.messages import AssistantMessage, Message, TextPart, ToolMessage
 from nemo_ee.serving.other_fields import NEUTRAL, NEUTRAL_OF
-from nemo_ee.serving.protocol import ApiRequest, Limits, read_request, request_model
+from nemo_ee.serving.protocol import ApiRequest, EarlyExit, Limits, read_request, request_model
 
 LIMITS = Limits(max_new_tokens=64, max_choices=4)
 BODY = {False: {"prompt": "x"}, True: {"messages": [{"role": "user", "content": "x"}]}}
@@ -182,3 +182,10 @@ def test_the_docs_say_what_becomes_of_each_field(is_chat: bool) -> None:
     table = text[text.index("| fields | |") :].split("\n\n")[0]
     told = set(re.findall(r"`([a-z_]+)`", table))
     assert not (fields_of_clients(is_chat) | set(request_model(is_chat, LIMITS).model_fields)) - told
+
+
+def test_the_docs_say_what_each_key_of_early_exit_does() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="utf-8")
+    table = text[text.index("## The field `early_exit`") :]
+    keys = re.findall(r"^\| `([a-z_]+)` \|", table[: table.index("\nCertificates (")], re.MULTILINE)
+    assert set(keys) == set(EarlyExit.model_fields)
