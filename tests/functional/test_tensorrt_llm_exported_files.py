@@ -122,12 +122,12 @@ def test_the_tokens_to_compare_are_of_prompts_served_alone() -> None:
         (
             test_export_tensorrt_llm.export,
             {"criterion": "sureness"},
-            "criterion='sureness' is unknown; use one of max_p",
+            "criterion='sureness' must be one of max_p",
         ),
         (
             test_export_huggingface.export,
             {"criterion": "sureness"},
-            "criterion='sureness' is unknown; use one of max_p",
+            "criterion='sureness' must be one of max_p",
         ),
         (test_export_tensorrt_llm.export, {"thresholds": {EXITS[-1]["name"]: 0.5}}, "no cache for the attention"),
         (test_export_huggingface.export, {"thresholds": {"nowhere": 0.5}}, "exit 'nowhere', which the model does not"),
