@@ -38,6 +38,7 @@ def confidence(logits: Tensor, criterion: str) -> Tensor:
         return probabilities.amax(dim=-1)
     if criterion == "entropy":
         return torch.special.entr(probabilities).sum(dim=-1)  # entr(0) = 0: masked tokens (-inf) count nothing
+    assert criterion == "margin", f"no formula for {criterion}"
     if probabilities.shape[-1] == 1:
         return probabilities[..., 0]
     top_two = probabilities.topk(2, dim=-1).values

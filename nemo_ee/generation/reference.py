@@ -63,6 +63,7 @@ def passes(logits: Tensor, criterion: str, threshold: float) -> bool:
         return first > threshold
     if criterion == "margin":
         return first - second > threshold
+    assert criterion == "entropy", f"no formula for {criterion}"
     entropy = -sum(x * math.log(x) for x in p if x > 0)
     return entropy < threshold
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.util
 import json
 import shutil
@@ -158,7 +159,7 @@ def test_an_empty_answer_that_leaves_no_token_is_named(script: ModuleType, tmp_p
     bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
     run(script, tmp_path, [chat("Hi", "there")], bare)
     with pytest.raises(
-        script.PreprocessError, match=r"in\.jsonl:2: no token of an answer is left .*leave a conversation"
+        script.PreprocessError, match=r"in\.jsonl:2: the template writes no token of an answer; .*leave a conversation"
     ):
         run(script, tmp_path, [chat("Hi", "there"), chat("Hi", "")], bare, overwrite=True)
 
@@ -247,7 +248,9 @@ def write(path: Path, lines: list[str]) -> Path:
 
 def test_a_template_whose_prefixes_are_not_prefixes_is_refused(script: ModuleType, tmp_path: Path) -> None:
     run(script, tmp_path, CHATS[:1], FORGETFUL)
-    with pytest.raises(script.PreprocessError, match=r"in.jsonl:2: the chat template writes what comes before mess"):
+    with pytest.raises(
+        script.PreprocessError, match=r"in.jsonl:2: the chat template writes the text before messages\[2\] differently"
+    ):
         run(script, tmp_path, CHATS[:2], FORGETFUL, overwrite=True)
 
 
@@ -272,9 +275,10 @@ def test_bad_settings_and_empty_input_are_named(
     assert not list(tmp_path.glob("chat*"))
 
 
-def test_text_is_not_written_beside_a_chat_s_mask(script: ModuleType, tmp_path: Path) -> None:
+def test_text_is_not_written_beside_a_chat_s_mask(script: ModuleType, tmp_path: Path, monkeypatch) -> None:
     run(script, tmp_path, CHATS, PLAIN)
-    text = sys.modules["preprocess_text"]
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    text = importlib.import_module("preprocess_text")
     defaults = OmegaConf.to_container(OmegaConf.load(CONFIG.with_name("preprocess_text.yaml")))
     mapping = {key: value for key, value in defaults.items() if key not in ("hydra", "defaults")}
     given = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "chat"), "tokenizer": str(TOKENIZER)}
