@@ -136,7 +136,7 @@ def test_an_index_that_names_the_wrong_file(one: Made, tmp_path: Path) -> None:
     index["weight_map"][name] = wrong
     path.write_text(json.dumps(index))
     signed(folder)
-    assert verify_export(folder) == [f"hf_full: {name} is in {right}, {path.name} says {wrong}"]
+    assert verify_export(folder) == [f"hf_full: {name} is in {right}, but in {wrong} by {path.name}"]
 
 
 # -- what the runtime refuses ---------------------------------------------------------------------------------------

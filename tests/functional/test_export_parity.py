@@ -114,7 +114,7 @@ SPOILT = {
     "lm_head.weight": "final gives other numbers",
     "exit_heads.l1-mlp-random-own.unembed.weight": "parity: l1-mlp-random-own gives other numbers",
     "exit_heads.l4-layer-copy-own.layer.attention.dense.weight": "parity: l4-layer-copy-own gives other numbers",
-    "transformer.layers.2.input_layernorm.weight": "input_layernorm.weight of tensor-parallel rank 1 is another",
+    "transformer.layers.2.input_layernorm.weight": "input_layernorm.weight of tensor-parallel rank 1 differs",
 }
 
 
