@@ -352,7 +352,7 @@ def test_a_directory_without_thresholds_is_served_by_the_stock_class(exported, t
 def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in) -> None:
     one = exported("llama")
     attends = EXITS[-1]["name"]
-    with pytest.raises(ValueError, match=f"{attends}.*no place in the cache.*names 'nowhere'.*pipeline parallelism"):
+    with pytest.raises(ValueError, match=f"{attends}.*the cache has no place.*names 'nowhere'.*pipeline parallelism"):
         one.torch_session(thresholds={attends: 0.5, "nowhere": 0.5}, mapping={"pp_size": 2})
     session = one.torch_session(thresholds={ASKED[0]: 0.0})
     session.step({0: (0, [1, 2])})
