@@ -6,7 +6,7 @@
 |---|---|
 | standard output | results: `show` |
 | standard error | progress bars, messages of nemo_ee (rank 0; warnings and errors of every rank), tracebacks |
-| log file | all of the above, nemo_ee's debug messages, and the output, log and warnings of libraries |
+| log file | the above without generated text and bars; debug messages of nemo_ee; output and logs of libraries |
 
 Inside `console`, `sys.stdout` and `sys.stderr` are the log file: prints and log handlers
 of every library go there. Code of nemo_ee names the console instead. Without a log file

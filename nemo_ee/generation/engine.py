@@ -106,9 +106,7 @@ class EarlyExitEngine:
             ValueError: with every problem of the call, before anything runs.
             RuntimeError: with every sequence whose logits are not numbers, after all have ended.
         """
-        problem = policy and unused_cap(mode, policy.max_pending_tokens, policy.num_draft_tokens)
-        if problem:
-            raise ValueError(problem)
+        _refuse_unused_cap(mode, policy)
         requests = self._requests(prompts, max_new_tokens, sampling, stop_tokens)
         session = self.start(requests, mode=mode, policy=policy)
         events: list[TokenEvent] = []
@@ -243,6 +241,7 @@ class EarlyExitEngine:
         Raises:
             ValueError: with every problem of the call, before anything runs.
         """
+        _refuse_unused_cap(mode, policy)
         problems: list[str] = [] if tokens else ["no sequences were given; give at least one"]
         contexts = per_sequence("num_context", num_context, len(tokens), int, problems)
         for index, (own, context) in enumerate(zip(tokens, contexts, strict=False)):
@@ -289,3 +288,10 @@ def _events_of(session: DecodingSession) -> Iterator[TokenEvent]:
             else:
                 yield event
     raise_failures(failures)
+
+
+def _refuse_unused_cap(mode: str, policy: ExitPolicy | None) -> None:
+    """For calls whose mode and policy belong together; a session's policy may serve requests of several modes."""
+    problem = policy and unused_cap(mode, policy.max_pending_tokens, policy.num_draft_tokens)
+    if problem:
+        raise ValueError(problem)

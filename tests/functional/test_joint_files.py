@@ -238,7 +238,7 @@ def test_training_goes_on_from_stored_updates(lora: SimpleNamespace, start: Simp
     kept = snapshot(lora.model.model)
     assert all(torch.equal(value, kept[name]) for name, value in before.items())
     with pytest.raises(
-        ValueError, match=r"rank 4\W.*model.early_exit.lora.rank=8\W.*set model.early_exit.lora.rank=4"
+        ValueError, match=r"rank 4, and model.early_exit.lora.rank=8 is another; set model.early_exit.lora.rank=4"
     ):
         restore(lora.beside, early_exit={"train": "lora", "lora": {"rank": 8}})
 

@@ -8,8 +8,9 @@ import dataclasses
 
 import pytest
 
+from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy, plan_exits, unused_cap
-from tests.helpers.stub_models import exit_points
+from tests.helpers.stub_models import ScriptedModel, exit_points
 
 EXITS = exit_points(("early", 2, 3), ("middle", 4, 7), ("late", 6, 12))
 
@@ -98,3 +99,13 @@ def test_each_mode_has_a_cap_of_its_own():
     assert unused_cap("static_depth", 2, 3) is None
     with pytest.raises(ValueError, match="num_draft_tokens = -1 must be a whole number"):
         ExitPolicy(0.5, num_draft_tokens=-1)
+
+
+def test_a_call_with_the_cap_of_another_mode_alone_is_refused_and_a_session_is_not():
+    policy = ExitPolicy(0.5, num_draft_tokens=2)
+    engine = EarlyExitEngine(ScriptedModel(12, EXITS, lambda *_: (1, 0.9)))
+    with pytest.raises(ValueError, match="num_draft_tokens = 2 has no effect in mode 'early_exit'"):
+        engine.generate([[1]], max_new_tokens=1, policy=policy)
+    with pytest.raises(ValueError, match="num_draft_tokens = 2 has no effect in mode 'early_exit'"):
+        engine.score([[1, 2]], 1, policy=policy)
+    engine.start([], policy=policy, num_slots=1, max_length=8)
