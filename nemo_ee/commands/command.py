@@ -69,7 +69,8 @@ def refuse_renamed_overrides(overrides: Sequence[str] | None = None) -> None:
     for override in sys.argv[1:] if overrides is None else overrides:
         name = override.partition("=")[0].lstrip("+~").rpartition(".")[2]
         if name in RENAMED_KEYS:
-            raise SystemExit(f"error: {override}: {name} is now {RENAMED_KEYS[name]}")
+            complain(f"error: {override}: {name} is now {RENAMED_KEYS[name]}\n")
+            sys.exit(2)
 
 
 def _log_path() -> Path | None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class Family:
         read: reader of a config.json -> its architecture; the reader collects problems.
         other_keys: architecture -> the other keys of its config.json. They may be wrong for an unsuitable
             architecture, since they are read back and compared.
+        special_tokens: ids that the config class assumes where config.json has no such key, e.g. `bos_token_id`.
         chosen_for: whether a model of this architecture and of unknown origin is written as this family's.
         droppable_final_norm: key of config.json that leaves the final norm out, if the class has one.
         engine: the class of TensorRT-LLM's engine backend; None = the class of an earlier family, or no class.
@@ -56,6 +58,7 @@ class Family:
     keys: Mapping[str, str]
     read: Callable[[ConfigReader], Architecture]
     other_keys: Callable[[Architecture], dict[str, Any]]
+    special_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
     chosen_for: Callable[[Architecture], bool] = lambda a: True
     droppable_final_norm: str | None = None
     engine: EngineClass | None = None

@@ -95,6 +95,7 @@ GPT2 = Family(
     keys=_KEYS,
     read=_read,
     other_keys=lambda a: {"activation_function": ACTIVATIONS.get(a.hidden_act)},
+    special_tokens={"bos_token_id": 50256, "eos_token_id": 50256},
     engine=EngineClass(
         architecture="GPTForCausalLM",
         computes=lambda a: a.layer_norm,

@@ -41,6 +41,8 @@ LLAMA_KEYS = keyed(
     init_method_std="initializer_range",
 )
 
+LLAMA_SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+
 
 def read_llama_like(
     reader: ConfigReader,
@@ -116,6 +118,7 @@ LLAMA = Family(
     keys=LLAMA_KEYS,
     read=_read_llama,
     other_keys=lambda a: {**rotary_keys(a), "attention_bias": PROJ in a.biases, "mlp_bias": FC1 in a.biases},
+    special_tokens=LLAMA_SPECIAL_TOKENS,
     engine=EngineClass(
         architecture="LlamaForCausalLM",
         computes=lambda a: not (a.layer_norm or a.qk_norm or a.biases == {QKV}),
@@ -132,5 +135,6 @@ MISTRAL = Family(
     keys=LLAMA_KEYS,
     read=lambda reader: read_llama_like(reader, family="mistral", default_groups=8, windowed=True),
     other_keys=lambda a: {**rotary_keys(a), "sliding_window": None},
+    special_tokens=LLAMA_SPECIAL_TOKENS,
     pytorch_early_exit=True,
 )

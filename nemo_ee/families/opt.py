@@ -73,6 +73,7 @@ OPT = Family(
     keys=_KEYS,
     read=_read,
     other_keys=_other_keys,
+    special_tokens={"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
     chosen_for=lambda a: a.hidden_act == "relu" or not a.biases,
     droppable_final_norm=_NO_FINAL_NORM,
     engine=EngineClass(

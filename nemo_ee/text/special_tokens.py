@@ -19,16 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.families.registry import FAMILIES
 from nemo_ee.text.json_values import JsonError, read_json_object
 
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
-# Defaults of transformers' config classes for keys that config.json does not have, by `model_type`; None elsewhere.
-_CLASS_DEFAULTS = {
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {"bos_token_id": 1, "eos_token_id": 2},
-    "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
-    "opt": {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1},
-}
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,11 @@ def end_of_text_of(
 
 
 def token_of(config: Mapping[str, Any], role: str) -> Any:
-    """`bos_token_id`, `eos_token_id` or `pad_token_id` of a config.json; for an absent key the class's default."""
-    return config.get(role, _CLASS_DEFAULTS.get(str(config.get("model_type")), {}).get(role))
+    """`bos_token_id`, `eos_token_id` or `pad_token_id` of a config.json; for an absent key the family's default."""
+    if role in config:
+        return config[role]
+    family = FAMILIES.get(str(config.get("model_type")))
+    return None if family is None else family.special_tokens.get(role)
 
 
 def _ids(values: Mapping[str, Any], source: str) -> tuple[int, ...]:

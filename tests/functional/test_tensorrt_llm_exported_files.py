@@ -20,6 +20,7 @@ pytest.importorskip("nemo")
 
 from tests.helpers.megatron_models import ROOT
 
+from nemo_ee.export.tensorrt_llm.early_exit_files import ENGINE_CRITERIA, PYTORCH_CRITERIA  # isort: skip
 from nemo_ee.export.tensorrt_llm.files import tensorrt_llm_model, tensorrt_llm_pytorch_model  # isort: skip  # after the CPU host is on
 
 from nemo_ee.generation.policy import ExitPolicy
@@ -118,7 +119,11 @@ def test_the_tokens_to_compare_are_of_prompts_served_alone() -> None:
 @pytest.mark.parametrize(
     ("export", "settings", "message"),
     [
-        (test_export_tensorrt_llm.export, {"thresholds": 0.5, "criterion": "margin"}, "an engine has max_probability"),
+        (
+            test_export_tensorrt_llm.export,
+            {"thresholds": 0.5, "criterion": "margin"},
+            "TensorRT-LLM has max_probability, entropy",
+        ),
         (
             test_export_tensorrt_llm.export,
             {"criterion": "sureness"},
@@ -142,6 +147,11 @@ def test_thresholds_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=message):
         export(exported.path, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_exporters_know_the_criteria_of_the_files() -> None:
+    assert tensorrt_llm_model.CRITERIA == ENGINE_CRITERIA
+    assert tensorrt_llm_pytorch_model.CRITERIA == PYTORCH_CRITERIA
 
 
 def test_thresholds_that_no_engine_would_use_are_refused(tmp_path: Path) -> None:

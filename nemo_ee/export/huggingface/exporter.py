@@ -38,6 +38,7 @@ from nemo_ee.export.model_origins import draft_model, full_model
 from nemo_ee.export.readings import Reading
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
+    PYTORCH_CRITERIA,
     pytorch_entries,
     pytorch_files,
     threshold_block,
@@ -95,7 +96,7 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
     """
     exits = settings.wanted_exits(source)
     unknown = unknown_exits("exits", settings.exits, source)
-    refuse(unknown + threshold_problems(exits, settings.thresholds, settings.criterion))
+    refuse(unknown + threshold_problems(exits, settings.thresholds, settings.criterion, PYTORCH_CRITERIA))
     stocks = _stocks(source)
     family, architecture = stocks[0].family, stocks[0].architecture
     problems = _problems_of_thresholds(settings, family)

@@ -25,6 +25,7 @@ _FILES = Path(__file__).with_name("files")  # copied into exports, never importe
 ENGINE_FILE = "tensorrt_llm_model.py"
 ENGINE_CRITERIA = ("max_probability", "entropy")
 PYTORCH_FILE = "tensorrt_llm_pytorch_model.py"
+PYTORCH_CRITERIA = ("max_probability", "margin", "entropy")
 PYTORCH_PACKAGE = "early_exit_trtllm"
 _PYTORCH_MODULE = f"{PYTORCH_PACKAGE}/__init__.py"
 VERIFIED = "on an eager stand-in of the API it uses, on the CPU, one rank, fp32; no real TensorRT-LLM has loaded it"
@@ -62,7 +63,7 @@ def threshold_problems(
     exits: Sequence[ExitConfig],
     thresholds: float | Mapping[str, float] | None,
     criterion: str,
-    criteria: Sequence[str] | None = None,
+    criteria: Sequence[str],
 ) -> list[str]:
     """Problems of thresholds: those that `threshold_block` would raise, a criterion that is not among `criteria` (also
     without thresholds), and thresholds that no exit gets."""
@@ -76,9 +77,9 @@ def threshold_problems(
             "exported); export one, or leave thresholds out"
         ]
     if criterion not in CRITERIA:
-        return [f"criterion={criterion!r} is unknown; use one of {', '.join(criteria or CRITERIA)}"]
-    if thresholds is not None and criteria is not None and criterion not in criteria:
-        return [f"criterion={criterion!r}: an engine has {' and '.join(criteria)}; use one of them"]
+        return [f"criterion={criterion!r} is unknown; use one of {', '.join(criteria)}"]
+    if thresholds is not None and criterion not in criteria:
+        return [f"criterion={criterion!r}: the model file for TensorRT-LLM has {', '.join(criteria)}; use one of them"]
     return []
 
 
