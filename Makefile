@@ -1,10 +1,10 @@
-# make demo | test-fast | test | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
+# make demo | test-fast | test | test-stack | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 export PYTHON
 
-.PHONY: help venv demo test test-fast lint clean
+.PHONY: help venv demo test test-fast test-stack lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -22,10 +22,13 @@ test-fast: venv  ## the unit tests but the few marked slow_unit, in two processe
 test: venv  ## the test suite, on the CPU; ARGS="-k name", ARGS=--run-slow
 	$(PY) -m pytest $(ARGS)
 
+test-stack: venv  ## the tests that apply to each supported version of the stack, in environments under .venvs/
+	$(PY) tests/stack/run.py $(ARGS)
+
 lint: venv  ## ruff and shellcheck
 	$(PY) -m ruff check .
 	$(VENV)/bin/shellcheck scripts/make_venv.sh scripts/slurm/tune.sub .ci/run
 
 clean:  ## remove the environment and everything that runs leave behind
-	rm -rf $(VENV) outputs nemo_experiments build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venvs outputs nemo_experiments build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

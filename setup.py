@@ -1,10 +1,16 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging: metadata from package_info.py, what nemo_ee itself imports, what a host without the container needs.
+"""Packaging: what the core needs, and one extra for each host of it.
 
-`install_requires` is what nemo_ee imports, in ranges that the NGC container nvcr.io/nvidia/nemo:25.07 satisfies; there
-`pip install -e . --no-deps` is enough. The extra `cpu` adds what NeMo's GPT model needs at import time on a bare host.
-Exact versions for such a host are in constraints/.
+    (none)     decode an export in Python
+    serving    serve an export
+    nemo       NeMo 2.4: convert, tune, calibrate, export; all of it is in the NGC container nvcr.io/nvidia/nemo:25.07,
+               where `pip install -e . --no-deps` is enough
+    cpu        the same on a host without the container
+    eval       lm-evaluation-harness
+    dev        what `make venv` installs besides: tests, lint
+
+Exact versions are in constraints/.
 """
 
 import importlib.util
@@ -15,20 +21,26 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 # Lower bounds name pre-releases because the container carries some: 2.8.0a0 sorts before 2.8.0.
-RUNTIME = [
+CORE = [
     "torch>=2.8.0a0,<2.14",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.21",
+    "numpy>=1.26",
+    "pydantic>=2.6,<3",
+    "PyYAML>=5.1",
+]
+
+# What every script imports.
+SCRIPTS = ["hydra-core>=1.3,<1.4", "omegaconf>=2.3,<2.4", "tqdm>=4.41.0"]
+
+NEMO = [
+    *SCRIPTS,
     "megatron-core>=0.13.0rc1,<0.14",
     "nemo-toolkit>=2.4.0rc3,<2.5",
     "lightning>=2.4.0,<2.5",
-    "hydra-core>=1.3,<1.4",
-    "omegaconf>=2.3,<2.4",
-    "pydantic>=2.6,<3",
-    "PyYAML>=5.1",
-    "safetensors>=0.4.3",
     "transformers>=4.51,<4.53",
-    "tokenizers>=0.21,<0.22",
-    "numpy>=1.26,<2",
-    "tqdm>=4.41.0",
+    "tokenizers<0.22",
+    "numpy<2",
     "matplotlib>=3.3.2",
     "tensorboard",
 ]
@@ -36,6 +48,7 @@ RUNTIME = [
 # What `nemo.collections.nlp` imports when it loads a Megatron GPT model and does not declare outside its extra `nlp`,
 # which has to be avoided: it pulls CUDA packages and replaces torch.
 CPU = [
+    *NEMO,
     "braceexpand",
     "cloudpickle",
     "einops",
@@ -54,7 +67,7 @@ CPU = [
 ]
 
 # What nemo_ee/serving/ imports besides; older pydantic checks every entry of a long wrong list (`fail_fast`).
-SERVING = ["fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
+SERVING = [*SCRIPTS, "fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
 
 # lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
 EVAL = ["lm_eval>=0.4.9,<0.5"]
@@ -86,6 +99,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js", "export/tensorrt_llm/files/*.py"]},
-    install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "serving": SERVING, "eval": EVAL, "test": TEST, "dev": DEV},
+    install_requires=CORE,
+    extras_require={"serving": SERVING, "nemo": NEMO, "cpu": CPU, "eval": EVAL, "test": TEST, "dev": DEV},
 )

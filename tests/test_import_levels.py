@@ -52,7 +52,7 @@ BOUNDARIES = {
     # level 1: siblings, only megatron -> generation is allowed (its adapter to the engine)
     "planning": _boundary("torch", "families exits"),
     "generation": _boundary("torch", "exits"),
-    "text": _boundary("tokenizers", "exits families generation"),
+    "text": _boundary("tokenizers", "exits families generation", only_lazily="jinja2"),
     # the libraries whose own keys a config may hold are looked at where one is met
     "settings": _boundary("omegaconf pydantic", "exits", only_lazily="lightning megatron.core nemo"),
     "megatron": _boundary("torch megatron.core", "exits generation", only_lazily="apex"),

@@ -47,7 +47,19 @@ def declared() -> dict[str, dict[str, Requirement] | str]:
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
-    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+    """By name; ranges of one package on several lines are one range."""
+    found: dict[str, Requirement] = {}
+    for requirement in map(Requirement, lines):
+        name = canonicalize_name(requirement.name)
+        if name in found:
+            requirement.specifier &= found[name].specifier
+        found[name] = requirement
+    return found
+
+
+def host_requirements() -> dict[str, Requirement]:
+    """Of the NeMo host: the core, and the extra `nemo`."""
+    return requirements([*declared()["install_requires"], *declared()["extras_require"]["nemo"]])
 
 
 def container_problems(runtime: dict[str, Requirement], lines: list[str]) -> list[str]:
@@ -80,7 +92,7 @@ def container_lines() -> list[str]:
 
 
 def test_container_meets_the_runtime_requirements() -> None:
-    assert not container_problems(requirements(declared()["install_requires"]), container_lines())
+    assert not container_problems(host_requirements(), container_lines())
 
 
 def test_container_python_is_supported() -> None:
@@ -124,8 +136,7 @@ def imported_packages(folder: Path) -> set[str]:
 
 
 def test_everything_the_package_imports_is_declared() -> None:
-    runtime = requirements(declared()["install_requires"])
-    provided = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in runtime}
+    provided = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in host_requirements()}
     imported = set().union(*(imported_packages(ROOT / name) for name in ("nemo_ee", "examples", "scripts")))
     assert imported - provided - OPTIONAL_IMPORTS == set()
 
@@ -216,10 +227,10 @@ def test_slurm_and_docker_files_name_what_exists_and_what_was_not_tried() -> Non
 
 
 def test_makefile_offers_what_the_documents_name() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"venv", "demo", "test", "lint", "clean"} <= targets
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        named = set(re.findall(r"`make ([a-z]+)", path.read_text(encoding="utf-8")))
+        named = set(re.findall(r"`make ([a-z-]+)", path.read_text(encoding="utf-8")))
         assert named <= targets, f"{path.name} names make targets that do not exist: {sorted(named - targets)}"
 
 

@@ -104,12 +104,17 @@ def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer (transformers), whichever version of transformers saved it. No code in it is run.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or transformers is not installed.
     """
-    from transformers import AutoTokenizer
-
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{directory}: no tokenizer in it; export from a .nemo that carries one, or use token ids")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as missing:
+        raise ValueError(
+            f"{directory}: transformers is not installed; run pip install 'transformers>=4.51', or use an export: its "
+            "tokenizer does not need transformers (nemo_ee.text.tokenizer_json)"
+        ) from missing
     with readable_tokenizer(directory) as readable:
         tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
     tokenizer.name_or_path = str(directory)

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a conversation, as the model's chat template writes it (transformers, in its Jinja sandbox).
+"""The text of a conversation, as the model's chat template writes it, in a Jinja sandbox.
 
 A template may leave out parts that it does not support. That would go unnoticed, so tools, tool calls and messages of
 tools are written a second time with a change, and are refused where the text stays the same.
@@ -28,7 +28,7 @@ def chat_prompt(tokenizer: Any, conversation: Conversation) -> str:
     """The prompt of a conversation.
 
     Args:
-        tokenizer: transformers', with a chat template.
+        tokenizer: a `JsonTokenizer` or transformers', with a chat template.
 
     Raises:
         ApiError: 400, the template refuses it, fails, or leaves a part of it out.

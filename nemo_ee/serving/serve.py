@@ -22,6 +22,7 @@ from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import ServedModel
 from nemo_ee.serving.settings import ServerSettings
 from nemo_ee.text.special_tokens import end_of_text_of
+from nemo_ee.text.tokenizer_json import JsonTokenizer
 
 _LOG = logging.getLogger(__name__)
 _FAREWELL_SECONDS = 5  # seconds to end the running step and to send an error to answers that did not end in time
@@ -37,7 +38,8 @@ def make_server(settings: ServerSettings) -> Server:
         torch.set_num_threads(settings.num_threads)
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={settings.device}, but there is no CUDA device here; use device=cpu")
-    tokenizer = load_tokenizer(settings.path)
+    without_transformers = JsonTokenizer.reads(settings.path)
+    tokenizer = JsonTokenizer(settings.path) if without_transformers else load_tokenizer(settings.path)
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     model = load_model(settings.path, device=settings.device, dtype=settings.dtype)

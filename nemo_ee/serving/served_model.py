@@ -46,7 +46,7 @@ class ServedModel:
     Args:
         name: name of the model in requests.
         model: the runtime model.
-        tokenizer: transformers'.
+        tokenizer: a `JsonTokenizer`, or transformers'.
         default: mode and policy of requests without their own.
         end_of_text: the tokens that end every answer.
         max_length: most tokens of a sequence, prompt included; None = the model's positions.

@@ -135,7 +135,7 @@ def prompt_ids(tokenizer: Any, text: str, add_bos: bool | None = None) -> list[i
     """Token ids of a prompt.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: a `JsonTokenizer`, or transformers'.
         text: special tokens spelled out in it are read as such.
         add_bos: True = the begin-of-text token in front, False = no special tokens but those in the text, None = those
             that the tokenizer itself adds. A text that begins with the begin-of-text token gets none in any case.

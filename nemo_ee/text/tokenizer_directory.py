@@ -17,9 +17,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files from which transformers reads settings. In the other JSON files a key is a token, whatever its name.
-_SETTINGS = (_CONFIG, "special_tokens_map.json", "chat_template.json", "config.json", "generation_config.json")
+_SETTINGS = (
+    TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "config.json", "generation_config.json",
+)  # fmt: skip
 _BESIDE = "config.json"  # names the class of a tokenizer whose own config does not
 
 
@@ -44,7 +46,7 @@ def carried_settings(name: str, data: bytes) -> bytes | None:
         return None
     if not isinstance(values, dict):
         return None
-    carried = readable_tokenizer_config(values) if name == _CONFIG else without_code(values)
+    carried = readable_tokenizer_config(values) if name == TOKENIZER_CONFIG else without_code(values)
     return data if carried == values else (json.dumps(carried, indent=2) + "\n").encode()
 
 
@@ -58,7 +60,7 @@ def readable_tokenizer(directory: str | Path) -> Iterator[Path]:
     """
     directory = Path(directory)
     check_model_files(directory)
-    config = directory / _CONFIG
+    config = directory / TOKENIZER_CONFIG
     values = read_json_object(config, wide_integers=True) if config.is_file() else {}
     readable = readable_tokenizer_config(values)
     if readable == without_code(values):
@@ -66,7 +68,7 @@ def readable_tokenizer(directory: str | Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="nemo_ee-") as folder:
         for name in (*TOKENIZER_FILES, _BESIDE):
-            if name != _CONFIG and (directory / name).is_file():
+            if name != TOKENIZER_CONFIG and (directory / name).is_file():
                 Path(folder, name).symlink_to((directory / name).resolve())
-        Path(folder, _CONFIG).write_text(json.dumps(readable), encoding="utf-8")
+        Path(folder, TOKENIZER_CONFIG).write_text(json.dumps(readable), encoding="utf-8")
         yield Path(folder)

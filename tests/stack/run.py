@@ -1,0 +1,214 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Run the tests that apply to each supported version of the stack, and print one table: `make test-stack`.
+
+    python tests/stack/run.py                     # every column
+    python tests/stack/run.py --only core         # one; may be given several times
+
+A column is an environment, `.venvs/<column>` with the exact versions of `constraints/stack/<column>.txt`, and the
+tests that run in it. The first column is `make test`'s own environment; it writes what the others read: exports, and
+checkpoints of Megatron-core 0.13. Two columns run at a time. The folder for these files is `outputs/stack/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "outputs" / "stack"
+TORCH = "torch==2.13.0"
+COLUMN_TIMEOUT = 1800.0  # seconds
+SEED = "nemo"
+CORE_TESTS = [
+    f"tests/unit/{part}" for part in "exits families generation planning runtime serving settings text".split()
+]
+SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """An environment and its tests.
+
+    Attributes:
+        name: of the environment and of its constraints file.
+        tests: arguments of pytest.
+        install: arguments of pip, with the constraints; () = the constraints are the complete list of packages.
+    """
+
+    name: str
+    tests: Sequence[str]
+    install: Sequence[str] = ()
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return ROOT / (".venv" if self.name == SEED else f".venvs/{self.name}") / "bin" / "python"
+
+    @property
+    def constraints(self) -> Path:
+        """Its exact versions."""
+        return ROOT / "constraints" / "stack" / f"{self.name}.txt"
+
+
+COLUMNS = [
+    Column(SEED, ["tests/stack/transformers", "tests/stack/megatron"]),
+    Column("core", ["tests/stack/core", *CORE_TESTS], install=[".[serving]", "pytest", "pytest-timeout", "openai"]),
+    Column("transformers-4.57", ["tests/stack/transformers"]),
+    Column("transformers-5", ["tests/stack/transformers"]),
+    *(Column(f"megatron-{minor}", ["tests/stack/megatron"]) for minor in ("0.14", "0.15", "0.16", "0.19")),
+    Column("bridge", ["tests/stack/bridge"]),
+]
+
+
+@dataclasses.dataclass
+class Result:
+    """The tests of a column.
+
+    Attributes:
+        versions: package -> installed version.
+        passed, failed: numbers of tests.
+        skipped: reason -> number of tests.
+        seconds: time of the tests, and of the installation.
+        error: why the column ended without results, or None.
+    """
+
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    passed: int = 0
+    failed: int = 0
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: tuple[float, float] = (0.0, 0.0)
+    error: str | None = None
+
+
+def install(column: Column) -> None:
+    """Make a column's environment, unless it is there.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; its output is in the column's log.
+    """
+    text = column.constraints.read_text(encoding="utf-8")
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8") if column.install else ""
+    state = hashlib.sha256(f"{text}{setup}{column.install}{TORCH}{ROOT}".encode()).hexdigest()
+    folder, stamp = column.python.parents[1], column.python.parents[1] / "nemo_ee-stack"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == state:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    _logged(column, sys.executable, "-m", "venv", folder)
+    pip = [column.python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
+    # A plain torch may bring gigabytes of CUDA; a CPU build has this name where the index has one.
+    if _logged(column, *pip, f"{TORCH}+cpu", check=False):
+        _logged(column, *pip, TORCH)
+    if column.install:
+        _logged(column, *pip, *column.install, "-c", column.constraints)
+    else:  # Megatron-core 0.19 declares Python 3.12, and works on 3.11
+        _logged(column, *pip, "--no-deps", "--ignore-requires-python", "-r", column.constraints)
+    stamp.write_text(state, encoding="utf-8")
+
+
+def run(column: Column) -> Result:
+    """Install and test a column."""
+    result, start = Result(), time.monotonic()
+    report = FOLDER / f"{column.name}.xml"
+    report.unlink(missing_ok=True)
+    try:
+        if column.name != SEED:
+            install(column)
+        begin = time.monotonic()
+        result.versions = _versions(column)
+        given = [column.python, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_logging=no", *column.tests]
+        _logged(column, *given, check=False)
+        result.seconds = (time.monotonic() - begin, begin - start)
+    except (subprocess.SubprocessError, OSError) as problem:
+        result.error = f"{type(problem).__name__}: {problem}"
+    if report.is_file():
+        _count(report, result)
+    elif result.error is None:
+        result.error = "pytest wrote no report"
+    return result
+
+
+def _count(report: Path, result: Result) -> None:
+    for case in ElementTree.parse(report).iter("testcase"):
+        skipped = case.find("skipped")
+        if skipped is not None:
+            result.skipped[(skipped.get("message") or "").splitlines()[0]] += 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            result.failed += 1
+        else:
+            result.passed += 1
+
+
+def _logged(column: Column, *command: object, check: bool = True) -> int:
+    """Run a command from the root of the repository; its output goes to `outputs/stack/<column>.log`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NEMO_EE_STACK": str(FOLDER), "CUDA_VISIBLE_DEVICES": ""}
+    with (FOLDER / f"{column.name}.log").open("a", encoding="utf-8") as log:
+        log.write(f"$ {' '.join(map(str, command))}\n")
+        log.flush()
+        done = subprocess.run(
+            [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, timeout=COLUMN_TIMEOUT, check=check,
+        )  # fmt: skip
+    return done.returncode
+
+
+def _versions(column: Column) -> dict[str, str]:
+    code = "import importlib.metadata as m; print(*(f'{d.name} {d.version}' for d in m.distributions()), sep='\\n')"
+    lines = subprocess.run([column.python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {name.lower().replace("_", "-"): version for name, _, version in (line.partition(" ") for line in lines)}
+    return {name: found[name] for name in SHOWN if name in found}
+
+
+def table(results: dict[str, Result]) -> str:
+    """The results as a table in Markdown, with the reasons of tests that do not apply below it."""
+    rows = [
+        "| environment | versions | passed | failed | not applicable | tests, installation |",
+        "|---|---|---|---|---|---|",
+    ]
+    reasons = []
+    for name, result in results.items():
+        versions = ", ".join(f"{package} {version}" for package, version in result.versions.items())
+        tests, setup = (f"{seconds:.0f} s" for seconds in result.seconds)
+        counts = f"{result.passed} | {result.failed} | {result.skipped.total()}"
+        rows.append(f"| {name} | {result.error or versions} | {counts} | {tests}, {setup} |")
+        reasons += [f"- {name}: {count} x {reason}" for reason, count in result.skipped.items()]
+    return "\n".join([*rows, "", *reasons]).rstrip()
+
+
+def main() -> int:
+    """Run the chosen columns; 1 if a test failed or a column has no result."""
+    parser = argparse.ArgumentParser(description="Run the tests of each supported version of the stack.")
+    parser.add_argument("--only", action="append", choices=[column.name for column in COLUMNS], help="this column")
+    chosen = parser.parse_args().only
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    columns = [column for column in COLUMNS if not chosen or column.name in chosen]
+    for column in columns:
+        (FOLDER / f"{column.name}.log").unlink(missing_ok=True)
+    start, seed = time.monotonic(), COLUMNS[0]
+    print(f"files and logs: {FOLDER.relative_to(ROOT)}/", flush=True)
+    _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER / "exports")
+    results = {column.name: run(column) for column in columns if column is seed}
+    with ThreadPoolExecutor(2) as pool:
+        others = [column for column in columns if column is not seed]
+        for column, result in zip(others, pool.map(run, others), strict=True):
+            results[column.name] = result
+            print(f"{column.name}: {result.passed} passed, {result.failed} failed", flush=True)
+    text = table(results)
+    (FOLDER / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n{time.monotonic() - start:.0f} s")
+    return int(any(result.failed or result.error for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
