@@ -24,7 +24,8 @@ from nemo_ee.text.tokenizer_directory import TOKENIZER_CONFIG
 
 TOKENIZER_JSON = "tokenizer.json"
 _TEMPLATE_FILE = "chat_template.jinja"
-_CLASS = "PreTrainedTokenizerFast"
+# transformers 4 stores the second name for the first class; beside a tokenizer.json it reads both as the first.
+_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -56,9 +57,7 @@ class JsonTokenizer:
             self._set_prefix_space(config.get("add_prefix_space"))
             self.chat_template = _chat_template(Path(directory), config)
         except Exception as problem:  # of values of any kind, and the tokenizers library has no class of its own
-            raise ValueError(
-                f"{directory}: the tokenizer is damaged ({problem}); fetch or write it again"
-            ) from problem
+            raise ValueError(f"{directory}: the tokenizer is damaged ({problem}); write it again") from problem
         self.bos_token_id, self.eos_token_id = (self._id_of(role) for role in ("bos_token", "eos_token"))
         if listed:
             self.special_tokens["additional_special_tokens"] = listed
@@ -73,7 +72,7 @@ class JsonTokenizer:
         files = (TOKENIZER_JSON, TOKENIZER_CONFIG)
         if not all((Path(directory) / name).is_file() for name in files):
             return False
-        return _config(directory).get("tokenizer_class") == _CLASS
+        return _config(directory).get("tokenizer_class") in _CLASSES
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
         """`input_ids`: the token ids of a text.

@@ -32,7 +32,8 @@ TORCH = "torch==2.13.0"
 COLUMN_TIMEOUT = 1800.0  # seconds
 SEED = "nemo"
 CORE_TESTS = [
-    f"tests/unit/{part}" for part in "exits families generation planning runtime serving settings text".split()
+    *("-m", "not slow_unit", "tests/stack/core"),
+    *(f"tests/unit/{part}" for part in "exits families generation planning runtime serving settings text".split()),
 ]
 SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit")
 
@@ -64,7 +65,7 @@ class Column:
 
 COLUMNS = [
     Column(SEED, ["tests/stack/transformers", "tests/stack/megatron"]),
-    Column("core", ["tests/stack/core", *CORE_TESTS], install=[".[serving]", "pytest", "pytest-timeout", "openai"]),
+    Column("core", CORE_TESTS, install=[".[serving]", "pytest", "pytest-timeout", "openai"]),
     Column("transformers-4.57", ["tests/stack/transformers"]),
     Column("transformers-5", ["tests/stack/transformers"]),
     *(Column(f"megatron-{minor}", ["tests/stack/megatron"]) for minor in ("0.14", "0.15", "0.16", "0.19")),

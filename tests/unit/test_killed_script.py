@@ -46,6 +46,7 @@ def running(pids: list[int]) -> list[int]:
     return [pid for pid in pids if state(pid) != "Z"]
 
 
+@pytest.mark.slow_unit
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("inside", [True, False], ids=["a script", "control"])
 def test_what_a_killed_script_started_ends(inside: bool, tmp_path: Path) -> None:

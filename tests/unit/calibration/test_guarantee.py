@@ -87,14 +87,17 @@ def test_control_smaller_p_values_break_it(p_values_a_fifth_as_large):
     assert too_many(violations_along_a_path())
 
 
+@pytest.mark.slow_unit
 def test_the_promise_holds_for_a_split():
     count = violations_of_a_split()
     assert 0 < count and not too_many(count)
 
 
+@pytest.mark.slow_unit
 def test_control_an_order_found_on_the_prompts_that_test_breaks_it():
     assert too_many(violations_of_a_split(disjoint=False))
 
 
+@pytest.mark.slow_unit
 def test_control_smaller_p_values_break_the_split(p_values_a_fifth_as_large):
     assert too_many(violations_of_a_split())

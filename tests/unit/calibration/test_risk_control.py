@@ -121,6 +121,7 @@ def smallest_sample_risk(losses: torch.Tensor) -> int:
     return max((index for index, own in enumerate(losses) if own.mean() <= EPSILON), default=-1)
 
 
+@pytest.mark.slow_unit
 def test_the_risk_holds_as_often_as_promised():
     assert not too_many(violations(learn_then_test))
 

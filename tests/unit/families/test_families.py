@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is the reference here")
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_ee.families.architecture import FC1, QKV, Architecture

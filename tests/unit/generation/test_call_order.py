@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 # Six sequences that end at six exits on one stop, in the reverse order of the model.
@@ -28,6 +30,7 @@ print(*asked)
 """
 
 
+@pytest.mark.slow_unit
 def test_exits_are_asked_in_the_order_of_the_sequences_under_any_hash_seed():
     """A set of exits has the right order by chance once in 720 times."""
     for seed in ("1", "2"):

@@ -31,6 +31,7 @@ def test_tokens_exits_and_logprobs_equal_the_naive_decoder(seed):
     assert_as_the_reference(seed, 1 + seed % 3)
 
 
+@pytest.mark.slow_unit
 def test_control_a_cap_that_forgets_what_was_sent_ahead_is_noticed(monkeypatch):
     monkeypatch.setattr(StagedForward, "num_pending", lambda self, slot: self._num_pending[slot])
     with pytest.raises(AssertionError):

@@ -244,6 +244,7 @@ def test_tokens_drafts_and_acceptance_equal_the_naive_decoder(seed):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4), "the final exit's, whoever drafted"
 
 
+@pytest.mark.slow_unit
 def test_the_random_cases_accept_and_reject():
     """The control of the test above."""
     drafted = accepted = 0

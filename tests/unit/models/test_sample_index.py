@@ -121,6 +121,7 @@ def test_data_of_other_runs_keeps_its_index(tmp_path: Path) -> None:
         make_index_folder([one], str(tmp_path / "file"))
 
 
+@pytest.mark.slow_unit
 def test_every_rank_reads_the_new_data(tmp_path: Path) -> None:
     """Two ranks and a blend of two prefixes, whose own index Megatron caches as well; one process afterwards."""
     prefixes = [write(tmp_path / "data" / name, 12) for name in "xy"]

@@ -12,6 +12,9 @@ import math
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is the reference here")
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -11,6 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is the reference here")
+
 import torch
 
 from nemo_ee.exits.confidence import confidence, leaves

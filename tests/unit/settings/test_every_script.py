@@ -97,6 +97,7 @@ def settings_of(stem: str, **changes: Any) -> DictConfig:
     return cfg
 
 
+@pytest.mark.slow_unit
 def test_no_script_leaves_a_file_where_it_was_started() -> None:
     """Hydra opens every handler of its logging, used or not; a file handler makes an empty .log.
 
@@ -218,6 +219,7 @@ WITHOUT_NEMO = (
 ).split()
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize("stem", WITHOUT_NEMO)
 def test_no_value_of_any_setting_ends_in_a_traceback(stem: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """The files named do not exist, so no run gets far."""

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is the reference here")
+
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from nemo_ee.families.registry import FAMILIES

@@ -78,6 +78,7 @@ def test_a_prefix_space_is_added_as_the_config_says(prefix: bool, tmp_path: Path
 
 def test_a_directory_of_transformers_5(tmp_path: Path) -> None:
     expected = tokenizer_of(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     as_transformers_5_saves(tmp_path)
     assert JsonTokenizer.reads(tmp_path)
     assert [JsonTokenizer(tmp_path)(text)["input_ids"] for text in TEXTS] == [expected(t)["input_ids"] for t in TEXTS]
