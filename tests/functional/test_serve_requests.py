@@ -27,6 +27,7 @@ import torch
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
+from nemo_ee.runtime.loader import load_tokenizer
 from nemo_ee.serving.serve import make_server
 from nemo_ee.serving.settings import ServerSettings
 from tests.helpers.lm_eval_hf import hugging_face_lm
@@ -278,7 +279,7 @@ def test_lm_eval_s_local_completions_give_what_its_hf_model_gives(lm_eval, url, 
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    theirs = hugging_face_lm(reference, server.model.tokenizer, batch_size=2)
+    theirs = hugging_face_lm(reference, load_tokenizer(model_path), batch_size=2)
     ours = LocalCompletionsAPI(
         base_url=f"{url}/v1/completions", model="demo", tokenizer=str(model_path), max_length=1024, batch_size=3
     )
