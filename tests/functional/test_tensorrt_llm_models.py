@@ -2,19 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two TensorRT-LLM model files, on eager stand-ins of the API they use, against `kv: propagate` of the runtime.
 
-The stand-ins (tests/helpers/tensorrt_llm_stand_in.py, tensorrt_llm_torch_stand_in.py) are not TensorRT-LLM; what is
-shown here is that the files compute what they say, not that TensorRT-LLM loads them. Both load exports of the same
-`.nemo` as the runtime does. Tokens and exits exactly, logits within 1e-5 of the largest, fp32.
+The stand-ins (tests/helpers/tensorrt_llm_stand_in.py, tensorrt_llm_torch_stand_in.py and
+tensorrt_llm_executor_stand_in.py) are not TensorRT-LLM; what is shown here is that the files compute what they say, not
+that TensorRT-LLM loads them. Both load exports of the same `.nemo` as the runtime does. Tokens and exits exactly,
+logits within 1e-5 of the largest, fp32. Every test of the PyTorch backend's file runs on the API of 1.0 to 1.2 and on
+that of 1.3 and 1.4.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +36,7 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import PropagatingBatch, generate_propagating
 from tests.functional import test_export_huggingface, test_export_tensorrt_llm
-from tests.helpers import tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
+from tests.helpers import tensorrt_llm_executor_stand_in, tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
 from tests.helpers.huggingface_models import change_config
 
 EXITS = [
@@ -80,19 +84,35 @@ class Exported:
         return tensorrt_llm_stand_in.Session(getattr(module, self.engine_class), folder)
 
     def torch_session(
-        self, *, mapping: dict | None = None, trust_remote_code: bool = True, **early_exit: Any
-    ) -> tensorrt_llm_torch_stand_in.Session:
-        """As --custom_module_dirs does it: import a package, which registers its classes; load the directory."""
+        self,
+        *,
+        settings: dict | None = None,
+        mapping: dict | None = None,
+        trust_remote_code: bool = True,
+        **early_exit: Any,
+    ) -> tensorrt_llm_executor_stand_in.Session:
+        """As --custom_module_dirs does it: import a package, which registers its classes; load the directory.
+
+        Args:
+            settings: the user's; None = the documented serve.yaml for 1.2, nothing for 1.4.
+        """
         set_early_exit(self.hf / "hf_early_exit", **early_exit)
-        sys.path.insert(0, str(self.hf / "hf_early_exit"))
-        try:
-            sys.modules.pop("early_exit_trtllm", None)
-            importlib.import_module("early_exit_trtllm")
-        finally:
-            sys.path.pop(0)
-        return tensorrt_llm_torch_stand_in.Session(
-            self.hf / "hf_early_exit", trust_remote_code=trust_remote_code, **mapping or {}
+        file = imported_file(self.hf / "hf_early_exit")
+        if settings is None:
+            settings = file.DEFAULTS if tensorrt_llm_torch_stand_in.api == "1.2" else {}
+        return tensorrt_llm_executor_stand_in.Session(
+            self.hf / "hf_early_exit", settings, trust_remote_code=trust_remote_code, **mapping or {}
         )
+
+
+def imported_file(folder: Path) -> Any:
+    """The package beside the model, imported anew."""
+    sys.path.insert(0, str(folder))
+    try:
+        sys.modules.pop("early_exit_trtllm", None)
+        return importlib.import_module("early_exit_trtllm")
+    finally:
+        sys.path.pop(0)
 
 
 def model_file(name: str) -> Path:
@@ -126,9 +146,9 @@ def stand_in() -> Iterator[Any]:
         yield tensorrt_llm_stand_in
 
 
-@pytest.fixture
-def torch_stand_in() -> Iterator[Any]:
-    with tensorrt_llm_torch_stand_in.installed():
+@pytest.fixture(params=tensorrt_llm_executor_stand_in.VERSIONS)
+def torch_stand_in(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with tensorrt_llm_executor_stand_in.installed(request.param):
         tensorrt_llm_torch_stand_in.counts.clear()
         tensorrt_llm_torch_stand_in.lines.clear()
         yield tensorrt_llm_torch_stand_in
@@ -298,13 +318,35 @@ def test_the_pytorch_file_gives_the_tokens_and_exits_of_the_runtime(
     assert len(used) >= 2 and None in used, "control: some steps leave and some do not"
 
 
-def test_pytorch_skipped_layers_run_attention_alone(exported, torch_stand_in) -> None:
+@pytest.mark.parametrize(
+    ("backend", "work"), [("TRTLLM", {"attention": 3}), ("FLASHINFER", {"attention": 1, "append": 2})]
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_pytorch_skipped_layers_write_keys_and_values_alone(
+    name: str, backend: str, work: dict, exported, torch_stand_in
+) -> None:
+    """No MLP and no output projection; no attention where the backend has a cache write of its own."""
+    one, exit, logits = exported(name), ASKED[0], []
+    for settings in ({}, {"attn_backend": backend}):
+        session = one.torch_session(thresholds={exit: 0.0})
+        if settings:
+            session = one.torch_session(thresholds={exit: 0.0}, settings={**session.llm_args, **settings})
+        session.step({0: (0, PROMPTS[0])})
+        torch_stand_in.counts.clear()
+        session.step({0: (6, [4])})
+        assert session.model.steps_left_at == {exit: 1}
+        counted = dict(torch_stand_in.counts)
+        session.model.early_exit = session.model.early_exit._replace(exits=())  # full depth, over what was written
+        logits.append(session.step({0: (7, [9])}))
+    assert counted == {"mlp": 1, "o_proj": 1, **work}  # the exit's own MLP
+    assert (logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max()
+
+
+def test_pytorch_steps_with_a_prompt_run_to_full_depth_and_steps_are_counted(exported, torch_stand_in) -> None:
     one, name = exported("llama"), ASKED[0]
     session = one.torch_session(thresholds={name: 0.0})
     session.step({0: (0, PROMPTS[0])})
-    torch_stand_in.counts.clear()
     session.step({0: (6, [4])})
-    assert torch_stand_in.counts == {"mlp": 1, "attention": 3}  # the exit's own MLP
     torch_stand_in.counts.clear()
     session.step({0: (7, [4]), 1: (0, [1, 2])})
     assert torch_stand_in.counts["stock"] == 1 and session.model.steps_left_at == {name: 1}, "a prompt in the step"
@@ -349,18 +391,83 @@ def test_a_directory_without_thresholds_is_served_by_the_stock_class(exported, t
     assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in) -> None:
+def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in, monkeypatch) -> None:
     one = exported("llama")
     attends = EXITS[-1]["name"]
     with pytest.raises(ValueError, match=f"{attends}.*the cache has no place.*names 'nowhere'.*pipeline parallelism"):
         one.torch_session(thresholds={attends: 0.5, "nowhere": 0.5}, mapping={"pp_size": 2})
-    session = one.torch_session(thresholds={ASKED[0]: 0.0})
+    session = one.torch_session(
+        thresholds={ASKED[0]: 0.0}, settings={"cuda_graph_config": {}}  # the user's settings win on both APIs
+    )  # fmt: skip
     session.step({0: (0, [1, 2])})
     with pytest.raises(RuntimeError, match="set cuda_graph_config to null"):
-        session.step({0: (2, [1])}, is_cuda_graph=True)
+        session.step({0: (2, [1])})
+    monkeypatch.delitem(torch_stand_in.stock_classes, "Qwen2ForCausalLM")
     torch_stand_in.MODEL_CLASS_MAPPING.pop("Qwen2ForCausalLM")
-    with pytest.raises(RuntimeError, match=r"no class is registered for Qwen2ForCausalLM.*1\.0 to 1\.2"):
+    with pytest.raises(
+        RuntimeError, match=r"has no class for Qwen2ForCausalLM; .*1\.0 to 1\.4: install one of them, or"
+    ):
         one.torch_session()
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "1.5.0rc2"])
+def test_another_tensorrt_llm_is_refused_in_one_line(version: str, exported) -> None:
+    folder = exported("llama").hf / "hf_early_exit"
+    message = (
+        rf"TensorRT-LLM {version} is not supported; this file needs TensorRT-LLM 1\.0 to 1\.4: install one of them, or "
+        r"serve hf_full without exits"
+    )
+    with (
+        tensorrt_llm_executor_stand_in.installed("1.4", version),
+        pytest.raises(RuntimeError, match=f"^{message}$"),
+    ):
+        imported_file(folder)
+
+
+def test_a_directory_with_thresholds_needs_no_settings_where_the_hook_exists(exported, torch_stand_in) -> None:
+    """On 1.2 without serve.yaml the first decoding step ends with the setting to change."""
+    one, base = exported("llama"), tensorrt_llm_executor_stand_in.LLM_ARGS
+    session = one.torch_session(thresholds={ASKED[0]: 0.0}, settings={})
+    session.step({0: (0, [1, 2])})
+    if torch_stand_in.api == "1.2":
+        assert session.llm_args == base
+        with pytest.raises(RuntimeError, match="set cuda_graph_config to null"):
+            session.step({0: (2, [1])})
+    else:
+        session.step({0: (2, [1])})
+        assert session.llm_args == {
+            **base,
+            "cuda_graph_config": None,
+            "disable_overlap_scheduler": True,
+            "kv_cache_config": {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.9},
+        }
+    assert one.torch_session(settings={}).llm_args == base, "nothing changes for a directory without thresholds"
+
+
+def test_defaults_keep_those_of_the_stock_class_and_of_other_checkpoints(exported, torch_stand_in, tmp_path) -> None:
+    one = exported("llama")
+    one.torch_session(thresholds={ASKED[0]: 0.5})
+    file = sys.modules["early_exit_trtllm"]
+    stock = type("Stock", (), {"get_model_defaults": classmethod(
+        lambda cls, llm_args: {"attn_backend": "X", "kv_cache_config": {"tokens_per_block": 64}}
+    )})  # fmt: skip
+    cls = file.early_exit_class(stock)
+    served = SimpleNamespace(model=one.hf / "hf_early_exit")
+    assert cls.get_model_defaults(served) == {
+        **file.DEFAULTS,
+        "attn_backend": "X",
+        "kv_cache_config": {"tokens_per_block": 64, "enable_block_reuse": False},
+    }
+    assert file.DEFAULTS["kv_cache_config"] == {"enable_block_reuse": False}
+    other = SimpleNamespace(model=tmp_path, revision=None)  # no config.json: not a Hugging Face directory
+    assert cls.get_model_defaults(other) == stock.get_model_defaults(other)
+
+
+def test_worker_processes_get_the_class_by_module_and_name(exported, torch_stand_in) -> None:
+    file = imported_file(exported("llama").hf / "hf_early_exit")
+    cls = torch_stand_in.MODEL_CLASS_MAPPING["LlamaForCausalLM"]
+    assert cls.__module__ == "early_exit_trtllm" and cls is file.EarlyExitLlamaForCausalLM
+    assert pickle.loads(pickle.dumps(cls)) is cls
 
 
 def test_both_files_import_without_tensorrt_llm() -> None:
