@@ -3,9 +3,9 @@
 """The two TensorRT-LLM model files, on eager stand-ins of the API they use, against `kv: propagate` of the runtime.
 
 The stand-ins (tests/helpers/tensorrt_llm_stand_in.py, tensorrt_llm_torch_stand_in.py and
-tensorrt_llm_executor_stand_in.py) are not TensorRT-LLM; what is shown here is that the files compute what they say, not
-that TensorRT-LLM loads them. Both load exports of the same `.nemo` as the runtime does. Tokens and exits exactly,
-logits within 1e-5 of the largest, fp32. Every test of the PyTorch backend's file runs on the API of 1.0 to 1.2 and on
+tensorrt_llm_executor_stand_in.py) are not TensorRT-LLM; what is shown here is that the files compute what they say,
+not that TensorRT-LLM loads them. Both load exports of the same `.nemo` as the runtime does. Tokens and exits exactly,
+logits within 1e-5 of the largest, fp32. The tests of the PyTorch backend's file run on the API of 1.0 to 1.2 and on
 that of 1.3 and 1.4.
 """
 
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,22 +95,17 @@ class Exported:
             settings: the user's; None = the documented serve.yaml for 1.2, nothing for 1.4.
         """
         set_early_exit(self.hf / "hf_early_exit", **early_exit)
-        file = imported_file(self.hf / "hf_early_exit")
+        sys.path.insert(0, str(self.hf / "hf_early_exit"))
+        try:
+            sys.modules.pop("early_exit_trtllm", None)
+            file = importlib.import_module("early_exit_trtllm")
+        finally:
+            sys.path.pop(0)
         if settings is None:
             settings = file.DEFAULTS if tensorrt_llm_torch_stand_in.api == "1.2" else {}
         return tensorrt_llm_executor_stand_in.Session(
             self.hf / "hf_early_exit", settings, trust_remote_code=trust_remote_code, **mapping or {}
         )
-
-
-def imported_file(folder: Path) -> Any:
-    """The package beside the model, imported anew."""
-    sys.path.insert(0, str(folder))
-    try:
-        sys.modules.pop("early_exit_trtllm", None)
-        return importlib.import_module("early_exit_trtllm")
-    finally:
-        sys.path.pop(0)
 
 
 def model_file(name: str) -> Path:
@@ -292,7 +285,11 @@ def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand
 # -- PyTorch backend -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(
+    ("torch_stand_in", "criterion"),
+    [*(("1.2", one) for one in CRITERIA), ("1.4", "margin")],
+    indirect=["torch_stand_in"],
+)
 @pytest.mark.parametrize("name", ENGINE_CLASSES)
 def test_the_pytorch_file_gives_the_tokens_and_exits_of_the_runtime(
     name: str, criterion: str, exported, torch_stand_in
@@ -391,7 +388,7 @@ def test_a_directory_without_thresholds_is_served_by_the_stock_class(exported, t
     assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in, monkeypatch) -> None:
+def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in) -> None:
     one = exported("llama")
     attends = EXITS[-1]["name"]
     with pytest.raises(ValueError, match=f"{attends}.*the cache has no place.*names 'nowhere'.*pipeline parallelism"):
@@ -402,26 +399,6 @@ def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in,
     session.step({0: (0, [1, 2])})
     with pytest.raises(RuntimeError, match="set cuda_graph_config to null"):
         session.step({0: (2, [1])})
-    monkeypatch.delitem(torch_stand_in.stock_classes, "Qwen2ForCausalLM")
-    torch_stand_in.MODEL_CLASS_MAPPING.pop("Qwen2ForCausalLM")
-    with pytest.raises(
-        RuntimeError, match=r"has no class for Qwen2ForCausalLM; .*1\.0 to 1\.4: install one of them, or"
-    ):
-        one.torch_session()
-
-
-@pytest.mark.parametrize("version", ["0.21.0", "1.5.0rc2"])
-def test_another_tensorrt_llm_is_refused_in_one_line(version: str, exported) -> None:
-    folder = exported("llama").hf / "hf_early_exit"
-    message = (
-        rf"TensorRT-LLM {version} is not supported; this file needs TensorRT-LLM 1\.0 to 1\.4: install one of them, or "
-        r"serve hf_full without exits"
-    )
-    with (
-        tensorrt_llm_executor_stand_in.installed("1.4", version),
-        pytest.raises(RuntimeError, match=f"^{message}$"),
-    ):
-        imported_file(folder)
 
 
 def test_a_directory_with_thresholds_needs_no_settings_where_the_hook_exists(exported, torch_stand_in) -> None:
@@ -442,32 +419,6 @@ def test_a_directory_with_thresholds_needs_no_settings_where_the_hook_exists(exp
             "kv_cache_config": {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.9},
         }
     assert one.torch_session(settings={}).llm_args == base, "nothing changes for a directory without thresholds"
-
-
-def test_defaults_keep_those_of_the_stock_class_and_of_other_checkpoints(exported, torch_stand_in, tmp_path) -> None:
-    one = exported("llama")
-    one.torch_session(thresholds={ASKED[0]: 0.5})
-    file = sys.modules["early_exit_trtllm"]
-    stock = type("Stock", (), {"get_model_defaults": classmethod(
-        lambda cls, llm_args: {"attn_backend": "X", "kv_cache_config": {"tokens_per_block": 64}}
-    )})  # fmt: skip
-    cls = file.early_exit_class(stock)
-    served = SimpleNamespace(model=one.hf / "hf_early_exit")
-    assert cls.get_model_defaults(served) == {
-        **file.DEFAULTS,
-        "attn_backend": "X",
-        "kv_cache_config": {"tokens_per_block": 64, "enable_block_reuse": False},
-    }
-    assert file.DEFAULTS["kv_cache_config"] == {"enable_block_reuse": False}
-    other = SimpleNamespace(model=tmp_path, revision=None)  # no config.json: not a Hugging Face directory
-    assert cls.get_model_defaults(other) == stock.get_model_defaults(other)
-
-
-def test_worker_processes_get_the_class_by_module_and_name(exported, torch_stand_in) -> None:
-    file = imported_file(exported("llama").hf / "hf_early_exit")
-    cls = torch_stand_in.MODEL_CLASS_MAPPING["LlamaForCausalLM"]
-    assert cls.__module__ == "early_exit_trtllm" and cls is file.EarlyExitLlamaForCausalLM
-    assert pickle.loads(pickle.dumps(cls)) is cls
 
 
 def test_both_files_import_without_tensorrt_llm() -> None:

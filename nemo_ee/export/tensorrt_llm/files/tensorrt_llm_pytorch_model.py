@@ -315,10 +315,9 @@ def register() -> None:
         RuntimeError: the TensorRT-LLM here is of another version.
     """
     import tensorrt_llm
-    from packaging.version import Version
 
     way_out = f"this file needs TensorRT-LLM {VERSIONS}: install one of them, or serve hf_full without exits"
-    if not (1, 0) <= Version(tensorrt_llm.__version__).release[:2] <= (1, 4):
+    if not (1, 0) <= tuple(int(number) for number in tensorrt_llm.__version__.split(".")[:2]) <= (1, 4):
         raise RuntimeError(f"TensorRT-LLM {tensorrt_llm.__version__} is not supported; {way_out}")
     from tensorrt_llm._torch.models.modeling_utils import register_auto_model
 
