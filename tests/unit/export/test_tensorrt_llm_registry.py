@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from nemo_ee.export.tensorrt_llm.early_exit_files import PYTORCH_VERSIONS
 from tests.helpers import tensorrt_llm_torch_stand_in as stand_in
@@ -112,6 +114,12 @@ def test_settings_of_the_stock_class_stay(file: ModuleType, folder: Path) -> Non
     (folder / "config.json").unlink()  # a checkpoint that is no Hugging Face directory
     assert cls.get_model_defaults(SimpleNamespace(model=folder)) == own
     assert file.DEFAULTS["kv_cache_config"] == {"enable_block_reuse": False}
+
+
+def test_the_documented_serve_yaml_has_the_same_settings(file: ModuleType) -> None:
+    page = (ROOT / "docs" / "export-tensorrt-llm.md").read_text(encoding="utf-8")
+    written = re.search(r"printf '([^']*)' .*\n *> serve.yaml", page)[1].replace("\\n", "\n")
+    assert yaml.safe_load(written) == file.DEFAULTS
 
 
 def test_the_versions_are_those_of_the_manifest(file: ModuleType) -> None:
