@@ -14,6 +14,7 @@ new token. `installed(api)` puts both files into `sys.modules`, by one of two AP
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +111,13 @@ def merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+@functools.cache
+def _config_class(folder: Path, trust_remote_code: bool) -> type:
+    from transformers import AutoConfig
+
+    return type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
 class Session:
     """Load a directory with whatever class is registered for it; run steps of packed tokens, prompts first.
 
@@ -122,9 +130,7 @@ class Session:
     def __init__(
         self, folder: Path, settings: Mapping[str, Any], *, trust_remote_code: bool = True, **mapping: Any
     ) -> None:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = _config_class(folder, trust_remote_code).from_pretrained(folder)
         assert (type(config).__name__ == "EarlyExitConfig") == trust_remote_code
         name = config.architectures[0]
         cls = MODEL_CLASS_MAPPING[name] if stand_in.api == "1.2" else get_registered_model_class(name)

@@ -107,11 +107,22 @@ class _Backend:
     """An attention backend of 1.2. `attend` writes the new keys and values, then attends."""
 
     def __init__(self, config: Any, layer_idx: int, head_dim: int, rotates: bool) -> None:
-        self.config, self.layer_idx, self.head_dim, self.rotates = config, layer_idx, head_dim, rotates
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self.layer_idx, self.head_dim, self.rotates = layer_idx, head_dim, rotates
+        self.rotary = LlamaRotaryEmbedding(config)
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
 
     def forward(self, q, k, v, metadata, *, attention_mask="causal", attention_window_size=None) -> Tensor:
         return self.attend(q, k, v, metadata)
+
+    def rotated(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """`[tokens, heads * head_dim]`"""
+        from transformers.models.llama.modeling_llama import rotate_half
+
+        cos, sin = (table[0, :, None] for table in self.rotary(x, position_ids))
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        return (heads * cos + rotate_half(heads) * sin).flatten(1)
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, metadata: Any) -> Tensor:
         counts["attention"] += 1
@@ -119,7 +130,7 @@ class _Backend:
             kv = self.num_kv_heads * self.head_dim
             q, k, v = q.split([self.num_heads * self.head_dim, kv, kv], -1)
         if self.rotates:
-            q, k = (rotated(self.config, x, metadata.positions[None], self.head_dim) for x in (q, k))
+            q, k = (self.rotated(x, metadata.positions[None]) for x in (q, k))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         cache, results, row = metadata.kv_cache_manager, [], 0
         for sequence, first, count in metadata.sequences:
@@ -143,26 +154,13 @@ class _NewBackend(_Backend):
         return self.attend(q, k, v, metadata)
 
 
-def rotated(config: Any, x: Tensor, position_ids: Tensor, head_dim: int) -> Tensor:
-    """`[tokens, heads * head_dim]`"""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
-
-    cos, sin = (table[0, :, None] for table in LlamaRotaryEmbedding(config)(x, position_ids))
-    heads = x.unflatten(-1, (-1, head_dim))
-    return (heads * cos + rotate_half(heads) * sin).flatten(1)
-
-
 class Attention(nn.Module):
     """`attn_metadata.sequences`: (sequence, first position, number of tokens) of the packed rows."""
 
     def __init__(self, model_config: Any, index: int, bias: bool, dense_bias: bool) -> None:
         super().__init__()
         config = model_config.pretrained_config
-        self.config, self.attn_backend, self.quant_config = (
-            config,
-            model_config.attn_backend,
-            model_config.quant_config,
-        )
+        self.attn_backend, self.quant_config = model_config.attn_backend, model_config.quant_config
         self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads, self.kv_size = config.num_attention_heads * self.d, config.num_key_value_heads * self.d
         self.qkv_proj = Linear(config.hidden_size, heads + 2 * self.kv_size, bias)
@@ -184,7 +182,7 @@ class Attention(nn.Module):
         q, k, v = self.split_qkv(q) if k is None else (q, k, v)
         if self.fused_norm:
             q, k = (n(x.unflatten(-1, (-1, self.d))).flatten(1) for n, x in ((self.q_norm, q), (self.k_norm, k)))
-        q, k = (rotated(self.config, x, position_ids, self.d) for x in (q, k))
+        q, k = (self.attn.rotated(x, position_ids) for x in (q, k))
         return (torch.cat((q, k, v), -1), None, None) if self.fused_norm else (q, k, v)
 
     def convert_qkv(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple:
