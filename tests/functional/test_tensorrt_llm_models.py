@@ -339,6 +339,17 @@ def test_pytorch_skipped_layers_write_keys_and_values_alone(
     assert (logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max()
 
 
+def test_skipped_layers_with_an_nvfp4_cache_run_the_whole_attention(exported, torch_stand_in) -> None:
+    """Only the stock attention passes on the scales of such a cache."""
+    session = exported("llama").torch_session(thresholds={ASKED[0]: 0.0})
+    session.step({0: (0, PROMPTS[0])})
+    for layer in session.model.model.layers:
+        layer.self_attn.quant_config.kv_cache_quant_algo = "NVFP4"
+    torch_stand_in.counts.clear()
+    session.step({0: (6, [4])})
+    assert torch_stand_in.counts == {"mlp": 1, "attention": 3, "o_proj": 3}
+
+
 def test_pytorch_steps_with_a_prompt_run_to_full_depth_and_steps_are_counted(exported, torch_stand_in) -> None:
     one, name = exported("llama"), ASKED[0]
     session = one.torch_session(thresholds={name: 0.0})
