@@ -75,7 +75,9 @@ BOUNDARIES = {
         f"{_LEVEL_4} fastapi starlette uvicorn prometheus_client jinja2",
         f"{_BELOW_4} commands evaluation calibration export",
     ),
-    "export": _boundary(_LEVEL_4, f"{_BELOW_4} commands evaluation calibration", only_lazily="tensorrt_llm"),
+    "export": _boundary(
+        _LEVEL_4, f"{_BELOW_4} commands evaluation calibration", only_lazily="tensorrt_llm flashinfer"
+    ),
     # beside the levels
     "__init__": _boundary(),
     "package_info": _boundary(),

@@ -5,8 +5,8 @@
     python scripts/export/export_huggingface.py checkpoint=tuned.nemo output=hf thresholds=0.9
     python scripts/export/export_tensorrt_llm.py checkpoint=tuned.nemo output=trt thresholds=0.9
 
-    python scripts/export/try_tensorrt_llm.py pytorch hf/hf_early_exit                # TensorRT-LLM 1.0 to 1.2
-    python scripts/export/try_tensorrt_llm.py engine trt --reference hf/hf_early_exit  # 0.20 (NGC 25.07) to 1.2.1
+    python scripts/export/try_tensorrt_llm.py pytorch hf/hf_early_exit                # TensorRT-LLM 1.0 to 1.4
+    python scripts/export/try_tensorrt_llm.py engine trt --reference hf/hf_early_exit  # 0.20 to 1.2.1 and 1.3.0rc20
 
 Start it in the repository with PYTHONPATH=. in TensorRT-LLM's container; it needs torch, safetensors and transformers,
 which are there. It serves three prompts greedily: as a batch for tokens per second, beside those without exits, and
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,9 +28,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_ee.export.tensorrt_llm.early_exit_files import ENGINE_VERSIONS, PYTORCH_VERSIONS
 from nemo_ee.text.json_values import read_json_object
 
 PROMPTS = ("def main():", "import os\nimport sys\n", "class Parser:\n    def __init__(self")
+
+
+def refuse_version(backend: str, version: str) -> None:
+    """End in one line on a TensorRT-LLM that does not have the backend, or not in the form that the files know."""
+    major, minor, candidate = re.match(r"(\d+)\.(\d+)[.\d]*(?:rc(\d+))?", version).groups()
+    release = (int(major), int(minor))
+    if backend == "pytorch":
+        versions, other, supported = PYTORCH_VERSIONS, "engine", (1, 0) <= release <= (1, 4)
+    else:
+        versions, other = ENGINE_VERSIONS, "pytorch"
+        supported = (0, 20) <= release < (1, 3) or (
+            release == (1, 3) and candidate is not None and int(candidate) <= 20
+        )
+    if not supported:
+        raise SystemExit(
+            f"TensorRT-LLM {version}: the {backend} backend's files are for {versions}; install one of them, or try "
+            f"the backend {other}"
+        )
 
 
 def build_command(export: Path, engine: Path, options: argparse.Namespace, class_name: str | None) -> list[str]:
@@ -115,9 +135,10 @@ def try_pytorch(options: argparse.Namespace) -> None:
     """The PyTorch backend on `hf_early_exit/`, beside the stock class on `hf_full/` where that was exported."""
     folder = options.directory
     if options.dry_run:
-        print(f"TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve {folder} --backend pytorch "
+        print(f"TLLM_WORKER_USE_SINGLE_PROCESS=1 trtllm-serve {folder} --backend pytorch "
               f"--custom_module_dirs {folder / 'early_exit_trtllm'} --extra_llm_api_options serve.yaml   "
-              "# serve.yaml: cuda_graph_config: null, kv_cache_config: {enable_block_reuse: false}")  # fmt: skip
+              "# serve.yaml, not needed from 1.3 on: cuda_graph_config: null, disable_overlap_scheduler: true, "
+              "kv_cache_config: {enable_block_reuse: false}")  # fmt: skip
         return
     # In this process, which has imported the classes; worker processes would have to import them too.
     os.environ["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"
@@ -191,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         import tensorrt_llm
 
         print(f"tensorrt_llm {tensorrt_llm.__version__}")
+        refuse_version(options.backend, tensorrt_llm.__version__)
     (try_pytorch if options.backend == "pytorch" else try_engine)(options)
 
 

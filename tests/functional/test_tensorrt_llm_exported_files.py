@@ -20,7 +20,7 @@ pytest.importorskip("nemo")
 
 from tests.helpers.megatron_models import ROOT
 
-from nemo_ee.export.tensorrt_llm.early_exit_files import ENGINE_CRITERIA, PYTORCH_CRITERIA  # isort: skip
+from nemo_ee.export.tensorrt_llm.early_exit_files import ENGINE_CRITERIA, ENGINE_VERSIONS, PYTORCH_CRITERIA  # isort: skip
 from nemo_ee.export.tensorrt_llm.files import tensorrt_llm_model, tensorrt_llm_pytorch_model  # isort: skip  # after the CPU host is on
 
 from nemo_ee.generation.policy import ExitPolicy
@@ -117,6 +117,34 @@ def test_the_tokens_to_compare_are_of_prompts_served_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("backend", "supported", "others"),
+    [
+        ("pytorch", ["1.0.0rc4", "1.2.1", "1.3.0rc29", "1.4.0rc1"], ["0.21.0", "1.5.0rc0"]),
+        ("engine", ["0.20.0", "1.2.1", "1.3.0rc20"], ["0.19.0", "1.3.0rc21", "1.3.0", "1.4.0rc1"]),
+    ],
+)
+def test_another_tensorrt_llm_ends_in_one_line(backend: str, supported: list[str], others: list[str]) -> None:
+    script = SourceFileLoader("try_it", str(SCRIPT)).load_module()
+    for version in supported:
+        script.refuse_version(backend, version)
+    for version in others:
+        with pytest.raises(
+            SystemExit, match=f"^TensorRT-LLM {version}: the {backend} backend's files are for .*; inst"
+        ):
+            script.refuse_version(backend, version)
+
+
+def test_an_engine_file_names_the_versions_that_have_its_backend() -> None:
+    with tensorrt_llm_stand_in.installed():
+        sys.modules["tensorrt_llm"].__version__ = "1.4.0rc1"
+        del sys.modules["tensorrt_llm.models"].LLaMAForCausalLM
+        with pytest.raises(
+            RuntimeError, match=r"^TensorRT-LLM 1\.4\.0rc1 has no engine backend .*; .* needs .*0\.20\.0 to 1"
+        ):
+            SourceFileLoader("models", str(model_file("tensorrt_llm_model"))).load_module().EarlyExitLlamaForCausalLM  # noqa: B018
+
+
+@pytest.mark.parametrize(
     ("export", "settings", "message"),
     [
         (
@@ -149,8 +177,8 @@ def test_thresholds_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_exporters_know_the_criteria_of_the_files() -> None:
-    assert tensorrt_llm_model.CRITERIA == ENGINE_CRITERIA
+def test_the_exporters_know_the_criteria_and_versions_of_the_files() -> None:
+    assert (tensorrt_llm_model.CRITERIA, tensorrt_llm_model.VERSIONS) == (ENGINE_CRITERIA, ENGINE_VERSIONS)
     assert tensorrt_llm_pytorch_model.CRITERIA == PYTORCH_CRITERIA
 
 

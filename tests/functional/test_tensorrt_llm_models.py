@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two TensorRT-LLM model files, on eager stand-ins of the API they use, against `kv: propagate` of the runtime.
 
-The stand-ins (tests/helpers/tensorrt_llm_stand_in.py, tensorrt_llm_torch_stand_in.py) are not TensorRT-LLM; what is
-shown here is that the files compute what they say, not that TensorRT-LLM loads them. Both load exports of the same
-`.nemo` as the runtime does. Tokens and exits exactly, logits within 1e-5 of the largest, fp32.
+The stand-ins (tests/helpers/tensorrt_llm_stand_in.py, tensorrt_llm_torch_stand_in.py and
+tensorrt_llm_executor_stand_in.py) are not TensorRT-LLM; what is shown here is that the files compute what they say,
+not that TensorRT-LLM loads them. Both load exports of the same `.nemo` as the runtime does. Tokens and exits exactly,
+logits within 1e-5 of the largest, fp32. The tests of the PyTorch backend's file run on the API of 1.0 to 1.2 and on
+that of 1.3 and 1.4.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import PropagatingBatch, generate_propagating
 from tests.functional import test_export_huggingface, test_export_tensorrt_llm
-from tests.helpers import tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
+from tests.helpers import tensorrt_llm_executor_stand_in, tensorrt_llm_stand_in, tensorrt_llm_torch_stand_in
 from tests.helpers.huggingface_models import change_config
 
 EXITS = [
@@ -80,18 +82,29 @@ class Exported:
         return tensorrt_llm_stand_in.Session(getattr(module, self.engine_class), folder)
 
     def torch_session(
-        self, *, mapping: dict | None = None, trust_remote_code: bool = True, **early_exit: Any
-    ) -> tensorrt_llm_torch_stand_in.Session:
-        """As --custom_module_dirs does it: import a package, which registers its classes; load the directory."""
+        self,
+        *,
+        settings: dict | None = None,
+        mapping: dict | None = None,
+        trust_remote_code: bool = True,
+        **early_exit: Any,
+    ) -> tensorrt_llm_executor_stand_in.Session:
+        """As --custom_module_dirs does it: import a package, which registers its classes; load the directory.
+
+        Args:
+            settings: the user's; None = the documented serve.yaml for 1.2, nothing for 1.4.
+        """
         set_early_exit(self.hf / "hf_early_exit", **early_exit)
         sys.path.insert(0, str(self.hf / "hf_early_exit"))
         try:
             sys.modules.pop("early_exit_trtllm", None)
-            importlib.import_module("early_exit_trtllm")
+            file = importlib.import_module("early_exit_trtllm")
         finally:
             sys.path.pop(0)
-        return tensorrt_llm_torch_stand_in.Session(
-            self.hf / "hf_early_exit", trust_remote_code=trust_remote_code, **mapping or {}
+        if settings is None:
+            settings = file.DEFAULTS if tensorrt_llm_torch_stand_in.api == "1.2" else {}
+        return tensorrt_llm_executor_stand_in.Session(
+            self.hf / "hf_early_exit", settings, trust_remote_code=trust_remote_code, **mapping or {}
         )
 
 
@@ -126,9 +139,9 @@ def stand_in() -> Iterator[Any]:
         yield tensorrt_llm_stand_in
 
 
-@pytest.fixture
-def torch_stand_in() -> Iterator[Any]:
-    with tensorrt_llm_torch_stand_in.installed():
+@pytest.fixture(params=tensorrt_llm_executor_stand_in.VERSIONS)
+def torch_stand_in(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with tensorrt_llm_executor_stand_in.installed(request.param):
         tensorrt_llm_torch_stand_in.counts.clear()
         tensorrt_llm_torch_stand_in.lines.clear()
         yield tensorrt_llm_torch_stand_in
@@ -272,7 +285,11 @@ def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand
 # -- PyTorch backend -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(
+    ("torch_stand_in", "criterion"),
+    [*(("1.2", one) for one in CRITERIA), ("1.4", "margin")],
+    indirect=["torch_stand_in"],
+)
 @pytest.mark.parametrize("name", ENGINE_CLASSES)
 def test_the_pytorch_file_gives_the_tokens_and_exits_of_the_runtime(
     name: str, criterion: str, exported, torch_stand_in
@@ -298,13 +315,46 @@ def test_the_pytorch_file_gives_the_tokens_and_exits_of_the_runtime(
     assert len(used) >= 2 and None in used, "control: some steps leave and some do not"
 
 
-def test_pytorch_skipped_layers_run_attention_alone(exported, torch_stand_in) -> None:
+@pytest.mark.parametrize(
+    ("backend", "work"), [("TRTLLM", {"attention": 3}), ("FLASHINFER", {"attention": 1, "append": 2})]
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_pytorch_skipped_layers_write_keys_and_values_alone(
+    name: str, backend: str, work: dict, exported, torch_stand_in
+) -> None:
+    """No MLP and no output projection; no attention where the backend has a cache write of its own."""
+    one, exit, logits = exported(name), ASKED[0], []
+    for settings in ({}, {"attn_backend": backend}):
+        session = one.torch_session(thresholds={exit: 0.0})
+        if settings:
+            session = one.torch_session(thresholds={exit: 0.0}, settings={**session.llm_args, **settings})
+        session.step({0: (0, PROMPTS[0])})
+        torch_stand_in.counts.clear()
+        session.step({0: (6, [4])})
+        assert session.model.steps_left_at == {exit: 1}
+        counted = dict(torch_stand_in.counts)
+        session.model.early_exit = session.model.early_exit._replace(exits=())  # full depth, over what was written
+        logits.append(session.step({0: (7, [9])}))
+    assert counted == {"mlp": 1, "o_proj": 1, **work}  # the exit's own MLP
+    assert (logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max()
+
+
+def test_skipped_layers_with_an_nvfp4_cache_run_the_whole_attention(exported, torch_stand_in) -> None:
+    """Only the stock attention passes on the scales of such a cache."""
+    session = exported("llama").torch_session(thresholds={ASKED[0]: 0.0})
+    session.step({0: (0, PROMPTS[0])})
+    for layer in session.model.model.layers:
+        layer.self_attn.quant_config.kv_cache_quant_algo = "NVFP4"
+    torch_stand_in.counts.clear()
+    session.step({0: (6, [4])})
+    assert torch_stand_in.counts == {"mlp": 1, "attention": 3, "o_proj": 3}
+
+
+def test_pytorch_steps_with_a_prompt_run_to_full_depth_and_steps_are_counted(exported, torch_stand_in) -> None:
     one, name = exported("llama"), ASKED[0]
     session = one.torch_session(thresholds={name: 0.0})
     session.step({0: (0, PROMPTS[0])})
-    torch_stand_in.counts.clear()
     session.step({0: (6, [4])})
-    assert torch_stand_in.counts == {"mlp": 1, "attention": 3}  # the exit's own MLP
     torch_stand_in.counts.clear()
     session.step({0: (7, [4]), 1: (0, [1, 2])})
     assert torch_stand_in.counts["stock"] == 1 and session.model.steps_left_at == {name: 1}, "a prompt in the step"
@@ -354,13 +404,32 @@ def test_what_the_pytorch_backend_cannot_do_is_refused(exported, torch_stand_in)
     attends = EXITS[-1]["name"]
     with pytest.raises(ValueError, match=f"{attends}.*the cache has no place.*names 'nowhere'.*pipeline parallelism"):
         one.torch_session(thresholds={attends: 0.5, "nowhere": 0.5}, mapping={"pp_size": 2})
-    session = one.torch_session(thresholds={ASKED[0]: 0.0})
+    session = one.torch_session(
+        thresholds={ASKED[0]: 0.0}, settings={"cuda_graph_config": {}}  # the user's settings win on both APIs
+    )  # fmt: skip
     session.step({0: (0, [1, 2])})
     with pytest.raises(RuntimeError, match="set cuda_graph_config to null"):
-        session.step({0: (2, [1])}, is_cuda_graph=True)
-    torch_stand_in.MODEL_CLASS_MAPPING.pop("Qwen2ForCausalLM")
-    with pytest.raises(RuntimeError, match=r"no class is registered for Qwen2ForCausalLM.*1\.0 to 1\.2"):
-        one.torch_session()
+        session.step({0: (2, [1])})
+
+
+def test_a_directory_with_thresholds_needs_no_settings_where_the_hook_exists(exported, torch_stand_in) -> None:
+    """On 1.2 without serve.yaml the first decoding step ends with the setting to change."""
+    one, base = exported("llama"), tensorrt_llm_executor_stand_in.LLM_ARGS
+    session = one.torch_session(thresholds={ASKED[0]: 0.0}, settings={})
+    session.step({0: (0, [1, 2])})
+    if torch_stand_in.api == "1.2":
+        assert session.llm_args == base
+        with pytest.raises(RuntimeError, match="set cuda_graph_config to null"):
+            session.step({0: (2, [1])})
+    else:
+        session.step({0: (2, [1])})
+        assert session.llm_args == {
+            **base,
+            "cuda_graph_config": None,
+            "disable_overlap_scheduler": True,
+            "kv_cache_config": {"enable_block_reuse": False, "free_gpu_memory_fraction": 0.9},
+        }
+    assert one.torch_session(settings={}).llm_args == base, "nothing changes for a directory without thresholds"
 
 
 def test_both_files_import_without_tensorrt_llm() -> None:

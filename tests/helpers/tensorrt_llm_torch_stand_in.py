@@ -2,30 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in, not TensorRT-LLM: the part of its PyTorch backend that the exported model file uses, eager, on the CPU.
 
-Written from TensorRT-LLM's sources of 1.0 to 1.2 (names, arguments, when weights are made, how they are loaded). As
-there, weights exist only after `__post_init__`, `load_weights` goes by module paths, and the cache manager has one
-length for all layers: `Session.step` fails when a layer did not get keys and values for a new token.
+Written from TensorRT-LLM's sources (names, arguments, when weights are made, how they are loaded). As there, weights
+exist only after `__post_init__`, and `load_weights` goes by module paths. tensorrt_llm_executor_stand_in.py loads and
+runs the models, and says which of two APIs is followed.
 
-One rank only. `installed()` puts it into `sys.modules`.
+Attention backends: TRTLLM takes fused query, key and value, rotates them unless the model does, and writes and attends
+in one call. FLASHINFER takes them rotated and apart, and has pages. One rank only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+api = "1.2"  # or "1.4"; set by the executor
 counts: Counter[str] = Counter()
 lines: list[str] = []  # what was logged
 MODEL_CLASS_MAPPING: dict[str, type] = {}
@@ -37,6 +34,13 @@ def register_auto_model(name: str) -> Any:
         return cls
 
     return decorator
+
+
+def get_registered_model_class(name: str) -> type | None:
+    """1.4: a stock class fills its slot only if it is empty, so a class from outside wins."""
+    if name in stock_classes:
+        MODEL_CLASS_MAPPING.setdefault(name, stock_classes[name])
+    return MODEL_CLASS_MAPPING.get(name)
 
 
 # -- _torch.modules ------------------------------------------------------------------------------------------------
@@ -93,44 +97,103 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class _OutputProjection(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        counts["o_proj"] += 1
+        return super().forward(x)
+
+
+class _Backend:
+    """An attention backend of 1.2. `attend` writes the new keys and values, then attends."""
+
+    def __init__(self, config: Any, layer_idx: int, head_dim: int, rotates: bool) -> None:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self.layer_idx, self.head_dim, self.rotates = layer_idx, head_dim, rotates
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+
+    def forward(self, q, k, v, metadata, *, attention_mask="causal", attention_window_size=None) -> Tensor:
+        return self.attend(q, k, v, metadata)
+
+    def rotated(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """`[tokens, heads * head_dim]`"""
+        from transformers.models.llama.modeling_llama import rotate_half
+
+        cos, sin = (table[0, :, None] for table in self.rotary(x, position_ids))
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        return (heads * cos + rotate_half(heads) * sin).flatten(1)
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, metadata: Any) -> Tensor:
+        counts["attention"] += 1
+        if k is None:
+            kv = self.num_kv_heads * self.head_dim
+            q, k, v = q.split([self.num_heads * self.head_dim, kv, kv], -1)
+        if self.rotates:
+            q, k = (self.rotated(x, metadata.positions[None]) for x in (q, k))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        cache, results, row = metadata.kv_cache_manager, [], 0
+        for sequence, first, count in metadata.sequences:
+            rows = slice(row, row + count)
+            cache.write(self.layer_idx, sequence, first, k[rows], v[rows])
+            keys, values = cache.read(self.layer_idx, sequence, first + count)
+            keys, values = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for x in (keys, values))
+            mask = torch.arange(first + count) <= torch.arange(first, first + count)[:, None]
+            attended = F.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in (q[rows], keys, values)), mask
+            )
+            results.append(attended[0].transpose(0, 1).flatten(1))
+            row += count
+        return torch.cat(results)
+
+
+class _NewBackend(_Backend):
+    """An attention backend of 1.4."""
+
+    def forward(self, q, k, v, metadata, forward_args=None) -> Tensor:
+        return self.attend(q, k, v, metadata)
+
+
 class Attention(nn.Module):
     """`attn_metadata.sequences`: (sequence, first position, number of tokens) of the packed rows."""
 
-    def __init__(self, config: Any, index: int, bias: bool, dense_bias: bool) -> None:
+    def __init__(self, model_config: Any, index: int, bias: bool, dense_bias: bool) -> None:
         super().__init__()
-        self.index, self.config = index, config
+        config = model_config.pretrained_config
+        self.attn_backend, self.quant_config = model_config.attn_backend, model_config.quant_config
         self.d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads * self.d
-        self.qkv_proj = Linear(config.hidden_size, heads + 2 * config.num_key_value_heads * self.d, bias)
-        self.o_proj = Linear(heads, config.hidden_size, dense_bias)
-        self.q_norm = self.k_norm = None
-        if config.model_type == "qwen3":
+        heads, self.kv_size = config.num_attention_heads * self.d, config.num_key_value_heads * self.d
+        self.qkv_proj = Linear(config.hidden_size, heads + 2 * self.kv_size, bias)
+        self.o_proj = _OutputProjection(heads, config.hidden_size, dense_bias)
+        self.fused_norm = config.model_type == "qwen3"  # QKNormRoPEAttention: norms and rotation are one operation
+        if self.fused_norm:
             norm = {"hidden_size": self.d, "eps": config.rms_norm_eps, "dtype": config.torch_dtype}
             self.q_norm, self.k_norm = RMSNorm(**norm), RMSNorm(**norm)
+        self.fused = self.attn_backend == "TRTLLM"
+        backend = _Backend if api == "1.2" else _NewBackend
+        self.attn = backend(config, index, self.d, rotates=self.fused and not self.fused_norm)
+
+    def split_qkv(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q.split([q.shape[-1] - 2 * self.kv_size, self.kv_size, self.kv_size], -1)
+
+    def apply_rope(self, q: Tensor, k: Tensor | None, v: Tensor | None, position_ids: Tensor) -> tuple:
+        if self.attn.rotates:
+            return q, k, v
+        q, k, v = self.split_qkv(q) if k is None else (q, k, v)
+        if self.fused_norm:
+            q, k = (n(x.unflatten(-1, (-1, self.d))).flatten(1) for n, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (self.attn.rotated(x, position_ids) for x in (q, k))
+        return (torch.cat((q, k, v), -1), None, None) if self.fused_norm else (q, k, v)
+
+    def convert_qkv(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple:
+        if k is None and not self.fused:
+            return self.split_qkv(q)
+        return (torch.cat((q, k, v), -1), None, None) if k is not None and self.fused else (q, k, v)
 
     def forward(self, position_ids: Tensor, hidden_states: Tensor, attn_metadata: Any, **kwargs: Any) -> Tensor:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-        counts["attention"] += 1
-        c, results, row = self.config, [], 0
-        groups = c.num_attention_heads // c.num_key_value_heads
-        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.d)).transpose(0, 1)  # [H + 2K, tokens, d]
-        q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads])
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = LlamaRotaryEmbedding(c)(hidden_states, position_ids)
-        q, k = (part[0] for part in apply_rotary_pos_emb(q[None], k[None], cos, sin))
-        for sequence, first, count in attn_metadata.sequences:
-            rows = slice(row, row + count)
-            own = attn_metadata.kv_cache_manager[self.index].setdefault(sequence, [k[:, :0], v[:, :0]])
-            assert own[0].shape[1] == first
-            own[:] = torch.cat((own[0], k[:, rows]), 1), torch.cat((own[1], v[:, rows]), 1)
-            keys, values = (side.repeat_interleave(groups, 0) for side in own)
-            mask = torch.arange(first + count) <= torch.arange(first, first + count)[:, None]
-            attended = F.scaled_dot_product_attention(q[None, :, rows], keys[None], values[None], mask)
-            results.append(attended[0].transpose(0, 1).flatten(1))
-            row += count
-        return self.o_proj(torch.cat(results))
+        q, k, v = self.convert_qkv(*self.apply_rope(self.qkv_proj(hidden_states), None, None, position_ids))
+        options = {"attention_mask": "causal"} if api == "1.2" else {"forward_args": SimpleNamespace()}
+        return self.o_proj(self.attn.forward(q, k, v, attn_metadata, **options))
 
 
 class LogitsProcessor(nn.Module):
@@ -144,11 +207,12 @@ class LogitsProcessor(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: Any, index: int, bias: bool, dense_bias: bool) -> None:
+    def __init__(self, model_config: Any, index: int, bias: bool, dense_bias: bool) -> None:
         super().__init__()
+        config = model_config.pretrained_config
         norm = {"hidden_size": config.hidden_size, "eps": config.rms_norm_eps, "dtype": config.torch_dtype}
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(**norm), RMSNorm(**norm)
-        self.self_attn = Attention(config, index, bias, dense_bias)
+        self.self_attn = Attention(model_config, index, bias, dense_bias)
         mlp_bias = getattr(config, "mlp_bias", False)
         self.mlp = GatedMLP(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, bias=mlp_bias)
 
@@ -175,7 +239,7 @@ class Stock(nn.Module, metaclass=_PostInit):
         self.model = nn.Module()
         self.model.embed_tokens = Embedding(c.hidden_size, c.vocab_size)
         self.model.layers = nn.ModuleList(
-            [_Layer(c, i, bias, bias and not self.qwen) for i in range(c.num_hidden_layers)]
+            [_Layer(model_config, i, bias, bias and not self.qwen) for i in range(c.num_hidden_layers)]
         )
         self.model.norm = RMSNorm(hidden_size=c.hidden_size, eps=c.rms_norm_eps, dtype=c.torch_dtype)
         self.lm_head = LMHead(c.vocab_size, c.hidden_size, tensor_parallel_mode="column", gather_output=True)
@@ -230,81 +294,7 @@ class Qwen3ForCausalLM(Stock):
     pass
 
 
-# -- the executor --------------------------------------------------------------------------------------------------
-
-
-class Session:
-    """Load a directory with whatever class is registered for it; run steps of packed tokens, prompts first.
-
-    Args:
-        trust_remote_code: the backend's loader passes True, so that the config's class comes out of the directory.
-        mapping: of TensorRT-LLM's `Mapping`.
-    """
-
-    def __init__(self, folder: Path, *, trust_remote_code: bool = True, **mapping: Any) -> None:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        assert (type(config).__name__ == "EarlyExitConfig") == trust_remote_code
-        sizes = SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "enable_attention_dp": False, **mapping})
-        cls = MODEL_CLASS_MAPPING[config.architectures[0]]
-        self.model = cls(SimpleNamespace(pretrained_config=config, mapping=sizes))
-        weights: dict[str, Tensor] = {}
-        for file in folder.glob("*.safetensors"):
-            weights |= load_file(file)
-        self.model.load_weights(weights)
-        assert not any(p.isnan().any() for p in self.model.parameters()), "a parameter that nothing was loaded into"
-        self.caches: list[dict] = [{} for _ in range(config.num_hidden_layers)]
-
-    @torch.no_grad()
-    def step(self, tokens: Mapping[int, tuple[int, Sequence[int]]], **metadata: Any) -> Tensor:
-        """Sequence -> (first position, tokens). Returns logits `[sequences, v]`."""
-        sequences = [(sequence, first, len(own)) for sequence, (first, own) in tokens.items()]
-        contexts = sum(first == 0 for _, first, _ in sequences)
-        attn_metadata = SimpleNamespace(
-            sequences=sequences, num_contexts=contexts, kv_cache_manager=self.caches, is_cuda_graph=False
-        )
-        vars(attn_metadata).update(metadata)
-        logits = self.model(
-            attn_metadata=attn_metadata,
-            input_ids=torch.tensor([t for _, own in tokens.values() for t in own]),
-            position_ids=torch.cat([torch.arange(first, first + n) for _, first, n in sequences])[None],
-        )
-        for sequence, first, count in sequences:
-            lengths = {cache[sequence][0].shape[1] for cache in self.caches}
-            assert lengths == {first + count}, "all layers have the same length"
-        return logits
-
-
-@contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """`import tensorrt_llm` finds the stand-in inside this context, with the stock classes registered."""
-    parts = {
-        "": {},
-        ".logger": {"logger": SimpleNamespace(info=lines.append)},
-        "._torch": {},
-        "._torch.models": {},
-        "._torch.models.modeling_utils": {
-            "MODEL_CLASS_MAPPING": MODEL_CLASS_MAPPING, "register_auto_model": register_auto_model,
-        },
-        "._torch.modules": {},
-        "._torch.modules.embedding": {"LMHead": LMHead},
-        "._torch.modules.gated_mlp": {"GatedMLP": GatedMLP},
-        "._torch.modules.linear": {"TensorParallelMode": SimpleNamespace(COLUMN="column")},
-        "._torch.modules.rms_norm": {"RMSNorm": RMSNorm},
-    }  # fmt: skip
-    names = [f"tensorrt_llm{part}" for part in parts]
-    assert not any(name in sys.modules for name in names), "a real tensorrt_llm is here"
-    try:
-        for part, contents in parts.items():
-            module = ModuleType(f"tensorrt_llm{part}")
-            module.__spec__, module.__path__ = ModuleSpec(module.__name__, None), []
-            vars(module).update(contents)
-            sys.modules[module.__name__] = module
-        for stock in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
-            register_auto_model(stock.__name__)(stock)
-        yield
-    finally:
-        MODEL_CLASS_MAPPING.clear()
-        for name in names:
-            sys.modules.pop(name, None)
+# name -> class, of those that this TensorRT-LLM has
+stock_classes: dict[str, type] = {
+    cls.__name__: cls for cls in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+}

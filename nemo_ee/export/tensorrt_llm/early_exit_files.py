@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early exit in exports for TensorRT-LLM: thresholds in config.json, and a model file beside it.
 
-    engine backend     tensorrt_llm_model.py beside trtllm_ckpt/       for trtllm-build --model_cls_file
     PyTorch backend    hf_early_exit/early_exit_trtllm/__init__.py     for trtllm-serve --custom_module_dirs
+    engine backend     tensorrt_llm_model.py beside trtllm_ckpt/       for trtllm-build --model_cls_file (legacy)
 
 The model files are copied unchanged and are never imported here.
 """
@@ -24,8 +24,10 @@ from nemo_ee.generation.policy import ExitPolicy
 _FILES = Path(__file__).with_name("files")  # copied into exports, never imported here
 ENGINE_FILE = "tensorrt_llm_model.py"
 ENGINE_CRITERIA = ("max_probability", "entropy")
+ENGINE_VERSIONS = "0.20.0 to 1.2.1, or a release candidate of 1.3.0 up to rc20"  # the last that have the backend
 PYTORCH_FILE = "tensorrt_llm_pytorch_model.py"
 PYTORCH_CRITERIA = ("max_probability", "margin", "entropy")
+PYTORCH_VERSIONS = "1.0 to 1.4"
 PYTORCH_PACKAGE = "early_exit_trtllm"
 _PYTORCH_MODULE = f"{PYTORCH_PACKAGE}/__init__.py"
 VERIFIED = "on an eager stand-in of the API it uses, on the CPU, one rank, fp32; no real TensorRT-LLM has loaded it"
@@ -109,7 +111,7 @@ def engine_files(engine: EngineClass, pipeline_parallel: int) -> tuple[dict[str,
         "file": ENGINE_FILE,
         "class": engine.early_exit,
         "loads": "trtllm_ckpt",
-        "backend": "TensorRT engines, TensorRT-LLM 0.20.0 to 1.2.1",
+        "backend": f"TensorRT engines, TensorRT-LLM {ENGINE_VERSIONS}",
         **_decision("runs the attention of every layer, skips MLPs"),
     }
     return {ENGINE_FILE: (_FILES / ENGINE_FILE).read_text(encoding="utf-8")}, [entry]
@@ -130,8 +132,11 @@ def pytorch_entries(directory: str, files: Container[str]) -> list[dict[str, Any
         "file": f"{directory}/{_PYTORCH_MODULE}",
         "class": None,
         "loads": directory,
-        "backend": "PyTorch, TensorRT-LLM 1.0 to 1.2",
-        **_decision("runs the attention of skipped layers for their keys and values, skips MLPs"),
+        "backend": f"PyTorch, TensorRT-LLM {PYTORCH_VERSIONS}",
+        **_decision(
+            "writes the keys and values of skipped layers, with their attention except on FlashInfer; skips their "
+            "MLPs and output projections"
+        ),
     }
     return [entry]
 

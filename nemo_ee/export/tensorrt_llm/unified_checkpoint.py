@@ -30,6 +30,7 @@ from nemo_ee.export.model_origins import Model, draft_model, full_model
 from nemo_ee.export.source import EarlyExitSource
 from nemo_ee.export.tensorrt_llm.early_exit_files import (
     ENGINE_CRITERIA,
+    ENGINE_VERSIONS,
     engine_files,
     engine_problems,
     threshold_block,
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "trtllm_ckpt"
 FORMAT = "tensorrt_llm"  # format of a directory, in the manifest
-TARGETS = ["TensorRT-LLM unified checkpoint, engine backend, 0.20.0 to 1.2.1"]
+TARGETS = [f"TensorRT-LLM unified checkpoint, engine backend, {ENGINE_VERSIONS}"]
 NOT_RUN = "no real TensorRT-LLM has loaded these files"
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Early exit in a TensorRT engine: classes for `trtllm-build --model_cls_file` (TensorRT-LLM 0.20 to 1.2.1).
+"""Early exit in a TensorRT engine: classes for `trtllm-build --model_cls_file`. Legacy: `VERSIONS` are the last of
+TensorRT-LLM that have this backend.
 
     trtllm-build --checkpoint_dir trtllm_ckpt --model_cls_file tensorrt_llm_model.py \
         --model_cls_name EarlyExitLlamaForCausalLM --workers 1 --reduce_fusion disable ...
@@ -30,6 +31,7 @@ CLASSES = {
     "EarlyExitQwen3ForCausalLM": ("QWenForCausalLM", "Qwen3ForCausalLM"),  # TensorRT-LLM 1.0 and later
 }
 CRITERIA = ("max_probability", "entropy")
+VERSIONS = "0.20.0 to 1.2.1, or a release candidate of 1.3.0 up to rc20"
 EXIT_INDEX_OUTPUT = "early_exit_index"
 
 
@@ -295,5 +297,10 @@ def __getattr__(name: str) -> type:
     import tensorrt_llm.models
 
     stock, architecture = CLASSES[name]
+    if not hasattr(tensorrt_llm.models, stock):
+        raise RuntimeError(
+            f"TensorRT-LLM {tensorrt_llm.__version__} has no engine backend (tensorrt_llm.models.{stock}); this file "
+            f"needs TensorRT-LLM {VERSIONS}: install one of them, or serve hf_early_exit with the PyTorch backend"
+        )
     globals()[name] = early_exit_class(getattr(tensorrt_llm.models, stock), architecture, name)
     return globals()[name]

@@ -1,22 +1,23 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.2): importing this file adds exits to Llama, Mistral,
+"""Early exit in TensorRT-LLM's PyTorch backend (1.0 to 1.4): importing this file adds exits to Llama, Mistral,
 Qwen2 and Qwen3.
 
-    TLLM_WORKER_USE_SINGLE_PROCESS=1 TLLM_LOG_LEVEL=INFO trtllm-serve hf_early_exit --backend pytorch \
-        --custom_module_dirs hf_early_exit/early_exit_trtllm --extra_llm_api_options serve.yaml
+    TLLM_WORKER_USE_SINGLE_PROCESS=1 trtllm-serve hf_early_exit --backend pytorch \
+        --custom_module_dirs hf_early_exit/early_exit_trtllm
 
-with `cuda_graph_config: null` in serve.yaml, since a step's exit depends on its data, and `enable_block_reuse: false`
-in its `kv_cache_config`, since keys and values of a request that left early are approximate. A line `early exit:
-EarlyExit... evaluates ...` in the log shows that a class of this file is in use. Exits with a threshold in
-config.json's `early_exit.thresholds` are evaluated; a directory without thresholds is served as before. No real
-TensorRT-LLM has loaded this file.
+A directory with thresholds needs the settings in `DEFAULTS`: no CUDA graphs and no overlap scheduler, since a step's
+exit depends on its data, and no reuse of cache blocks, since keys and values of a request that left early are
+approximate. Versions with the hook `get_model_defaults` (1.3 and later) take them from here. Earlier versions need
+them in a yaml file (`--extra_llm_api_options serve.yaml`). A line `early exit: EarlyExit... evaluates ...` in the log
+shows that a class of this file is in use. Exits with a threshold in config.json's `early_exit.thresholds` are
+evaluated; a directory without thresholds is served as before. No real TensorRT-LLM has loaded this file.
 
 A step leaves at an exit iff the confidence passes the threshold for every sequence in it. The cache manager keeps one
 length for all layers, so the skipped layers still compute keys and values for the new tokens, from the hidden state at
-the exit (`kv: propagate`): their attention runs, its output is dropped. Early exit saves their MLPs and the final
-output projection. Steps with a prompt in them, with LoRA or with speculative decoding run in the stock class, to full
-depth.
+the exit (`kv: propagate`). Early exit saves their MLPs, their attention's output projections with the all-reduce, and
+the final output projection; with `attn_backend: FLASHINFER` also the attention itself. Steps with a prompt in them,
+with LoRA or with speculative decoding run in the stock class, to full depth.
 
 The file is stand-alone: the export copies it, and the host that serves does not need nemo_ee.
 """
@@ -35,6 +36,13 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 CRITERIA = ("max_probability", "margin", "entropy")
 FINAL = "final"
 LOG_EVERY = 1000  # decoding steps
+VERSIONS = "1.0 to 1.4"
+# Settings of a directory with thresholds, by the names of TensorRT-LLM's `TorchLlmArgs`.
+DEFAULTS: dict[str, Any] = {
+    "cuda_graph_config": None,
+    "disable_overlap_scheduler": True,
+    "kv_cache_config": {"enable_block_reuse": False},
+}
 
 
 class Exit(NamedTuple):
@@ -139,6 +147,43 @@ class _Step:
             attn_metadata=self.attn_metadata,
         )
 
+    def write_keys_and_values(self, layer: Any, hidden: Tensor) -> None:
+        """Write a skipped layer's new keys and values with the least work that its attention backend allows.
+
+        FlashInfer's cache write is a call of its own. The other backends write inside `forward`, so the attention
+        runs; its output projection does not.
+        """
+        attention = layer.self_attn
+        if getattr(attention.quant_config, "kv_cache_quant_algo", None) == "NVFP4":
+            self.attention(layer, hidden)  # passes on the scales of such a cache
+            return
+        projected = attention.qkv_proj(layer.input_layernorm(hidden))
+        # apply_rope has the norms of query and key heads, too; convert_qkv gives the backend's form.
+        query, key, value = attention.apply_rope(projected, None, None, self.position_ids)
+        query, key, value = attention.convert_qkv(query, key, value)
+        if attention.attn_backend == "FLASHINFER":
+            self._append(attention.attn, key, value)
+        else:
+            attention.attn.forward(query, key, value, self.attn_metadata)
+
+    def _append(self, backend: Any, key: Tensor, value: Tensor) -> None:
+        """Append `[sequences, heads * size]` to FlashInfer's paged cache."""
+        import flashinfer
+
+        metadata, layer = self.attn_metadata, backend.layer_idx
+        if hasattr(metadata, "swap_paged_kv_indices_for_layer"):  # 1.3 and later: several pools
+            metadata.swap_paged_kv_indices_for_layer(layer)
+        # Early 1.x versions have one layout, and no argument for it.
+        layout = {} if metadata.kv_layout == "NHD" else {"kv_layout": metadata.kv_layout}
+        cache = metadata.kv_cache_manager.get_buffers(layer, **layout)
+        heads = (-1, backend.num_kv_heads, backend.head_dim)
+        flashinfer.page.append_paged_kv_cache(
+            append_key=key.view(heads).to(cache.dtype), append_value=value.view(heads).to(cache.dtype),
+            batch_indices=metadata.batch_indices, positions=metadata.positions, paged_kv_cache=cache,
+            kv_indices=metadata.paged_kv_indices, kv_indptr=metadata.paged_kv_indptr,
+            kv_last_page_len=metadata.paged_kv_last_page_len, kv_layout=metadata.kv_layout,
+        )  # fmt: skip
+
     def logits(self, hidden: Tensor, output: Any) -> Tensor:
         """`[sequences, v]`, fp32, gathered over tensor parallelism."""
         return self.model.logits_processor.forward(hidden, output, self.attn_metadata, False)
@@ -167,7 +212,7 @@ class _Step:
                 logits = self.exit_logits(exit, hidden)
                 if all_confident(logits, exit, settings.criterion):
                     for skipped in layers[half // 2 + 1 :]:
-                        self.attention(skipped, hidden)
+                        self.write_keys_and_values(skipped, hidden)
                     self.model.count_step(exit.name)
                     return logits
         self.model.count_step(FINAL)
@@ -188,11 +233,33 @@ def _log(line: str) -> None:
     logger.info(line)
 
 
+def has_thresholds(llm_args: Any) -> bool:
+    """Whether config.json of the directory, or of the model of the hub, that is served has thresholds."""
+    from transformers import PretrainedConfig
+
+    try:  # get_config_dict runs no code of the directory
+        config, _ = PretrainedConfig.get_config_dict(str(llm_args.model), revision=getattr(llm_args, "revision", None))
+    except OSError:  # a checkpoint of another format, which has no config.json
+        return False
+    return bool((config.get("early_exit") or {}).get("thresholds"))
+
+
 def early_exit_class(stock: type) -> type:
     """A stock class with exits."""
 
     class EarlyExit(stock):
         has_early_exits = True
+
+        @classmethod
+        def get_model_defaults(cls, llm_args: Any) -> dict[str, Any]:
+            """The settings that TensorRT-LLM 1.3 and later takes where the user gives none: the stock class's, and
+            `DEFAULTS` for a directory with thresholds."""
+            stock_defaults = getattr(super(), "get_model_defaults", lambda _: {})
+            defaults = dict(stock_defaults(llm_args) or {})
+            if has_thresholds(llm_args):
+                cache = {**(defaults.get("kv_cache_config") or {}), **DEFAULTS["kv_cache_config"]}
+                defaults |= {**DEFAULTS, "kv_cache_config": cache}
+            return defaults
 
         def __init__(self, model_config: Any) -> None:
             super().__init__(model_config)
@@ -231,23 +298,37 @@ def early_exit_class(stock: type) -> type:
     return EarlyExit
 
 
+def stock_class(name: str) -> type | None:
+    """The class that is registered for an architecture."""
+    from tensorrt_llm._torch.models import modeling_utils
+
+    # Later 1.3 and 1.4: stock classes are imported when this function looks them up, and an external class wins.
+    if hasattr(modeling_utils, "get_registered_model_class"):
+        return modeling_utils.get_registered_model_class(name)
+    return modeling_utils.MODEL_CLASS_MAPPING.get(name)  # filled by the import of _torch.models
+
+
 def register() -> None:
     """Replace the stock classes; the last registration of a name counts.
 
     Raises:
-        RuntimeError: a stock class is not where TensorRT-LLM 1.0 to 1.2 has it.
+        RuntimeError: the TensorRT-LLM here is of another version.
     """
-    import tensorrt_llm._torch.models  # noqa: F401  registers the stock classes
-    from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING, register_auto_model
+    import tensorrt_llm
+
+    way_out = f"this file needs TensorRT-LLM {VERSIONS}: install one of them, or serve hf_full without exits"
+    if not (1, 0) <= tuple(int(number) for number in tensorrt_llm.__version__.split(".")[:2]) <= (1, 4):
+        raise RuntimeError(f"TensorRT-LLM {tensorrt_llm.__version__} is not supported; {way_out}")
+    from tensorrt_llm._torch.models.modeling_utils import register_auto_model
 
     for name in ARCHITECTURES:
-        stock = MODEL_CLASS_MAPPING.get(name)
+        stock = stock_class(name)
         if stock is None:
-            raise RuntimeError(
-                f"no class is registered for {name}: this file is written for TensorRT-LLM 1.0 to 1.2; use one of them"
-            )
+            raise RuntimeError(f"TensorRT-LLM {tensorrt_llm.__version__} has no class for {name}; {way_out}")
         if not hasattr(stock, "has_early_exits"):
-            register_auto_model(name)(early_exit_class(stock))
+            own = early_exit_class(stock)
+            globals()[own.__name__] = own  # worker processes get the class by module and name
+            register_auto_model(name)(own)
 
 
 # TensorRT-LLM requires registration on import. A host without TensorRT-LLM can still import this file.
