@@ -9,7 +9,7 @@
     0.19        optimizers' method that selects the gradients of a norm: optim/exit_gradients.py selects them
     0.19        place of a checkpoint's unsharded part: checkpoint/distributed_checkpoint.py
 
-No other file asks for a version.
+No other file reads the version.
 """
 
 from __future__ import annotations
