@@ -117,12 +117,19 @@ def load_tokenizer(directory: str | Path) -> Any:
     Raises:
         ValueError: there is none.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{directory}: no tokenizer in it; export from a .nemo that carries one, or use token ids")
     with readable_tokenizer(directory) as readable:
-        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
+        path = readable / "tokenizer_config.json"
+        values = read_json_object(path, wide_integers=True) if path.is_file() else {}
+        # AutoTokenizer of transformers 5 takes Qwen2's own class beside a Qwen2 model, whatever the file says.
+        is_named = (
+            values.get("tokenizer_class") == "PreTrainedTokenizerFast" and (readable / "tokenizer.json").is_file()
+        )
+        loader = PreTrainedTokenizerFast if is_named else AutoTokenizer
+        tokenizer = loader.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
     tokenizer.name_or_path = str(directory)
     return tokenizer
 
