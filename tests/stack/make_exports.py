@@ -36,7 +36,7 @@ from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from tests.functional.test_export_huggingface import Made, export, stock
-from tests.helpers.huggingface_models import TINY_MODELS, reference_logits
+from tests.helpers.huggingface_models import TINY_MODELS, divisible, reference_logits
 from tests.stack.small_tokenizers import CHAT, KINDS, TEXTS, save_tokenizer
 
 EXITS = [
@@ -53,7 +53,7 @@ NEW_TOKENS = 18
 def make_model(folder: Path, name: str) -> None:
     """Export a tiny model and write its reference."""
     with tempfile.TemporaryDirectory() as temporary:
-        one = Made(Path(temporary), name, EXITS)
+        one = Made(Path(temporary), name, EXITS, **divisible(name))
         export(one.path, folder)
     full = stock(folder / "hf_full")
     logits = {"hf_full": reference_logits(full, one.tokens)}
