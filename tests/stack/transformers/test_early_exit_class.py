@@ -329,5 +329,6 @@ def test_every_problem_at_once(model: Any, prompt: dict) -> None:
 
 def test_a_missing_parameter_is_named(model: Any, prompt: dict) -> None:
     model.resize_token_embeddings(300)
-    with pytest.raises(ValueError, match=r"the model: model.embed_tokens.weight has shape \[300, 16\], must be \[257, 16\]"):
+    words = r"the model: model.embed_tokens.weight has shape \[300, 16\], must be \[257, 16\]"
+    with pytest.raises(ValueError, match=words):
         early(model, prompt)
