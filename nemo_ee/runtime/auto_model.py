@@ -66,7 +66,8 @@ class EarlyExitGeneration:
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         super().__init__(config, *args, **settings)
-        self._exported: ExportedModel = exported_model(config.to_dict(), "config")
+        values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        self._exported: ExportedModel = exported_model(values, "config")
         self.exit_heads = exit_modules(self._exported)
 
     @classmethod
@@ -193,9 +194,11 @@ def _state(tensor: Tensor) -> tuple:
 
 
 def _runtime_model(exported: ExportedModel, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype):
-    if dtype not in DTYPES.values():
+    wrong = {one.dtype for one in tensors.values()} - set(DTYPES.values())
+    if wrong:
         raise ValueError(
-            f"early exit decodes a model in {', '.join(DTYPES)}, and this one is in {dtype}; use .to(dtype)"
+            f"early exit decodes parameters in {', '.join(DTYPES)}, and some are in {', '.join(map(str, wrong))}; use "
+            ".to(torch.bfloat16), load without quantisation, or generate without early-exit arguments"
         )
     on_cpu = device.type == "cpu"
 

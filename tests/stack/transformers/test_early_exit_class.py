@@ -245,7 +245,7 @@ def test_dtype(folder: Path, prompt: dict, expected: list[int]) -> None:
         model = load(folder, **settings)
         assert model.dtype is torch.bfloat16 and early(model, prompt).shape == (1, len(expected))
     assert early(load(folder).to("cpu", torch.float32), prompt)[0].tolist() == expected
-    with pytest.raises(ValueError, match="bfloat16, float16, float32, and this one is in torch.float64"):
+    with pytest.raises(ValueError, match="bfloat16, float16, float32, and some are in torch.float64"):
         early(load(folder).double(), prompt)
 
 
