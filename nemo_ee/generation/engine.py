@@ -14,7 +14,7 @@ algorithm without caches and batches read `nemo_ee/generation/reference.py` firs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
@@ -24,7 +24,7 @@ from nemo_ee.generation.request import Request
 from nemo_ee.generation.sampling import GREEDY, SamplingParams
 from nemo_ee.generation.scoring import Scorer, ScoreResult
 from nemo_ee.generation.session import DecodingSession
-from nemo_ee.generation.stats import DecodingStats, Failure, TokenEvent, raise_failures
+from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, raise_failures
 from nemo_ee.generation.validation import (
     is_whole,
     per_sequence,
@@ -108,22 +108,7 @@ class EarlyExitEngine:
         """
         _refuse_unused_cap(mode, policy)
         requests = self._requests(prompts, max_new_tokens, sampling, stop_tokens)
-        session = self.start(requests, mode=mode, policy=policy)
-        events: list[TokenEvent] = []
-        while not session.finished:
-            events += session.step()
-        raise_failures(events)
-        tokens: list[list[int]] = [[] for _ in requests]
-        reasons = [""] * len(requests)
-        for event in events:
-            tokens[event.sequence].append(event.token)
-            reasons[event.sequence] = event.finish_reason or ""
-        return GenerationResult(
-            tokens=tuple(map(tuple, tokens)),
-            finish_reasons=tuple(reasons),
-            events=tuple(events),
-            stats=session.stats(events),
-        )
+        return run_to_end(self.start(requests, mode=mode, policy=policy), len(requests))
 
     def stream(
         self,
@@ -276,6 +261,36 @@ class EarlyExitEngine:
             Request(tuple(prompt), length, own, stops)
             for prompt, length, own in zip(prompts, lengths, params, strict=True)
         ]
+
+
+def run_to_end(
+    session: DecodingSession, num_sequences: int, after_step: Callable[[Sequence[Event]], None] = lambda events: None
+) -> GenerationResult:
+    """Run a session with the sequences that it was started with until all have ended.
+
+    Args:
+        after_step: called with the events of each step.
+
+    Raises:
+        RuntimeError: with every sequence that failed, after all have ended.
+    """
+    events: list[Event] = []
+    while not session.finished:
+        new = session.step()
+        after_step(new)
+        events += new
+    raise_failures(events)
+    tokens: list[list[int]] = [[] for _ in range(num_sequences)]
+    reasons = [""] * num_sequences
+    for event in events:
+        tokens[event.sequence].append(event.token)
+        reasons[event.sequence] = event.finish_reason or ""
+    return GenerationResult(
+        tokens=tuple(map(tuple, tokens)),
+        finish_reasons=tuple(reasons),
+        events=tuple(events),
+        stats=session.stats(events),
+    )
 
 
 def _events_of(session: DecodingSession) -> Iterator[TokenEvent]:

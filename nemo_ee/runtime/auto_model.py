@@ -1,190 +1,215 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime behind two calls of transformers: `from_pretrained` and `generate`.
+"""Early exit for a model class of transformers, 4.51 to 5.x.
 
-The export copies this file and what it imports into `hf_early_exit/`, where `AutoModelForCausalLM.from_pretrained(...,
-trust_remote_code=True)` finds it; nothing here needs nemo_ee to be installed.
+`EarlyExitGeneration` in front of a family's class adds the parameters of the exit heads, under the names they have in
+`hf_early_exit/`, and decoding with the engine. Everything else is the class's own: `from_pretrained`,
+`save_pretrained`, `forward`, and `generate` without early-exit arguments. With them, `generate` of transformers still
+reads and checks the call; only its decoding loop (`_sample`) is replaced.
+
+The export copies this file and what it imports into `hf_early_exit/`; nothing here needs nemo_ee to be installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import LongTensor, Tensor
+import transformers
+from torch import LongTensor, Tensor, nn
 
 from nemo_ee.exits.block_reader import RENAMED_KEYS
-from nemo_ee.generation.decoding_model import TokenPositions
-from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
-from nemo_ee.generation.policy import ExitPolicy
-from nemo_ee.generation.sampling import SamplingParams
-from nemo_ee.runtime.loader import load_model
-from nemo_ee.text.special_tokens import GENERATION_CONFIG, end_of_text, optional_settings
+from nemo_ee.families.rotary_settings import with_both_spellings
+from nemo_ee.generation.engine import EarlyExitEngine
+from nemo_ee.generation.policy import ExitPolicy, plan_exits
+from nemo_ee.generation.validation import raise_all
+from nemo_ee.runtime.exit_modules import exit_modules
+from nemo_ee.runtime.exported_model import ExportedModel, exported_model
+from nemo_ee.runtime.loader import DTYPES, StoredTensors, model_of
+from nemo_ee.runtime.sampling_loop import SamplingLoop, unsupported_settings
 
-# Arguments that `AutoModelForCausalLM.from_pretrained` passes on and that have no effect here. Those in the second
-# line are for fetching files from the Hub; here the files are in a local directory already.
-_IGNORED = {"adapter_kwargs", "attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors"}
-_IGNORED |= {"cache_dir", "code_revision", "force_download", "local_files_only", "revision", "token"}
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+if VERSION < (4, 51):
+    raise ImportError(
+        f"transformers {transformers.__version__}: early exit needs 4.51 or later; update it, or load the stock class "
+        "without trust_remote_code"
+    )
+
+_WAY_OUT = "merge adapters and undo changes of the model, or generate without early-exit arguments"
+# The loop of the running call of `generate`, in its thread.
+_LOOP: ContextVar[SamplingLoop | None] = ContextVar("early_exit_loop", default=None)
+# Model -> (state of its parameters, engine over them); not an attribute, so that models can be copied and pickled.
+_ENGINES: WeakKeyDictionary[nn.Module, tuple[tuple, EarlyExitEngine]] = WeakKeyDictionary()
 
 
-class EarlyExitCausalLM:
-    """A model with early exits for decoding; it is not a `torch.nn.Module`.
+class PortableConfig:
+    """Goes in front of a family's config class, so that every version reads what any of them saves."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """That of transformers, with the rotary settings that this version uses in both spellings."""
+        values = super().to_dict()
+        unused = ("rope_parameters",) if VERSION < (5, 0) else ("rope_theta", "rope_scaling")
+        if "rope_theta" in values or "rope_parameters" in values:
+            values = with_both_spellings({key: value for key, value in values.items() if key not in unused})
+        return values
+
+
+class EarlyExitGeneration:
+    """Goes in front of a `...ForCausalLM` class; see the module.
 
     Attributes:
-        config: transformers' config.
-        generation_config: the values of the directory's generation_config.json, empty without one.
-        model: the `RuntimeModel`.
-        engine: the decoding engine of the model, with all of its modes.
+        exit_heads: the parameters of the exits. The class's own `forward` does not use them.
     """
 
-    def __init__(self, config: Any, directory: str, *, device: str | torch.device, dtype: Any) -> None:
-        self.config = config
-        self.generation_config = _generation_config(Path(directory))
-        self.model = load_model(directory, device=device, dtype=dtype)
-        self.engine = EarlyExitEngine(self.model)
+    def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
+        super().__init__(config, *args, **settings)
+        values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        self._exported: ExportedModel = exported_model(values, "config")
+        self.exit_heads = exit_modules(self._exported)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing. transformers 4.53 and later call it on classes of a directory, so that saving copies them."""
-
-    @classmethod
-    def from_pretrained(cls, directory: str, *, config: Any = None, **settings: Any) -> EarlyExitCausalLM:
-        """Load a local directory.
-
-        Args:
-            directory: `hf_early_exit/` of an export.
-            config: given by transformers.
-            settings: `torch_dtype` or `dtype` (a dtype, its name, or "auto", the default: fp32 on the CPU, else as
-                stored) and `device_map` or `device` (one device).
-
-        Raises:
-            ValueError: an unsupported setting, or a directory that cannot be loaded.
-        """
-        dtype = _first(settings.pop("torch_dtype", None), settings.pop("dtype", None))
-        device = _first(settings.pop("device_map", None), settings.pop("device", None), "cpu")
-        if not isinstance(device, str | torch.device | int) or device in ("auto", "balanced", "sequential"):
-            raise ValueError(f"device_map={device!r}: this model runs on one device; give 'cuda:0' or 'cpu'")
-        if isinstance(device, int):
-            device = torch.device("cuda", device)
-        known = {key for key in settings if key in _IGNORED or settings[key] in (None, False)}
-        if settings.keys() - known:
-            raise ValueError(
-                f"{', '.join(sorted(settings.keys() - known))}: not supported here; use torch_dtype and device_map"
-            )
-        return cls(config, directory, device=device, dtype=None if dtype == "auto" else dtype)
+    def from_pretrained(cls, *args: Any, **settings: Any) -> Any:
+        """That of transformers; `dtype` and `torch_dtype` are the same."""
+        if "dtype" in settings and VERSION < (4, 56):  # that version renamed torch_dtype
+            settings["torch_dtype"] = settings.pop("dtype")
+        return super().from_pretrained(*args, **settings)
 
     @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.model.device
-
-    def eval(self) -> EarlyExitCausalLM:
-        """Returns the model itself, which has only this mode."""
-        return self
-
-    @torch.inference_mode()
-    def __call__(self, input_ids: LongTensor) -> Tensor:
-        """The full model's logits. `input_ids`: `[b, s]`, without padding. Returns `[b, s, v]`, fp32.
+    def engine(self) -> EarlyExitEngine:
+        """The decoding engine over the model's parameters, with all of its modes; made again if one has changed.
 
         Raises:
-            ValueError: more tokens than the model has positions.
+            ValueError: the parameters are on several devices or not in memory, of an unsupported dtype, or not those
+                of the model's config.
         """
-        batch, length = input_ids.shape
-        if length > self.model.max_positions:
-            raise ValueError(f"{length} tokens are more than the model's {self.model.max_positions} positions")
-        positions = TokenPositions.of({row: range(length) for row in range(batch)}, self.device)
-        cache = self.model.new_cache(batch, length, ())
-        hidden = self.model.embed(input_ids.flatten().to(self.device), positions)
-        hidden = self.model.run(hidden, positions, 0, 2 * self.model.num_layers, cache)
-        return self.model.exit_logits(None, hidden, positions, cache).view(batch, length, -1)
+        tensors = {name: one.detach() for name, one in self.named_parameters(remove_duplicate=False)}
+        devices = {one.device for one in tensors.values()}
+        if len(devices) > 1 or any(device.type == "meta" for device in devices):
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"early exit needs all parameters on one device, and they are on {names}; load the model with "
+                "device_map={'': 'cuda:0'} or {'': 'cpu'}, or generate without early-exit arguments"
+            )
+        state = tuple(_state(one) for one in self.parameters())
+        found = _ENGINES.get(self)
+        if found is None or found[0] != state:
+            _ENGINES.pop(self, None)  # its memory is free before the new one takes some
+            found = _ENGINES[self] = (
+                state,
+                EarlyExitEngine(_runtime_model(self._exported, tensors, *devices, self.dtype)),
+            )
+        return found[1]
 
     def generate(
         self,
-        input_ids: LongTensor,
-        attention_mask: LongTensor | None = None,
-        *,
+        inputs: LongTensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
         early_exit_threshold: float | Mapping[str, float] | None = None,
-        early_exit_criterion: str = "max_probability",
+        early_exit_criterion: str | None = None,
         early_exits: Sequence[str] | None = None,
         max_pending_tokens: int | None = None,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
+        seed: int | None = None,
         return_result: bool = False,
-        **others: Any,
-    ) -> LongTensor | tuple[LongTensor, GenerationResult]:
-        """Generate; each token leaves at the first exit whose confidence passes its threshold.
+        **settings: Any,
+    ) -> Any:
+        """`generate` of transformers; with one of the arguments below, each token leaves at the first exit whose
+        confidence passes its threshold.
 
         Args:
-            input_ids: `[b, s]`, padded on either side where `attention_mask` is 0.
-            early_exit_threshold: None decodes at full depth; else one for all exits, or one for each by name.
-            early_exit_criterion, early_exits, max_pending_tokens: `criterion`, `active` and `max_pending_tokens` of
-                `ExitPolicy`.
-            max_new_tokens, do_sample ... seed: length of the answer, and sampling parameters.
-            eos_token_id: ids that end a sequence, one or several; None = generation_config.json's, else the config's.
-                The tokenizer is not read.
-            pad_token_id: fills sequences that ended earlier; None = generation_config.json's, else the config's, else
-                the end token.
+            inputs, generation_config, args, settings: those of transformers. Early exit decodes greedily or by
+                sampling, with the settings named in docs/export-huggingface.md; others are refused.
+            early_exit_threshold: one for all exits, or one for each by name; None = full depth.
+            early_exit_criterion: default `max_probability`; with `early_exits` and `max_pending_tokens` the fields
+                `criterion`, `active` and `max_pending_tokens` of `ExitPolicy`.
+            seed: random seed of the sequences; None = drawn from torch's generator, which `set_seed` seeds.
             return_result: also return the engine's result: exits, layers, confidences.
 
         Returns:
-            `[b, s + n]`, int64, the prompts with the new tokens behind them.
+            That of transformers; with `return_result` a pair of it and a `GenerationResult`.
 
         Raises:
             ValueError: every problem of the call.
         """
-        others.pop("token_type_ids", None)  # some tokenizers always return them; these models have one token type
-        for key in others:
-            if key in RENAMED_KEYS:
-                raise ValueError(f"{key} is now {RENAMED_KEYS[key]}")
-        if others:
-            raise ValueError(f"{', '.join(sorted(others))}: not supported here; use the stock class for it")
-        sampling = SamplingParams(
-            greedy=not do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed,
-        )  # fmt: skip
-        policy = None
-        if early_exit_threshold is not None:
-            active = None if early_exits is None else tuple(early_exits)
-            policy = ExitPolicy(early_exit_threshold, early_exit_criterion, active, max_pending_tokens)
-        stops = self._stops() if eos_token_id is None else _list(eos_token_id)
-        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        result = self.engine.generate(
-            [row[mask.bool()].tolist() for row, mask in zip(input_ids, kept, strict=True)],
-            max_new_tokens=max_new_tokens,
-            mode="full" if policy is None else "early_exit",
-            policy=policy,
-            sampling=sampling,
-            stop_tokens=stops,
+        raise_all([f"{key} is now {RENAMED_KEYS[key]}" for key in settings if key in RENAMED_KEYS])
+        policy = (early_exit_criterion, early_exits, max_pending_tokens)
+        if (early_exit_threshold, *policy, seed) == (None,) * 5 and not return_result:
+            return super().generate(inputs, generation_config, *args, **settings)
+        token_types = settings.get("token_type_ids")
+        if token_types is not None and not token_types.any():  # some tokenizers return them for every text
+            del settings["token_type_ids"]
+        loop = SamplingLoop(self._policy(early_exit_threshold, *policy), seed)
+        config, others = self._prepare_generation_config(generation_config, **settings)
+        raise_all(
+            ["arguments after generation_config need their names"] * bool(args) + unsupported_settings(config, others)
         )
-        stored = self.generation_config.get("pad_token_id", getattr(self.config, "pad_token_id", None))
-        longest, fill = max(map(len, result.tokens)), _first(pad_token_id, stored, *stops, 0)
-        new = torch.tensor([[*own, *[fill] * (longest - len(own))] for own in result.tokens], device=input_ids.device)
-        tokens = torch.cat((input_ids, new), dim=1)
-        return (tokens, result) if return_result else tokens
+        before = _LOOP.set(loop)
+        try:
+            output = super().generate(inputs, generation_config, **settings)
+        finally:
+            _LOOP.reset(before)
+        if loop.result is None:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} did not decode with early exit; measured are 4.51 to 5.24"
+            )
+        return (output, loop.result) if return_result else output
 
-    def _stops(self) -> list[int]:
-        config = {"eos_token_id": getattr(self.config, "eos_token_id", None)}
-        return list(end_of_text(self.generation_config, config, None, vocab_size=self.model.vocab_size).ids)
+    def _policy(
+        self, thresholds: Any, criterion: str | None, active: Sequence[str] | None, max_pending_tokens: int | None
+    ) -> ExitPolicy | None:
+        """The policy of a call, checked against the model's exits before the engine is made; None = full depth."""
+        if thresholds is None:
+            keys = {"early_exit_criterion": criterion, "early_exits": active, "max_pending_tokens": max_pending_tokens}
+            unused = [f"{key}={value!r}" for key, value in keys.items() if value is not None]
+            if unused:
+                raise ValueError(
+                    f"{', '.join(unused)}: without effect; give early_exit_threshold too, or leave it out"
+                )
+            return None
+        active = None if active is None else active if isinstance(active, str) else tuple(active)
+        policy = ExitPolicy(thresholds, criterion or "max_probability", active, max_pending_tokens)
+        points = [exit.point for exit in self._exported.exits]
+        plan_exits("early_exit", policy, points, self._exported.architecture.num_layers)
+        return policy
+
+    def _sample(self, input_ids: LongTensor, *args: Any, **settings: Any) -> Any:
+        """The decoding loop of `generate` for greedy decoding and sampling."""
+        loop = _LOOP.get()
+        if loop is None:
+            return super()._sample(input_ids, *args, **settings)
+        return loop.run(lambda: self.engine, input_ids, *args, **settings)
 
 
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next((value for value in values if value is not None), None)
+def _state(tensor: Tensor) -> tuple:
+    """Changes if the tensor was replaced or written to.
+
+    The version counter does not see writes through `.data`, so some of the numbers are compared too.
+    """
+    some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tuple(some.tolist())
 
 
-def _generation_config(directory: Path) -> dict[str, Any]:
-    path = directory / GENERATION_CONFIG
-    return optional_settings(path) or {}
+def _runtime_model(exported: ExportedModel, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype):
+    wrong = {one.dtype for one in tensors.values()} - set(DTYPES.values())
+    if wrong:
+        raise ValueError(
+            f"early exit decodes parameters in {', '.join(DTYPES)}, and some are in {', '.join(map(str, wrong))}; use "
+            ".to(torch.bfloat16), load without quantisation, or generate without early-exit arguments"
+        )
+    on_cpu = device.type == "cpu"
 
+    def tensor(name: str) -> Tensor | None:
+        found = tensors.get(name)
+        # transformers 4 loads half precision as fp32; the runtime's products of half-precision weights are faster.
+        if on_cpu and found is not None and found.dtype is torch.float32 and found.ndim == 2:
+            half = found.bfloat16()
+            return half if torch.equal(half.float(), found) else found
+        return found
 
-def _list(value: int | Sequence[int]) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
+    source = StoredTensors("the model", exported, tensor, _WAY_OUT)
+    with torch.no_grad():
+        return model_of(exported, source, device, torch.float32 if on_cpu else dtype, share=True)

@@ -59,17 +59,30 @@ def read_exported_model(directory: str | Path) -> ExportedModel:
         raise ValueError(f"{directory}: no config.json; give a directory that export_huggingface.py made")
     try:
         values = read_json_object(path)
-        table = (values.get("early_exit") or {}).get("exits", [])
-        problems = [*_exit_problems(values, table)]
     except JsonError as problem:
         raise ValueError(f"{problem}; the file is damaged, export again") from problem
+    return exported_model(values, path)
+
+
+def exported_model(values: Mapping[str, Any], origin: object) -> ExportedModel:
+    """The model that the values of a config.json describe.
+
+    Args:
+        origin: name of the file in messages.
+
+    Raises:
+        ValueError: as `read_exported_model`.
+    """
+    try:
+        table = (values.get("early_exit") or {}).get("exits", [])
+        problems = [*_exit_problems(values, table)]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise ValueError(f"{path}: damaged, {problem!r}; export again") from problem
+        raise ValueError(f"{origin}: damaged, {problem!r}; export again") from problem
     try:
         # Any length is accepted: the runtime stops at the attention window.
         architecture = read_config(values, 1, problems=problems)
     except ValueError as problem:
-        raise ValueError(f"{path}: cannot be run. {problem}") from None
+        raise ValueError(f"{origin}: cannot be run. {problem}") from None
     dtype = values.get("torch_dtype") or values.get("dtype") or "float32"
     return ExportedModel(architecture, exit_entries(table), dtype)
 

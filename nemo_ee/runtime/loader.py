@@ -9,8 +9,8 @@ and those of an exit under `exits.<name>.`; query, key and value rows come one b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,9 +40,11 @@ from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary_frequencies import pairs_together
 from nemo_ee.text.json_values import read_json_object
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
+from nemo_ee.text.tokenizer_json import JsonTokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HALVES = {torch.bfloat16, torch.float16}
+_CPU = torch.device("cpu")
 
 
 class TensorSource(Protocol):
@@ -52,7 +54,7 @@ class TensorSource(Protocol):
         origin: name of the source in messages.
     """
 
-    origin: Path
+    origin: object
 
     def pieces(self, key: str) -> Iterable[tuple[str, Tensor]]:
         """(stored name, rows) of the pieces of a canonical tensor from top to bottom, in their stored dtype.
@@ -85,19 +87,29 @@ def load_model(
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[name]
-    with _Directory(directory, exported) as source:
-        weights = _Reader(exported, source, torch.device(device), dtype).weights()
-    return RuntimeModel(exported, weights, dtype)
+    with _opened(directory, exported) as source:
+        return model_of(exported, source, torch.device(device), dtype)
 
 
-def model_of(exported: ExportedModel, source: TensorSource) -> RuntimeModel:
-    """A model in fp32 on the CPU.
+def model_of(
+    exported: ExportedModel,
+    source: TensorSource,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.float32,
+    *,
+    share: bool = False,
+) -> RuntimeModel:
+    """A model over the tensors of a source.
+
+    Args:
+        device: device of the model.
+        dtype: to compute in.
+        share: use the source's own storage for tensors that need no change; they must outlive the model.
 
     Raises:
         ValueError: a tensor is missing or does not fit the description.
     """
-    weights = _Reader(exported, source, torch.device("cpu"), torch.float32).weights()
-    return RuntimeModel(exported, weights, torch.float32)
+    return RuntimeModel(exported, _Reader(exported, source, device, dtype, share).weights(), dtype)
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -109,20 +121,22 @@ def load_tokenizer(directory: str | Path) -> Any:
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ValueError(f"{directory}: no tokenizer in it; export from a .nemo that carries one, or use token ids")
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError as missing:
         raise ValueError(
             f"{directory}: transformers is not installed; run pip install 'transformers>=4.51', or use an export: its "
             "tokenizer does not need transformers (nemo_ee.text.tokenizer_json)"
         ) from missing
     with readable_tokenizer(directory) as readable:
-        tokenizer = AutoTokenizer.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
+        # AutoTokenizer of transformers 5 takes Qwen2's own class beside a Qwen2 model, whatever the file says.
+        loader = PreTrainedTokenizerFast if JsonTokenizer.reads(readable) else AutoTokenizer
+        tokenizer = loader.from_pretrained(readable, trust_remote_code=False, local_files_only=True)
     tokenizer.name_or_path = str(directory)
     return tokenizer
 
 
-def _stored_tensors(exported: ExportedModel) -> dict[str, Canonical]:
-    """Every tensor of a directory by its name here."""
+def stored_tensors(exported: ExportedModel) -> dict[str, Canonical]:
+    """Every tensor of a directory by its canonical name; its stored names are those of the directory."""
     table = tensors_of(exported.architecture)
     found = dict(table.others)
     for index in range(exported.architecture.num_layers):
@@ -133,67 +147,76 @@ def _stored_tensors(exported: ExportedModel) -> dict[str, Canonical]:
     return found
 
 
-class _Directory:
-    """The tensors of a directory's safetensors files; a context manager."""
+class StoredTensors:
+    """A `TensorSource` over tensors with the names of a directory.
 
-    def __init__(self, directory: Path, exported: ExportedModel) -> None:
-        self.origin = directory
-        self._tensors = _stored_tensors(exported)
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+    Args:
+        origin: see `TensorSource`.
+        exported: the model.
+        tensor: stored name -> the tensor; None = there is none.
+        way_out: the way out of a tensor that is missing or does not fit, for messages.
+    """
 
-    def __enter__(self) -> _Directory:
-        try:
-            for path in self._paths():
-                try:
-                    file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                except (SafetensorError, OSError) as problem:
-                    raise ValueError(f"{path}: missing or damaged ({problem}); export again") from problem
-                self._files |= dict.fromkeys(file.keys(), file)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._stack.close()
-
-    def _paths(self) -> list[Path]:
-        index = self.origin / "model.safetensors.index.json"
-        if not index.is_file():
-            return [self.origin / "model.safetensors"]
-        try:
-            names = sorted(set(read_json_object(index)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
-            raise ValueError(f"{index}: damaged ({problem!r}); export again") from problem
-        if any(Path(str(name)).name != name for name in names):
-            raise ValueError(f"{index}: refused, it names files outside of the directory")
-        return [self.origin / name for name in names]
+    def __init__(
+        self, origin: object, exported: ExportedModel, tensor: Callable[[str], Tensor | None], way_out: str
+    ) -> None:
+        self.origin, self._table, self._tensor, self._way_out = origin, stored_tensors(exported), tensor, way_out
 
     def pieces(self, key: str) -> Iterator[tuple[str, Tensor]]:
-        """See `TensorSource`. Only the rows that are used are read of a tensor with others."""
-        tensor = self._tensors.get(key)
+        """See `TensorSource`. The rows that are used are views of the stored tensors."""
+        tensor = self._table.get(key)
         if tensor is None or not tensor.stored:
             raise ValueError(f"{self.origin}: a model of this config has no {key}")
         for stored in tensor.stored:
-            if stored.name not in self._files:
-                raise ValueError(f"{self.origin}: {stored.name} is missing; export again")
-            part = self._files[stored.name].get_tensor(stored.name)
+            part = self._tensor(stored.name)
+            if part is None:
+                raise ValueError(f"{self.origin}: {stored.name} is missing; {self._way_out}")
             if tuple(part.shape) != stored.shape:
                 shapes = f"shape {list(part.shape)}, must be {list(stored.shape)}"
-                raise ValueError(f"{self.origin}: {stored.name} has {shapes} by config.json; export again")
+                raise ValueError(f"{self.origin}: {stored.name} has {shapes} by config.json; {self._way_out}")
             start, stop = tensor.rows_of(stored)
             yield stored.name, (part.t() if stored.transposed else part)[start:stop]
+
+
+@contextmanager
+def _opened(directory: Path, exported: ExportedModel) -> Iterator[StoredTensors]:
+    """The tensors of a directory's safetensors files."""
+    files: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for path in _weight_files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as problem:
+                raise ValueError(f"{path}: missing or damaged ({problem}); export again") from problem
+            files |= dict.fromkeys(file.keys(), file)
+
+        def tensor(name: str) -> Tensor | None:
+            return files[name].get_tensor(name) if name in files else None
+
+        yield StoredTensors(directory, exported, tensor, "export again")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    try:
+        names = sorted(set(read_json_object(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{index}: damaged ({problem!r}); export again") from problem
+    if any(Path(str(name)).name != name for name in names):
+        raise ValueError(f"{index}: refused, it names files outside of the directory")
+    return [directory / name for name in names]
 
 
 class _Reader:
     """Builds the model's weights."""
 
     def __init__(
-        self, exported: ExportedModel, source: TensorSource, device: torch.device, dtype: torch.dtype
+        self, exported: ExportedModel, source: TensorSource, device: torch.device, dtype: torch.dtype, share: bool
     ) -> None:
         self.exported, self.a, self.source = exported, exported.architecture, source
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.share = device, dtype, share
 
     def weights(self) -> Weights:
         a = self.a
@@ -222,6 +245,8 @@ class _Reader:
         for name, piece in self.source.pieces(key):
             if result is None:
                 dtype = piece.dtype if keep_half and piece.dtype in _HALVES else self.dtype
+                if self.share and (piece.shape, piece.dtype, piece.device) == (shape, dtype, self.device):
+                    return piece, dtype in _HALVES
                 result = torch.empty(shape, dtype=dtype, device=self.device)
             stop = top + piece.shape[0]
             if piece.shape[1:] != result.shape[1:] or stop > shape[0]:
@@ -286,8 +311,11 @@ class _Reader:
         weight, half = self._stored(f"{key}weight", height, width)
         bias = self._read(f"{key}bias", height) if linear in self.a.biases else None
         if linear == QKV and not self.a.learned_positions:
-            turned = (self.a.num_attention_heads + self.a.num_query_groups) * self.a.kv_channels
-            for tensor in (weight, bias):
-                if tensor is not None:
-                    tensor[:turned] = pairs_together(tensor[:turned], self.a.kv_channels)
+            weight, bias = self._turned(weight), None if bias is None else self._turned(bias)
         return make_linear(weight, bias, stored_in_half=half)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        """Rows of query, key and value with the pairs of rotary dimensions of query and key together."""
+        a = self.a
+        turned = (a.num_attention_heads + a.num_query_groups) * a.kv_channels
+        return torch.cat((pairs_together(rows[:turned], a.kv_channels), rows[turned:]))

@@ -52,9 +52,11 @@ CHANGES = {name: {FAMILIES[family].keys["num_layers"]: 3} for name, (family, _) 
 class Made:
     """A tiny model as transformers', as NeMo's, and as a `.nemo` that carries config.json as a conversion's does."""
 
-    def __init__(self, folder: Path, name: str, exits: Sequence[dict] = EXITS, *, bundled: bool = True) -> None:
+    def __init__(
+        self, folder: Path, name: str, exits: Sequence[dict] = EXITS, *, bundled: bool = True, **changes: Any
+    ) -> None:
         self.source = folder / "hf"
-        self.reference, self.model = tiny_pair(self.source, name, exits, changes=CHANGES[name])
+        self.reference, self.model = tiny_pair(self.source, name, exits, changes=CHANGES[name] | changes)
         moved(self.model)
         if bundled:
             self.model.bundled_files = {

@@ -19,7 +19,6 @@ from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.export.huggingface.remote_code import remote_code
 from nemo_ee.export.manifest import MANIFEST
 from nemo_ee.families.registry import FAMILIES
-from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from tests.functional import test_export_tensorrt_llm
 from tests.functional.test_export_huggingface import Made, export, stock
 from tests.helpers.nemo_files import members, rewritten
@@ -149,6 +148,8 @@ def test_without_a_tokenizer_no_token_is_special(one: Made, tmp_path: Path) -> N
 
 def test_the_end_token_of_the_tokenizer_s_files_ends_a_text(one: Made, tmp_path: Path) -> None:
     """In transformers' `generate` and in the directory's own, asked for nothing."""
+    from transformers import AutoModelForCausalLM
+
     prompt = torch.tensor([[5, 71, 13]])
     call = {"max_new_tokens": 12, "attention_mask": torch.ones_like(prompt)}
     free = stock(export(one.path, tmp_path / "free", targets=("full",)) / "hf_full").generate(prompt, **call)
@@ -165,8 +166,8 @@ def test_the_end_token_of_the_tokenizer_s_files_ends_a_text(one: Made, tmp_path:
         assert ids_of(file) == {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     model = stock(output / "hf_full")
     assert torch.equal(model.generate(prompt, **call), free[:, :length])
-    remote = EarlyExitCausalLM.from_pretrained(str(output / "hf_early_exit"), config=model.config)
-    assert torch.equal(remote.generate(prompt, **call), free[:, :length])
+    remote = AutoModelForCausalLM.from_pretrained(output / "hf_early_exit", trust_remote_code=True)
+    assert torch.equal(remote.generate(prompt, **call, return_result=True)[0], free[:, :length])
     engines = test_export_tensorrt_llm.export(path, tmp_path / "trt")
     written = [json.loads(file.read_text()) for file in engines.glob("*/generation_config.json")]
     assert len(written) == 3 and {one["eos_token_id"] for one in written} == {end}, "the checkpoint and two drafts"

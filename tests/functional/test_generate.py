@@ -372,7 +372,6 @@ def test_everything_ends_a_text_where_transformers_does(ended, generate, tmp_pat
 
     from nemo_ee.calibration.calibrate import Calibrator, calibrate
     from nemo_ee.calibration.calibration_request import CalibrationRequest
-    from nemo_ee.runtime.auto_model import EarlyExitCausalLM
     from nemo_ee.serving.protocol import Limits, read_request
     from nemo_ee.serving.serve import make_server
     from nemo_ee.serving.settings import ServerSettings
@@ -386,11 +385,12 @@ def test_everything_ends_a_text_where_transformers_does(ended, generate, tmp_pat
     server = make_server(ServerSettings.from_config(serve_config(ended.export / "hf_early_exit"))).model
     assert server.end_of_text.ids == tuple(ended.stops)
     full = AutoModelForCausalLM.from_pretrained(ended.export / "hf_full")
-    remote = EarlyExitCausalLM.from_pretrained(str(ended.export / "hf_early_exit"), config=full.config)
+    remote = AutoModelForCausalLM.from_pretrained(ended.export / "hf_early_exit", trust_remote_code=True)
     for prompt, expected in zip(PROMPTS, ended.expected, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        for own in (full, remote):
-            assert own.generate(ids, max_new_tokens=NUM_NEW)[0, ids.shape[1] :].tolist() == expected
+        early, _ = remote.generate(ids, max_new_tokens=NUM_NEW, return_result=True)
+        for own in (full.generate(ids, max_new_tokens=NUM_NEW), early):
+            assert own[0, ids.shape[1] :].tolist() == expected
         body = {"prompt": prompt, "max_tokens": NUM_NEW, "temperature": 0, "early_exit": {"mode": "full"}}
         session = server.start_session(1)
         session.add(server.prepare(read_request(body, chat=False, limits=Limits(64, 1))).requests[0])

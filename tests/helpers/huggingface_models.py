@@ -139,6 +139,12 @@ TINY_MODELS |= {name: (name, _arguments(own)) for name, own in FAMILIES.items() 
 TINY_MODELS["qwen3-tied"] = ("qwen3", _LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3, "rope_theta": 1e6})
 
 
+def divisible(name: str) -> dict[str, Any]:
+    """Changes with which transformers 5 accepts a tiny model: its Llama wants `hidden_size` to be a multiple of the
+    number of heads."""
+    return {"num_attention_heads": 4} if TINY_MODELS[name][0] == "llama" else {}
+
+
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A `...ForCausalLM` in eval mode.
 

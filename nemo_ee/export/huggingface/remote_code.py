@@ -4,8 +4,8 @@
 
 transformers runs a directory's code from files beside config.json. They are copies of this package at the time of the
 export: `nemo_ee.runtime.auto_model` and all modules of nemo_ee that it imports, with relative imports among them, and
-one small file that names the classes. The config class is a subclass of the stock one, so other models of the family
-load as before.
+one small file with the classes. They are subclasses of the stock ones: `from_pretrained`, `save_pretrained` and
+`generate` are those of the installed transformers, and other models of the family load as before.
 """
 
 from __future__ import annotations
@@ -24,28 +24,36 @@ _IMPORT = re.compile(r"^(\s*)from (nemo_ee(?:\.\w+)+) import", re.MULTILINE)
 
 _TEMPLATE = '''# Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A {family} with early exits for transformers. Written by nemo_ee's export, as are the files beside it.
+"""A {family} with early exits for transformers 4.51 to 5.x. Written by nemo_ee's export, as are the files beside it.
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
     model.generate(**tokenizer(text, return_tensors="pt"), early_exit_threshold=0.8)
 """
 
-from transformers import {stock}
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, {config}, {model}
 
-from .{root} import EarlyExitCausalLM
+from .{root} import EarlyExitGeneration, PortableConfig
 
 # transformers copies only files that this file imports.
 {others}
 
 
-class EarlyExitConfig({stock}):
+class EarlyExitConfig(PortableConfig, {config}):
     """The stock config; `early_exit` in it is the table of exits."""
 
+    _auto_class = "AutoConfig"  # transformers before 4.53 saves the files of a class only if it says so
 
-class EarlyExitForCausalLM(EarlyExitCausalLM):
-    """The model class; see `generate`."""
+
+class EarlyExitForCausalLM(EarlyExitGeneration, {model}):
+    """The stock model with exits; see `generate`."""
 
     config_class = EarlyExitConfig
+    _auto_class = "AutoModelForCausalLM"
+
+
+# `pipeline` of transformers 4.51 loads a tokenizer only for configs that it knows. The class is that of the
+# directory's tokenizer_config.json in any case.
+AutoTokenizer.register(EarlyExitConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 '''
 
 
@@ -69,7 +77,7 @@ def remote_code(family: Family) -> dict[str, str]:
     stems = sorted(name.removesuffix(".py") for name in files if name != f"{root}.py")
     others = "\n".join(f"from .{stem} import __name__ as _" for stem in stems)
     files[f"{MODELING}.py"] = _TEMPLATE.format(
-        family=family.model_type, stock=family.config_class, root=root, others=others
+        family=family.model_type, config=family.config_class, model=family.model_class, root=root, others=others
     )
     licence = _licence()
     if licence is not None:

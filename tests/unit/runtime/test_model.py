@@ -26,7 +26,6 @@ from nemo_ee.generation.kv_cache import KVCache, Placement
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.stats import Failure
-from nemo_ee.runtime.auto_model import EarlyExitCausalLM
 from nemo_ee.runtime.linear import (
     HalfLinear,
     PlainLinear,
@@ -71,7 +70,6 @@ def test_logits_are_transformers(name: str, tmp_path: Path) -> None:
     expected = reference_logits(reference, tokens)
     assert close(whole(model, tokens), expected)
     assert not close(whole(model, tokens.flip(1)), expected), "control: other tokens"
-    assert close(EarlyExitCausalLM(None, str(tmp_path), device="cpu", dtype=None)(tokens), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
@@ -131,48 +129,6 @@ def test_half_precision_runs(dtype: str, tmp_path: Path) -> None:
     assert ((logits - expected).abs().max() / expected.abs().max()).item() < 0.1
     result = EarlyExitEngine(model).generate([[1, 2, 3], [4]], max_new_tokens=6, mode="full")
     assert all(len(own) == 6 for own in result.tokens)
-
-
-def test_ends_and_padding_are_generation_config_s(tmp_path: Path) -> None:
-    """Several end tokens, none of them config.json's; against transformers' `generate` on the same directory."""
-    reference = save_tiny_model(tmp_path, "llama")
-    prompts = random_tokens(reference.config.vocab_size)[:, :5]
-    call = {"max_new_tokens": 12, "do_sample": False}
-    free = reference.generate(prompts, eos_token_id=None, pad_token_id=0, **call)
-    ends = {"eos_token_id": [free[0, 8].item(), free[1, 11].item()], "pad_token_id": 3}
-    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
-    expected = stock.generate(prompts, attention_mask=torch.ones_like(prompts), **call)
-    assert (expected[0, 9:] == 3).all() and not torch.equal(expected, free[:, : expected.shape[1]]), "control"
-    ours = EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)
-    assert torch.equal(ours.generate(prompts, max_new_tokens=12), expected)
-    (tmp_path / "generation_config.json").unlink()
-    assert EarlyExitCausalLM.from_pretrained(str(tmp_path), config=stock.config)._stops() == [1]
-    (tmp_path / "generation_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="generation_config.json:1: a JSON list"):
-        EarlyExitCausalLM.from_pretrained(str(tmp_path))
-
-
-def test_settings_of_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny_model(tmp_path, "llama")
-    fetching = {"revision": "main", "code_revision": "main", "token": "x", "cache_dir": "x"}
-    fetching |= {"local_files_only": True, "force_download": True}
-    EarlyExitCausalLM.register_for_auto_class(auto_class="AutoModelForCausalLM")  # as transformers 5 calls it before
-    EarlyExitCausalLM.from_pretrained(str(tmp_path), torch_dtype="auto", dtype=None, **fetching)
-    with pytest.raises(ValueError, match="max_memory: not supported here"):
-        EarlyExitCausalLM.from_pretrained(str(tmp_path), max_memory={0: 1})
-    asked = []
-    monkeypatch.setattr("nemo_ee.runtime.auto_model.load_model", lambda *_, device, dtype: asked.append(device))
-    monkeypatch.setattr("nemo_ee.runtime.auto_model.EarlyExitEngine", lambda _: None)
-    for settings in ({"device_map": 0}, {"device": 1}, {"device_map": "cpu"}, {}):
-        EarlyExitCausalLM.from_pretrained(str(tmp_path), **settings)
-    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1), "cpu", "cpu"]
-
-
-def test_more_tokens_than_positions(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, "llama")
-    with pytest.raises(ValueError, match="33 tokens are more than the model's 32 positions"):
-        EarlyExitCausalLM.from_pretrained(str(tmp_path))(torch.zeros((1, 33), dtype=torch.int64))
 
 
 def test_a_mistral_is_used_up_to_its_window(tmp_path: Path) -> None:
