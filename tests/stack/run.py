@@ -27,6 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # a command, not an installed package
+
+from tests.stack.megatron import UNIT_TESTS  # noqa: E402
+
 FOLDER = ROOT / "outputs" / "stack"
 TORCH = "torch==2.13.0"
 COLUMN_TIMEOUT = 1800.0  # seconds
@@ -35,6 +39,8 @@ CORE_TESTS = [
     *("-m", "not slow_unit", "tests/stack/core"),
     *(f"tests/unit/{part}" for part in "exits families generation planning runtime serving settings text".split()),
 ]
+TRANSFORMERS_TESTS = ["tests/stack/transformers", "tests/unit/families", "tests/unit/text"]
+MEGATRON_TESTS = ["tests/stack/megatron", *UNIT_TESTS]
 SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit")
 
 
@@ -66,9 +72,11 @@ class Column:
 COLUMNS = [
     Column(SEED, ["tests/stack/transformers", "tests/stack/megatron"]),
     Column("core", CORE_TESTS, install=[".[serving]", "pytest", "pytest-timeout", "openai"]),
-    Column("transformers-4.57", ["tests/stack/transformers"]),
-    Column("transformers-5", ["tests/stack/transformers"]),
-    *(Column(f"megatron-{minor}", ["tests/stack/megatron"]) for minor in ("0.14", "0.15", "0.16", "0.19")),
+    *(Column(f"transformers-{minor}", TRANSFORMERS_TESTS) for minor in ("4.57", "5")),
+    *(
+        Column(f"megatron-{minor}", ["tests/stack/megatron", *UNIT_TESTS])
+        for minor in ("0.14", "0.15", "0.16", "0.19")
+    ),
     Column("bridge", ["tests/stack/bridge"]),
 ]
 
@@ -198,7 +206,7 @@ def main() -> int:
         (FOLDER / f"{column.name}.log").unlink(missing_ok=True)
     start, seed = time.monotonic(), COLUMNS[0]
     print(f"files and logs: {FOLDER.relative_to(ROOT)}/", flush=True)
-    _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER / "exports")
+    _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER)
     results = {column.name: run(column) for column in columns if column is seed}
     with ThreadPoolExecutor(2) as pool:
         others = [column for column in columns if column is not seed]

@@ -25,6 +25,8 @@ FC2 = "decoder.layers.mlp.linear_fc2.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
 NORM = "decoder.final_layernorm.weight"
 
+pytestmark = pytest.mark.slow_unit
+
 
 @pytest.fixture(scope="module")
 def one_rank(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
