@@ -54,11 +54,15 @@ def enable() -> None:
     """Switch the CPU host on for the rest of this process. Calling it again does nothing.
 
     Raises:
+        ImportError: this version of Megatron-core is not supported.
         RuntimeError: when torch has already initialised a CUDA device.
     """
     global _ENABLED
     if _ENABLED:
         return
+    from nemo_ee.megatron.versions import refuse_unsupported_version
+
+    refuse_unsupported_version()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.07")  # NeMo parses it as YY.MM and fails on None
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # NeMo and Megatron need it for TP overlap
@@ -161,10 +165,10 @@ def _answer_random_state(torch) -> None:
 def _answer_megatron_random_state(torch) -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    def set_state(new_state, device=-1, graph_safe=False):
+    def set_state(new_state, *args, **kwargs):
         torch.set_rng_state(new_state)
 
-    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = set_state
 
 

@@ -9,11 +9,13 @@ Hugging Face directories.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from nemo_ee.checkpoint.chunk_reader import WeightSource
-from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.model.exit_head_init import global_chunk, initialise_exit_head, local_shards
 
 
 @torch.no_grad()
@@ -47,6 +49,34 @@ def load_shards(sharded_state_dict: dict, source: WeightSource) -> None:
         offset, shape = global_chunk(shard)
         chunk = source.read(shard.key, offset, shape, allow_missing_rows=shard.allow_shape_mismatch)
         shard.data.copy_(chunk.view(shard.data.shape))
+
+
+def load_exits(model: EarlyExitGPTModel, backbone: WeightSource, exits: WeightSource | None, *, seed: int) -> None:
+    """Fill a stage's exits in place: from `exits` where they are stored, else by their `init`.
+
+    Args:
+        model: the stage, on whatever layout.
+        backbone: the backbone's tensors under canonical keys, from which exits are initialised.
+        exits: tuned exits, keys `<exit name>.<parameter>`, or None.
+        seed: seed of random initialisation, for exits without a seed of their own.
+
+    Raises:
+        ValueError: model and weights do not belong together.
+    """
+    stored = {key.split(".", 1)[0] for key in exits.keys()} if exits is not None else set()
+    for head in model.exits:
+        if head.exit.name in stored:
+            load_shards(head.sharded_state_dict(f"{head.exit.name}."), exits)
+            continue
+        initialise_exit_head(
+            head,
+            partial(backbone.read, allow_missing_rows=True),
+            num_layers=model.config.num_layers,
+            vocab_size=model.true_vocab_size,
+            tied=model.share_embeddings_and_output_weights,
+            std=model.config.init_method_std,
+            seed=seed,
+        )
 
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], *, rows_may_differ: bool) -> bool:

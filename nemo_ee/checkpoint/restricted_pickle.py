@@ -93,10 +93,9 @@ _CLASSES: dict[tuple[str, str], Any] = {
             "SavePlan LoadPlan WriteItem WriteItemType TensorWriteData BytesIOWriteData ReadItem LoadItemType"
         ).split()
     },
-    **{
-        ("megatron.core.dist_checkpointing.strategies.torch", name): _Ignored
-        for name in ("MCoreSavePlan", "MCoreMetadata")
-    },
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Ignored,
+    # Megatron-core 0.15's index: torch's, with one attribute more.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): dcp_metadata.Metadata,
     **{
         (module, name): _Ignored
         for module, name in (

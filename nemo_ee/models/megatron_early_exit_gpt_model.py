@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ from torch import Tensor
 
 from nemo_ee import cpu_host
 from nemo_ee.checkpoint.chunk_reader import WeightSource
-from nemo_ee.checkpoint.low_rank_weights import load_low_rank
-from nemo_ee.checkpoint.module_weights import load_shards
+from nemo_ee.checkpoint.megatron_model import build_stage, load_stage
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
@@ -38,8 +37,6 @@ from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.exit_metrics import ExitSums, mean_loss, named_metrics
 from nemo_ee.megatron.model.backbone_training import prepare_backbone, trained_backbone_shards, what_trains
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
-from nemo_ee.megatron.model.exit_head_init import initialise_exit_head
-from nemo_ee.megatron.model.layer_spec import backbone_specs
 from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.optim.exit_optimizers import exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
@@ -47,7 +44,7 @@ from nemo_ee.megatron.optim.stage_optimizers import stage_optimizers
 from nemo_ee.megatron.pipeline.joint_training import JointTraining
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
-from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel, keeps_output_weight
+from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
 from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
 from nemo_ee.models.datasets import DatasetHooks
@@ -141,23 +138,16 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         """Build this rank's stage. Megatron-core needs its process groups when modules are built."""
         if not parallel_state.is_initialized():
             self.set_up_process_groups()
-            pre_process, post_process = (
-                parallel_state.is_pipeline_first_stage(),
-                parallel_state.is_pipeline_last_stage(),
-            )
         cfg = self.cfg
-        transformer_engine = bool(cfg.get("transformer_engine", False)) and self.early_exit.train != "lora"
-        model = EarlyExitGPTModel(
+        model = build_stage(
             self.transformer_config,
-            specs=backbone_specs(self.transformer_config, transformer_engine=transformer_engine),
-            placement=self.placement,
+            self.early_exit,
+            self.placements,
             full_depth=self.full_depth or not self.early_exit.exits,
+            transformer_engine=bool(cfg.get("transformer_engine", False)),
             vocab_size=self.vocab_size,
             padded_vocab_size=self.padded_vocab_size,
             max_sequence_length=cfg.get("max_position_embeddings") or cfg.encoder_seq_length,
-            pre_process=pre_process,
-            post_process=post_process,
-            keep_output_weight=keeps_output_weight(self.early_exit, self.placement),
             share_embeddings_and_output_weights=cfg.get("share_embeddings_and_output_weights", True),
             position_embedding_type=cfg.get("position_embedding_type", "learned_absolute"),
             rotary_percent=cfg.get("rotary_percentage", 1.0),
@@ -215,24 +205,14 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
         Raises:
             ValueError: model and weights do not belong together.
         """
-        cfg, model, seed = self.cfg, self.model, self.cfg.get("seed", 1234)
-        load_shards(model.backbone_sharded_state_dict(), backbone)
-        if self.early_exit.train == "lora":
-            load_low_rank(model, updates, seed=seed)
-        stored = {key.split(".", 1)[0] for key in exits.keys()} if exits is not None else set()
-        for head in model.exits:
-            if head.exit.name in stored:
-                load_shards(head.sharded_state_dict(f"{head.exit.name}."), exits)
-                continue
-            initialise_exit_head(
-                head,
-                partial(backbone.read, allow_missing_rows=True),
-                num_layers=cfg.num_layers,
-                vocab_size=self.vocab_size,
-                tied=cfg.get("share_embeddings_and_output_weights", True),
-                std=cfg.get("init_method_std", 0.02),
-                seed=seed,
-            )
+        load_stage(
+            self.model,
+            backbone,
+            exits,
+            early_exit=self.early_exit,
+            seed=self.cfg.get("seed", 1234),
+            updates=updates,
+        )
         if logged:
             self.log_what_trains()
 

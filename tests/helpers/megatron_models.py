@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Early-exit Megatron models in this process, made from tiny Hugging Face ones, and what tests read off them.
+"""Early-exit models as NeMo builds them, in this process, made from tiny Hugging Face ones.
 
 Importing this file switches the CPU host on for the rest of the process. NeMo is imported once, by the first model.
 Tests that need the CPU host off run in a process of their own.
@@ -9,35 +9,28 @@ Tests that need the CPU host off run in a process of their own.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_ee import cpu_host
+import torch
 
-cpu_host.enable()
-if "nemo_ee.models" in sys.modules:  # a test that needs no NeMo imported it while the CPU host was off
-    cpu_host.adapt_nemo()
-
-import torch  # noqa: E402 -- after the CPU host is on
-
-from tests.helpers.huggingface_models import save_tiny_model  # noqa: E402
-
-torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
+from tests.helpers.core_models import (  # noqa: F401 -- switches the CPU host on; most tests want these too
+    ALL_ARCHITECTURES,
+    exit_entry,
+    exit_logits,
+    microbatch,
+    naive_logits,
+    random_tokens,
+    relative_difference,
+    snapshot,
+)
+from tests.helpers.huggingface_models import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 REFERENCE_MODEL = ROOT / "assets" / "reference-model"
 MICRO_BATCH, GLOBAL_BATCH = 2, 4
-
-ALL_ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
-
-
-def exit_entry(layer: int, architecture: str, init: str = "copy", output: str = "own", **more: Any) -> dict[str, Any]:
-    """An entry of `exits` whose name says what it is."""
-    name = f"l{layer}-{architecture}-{init}-{output}"
-    return {"name": name, "layer": layer, "architecture": architecture, "init": init, "output": output, **more}
 
 
 def reset_batch_sizes() -> None:
@@ -117,48 +110,6 @@ def tiny_pair(folder: Path, name: str, exits: Sequence[Mapping[str, Any]], **set
     changes = settings.pop("changes", {})
     reference = save_tiny_model(folder, name, **changes)
     return reference, model_from_hugging_face(folder, exits, **settings)
-
-
-def microbatch(tokens: torch.Tensor, *, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None):
-    """A `MicroBatch` of `tokens` [b, s]; by default every position counts and each label is the next token."""
-    from nemo_ee.megatron.model.microbatch import MicroBatch
-
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    labels = tokens.roll(-1, dims=1) if labels is None else labels
-    return MicroBatch(tokens, labels, torch.ones(tokens.shape) if mask is None else mask, positions)
-
-
-def random_tokens(model, *, batch: int = 2, length: int | None = None, seed: int = 3) -> torch.Tensor:
-    """[b, s] tokens over the whole true vocabulary."""
-    length = length or model.cfg.encoder_seq_length
-    return torch.randint(0, model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def naive_logits(head, tap: torch.Tensor, rotary_pos_emb, vocab_size: int) -> torch.Tensor:
-    """[b, s, v] fp32 logits of an exit head from its tap [s, b, h], whole and without padding rows."""
-    hidden = head(tap, rotary_pos_emb=rotary_pos_emb)
-    logits = sum(inputs @ weight.t() for inputs, weight in head.output_terms(hidden))
-    return logits[..., :vocab_size].transpose(0, 1).float()
-
-
-@torch.no_grad()
-def exit_logits(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Exit name -> logits [b, s, v] of tokens [b, s]."""
-    stage = model.model.forward_to_taps(microbatch(tokens))
-    return {
-        head.exit.name: naive_logits(head, stage.taps[head.exit.stop], stage.rotary_pos_emb, model.vocab_size)
-        for head in model.model.exits
-    }
-
-
-def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of every parameter and buffer by name."""
-    return {name: value.detach().clone() for name, value in [*module.named_parameters(), *module.named_buffers()]}
-
-
-def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference in units of the largest |theirs|."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def user_environment() -> dict[str, str]:

@@ -36,6 +36,7 @@ from torch.nn.functional import linear
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.megatron.model.layer_spec import BackboneSpecs
 from nemo_ee.megatron.model.low_rank import add_low_rank_updates, new_parameter, spread_over_tensor_parallel
+from nemo_ee.megatron.versions import build_mlp
 
 # Where the norm that Transformer Engine fuses into the MLP's first linear lives in every checkpoint.
 _CANONICAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
@@ -110,9 +111,7 @@ class ExitHead(MegatronModule):
             self.pre_mlp_layernorm = build_module(
                 parts.pre_mlp_layernorm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-            self.mlp = build_module(
-                parts.mlp, config=config, tp_group=parallel_state.get_tensor_model_parallel_group()
-            )
+            self.mlp = build_mlp(parts.mlp, config)
         if exit.architecture != "embedding":
             self.norm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
         if exit.output == "own":

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from nemo_ee.megatron.loss.vocab_parallel import output_weight_key
@@ -32,9 +32,8 @@ ReadBackbone = Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor]
 
 def local_shards(sharded_state_dict: dict) -> list[ShardedTensor]:
     """The sharded tensors of a sharded state dict, gated MLPs split into their two halves; `.data` are live views."""
-    state = dict(sharded_state_dict)
-    apply_factories(state)
-    return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    built = [v.build() if isinstance(v, ShardedTensorFactory) else v for v in nested_values(sharded_state_dict)]
+    return [value for value in nested_values(built) if isinstance(value, ShardedTensor)]
 
 
 def global_chunk(shard: ShardedTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

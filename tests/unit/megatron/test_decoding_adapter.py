@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
-from nemo_ee.checkpoint.module_weights import load_shards
-from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
@@ -45,36 +43,6 @@ NEVER_MET = 1.0 - 1e-7  # asked all the same, unlike 1.0
 FAMILIES = sorted(TINY_MODELS)
 
 
-def transformer_config(config: dict[str, Any]) -> Any:
-    """Megatron's config from a `nemo_config()`, on its local modules and the layout that is set up."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer import TransformerConfig
-    from torch.nn import functional
-
-    gelu = functional.gelu if not config["openai_gelu"] else lambda x: functional.gelu(x, approximate="tanh")
-    names = (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels layernorm_epsilon "
-        "hidden_dropout attention_dropout"
-    ).split()
-    return TransformerConfig(
-        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[config["normalization"]],
-        activation_func={"fast-swiglu": functional.silu, "gelu": gelu, "relu": functional.relu}[config["activation"]],
-        gated_linear_unit=config["activation"].endswith("glu"),
-        add_bias_linear=config["bias"],
-        add_qkv_bias=config["qkv_bias"],
-        qk_layernorm=config["qk_layernorm"],
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        pipeline_dtype=torch.float32,
-        **{name: config[name] for name in names},
-    )
-
-
 def build(
     directory: Path,
     exits: Sequence[dict[str, Any]] = EXITS,
@@ -89,57 +57,29 @@ def build(
     Exits are drawn at random, or initialised as their `init` says (the same values under any layout).
     """
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel, set_layer_split
-    from nemo_ee.megatron.model.exit_head_init import initialise_exit_head
-    from nemo_ee.megatron.model.layer_spec import backbone_specs
+    from nemo_ee.checkpoint.megatron_model import load_stage, stage_of
 
     source = HuggingFaceSource(directory)
-    config = nemo_config(source.backbone)
-    num_layers = config["num_layers"]
-    early_exit = EarlyExitConfig.from_mapping({"exits": list(exits)}, num_layers=num_layers)
-    stage, num_stages = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    sizes = {"num_layers": num_layers, "num_stages": num_stages, "layers_per_stage": layers_per_stage}
-    placements = place_exits(early_exit.exits, full_depth=full_depth, **sizes)
-    transformer = transformer_config(config)
-    set_layer_split(transformer, placements)
-    model = EarlyExitGPTModel(
-        transformer,
-        specs=backbone_specs(transformer, transformer_engine=False),
-        placement=placements[stage],
+    a = source.backbone
+    early_exit = EarlyExitConfig.from_mapping({"exits": list(exits)}, num_layers=a.num_layers)
+    placements = place_exits(
+        early_exit.exits,
+        num_layers=a.num_layers,
+        num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
         full_depth=full_depth,
-        vocab_size=config["vocab_size"],
-        padded_vocab_size=-(-config["vocab_size"] // 16) * 16,
-        max_sequence_length=config["max_position_embeddings"],
-        pre_process=stage == 0,
-        post_process=stage == num_stages - 1,
-        share_embeddings_and_output_weights=config["share_embeddings_and_output_weights"],
-        position_embedding_type=config["position_embedding_type"],
-        rotary_percent=rotary_percent,
-        rotary_base=config["rotary_base"],
-        seq_len_interpolation_factor=config["seq_len_interpolation_factor"],
+        layers_per_stage=layers_per_stage,
     )
-    if config["scale_positional_embedding"]:
-        rotary = model.rotary_pos_emb
-        keys = "scale_factor low_freq_factor high_freq_factor old_context_len".split()
-        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, *(config[key] for key in keys))
-    load_shards(model.backbone_sharded_state_dict(), source)
+    settings = {"vocab_multiple": 16, "use_cpu_initialization": True, "init_method_std": 0.2}
+    model = stage_of(a, early_exit, placements, full_depth=full_depth, **settings)
+    if rotary_percent != 1.0:
+        model.rotary_pos_emb = RotaryEmbedding(
+            a.kv_channels, rotary_percent, rotary_base=a.rotary_base, use_cpu_initialization=True
+        )
+    load_stage(model, source, None, early_exit=early_exit, seed=3)
     if drawn:
         draw_exits(model)
-        return model
-    for head in model.exits:
-        initialise_exit_head(
-            head,
-            lambda key, offset, shape: source.read(key, offset, shape, allow_missing_rows=True),
-            num_layers=num_layers,
-            vocab_size=config["vocab_size"],
-            tied=config["share_embeddings_and_output_weights"],
-            std=0.2,
-            seed=3,
-        )
     return model
 
 

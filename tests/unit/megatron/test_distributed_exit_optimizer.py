@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="models are built by NeMo")
-
 from nemo_ee.megatron.optim.stage_optimizers import optimizer_factory, stage_optimizers
-from tests.helpers.megatron_models import cpu_trainer, exit_entry, microbatch, random_tokens, snapshot, tiny_pair
+from tests.helpers.core_models import exit_entry, microbatch, random_tokens, snapshot, tiny_core_pair
 
 OPTIM = {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1}
 EXITS = [
@@ -31,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _model(folder: Path, *, half: bool):
-    settings = {"trainer": cpu_trainer(precision="bf16"), "megatron_amp_O2": True} if half else {}
-    return tiny_pair(folder, "llama-bias", EXITS, full_depth=False, **settings)[1]
+    settings = {"params_dtype": torch.bfloat16, "bf16": True} if half else {}
+    return tiny_core_pair(folder, "llama-bias", EXITS, full_depth=False, **settings)[1]
 
 
 def _optimizers(model, name: str = "adamw", *, half: bool, max_norm: float = 0.0):

@@ -8,13 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("nemo", reason="joint training is part of the NeMo model")
-
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import random as megatron_random
 
 from nemo_ee.megatron.pipeline import joint_training
+from tests.helpers import core_models  # noqa: F401 -- switches the CPU host on
 
 
 @pytest.fixture

@@ -12,10 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="models are built by NeMo")
-
-from tests.helpers.huggingface_models import TINY_MODELS, reference_logits  # noqa: E402
-from tests.helpers.megatron_models import (  # noqa: E402
+from tests.helpers.core_models import (
     ALL_ARCHITECTURES,
     exit_entry,
     exit_logits,
@@ -23,8 +20,9 @@ from tests.helpers.megatron_models import (  # noqa: E402
     naive_logits,
     random_tokens,
     relative_difference,
-    tiny_pair,
+    tiny_core_pair,
 )
+from tests.helpers.huggingface_models import TINY_MODELS, reference_logits
 
 TOLERANCE = 1e-5
 SAME_AT_STEP_0 = [(init, output) for init in ("copy", "lora") for output in ("own", "shared", "low_rank")]
@@ -80,7 +78,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for architecture in ALL_ARCHITECTURES
         for init, output in SAME_AT_STEP_0
     ]
-    return tiny_pair(tmp_path_factory.mktemp(request.param), request.param, exits)
+    return tiny_core_pair(tmp_path_factory.mktemp(request.param), request.param, exits)
 
 
 def test_full_model_and_exits_equal_transformers_at_step_0(pair) -> None:
@@ -124,7 +122,7 @@ def test_the_lens_tells_layers_and_architectures_apart(pair) -> None:
 
 def test_a_head_without_its_copied_mlp_is_detected(tmp_path) -> None:
     """Control: an mlp exit with another layer's MLP does not pass for the lens."""
-    reference, model = tiny_pair(tmp_path, "llama", [exit_entry(1, "mlp"), exit_entry(2, "mlp")])
+    reference, model = tiny_core_pair(tmp_path, "llama", [exit_entry(1, "mlp"), exit_entry(2, "mlp")])
     tokens = random_tokens(model)
     heads = model.model.exits
     with torch.no_grad():
@@ -139,8 +137,8 @@ def test_a_head_without_its_copied_mlp_is_detected(tmp_path) -> None:
 def test_truncated_model_gives_the_same_exits(tmp_path) -> None:
     """Layers past the deepest exit and that exit's unused MLP are not built; nothing else changes, bitwise."""
     exits = [exit_entry(1, "norm"), exit_entry(2, "mlp", "lora", "low_rank"), exit_entry(1, "layer", output="shared")]
-    _, whole = tiny_pair(tmp_path, "llama-tied", exits)
-    _, cut = tiny_pair(tmp_path, "llama-tied", exits, full_depth=False)
+    _, whole = tiny_core_pair(tmp_path, "llama-tied", exits)
+    _, cut = tiny_core_pair(tmp_path, "llama-tied", exits, full_depth=False)
     assert len(cut.model.decoder.layers) == 2 < len(whole.model.decoder.layers)
     assert not list(cut.model.decoder.layers[-1].mlp.parameters()), "the deepest exit replaces this MLP"
     tokens = random_tokens(whole)
@@ -160,7 +158,7 @@ TRAINED = [
 @pytest.fixture(scope="module", params=["llama-bias", "gpt2"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A truncated model with every kind of exit, its low-rank updates moved away from zero."""
-    _, model = tiny_pair(tmp_path_factory.mktemp("trained"), request.param, TRAINED, full_depth=False)
+    _, model = tiny_core_pair(tmp_path_factory.mktemp("trained"), request.param, TRAINED, full_depth=False)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.model.exits.named_parameters():

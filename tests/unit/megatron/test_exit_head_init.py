@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="models are built by NeMo")
-
-from nemo_ee.megatron.model.exit_head_init import backbone_key  # noqa: E402
-from tests.helpers.huggingface_models import save_tiny_model  # noqa: E402
-from tests.helpers.megatron_models import exit_entry, exit_logits, model_from_hugging_face, random_tokens  # noqa: E402
+from nemo_ee.megatron.model.exit_head_init import backbone_key
+from tests.helpers.core_models import core_model, exit_entry, exit_logits, random_tokens
+from tests.helpers.huggingface_models import save_tiny_model
 
 EXPECTED_KEYS_FILE = Path(__file__).parents[2] / "data" / "exit_checkpoint_keys.txt"
 
@@ -27,7 +25,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _values(folder: Path, entry: dict, **settings) -> dict[str, torch.Tensor]:
-    model = model_from_hugging_face(folder, [entry], full_depth=False, **settings)
+    model = core_model(folder, [entry], full_depth=False, **settings)
     return {name: parameter.detach().clone() for name, parameter in model.model.exits.heads[0].named_parameters()}
 
 
@@ -51,7 +49,7 @@ def test_random_values_follow_seed_and_name_alone(llama: Path) -> None:
     entry = exit_entry(1, "layer", "random")
     first = _values(llama, entry)
     again = _values(llama, entry)
-    with_others = model_from_hugging_face(llama, [exit_entry(2, "mlp", "random"), exit_entry(1, "norm"), entry])
+    with_others = core_model(llama, [exit_entry(2, "mlp", "random"), exit_entry(1, "norm"), entry])
     among = dict(with_others.model.exits[entry["name"]].named_parameters())
     deeper = _values(llama, entry | {"layer": 3})
     for name, value in first.items():
@@ -108,7 +106,7 @@ def test_padding_rows_are_zero(llama: Path) -> None:
 def test_padding_does_not_change_random_rows(llama: Path) -> None:
     """A layout that pads further draws the same values for the tokens."""
     entry = exit_entry(1, "norm", "random")
-    narrow, wide = _values(llama, entry), _values(llama, entry, make_vocab_size_divisible_by=100)
+    narrow, wide = _values(llama, entry), _values(llama, entry, vocab_multiple=100)
     assert narrow["output.weight"].shape[0] == 144 and wide["output.weight"].shape[0] == 200
     assert torch.equal(narrow["output.weight"][:133], wide["output.weight"][:133])
     assert not wide["output.weight"][133:].any()
@@ -134,7 +132,7 @@ def test_low_rank_updates_start_as_nothing_with_a_random_direction(llama: Path) 
 def test_norms_that_have_no_parameters_in_the_source_are_one_and_zero(tmp_path: Path) -> None:
     """OPT without affine norms and without biases, which Megatron has."""
     reference = save_tiny_model(tmp_path, "opt-bare")
-    model = model_from_hugging_face(tmp_path, [exit_entry(1, "norm")])
+    model = core_model(tmp_path, [exit_entry(1, "norm")])
     tokens = random_tokens(model)
     with torch.no_grad():
         states = reference(input_ids=tokens, output_hidden_states=True).hidden_states[1]
@@ -156,7 +154,7 @@ def _key_lines(folder: Path, family: str) -> list[str]:
         for architecture in ("embedding", "norm", "mlp", "layer")
         for init, output in INITS_AND_OUTPUTS
     ]
-    model = model_from_hugging_face(folder, entries, full_depth=False)
+    model = core_model(folder, entries, full_depth=False)
     shards = local_shards(model.model.exit_sharded_state_dict())
     return sorted({f"{family}: {shard.key} {list(shard.global_shape)}" for shard in shards})
 

@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch.optim.adamw import adamw
 
-pytest.importorskip("nemo", reason="models are built by NeMo")
-
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers, exit_parameter_groups
 from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
 from nemo_ee.megatron.optim.stage_optimizers import build_exit_optimizers, optimizer_factory
-from tests.helpers.megatron_models import exit_entry, microbatch, random_tokens, snapshot, tiny_pair
+from tests.helpers.core_models import exit_entry, microbatch, random_tokens, snapshot, tiny_core_pair
 
 OPTIM = {"lr": 1e-2, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.3, "sched": {"min_lr": 1e-3}}
 EXITS = [
@@ -35,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path):
-    return tiny_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
+    return tiny_core_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
 
 
 def _optimizers(model, max_norm: float = 0.0, make=torch.optim.AdamW) -> ExitOptimizers:
@@ -83,7 +81,7 @@ def test_every_trainable_parameter_is_stepped_once_and_by_its_key(model) -> None
 def test_a_huge_gradient_of_one_exit_leaves_the_others_bitwise_alone(folder: Path) -> None:
     after = {}
     for case, scale in (("calm", {}), ("one explodes", {"l1-mlp-copy-own": 1e8})):
-        model = tiny_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
+        model = tiny_core_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
         optimizers = _optimizers(model, max_norm=1.0)
         _fill_gradients(optimizers, scale=scale)
         optimizers.step()
@@ -107,7 +105,7 @@ def test_each_exit_is_clipped_to_its_own_norm(model) -> None:
 
 def test_what_a_step_will_do_is_known_before_it_and_changes_nothing_of_it(model, folder: Path) -> None:
     """Asking for the norms clips; the step does not clip a second time and ends where an unasked one does, bitwise."""
-    other = tiny_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
+    other = tiny_core_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
     asked, unasked = _optimizers(model, max_norm=2.0), _optimizers(other, max_norm=2.0)
     scale = {"l2-norm-copy-own": 1e-3}
     weights = {**dict.fromkeys(TRAINABLE, 1.0), "l2-embedding-copy-shared": 0.5}
@@ -260,7 +258,7 @@ def test_state_survives_a_distributed_checkpoint(folder: Path, tmp_path: Path, m
     """Save after three steps, load into a fresh model: further steps are bitwise those of the run that went on."""
     from megatron.core import dist_checkpointing
 
-    model = tiny_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
+    model = tiny_core_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
     optimizers = _optimizers(model, max_norm=1.0, make=make)
     for seed in range(3):
         _fill_gradients(optimizers, seed)
@@ -271,7 +269,7 @@ def test_state_survives_a_distributed_checkpoint(folder: Path, tmp_path: Path, m
         tmp_path / "state",
     )
 
-    fresh = tiny_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
+    fresh = tiny_core_pair(folder, "llama-bias", EXITS, full_depth=False)[1]
     resumed = _optimizers(fresh, max_norm=1.0, make=make)
     wanted = {
         "model": fresh.sharded_state_dict(),

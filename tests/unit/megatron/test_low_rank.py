@@ -7,16 +7,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="models are built by NeMo")
-
-from tests.helpers.megatron_models import (  # noqa: E402
+from tests.helpers.core_models import (
     exit_entry,
     exit_logits,
     microbatch,
     naive_logits,
     random_tokens,
     relative_difference,
-    tiny_pair,
+    tiny_core_pair,
 )
 
 # One exit with updates and its twin that holds the merged weights.
@@ -33,7 +31,7 @@ TWINS = {
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """Every pair of TWINS in one model; updates moved away from zero."""
     entries = {entry["name"]: entry for twins in TWINS.values() for entry in twins}
-    _, model = tiny_pair(tmp_path_factory.mktemp("low_rank"), request.param, list(entries.values()))
+    _, model = tiny_core_pair(tmp_path_factory.mktemp("low_rank"), request.param, list(entries.values()))
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in model.model.exits.named_parameters():

@@ -1,0 +1,35 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the tuning program for all tests of this folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.core_models import set_up_groups
+from tests.helpers.huggingface_models import save_tiny_model
+from tests.stack.megatron import tuning_program
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The backbone's directory, and the folder in which every layout left its losses."""
+    backbone, output = tmp_path_factory.mktemp("backbone"), tmp_path_factory.mktemp("tuned")
+    save_tiny_model(backbone, "llama-llama3")
+    command = [sys.executable, "-m", tuning_program.__name__, str(backbone), str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return SimpleNamespace(backbone=backbone, output=output)
+
+
+@pytest.fixture
+def one_rank() -> None:
+    """Megatron's groups of this process alone."""
+    set_up_groups()
