@@ -18,6 +18,7 @@ import importlib.util
 import sys
 import types
 import typing
+from unittest.mock import MagicMock
 
 from nemo_ee import cpu_host
 
@@ -38,15 +39,12 @@ def import_bridge() -> None:
         typing.override = typing_extensions.override
     for name in _LOOK_FOR_IT:
         importlib.import_module(f"megatron.core.{name}")
+    sys.modules["megatron.core.utils"].get_te_version()
     if importlib.util.find_spec("transformer_engine") is not None:
         importlib.import_module("megatron.bridge")
         return
     stand_in = types.ModuleType("transformer_engine")
-    stand_in.pytorch = types.ModuleType("transformer_engine.pytorch")
-    import torch
-
-    for name in ("Linear", "LayerNormLinear", "GroupedLinear"):
-        setattr(stand_in.pytorch, name, type(name, (torch.nn.Module,), {}))
+    stand_in.pytorch = MagicMock()
     sys.modules |= {"transformer_engine": stand_in, "transformer_engine.pytorch": stand_in.pytorch}
     try:
         importlib.import_module("megatron.bridge")
