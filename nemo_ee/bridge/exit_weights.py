@@ -1,18 +1,23 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-wrap hooks around the one with which `AutoBridge` loads a backbone.
+"""The pre-wrap hook that fills a stage: the one of `AutoBridge`, and what it leaves out.
 
-    mark_as_empty      every parameter becomes NaN
-    AutoBridge         loads the parameters for which it has a mapping
-    fill_the_rest      reads those that are still NaN from the same directory, then loads or initialises the exits
+    1. every parameter of the backbone becomes NaN
+    2. AutoBridge loads what it has a mapping for; it does not see the modules that it has none for
+    3. parameters that are still NaN are read from the same directory
+    4. the exits are loaded, or initialised from the same directory
 
-A mapping may lack a parameter without an error: Megatron-Bridge 0.6 logs a warning. Mappings of most families name
-Transformer Engine's norms only, and none has the copy of the output weight that a stage's exits project with.
+Megatron-Bridge 0.6.2 ends with an AttributeError where a parameter has no mapping
+(models/conversion/model_bridge.py:1100: the task is None), and logs a warning where a mapping names a tensor that the
+directory lacks.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,24 +28,27 @@ from nemo_ee.megatron.model.exit_head_init import local_shards
 
 logger = logging.getLogger(__name__)
 
+Hook = Callable[[list[Any]], Any]
 
-@torch.no_grad()
-def mark_as_empty(models: list[EarlyExitGPTModel]) -> list[EarlyExitGPTModel]:
-    """Set the backbone's parameters to NaN."""
-    for model in models:
-        for _, parameter in model.backbone_named_parameters():
-            parameter.fill_(float("nan"))
-    return models
+# Modules that AutoBridge does not load. It has names of Megatron's own norms for Llama alone, and none for the copy of
+# the output weight that the exits of a stage project with.
+_WITHOUT_MAPPING = ("exits", "backbone_output", "input_layernorm", "pre_mlp_layernorm")
 
 
-def fill_the_rest(
-    models: list[EarlyExitGPTModel], backbone: WeightSource, exits: WeightSource | None, *, seed: int
+def fill_stage(
+    models: list[EarlyExitGPTModel],
+    *,
+    auto_bridge: Iterable[Hook],
+    backbone: WeightSource,
+    exits: WeightSource | None,
+    seed: int,
 ) -> list[EarlyExitGPTModel]:
-    """Load the backbone's parameters that are NaN, and all exits. Every rank fills its own shards.
+    """Fill a new stage. Every rank must call it.
 
     Args:
-        models: one stage.
-        backbone: weights of the directory that `AutoBridge` loaded.
+        models: the stage, alone.
+        auto_bridge: the hooks of AutoBridge's provider.
+        backbone: weights of the directory that they load.
         exits: tuned exits, keys `<exit name>.<parameter>`, or None. Other exits are initialised by their `init`.
         seed: seed of random initialisation.
 
@@ -48,13 +56,37 @@ def fill_the_rest(
         ValueError: model and weights do not belong together.
     """
     (model,) = models
+    with torch.no_grad():
+        for _, parameter in model.backbone_named_parameters():
+            parameter.fill_(float("nan"))
+    with _hidden(model):
+        for hook in auto_bridge:
+            hook(models)
     wanted = model.backbone_sharded_state_dict()
     empty = {key: shard for key, shard in wanted.items() if _is_empty({key: shard})}
     if empty:
-        logger.info("AutoBridge has no mapping for %d tensors of this stage; nemo_ee reads them", len(empty))
+        logger.info("%d tensors of this stage are read by nemo_ee, the others by AutoBridge", len(empty))
         load_shards(empty, backbone)
     load_exits(model, backbone, exits, seed=seed)
     return models
+
+
+@contextmanager
+def _hidden(model: EarlyExitGPTModel) -> Iterator[None]:
+    """Leave modules without a mapping out of the model."""
+    hidden = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if name in _WITHOUT_MAPPING
+    ]
+    for module, name, _ in hidden:
+        setattr(module, name, None)
+    try:
+        yield
+    finally:
+        for module, name, child in hidden:
+            setattr(module, name, child)
 
 
 def _is_empty(sharded: dict) -> bool:

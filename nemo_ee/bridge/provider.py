@@ -7,8 +7,8 @@
     provider.finalize()
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
 
-`AutoBridge` reads the config and loads the backbone in a pre-wrap hook. The provider adds two hooks around it, which
-load the exits and each parameter for which `AutoBridge` has no mapping (see `exit_weights`).
+`AutoBridge` reads the config and loads the backbone in a pre-wrap hook. The provider's own hook runs it, then loads the
+exits and each parameter for which `AutoBridge` has no mapping (see `exit_weights`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 
 from nemo_ee import cpu_host
-from nemo_ee.bridge.exit_weights import fill_the_rest, mark_as_empty
+from nemo_ee.bridge.exit_weights import fill_stage
 from nemo_ee.checkpoint.chunk_reader import WeightSource
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.megatron_model import build_stage
@@ -112,9 +112,9 @@ class EarlyExitModelProvider(GPTModelProvider):
         # The reader of the source refuses windows that are shorter than a sequence.
         ours.window_size = None
         ours.refuse_unsupported(source.backbone)
-        rest = partial(fill_the_rest, backbone=source, exits=exits, seed=ours.seed)
-        for hook in (mark_as_empty, *getattr(provider, "_pre_wrap_hooks", ()), rest):
-            ours.register_pre_wrap_hook(hook)
+        auto_bridge = list(getattr(provider, "_pre_wrap_hooks", ()))
+        fill = partial(fill_stage, auto_bridge=auto_bridge, backbone=source, exits=exits, seed=ours.seed)
+        ours.register_pre_wrap_hook(fill)
         return ours
 
     def refuse_unsupported(self, backbone: Architecture) -> None:
