@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,22 @@ def microbatch(
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     labels = tokens.roll(-1, dims=1) if labels is None else labels
     return MicroBatch(tokens, labels, torch.ones(tokens.shape) if mask is None else mask, positions)
+
+
+# In a process without the CPU host: under it, transformers 5 leaves the rotary frequencies of a loaded model unset.
+_LOGITS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+file, *folders = sys.argv[1:]
+tokens = torch.load(file)
+with torch.no_grad():
+    torch.save([AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in folders], file)
+"""
+
+
+def transformers_logits(folders: Sequence[Path], tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Logits [b, s, v] of tokens [b, s] from the stock model of each directory."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save(tokens, file.name)
+        subprocess.run([sys.executable, "-c", _LOGITS, file.name, *map(str, folders)], check=True, timeout=120)
+        return torch.load(file.name)
