@@ -6,12 +6,13 @@
 
 Transformer Engine needs CUDA. The stand-in has the classes that Megatron derives its layers from, with the parameters
 that Transformer Engine registers (names and shapes from its public documentation); every other name that is imported
-is an empty class. Megatron's own code around them, which makes the keys, is the installed version's. Prints the keys
-and global shapes of backbone and exits as JSON.
+is an empty class or module. Megatron's own code around them, which makes the keys, is the installed version's. Prints
+the keys and global shapes of backbone and exits as JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import io
@@ -35,7 +36,7 @@ SHAPES = {  # of the recorded keys: tests/data/exit_checkpoint_keys.txt
 
 
 class StandIn(ModuleType):
-    """A module of Transformer Engine: classes that were put into it, and an empty class for any other name."""
+    """A module of Transformer Engine: classes that were put into it; any other name is an empty class or module."""
 
     __path__: list[str] = []
     __version__ = "2.9.0"
@@ -43,9 +44,15 @@ class StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if not name[0].isupper():
+            return importlib.import_module(f"{self.__name__}.{name}")
         made = type(name, (), {"__module__": self.__name__})
         setattr(self, name, made)
         return made
+
+    def __call__(self, *args: Any, **others: Any) -> tuple[None, None]:
+        """As a function: a pair, which is what Megatron unpacks where it calls one to build a block."""
+        return None, None
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
