@@ -7,8 +7,8 @@
     provider.finalize()
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
 
-`AutoBridge` reads the config and loads the backbone in a pre-wrap hook. The provider's own hook runs it, then loads the
-exits and each parameter for which `AutoBridge` has no mapping (see `exit_weights`).
+`AutoBridge` reads the config and loads the backbone in a pre-wrap hook. The provider's own hook runs it, then loads
+the exits and each parameter for which `AutoBridge` has no mapping (see `exit_weights`).
 """
 
 from __future__ import annotations

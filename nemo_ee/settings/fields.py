@@ -59,7 +59,7 @@ class Schedule(UserInput):
     name: Literal["LinearAnnealing", "CosineAnnealing", "Constant"] | None
     warmup_steps: Natural | None
     min_lr: NonNegative | None
-    max_steps: Positive | None
+    max_steps: Positive | None = None
 
 
 class Optimizer(UserInput):
