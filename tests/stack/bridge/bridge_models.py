@@ -17,7 +17,8 @@ from megatron.bridge import AutoBridge
 
 from nemo_ee.bridge.provider import EarlyExitModelProvider
 from nemo_ee.bridge.tuning_run import start_ranks
-from nemo_ee.checkpoint.chunk_reader import WeightSource
+from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.microbatch import MicroBatch
@@ -61,6 +62,13 @@ def microbatch(
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     labels = tokens.roll(-1, dims=1) if labels is None else labels
     return MicroBatch(tokens, labels, torch.ones(tokens.shape) if mask is None else mask, positions)
+
+
+def exit_weights_in(path: Path) -> dict[str, torch.Tensor]:
+    """Every exit tensor of a `.nemo` or of its directory."""
+    with NemoArchive(path) as archive:
+        reader = ChunkReader(archive.folder("exit_weights"), prefix="exits.")
+        return {key: reader.read(key, (0,) * len(info.shape), info.shape) for key, info in reader.keys().items()}
 
 
 # In a process without the CPU host: under it, transformers 5 leaves the rotary frequencies of a loaded model unset.

@@ -24,7 +24,15 @@ from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import full_model_logits, hidden_state_transport
 from tests.helpers.huggingface_models import save_tiny_model
-from tests.stack.bridge.bridge_models import COMPLETE, EARLIER, build, export, microbatch, transformers_logits
+from tests.stack.bridge.bridge_models import (
+    COMPLETE,
+    EARLIER,
+    build,
+    exit_weights_in,
+    export,
+    microbatch,
+    transformers_logits,
+)
 
 EXITS = {
     "exits": [
@@ -73,22 +81,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(COMPLETE, tmp_path_factory.mktemp("source") / "export", "full") / "hf_full"
 
 
-def weights_in(path: Path) -> dict[str, torch.Tensor]:
-    """Every exit tensor of a `.nemo` or of its directory."""
-    with NemoArchive(path) as archive:
-        reader = ChunkReader(archive.folder("exit_weights"), prefix="exits.")
-        return {key: reader.read(key, (0,) * len(info.shape), info.shape) for key, info in reader.keys().items()}
-
-
 @pytest.mark.parametrize("file", ["complete.nemo", "exits.nemo"])
 def test_exits_of_the_nemo_host_go_to_bridge_and_back(file: str, source: Path, tmp_path: Path) -> None:
-    theirs = weights_in(EARLIER / file)
+    theirs = exit_weights_in(EARLIER / file)
     with stored_exits(EARLIER / file, HuggingFaceSource(source)) as (block, exits):
         model, provider = build(source, block, exits)
     save(model, provider, tmp_path / "exits", HuggingFaceSource(source))
     pack(tmp_path / "exits", tmp_path / "back.nemo")
     for path in (tmp_path / "exits", tmp_path / "back.nemo"):
-        ours = weights_in(path)
+        ours = exit_weights_in(path)
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
             rows = min(len(tensor), len(ours[key]))  # the padding of the vocabulary depends on the host
@@ -100,7 +101,7 @@ def test_exits_of_the_nemo_host_go_to_bridge_and_back(file: str, source: Path, t
     with stored_exits(tmp_path / "back.nemo", HuggingFaceSource(source)) as (again, _):
         assert again["exits"] == block["exits"]
     pack(tmp_path / "back.nemo", tmp_path / "unpacked")
-    assert weights_in(tmp_path / "unpacked").keys() == theirs.keys()
+    assert exit_weights_in(tmp_path / "unpacked").keys() == theirs.keys()
 
 
 @torch.no_grad()
