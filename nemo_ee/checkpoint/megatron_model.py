@@ -63,7 +63,6 @@ def transformer_config(a: Architecture, **settings) -> TransformerConfig:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": a.init_method_std,
-        "perform_initialization": False,  # every weight is read
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
     }

@@ -27,7 +27,7 @@ def test_losses_are_those_of_megatron_core_0_13(tuned: SimpleNamespace, layout: 
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     first, last = expected[0], expected[-1]
-    assert all(abs(last[name] / first[name] - 1) > 1e-3 for name in first), "control: the steps change the losses"
+    assert all(last[name] < first[name] * (1 - 1e-4) for name in first), "control: the steps change the losses"
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ LAYOUTS = {
     "pp2": (1, 2, 1, False),
     "dp2": (1, 1, 2, False),
 }
-# name -> (`model.optim.name`, further keys of the `early_exit` block)
+# name -> (`model.optim.name`, learning rate, further keys of the `early_exit` block)
 TAUGHT = {"distillation": {"temperature": 1.5, "weight": 0.4}}
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw": ("adamw", TAUGHT),
-    "distributed": ("mcore_distributed_optim", TAUGHT),
-    "joint": ("adamw", {"train": "joint"}),
-    "lora": ("adamw", {"train": "lora", "lora": {"rank": 2}}),
+WAYS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "adamw": ("adamw", 1e-2, TAUGHT),
+    "distributed": ("mcore_distributed_optim", 1e-2, TAUGHT),
+    "joint": ("adamw", 2e-3, {"train": "joint"}),
+    "lora": ("adamw", 5e-3, {"train": "lora", "lora": {"rank": 2}}),
 }
 EXITS = [
     {"name": "mlp1", "layer": 1, "architecture": "mlp"},
@@ -43,7 +43,7 @@ EXITS = [
     {"name": "lora3", "layer": 3, "architecture": "mlp", "init": "lora", "output": "low_rank", "rank": 2},
 ]
 OBJECTIVES = {"mlp1": "mixed", "layer2": "distillation"}  # where the backbone is frozen
-OPTIM = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": 0.01, "sched": {"min_lr": 1e-3}}
+OPTIM = {"betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": 0.01, "sched": {"min_lr": 1e-4}}
 
 
 class Training:
@@ -65,11 +65,11 @@ class Training:
         from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
         from tests.helpers.core_models import core_model
 
-        optimizer, block = WAYS[way]
+        optimizer, rate, block = WAYS[way]
         frozen = "train" not in block
         exits = [{**exit, "objective": OBJECTIVES.get(exit["name"])} for exit in EXITS] if frozen else EXITS
         self.model = core_model(folder, exits, early_exit=block, sequence_parallel=sequence_parallel, **sources)
-        optim = {**OPTIM, "name": optimizer}
+        optim = {**OPTIM, "name": optimizer, "lr": rate}
         self.optimizers = stage_optimizers(self.model.model, optim, max_norm=1.0, trains_backbone=not frozen)
         schedule = LearningRateSchedule("LinearAnnealing", warmup_steps=1, max_steps=STEPS)
         self.rates = ExitLearningRates(self.optimizers, schedule, optim)
@@ -92,7 +92,7 @@ class Training:
         weights = {head.exit.name: 1.0 for head in self.model.model.exits}
         shared = {"optimizers": self.optimizers, "sums": self.sums, "loss_weights": weights}
         self.optimizers.zero_grad()
-        batches = global_batch(self.model, self.steps)
+        batches = global_batch(self.model)
         if self.joint is None:
             tune_global_batch(self.context, batches, **shared)
         else:
@@ -113,13 +113,13 @@ class Training:
         return {"model": shards, "optimizer": self.optimizers.sharded_state_dict(shards)}
 
 
-def global_batch(model: Any, step: int) -> list[Any]:
-    """This data-parallel rank's microbatches of a step, one sequence each."""
+def global_batch(model: Any) -> list[Any]:
+    """This data-parallel rank's microbatches, one sequence each, the same in every step."""
     from megatron.core import parallel_state
 
     from tests.helpers.core_models import microbatch, random_tokens
 
-    tokens = random_tokens(model, batch=MICROBATCHES, length=LENGTH, seed=100 + step)
+    tokens = random_tokens(model, batch=MICROBATCHES, length=LENGTH, seed=100)
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     return [microbatch(tokens[index : index + 1]) for index in range(rank, MICROBATCHES, size)]
 
