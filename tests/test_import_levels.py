@@ -68,6 +68,11 @@ BOUNDARIES = {
         _LEVEL_3,
         "families exits planning generation text settings megatron checkpoint data runtime certificates cpu_host",
     ),
+    "bridge": _boundary(
+        "torch megatron.core megatron.bridge safetensors pydantic yaml numpy",
+        "families exits planning generation text settings megatron checkpoint data runtime certificates cpu_host",
+        only_lazily="transformers",
+    ),
     # level 4
     # commands is the lowest: evaluation and calibration decode with its text generator
     "commands": _boundary(f"{_LEVEL_4} hydra", _BELOW_4),
@@ -235,6 +240,8 @@ def test_imports_point_only_down() -> None:
         ("megatron", "from nemo_ee.checkpoint import chunk_reader", "may not import nemo_ee.checkpoint"),
         ("checkpoint", "from nemo_ee.runtime import model", "may not import nemo_ee.runtime"),
         ("checkpoint", "import nemo.collections.nlp", "may not import nemo.collections"),
+        ("bridge", "from nemo_ee.models import connector", "may not import nemo_ee.models"),
+        ("models", "from nemo_ee.bridge import provider", "may not import nemo_ee.bridge"),
         ("models", "from nemo_ee import evaluation", "may not import nemo_ee.evaluation"),
         ("commands", "from nemo_ee.evaluation.evaluate import x", "may not import nemo_ee.evaluation"),
         ("exits", "import importlib\nimportlib.import_module('nemo.core')", "may not import nemo.core"),
