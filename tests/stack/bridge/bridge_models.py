@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +66,3 @@ def exit_weights_in(path: Path) -> dict[str, torch.Tensor]:
     with NemoArchive(path) as archive:
         reader = ChunkReader(archive.folder("exit_weights"), prefix="exits.")
         return {key: reader.read(key, (0,) * len(info.shape), info.shape) for key, info in reader.keys().items()}
-
-
-# In a process without the CPU host: under it, transformers 5 leaves the rotary frequencies of a loaded model unset.
-_LOGITS = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-file, *folders = sys.argv[1:]
-tokens = torch.load(file)
-with torch.no_grad():
-    torch.save([AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in folders], file)
-"""
-
-
-def transformers_logits(folders: Sequence[Path], tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Logits [b, s, v] of tokens [b, s] from the stock model of each directory."""
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save(tokens, file.name)
-        subprocess.run([sys.executable, "-c", _LOGITS, file.name, *map(str, folders)], check=True, timeout=120)
-        return torch.load(file.name)

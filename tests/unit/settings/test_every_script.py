@@ -16,8 +16,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.bridge.bridge_settings import BridgeTuneSettings
+from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.commands.generation_request import GenerationRequest
 from nemo_ee.evaluation.evaluation_settings import EvaluationSettings
