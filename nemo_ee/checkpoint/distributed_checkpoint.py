@@ -9,6 +9,7 @@ the layout may be another one too, and nothing in the files is executed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.module_weights import load_shards
+
+_SHARDED = (ShardedTensor, ShardedTensorFactory)
 
 
 def save_distributed(sharded: dict[str, Any], folder: str | Path) -> None:
@@ -31,7 +34,7 @@ def save_distributed(sharded: dict[str, Any], folder: str | Path) -> None:
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(sharded, str(folder))
+    dist_checkpointing.save(_mapped(sharded, lambda value: value), str(folder))  # it changes the dicts it is given
 
 
 @torch.no_grad()
@@ -49,10 +52,9 @@ def load_distributed(sharded: dict[str, Any], folder: str | Path) -> dict[str, A
         ValueError: tensors are missing, damaged or of another shape; the folder is no such checkpoint.
     """
     load_shards(sharded, ChunkReader(folder, prefix=""))
-    return _data(sharded)
+    return _mapped(sharded, lambda value: value.data if isinstance(value, _SHARDED) else value)
 
 
-def _data(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _data(item) for key, item in value.items()}
-    return value.data if isinstance(value, ShardedTensor | ShardedTensorFactory) else value
+def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """The same nesting in new dicts, `leaf` of everything that is no dict."""
+    return {key: _mapped(item, leaf) for key, item in value.items()} if isinstance(value, dict) else leaf(value)

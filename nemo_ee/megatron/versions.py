@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron-core's versions: the supported ones, and every difference between them that this package meets.
 
-0.15        `GPTModel._preprocess` returns more values, `_forward_mlp` takes more: `hidden, rotary, *_`, keywords
-0.15 alone  the class of a checkpoint's `.metadata`: checkpoint/restricted_pickle.py
-0.18        the MLP of a layer spec: `build_mlp`
-0.19        the place of a checkpoint's unsharded part: checkpoint/distributed_checkpoint.py
+    0.15        `GPTModel._preprocess` returns more values: callers unpack `hidden, rotary, *_`
+    0.15        Adam of the distributed optimizer: `distributed_adam`
+    0.15 alone  class of a checkpoint's `.metadata`: checkpoint/restricted_pickle.py
+    0.18        MLP of a layer spec: `build_mlp`
+    0.19        optimizers' method that selects the gradients of a norm: optim/exit_gradients.py selects them
+    0.19        place of a checkpoint's unsharded part: checkpoint/distributed_checkpoint.py
+
+No other file reads the version.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from torch import nn
 
 OLDEST, NEWEST = (0, 13), (0, 19)
 
@@ -41,7 +45,7 @@ def refuse_unsupported_version() -> None:
         )
 
 
-def build_mlp(spec: Any, config: TransformerConfig) -> nn.Module:
+def build_mlp(spec: Any, config: TransformerConfig) -> torch.nn.Module:
     """The MLP of a layer spec.
 
     Args:
@@ -56,3 +60,15 @@ def build_mlp(spec: Any, config: TransformerConfig) -> nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return spec(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), is_mtp_layer=False)
+
+
+def distributed_adam() -> type[torch.optim.Optimizer]:
+    """The Adam of Megatron's distributed optimizer, with decoupled weight decay.
+
+    It is Transformer Engine's, else Apex's, else torch's AdamW.
+    """
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import Adam
+
+    # 0.15: without Transformer Engine and Apex it is torch's Adam, whose weight decay is part of the gradient.
+    return torch.optim.AdamW if Adam is torch.optim.Adam else Adam

@@ -30,7 +30,13 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from nemo_ee.megatron.model.exit_head import ExitHead
-from nemo_ee.megatron.optim.exit_gradients import all_reduce_flat, mean_scale, scale_down, sees_part_of_sequence
+from nemo_ee.megatron.optim.exit_gradients import (
+    all_reduce_flat,
+    counted_once,
+    mean_scale,
+    scale_down,
+    sees_part_of_sequence,
+)
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizer, tensor_state
 
 MAIN_WEIGHT = "fp32_param"  # name of the fp32 copy in checkpoints, Megatron's own
@@ -99,7 +105,7 @@ class MegatronExitOptimizer(ExitOptimizer):
     def gradients_counted_once(self) -> list[Tensor]:
         """Gradients of the main weights or of this rank's shards, which are made here."""
         self.megatron.prepare_grads()
-        return self.megatron.get_main_grads_for_grad_norm()
+        return counted_once(self.megatron.get_parameters())
 
     @torch.no_grad()
     def scale_gradients(self, max_norm: float, norm: float) -> None:

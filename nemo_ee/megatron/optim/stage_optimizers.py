@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer.distrib_optimizer import Adam as MegatronAdam
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
@@ -30,6 +29,7 @@ from nemo_ee.megatron.optim.exit_optimizers import (
     optimizer_options,
     parameter_groups,
 )
+from nemo_ee.megatron.versions import distributed_adam
 
 BACKBONE = "backbone"
 _DISTRIBUTED = "mcore_distributed_optim"
@@ -49,7 +49,7 @@ def optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
 
         return FusedAdam
     plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    factory = MegatronAdam if name == _DISTRIBUTED else plain[name]
+    factory = distributed_adam() if name == _DISTRIBUTED else plain[name]
     return partial(factory, fused=True) if factory in plain.values() else factory
 
 

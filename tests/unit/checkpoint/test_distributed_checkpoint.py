@@ -37,7 +37,9 @@ def nested(scale: float) -> dict:
 
 
 def test_nested_state_is_filled_in_place(tmp_path: Path) -> None:
-    save_distributed(nested(2.0), tmp_path / "saved")
+    saved = nested(2.0)
+    save_distributed(saved, tmp_path / "saved")
+    assert type(saved["model"]["gated"]).__name__ == "ShardedTensorFactory", "the caller's dicts are as they were"
     wanted = nested(0.0)
     gated, vector = wanted["model"]["gated"].data, wanted["optimizer"]["a"]["vector"].data
     loaded = load_distributed(wanted, tmp_path / "saved")
