@@ -69,6 +69,7 @@ def enable() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles small functions; here they run as written
     import torch
     import torch._dynamo  # tabulates torch's functions by identity when imported, so before they are replaced
+    from torch.utils._device import _device_constructors
 
     if torch.cuda.is_initialized():
         raise RuntimeError(
@@ -76,6 +77,7 @@ def enable() -> None:
             "call nemo_ee.cpu_host.enable() before any CUDA call"
         )
     _ENABLED = True
+    _device_constructors()  # tabulates them too, for `with torch.device(...)`, in which transformers 5 builds models
     _answer_cuda_module(torch)
     _answer_tensor_methods(torch)
     _answer_factories(torch)

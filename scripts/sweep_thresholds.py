@@ -64,8 +64,8 @@ def sweep(cfg: DictConfig) -> dict[str, Any]:
         ValueError: every problem of the settings, before weights are loaded.
     """
     from nemo_ee.commands.generate import open_generator
+    from nemo_ee.data.token_windows import TokenWindows
     from nemo_ee.evaluation.scoring_request import model_settings, scoring_request
-    from nemo_ee.evaluation.token_windows import TokenWindows
     from nemo_ee.generation.engine import EarlyExitEngine
     from nemo_ee.models.connector import read_config
 

@@ -43,7 +43,9 @@ def _boundary(packages: str = "", parts: str = "", only_lazily: str = "") -> Bou
 _LEVEL_3 = "torch megatron.core safetensors nemo lightning omegaconf pydantic yaml numpy"
 # Level 4 measures, draws and compares with transformers; what levels 0-3 may import, runtime's transformers included.
 _LEVEL_4 = f"{_LEVEL_3} transformers tokenizers tqdm matplotlib"
-_BELOW_4 = "families exits planning generation text settings megatron checkpoint runtime certificates models cpu_host"
+_BELOW_4 = (
+    "families exits planning generation text settings megatron checkpoint data runtime certificates models cpu_host"
+)
 
 BOUNDARIES = {
     # level 0
@@ -58,11 +60,18 @@ BOUNDARIES = {
     "megatron": _boundary("torch megatron.core", "exits generation", only_lazily="apex"),
     # level 2
     "checkpoint": _boundary("torch megatron.core safetensors yaml", "families exits generation text megatron"),
+    "data": _boundary("torch numpy megatron.core", "text megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "families exits generation text"),
     "certificates": _boundary("torch safetensors yaml", "exits generation text checkpoint"),
     # level 3
     "models": _boundary(
-        _LEVEL_3, "families exits planning generation text settings megatron checkpoint runtime certificates cpu_host"
+        _LEVEL_3,
+        "families exits planning generation text settings megatron checkpoint data runtime certificates cpu_host",
+    ),
+    "bridge": _boundary(
+        "torch megatron.core megatron.bridge safetensors pydantic yaml numpy",
+        "families exits planning generation text settings megatron checkpoint data runtime certificates cpu_host",
+        only_lazily="transformers",
     ),
     # level 4
     # commands is the lowest: evaluation and calibration decode with its text generator
@@ -233,6 +242,8 @@ def test_imports_point_only_down() -> None:
         ("megatron", "from nemo_ee.checkpoint import chunk_reader", "may not import nemo_ee.checkpoint"),
         ("checkpoint", "from nemo_ee.runtime import model", "may not import nemo_ee.runtime"),
         ("checkpoint", "import nemo.collections.nlp", "may not import nemo.collections"),
+        ("bridge", "from nemo_ee.models import connector", "may not import nemo_ee.models"),
+        ("models", "from nemo_ee.bridge import provider", "may not import nemo_ee.bridge"),
         ("models", "from nemo_ee import evaluation", "may not import nemo_ee.evaluation"),
         ("commands", "from nemo_ee.evaluation.evaluate import x", "may not import nemo_ee.evaluation"),
         ("exits", "import importlib\nimportlib.import_module('nemo.core')", "may not import nemo.core"),

@@ -8,6 +8,7 @@ Hugging Face directories.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -80,3 +81,19 @@ def load_exits(model: EarlyExitGPTModel, backbone: WeightSource, exits: WeightSo
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], *, rows_may_differ: bool) -> bool:
     return stored == wanted or (rows_may_differ and stored[1:] == wanted[1:])
+
+
+def cast_shards(sharded_state_dict: dict, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Store floating-point weights in the dtypes of the source, in place.
+
+    Args:
+        sharded_state_dict: Megatron's sharded state dict of a backbone, keys with or without `model.` in front.
+        dtypes: canonical name -> dtype in the source.
+    """
+    for value in sharded_state_dict.values():
+        data = getattr(value, "data", None)
+        dtype = dtypes.get(str(getattr(value, "key", "")).removeprefix("model."))
+        if dtype is not None and isinstance(data, torch.Tensor) and data.is_floating_point():
+            value.data = data.detach().to(dtype)
+            if hasattr(value, "dtype"):
+                value.dtype = dtype

@@ -13,10 +13,10 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig
 
 from nemo_ee.checkpoint.atomic import write_json
+from nemo_ee.data.token_windows import TokenWindows, microbatches, num_batches
 from nemo_ee.evaluation.evaluation_settings import EvaluationSettings
 from nemo_ee.evaluation.exit_quality import evaluate_exits
 from nemo_ee.evaluation.report import draw_quality
-from nemo_ee.evaluation.token_windows import TokenWindows, microbatches, num_batches
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
 from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
 from nemo_ee.models.run_config import merge_model_config

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from nemo_ee.checkpoint.members import CONFIG_MEMBER as CONFIG
 from nemo_ee.checkpoint.members import EXIT_WEIGHTS as EXITS
 from nemo_ee.checkpoint.members import LORA_WEIGHTS as LORA
 from nemo_ee.checkpoint.members import MODEL_WEIGHTS as BACKBONE
+from nemo_ee.checkpoint.module_weights import cast_shards
 from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.portable import (
     backbone_of,
@@ -192,7 +193,7 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
                 dist_checkpointing.save(low_rank_shards(model.model), work / LORA)
             if source is None and not self.exits_only:
                 backbone = merged_backbone_to_save(model.model, "model.")
-                _cast(backbone, model.backbone_dtypes)
+                cast_shards(backbone, model.backbone_dtypes)
                 dist_checkpointing.save(backbone, work / BACKBONE)
             _barrier()
             if is_global_rank_zero():
@@ -300,17 +301,6 @@ def _refuse_other_rank(stored: DictConfig, conf: DictConfig, path: str) -> None:
             f"{path} holds low-rank updates of rank {kept}, and model.early_exit.lora.rank={wanted} is another; "
             f"set model.early_exit.lora.rank={kept}"
         )
-
-
-def _cast(sharded_state_dict: dict, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Store floating-point weights in the dtypes of the source, by canonical name, in place."""
-    for value in sharded_state_dict.values():
-        data = getattr(value, "data", None)
-        dtype = dtypes.get(str(getattr(value, "key", "")).removeprefix("model."))
-        if dtype is not None and isinstance(data, torch.Tensor) and data.is_floating_point():
-            value.data = data.detach().to(dtype)
-            if hasattr(value, "dtype"):
-                value.dtype = dtype
 
 
 def _barrier() -> None:

@@ -16,11 +16,11 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.portable import backbone_of
+from nemo_ee.data.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_problem
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
 from nemo_ee.models.datasets import documents_and_tokens
 from nemo_ee.models.supported import needs_full_depth, planned_ranks, refuse_unsupported
-from nemo_ee.models.token_files import clean_prefixes, is_weight, listed_prefixes, missing_files, vocabulary_problem
 from nemo_ee.planning.layer_split import LayerSplitConfig
 from nemo_ee.settings.script_input import raise_problems
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, open_dict
 
-from nemo_ee.models.token_files import listed_prefixes, vocabulary_problem
+from nemo_ee.data.token_files import listed_prefixes, vocabulary_problem
 from nemo_ee.text.json_values import JsonError, read_json
 from nemo_ee.text.text_files import sample_index_folder, sha256_of
 

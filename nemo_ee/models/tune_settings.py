@@ -11,9 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from nemo_ee.settings.fields import (
     AboveZero,
     Accelerator,
-    Betas,
+    ExitsBlock,
     Label,
     NonNegative,
+    Optimizer,
     Seed,
     Verify,
     as_text,
@@ -134,36 +135,6 @@ class Data(UserInput):
     reset_attention_mask: bool | None
     eod_mask_loss: bool | None
     validation_drop_last: bool | None
-
-
-class Schedule(UserInput):
-    """`model.optim.sched`."""
-
-    name: Literal["LinearAnnealing", "CosineAnnealing", "Constant"] | None
-    warmup_steps: Natural | None
-    min_lr: NonNegative | None
-    max_steps: Positive | None
-
-
-class Optimizer(UserInput):
-    """`model.optim`."""
-
-    name: Any
-    lr: NonNegative | None
-    betas: Betas | None
-    eps: AboveZero | None
-    weight_decay: NonNegative | None
-    sched: Schedule
-
-
-def _lists_exits(block: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The entries of the block are checked with the model, because they depend on its number of layers."""
-    if block is None or isinstance(block.get("exits"), list | None):
-        return block
-    raise ValueError("must hold a list of exits under exits; write [{layer: 4}, {layer: 8, architecture: norm}]")
-
-
-ExitsBlock = Annotated[dict[str, Any] | None, AfterValidator(_lists_exits)]
 
 
 class Model(UserInput):

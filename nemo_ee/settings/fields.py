@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from nemo_ee.exits.criteria import CRITERIA
-from nemo_ee.settings.user_input import Positive, Text, UserInput, rule
+from nemo_ee.settings.user_input import Natural, Positive, Text, UserInput, rule
 
 
 def as_text(value: Any) -> Any:
@@ -51,6 +51,36 @@ def _exists(path: Path) -> Path:
 
 
 ModelFile = Annotated[FilePath, AfterValidator(_exists), rule("the name of an early-exit .nemo")]
+
+
+class Schedule(UserInput):
+    """`model.optim.sched`."""
+
+    name: Literal["LinearAnnealing", "CosineAnnealing", "Constant"] | None
+    warmup_steps: Natural | None
+    min_lr: NonNegative | None
+    max_steps: Positive | None = None
+
+
+class Optimizer(UserInput):
+    """`model.optim`."""
+
+    name: Any
+    lr: NonNegative | None
+    betas: Betas | None
+    eps: AboveZero | None
+    weight_decay: NonNegative | None
+    sched: Schedule
+
+
+def _lists_exits(block: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The entries of the block are checked with the model, because they depend on its number of layers."""
+    if block is None or isinstance(block.get("exits"), list | None):
+        return block
+    raise ValueError("must hold a list of exits under exits; write [{layer: 4}, {layer: 8, architecture: norm}]")
+
+
+ExitsBlock = Annotated[dict[str, Any] | None, AfterValidator(_lists_exits)]
 
 
 class Run(UserInput):

@@ -201,3 +201,16 @@ except RuntimeError as error:
 """)
     assert "after torch initialised a CUDA device; call nemo_ee.cpu_host.enable() before any CUDA call" in refused[0]
     assert refused[1] is False
+
+
+def test_a_device_as_a_context_still_applies() -> None:
+    """transformers 5 builds a model in `with torch.device("meta")`, and leaves unset what was not made there."""
+    made = _run("""
+from nemo_ee import cpu_host
+cpu_host.enable()
+import torch
+with torch.device("meta"):
+    made = torch.tensor([1.0]), torch.zeros(2), torch.arange(3)
+print(json.dumps([one.device.type for one in made]))
+""")
+    assert made == ["meta", "meta", "meta"]

@@ -28,7 +28,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
-    sharded_state_dict_default,
 )
 from torch import Tensor
 from torch.nn.functional import linear
@@ -77,6 +76,17 @@ def _vocabulary_sharded(weight: Tensor, key: str, sharded_offsets: tuple) -> Sha
     return make_tp_sharded_tensor_for_checkpoint(
         weight, key, prepend_offsets=sharded_offsets, allow_shape_mismatch=True
     )
+
+
+def _sharded(module: torch.nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict:
+    """The sharded state of a part of a head; a module that is not Megatron's is replicated.
+
+    Megatron's `sharded_state_dict_default` takes the tensor-parallel group as an argument from 0.16 on; without it
+    every rank would claim to be the one that saves the parameter.
+    """
+    if hasattr(module, "sharded_state_dict"):
+        return module.sharded_state_dict(prefix, sharded_offsets, metadata)
+    return make_sharded_tensors_for_checkpoint(module.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
 
 
 class ExitHead(MegatronModule):
@@ -189,7 +199,7 @@ class ExitHead(MegatronModule):
         sharded = {}
         for name, module in self.named_children():
             if not isinstance(module, IdentityOp):
-                sharded.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+                sharded.update(_sharded(module, f"{prefix}{name}.", sharded_offsets, metadata))
         apply_prefix_mapping(sharded, {f"{prefix}{_CANONICAL_NORM[0]}": f"{prefix}{_CANONICAL_NORM[1]}"})
         return sharded
 

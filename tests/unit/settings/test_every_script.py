@@ -16,6 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.bridge.bridge_settings import BridgeTuneSettings
 from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.commands.generation_request import GenerationRequest
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[3]
 STEMS = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
 MODELS = {
     "megatron_gpt_early_exit_calibrate": CalibrationRequest,
+    "bridge_early_exit_tune": BridgeTuneSettings,
     "megatron_gpt_early_exit_convert": ConvertSettings,
     "megatron_gpt_early_exit_eval": EvaluationSettings,
     "megatron_gpt_early_exit_generate": GenerationRequest,

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
-from nemo_ee.evaluation.token_windows import TokenWindows, microbatches, num_batches  # noqa: E402
+from nemo_ee.data.token_windows import TokenWindows, microbatches, num_batches  # noqa: E402
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
 TEXT = [token for document in DOCUMENTS for token in document]  # 13 tokens, 12 to predict

@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from nemo_ee.models import token_files
-from nemo_ee.models.token_files import clean_prefixes, listed_prefixes, vocabulary_problem
+from nemo_ee.data import token_files
+from nemo_ee.data.token_files import clean_prefixes, listed_prefixes, vocabulary_problem
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: type = numpy.uint16) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from nemo_ee.data.token_files import missing_files, open_data, vocabulary_problem
 from nemo_ee.megatron.model.microbatch import MicroBatch
-from nemo_ee.models.token_files import missing_files, open_data, vocabulary_problem
 from nemo_ee.text.text_files import data_prefix
 
 

@@ -1,0 +1,167 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Writes exits that were tuned on Megatron-Bridge, and reads them again.
+
+    model_config.yaml   the model's config as NeMo stores it, with the `early_exit` block and `backbone_fingerprint`
+    exit_weights/       distributed checkpoint (torch_dist), keys `exits.<name>.<parameter>`
+    model_weights/      the backbone, in a complete file
+    tokenizer/          tokenizer files and config.json of the Hugging Face directory
+
+These are the members of a `.nemo`. A path that ends in `.nemo` becomes an archive, any other path a directory. Every
+exporter and the NeMo host read both.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_ee.bridge.provider import EarlyExitModelProvider
+from nemo_ee.checkpoint.chunk_reader import ChunkReader
+from nemo_ee.checkpoint.distributed_checkpoint import save_distributed
+from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
+from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.checkpoint.members import CONFIG_MEMBER, EXIT_WEIGHTS, MODEL_WEIGHTS, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.module_weights import cast_shards
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
+from nemo_ee.checkpoint.nemo_config import nemo_config
+from nemo_ee.checkpoint.portable import forget_folder, plain_config, refuse_other_backbone, without_code_files
+from nemo_ee.checkpoint.unpacked import open_nemo
+from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
+
+logger = logging.getLogger(__name__)
+
+# The NeMo host's class, which the `target` of every `.nemo` names.
+_TARGET = "nemo_ee.models.megatron_early_exit_gpt_model.MegatronEarlyExitGPTModel"
+_BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
+
+
+@contextmanager
+def stored_exits(path: str | Path, source: HuggingFaceSource) -> Iterator[tuple[dict[str, Any], ChunkReader]]:
+    """The `early_exit` block and the exits of a `.nemo` or of a directory that `save` wrote, complete or exits-only.
+
+    Args:
+        path: the file or directory, written by any host.
+        source: the backbone that the exits are for.
+
+    Raises:
+        ValueError: the file is damaged, unsafe or without exits, or the exits were tuned on another backbone.
+    """
+    with ExitStack() as stack:
+        archive = stack.enter_context(open_nemo(path))
+        config = plain_config(archive)
+        if not archive.has(EXIT_WEIGHTS):
+            raise ValueError(f"{path} has no {EXIT_WEIGHTS}/; give an early-exit .nemo, or none to start new exits")
+        found = backbone_fingerprint(source, vocab_size=source.backbone.vocab_size)
+        refuse_other_backbone(config.get("backbone_fingerprint"), found, source.directory, "source")
+        yield config["early_exit"], ChunkReader(archive.folder(EXIT_WEIGHTS), prefix="exits.")
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError where `save` would not write."""
+    if output.is_dir():
+        raise ValueError(f"output={output} exists; name another directory, or a file that ends in .nemo")
+
+
+def save(
+    model: EarlyExitGPTModel,
+    provider: EarlyExitModelProvider,
+    output: str | Path,
+    source: HuggingFaceSource,
+    *,
+    complete: bool = False,
+) -> None:
+    """Write a stage's exits, and with `complete` its backbone. Every rank must call it with the same arguments.
+
+    Args:
+        model: this stage, built by `provider`.
+        provider: its provider.
+        output: a `.nemo`, or a directory that does not exist.
+        source: the Hugging Face directory of the backbone.
+        complete: write the backbone too; the model must be full-depth.
+
+    Raises:
+        ValueError: the directory exists, or `complete` for a model without its last layers.
+    """
+    output = Path(output)
+    check_output(output)
+    if complete and not provider.builds_all_layers:
+        raise ValueError(f"{output}: this model has no layers past its deepest exit; build it with full_depth=True")
+    work = output.with_name(f"{output.name}.weights.partial")
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in (EXIT_WEIGHTS, *((MODEL_WEIGHTS,) if complete else ())):
+            (work / folder).mkdir(parents=True)
+    torch.distributed.barrier()
+    try:
+        save_distributed(model.exit_sharded_state_dict(), work / EXIT_WEIGHTS)
+        if complete:
+            backbone = model.sharded_backbone_to_save("model.")
+            cast_shards(backbone, {key: info.dtype for key, info in source.keys().items()})
+            save_distributed(backbone, work / MODEL_WEIGHTS)
+        torch.distributed.barrier()
+        if first:
+            for metadata in work.glob("*/.metadata"):
+                forget_folder(metadata.parent)
+            _add_config_and_tokenizer(work, _config(provider, source), source)
+            if output.suffix == ".nemo":
+                write_nemo(output, {entry.name: entry for entry in work.iterdir()})
+            else:
+                work.rename(output)
+            logger.info("wrote %s", output)
+    finally:
+        if first:
+            shutil.rmtree(work, ignore_errors=True)
+    torch.distributed.barrier()
+
+
+def _config(provider: EarlyExitModelProvider, source: HuggingFaceSource) -> dict[str, Any]:
+    """The model config that NeMo stores."""
+    vocab_size = source.backbone.vocab_size
+    return {
+        **nemo_config(source.backbone),
+        "target": _TARGET,
+        "tokenizer": {"library": "huggingface", "type": TOKENIZER_FOLDER, "use_fast": True},
+        "vocab_size": vocab_size,
+        "make_vocab_size_divisible_by": provider.make_vocab_size_divisible_by,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        # `train` is a setting of a run. A file holds the default.
+        "early_exit": {**provider.exit_config.to_mapping(), "train": EarlyExitConfig().train},
+        "backbone_fingerprint": backbone_fingerprint(source, vocab_size=vocab_size),
+    }
+
+
+def _add_config_and_tokenizer(work: Path, config: dict[str, Any], source: HuggingFaceSource) -> None:
+    files = {f"{TOKENIZER_FOLDER}/{name}": source.directory / name for name in _BUNDLED_FILES}
+    found = without_code_files({name: path for name, path in files.items() if path.is_file()})
+    (work / TOKENIZER_FOLDER).mkdir()
+    for name, content in {CONFIG_MEMBER: yaml.safe_dump(config, sort_keys=False).encode(), **found}.items():
+        (work / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+
+
+def pack(folder: str | Path, output: str | Path) -> Path:
+    """The `.nemo` of a directory that `save` wrote, or the directory of a `.nemo`; returns the path of what it wrote.
+
+    Raises:
+        ValueError: the source is damaged or unsafe, or the output exists as a directory.
+    """
+    output = Path(output)
+    with NemoArchive(folder) as archive:
+        plain_config(archive)
+        if output.suffix == ".nemo":
+            return write_nemo(output, {name: archive for name in archive.members()})
+        if output.exists():
+            raise ValueError(f"{output} exists; name another directory")
+        archive.extract(output)
+        return output

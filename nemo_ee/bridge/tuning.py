@@ -1,0 +1,90 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tunes the exits of one pipeline stage with the training step and the optimizers of `nemo_ee.megatron`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from nemo_ee.bridge.provider import EarlyExitModelProvider
+from nemo_ee.exits.loss_weights import loss_weights_at
+from nemo_ee.exits.objective import Objective
+from nemo_ee.megatron.loss.exit_metrics import ExitSums
+from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.model.microbatch import MicroBatch
+from nemo_ee.megatron.optim.learning_rate import ExitLearningRates, LearningRateSchedule
+from nemo_ee.megatron.optim.stage_optimizers import stage_optimizers
+from nemo_ee.megatron.pipeline.stage_context import StageContext
+from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
+from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
+from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
+
+
+class ExitTuner:
+    """Model, optimizers and learning rates of a tuning run on one stage. Every rank must build it, after the model.
+
+    Args:
+        model: this stage, built by `provider`, its weights on their device.
+        provider: its provider.
+        optim: name, lr, betas, eps, weight_decay and `sched`, as `model.optim` of the NeMo host.
+        num_steps: optimizer steps of the run.
+        max_norm: gradient clipping per exit, 0 for none.
+        timeout_minutes: a transfer of a teacher that takes longer ends the run.
+
+    Attributes:
+        step: optimizer steps done.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitGPTModel,
+        provider: EarlyExitModelProvider,
+        *,
+        optim: Mapping[str, Any],
+        num_steps: int,
+        max_norm: float = 0.0,
+        timeout_minutes: float = 30,
+    ) -> None:
+        self.early_exit, self.num_steps, self.step = provider.exit_config, num_steps, 0
+        objectives = {name: Objective.of(self.early_exit, name) for name in self.early_exit.names}
+        self.context = StageContext(model, hidden_state_transport(), objectives)
+        if self.early_exit.has_teacher:
+            timeout = timedelta(minutes=timeout_minutes)
+            teachers = TeacherChannel(model, self.early_exit, provider.placements, autocast=None, timeout=timeout)
+            self.context = replace(self.context, teachers=teachers)
+        self.optimizers = stage_optimizers(model, optim, main_weights=provider.main_weights, max_norm=max_norm)
+        schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=num_steps)
+        self.learning_rates = ExitLearningRates(self.optimizers, schedule, optim)
+        self.sums = ExitSums(self.early_exit.names, self.context.device)
+
+    def tune(self, batches: Sequence[MicroBatch], *, log: bool = True) -> dict[str, dict[str, float]]:
+        """One optimizer step. Every rank must call it with the same `log`.
+
+        Args:
+            batches: this rank's microbatches of the global batch.
+            log: add the numbers of all stages and data-parallel ranks up, which joins the stages.
+
+        Returns:
+            With `log`: exit name -> {"loss", "lr", "grad_norm", ...} since the last log, else nothing.
+        """
+        self.optimizers.zero_grad()
+        weights = loss_weights_at(self.context.model.placement.exits, step=self.step, num_steps=max(1, self.num_steps))
+        tune_global_batch(self.context, batches, optimizers=self.optimizers, sums=self.sums, loss_weights=weights)
+        result = {}
+        if log:
+            result = self.sums.reduce(over_data=False, step_values=self.optimizers.step_values(weights))
+        self.optimizers.step()
+        self.learning_rates.step()
+        self.step += 1
+        return result
+
+    def evaluate(self, global_batches: Iterable[Sequence[MicroBatch]]) -> dict[str, dict[str, float]]:
+        """Every exit's validation loss over some global batches, of which each rank gives its microbatches."""
+        self.context.drain()
+        sums = ExitSums(self.early_exit.names, self.context.device)
+        for batches in global_batches:
+            evaluate_global_batch(self.context, batches, sums=sums, agreement=False)
+        return sums.reduce()
