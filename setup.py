@@ -7,6 +7,7 @@
     nemo       NeMo 2.4: convert, tune, calibrate, export; all of it is in the NGC container nvcr.io/nvidia/nemo:25.07,
                where `pip install -e . --no-deps` is enough
     cpu        the same on a host without the container
+    bridge     Megatron-Bridge 0.6: tune (Python 3.12)
     eval       lm-evaluation-harness
     dev        what `make venv` installs besides: tests, lint
 
@@ -66,6 +67,9 @@ CPU = [
     "webdataset",
 ]
 
+# NVIDIA's container of Megatron-Bridge has them; there, too, `--no-deps` is enough.
+BRIDGE = [*SCRIPTS, "megatron-bridge>=0.6,<0.7", "megatron-core>=0.19,<0.20", "transformers>=5.8,<5.13"]
+
 # What nemo_ee/serving/ imports besides; older pydantic checks every entry of a long wrong list (`fail_fast`).
 SERVING = [*SCRIPTS, "fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
 
@@ -100,5 +104,13 @@ setup(
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js", "export/tensorrt_llm/files/*.py"]},
     install_requires=CORE,
-    extras_require={"serving": SERVING, "nemo": NEMO, "cpu": CPU, "eval": EVAL, "test": TEST, "dev": DEV},
+    extras_require={
+        "serving": SERVING,
+        "nemo": NEMO,
+        "cpu": CPU,
+        "bridge": BRIDGE,
+        "eval": EVAL,
+        "test": TEST,
+        "dev": DEV,
+    },
 )

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from nemo_ee.bridge.provider import EarlyExitModelProvider
 from nemo_ee.bridge.saved_model import check_output, save, stored_exits
 from nemo_ee.bridge.tuning import ExitTuner
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.data.token_files import MASK_SUFFIX
 from nemo_ee.data.token_windows import TokenWindows, microbatches
 from nemo_ee.megatron.loss.exit_metrics import named_metrics
 from nemo_ee.megatron.model.backbone_training import what_trains
@@ -47,6 +49,12 @@ def run(settings: BridgeTuneSettings) -> Iterator[str]:
         None if prefix is None else TokenWindows(prefix, seq_length=length, vocab_size=vocab_size)
         for prefix in (model.data.train, model.data.validation)
     )
+    for key, prefix in model.data:
+        if prefix is not None and Path(f"{prefix}{MASK_SUFFIX}.idx").exists():
+            raise ValueError(
+                f"model.data.{key}={prefix} is chat data, and this host does not read its mask; tune with the NeMo "
+                f"host, or remove {prefix}{MASK_SUFFIX}.bin and .idx to count every token"
+            )
     if len(train) < model.global_batch_size:
         raise ValueError(
             f"model.data.train={model.data.train} holds {len(train)} windows of {length} tokens, and one step needs "

@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_ee.text.text_files import data_prefix
 
+MASK_SUFFIX = ".mask"  # of the prefix of a chat's answers, beside its tokens
 _CHUNK = 1 << 23  # tokens checked at a time; they fit into the processor's cache
 
 

@@ -28,6 +28,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import Dataset
 
+from nemo_ee.data.token_files import MASK_SUFFIX
 from nemo_ee.models.sample_index import content_keyed_index
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 # No token has this id: only the tokens that Megatron itself pads with are padding. It masks them and maps them to id
 # 0.
 _NO_TOKEN = -1
-MASK_SUFFIX = ".mask"  # suffix of the data's prefix
 
 
 class DatasetHooks:

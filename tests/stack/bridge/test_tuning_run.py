@@ -118,5 +118,15 @@ def test_problems_end_the_run_before_anything_is_built(runs: SimpleNamespace, tm
     config["model"]["global_batch_size"] = 10_000
     with pytest.raises(ValueError, match="one step needs\\s+model.global_batch_size=10000"):
         list(run(BridgeTuneSettings.from_config(config)))
+    chat = str(tmp_path / "chat")
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"chat{ending}").symlink_to(f"{EARLIER / 'data'}{ending}")
+        (tmp_path / f"chat.mask{ending}").symlink_to(f"{EARLIER / 'data'}{ending}")
+    config = settings(runs.folder)
+    config["model"]["data"]["validation"] = chat
+    with pytest.raises(
+        ValueError, match="model.data.validation=.* is chat data, and this host does not read its mask"
+    ):
+        list(run(BridgeTuneSettings.from_config(config)))
     with pytest.raises(ValueError, match="trainer.max_steps=0"):
         BridgeTuneSettings.from_config({**config, "trainer": {**config["trainer"], "max_steps": 0}})
