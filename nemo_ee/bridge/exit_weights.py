@@ -3,7 +3,7 @@
 """The pre-wrap hook that fills a stage: the one of `AutoBridge`, and what it leaves out.
 
     1. every parameter of the backbone becomes NaN
-    2. AutoBridge loads what it has a mapping for; it does not see the modules that it has none for
+    2. AutoBridge loads what it has a mapping for; modules that it has none for are hidden from it
     3. parameters that are still NaN are read from the same directory
     4. the exits are loaded, or initialised from the same directory
 

@@ -132,6 +132,15 @@ class EarlyExitModelProvider(GPTModelProvider):
                 for key, value in _LLAMA3_CONSTANTS.items()
                 if scaling[key] != value
             ]
+        carried = {
+            "llama3": self.rope_scaling and self.rope_scaling_factor,
+            "linear": self.seq_len_interpolation_factor,
+        }
+        if scaling and carried[scaling["type"]] != scaling["factor"]:
+            problems.append(
+                f"rope_scaling {scaling['type']} with factor {scaling['factor']}: Megatron-Bridge does not pass it on "
+                "for this family; tune this model with the NeMo host"
+            )
         try:
             config = self.exit_config
         except ValueError as problem:

@@ -7,8 +7,7 @@
     model_weights/      the backbone, in a complete file
     tokenizer/          tokenizer files and config.json of the Hugging Face directory
 
-These are the members of a `.nemo`. A path that ends in `.nemo` becomes an archive, any other path a directory. Every
-exporter and the NeMo host read both.
+These are the members of a `.nemo`. A path that ends in `.nemo` becomes an archive, any other path a directory.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def stored_exits(path: str | Path, source: HuggingFaceSource) -> Iterator[tuple[
 
 def check_output(output: Path) -> None:
     """Raises ValueError where `save` would not write."""
-    if output.is_dir():
+    if output.is_dir() or (output.exists() and output.suffix != ".nemo"):
         raise ValueError(f"output={output} exists; name another directory, or a file that ends in .nemo")
 
 
@@ -103,25 +102,25 @@ def save(
         for folder in (EXIT_WEIGHTS, *((MODEL_WEIGHTS,) if complete else ())):
             (work / folder).mkdir(parents=True)
     torch.distributed.barrier()
-    try:
-        save_distributed(model.exit_sharded_state_dict(), work / EXIT_WEIGHTS)
-        if complete:
-            backbone = model.sharded_backbone_to_save("model.")
-            cast_shards(backbone, {key: info.dtype for key, info in source.keys().items()})
-            save_distributed(backbone, work / MODEL_WEIGHTS)
-        torch.distributed.barrier()
-        if first:
+    save_distributed(model.exit_sharded_state_dict(), work / EXIT_WEIGHTS)
+    if complete:
+        backbone = model.sharded_backbone_to_save("model.")
+        cast_shards(backbone, {key: info.dtype for key, info in source.keys().items()})
+        save_distributed(backbone, work / MODEL_WEIGHTS)
+    torch.distributed.barrier()
+    if first:
+        try:
             for metadata in work.glob("*/.metadata"):
                 forget_folder(metadata.parent)
             _add_config_and_tokenizer(work, _config(provider, source), source)
             if output.suffix == ".nemo":
                 write_nemo(output, {entry.name: entry for entry in work.iterdir()})
+                shutil.rmtree(work, ignore_errors=True)
             else:
                 work.rename(output)
-            logger.info("wrote %s", output)
-    finally:
-        if first:
-            shutil.rmtree(work, ignore_errors=True)
+        except OSError as problem:
+            raise ValueError(f"{output} was not written ({problem}); the tuned exits are in {work}") from problem
+        logger.info("wrote %s", output)
     torch.distributed.barrier()
 
 

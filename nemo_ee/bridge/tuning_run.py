@@ -28,6 +28,7 @@ from nemo_ee.data.token_windows import TokenWindows, microbatches
 from nemo_ee.megatron.loss.exit_metrics import named_metrics
 from nemo_ee.megatron.model.backbone_training import what_trains
 from nemo_ee.megatron.model.microbatch import MicroBatch
+from nemo_ee.text.text_files import data_prefix
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,10 +51,10 @@ def run(settings: BridgeTuneSettings) -> Iterator[str]:
         for prefix in (model.data.train, model.data.validation)
     )
     for key, prefix in model.data:
-        if prefix is not None and Path(f"{prefix}{MASK_SUFFIX}.idx").exists():
+        if prefix is not None and Path(f"{data_prefix(prefix)}{MASK_SUFFIX}.idx").exists():
             raise ValueError(
                 f"model.data.{key}={prefix} is chat data, and this host does not read its mask; tune with the NeMo "
-                f"host, or remove {prefix}{MASK_SUFFIX}.bin and .idx to count every token"
+                f"host, or remove {data_prefix(prefix)}{MASK_SUFFIX}.bin and .idx to count every token"
             )
     if len(train) < model.global_batch_size:
         raise ValueError(

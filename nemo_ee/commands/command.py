@@ -35,8 +35,9 @@ def command(cfg: Any) -> Iterator[None]:
     `trainer.accelerator=cpu` switches the CPU host on. The output of libraries goes to the script's log file
     (`nemo_ee.commands.console`), if its yaml names a folder for one in `hydra.run.dir`.
 
-    A `ValueError` or `FileNotFoundError` (the package's errors for a config, a checkpoint or a request)
-    ends the script with its message and exit code 2 instead of a traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
+    A `ValueError`, `FileNotFoundError` or `ImportError` (the package's errors for a config, a checkpoint or a request,
+    and for a library that is missing or of an unsupported version) ends the script with its message and exit code 2
+    instead of a traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
     The path of the log file is the last line of every error.
 
     Args:
@@ -102,7 +103,10 @@ def _errors_in_one_message(path: Path | None) -> Iterator[None]:
     except Exception as error:
         who = f"rank {rank()}: " if rank() else ""  # one rank alone may have the problem
         where = f"log file: {path}\n" if path else ""
-        if isinstance(error, (ValueError, FileNotFoundError)) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        if (
+            isinstance(error, (ValueError, FileNotFoundError, ImportError))
+            and os.environ.get("HYDRA_FULL_ERROR") != "1"
+        ):
             logger.debug("where the error comes from", exc_info=True)
             complain(f"{who}error: {error}\n(HYDRA_FULL_ERROR=1 shows the traceback)\n{where}")
             sys.exit(2)

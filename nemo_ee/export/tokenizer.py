@@ -65,6 +65,10 @@ def _settings(tokenizer: Any, stored: dict[str, Any]) -> dict[str, Any]:
         if name in values:
             values[name] = token is not None and ids[end:][:1] == [token]
     values |= {name: getattr(tokenizer, name) for name in _MADE}
+    # transformers 4 reads this from here, and takes False where it is absent; transformers 5 reads tokenizer.json.
+    splitter = tokenizer.backend_tokenizer.pre_tokenizer
+    prefix = None if splitter is None else json.loads(splitter.__getstate__()).get("add_prefix_space")
+    values |= {} if prefix is None else {"add_prefix_space": prefix}
     values["model_input_names"] = ["input_ids", "attention_mask"]  # the class's default in 4.51 has token types too
     listed = getattr(tokenizer, "additional_special_tokens", None) or getattr(tokenizer, "extra_special_tokens", None)
     values |= {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}

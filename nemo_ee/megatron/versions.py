@@ -5,6 +5,7 @@
     0.15        `GPTModel._preprocess` returns more values: callers unpack `hidden, rotary, *_`
     0.15        Adam of the distributed optimizer: `distributed_adam`
     0.15 alone  class of a checkpoint's `.metadata`: checkpoint/restricted_pickle.py
+    0.16        group of a replicated parameter: `_sharded` in model/exit_head.py
     0.18        MLP of a layer spec: `build_mlp`
     0.19        optimizers' method that selects the gradients of a norm: optim/exit_gradients.py selects them
     0.19        place of a checkpoint's unsharded part: checkpoint/distributed_checkpoint.py
@@ -29,12 +30,12 @@ def refuse_unsupported_version() -> None:
     """Check the installed Megatron-core before anything of it is imported.
 
     Raises:
-        ImportError: Megatron-core is missing, or its version is not supported.
+        ImportError: its version is not supported.
     """
     try:
         found = version("megatron-core")
     except PackageNotFoundError:
-        return  # not installed as a package: a checkout of Megatron-LM on the path, or nothing; the import says which
+        return  # a checkout of Megatron-LM on the path; or nothing, and then the import of Megatron-core fails
     numbers = re.match(r"(\d+)\.(\d+)", found)
     if numbers is None or not OLDEST <= tuple(map(int, numbers.groups())) <= NEWEST:
         first, last = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
@@ -56,7 +57,7 @@ def build_mlp(spec: Any, config: TransformerConfig) -> torch.nn.Module:
 
     if isinstance(spec, ModuleSpec):
         return build_module(spec, config=config, tp_group=parallel_state.get_tensor_model_parallel_group())
-    # 0.19: a partial of `MLP.as_mlp_submodule`, which takes a collection of groups.
+    # 0.18: a partial of `MLP.as_mlp_submodule`, which takes a collection of groups.
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return spec(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), is_mtp_layer=False)

@@ -57,7 +57,7 @@ def unsupported_settings(config: Any, others: Mapping[str, Any]) -> list[str]:
         config: the complete generation config.
         others: the other arguments of `generate`.
     """
-    problems = [f"{key}: {_REFUSAL}" for key, value in others.items() if value is not None and key not in _ARGUMENTS]
+    problems = [f"{key}: {_REFUSAL}" for key, value in others.items() if _is_given(value) and key not in _ARGUMENTS]
     for key, off in _UNSUPPORTED.items():
         value = getattr(config, key, None)
         if value and value != off:
@@ -68,6 +68,11 @@ def unsupported_settings(config: Any, others: Mapping[str, Any]) -> list[str]:
     if mode not in _MODES and not problems:
         problems.append(f"generation mode {mode}: {_REFUSAL}")
     return problems
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an argument may have an effect; empty lists, None and False have none."""
+    return bool(value) if isinstance(value, list | bool) else value is not None
 
 
 class SamplingLoop:
@@ -139,10 +144,13 @@ class SamplingLoop:
         config: Any,
     ) -> list[Request]:
         padded, kept = input_ids.tolist(), torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        end = config._eos_token_tensor
-        # transformers ignores ids outside the vocabulary
-        stops = frozenset(() if end is None else (one for one in end.tolist() if 0 <= one < engine.model.vocab_size))
-        most = config.max_length - input_ids.shape[1]
+        # The call's own criteria may be in the place of those of the config. transformers ignores ids outside the
+        # vocabulary.
+        ends = [one.eos_token_id for one in stopping_criteria if isinstance(one, EosTokenCriteria)]
+        ids = {token for own in ends for token in own.flatten().tolist()}
+        stops = frozenset(token for token in ids if 0 <= token < engine.model.vocab_size)
+        most = min(one.max_length for one in stopping_criteria if isinstance(one, MaxLengthCriteria))
+        most -= input_ids.shape[1]
         least = max(config.min_new_tokens or 0, (config.min_length or 0) - input_ids.shape[1], 0)
         others = [one for one in stopping_criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)]
         copies, seeds = config.num_return_sequences or 1, [0] * len(padded)

@@ -3,8 +3,8 @@
 """The tokenizer of an export without transformers: tokenizer.json, run by the tokenizers library, and chat templates.
 
 It has the part of transformers' interface that decoding and the server use, and gives the same ids and texts as
-`PreTrainedTokenizerFast` there, the class of every exported tokenizer. Other classes add rules of their own to
-tokenizer.json and need transformers.
+`PreTrainedTokenizerFast` there (without its clean-up of spaces), the class of every exported tokenizer. Other classes
+add rules of their own to tokenizer.json and need transformers.
 """
 
 from __future__ import annotations
@@ -74,16 +74,26 @@ class JsonTokenizer:
             return False
         return _config(directory).get("tokenizer_class") in _CLASSES
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         """`input_ids`: the token ids of a text.
 
         Args:
             add_special_tokens: with those that tokenizer.json puts around a text.
+            verbose: no effect.
         """
         return {"input_ids": self._backend.encode(text, add_special_tokens=add_special_tokens).ids}
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
-        """The text of token ids."""
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """The text of token ids.
+
+        Args:
+            skip_special_tokens: leave special tokens out.
+            clean_up_tokenization_spaces: only False.
+        """
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces=True: only transformers does this; leave it out")
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(

@@ -36,7 +36,8 @@ PROMPTS = ("def main():", "import os\nimport sys\n", "class Parser:\n    def __i
 
 def refuse_version(backend: str, version: str) -> None:
     """End in one line on a TensorRT-LLM that does not have the backend, or not in the form that the files know."""
-    major, minor, candidate = re.match(r"(\d+)\.(\d+)[.\d]*(?:rc(\d+))?", version).groups()
+    found = re.match(r"(\d+)\.(\d+)[.\d]*(?:rc(\d+))?", version)
+    major, minor, candidate = found.groups() if found else (0, 0, None)
     release = (int(major), int(minor))
     if backend == "pytorch":
         versions, other, supported = PYTORCH_VERSIONS, "engine", (1, 0) <= release <= (1, 4)

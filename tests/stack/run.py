@@ -41,6 +41,7 @@ CORE_TESTS = [
 ]
 TRANSFORMERS_TESTS = ["tests/stack/transformers", "tests/unit/families", "tests/unit/text"]
 MEGATRON_TESTS = ["tests/stack/megatron", *UNIT_TESTS]
+CHECKPOINT_TESTS = "tests/stack/megatron/test_checkpoints.py"
 SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit")
 
 
@@ -62,6 +63,11 @@ class Column:
     def python(self) -> Path:
         """Its interpreter."""
         return ROOT / (".venv" if self.name == SEED else f".venvs/{self.name}") / "bin" / "python"
+
+    @property
+    def reads_checkpoints(self) -> bool:
+        """Whether it reads the checkpoints that the others write."""
+        return "tests/stack/megatron" in self.tests
 
     @property
     def constraints(self) -> Path:
@@ -111,11 +117,13 @@ def install(column: Column) -> None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8") if column.install else ""
     state = hashlib.sha256(f"{text}{setup}{column.install}{TORCH}{ROOT}".encode()).hexdigest()
     folder, stamp = column.python.parents[1], column.python.parents[1] / "nemo_ee-stack"
+    pip = [column.python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == state:
+        if column.install:  # a copy of the package, which may have changed
+            _logged(column, *pip, "--no-deps", "--force-reinstall", ".")
         return
     shutil.rmtree(folder, ignore_errors=True)
     _logged(column, sys.executable, "-m", "venv", folder)
-    pip = [column.python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
     # A plain torch may bring gigabytes of CUDA; a CPU build has this name where the index has one.
     if _logged(column, *pip, f"{TORCH}+cpu", check=False):
         _logged(column, *pip, TORCH)
@@ -136,15 +144,16 @@ def run(column: Column) -> Result:
             install(column)
         begin = time.monotonic()
         result.versions = _versions(column)
-        given = [column.python, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_logging=no", *column.tests]
-        _logged(column, *given, check=False)
+        given = [column.python, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_logging=no"]
+        code = _logged(column, *given, *column.tests, check=False)
         result.seconds = (time.monotonic() - begin, begin - start)
     except (subprocess.SubprocessError, OSError) as problem:
         result.error = f"{type(problem).__name__}: {problem}"
-    if report.is_file():
-        _count(report, result)
-    elif result.error is None:
-        result.error = "pytest wrote no report"
+    else:
+        if report.is_file():
+            _count(report, result)
+        if code not in (0, 1) or not result.passed:
+            result.error = f"pytest ended with {code} after {result.passed} tests"
     return result
 
 
@@ -152,7 +161,7 @@ def _count(report: Path, result: Result) -> None:
     for case in ElementTree.parse(report).iter("testcase"):
         skipped = case.find("skipped")
         if skipped is not None:
-            result.skipped[(skipped.get("message") or "").splitlines()[0]] += 1
+            result.skipped[(skipped.get("message") or "no reason").splitlines()[0]] += 1
         elif case.find("failure") is not None or case.find("error") is not None:
             result.failed += 1
         else:
@@ -206,13 +215,22 @@ def main() -> int:
         (FOLDER / f"{column.name}.log").unlink(missing_ok=True)
     start, seed = time.monotonic(), COLUMNS[0]
     print(f"files and logs: {FOLDER.relative_to(ROOT)}/", flush=True)
-    _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER)
+    if seed in columns or not (FOLDER / "exports").is_dir():
+        for written in ("exports", "megatron"):
+            shutil.rmtree(FOLDER / written, ignore_errors=True)
+        if _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER, check=False):
+            print(f"make_exports.py failed; see {FOLDER.relative_to(ROOT)}/{seed.name}.log")
+            return 1
     results = {column.name: run(column) for column in columns if column is seed}
     with ThreadPoolExecutor(2) as pool:
         others = [column for column in columns if column is not seed]
         for column, result in zip(others, pool.map(run, others), strict=True):
             results[column.name] = result
             print(f"{column.name}: {result.passed} passed, {result.failed} failed", flush=True)
+        # Earlier columns read the checkpoints of later ones.
+        again = [dataclasses.replace(one, tests=[CHECKPOINT_TESTS]) for one in columns if one.reads_checkpoints]
+        for column, result in zip(again, pool.map(run, again), strict=True):
+            results[f"{column.name}, all checkpoints"] = result
     text = table(results)
     (FOLDER / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n{time.monotonic() - start:.0f} s")

@@ -85,6 +85,13 @@ def _bytes(split: str | None, special: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def _prefixed() -> tuple[Tokenizer, dict]:
+    """A space before the first word; transformers 4 reads that from the config alone, transformers 5 from here."""
+    tokenizer = _bytes(None, ["</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True, "eos_token": "</s>"}
+
+
 def _gpt2() -> tuple[Tokenizer, dict]:
     end = "<|endoftext|>"
     tokens = {"bos_token": end, "eos_token": end, "unk_token": end}
@@ -126,4 +133,4 @@ def _llama2() -> tuple[Tokenizer, dict]:
     return tokenizer, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens}
 
 
-KINDS = {"gpt2": _gpt2, "qwen": _qwen, "llama3": _llama3, "llama2": _llama2}
+KINDS = {"gpt2": _gpt2, "qwen": _qwen, "llama3": _llama3, "llama2": _llama2, "prefixed": _prefixed}

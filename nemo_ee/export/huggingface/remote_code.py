@@ -51,7 +51,7 @@ class EarlyExitForCausalLM(EarlyExitGeneration, {model}):
     _auto_class = "AutoModelForCausalLM"
 
 
-# `pipeline` of transformers 4.51 loads a tokenizer only for configs that it knows. The class is that of the
+# `pipeline` of transformers 4.51 loads a tokenizer only for registered configs. The class is that of the
 # directory's tokenizer_config.json in any case.
 AutoTokenizer.register(EarlyExitConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 '''

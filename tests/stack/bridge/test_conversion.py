@@ -153,6 +153,11 @@ def test_rotary_scaling_that_bridge_does_not_pass_on_is_refused(tmp_path: Path) 
     assert "rope_scaling.original_max_position_embeddings=64" in refusal(tmp_path, EXITS)
 
 
+def test_rotary_scaling_of_a_family_for_which_bridge_drops_it_is_refused(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "qwen2", rope_scaling={"rope_type": "linear", "factor": 2.5})
+    assert "rope_scaling linear with factor 2.5: Megatron-Bridge does not pass it on" in refusal(tmp_path, EXITS)
+
+
 def test_a_file_is_not_complete_without_the_last_layers(source: Path, tmp_path: Path) -> None:
     model, provider = build(source, EXITS)
     with pytest.raises(ValueError, match="build it with full_depth=True"):

@@ -123,7 +123,7 @@ def test_problems_end_the_run_before_anything_is_built(runs: SimpleNamespace, tm
         (tmp_path / f"chat{ending}").symlink_to(f"{EARLIER / 'data'}{ending}")
         (tmp_path / f"chat.mask{ending}").symlink_to(f"{EARLIER / 'data'}{ending}")
     config = settings(runs.folder)
-    config["model"]["data"]["validation"] = chat
+    config["model"]["data"]["validation"] = f"{chat}.bin"
     with pytest.raises(
         ValueError, match="model.data.validation=.* is chat data, and this host does not read its mask"
     ):

@@ -126,7 +126,7 @@ def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
             JsonTokenizer(tmp_path).apply_chat_template(MESSAGES)
 
 
-def test_other_classes_and_damaged_files_are_told(tmp_path: Path) -> None:
+def test_other_classes_are_not_read_and_damaged_files_refused(tmp_path: Path) -> None:
     tokenizer_of(tmp_path)
     change_tokenizer_config(tmp_path, tokenizer_class="LlamaTokenizerFast")
     assert not JsonTokenizer.reads(tmp_path)
