@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`make test` leaves this folder out: `make test-stack` runs it, and names the folder of its files in NEMO_EE_STACK."""
+"""`make test` leaves this folder out; `make test-stack` runs it with NEMO_EE_STACK as the folder of its files."""
 
 from __future__ import annotations
 

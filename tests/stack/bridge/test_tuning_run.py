@@ -79,7 +79,7 @@ def losses(lines: str) -> dict[str, list[float]]:
 
 
 def test_losses_fall(runs: SimpleNamespace) -> None:
-    """Each step has another batch, and the exits at layer 3 train few numbers, so that four steps show little there."""
+    """Each step has another batch, and the exits at layer 3 train few numbers: four steps show little there."""
     found = losses(runs.lines["one"])
     for name in ("exit/layer1-mlp", "exit/layer2-layer"):
         assert len(found[name]) == 4 and found[name][-1] < found[name][0], (name, found[name])
