@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 
 from nemo_ee import cpu_host
 from nemo_ee.bridge.exit_weights import fill_stage
+from nemo_ee.bridge.upstream import GPTModelProvider, calculate_padded_vocab_size
 from nemo_ee.checkpoint.chunk_reader import WeightSource
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.megatron_model import build_stage

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.bridge import AutoBridge
 from megatron.core import parallel_state
 
 from nemo_ee import cpu_host
@@ -22,6 +21,7 @@ from nemo_ee.bridge.bridge_settings import BridgeTuneSettings
 from nemo_ee.bridge.provider import EarlyExitModelProvider
 from nemo_ee.bridge.saved_model import check_output, save, stored_exits
 from nemo_ee.bridge.tuning import ExitTuner
+from nemo_ee.bridge.upstream import AutoBridge
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.data.token_files import MASK_SUFFIX
 from nemo_ee.data.token_windows import TokenWindows, microbatches
