@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nemo_ee.families.architecture import ALL_LINEARS, QKV, Architecture
@@ -153,9 +154,15 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
         seed: seeds every parameter.
         changes: config values other than the table's.
     """
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if name == "opt-bare" and (4, 53) <= version < (5, 0):
+        pytest.skip(f"transformers {transformers.__version__} loads an OPT without norm weights, but cannot make one")
     family, arguments = TINY_MODELS[name]
+    if version >= (5, 0):
+        changes = divisible(name) | changes
     config = AutoConfig.for_model(family, **{k: v for k, v in (arguments | changes).items() if v is not None})
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, 1
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

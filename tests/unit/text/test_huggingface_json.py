@@ -62,7 +62,7 @@ def test_a_tokenizer_of_transformers_5_gives_the_same_ids_and_text(tmp_path: Pat
     expected = tokenizer_of(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     as_transformers_5_saves(tmp_path)
-    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
     if IS_OLD:
         with pytest.raises(ValueError, match="TokenizersBackend does not exist"):
             AutoTokenizer.from_pretrained(tmp_path)  # control
@@ -82,7 +82,7 @@ def test_the_tokenizer_json_of_transformers_5_says_everything(tmp_path: Path) ->
     expected = tokenizer_of(tmp_path)(TEXT).input_ids
     settings = {"tokenizer_class": "LlamaTokenizer", "unk_token": "</s>", "added_tokens_decoder": None}
     change_tokenizer_config(tmp_path, **settings)
-    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
     if IS_OLD:
         assert AutoTokenizer.from_pretrained(tmp_path)(TEXT).input_ids == [0, *expected], "control"
     change_tokenizer_config(tmp_path, backend="tokenizers", extra_special_tokens=["<|end|>"])
@@ -90,6 +90,7 @@ def test_the_tokenizer_json_of_transformers_5_says_everything(tmp_path: Path) ->
     assert found(TEXT).input_ids == expected and found.padding_side == "left"
 
 
+@pytest.mark.skipif(not IS_OLD, reason="transformers 5 saves directories of the other kind")
 def test_other_directories_are_read_where_they_are(tmp_path: Path) -> None:
     tokenizer_of(tmp_path)
     with readable_tokenizer(tmp_path) as folder:
