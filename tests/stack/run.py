@@ -39,6 +39,10 @@ CORE_TESTS = [
     *("-m", "not slow_unit", "tests/stack/core"),
     *(f"tests/unit/{part}" for part in "exits families generation planning runtime serving settings text".split()),
 ]
+TRANSFORMERS_TESTS = [
+    *("-m", "not slow_unit", "tests/stack/transformers", "tests/unit/families", "tests/unit/text"),
+    *(f"tests/unit/runtime/test_{name}.py" for name in ("auto_model", "model", "saved_by_transformers_5")),
+]
 MEGATRON_TESTS = ["tests/stack/megatron", *UNIT_TESTS]
 CHECKPOINT_TESTS = "tests/stack/megatron/test_checkpoints.py"
 SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit")
@@ -77,11 +81,8 @@ class Column:
 COLUMNS = [
     Column(SEED, ["tests/stack/transformers", "tests/stack/megatron"]),
     Column("core", CORE_TESTS, install=[".[serving]", "pytest", "pytest-timeout", "openai"]),
-    *(Column(f"transformers-{minor}", ["tests/stack/transformers"]) for minor in ("4.57", "5")),
-    *(
-        Column(f"megatron-{minor}", ["tests/stack/megatron", *UNIT_TESTS])
-        for minor in ("0.14", "0.15", "0.16", "0.19")
-    ),
+    *(Column(f"transformers-{minor}", TRANSFORMERS_TESTS) for minor in ("4.57", "5")),
+    *(Column(f"megatron-{minor}", MEGATRON_TESTS) for minor in ("0.14", "0.15", "0.16", "0.19")),
     Column("bridge", ["tests/stack/bridge"]),
 ]
 

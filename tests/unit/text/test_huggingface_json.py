@@ -70,10 +70,9 @@ def test_a_tokenizer_of_transformers_5_gives_the_same_ids_and_text(tmp_path: Pat
     assert found(TEXT).input_ids == expected(TEXT).input_ids
     assert found.decode(found(TEXT).input_ids) == TEXT
     assert found.decode(found(TEXT).input_ids, skip_special_tokens=True) == TEXT.removesuffix("<|end|>")
-    assert found.additional_special_tokens == ["<|end|>"] and found.model_input_names == [
-        "input_ids",
-        "attention_mask",
-    ]
+    if IS_OLD:  # transformers 5 knows them from tokenizer.json alone
+        assert found.additional_special_tokens == ["<|end|>"]
+    assert found.model_input_names == ["input_ids", "attention_mask"]
     assert found.name_or_path == str(tmp_path)
 
 
