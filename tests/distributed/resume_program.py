@@ -34,10 +34,10 @@ def run(folder: Path, name: str, layout: tuple[int, int, int], rank: int, kill: 
     tp, pp, dp = layout
 
     class Kill(Callback):
-        """SIGKILL between two steps."""
+        """SIGKILL of rank 0 between two steps, once it has written the step; `run_ranks` then kills the others."""
 
         def on_train_batch_end(self, trainer, *args) -> None:
-            if kill == "step" and trainer.global_step == KILL_AFTER:
+            if kill == "step" and rank == 0 and trainer.global_step == KILL_AFTER:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     class Written(Callback):
