@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is the reference here")
+
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
