@@ -6,6 +6,7 @@
     0.15        Adam of the distributed optimizer: `distributed_adam`
     0.15 alone  class of a checkpoint's `.metadata`: checkpoint/restricted_pickle.py
     0.16        group of a replicated parameter: `_sharded` in model/exit_head.py
+    0.16        layers need the data-parallel group in the metadata of a sharded state: `sharding_metadata`
     0.18        MLP of a layer spec: `build_mlp`
     0.19        optimizers' method that selects the gradients of a norm: optim/exit_gradients.py selects them
     0.19        place of a checkpoint's unsharded part: checkpoint/distributed_checkpoint.py
@@ -61,6 +62,19 @@ def build_mlp(spec: Any, config: TransformerConfig) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return spec(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), is_mtp_layer=False)
+
+
+def sharding_metadata(metadata: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The metadata that a layer's `sharded_state_dict` needs.
+
+    Args:
+        metadata: what the caller got; Megatron's own, or None.
+    """
+    from megatron.core.transformer import utils
+
+    # 0.16: without it a linear layer ends with "'NoneType' object is not subscriptable".
+    complete = getattr(utils, "ensure_metadata_has_dp_cp_group", None)
+    return metadata if complete is None else complete(metadata)
 
 
 def distributed_adam() -> type[torch.optim.Optimizer]:

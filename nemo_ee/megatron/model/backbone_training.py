@@ -18,6 +18,7 @@ from nemo_ee.megatron.loss.vocab_parallel import output_weight_key
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.exit_head_init import global_chunk, local_shards, seeded_normal
 from nemo_ee.megatron.model.low_rank import LowRankLinear, add_low_rank_updates
+from nemo_ee.megatron.versions import sharding_metadata
 
 BACKBONE_PREFIX = "backbone."  # prefix of the trained backbone's keys in training checkpoints
 _LOW_RANK = ("low_rank_a", "low_rank_b")
@@ -57,7 +58,7 @@ def trained_backbone_shards(model: EarlyExitGPTModel) -> dict:
     sharded = model.sharded_backbone_to_save(BACKBONE_PREFIX)
     if model.backbone_output is not None:
         stored = output_weight_key(model.share_embeddings_and_output_weights)
-        shard = model.backbone_output.sharded_state_dict()["weight"]
+        shard = model.backbone_output.sharded_state_dict(metadata=sharding_metadata())["weight"]
         # Megatron numbers the copy on the last stage 1.
         replica = (2 + model.placement.stage, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
         sharded[f"{BACKBONE_PREFIX}backbone_output.weight"] = replace(

@@ -30,6 +30,7 @@ from nemo_ee.megatron.model.exit_head import ExitHead, ExitHeads, VocabularyOutp
 from nemo_ee.megatron.model.layer_spec import BackboneSpecs
 from nemo_ee.megatron.model.low_rank import spread_over_tensor_parallel
 from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput, Taps
+from nemo_ee.megatron.versions import sharding_metadata
 
 
 def set_layer_split(config: TransformerConfig, placements: Iterable[StagePlacement]) -> None:
@@ -189,11 +190,12 @@ class EarlyExitGPTModel(GPTModel):
 
         A stage that only keeps a copy of the output weight lists it under the key it is stored at.
         """
-        sharded = super().sharded_state_dict()
+        sharded = super().sharded_state_dict(metadata=sharding_metadata())
         sharded = {key: value for key, value in sharded.items() if not key.startswith(("exits.", "backbone_output."))}
         if self.backbone_output is not None:
             stored = output_weight_key(self.share_embeddings_and_output_weights)
-            for key, shard in self.backbone_output.sharded_state_dict("backbone_output.").items():
+            copy = self.backbone_output.sharded_state_dict("backbone_output.", metadata=sharding_metadata())
+            for key, shard in copy.items():
                 sharded[key] = replace(shard, key=stored)
         own = ("_extra_state", "low_rank_a", "low_rank_b")  # not read when a backbone is loaded
         return {key: value for key, value in sharded.items() if not key.endswith(own)}
@@ -205,7 +207,7 @@ class EarlyExitGPTModel(GPTModel):
             prefix: in front of every key, NeMo's is `model.`.
         """
         assert self.placement.num_layers and not self.placement.skip_last_mlp, "only a full-depth model is complete"
-        sharded = super().sharded_state_dict(prefix)
+        sharded = super().sharded_state_dict(prefix, metadata=sharding_metadata())
         own = (f"{prefix}exits.", f"{prefix}backbone_output.")
         return {key: value for key, value in sharded.items() if not key.startswith(own)}
 

@@ -35,7 +35,7 @@ from torch.nn.functional import linear
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.megatron.model.layer_spec import BackboneSpecs
 from nemo_ee.megatron.model.low_rank import add_low_rank_updates, new_parameter, spread_over_tensor_parallel
-from nemo_ee.megatron.versions import build_mlp
+from nemo_ee.megatron.versions import build_mlp, sharding_metadata
 
 # Where the norm that Transformer Engine fuses into the MLP's first linear lives in every checkpoint.
 _CANONICAL_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
@@ -85,7 +85,7 @@ def _sharded(module: torch.nn.Module, prefix: str, sharded_offsets: tuple, metad
     every rank would claim to be the one that saves the parameter.
     """
     if hasattr(module, "sharded_state_dict"):
-        return module.sharded_state_dict(prefix, sharded_offsets, metadata)
+        return module.sharded_state_dict(prefix, sharded_offsets, sharding_metadata(metadata))
     return make_sharded_tensors_for_checkpoint(module.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
 
 
