@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -70,6 +70,18 @@ _USES = {
 }
 
 
+class Planned(Protocol):
+    """What is written of a model."""
+
+    @property
+    def plan(self) -> list[Reading]:
+        """All readings of it."""
+        ...
+
+
+Made = TypeVar("Made", bound=Planned)
+
+
 class HuggingFaceSettings(ExportSettings):
     """conf/export_huggingface.yaml, a field for each key."""
 
@@ -97,12 +109,12 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
     exits = settings.wanted_exits(source)
     unknown = unknown_exits("exits", settings.exits, source)
     refuse(unknown + threshold_problems(exits, settings.thresholds, settings.criterion, PYTORCH_CRITERIA))
-    stocks = _stocks(source)
+    stocks = stocks_of(source)
     family, architecture = stocks[0].family, stocks[0].architecture
     problems = _problems_of_thresholds(settings, family)
 
     def artifact(kind: str, exits: Sequence[ExitConfig] = ()) -> Artifact:
-        return _first_that_fits(source, stocks, partial(_artifact, settings, source, dtype, kind, exits))
+        return first_that_fits(source, stocks, partial(_artifact, settings, source, dtype, kind, exits))
 
     full, artifacts, models = artifact("full"), [], []
     if "full" in settings.targets:
@@ -158,7 +170,12 @@ def _exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> di
     return {**source.exit_row(exit), "stand_alone_refused": exit_refusal(family, exit)}
 
 
-def _stocks(source: EarlyExitSource) -> list[StockConfig]:
+def stocks_of(source: EarlyExitSource) -> list[StockConfig]:
+    """All configs that describe the backbone; see `stock_configs`.
+
+    Raises:
+        ValueError: no stock class computes this model.
+    """
     try:
         return stock_configs(
             source.config,
@@ -206,19 +223,19 @@ def _artifact(
     )
 
 
-def _first_that_fits(
-    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artifact]
-) -> Artifact:
-    """The artifact of the first config whose constants equal the `.nemo`'s parameters.
+def first_that_fits(
+    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Made]
+) -> Made:
+    """What `make` returns for the first config whose constants equal the `.nemo`'s parameters.
 
     Raises:
         ValueError: every config has constants that differ from the `.nemo`'s parameters.
     """
     for stock in stocks:
-        artifact = make(stock)
-        lost = [own for own in artifact.plan if own.fill is not None and not _is_constant(source, own)]
+        made = make(stock)
+        lost = [own for own in made.plan if own.fill is not None and not _is_constant(source, own)]
         if not lost:
-            return artifact
+            return made
     names = ", ".join(sorted({reading.origin.key for reading in lost}))
     raise ValueError(
         f"{source.path}: {stocks[-1].family.model_class} has no {names}, and their values are not those of a "
