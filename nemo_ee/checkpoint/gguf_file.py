@@ -100,6 +100,10 @@ class GgufFile:
             part[start - rows[0] : stop - rows[0]] = block[:, slice(*columns[0])]
         return part
 
+    def stored(self, name: str) -> Any:
+        """The stored array of a tensor: numbers of its type, or the bytes of its rows."""
+        return self._tensors[name].data
+
     def _numbers(self, tensor: Any, data: Any) -> Tensor:
         return torch.from_numpy(self._library.dequantize(data.copy(), tensor.tensor_type))
 

@@ -50,7 +50,6 @@ class GgufSource(HuggingFaceSource):
     ) -> None:
         self.file = GgufFile(path, dequantised)
         super().__init__(path, sequence_length)
-        self._tokenizer_files = tokenizer_files(self.file.metadata, str(path))
 
     def write_model_files(self, directory: Path) -> None:
         """Write the files that a Hugging Face directory has besides its weights.
@@ -71,6 +70,7 @@ class GgufSource(HuggingFaceSource):
             if ROPE_FACTORS in file.names():
                 factors = file.read(ROPE_FACTORS, ((0, file.shape(ROPE_FACTORS)[0]),)).tolist()
             backbone, self.config = read_gguf(file.metadata, file.shapes, factors, sequence_length)
+            self._tokenizer_files = tokenizer_files(file.metadata, backbone.vocab_size)
         except ValueError as problem:
             raise ValueError(f"{file.path}: cannot be used. {problem}.") from None
         return backbone, file, FAMILIES[backbone.family].gguf.names

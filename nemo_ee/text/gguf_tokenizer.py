@@ -33,21 +33,21 @@ ROLES = {
 ENDS = ("eot_token_id", "eom_token_id")
 
 
-def tokenizer_files(metadata: Mapping[str, Any], origin: str) -> dict[str, dict[str, Any]]:
+def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json.
 
     Args:
         metadata: the file's keys.
-        origin: name of the file, for messages.
+        vocab_size: number of rows of the model's embeddings.
 
     Raises:
         ValueError: no tokenizer, one of another kind, or damaged metadata.
     """
     tokens = metadata.get(f"{GGML}tokens")
     types = metadata.get(f"{GGML}token_type") or [NORMAL] * len(tokens or ())
-    problem = _problem(metadata, tokens, types)
+    problem = _problem(metadata, tokens, types, vocab_size)
     if problem:
-        raise ValueError(f"{origin}: its tokenizer cannot be used: {problem}")
+        raise ValueError(f"its tokenizer is not supported: {problem}")
     special = {role: tokens[number] for role, number in _role_ids(metadata).items()}
     added = [
         {
@@ -78,7 +78,7 @@ def _role_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {role: number for role, number in ids.items() if isinstance(number, int) and 0 <= number < count}
 
 
-def _problem(metadata: Mapping[str, Any], tokens: Any, types: Sequence[int]) -> str | None:
+def _problem(metadata: Mapping[str, Any], tokens: Any, types: Sequence[int], vocab_size: int) -> str | None:
     kind, pre = metadata.get(f"{GGML}model"), metadata.get(f"{GGML}pre")
     if kind not in (BYTE_LEVEL, SENTENCE_PIECE):
         supported = f"{BYTE_LEVEL} (byte-level BPE) and {SENTENCE_PIECE} (SentencePiece's BPE)"
@@ -88,12 +88,13 @@ def _problem(metadata: Mapping[str, Any], tokens: Any, types: Sequence[int]) -> 
         return f"{GGML}pre is {pre!r}, so how it splits text into words is not known; supported are {known}"
     if not isinstance(tokens, list) or not tokens or not all(isinstance(one, str) for one in tokens):
         return f"{GGML}tokens is not a list of texts"
-    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        return f"{GGML}tokens has a token twice, or another number of tokens than {GGML}token_type; fetch it again"
-    scores = metadata.get(f"{GGML}scores") or ()
-    if kind == SENTENCE_PIECE and len(scores) != len(tokens):
-        return f"{GGML}scores has {len(scores)} scores for {len(tokens)} tokens; fetch it again"
-    return None
+    if len(set(tokens)) != len(tokens):
+        return f"{GGML}tokens has a token twice; fetch the file again"
+    counts = {"tokens": len(tokens), "token_type": len(types)}
+    if kind == SENTENCE_PIECE:
+        counts["scores"] = len(metadata.get(f"{GGML}scores") or ())
+    wrong = [f"{GGML}{name} has {count} entries" for name, count in counts.items() if count != vocab_size]
+    return f"{', '.join(wrong)}, the embeddings have {vocab_size} rows; fetch the file again" if wrong else None
 
 
 def _vocabulary(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:

@@ -85,7 +85,13 @@ class GgufArtifact:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """Contents of an export: the files, readings of the whole backbone, and whether its output is the embeddings."""
+    """Contents of an export.
+
+    Attributes:
+        artifacts: the files.
+        backbone: readings of the whole backbone.
+        tied: the output projection is the word embeddings.
+    """
 
     artifacts: Sequence[GgufArtifact]
     backbone: Sequence[Reading]
