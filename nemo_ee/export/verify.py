@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks an export: hashes, config fields, names, shapes, shards and parity; with its `.nemo`, every number.
 
-A directory or GGUF file without problems conforms to its format. nemo_ee's runtime runs its model if the manifest has a
-parity digest. Nothing is loaded into the library of its format.
+A directory or GGUF file without problems conforms to its format. nemo_ee's runtime runs its model if the manifest has
+a parity digest. Nothing is loaded into the library of its format.
 """
 
 from __future__ import annotations
