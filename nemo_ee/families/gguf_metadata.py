@@ -113,7 +113,9 @@ class GgufForm:
         if differing:
             values = ", ".join(f"{name}={getattr(a, name)!r}" for name in differing)
             return f"llama.cpp's {self.architecture} has no {values}"
-        return None if self.computes(a) else f"llama.cpp's {self.architecture} has other sizes or biases"
+        return (
+            None if self.computes(a) else f"llama.cpp's {self.architecture} has other sizes, biases or rotary scaling"
+        )
 
     def _biases(self, tensors: Collection[str]) -> frozenset[str]:
         """The linears that have a bias, by the stored tensors of the first layer."""

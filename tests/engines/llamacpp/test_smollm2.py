@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("gguf")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import torch
+import transformers
 
 from nemo_ee.checkpoint.gguf_source import GgufSource
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
