@@ -133,14 +133,14 @@ class GgufForm:
             rotated != head_size,
             f"{self.key(_ROPE_SIZE)}: {rotated}, partial rotary positions are not supported (a head has {head_size})",
         )
-        kind = reader.get(self.key(f"{_SCALING}type"), "none")
+        kind = reader.get(self.key(f"{_SCALING}type"), "linear")  # llama.cpp's default, with a factor of 1
         reader.refuse_if(
             kind not in ("none", "linear"),
             f"{self.key(f'{_SCALING}type')}: {kind!r} is not supported; supported are none, linear and Llama 3's",
         )
         # Files from before 2024 have one key for the linear factor.
         factor = reader.number(self.key(f"{_SCALING}factor"), reader.get(self.key("rope.scale_linear"), 1.0))
-        scaling = linear_scaling(factor) if kind != "yarn" and factor != 1 else None
+        scaling = linear_scaling(factor) if kind == "linear" and factor != 1 else None
         if factors is not None:
             reader.refuse_if(scaling, f"{ROPE_FACTORS} beside linear scaling is not supported")
             try:

@@ -101,6 +101,28 @@ def test_types_of_tensors(name: str, kind: str, tmp_path: Path) -> None:
         assert torch.equal(whole(half, key), whole(expected, key).half())
 
 
+def test_only_the_rows_that_are_read_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path / "hf", "llama", **WHOLE_BLOCKS)))
+    rows, dequantize = [], gguf.dequantize
+    monkeypatch.setattr(gguf, "dequantize", lambda data, kind: rows.append(len(data)) or dequantize(data, kind))
+    source.read("embedding.word_embeddings.weight", (40, 0), (3, 64))
+    assert sum(rows) == 3
+    rows.clear()
+    source.read(f"{LAYERS}self_attention.linear_qkv.weight", (1, 3, 0), (1, 4, 64))
+    assert sum(rows) == 16, "one head of a query"
+    rows.clear()
+    monkeypatch.setattr("nemo_ee.checkpoint.gguf_file._BLOCK_NUMBERS", 640)
+    whole(source, "embedding.word_embeddings.weight")
+    assert max(rows) == 10 and sum(rows) == 133
+
+
+@pytest.mark.parametrize(("kind", "factor", "expected"), [(None, 2.0, 2.0), ("linear", 2.0, 2.0), ("none", 2.0, None)])
+def test_linear_scaling(kind: str | None, factor: float, expected: float | None, tmp_path: Path) -> None:
+    keys = {"llama__rope__scaling__type": kind, "llama__rope__scaling__factor": factor}
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", save_tiny_model(tmp_path / "hf", "llama"), **keys))
+    assert (source.backbone.rotary_scaling or {}).get("factor") == expected
+
+
 def test_model_files(tmp_path: Path) -> None:
     """config.json describes the model, and generation_config.json has every token that ends a text."""
     model = save_tiny_model(tmp_path / "hf", "llama")
