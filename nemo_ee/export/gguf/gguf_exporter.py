@@ -143,25 +143,18 @@ def plan_export(settings: GgufSettings, source: EarlyExitSource) -> GgufPlan:
             or an exit with such a name cannot be a model of its own.
     """
     refuse(unknown_exits("exits", settings.exits, source))
-    stocks = stocks_of(source)
-    family, architecture = stocks[0].family, stocks[0].architecture
-    form = family.gguf
-    if form is None:
-        raise ValueError(f"{source.path}: llama.cpp has no {family.model_type}; export it with another script")
-    problems = [
-        f"{reason}; nothing else in it computes this model" for reason in [form.refusal(architecture)] if reason
-    ]
-    ends = source.generation_config(architecture.vocab_size).get("eos_token_id")
+    found = stocks_of(source)
+    stocks = [stock for stock in found if _refusal(stock) is None]
+    problems = [] if stocks else [f"{source.path}: {_refusal(found[0])}"]
+    family, architecture = (stocks or found)[0].family, (stocks or found)[0].architecture
+    named = source.generation_config(architecture.vocab_size).get("eos_token_id")
+    ends = named if isinstance(named, list) else [] if named is None else [named]
     tokenizer: dict[str, Any] = {}
     try:
-        tokenizer = vocabulary(source.tokenizer, architecture.vocab_size, [] if ends is None else _as_list(ends))
+        tokenizer = vocabulary(source.tokenizer, architecture.vocab_size, ends)
     except ValueError as problem:
         problems.append(str(problem))
-    artifacts = []
-    make = partial(first_that_fits, source, stocks)
-    full = make(partial(_artifact, settings, source, tokenizer, None))
-    if "full" in settings.targets:
-        artifacts.append(full)
+    wanted: list[ExitConfig | None] = [None] if "full" in settings.targets else []
     for exit in settings.wanted_exits(source) if "exits" in settings.targets else ():
         reason = exit_refusal(family, exit)
         if reason and settings.exits is not None:
@@ -169,15 +162,21 @@ def plan_export(settings: GgufSettings, source: EarlyExitSource) -> GgufPlan:
         elif reason:
             logger.info("no exit_%s%s: %s", exit.name, SUFFIX, reason)
         else:
-            artifacts.append(make(partial(_artifact, settings, source, tokenizer, exit)))
-    if not artifacts and not problems:
+            wanted.append(exit)
+    if not wanted and not problems:
         problems.append(f"targets={list(settings.targets)} and exits={settings.exits} leave nothing to write")
     refuse(problems)
+    full, *artifacts = (
+        first_that_fits(source, stocks, partial(_artifact, settings, source, tokenizer, exit))
+        for exit in (None, *wanted)
+    )
     return GgufPlan(artifacts, full.plan, architecture.tied)
 
 
-def _as_list(ends: int | list[int]) -> list[int]:
-    return ends if isinstance(ends, list) else [ends]
+def _refusal(stock: StockConfig) -> str | None:
+    """Reason why llama.cpp does not compute the model of a config; None if it does."""
+    form = stock.family.gguf
+    return f"llama.cpp has no {stock.family.model_type}" if form is None else form.refusal(stock.architecture)
 
 
 def _artifact(

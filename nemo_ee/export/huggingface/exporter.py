@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -68,18 +68,6 @@ _USES = {
         "kv": "carry",
     },
 }
-
-
-class Planned(Protocol):
-    """What is written of a model."""
-
-    @property
-    def plan(self) -> list[Reading]:
-        """All readings of it."""
-        ...
-
-
-Made = TypeVar("Made", bound=Planned)
 
 
 class HuggingFaceSettings(ExportSettings):
@@ -223,19 +211,17 @@ def _artifact(
     )
 
 
-def first_that_fits(
-    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Made]
-) -> Made:
-    """What `make` returns for the first config whose constants equal the `.nemo`'s parameters.
+def first_that_fits(source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Any]) -> Any:
+    """The artifact (with its readings, `plan`) of the first config whose constants equal the `.nemo`'s parameters.
 
     Raises:
         ValueError: every config has constants that differ from the `.nemo`'s parameters.
     """
     for stock in stocks:
-        made = make(stock)
-        lost = [own for own in made.plan if own.fill is not None and not _is_constant(source, own)]
+        artifact = make(stock)
+        lost = [own for own in artifact.plan if own.fill is not None and not _is_constant(source, own)]
         if not lost:
-            return made
+            return artifact
     names = ", ".join(sorted({reading.origin.key for reading in lost}))
     raise ValueError(
         f"{source.path}: {stocks[-1].family.model_class} has no {names}, and their values are not those of a "
