@@ -25,7 +25,7 @@ from nemo_ee.commands.console import messages
 from nemo_ee.exits.config import ExitConfig
 from nemo_ee.export.export_plan import OWN_KEYS_AND_VALUES
 from nemo_ee.export.export_settings import OutputSettings, refuse, unknown_exits
-from nemo_ee.export.gguf.gguf_writer import KINDS, num_bytes, write_gguf
+from nemo_ee.export.gguf.gguf_writer import KINDS, GgufArtifact, num_bytes, write_gguf
 from nemo_ee.export.gguf.vocabulary import vocabulary
 from nemo_ee.export.huggingface.exporter import first_that_fits, stocks_of
 from nemo_ee.export.huggingface.stock_config import StockConfig, exit_config, exit_refusal
@@ -65,25 +65,6 @@ class GgufSettings(OutputSettings):
 
 
 @dataclass(frozen=True)
-class GgufArtifact:
-    """One file to write.
-
-    Attributes:
-        name: name of the file.
-        metadata: its keys.
-        plan: readings of its tensors.
-        extra: further vectors.
-        entry: its entry in the manifest.
-    """
-
-    name: str
-    metadata: dict[str, Any]
-    plan: list[Reading]
-    extra: Mapping[str, Sequence[float]]
-    entry: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class GgufPlan:
     """Contents of an export.
 
@@ -118,8 +99,7 @@ def export_gguf(settings: GgufSettings) -> Path:
         with atomic_directory(settings.output, total) as folder:
             with tqdm(total=total, unit="B", unit_scale=True, **options) as bar:
                 for one in plan.artifacts:
-                    path = folder / one.name
-                    write_gguf(path, one.metadata, one.plan, one.extra, source, settings.dtype, bar.update)
+                    write_gguf(folder, one, source, settings.dtype, bar.update)
             facts = {
                 "targets": ["llama.cpp"],
                 "verified": {"llama.cpp": None, "note": "nothing was loaded into llama.cpp"},

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.checkpoint.gguf_file import GgufFile
-from nemo_ee.export.gguf.gguf_exporter import GgufArtifact, GgufSettings, plan_export
-from nemo_ee.export.gguf.gguf_writer import kind_of, packed, read_for
+from nemo_ee.export.gguf.gguf_exporter import GgufSettings, plan_export
+from nemo_ee.export.gguf.gguf_writer import GgufArtifact, kind_of, packed, read_for
 from nemo_ee.export.source import EarlyExitSource
 
 _OWN = ("GGUF.", "general.name")  # keys about the file itself

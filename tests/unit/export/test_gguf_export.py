@@ -22,7 +22,7 @@ from nemo_ee.checkpoint.gguf_file import GgufFile
 from nemo_ee.checkpoint.gguf_source import GgufSource
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.export.gguf.gguf_exporter import GgufSettings, export_gguf
-from nemo_ee.export.gguf.gguf_writer import write_gguf
+from nemo_ee.export.gguf.gguf_writer import GgufArtifact, write_gguf
 from nemo_ee.export.huggingface.stock_tensors import readings
 from nemo_ee.export.manifest import MANIFEST, read_manifest, write_manifest
 from nemo_ee.export.model_origins import full_model
@@ -71,7 +71,7 @@ def test_tensors_and_keys_are_those_of_the_package(name: str, dtype: str, tmp_pa
     assert form.refusal(a) is None or name.startswith("qwen2")
     plan = readings(a, full_model(a.num_layers, [], tied=a.tied, write_output=not a.tied), gguf_tensors_of(a))
     extra = {ROPE_FACTORS: llama3_factors(a)} if has_rope_factors(a) else {}
-    write_gguf(tmp_path / "ours.gguf", form.metadata(a), plan, extra, weights, dtype, lambda _: None)
+    write_gguf(tmp_path, GgufArtifact("ours.gguf", form.metadata(a), plan, extra), weights, dtype, lambda _: None)
     ours = gguf.GGUFReader(tmp_path / "ours.gguf")
     theirs = gguf.GGUFReader(gguf_files.write_gguf(tmp_path / "theirs.gguf", model, kind=kind))
     stored = [
