@@ -30,7 +30,7 @@ def gguf_library() -> ModuleType:
     try:
         import gguf
     except ImportError as missing:
-        raise ValueError(f"GGUF files need the package gguf ({missing}); run pip install 'nemo_ee[gguf]'") from None
+        raise ValueError(f"GGUF files need the package gguf ({missing}); run pip install 'gguf>=0.17'") from None
     return gguf
 
 

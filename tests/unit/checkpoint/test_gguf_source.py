@@ -188,7 +188,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"pip install 'nemo_ee\[gguf\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'gguf>=0.17'"):
         GgufSource("model.gguf")
 
 
