@@ -19,6 +19,8 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
+from safetensors.torch import save_file
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from nemo_ee.checkpoint.gguf_source import GgufSource
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
@@ -38,12 +40,13 @@ def source() -> GgufSource:
 
 
 def test_weights_are_those_that_transformers_reads(source: GgufSource, tmp_path: Path) -> None:
-    shutil.copy(NAMED, tmp_path / "model.gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file="model.gguf", torch_dtype=torch.float32
-    )
-    model.save_pretrained(tmp_path / "hf")
-    assert differences(source, HuggingFaceSource(tmp_path / "hf")) == []
+    """Its reader of GGUF files, which `from_pretrained` calls if accelerate is installed."""
+    source.write_model_files(tmp_path)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    tensors = load_gguf_checkpoint(NAMED, return_tensors=True, model_to_load=empty)["tensors"]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    assert differences(source, HuggingFaceSource(tmp_path)) == []
 
 
 def test_tokens_are_those_of_llama_cpp(source: GgufSource, tmp_path: Path) -> None:
