@@ -1,10 +1,10 @@
-# make demo | test-fast | test | test-stack | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
+# make demo | test-fast | test | test-stack | test-engines | lint | venv | clean.  PYTHON=/path/to/python3.11 chooses the interpreter, ARGS="..." is handed on.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 export PYTHON
 
-.PHONY: help venv demo test test-fast test-stack lint clean
+.PHONY: help venv demo test test-fast test-stack test-engines lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +24,9 @@ test: venv  ## the test suite, on the CPU; ARGS="-k name", ARGS=--run-slow
 
 test-stack: venv  ## the tests that apply to each supported version of the stack, in environments under .venvs/
 	$(PY) tests/stack/run.py $(ARGS)
+
+test-engines: venv  ## the tests on real engines, llama.cpp (compiled: half an hour) and vLLM, in environments under .venvs/
+	$(PY) tests/stack/run.py --engines $(ARGS)
 
 lint: venv  ## ruff and shellcheck
 	$(PY) -m ruff check .

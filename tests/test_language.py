@@ -34,7 +34,7 @@ RETIRED = {
     r"courses?": "exit plan",
     r"(?<!gradient )descents?": "staged forward, forward pass",
     r"(?<!in[-_ ])flights?|flying": "forward pass, running",
-    r"(?:feeds?|fed|feeding)(?!-?forward)": "input, run",
+    r"(?:feeds?|fed|feeding)(?![-_]?forward)": "input, run",
     r"waiting[ _]tokens?|tokens? that waits?": "pending tokens",
     r"checks? of (?:the )?drafts?|drafts? (?:are |is )?checked|checks? drafts?": "verification, verify",
     r"heard|hears?": "get, receive",
@@ -111,7 +111,12 @@ def test_control_every_retired_word_is_found() -> None:
 
 def test_control_other_words_are_not_found() -> None:
     text = "default, measured, tasks, basket, ensure, gradient descent, in-flight batching, max_in_flight, feedforward"
-    assert list(retired_words(text + ", feed-forward, federated, recourse, owner, showed, scheduled")) == []
+    assert (
+        list(
+            retired_words(text + ", feed-forward, feed_forward_length, federated, recourse, owner, showed, scheduled")
+        )
+        == []
+    )
     quoted = 'the log has "asks no exit" or `asks no exit`\n> "fault", as it was\n```\nfault\n```\n`two\nfaults`\n'
     assert list(retired_words(prose(quoted))) == []
     assert [found.split(":")[0] for found in retired_words(prose(quoted + "a fault\n"))] == ["8"]

@@ -28,7 +28,7 @@ IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": 
 # Imported by serving/, by lm_eval_adapter.py and by functions (export/, Apex's optimizer) only; declared by extras or
 # by the container.
 OPTIONAL_IMPORTS = set(
-    "fastapi starlette uvicorn prometheus_client jinja2 tensorrt_llm flashinfer lm_eval apex".split()
+    "fastapi starlette uvicorn prometheus_client jinja2 tensorrt_llm flashinfer lm_eval apex gguf".split()
 )
 
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from nemo_ee.checkpoint.chunk_reader import TensorInfo, present_rows
 from nemo_ee.checkpoint.huggingface_files import TensorFiles, refuse_adapter
 from nemo_ee.checkpoint.tensor_checks import is_finite, non_finite_message
 from nemo_ee.families.architecture import Architecture
-from nemo_ee.families.registry import FAMILIES, read_config, tensors_of
-from nemo_ee.families.tensors import LAYERS, WORDS, Canonical, Stored
+from nemo_ee.families.registry import FAMILIES, read_config
+from nemo_ee.families.tensors import LAYERS, WORDS, Canonical, Names, Stored, tensor_table
 from nemo_ee.text.json_values import JsonError, read_json_object
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,10 @@ def read_backbone(directory: str | Path, sequence_length: int | None = None) -> 
 class HuggingFaceSource:
     """A `WeightSource` over a Hugging Face directory (safetensors or `.bin`).
 
+    Attributes:
+        described_by: what describes the weights, for messages.
+        backbone: the model.
+
     Args:
         directory: a Hugging Face model directory.
         sequence_length: see `read_backbone`.
@@ -74,15 +79,12 @@ class HuggingFaceSource:
         ValueError: see `read_backbone` and `check`.
     """
 
+    described_by = CONFIG_FILE
+
     def __init__(self, directory: str | Path, sequence_length: int | None = None) -> None:
         self.directory = Path(directory)
-        self.backbone = read_backbone(self.directory, sequence_length)
-        try:
-            self._files = TensorFiles(self.directory)
-        except ValueError as problem:
-            raise ValueError(f"{self.directory}: cannot be used. {problem}") from None
-        self._names = FAMILIES[self.backbone.family].names
-        table = tensors_of(self.backbone)
+        self.backbone, self._files, self._names = self._opened(sequence_length)
+        table = tensor_table(self._names, self.backbone)
         # Canonical name -> the tensor; for a layer's tensor one entry per layer.
         self._places = {key: [tensor] for key, tensor in table.others.items()}
         for index in range(self.backbone.num_layers):
@@ -91,6 +93,14 @@ class HuggingFaceSource:
         self._stored_names = self._without_base_prefix()
         self.check()
         self._infos = {key: self._info(key) for key in sorted(self._places)}
+
+    def _opened(self, sequence_length: int | None) -> tuple[Architecture, Any, Names]:
+        """The model, its stored tensors (see `TensorFiles`) and their names."""
+        backbone = read_backbone(self.directory, sequence_length)
+        try:
+            return backbone, TensorFiles(self.directory), FAMILIES[backbone.family].names
+        except ValueError as problem:
+            raise ValueError(f"{self.directory}: cannot be used. {problem}") from None
 
     def keys(self) -> dict[str, TensorInfo]:
         """Every canonical tensor. The dtype is the stored one. If a tensor's parts differ in dtype, it is the one that
@@ -144,7 +154,7 @@ class HuggingFaceSource:
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ValueError(
-                f"{self.directory}: config.json and weights do not fit together ({len(problems)} problems). "
+                f"{self.directory}: {self.described_by} and weights do not fit together ({len(problems)} problems). "
                 f"{'; '.join(problems[:_SHOWN])}{more}. Fetch or save the model again."
             )
 
@@ -197,9 +207,15 @@ class HuggingFaceSource:
             top += height
 
     def _read_stored(self, stored: Stored, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-        part = self._files.read(self._stored_names[self._bare(stored)], ranges[::-1] if stored.transposed else ranges)
+        name, (first, last) = self._stored_names[self._bare(stored)], ranges[0]
+        if stored.pairs:  # whole heads
+            ranges = ((first - first % stored.pairs, last + -last % stored.pairs), *ranges[1:])
+        part = self._files.read(name, ranges[::-1] if stored.transposed else ranges)
         if not is_finite(part):
             raise ValueError(non_finite_message(str(self.directory), self._whole_tensors()))
+        if stored.pairs:
+            by_head = part.unflatten(0, (-1, stored.pairs // 2, 2))
+            return by_head.transpose(1, 2).flatten(0, 2)[first - ranges[0][0] : last - ranges[0][0]]
         return part.t() if stored.transposed else part
 
     def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:

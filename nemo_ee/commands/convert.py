@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Add exits to a pre-trained model: Hugging Face directory or `.nemo` in, early-exit `.nemo` out.
+"""Add exits to a pre-trained model: Hugging Face directory, GGUF file or `.nemo` in, early-exit `.nemo` out.
 
     read config -> check everything -> build -> load -> initialise exits -> write -> read back -> compare logits
 
 Every tensor keeps its dtype of the source, also where dtypes differ (bfloat16 matrices, float32 norms); float64
-becomes float32.
+becomes float32. Quantised tensors of a GGUF file are dequantised, rows by rows.
 
 A `.nemo` source keeps its weights byte for byte and the exits it already has. The written file is read again and its
 full model's logits are compared: bitwise with those before writing, and for a Hugging Face source with those of
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.checkpoint.chunk_reader import dtype_shares
+from nemo_ee.checkpoint.gguf_source import GgufSource, is_gguf
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.members import CONFIG_MEMBER
 from nemo_ee.checkpoint.nemo_config import nemo_config
@@ -78,17 +81,24 @@ def convert(cfg: DictConfig) -> Conversion:
         ValueError: all problems of source, output and exits in one message, before anything is built; at the
             end, the logits of the written file differ (it is removed).
     """
+    with ExitStack() as stack:
+        return _convert(cfg, stack)
+
+
+def _convert(cfg: DictConfig, stack: ExitStack) -> Conversion:
     problems = script_problems(ConvertSettings, cfg)
     source, output = (Path(str(OmegaConf.select(cfg, key, throw_on_missing=False))) for key in ("source", "output"))
     texts = [one.text for one in problems]
     base: dict = {}
+    opened: _Opened | None = None
     config: EarlyExitConfig | None = None
     if all(one.where == "output" for one in problems):  # the checks below need valid settings other than the output
         train = cfg.model.early_exit.get("train")
         if train in ("joint", "lora"):
             texts.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
         try:
-            base = _base_config(cfg, source)
+            opened = _opened(cfg, source, stack)
+            base = _base_config(cfg, source, opened)
         except ValueError as problem:
             texts.append(str(problem))
     if base:
@@ -102,12 +112,12 @@ def convert(cfg: DictConfig) -> Conversion:
     model_config = OmegaConf.create({**base, "full_depth": True})
 
     trainer = single_run_trainer(cfg)
-    model = _build(cfg, source, model_config, trainer)
+    model = _build(cfg, source, opened, model_config, trainer)
     _warn_of_tokens_without_rows(model)
     tokens = _probe_tokens(model, cfg.probe_tokens)
     before = full_model_logits(model.context, tokens)
     difference = None
-    if source.is_dir() and _is_hugging_face(source) and cfg.compare_with_transformers:
+    if opened is not None and opened.files == source and cfg.compare_with_transformers:
         difference = _compare_with_transformers(source, tokens, before, model)
     model.save_to(str(output))
     del model
@@ -120,26 +130,43 @@ def convert(cfg: DictConfig) -> Conversion:
     )
 
 
-def _is_hugging_face(source: Path) -> bool:
-    return source.is_dir() and not (source / CONFIG_MEMBER).is_file()
+@dataclass(frozen=True)
+class _Opened:
+    """A source that is no `.nemo`: its weights, and the directory of its config.json and tokenizer."""
+
+    weights: HuggingFaceSource
+    files: Path
 
 
-def _base_config(cfg: DictConfig, source: Path) -> dict:
+def _opened(cfg: DictConfig, source: Path, stack: ExitStack) -> _Opened | None:
+    """A Hugging Face directory or a GGUF file, whose other files are made for as long as `stack` lasts; None for a
+    `.nemo`."""
+    length = cfg.model.get("encoder_seq_length")
+    if is_gguf(source):
+        weights = GgufSource(source, length, getattr(torch, cfg.gguf_dtype))
+        files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nemo_ee-")))
+        weights.write_model_files(files)
+        return _Opened(weights, files)
+    if not source.is_dir() or (source / CONFIG_MEMBER).is_file():
+        return None
+    check_model_files(source)
+    return _Opened(HuggingFaceSource(source, length), source)
+
+
+def _base_config(cfg: DictConfig, source: Path, opened: _Opened | None) -> dict:
     """The source's model config with the script's settings, without exits."""
     overrides = OmegaConf.to_container(cfg.model, resolve=True)
     overrides.pop("early_exit", None)
-    if not _is_hugging_face(source):
+    if opened is None:
         backbone_of(source, overrides.get("backbone_path"))
         stored = read_config(source)
         merged = OmegaConf.to_container(merge_model_config(stored, OmegaConf.create(overrides)))
         block = OmegaConf.to_container(stored).get("early_exit") or {}
         merged["_stored_exits"] = block.get("exits") or []
         return merged
-    check_model_files(source)
-    backbone = HuggingFaceSource(source, overrides.get("encoder_seq_length")).backbone
     merged = {key: value for key, value in overrides.items() if value is not None}
-    tokenizer = {"library": "huggingface", "type": str(source.resolve()), "use_fast": True}
-    return {**nemo_config(backbone), "tokenizer": tokenizer, **merged, "_stored_exits": []}
+    tokenizer = {"library": "huggingface", "type": str(opened.files.resolve()), "use_fast": True}
+    return {**nemo_config(opened.weights.backbone), "tokenizer": tokenizer, **merged, "_stored_exits": []}
 
 
 def _refuse_unsupported(cfg: DictConfig, base: Mapping) -> None:
@@ -162,16 +189,18 @@ def _exits(cfg: DictConfig, base: Mapping) -> EarlyExitConfig:
     return config
 
 
-def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> MegatronEarlyExitGPTModel:
+def _build(
+    cfg: DictConfig, source: Path, opened: _Opened | None, config: DictConfig, trainer
+) -> MegatronEarlyExitGPTModel:
     config.pop("_stored_exits")
-    if not _is_hugging_face(source):
+    if opened is None:
         return MegatronEarlyExitGPTModel.restore_from(
             str(source),
             override_config_path=config,
             trainer=trainer,
             save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.verify),
         )
-    weights = HuggingFaceSource(source, config.encoder_seq_length)
+    weights, files = opened.weights, opened.files
     model = MegatronEarlyExitGPTModel(config, trainer)
     if torch.cuda.is_available():
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
@@ -179,9 +208,9 @@ def _build(cfg: DictConfig, source: Path, config: DictConfig, trainer) -> Megatr
     infos = weights.keys()
     model.backbone_dtypes = {key: info.dtype for key, info in infos.items()}
     logger.info(f"{source}: every tensor is stored in its dtype there: {dtype_shares(infos)}")
-    model.bundled_files = {f"tokenizer/{name}": source / name for name in _BUNDLED_FILES if (source / name).is_file()}
+    model.bundled_files = {f"tokenizer/{name}": files / name for name in _BUNDLED_FILES if (files / name).is_file()}
     # config.json decides the tokenizer's class if tokenizer_config.json does not name it.
-    model.bundled_files["tokenizer/config.json"] = source / "config.json"
+    model.bundled_files["tokenizer/config.json"] = files / "config.json"
     return model
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator
 
@@ -39,9 +39,10 @@ class ConvertSettings(ScriptInput):
     libraries: ClassVar = {"trainer": trainer_keys, "model": model_keys}
     may_lack: ClassVar = ("trainer.num_nodes", "model.")
 
-    source: Annotated[FilePath, rule("the name of a Hugging Face directory or a .nemo file")]
+    source: Annotated[FilePath, rule("the name of a Hugging Face directory, a .gguf file or a .nemo file")]
     overwrite: bool
     output: Annotated[FilePath, rule("the name of a .nemo file")]
+    gguf_dtype: Literal["float32", "float16", "bfloat16"]
     verify: Verify
     compare_with_transformers: bool
     probe_tokens: Positive
@@ -52,7 +53,7 @@ class ConvertSettings(ScriptInput):
     @classmethod
     def _exists(cls, source: Path) -> Path:
         if not source.exists():
-            raise ValueError("does not exist; give a Hugging Face directory or a .nemo file")
+            raise ValueError("does not exist; give a Hugging Face directory, a .gguf file or a .nemo file")
         return source
 
     @field_validator("output")

@@ -21,8 +21,8 @@ from nemo_ee.settings.script_input import ScriptInput
 from nemo_ee.settings.user_input import Sentence, rule
 
 
-class ExportSettings(ScriptInput):
-    """The common keys of conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
+class OutputSettings(ScriptInput):
+    """The common keys of every export."""
 
     headline: ClassVar = "nothing was exported"
 
@@ -30,10 +30,6 @@ class ExportSettings(ScriptInput):
     output: FilePath
     backbone: FilePath | None = None
     exits: Names | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    thresholds: float | dict[str, float] | None = None
-    criterion: Criterion = "max_probability"
-    parity_gigabytes: Annotated[NonNegative, rule("a number of GB, or 0 for no parity digest")] = DEFAULT_GIGABYTES
     progress: bool = True
 
     @field_validator("checkpoint")
@@ -50,13 +46,22 @@ class ExportSettings(ScriptInput):
             raise Sentence(*problems)
         return output
 
-    def dtype_of(self, source: EarlyExitSource) -> torch.dtype:
-        """The dtype to write."""
-        return DTYPES[self.dtype] if self.dtype else source.dtype()
-
     def wanted_exits(self, source: EarlyExitSource) -> list[ExitConfig]:
         """The exits to export."""
         return [exit for exit in source.exits.exits if self.exits is None or exit.name in self.exits]
+
+
+class ExportSettings(OutputSettings):
+    """The common keys of conf/export_huggingface.yaml and conf/export_tensorrt_llm.yaml."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    thresholds: float | dict[str, float] | None = None
+    criterion: Criterion = "max_probability"
+    parity_gigabytes: Annotated[NonNegative, rule("a number of GB, or 0 for no parity digest")] = DEFAULT_GIGABYTES
+
+    def dtype_of(self, source: EarlyExitSource) -> torch.dtype:
+        """The dtype to write."""
+        return DTYPES[self.dtype] if self.dtype else source.dtype()
 
 
 def _output_problems(output: Path) -> list[str]:

@@ -30,6 +30,7 @@ class WrittenTensor:
         columns: range of its columns; None = all.
         zeros_above, zeros_below: number of zero rows above and below them.
         transposed: whether the file holds the transpose.
+        pairs: size of a head whose rows the file holds in pairs, see `families.tensors.Stored`; 0 = in their order.
         file: name of the file in its directory.
     """
 
@@ -40,12 +41,17 @@ class WrittenTensor:
     zeros_above: int = 0
     zeros_below: int = 0
     transposed: bool = False
+    pairs: int = 0
     file: str = ""
 
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
         """The tensor in blocks of rows, cut from the canonical tensor."""
         if self.transposed:
             yield torch.cat([tensor[start:stop] for start, stop in self.rows]).t()
+            return
+        if self.pairs:
+            by_head = torch.cat([tensor[start:stop] for start, stop in self.rows])
+            yield by_head.unflatten(0, (-1, 2, self.pairs // 2)).transpose(1, 2).flatten(0, 2)
             return
         if self.zeros_above:
             yield torch.zeros((self.zeros_above, *self.shape[1:]), dtype=tensor.dtype)

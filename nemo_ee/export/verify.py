@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks an export: hashes, config fields, names, shapes, shards and parity; with its `.nemo`, every number.
 
-A directory without problems conforms to its format. nemo_ee's runtime runs its model if the manifest has a parity
-digest. The directory is not loaded into the library of its format.
+A directory or GGUF file without problems conforms to its format. nemo_ee's runtime runs its model if the manifest has
+a parity digest. Nothing is loaded into the library of its format.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_ee.export.content_digest import ContentDigest
+from nemo_ee.export.gguf.gguf_exporter import FORMAT as GGUF
+from nemo_ee.export.gguf.verify_gguf import gguf_problems
 from nemo_ee.export.huggingface import verify_huggingface
 from nemo_ee.export.huggingface.stock_config import FORMAT
 from nemo_ee.export.manifest import file_problems, read_manifest
@@ -63,9 +65,12 @@ def verify_export(
         # The sequence length may be a setting of the export, which the `.nemo` does not have.
         shared = {"max_position_embeddings": manifest.get("max_position_embeddings")}
         for entry in manifest.get("artifacts", []):
-            name = str(entry.get("directory"))
+            name = str(entry.get("directory") or entry.get("file"))
             try:
-                found = _artifact_problems(directory / name, shared | entry, source, parity_gigabytes)
+                if entry.get("format") == GGUF:
+                    found = gguf_problems(directory / name, entry, manifest["dtype"], source)
+                else:
+                    found = _artifact_problems(directory / name, shared | entry, source, parity_gigabytes)
                 problems += [f"{name}: {problem}" for problem in found]
             except _UNREADABLE as problem:
                 problems.append(f"{name}: cannot be read ({problem!r})")

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.config_reader import ConfigReader
+from nemo_ee.families.gguf_metadata import GgufForm
 from nemo_ee.families.tensors import Names
 
 
@@ -49,6 +50,7 @@ class Family:
         engine: the class of TensorRT-LLM's engine backend; None = the class of an earlier family, or no class.
         pytorch_early_exit: whether `export/tensorrt_llm/files/tensorrt_llm_pytorch_model.py` adds exits to
             TensorRT-LLM's PyTorch class, which has the same name as the class of transformers.
+        gguf: the family in GGUF files; None = llama.cpp does not have it.
     """
 
     model_type: str
@@ -63,6 +65,7 @@ class Family:
     droppable_final_norm: str | None = None
     engine: EngineClass | None = None
     pytorch_early_exit: bool = False
+    gguf: GgufForm | None = None
 
     def stock_config(self, architecture: Architecture) -> dict[str, Any]:
         """The values of a config.json for an architecture, with class and family."""

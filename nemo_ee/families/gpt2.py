@@ -10,6 +10,7 @@ from typing import Any
 from nemo_ee.families.architecture import ALL_LINEARS, FC1, Architecture, keyed
 from nemo_ee.families.config_reader import PLAIN, ConfigReader
 from nemo_ee.families.family import EngineClass, Family
+from nemo_ee.families.gguf_metadata import GgufForm
 from nemo_ee.families.tensors import Names
 
 # transformers' names of the activations, for writing.
@@ -29,6 +30,20 @@ _NAMES = Names(
     final_norm="transformer.ln_f",
     transposed=True,
     buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+)
+_GGUF_NAMES = Names(
+    base="",
+    words="token_embd.weight",
+    positions="position_embd.weight",
+    layer="blk.{}.",
+    attention_norm="attn_norm",
+    qkv=("attn_qkv",),
+    proj="attn_output",
+    mlp_norm="ffn_norm",
+    fc1=("ffn_up",),
+    fc2="ffn_down",
+    final_norm="output_norm",
+    output="output.weight",
 )
 
 
@@ -100,5 +115,11 @@ GPT2 = Family(
         architecture="GPTForCausalLM",
         computes=lambda a: a.layer_norm,
         fields=lambda a: {"gpt_variant": "gpt2", "bias": FC1 in a.biases},
+    ),
+    gguf=GgufForm(
+        architecture="gpt2",
+        names=_GGUF_NAMES,
+        fields={"layer_norm": True, "learned_positions": True, "hidden_act": "gelu"},
+        computes=lambda a: a.biases == ALL_LINEARS,
     ),
 )

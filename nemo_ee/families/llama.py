@@ -7,12 +7,14 @@ The models have RMSNorm, gated SiLU, rotary positions and grouped queries.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV, Architecture, keyed
 from nemo_ee.families.config_reader import GATED, ConfigReader
 from nemo_ee.families.family import EngineClass, Family
+from nemo_ee.families.gguf_metadata import ROPE_FACTORS, GgufForm
 from nemo_ee.families.tensors import Names
 
 LLAMA_NAMES = Names(
@@ -28,6 +30,23 @@ LLAMA_NAMES = Names(
     final_norm="model.norm",
     buffers=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
 )
+# llama.cpp's names; its Llama pairs neighbouring dimensions of a head, the other families pair a head's halves.
+LLAMA_GGUF_NAMES = Names(
+    base="",
+    words="token_embd.weight",
+    layer="blk.{}.",
+    attention_norm="attn_norm",
+    qkv=("attn_q", "attn_k", "attn_v"),
+    proj="attn_output",
+    mlp_norm="ffn_norm",
+    fc1=("ffn_gate", "ffn_up"),
+    fc2="ffn_down",
+    final_norm="output_norm",
+    output="output.weight",
+    pairs=True,
+    buffers=re.escape(ROPE_FACTORS),
+)
+_GGUF = GgufForm(architecture="llama", names=LLAMA_GGUF_NAMES)
 
 
 LLAMA_KEYS = keyed(
@@ -126,6 +145,7 @@ LLAMA = Family(
         early_exit="EarlyExitLlamaForCausalLM",
     ),
     pytorch_early_exit=True,
+    gguf=_GGUF,
 )
 MISTRAL = Family(
     model_type="mistral",
@@ -137,4 +157,5 @@ MISTRAL = Family(
     other_keys=lambda a: {**rotary_keys(a), "sliding_window": None},
     special_tokens=LLAMA_SPECIAL_TOKENS,
     pytorch_early_exit=True,
+    gguf=_GGUF,
 )

@@ -4,12 +4,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nemo_ee.families.architecture import QKV, Architecture
 from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import EngineClass, Family
-from nemo_ee.families.llama import LLAMA_KEYS, LLAMA_NAMES, read_llama_like, rotary_engine_fields, rotary_keys
+from nemo_ee.families.gguf_metadata import GgufForm, has_rope_factors
+from nemo_ee.families.llama import (
+    LLAMA_GGUF_NAMES,
+    LLAMA_KEYS,
+    LLAMA_NAMES,
+    read_llama_like,
+    rotary_engine_fields,
+    rotary_keys,
+)
 
 
 def read_qwen(reader: ConfigReader, **others: Any) -> Architecture:
@@ -35,4 +44,9 @@ QWEN2 = Family(
         early_exit="EarlyExitQwen2ForCausalLM",
     ),
     pytorch_early_exit=True,
+    gguf=GgufForm(
+        architecture="qwen2",
+        names=replace(LLAMA_GGUF_NAMES, pairs=False),
+        computes=lambda a: a.biases == {QKV} and a.proj_columns == a.hidden_size and not has_rope_factors(a),
+    ),
 )

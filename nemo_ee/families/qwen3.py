@@ -10,7 +10,8 @@ from dataclasses import replace
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import EngineClass, Family
-from nemo_ee.families.llama import LLAMA_KEYS, LLAMA_NAMES, rotary_engine_fields, rotary_keys
+from nemo_ee.families.gguf_metadata import GgufForm, has_rope_factors
+from nemo_ee.families.llama import LLAMA_GGUF_NAMES, LLAMA_KEYS, LLAMA_NAMES, rotary_engine_fields, rotary_keys
 from nemo_ee.families.qwen2 import read_qwen
 
 
@@ -35,4 +36,10 @@ QWEN3 = Family(
         early_exit="EarlyExitQwen3ForCausalLM",
     ),
     pytorch_early_exit=True,
+    gguf=GgufForm(
+        architecture="qwen3",
+        names=replace(LLAMA_GGUF_NAMES, pairs=False, q_norm="attn_q_norm", k_norm="attn_k_norm"),
+        fields={"qk_norm": True},
+        computes=lambda a: not a.biases and not has_rope_factors(a),
+    ),
 )

@@ -13,6 +13,7 @@ from typing import Any
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.config_reader import ConfigReader
 from nemo_ee.families.family import Family
+from nemo_ee.families.gguf_metadata import ARCHITECTURE
 from nemo_ee.families.gpt2 import GPT2
 from nemo_ee.families.llama import LLAMA, MISTRAL
 from nemo_ee.families.opt import OPT
@@ -47,6 +48,44 @@ def read_config(
     if reader.problems:
         raise ValueError("; ".join(dict.fromkeys(reader.problems)))
     return architecture
+
+
+def read_gguf(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    rope_factors: Sequence[float] | None = None,
+    sequence_length: int | None = None,
+) -> tuple[Architecture, dict[str, Any]]:
+    """The model that a GGUF file describes, and the values of its config.json.
+
+    Args:
+        metadata: the file's keys.
+        tensors: name of each stored tensor -> its shape.
+        rope_factors: the tensor `ROPE_FACTORS`, `[d/2]`; None without one.
+        sequence_length: see `read_config`.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
+    name = metadata.get(ARCHITECTURE)
+    family = next((one for one in FAMILIES.values() if one.gguf is not None and one.gguf.architecture == name), None)
+    if family is None:
+        known = dict.fromkeys(one.gguf.architecture for one in FAMILIES.values() if one.gguf is not None)
+        raise ValueError(f"{ARCHITECTURE}: {name!r} is not supported; supported are {', '.join(known)}")
+    reader = ConfigReader(metadata)
+    found = family.gguf.read(reader, tensors, rope_factors, family=family.model_type)
+    values = family.stock_config(found)
+    architecture = read_config(values, sequence_length, problems=reader.problems)
+    lost = [f"{field} {ours!r} is not supported (it is {theirs!r} in the family)"
+            for field, ours, theirs in found.differences(architecture)]  # fmt: skip
+    if lost:
+        raise ValueError("; ".join(lost))
+    return architecture, values
+
+
+def gguf_tensors_of(architecture: Architecture) -> TensorTable:
+    """Names of the tensors of a family's model in a GGUF file."""
+    return tensor_table(FAMILIES[architecture.family].gguf.names, architecture)
 
 
 def _refuse_what_no_family_has(reader: ConfigReader) -> None:

@@ -31,11 +31,19 @@ Q_NORM, K_NORM = "self_attention.q_layernorm.weight", "self_attention.k_layernor
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored tensor; in a layer, its name omits the layer's prefix."""
+    """One stored tensor; in a layer, its name omits the layer's prefix.
+
+    Attributes:
+        name, shape: name and shape in the file.
+        transposed: whether the file holds the transpose.
+        pairs: size of a head if its rows are stored in pairs, one of each half: 0, d/2, 1, d/2 + 1, ...; 0 = in their
+            order. Ranges of rows always count the rows in their order.
+    """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
+    pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Names:
         q_norm, k_norm: norms of query and key heads, if the family has them.
         positions: learned positions, if the family has them; position p is row p + `position_offset`.
         transposed: whether linears are stored as [in, out].
+        pairs: whether the rows of a query or key head are stored in pairs, see `Stored`.
         buffers: regular expression for stored tensors that are not weights.
     """
 
@@ -102,6 +111,7 @@ class Names:
     positions: str | None = None
     position_offset: int = 0
     transposed: bool = False
+    pairs: bool = False
     buffers: str = r"(?!)"
 
     def is_buffer(self, name: str) -> bool:
@@ -167,8 +177,8 @@ def tensor_table(names: Names, a: Architecture) -> TensorTable:
         key = LINEARS[linear]
         if linear in norms:
             layer |= _norm(a, *norms[linear])
-        layer[f"{key}weight"] = _linear(a, linear, stored, "weight", (columns,), names.transposed)
-        bias = _linear(a, linear, stored, "bias")
+        layer[f"{key}weight"] = _linear(a, names, linear, stored, "weight", (columns,))
+        bias = _linear(a, names, linear, stored, "bias")
         if linear in a.biases:
             layer[f"{key}bias"] = bias
         elif a.bias:  # Megatron has one switch for all biases
@@ -198,17 +208,19 @@ def _parts(names: tuple[str, ...], heights: list[int]) -> list[tuple[str, list[i
 
 def _linear(
     a: Architecture,
+    names: Names,
     linear: str,
     parts: list[tuple[str, list[int]]],
     kind: str,
     columns: tuple[int, ...] = (),
-    transposed: bool = False,
 ) -> Canonical:
     """A linear's matrix or bias: its parts from top to bottom, those of `QKV` in Megatron's order."""
     rows = []
     for name, heights in parts:
         shape = (sum(heights), *columns)
-        stored, start = Stored(f"{name}.{kind}", shape[::-1] if transposed else shape, transposed), 0
+        transposed = names.transposed and bool(columns)
+        pairs = a.kv_channels if names.pairs and linear == QKV and name in names.qkv[:2] else 0
+        stored, start = Stored(f"{name}.{kind}", shape[::-1] if transposed else shape, transposed, pairs), 0
         for height in heights:
             rows.append(Rows(stored, start, start + height))
             start += height

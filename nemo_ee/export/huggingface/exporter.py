@@ -97,12 +97,12 @@ def plan_export(settings: HuggingFaceSettings, source: EarlyExitSource, dtype: t
     exits = settings.wanted_exits(source)
     unknown = unknown_exits("exits", settings.exits, source)
     refuse(unknown + threshold_problems(exits, settings.thresholds, settings.criterion, PYTORCH_CRITERIA))
-    stocks = _stocks(source)
+    stocks = stocks_of(source)
     family, architecture = stocks[0].family, stocks[0].architecture
     problems = _problems_of_thresholds(settings, family)
 
     def artifact(kind: str, exits: Sequence[ExitConfig] = ()) -> Artifact:
-        return _first_that_fits(source, stocks, partial(_artifact, settings, source, dtype, kind, exits))
+        return first_that_fits(source, stocks, partial(_artifact, settings, source, dtype, kind, exits))
 
     full, artifacts, models = artifact("full"), [], []
     if "full" in settings.targets:
@@ -158,7 +158,12 @@ def _exit_entry(source: EarlyExitSource, family: Family, exit: ExitConfig) -> di
     return {**source.exit_row(exit), "stand_alone_refused": exit_refusal(family, exit)}
 
 
-def _stocks(source: EarlyExitSource) -> list[StockConfig]:
+def stocks_of(source: EarlyExitSource) -> list[StockConfig]:
+    """All configs that describe the backbone; see `stock_configs`.
+
+    Raises:
+        ValueError: no stock class computes this model.
+    """
     try:
         return stock_configs(
             source.config,
@@ -206,10 +211,8 @@ def _artifact(
     )
 
 
-def _first_that_fits(
-    source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Artifact]
-) -> Artifact:
-    """The artifact of the first config whose constants equal the `.nemo`'s parameters.
+def first_that_fits(source: EarlyExitSource, stocks: Sequence[StockConfig], make: Callable[[StockConfig], Any]) -> Any:
+    """The artifact (with its readings, `plan`) of the first config whose constants equal the `.nemo`'s parameters.
 
     Raises:
         ValueError: every config has constants that differ from the `.nemo`'s parameters.

@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The canonical rows of each tensor of a Hugging Face model: the importer's table, inverted.
+"""The canonical rows of each tensor of a Hugging Face model or a GGUF file: the importer's table, inverted.
 
 `families.tensors` has the place of each canonical tensor's rows in stored tensors. Each stored tensor comes from one
 canonical tensor, so its rows are a list of ranges of that tensor. An exit's tensors are under `exit_heads.<name>.`.
@@ -14,16 +14,17 @@ from nemo_ee.export.readings import Reading, WrittenTensor, joined
 from nemo_ee.export.source import Origin
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import tensors_of
-from nemo_ee.families.tensors import Canonical, Stored
+from nemo_ee.families.tensors import Canonical, Stored, TensorTable
 
 
-def readings(architecture: Architecture, model: Model) -> list[Reading]:
+def readings(architecture: Architecture, model: Model, table: TensorTable | None = None) -> list[Reading]:
     """Every canonical tensor to read, in the order of the tensors in the files.
 
     Args:
         architecture: the written stock model; it has as many layers as `model`.
+        table: its tensors; None = those of the family's Hugging Face model.
     """
-    table = tensors_of(architecture)
+    table = tensors_of(architecture) if table is None else table
 
     def prefix(place: int | ExitConfig | None) -> str:
         if place is None:
@@ -56,4 +57,5 @@ def _written(stored: Stored, parts: list[tuple[int, int, int]]) -> WrittenTensor
     height = stored.shape[-1 if stored.transposed else 0]
     assert position == height, f"{stored.name}: rows {position}..{height} have no source"
     rows = joined((top, top + height) for _, top, height in parts)
-    return WrittenTensor(stored.name, stored.shape, rows, zeros_above=zeros, transposed=stored.transposed)
+    stored_as = {"transposed": stored.transposed, "pairs": stored.pairs}
+    return WrittenTensor(stored.name, stored.shape, rows, zeros_above=zeros, **stored_as)
