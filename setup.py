@@ -104,6 +104,7 @@ setup(
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js", "export/tensorrt_llm/files/*.py"]},
     install_requires=CORE,
+    entry_points={"vllm.general_plugins": ["nemo_ee = nemo_ee.export.vllm.plugin:register"]},
     extras_require={
         "serving": SERVING,
         "nemo": NEMO,
