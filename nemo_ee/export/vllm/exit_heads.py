@@ -24,7 +24,10 @@ class ExitHead(nn.Module):
         if exit.architecture == "mlp":
             self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = LlamaMLP(
-                config.hidden_size, config.intermediate_size, config.hidden_act, bias=getattr(config, "mlp_bias", False)
+                config.hidden_size,
+                config.intermediate_size,
+                config.hidden_act,
+                bias=getattr(config, "mlp_bias", False),
             )
         if exit.architecture != "embedding":
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

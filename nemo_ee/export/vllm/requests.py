@@ -26,7 +26,6 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from nemo_ee.exits.criteria import NEVER_LEAVES
 from nemo_ee.export.vllm.served_model import ServedModel, announced
 from nemo_ee.generation.policy import ExitPolicy
-from nemo_ee.runtime.exported_model import ExitEntry
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -54,7 +53,7 @@ def policy_of(arguments: Mapping[str, Any] | None, criterion: str) -> ExitPolicy
         except ValueError:
             value = [value]
         if not isinstance(value, dict):
-            raise ValueError(f"{THRESHOLD} must be a number, JSON text such as {{\"layer4-mlp\": 0.9}}, or {OFF!r}")
+            raise ValueError(f'{THRESHOLD} must be a number, JSON text such as {{"layer4-mlp": 0.9}}, or {OFF!r}')
     active = tuple(value) if isinstance(value, Mapping) else None
     return ExitPolicy(value, criterion, active=active)
 

@@ -40,7 +40,7 @@ class DecodingStep:
         self.model, self.heads, self.skipped, self.criterion = model, heads, skipped, criterion
         self.taps = [(index, exit, exit.point.stop) for index, exit in enumerate(exits)]
 
-    def run(self, hidden: Tensor, positions: Tensor, thresholds: Tensor, evaluated: Sequence[int]) -> "Outcome":
+    def run(self, hidden: Tensor, positions: Tensor, thresholds: Tensor, evaluated: Sequence[int]) -> Outcome:
         """Run the step.
 
         Args:
