@@ -4,20 +4,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from nemo_ee.export.vllm.counts import ExitCounts
+from nemo_ee.export.vllm.exit_choice import ExitChoice, Measured
 from nemo_ee.export.vllm.exit_heads import ExitHeads
 from nemo_ee.export.vllm.requests import RequestThresholds
 from nemo_ee.export.vllm.served_model import ServedModel
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
-from nemo_ee.export.vllm.step import DecodingStep
+from nemo_ee.export.vllm.step import Clock, DecodingStep, Outcome, StopWatch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,16 +36,18 @@ class _WithExits:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.served = ServedModel.of(vllm_config)
         self.exit_heads = ExitHeads(self.served.exits, self.config)
-        self._vllm_config = vllm_config
-        self._logits: Tensor | None = None
-        self.outcomes: list[Any] = []
+        self.requests = RequestThresholds.of(vllm_config)
+        self.counts = ExitCounts(self.served.counts_file, [exit.name for exit in self.served.exits])
+        stops = [exit.point.stop for exit in self.served.exits]
+        self.choice = ExitChoice(stops, 2 * len(self.model.layers), _of_first_rank)
+        self._step: DecodingStep | None = None
+        self._running: _Running | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the directory; the stock loader finds `exit_heads` by its name."""
         loaded = super().load_weights(weights)
         if self.served.exits:
-            first = (self.served.exits[0].point.stop + 1) // 2
-            skipped = SkippedLayers(self.model.layers, first)
+            skipped = SkippedLayers(self.model.layers, (self.served.exits[0].point.stop + 1) // 2)
             self._step = DecodingStep(self, self.exit_heads, self.served.exits, skipped, self.served.criterion)
         return loaded
 
@@ -47,21 +55,64 @@ class _WithExits:
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """vLLM's forward pass; a decoding step leaves its logits for `compute_logits`."""
-        self._logits = None
-        thresholds = RequestThresholds.of(self._vllm_config).thresholds()
-        if thresholds is None or thresholds.shape[1] != positions.shape[0]:
+        """vLLM's forward pass. A decoding step with exits leaves its logits for `compute_logits`."""
+        self._running, rows = None, positions.shape[0]
+        thresholds = self.requests.thresholds()
+        if thresholds is None or thresholds.shape[1] != rows:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        evaluated, timed = self.choice.next(rows) if self.served.only_if_faster else (self._all, False)
+        watch = StopWatch(self._synchronize) if timed else Clock()
+        self._running = running = _Running(rows, time.perf_counter(), timed)
+        if not evaluated:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        outcome = self._step.run(hidden, positions, thresholds, range(len(self.served.exits)))
-        self._logits = outcome.logits
-        self.outcomes.append(outcome.read_at)
+        running.outcome = self._step.run(hidden, positions, thresholds, evaluated, watch)
+        running.measured = watch.measured if timed else None
         return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The logits of the step's rows."""
-        logits, self._logits = self._logits, None
-        return super().compute_logits(hidden_states) if logits is None else logits
+        running, self._running = self._running, None
+        if running is None:
+            return super().compute_logits(hidden_states)
+        final = len(self.served.exits)
+        if running.outcome is None:
+            logits, read_at = super().compute_logits(hidden_states), [final] * running.rows
+        else:
+            logits, read_at = running.outcome
+        if running.timed:
+            self._synchronize()
+            if running.measured is not None:
+                running.measured.read_at = tuple(read_at)
+            self.choice.record(running.rows, time.perf_counter() - running.start, running.measured)
+        if get_tensor_model_parallel_rank() == 0:
+            self.counts.add([read_at.count(index) for index in range(final + 1)], max(read_at))
+        return logits
+
+    @property
+    def _all(self) -> range:
+        return range(len(self.served.exits))
+
+    def _synchronize(self) -> None:
+        if self.requests.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+@dataclass
+class _Running:
+    """A decoding step between `forward` and `compute_logits`."""
+
+    rows: int
+    start: float
+    timed: bool
+    outcome: Outcome | None = None
+    measured: Measured | None = None
+
+
+def _of_first_rank(chosen: tuple[int, ...]) -> tuple[int, ...]:
+    """Ranks measure different times, and must run the same layers."""
+    group = get_tp_group()
+    return chosen if group.world_size == 1 else tuple(group.broadcast_object(chosen, src=0))
 
 
 class EarlyExitLlamaForCausalLM(_WithExits, LlamaForCausalLM):

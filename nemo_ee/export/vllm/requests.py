@@ -78,10 +78,10 @@ class RequestThresholds(LogitsProcessor):
         Raises:
             ValueError: every problem.
         """
-        exits, criterion = announced()
-        policy = policy_of(sampling_params.extra_args, criterion)
+        served = announced()
+        policy = policy_of(sampling_params.extra_args, served.criterion)
         if isinstance(policy, ExitPolicy):
-            policy.evaluated_exits([exit.point for exit in exits])
+            policy.evaluated_exits([exit.point for exit in served.exits])
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> RequestThresholds:

@@ -20,12 +20,13 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.export.vllm.counts import ExitCounts, new_counts_file, publish
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.exported_model import ExitEntry, exported_model
 from nemo_ee.settings.user_input import Text, UserInput, read
@@ -56,12 +57,14 @@ class ServedModel:
         criterion: criterion of every confidence.
         policy: of requests without thresholds of their own; None = they run to full depth.
         only_if_faster: exits are evaluated only where this saves time.
+        counts_file: of `nemo_ee.export.vllm.counts`.
     """
 
     exits: tuple[ExitEntry, ...]
     criterion: str
     policy: ExitPolicy | None
     only_if_faster: bool
+    counts_file: str = ""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ServedModel:
@@ -95,6 +98,7 @@ class ServedModel:
             settings.criterion,
             None if settings.thresholds is None else chosen,
             settings.only_if_faster,
+            announced().counts_file if SERVED in os.environ else "",
         )
 
 
@@ -161,16 +165,24 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
         yield "vLLM's model runner V2 is not supported, set VLLM_USE_V2_MODEL_RUNNER=0"
 
 
+class Announced(NamedTuple):
+    """What every process of a server must know, also those that do not get the configuration."""
+
+    exits: tuple[ExitEntry, ...]
+    criterion: str
+    counts_file: str
+
+
 def announce(served: ServedModel) -> None:
-    """Tell every process of this server, of which some do not get the configuration, what is served."""
-    os.environ[SERVED] = json.dumps(
-        {"exits": [dataclasses.asdict(exit) for exit in served.exits], "criterion": served.criterion}
-    )
+    """Set the environment variable that `announced` reads, and publish the counts in this process's metrics."""
+    names = [exit.name for exit in served.exits]
+    path = new_counts_file(len(names))
+    entries = [dataclasses.asdict(exit) for exit in served.exits]
+    os.environ[SERVED] = json.dumps({"exits": entries, "criterion": served.criterion, "counts_file": path})
+    publish(ExitCounts(path, names))
 
 
-def announced() -> tuple[tuple[ExitEntry, ...], str] | None:
-    """Exits and criterion of `announce`; None if no directory with exits is served."""
-    if SERVED not in os.environ:
-        return None
+def announced() -> Announced:
+    """What this server serves."""
     values = json.loads(os.environ[SERVED])
-    return tuple(ExitEntry(**entry) for entry in values["exits"]), values["criterion"]
+    return Announced(**{**values, "exits": tuple(ExitEntry(**entry) for entry in values["exits"])})

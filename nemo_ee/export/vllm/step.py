@@ -8,14 +8,16 @@ layers. The layers after that are skipped for all rows. `nemo_ee.runtime.propaga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
+from nemo_ee.export.vllm.exit_choice import Measured
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
 from nemo_ee.runtime.exported_model import ExitEntry
 
@@ -38,9 +40,11 @@ class DecodingStep:
         self, model: Any, heads: ExitHeads, exits: Sequence[ExitEntry], skipped: SkippedLayers, criterion: str
     ) -> None:
         self.model, self.heads, self.skipped, self.criterion = model, heads, skipped, criterion
-        self.taps = [(index, exit, exit.point.stop) for index, exit in enumerate(exits)]
+        self.exits = tuple(exits)
 
-    def run(self, hidden: Tensor, positions: Tensor, thresholds: Tensor, evaluated: Sequence[int]) -> Outcome:
+    def run(
+        self, hidden: Tensor, positions: Tensor, thresholds: Tensor, evaluated: Sequence[int], clock: Clock
+    ) -> Outcome:
         """Run the step.
 
         Args:
@@ -48,32 +52,47 @@ class DecodingStep:
             positions: `[rows]`.
             thresholds: `[exits, rows]`, fp32.
             evaluated: indices of the exits to evaluate, ascending.
+            clock: takes the times of the parts.
         """
-        layers, logits, read_at = self.model.model.layers, None, torch.full_like(positions, -1)
+        end = 2 * len(self.model.model.layers)
+        read_at = [len(self.exits)] * len(hidden)
+        remaining, rows, logits = list(range(len(hidden))), slice(None), None
         state, residual, half = hidden, None, 0
-        rows = torch.arange(len(hidden), device=hidden.device)
         for index in evaluated:
-            _, exit, stop = self.taps[index]
-            state, residual = self._run_layers(state, residual, positions, half, stop)
-            half, at_tap = stop, state + residual
+            exit = self.exits[index]
+            state, residual = self._run_layers(state, residual, positions, half, exit.point.stop)
+            half, at_tap = exit.point.stop, state + residual
+            clock.layers(half)
             own = self._exit_logits(exit, at_tap[rows])
-            if logits is None:
-                logits = own.new_empty(len(hidden), own.shape[-1])
-            leaves = self._leave(own, thresholds[index, rows])
-            left = rows[leaves]
-            logits[left], read_at[left] = own[leaves], index
-            rows = rows[~leaves]
-            if not len(rows):
-                self.skipped.write(at_tap, positions, (stop + 1) // 2)
-                return Outcome(logits, read_at, stop)
-        state, residual = self._run_layers(state, residual, positions, half, 2 * len(layers))
+            leaving = self._leave(own, thresholds[index, rows]).tolist()
+            clock.head(index)
+            logits = self._placed(logits, own, rows, leaving, len(hidden))
+            for row, leaves in zip(remaining, leaving, strict=True):
+                if leaves:
+                    read_at[row] = index
+            remaining = [row for row, leaves in zip(remaining, leaving, strict=True) if not leaves]
+            if not remaining:
+                self.skipped.write(at_tap, positions, (half + 1) // 2)
+                clock.skipped((end - half) // 2)
+                return Outcome(logits, read_at)
+            if any(leaving):
+                rows = torch.tensor(remaining, device=hidden.device)
+        state, residual = self._run_layers(state, residual, positions, half, end)
+        clock.layers(end)
         final, _ = self.model.model.norm(state, residual)
         own = self.model.logits_processor(self.model.lm_head, final[rows])
-        if logits is None:
-            logits = own
-        else:
-            logits[rows] = own
-        return Outcome(logits, read_at, 2 * len(layers))
+        return Outcome(self._placed(logits, own, rows, [True] * len(remaining), len(hidden)), read_at)
+
+    def _placed(
+        self, logits: Tensor | None, own: Tensor, rows: Tensor | slice, leaving: list[bool], count: int
+    ) -> Tensor | None:
+        """`logits` `[count, v]` with the rows that leave, of `own`, which has the logits of `rows`."""
+        if not any(leaving):
+            return logits
+        if logits is None and len(own) == count:
+            return own  # the other rows are overwritten later
+        logits[rows] = own
+        return logits
 
     def _run_layers(
         self, state: Tensor, residual: Tensor | None, positions: Tensor, begin: int, end: int
@@ -108,8 +127,49 @@ class DecodingStep:
         return own < thresholds if self.criterion in SMALLER_IS_CONFIDENT else own > thresholds
 
 
-class Outcome:
-    """Logits `[rows, v]`, the index of the exit of each row (-1 = final), and the tap at which the step ended."""
+class Clock:
+    """Takes no times."""
 
-    def __init__(self, logits: Tensor, read_at: Tensor, stop: int) -> None:
-        self.logits, self.read_at, self.stop = logits, read_at, stop
+    def layers(self, half: int) -> None:
+        """The half layers before `half` have run."""
+
+    def head(self, index: int) -> None:
+        """The exit has been evaluated."""
+
+    def skipped(self, layers: int) -> None:
+        """Keys and values of this many skipped layers have been written."""
+
+
+class StopWatch(Clock):
+    """Takes the times of the parts of a step. `synchronize`: waits for the device."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.measured, self._synchronize, self._half, self._layer_seconds = Measured(), synchronize, 0, 0.0
+        self._last = self._now()
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
+
+    def _lap(self) -> float:
+        last, self._last = self._last, self._now()
+        return self._last - last
+
+    def layers(self, half: int) -> None:
+        self._layer_seconds += self._lap()
+        self._half = half
+        self.measured.half_layer = self._layer_seconds / half
+
+    def head(self, index: int) -> None:
+        self.measured.heads[index] = self._lap()
+
+    def skipped(self, layers: int) -> None:
+        seconds = self._lap()
+        self.measured.skipped_layer = seconds / layers if layers else None
+
+
+class Outcome(NamedTuple):
+    """Logits `[rows, v]`, and the index of the exit at which each row was read (number of exits = final)."""
+
+    logits: Tensor
+    read_at: list[int]
