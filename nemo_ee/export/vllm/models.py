@@ -18,10 +18,10 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from nemo_ee.export.vllm.counts import ExitCounts
-from nemo_ee.export.vllm.exit_choice import ExitChoice, Measured
 from nemo_ee.export.vllm.exit_heads import ExitHeads
+from nemo_ee.export.vllm.faster_exits import FasterExits, Measured
 from nemo_ee.export.vllm.requests import RequestThresholds
-from nemo_ee.export.vllm.served_model import ServedModel
+from nemo_ee.export.vllm.served_exits import ServedExits
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
 from nemo_ee.export.vllm.step import Clock, DecodingStep, Outcome, StopWatch
 
@@ -34,12 +34,12 @@ class _WithExits:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.served = ServedModel.of(vllm_config)
+        self.served = ServedExits.of(vllm_config)
         self.exit_heads = ExitHeads(self.served.exits, self.config)
         self.requests = RequestThresholds.of(vllm_config)
         self.counts = ExitCounts(self.served.counts_file, [exit.name for exit in self.served.exits])
         stops = [exit.point.stop for exit in self.served.exits]
-        self.choice = ExitChoice(stops, 2 * len(self.model.layers), _of_first_rank)
+        self.choice = FasterExits(stops, 2 * len(self.model.layers), _of_first_rank)
         self._step: DecodingStep | None = None
         self._running: _Running | None = None
 

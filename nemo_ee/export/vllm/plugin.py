@@ -29,7 +29,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from nemo_ee.export.vllm.served_model import EarlyExitChecks, hook_after
+    from nemo_ee.export.vllm.served_exits import EarlyExitChecks, hook_after
 
     for name in ARCHITECTURES:
         ModelRegistry.register_model(f"EarlyExit{name}", f"nemo_ee.export.vllm.models:EarlyExit{name}")

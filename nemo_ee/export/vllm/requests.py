@@ -24,7 +24,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from nemo_ee.exits.criteria import NEVER_LEAVES
-from nemo_ee.export.vllm.served_model import ServedModel, announced
+from nemo_ee.export.vllm.served_exits import ServedExits, announced
 from nemo_ee.generation.policy import ExitPolicy
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class RequestThresholds(LogitsProcessor):
         return cls._made[vllm_config.instance_id]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        served = ServedModel.of(vllm_config)
+        served = ServedExits.of(vllm_config)
         self.device, self.exits, self.criterion = device, served.exits, served.criterion
         self.default = self._thresholds(served.policy)
         self._requests: dict[int, _Request] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
-from nemo_ee.export.vllm.exit_choice import Measured
+from nemo_ee.export.vllm.faster_exits import Measured
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
 from nemo_ee.runtime.exported_model import ExitEntry
 

@@ -49,7 +49,7 @@ class ServerSettings(UserInput):
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ServedExits:
     """Exits and settings.
 
     Attributes:
@@ -67,7 +67,7 @@ class ServedModel:
     counts_file: str = ""
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> ServedModel:
+    def of(cls, vllm_config: VllmConfig) -> ServedExits:
         """Read config.json's table of exits and the settings.
 
         Raises:
@@ -136,7 +136,7 @@ class EarlyExitChecks(VerifyAndUpdateConfig):
         """
         served, problems = None, list(_problems(vllm_config))
         try:
-            served = ServedModel.of(vllm_config)
+            served = ServedExits.of(vllm_config)
         except ValueError as problem:
             problems.append(str(problem))
         if problems:
@@ -173,7 +173,7 @@ class Announced(NamedTuple):
     counts_file: str
 
 
-def announce(served: ServedModel) -> None:
+def announce(served: ServedExits) -> None:
     """Set the environment variable that `announced` reads, and publish the counts in this process's metrics."""
     names = [exit.name for exit in served.exits]
     path = new_counts_file(len(names))

@@ -17,7 +17,7 @@ as long as full ones.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
@@ -43,7 +43,7 @@ class Measured:
     read_at: tuple[int, ...] = ()
 
 
-class ExitChoice:
+class FasterExits:
     """The choice for every number of rows.
 
     Args:
@@ -124,13 +124,14 @@ class _OfSize:
         self.as_chosen: list[float] = []
         self.step, self.round = 0, FIRST_ROUND
 
-    def next(self, choice: ExitChoice) -> tuple[tuple[int, ...], bool]:
+    def next(self, choice: FasterExits) -> tuple[tuple[int, ...], bool]:
         full, every = self.round
         if self.step == full + every:
             self.chosen = choice.agree(choice.least(self.known, median(self.full)))
             self.as_chosen.clear()
         if self.step == full + every + _CHECKED and self.chosen:
-            self.chosen = choice.agree(self.chosen if fmean(self.as_chosen) < fmean(self.full) else ())
+            faster = _mean(self.as_chosen) < _mean(self.full)
+            self.chosen = choice.agree(self.chosen if faster else ())
         if self.step == full + every + PERIOD:
             self.step, self.round = 0, LATER_ROUNDS
             full, every = self.round
@@ -148,3 +149,9 @@ class _OfSize:
             self.known.append(measured)
         else:
             self.as_chosen.append(seconds)
+
+
+def _mean(seconds: Iterable[float]) -> float:
+    """The mean without the largest tenth: a busy moment of the machine is no property of a step."""
+    kept = sorted(seconds)
+    return fmean(kept[: len(kept) - len(kept) // 10])
