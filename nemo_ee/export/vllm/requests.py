@@ -93,7 +93,9 @@ class RequestThresholds(LogitsProcessor):
         self.device, self.exits, self.criterion = device, served.exits, served.criterion
         self.default = self._thresholds(served.policy)
         self._requests: dict[int, _Request] = {}
-        self._started, self._matrix = 0, None
+        self._started = 0  # the first rows whose requests are known to be past their prompts
+        self._matrix: Tensor | None = None
+        self._all_leave = False
         self._made[vllm_config.instance_id] = self
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

@@ -24,16 +24,27 @@ class SkippedLayers(nn.Module):
         first: index of the first layer that a step may skip.
 
     The projections are a copy: `2 * key_value_heads * head_dim * hidden_size` numbers for each of these layers.
+
+    Raises:
+        ValueError: the attention backend cannot write keys and values without attention.
     """
 
     def __init__(self, layers: nn.ModuleList, first: int) -> None:
         super().__init__()
         self.first, behind = first, list(layers)[first:]
+        self.names = [layer.self_attn.attn.layer_name for layer in behind]
+        if not behind:  # the only exits are on the last layer
+            return
         attention = behind[0].self_attn
+        backend = attention.attn.attn_backend
+        if backend.forward_includes_kv_cache_update:
+            raise ValueError(
+                f"early exit: the attention backend {backend.get_name()} writes keys and values only together with "
+                "attention; choose another with --attention-backend"
+            )
         self.heads, self.head_dim = attention.num_kv_heads, attention.head_dim
         self.epsilon = behind[0].input_layernorm.variance_epsilon
         self.rotary = attention.rotary_emb
-        self.names = [layer.self_attn.attn.layer_name for layer in behind]
         projections = [layer.self_attn.qkv_proj for layer in behind]
         keys_from = attention.q_size
         folded = [

@@ -97,3 +97,13 @@ def test_a_request_without_thresholds_keeps_the_batch_at_full_depth(made: tuple[
     expected = [greedy(stock, prompt, 12) for prompt in PROMPTS]
     assert generate(llm, PROMPTS, [12] * 4, [0.0, 0.0, "off", 0.0]) == expected
     assert generate(llm, PROMPTS, [12] * 4, [0.0] * 4) != expected, "control"
+
+
+def test_an_exit_on_the_last_layer_alone(tmp_path: Path) -> None:
+    stock = save_model(tmp_path, "llama", [("norm", 4, True)])
+    expected = [greedy(stock, prompt, 12) for prompt in PROMPTS]
+    with served(tmp_path, {"only_if_faster": False}) as llm:
+        tokens = generate(llm, PROMPTS, [12] * 4, [0.0] * 4)
+    policy = ExitPolicy(0.0)
+    ours = generate_propagating(load_model(tmp_path), PROMPTS, max_new_tokens=[12] * 4, policy=policy, row_by_row=True)
+    assert tokens == [list(own) for own in ours.tokens] and tokens != expected, "the exit's tokens, not the model's"

@@ -66,6 +66,14 @@ def test_a_request_with_wrong_thresholds_is_refused_and_the_next_one_served(fold
         assert len(generate(llm, [[1, 2]], [3], [0.5])[0]) == 3
 
 
+def test_an_attention_backend_that_cannot_only_write_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    monkeypatch.setattr(CPUAttentionBackend, "forward_includes_kv_cache_update", True)
+    with pytest.raises(ValueError, match="backend CPU_ATTN writes keys and values only together"), served(folder):
+        pass
+
+
 def test_another_vllm_serves_stock_models_only(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
