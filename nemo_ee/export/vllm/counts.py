@@ -4,7 +4,7 @@
 
 The model counts in a process of its own; a small file that every process maps holds the numbers.
 
-    nemo_ee:early_exit_tokens_total{exit="layer4-mlp"}    new tokens after a request's first; "final" = full depth
+    nemo_ee:early_exit_tokens_total{exit="layer4-mlp"}    rows of decoding steps, read there; "final" = full depth
     nemo_ee:early_exit_steps_total{exit="layer4-mlp"}     decoding steps that ended there
 """
 
@@ -25,27 +25,30 @@ TOKENS, STEPS = 0, 1
 logger = logging.getLogger("vllm.nemo_ee")
 
 
-def new_counts_file(exits: int) -> str:
-    """A file for the counts of this many exits, removed when this process ends."""
+def new_counts_file(exits: int, ranks: int) -> str:
+    """A file for the counts of this many exits and data-parallel ranks, removed when this process ends."""
     handle, path = tempfile.mkstemp(prefix="nemo_ee-counts-")
     with os.fdopen(handle, "wb") as file:
-        file.write(np.zeros((2, exits + 1), np.int64).tobytes())
+        file.write(np.zeros((ranks, 2, exits + 1), np.int64).tobytes())
     atexit.register(Path(path).unlink, missing_ok=True)
     return path
 
 
 class ExitCounts:
-    """The counts in a file.
+    """Counts of a data-parallel rank, or of all.
 
     Args:
-        path: a file of `new_counts_file`.
         names: the exits, in order.
+        path: a file of `new_counts_file`; without one, as on another host, the counts are only in the log.
+        rank: the rank that counts.
     """
 
-    def __init__(self, path: str, names: Sequence[str]) -> None:
-        self.names = (*names, FINAL)
-        self._values = np.memmap(path, np.int64, "r+", shape=(2, len(self.names)))
-        self._logged = 0
+    def __init__(self, names: Sequence[str], path: str, rank: int = 0) -> None:
+        self.names, self._rank, self._logged = (*names, FINAL), rank, 0
+        if path and Path(path).is_file():
+            self._values = np.memmap(path, np.int64, "r+").reshape(-1, 2, len(self.names))
+        else:
+            self._values = np.zeros((rank + 1, 2, len(self.names)), np.int64)
 
     def add(self, tokens: Sequence[int], end: int) -> None:
         """Count a step.
@@ -54,15 +57,16 @@ class ExitCounts:
             tokens: tokens read at each exit, and at the final one.
             end: index of the exit at which the step ended.
         """
-        self._values[TOKENS] += tokens
-        self._values[STEPS, end] += 1
-        if (steps := int(self._values[STEPS].sum())) >= self._logged + LOG_EVERY:
+        own = self._values[self._rank]
+        own[TOKENS] += tokens
+        own[STEPS, end] += 1
+        if (steps := int(own[STEPS].sum())) >= self._logged + LOG_EVERY:
             self._logged = steps
             logger.info("early exit, tokens by exit: %s; %d steps", self.by_exit(TOKENS), steps)
 
     def by_exit(self, kind: int) -> dict[str, int]:
         """Counts of `TOKENS` or `STEPS`."""
-        return dict(zip(self.names, self._values[kind].tolist(), strict=True))
+        return dict(zip(self.names, self._values[:, kind].sum(axis=0).tolist(), strict=True))
 
 
 def publish(counts: ExitCounts) -> None:

@@ -3,8 +3,8 @@
 """Which exits a step evaluates: those that save time at its number of rows, by measurement.
 
 An exit costs its head in every step that reaches it, and saves the rest of the stack in a step whose rows all leave.
-With more rows a step leaves less often. Time and again a few steps evaluate every exit and a few none; they give the
-seconds of a half layer, of each head, of a skipped layer and of a full step, and at which exit each row would be read.
+With more rows a step leaves less often. In regular rounds a few steps evaluate every exit and a few none. They give
+the seconds of a half layer, of each head, of a skipped layer and of a full step, and the exit at which each row is read.
 The set of exits with the least expected time follows from these:
 
     t(S) = mean over observed steps of  half_layers(end) * t_half + sum of t_head over S up to the end
@@ -24,8 +24,10 @@ from statistics import fmean, median
 PERIOD = 512  # steps of one size between two rounds of measurement
 FIRST_ROUND, LATER_ROUNDS = (4, 12), (2, 6)  # steps at full depth, steps with every exit
 LEAST_GAIN = 0.01  # of a full step, for each exit that is added
-_CHECKED = 32  # timed steps with the chosen exits, after which these must have been faster than full ones
-_KEPT = 64  # measurements
+_CHECKED = 32  # steps after the choice; every fourth at full depth, and the choice must be faster than those
+_MARGIN = 0.02
+_KEPT = 64  # measured steps with every exit
+_KEPT_FULL = 16  # few: the time of a full step changes with the length of the texts
 
 
 @dataclass
@@ -119,7 +121,7 @@ class _OfSize:
     def __init__(self, exits: int) -> None:
         self.all = tuple(range(exits))
         self.chosen: tuple[int, ...] = ()
-        self.full: deque[float] = deque(maxlen=_KEPT)
+        self.full: deque[float] = deque(maxlen=_KEPT_FULL)
         self.known: deque[Measured] = deque(maxlen=_KEPT)
         self.as_chosen: list[float] = []
         self.step, self.round = 0, FIRST_ROUND
@@ -127,10 +129,13 @@ class _OfSize:
     def next(self, choice: FasterExits) -> tuple[tuple[int, ...], bool]:
         full, every = self.round
         if self.step == full + every:
-            self.chosen = choice.agree(choice.least(self.known, median(self.full)))
+            known = [one for one in self.known if one.half_layer is not None]
+            best = choice.least(known, median(self.full)) if known and self.full else ()
+            self.chosen = choice.agree(best)
             self.as_chosen.clear()
+            self.full.clear()
         if self.step == full + every + _CHECKED and self.chosen:
-            faster = _mean(self.as_chosen) < _mean(self.full)
+            faster = self.full and _mean(self.as_chosen) < (1 - _MARGIN) * _mean(self.full)
             self.chosen = choice.agree(self.chosen if faster else ())
         if self.step == full + every + PERIOD:
             self.step, self.round = 0, LATER_ROUNDS
@@ -140,7 +145,8 @@ class _OfSize:
             return (), True
         if self.step <= full + every:
             return self.all, True
-        return self.chosen, bool(self.chosen) and self.step <= full + every + _CHECKED
+        is_checked = bool(self.chosen) and self.step <= full + every + _CHECKED
+        return () if is_checked and self.step % 4 == 0 else self.chosen, is_checked
 
     def record(self, seconds: float, measured: Measured | None) -> None:
         if measured is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -21,7 +22,7 @@ from nemo_ee.export.vllm.counts import ExitCounts
 from nemo_ee.export.vllm.exit_heads import ExitHeads
 from nemo_ee.export.vllm.faster_exits import FasterExits, Measured
 from nemo_ee.export.vllm.requests import RequestThresholds
-from nemo_ee.export.vllm.served_exits import ServedExits
+from nemo_ee.export.vllm.served_exits import ServedExits, ServerRecord
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
 from nemo_ee.export.vllm.step import Clock, DecodingStep, Outcome, StopWatch
 
@@ -37,14 +38,22 @@ class _WithExits:
         self.served = ServedExits.of(vllm_config)
         self.exit_heads = ExitHeads(self.served.exits, self.config)
         self.requests = RequestThresholds.of(vllm_config)
-        self.counts = ExitCounts(self.served.counts_file, [exit.name for exit in self.served.exits])
+        record, rank = ServerRecord.read(), vllm_config.parallel_config.data_parallel_index
+        names = [exit.name for exit in self.served.exits]
+        self.counts = ExitCounts(names, "" if record is None else record.counts_file, rank)
         stops = [exit.point.stop for exit in self.served.exits]
         self.choice = FasterExits(stops, 2 * len(self.model.layers), _of_first_rank)
         self._step: DecodingStep | None = None
         self._running: _Running | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the directory; the stock loader finds `exit_heads` by its name."""
+        """Load the directory; the stock loader finds `exit_heads` by its name.
+
+        Raises:
+            RuntimeError: a second call. The projections of the skipped layers are made of weights as they are loaded.
+        """
+        if self._step is not None:
+            raise RuntimeError("early exit: weights cannot be reloaded, start the server again")
         loaded = super().load_weights(weights)
         if self.served.exits:
             skipped = SkippedLayers(self.model.layers, (self.served.exits[0].point.stop + 1) // 2)
@@ -58,10 +67,11 @@ class _WithExits:
         """vLLM's forward pass. A decoding step with exits leaves its logits for `compute_logits`."""
         self._running, rows = None, positions.shape[0]
         thresholds = self.requests.thresholds()
-        if thresholds is None or thresholds.shape[1] != rows:
+        is_dummy = get_forward_context().attn_metadata is None
+        if thresholds is None or thresholds.shape[1] != rows or is_dummy:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         evaluated, timed = self.choice.next(rows) if self.served.only_if_faster else (self._all, False)
-        watch = StopWatch(self._synchronize) if timed else Clock()
+        watch = StopWatch(self._synchronize) if timed else Clock()  # synchronises
         self._running = running = _Running(rows, time.perf_counter(), timed)
         if not evaluated:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)

@@ -32,6 +32,8 @@ def register() -> None:
     from nemo_ee.export.vllm.served_exits import EarlyExitChecks, hook_after
 
     for name in ARCHITECTURES:
+        if f"EarlyExit{name}" in MODELS_CONFIG_MAP:  # vLLM may call this again
+            continue
         ModelRegistry.register_model(f"EarlyExit{name}", f"nemo_ee.export.vllm.models:EarlyExit{name}")
         MODELS_CONFIG_MAP[f"EarlyExit{name}"] = EarlyExitChecks
         MODELS_CONFIG_MAP[name] = hook_after(MODELS_CONFIG_MAP.get(name))

@@ -24,7 +24,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from nemo_ee.exits.criteria import NEVER_LEAVES
-from nemo_ee.export.vllm.served_exits import ServedExits, announced
+from nemo_ee.export.vllm.served_exits import ServedExits, ServerRecord
 from nemo_ee.generation.policy import ExitPolicy
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def policy_of(arguments: Mapping[str, Any] | None, criterion: str) -> ExitPolicy
             value = json.loads(value)
         except ValueError:
             value = [value]
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value:
             raise ValueError(f'{THRESHOLD} must be a number, JSON text such as {{"layer4-mlp": 0.9}}, or {OFF!r}')
     active = tuple(value) if isinstance(value, Mapping) else None
     return ExitPolicy(value, criterion, active=active)
@@ -60,14 +60,27 @@ def policy_of(arguments: Mapping[str, Any] | None, criterion: str) -> ExitPolicy
 
 @dataclass
 class _Request:
-    """A request: its threshold at each exit, or None = none at all, and vLLM's list of its output tokens."""
+    """A request in the batch.
+
+    Attributes:
+        thresholds: one for each exit; None = it never leaves.
+        output: vLLM's list of its output tokens.
+        before: length of that list when the request entered the batch. vLLM recomputes a request that it preempted:
+            its prompt and these tokens then run as a prompt does.
+    """
 
     thresholds: tuple[float, ...] | None
     output: list[int]
+    before: int
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next row is the token that was sampled last."""
+        return len(self.output) > self.before
 
 
 class RequestThresholds(LogitsProcessor):
-    """vLLM makes one in each worker, before the model; `of` finds it."""
+    """vLLM makes one in each worker, before the model."""
 
     _made: WeakValueDictionary[str, RequestThresholds] = WeakValueDictionary()
 
@@ -78,14 +91,14 @@ class RequestThresholds(LogitsProcessor):
         Raises:
             ValueError: every problem.
         """
-        served = announced()
+        served = ServerRecord.read()
         policy = policy_of(sampling_params.extra_args, served.criterion)
         if isinstance(policy, ExitPolicy):
             policy.evaluated_exits([exit.point for exit in served.exits])
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> RequestThresholds:
-        """The one of this worker."""
+        """The object of this worker."""
         return cls._made[vllm_config.instance_id]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
@@ -107,12 +120,11 @@ class RequestThresholds(LogitsProcessor):
         """`[exits, rows]`, fp32: thresholds of the next step; None if it must run to full depth.
 
         That is a step in which a row belongs to a prompt, since prompts run at full depth, and a step with a row that
-        never leaves, since the others would wait for it. A request that vLLM recomputes after a preemption counts as
-        past its prompt.
+        never leaves, since the others would wait for it.
         """
         rows = len(self._requests)
         if self._started < rows:
-            while self._started < rows and self._requests[self._started].output:
+            while self._started < rows and self._requests[self._started].is_decoding:
                 self._started += 1
             if self._started < rows:
                 return None
@@ -137,7 +149,7 @@ class RequestThresholds(LogitsProcessor):
     def _new_request(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Request:
         policy = policy_of(params.extra_args, self.criterion)
         thresholds = self.default if policy is None else self._thresholds(None if policy == OFF else policy)
-        return _Request(thresholds, output)
+        return _Request(thresholds, output, len(output))
 
     def _thresholds(self, policy: ExitPolicy | None) -> tuple[float, ...] | None:
         evaluated = () if policy is None else policy.evaluated_exits([exit.point for exit in self.exits])

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.nemo_ee")
 LOGITS_PROCESSOR = "nemo_ee.export.vllm.requests:RequestThresholds"
-SERVED = "NEMO_EE_VLLM_SERVED"  # environment variable: what every process of the server must know
+_RECORD = "NEMO_EE_VLLM_SERVER"  # environment variable
+_FORMATS_WITHOUT_NAMES = ("dummy", "sharded_state", "runai_streamer_sharded")  # they do not call `load_weights`
 
 
 class ServerSettings(UserInput):
@@ -57,25 +58,25 @@ class ServedExits:
         criterion: criterion of every confidence.
         policy: of requests without thresholds of their own; None = they run to full depth.
         only_if_faster: exits are evaluated only where this saves time.
-        counts_file: of `nemo_ee.export.vllm.counts`.
     """
 
     exits: tuple[ExitEntry, ...]
     criterion: str
     policy: ExitPolicy | None
     only_if_faster: bool
-    counts_file: str = ""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ServedExits:
-        """Read config.json's table of exits and the settings.
+        """Read the table of exits in config.json, and the settings.
 
         Raises:
-            ValueError: every problem of the settings, or a damaged table.
+            ValueError: every problem of the settings, or a table that is not one.
         """
         config = vllm_config.model_config.hf_config
         block = config.early_exit
         given = (vllm_config.additional_config or {}).get("early_exit") or {}
+        if given.get("criterion", block.get("criterion")) != block.get("criterion") and "thresholds" not in given:
+            raise ValueError("early_exit: criterion without thresholds, whose meaning it changes; state both")
         stored = {key: block[key] for key in ("thresholds", "criterion", "active") if key in block}
         settings = read(ServerSettings, {**stored, **given}, headline="early_exit of --additional-config")
         exits = exported_model(config.to_dict(), vllm_config.model_config.model).exits
@@ -98,7 +99,6 @@ class ServedExits:
             settings.criterion,
             None if settings.thresholds is None else chosen,
             settings.only_if_faster,
-            announced().counts_file if SERVED in os.environ else "",
         )
 
 
@@ -148,41 +148,55 @@ class EarlyExitChecks(VerifyAndUpdateConfig):
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         model_config = vllm_config.model_config
         model_config.logits_processors = [*(model_config.logits_processors or ()), LOGITS_PROCESSOR]
-        announce(served)
+        names = [exit.name for exit in served.exits]
+        path = new_counts_file(len(names), vllm_config.parallel_config.data_parallel_size)
+        publish(ExitCounts(names, path))
+        ServerRecord(served.exits, served.criterion, path).write()
 
 
 def _problems(vllm_config: VllmConfig) -> Iterator[str]:
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     if parallel.pipeline_parallel_size > 1:
         yield f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported, use tensor parallelism"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported, serve hf_full with hf_exit_<name> as its draft model"
     if vllm_config.lora_config is not None:
         yield "LoRA is not supported, serve hf_full"
-    if vllm_config.quant_config is not None:
+    # vLLM reads the checkpoint's own quantisation after this hook.
+    quantised = model.quantization or getattr(model.hf_config, "quantization_config", None)
+    if quantised:
         yield "quantised weights are not supported, serve hf_full"
+    if vllm_config.load_config.load_format in _FORMATS_WITHOUT_NAMES:
+        yield f"load_format={vllm_config.load_config.load_format} is not supported, use auto"
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size is not None:
+        yield "KV transfer and offloading are not supported: keys and values of skipped layers are approximate"
+    if model.enable_sleep_mode:
+        yield "sleep mode is not supported: it would lose the copied projections of the skipped layers"
     if vllm_config.use_v2_model_runner:
         yield "vLLM's model runner V2 is not supported, set VLLM_USE_V2_MODEL_RUNNER=0"
 
 
-class Announced(NamedTuple):
-    """What every process of a server must know, also those that do not get the configuration."""
+class ServerRecord(NamedTuple):
+    """What every process of a server must know, also those that do not get the configuration.
+
+    Attributes:
+        exits, criterion: as in `ServedExits`.
+        counts_file: of `nemo_ee.export.vllm.counts`; "" = none on this host.
+    """
 
     exits: tuple[ExitEntry, ...]
     criterion: str
     counts_file: str
 
+    def write(self) -> None:
+        """Set the environment variable, which child processes inherit. A process has one server."""
+        entries = [dataclasses.asdict(exit) for exit in self.exits]
+        os.environ[_RECORD] = json.dumps({**self._asdict(), "exits": entries})
 
-def announce(served: ServedExits) -> None:
-    """Set the environment variable that `announced` reads, and publish the counts in this process's metrics."""
-    names = [exit.name for exit in served.exits]
-    path = new_counts_file(len(names))
-    entries = [dataclasses.asdict(exit) for exit in served.exits]
-    os.environ[SERVED] = json.dumps({"exits": entries, "criterion": served.criterion, "counts_file": path})
-    publish(ExitCounts(path, names))
-
-
-def announced() -> Announced:
-    """What this server serves."""
-    values = json.loads(os.environ[SERVED])
-    return Announced(**{**values, "exits": tuple(ExitEntry(**entry) for entry in values["exits"])})
+    @classmethod
+    def read(cls) -> ServerRecord | None:
+        """The record of this server; None on another host than its first process."""
+        if _RECORD not in os.environ:
+            return None
+        values = json.loads(os.environ[_RECORD])
+        return cls(**{**values, "exits": tuple(ExitEntry(**entry) for entry in values["exits"])})

@@ -5,7 +5,7 @@
     K_l = W_k,l norm_l(h),  V_l = W_v,l norm_l(h)   for every skipped layer l, h = hidden state at the exit
 
 RMSNorm divides by the same number in every layer, so with its weights folded into the projections one matrix product
-makes the keys and values of all skipped layers, and one call turns all keys. Only the cache write is a call per layer.
+gives the keys and values of all skipped layers, and one call rotates all keys. The cache write is a call per layer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class SkippedLayers(nn.Module):
         if not behind:  # the only exits are on the last layer
             return
         attention = behind[0].self_attn
-        backend = attention.attn.attn_backend
-        if backend.forward_includes_kv_cache_update:
-            raise ValueError(
-                f"early exit: the attention backend {backend.get_name()} writes keys and values only together with "
-                "attention; choose another with --attention-backend"
-            )
+        for backend in {layer.self_attn.attn.attn_backend for layer in behind}:
+            if backend.forward_includes_kv_cache_update:
+                raise ValueError(
+                    f"early exit: the attention backend {backend.get_name()} writes keys and values only together "
+                    "with attention; choose another with --attention-backend"
+                )
         self.heads, self.head_dim = attention.num_kv_heads, attention.head_dim
         self.epsilon = behind[0].input_layernorm.variance_epsilon
         self.rotary = attention.rotary_emb

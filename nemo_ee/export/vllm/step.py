@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
+from nemo_ee.exits.confidence import confidence, leaves
 from nemo_ee.export.vllm.faster_exits import Measured
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
 from nemo_ee.runtime.exported_model import ExitEntry
@@ -64,13 +63,14 @@ class DecodingStep:
             half, at_tap = exit.point.stop, state + residual
             clock.layers(half)
             own = self._exit_logits(exit, at_tap[rows])
-            leaving = self._leave(own, thresholds[index, rows]).tolist()
+            confident = leaves(confidence(own, self.criterion), thresholds[index, rows], self.criterion)
+            leaving = confident.tolist()
             clock.head(index)
             logits = self._placed(logits, own, rows, leaving, len(hidden))
-            for row, leaves in zip(remaining, leaving, strict=True):
-                if leaves:
+            for row, ends in zip(remaining, leaving, strict=True):
+                if ends:
                     read_at[row] = index
-            remaining = [row for row, leaves in zip(remaining, leaving, strict=True) if not leaves]
+            remaining = [row for row, ends in zip(remaining, leaving, strict=True) if not ends]
             if not remaining:
                 self.skipped.write(at_tap, positions, (half + 1) // 2)
                 clock.skipped((end - half) // 2)
@@ -121,10 +121,6 @@ class DecodingStep:
     def _exit_logits(self, exit: ExitEntry, hidden: Tensor) -> Tensor:
         head = self.heads[exit.name]
         return self.model.logits_processor(head.unembed if exit.own_output else self.model.lm_head, head(hidden))
-
-    def _leave(self, logits: Tensor, thresholds: Tensor) -> Tensor:
-        own = confidence(logits, self.criterion)
-        return own < thresholds if self.criterion in SMALLER_IS_CONFIDENT else own > thresholds
 
 
 class Clock:
