@@ -4,7 +4,7 @@
 
 An exit costs its head in every step that reaches it, and saves the rest of the stack in a step whose rows all leave.
 With more rows a step leaves less often. In regular rounds a few steps evaluate every exit and a few none. They give
-the seconds of a half layer, of each head, of a skipped layer and of a full step, and the exit at which each row is read.
+the seconds of a half layer, of each head, of a skipped layer and of a full step, and the exit of each row.
 The set of exits with the least expected time follows from these:
 
     t(S) = mean over observed steps of  half_layers(end) * t_half + sum of t_head over S up to the end
