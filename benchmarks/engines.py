@@ -5,11 +5,13 @@
     .venvs/vllm/bin/python benchmarks/engines.py export --json engines.json
 
 Every side is a process of its own with its model loaded. The sides decode the same prompts in turns; a ratio is the
-median over the rounds. Greedy, fp32, held-out text. The policy is one threshold from a list: the lowest whose tokens
-agree with the full model's on at least 95 % of the positions of given text (rule row by row, all rows of a batch).
+median over the rounds. Greedy, fp32, held-out text; times include the prompts. The policy is one threshold from a
+list: the lowest whose tokens agree with the full model's on at least 95 % of the positions of other held-out text (rule
+row by row, all rows of a batch, every exit).
 
-    vllm_early_exit_over_stock_b*   tokens/s, plugin over stock; bound: layers and heads that the policy leaves
-    vllm_off_over_stock             plugin loaded, no thresholds
+    vllm_early_exit_over_stock_b*   tokens/s, plugin over stock; `bound` = layers over the layers of the policy, as if
+                                    heads, skipped layers and the engine cost nothing
+    vllm_off_over_stock             plugin loaded, no thresholds, batch 1; `_b*` for the others
     vllm_draft_over_stock_b1        the best exit as draft model; beside it what the break-even rule predicts
     runtime_over_vllm_b*            nemo_ee.runtime at full depth over stock vLLM
 """
@@ -35,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.huggingface import read_prompts  # noqa: E402
 from benchmarks.measure import interleaved, median_of_ratios, provenance  # noqa: E402
 
-AGREEMENT, THRESHOLDS = 0.95, (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+AGREEMENT, THRESHOLDS = 0.95, (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
 CONTEXT, SCORED, NEW_TOKENS, BATCHES = 64, 64, 128, (1, 4, 16)
 WARM_UP = 2  # rounds; the plugin measures in its first steps
 
@@ -107,13 +109,19 @@ def _vllm_side(settings: dict[str, Any]) -> Any:
     )  # fmt: skip
     parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    counts = getattr(worker.model_runner.model, "counts", None)
+
     def decode(prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, Any]]:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
         per_position = {
             one.name: getattr(one, "values", None) or getattr(one, "value", None) for one in llm.get_metrics()
         }
         kept = {name: value for name, value in per_position.items() if "spec_decode" in name}
-        return [list(output.outputs[0].token_ids) for output in outputs], {"metrics": kept}
+        return [list(output.outputs[0].token_ids) for output in outputs], {
+            "metrics": kept,
+            "rows_by_exit": counts and counts.by_exit(0),
+        }
 
     return decode
 
@@ -155,15 +163,16 @@ def agreement(model: Any, texts: Sequence[Sequence[int]], threshold: float, acti
     return {"agreement": agreed / SCORED / len(texts), "depth": halves / SCORED / (2 * model.num_layers)}
 
 
-def compare(sides: dict[str, Side], prompts: Sequence[Sequence[int]], rounds: int) -> dict[str, dict[str, Any]]:
-    """What each side returned last, with its seconds in every round; the sides in turns."""
+def compare(calls: dict[str, tuple[Side, Sequence[Sequence[int]]]], rounds: int) -> dict[str, dict[str, Any]]:
+    """What each side returned last for its prompts, with its seconds in every round; the calls in turns."""
     results: dict[str, dict[str, Any]] = {}
 
     def decode(name: str) -> None:
-        results[name] = sides[name].decode(prompts)
+        side, prompts = calls[name]
+        results[name] = side.decode(prompts)
 
-    times = interleaved({name: partial(decode, name) for name in sides}, rounds=rounds, warmup=WARM_UP)
-    return {name: {**results[name], "seconds": times[name]} for name in sides}
+    times = interleaved({name: partial(decode, name) for name in calls}, rounds=rounds, warmup=WARM_UP)
+    return {name: {**results[name], "seconds": times[name]} for name in calls}
 
 
 def speed(over: dict[str, Any], under: dict[str, Any]) -> float:
@@ -172,8 +181,9 @@ def speed(over: dict[str, Any], under: dict[str, Any]) -> float:
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> float:
-    """Share of sequences with the same tokens."""
-    return sum(a == b for a, b in zip(left["tokens"], right["tokens"], strict=True)) / len(left["tokens"])
+    """Share of positions with the same token."""
+    pairs = [pair for a, b in zip(left["tokens"], right["tokens"], strict=True) for pair in zip(a, b, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def best_policy(folder: Path, texts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[int, dict[str, float]]:
@@ -186,16 +196,20 @@ def best_policy(folder: Path, texts: Sequence[Sequence[int]], names: Sequence[st
             groups = [texts[first : first + size] for first in range(0, len(texts), size)]
             measured = [agreement(model, group, threshold, names) for group in groups]
             values = {key: fmean(one[key] for one in measured) for key in measured[0]}
-            if values["agreement"] >= AGREEMENT or threshold == THRESHOLDS[-1]:
+            if values["agreement"] >= AGREEMENT:
                 chosen[size] = {"threshold": threshold, **values, "bound": 1 / values["depth"]}
                 break
+        if size not in chosen:
+            raise SystemExit(f"no threshold of {THRESHOLDS} keeps {AGREEMENT} agreement at batch {size}")
         print(f"batch {size}: {chosen[size]}", flush=True)
     return chosen
 
 
-def early_exit(export: Path, prompts: Sequence[Sequence[int]], names: Sequence[str], rounds: int) -> dict[str, Any]:
+def early_exit(
+    export: Path, prompts: Sequence[Sequence[int]], others: Sequence[Sequence[int]], names: Sequence[str], rounds: int
+) -> dict[str, Any]:
     """The plugin over stock vLLM, with and without thresholds, and the runtime."""
-    policies = best_policy(export / "hf_early_exit", prompts, names)
+    policies = best_policy(export / "hf_early_exit", others, names)
     directory = str(export / "hf_early_exit")
     sides = {
         "stock": Side("vllm", model=str(export / "hf_full")),
@@ -206,49 +220,66 @@ def early_exit(export: Path, prompts: Sequence[Sequence[int]], names: Sequence[s
     for size, policy in policies.items():
         settings = {"thresholds": policy["threshold"], "active": list(names)}
         sides["exits"] = Side("vllm", model=directory, early_exit=settings)
-        found = compare(sides, prompts[:size], rounds)
+        found = compare({name: (side, prompts[:size]) for name, side in sides.items()}, rounds)
         sides.pop("exits").close()
-        values[f"vllm_early_exit_over_stock_b{size}"] = speed(found["exits"], found["stock"])
-        values[f"runtime_over_vllm_b{size}"] = speed(found["runtime"], found["stock"])
-        values[f"vllm_off_over_stock_b{size}"] = speed(found["off"], found["stock"])
-        values[f"off_gives_stock_tokens_b{size}"] = same(found["off"], found["stock"])
-        values[f"stock_tokens_per_second_b{size}"] = size * NEW_TOKENS / median(found["stock"]["seconds"])
-        print(json.dumps({key: value for key, value in values.items() if key.endswith(f"b{size}")}), flush=True)
+        own = {
+            "vllm_early_exit_over_stock": speed(found["exits"], found["stock"]),
+            "vllm_off_over_stock": speed(found["off"], found["stock"]),
+            "runtime_over_vllm": speed(found["runtime"], found["stock"]),
+            "same_tokens": {name: same(found[name], found["stock"]) for name in ("exits", "off", "runtime")},
+            "rows_by_exit": found["exits"]["rows_by_exit"],
+            "stock_tokens_per_second": size * NEW_TOKENS / median(found["stock"]["seconds"]),
+        }
+        values |= {f"{name}_b{size}": value for name, value in own.items()}
+        print(json.dumps(own), flush=True)
     for side in sides.values():
         side.close()
-    return values
+    return {**values, "vllm_off_over_stock": values["vllm_off_over_stock_b1"]}
 
 
 def drafts(export: Path, prompts: Sequence[Sequence[int]], rounds: int, draft_tokens: int) -> dict[str, Any]:
-    """Every exit as draft model over stock vLLM, and the break-even rule's prediction."""
+    """Every exit as draft model over stock vLLM with the break-even rule's prediction, and the best one in batches."""
     values: dict[str, Any] = {}
+    full = str(export / "hf_full")
     for folder in sorted(export.glob("hf_exit_*")):
-        full = str(export / "hf_full")
-        sides = {
-            "stock": Side("vllm", model=full),
-            "draft": Side("vllm", model=str(folder)),
-            "both": Side("vllm", model=full, draft=str(folder), draft_tokens=draft_tokens),
-        }
-        found = compare(sides, prompts[:1], rounds)
-        # A verification runs as many rows as a step of this many sequences.
-        wide = compare({"stock": sides["stock"]}, prompts[: draft_tokens + 1], rounds)["stock"]
-        for side in sides.values():
-            side.close()
-        metrics = found["both"]["metrics"]
-        rounds_run = metrics["vllm:spec_decode_num_drafts"]
-        accepted = [count / rounds_run for count in metrics["vllm:spec_decode_num_accepted_tokens_per_pos"]]
-        step, draft, verify = (median(one["seconds"]) / NEW_TOKENS for one in (found["stock"], found["draft"], wide))
-        values[folder.name] = {
-            "over_stock_b1": speed(found["both"], found["stock"]),
-            "predicted": (1 + sum(accepted)) * step / (draft_tokens * draft + verify),
-            "accepted_at_position": accepted,
-            "draft_step_over_full_step": draft / step,
-            "verification_over_full_step": verify / step,
-            "same_tokens": same(found["both"], found["stock"]),
-        }
-        print(folder.name, json.dumps(values[folder.name]), flush=True)
+        values[folder.name] = one = _draft(full, folder, prompts, rounds, draft_tokens)
+        print(folder.name, json.dumps(one), flush=True)
     best = max(values, key=lambda name: values[name]["over_stock_b1"])
-    return {"drafts": values, "vllm_draft_over_stock_b1": values[best]["over_stock_b1"], "best_draft": best}
+    stock, both = (
+        Side("vllm", model=full),
+        Side("vllm", model=full, draft=str(export / best), draft_tokens=draft_tokens),
+    )
+    batches = {}
+    for size in BATCHES:
+        found = compare({"stock": (stock, prompts[:size]), "both": (both, prompts[:size])}, rounds)
+        batches[f"vllm_draft_over_stock_b{size}"] = speed(found["both"], found["stock"])
+    stock.close()
+    both.close()
+    return {"drafts": values, "best_draft": best, **batches, "predicted_b1": values[best]["predicted"]}
+
+
+def _draft(
+    full: str, folder: Path, prompts: Sequence[Sequence[int]], rounds: int, draft_tokens: int
+) -> dict[str, Any]:
+    stock, draft = Side("vllm", model=full), Side("vllm", model=str(folder))
+    both = Side("vllm", model=full, draft=str(folder), draft_tokens=draft_tokens)
+    # A verification runs as many rows as a step of this many sequences.
+    calls = {"stock": (stock, prompts[:1]), "draft": (draft, prompts[:1]), "both": (both, prompts[:1])}
+    found = compare({**calls, "wide": (stock, prompts[: draft_tokens + 1])}, rounds)
+    for side in (stock, draft, both):
+        side.close()
+    metrics = found["both"]["metrics"]
+    verified = metrics["vllm:spec_decode_num_drafts"]
+    accepted = [count / verified for count in metrics["vllm:spec_decode_num_accepted_tokens_per_pos"]]
+    step, alone, wide = (median(found[name]["seconds"]) / NEW_TOKENS for name in ("stock", "draft", "wide"))
+    return {
+        "over_stock_b1": speed(found["both"], found["stock"]),
+        "predicted": (1 + sum(accepted)) * step / (draft_tokens * alone + wide),
+        "accepted_at_position": accepted,
+        "draft_step_over_full_step": alone / step,
+        "verification_over_full_step": wide / step,
+        "same_tokens": same(found["both"], found["stock"]),
+    }
 
 
 def main() -> None:
@@ -268,11 +299,12 @@ def main() -> None:
     from nemo_ee.runtime.exported_model import read_exported_model
     from nemo_ee.runtime.loader import load_tokenizer
 
-    prompts = read_prompts(load_tokenizer(options.export / "hf_full"), max(BATCHES), CONTEXT + SCORED)
+    texts = read_prompts(load_tokenizer(options.export / "hf_full"), 2 * max(BATCHES), CONTEXT + SCORED)
+    others, prompts = texts[: max(BATCHES)], [text[:CONTEXT] for text in texts[max(BATCHES) :]]
     names = options.exits or [one.name for one in read_exported_model(options.export / "hf_early_exit").exits]
     values: dict[str, Any] = {"machine": provenance(), "versions": versions()}
     if options.only != "drafts":
-        values |= early_exit(options.export, prompts, names, options.rounds)
+        values |= early_exit(options.export, prompts, others, names, options.rounds)
     if options.only != "early_exit":
         values |= drafts(
             options.export, [prompt[:CONTEXT] for prompt in prompts], options.rounds, options.draft_tokens
