@@ -6,8 +6,8 @@
 
 Every side is a process of its own with its model loaded. The sides decode the same prompts in turns; a ratio is the
 median over the rounds. Greedy, fp32, held-out text; times include the prompts. The policy is one threshold from a
-list: the lowest whose tokens agree with the full model's on at least 95 % of the positions of other held-out text (rule
-row by row, all rows of a batch, every exit).
+list: the lowest whose tokens agree with the full model's on at least 95 % of the positions of other held-out text, by
+the rule row by row over the batch, with every exit.
 
     vllm_early_exit_over_stock_b*   tokens/s, plugin over stock; `bound` = layers over the layers of the policy, as if
                                     heads, skipped layers and the engine cost nothing
