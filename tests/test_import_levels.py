@@ -89,6 +89,10 @@ BOUNDARIES = {
     "export": _boundary(
         _LEVEL_4, f"{_BELOW_4} commands evaluation calibration", only_lazily="tensorrt_llm flashinfer"
     ),
+    # imported by vLLM only
+    "export.vllm": _boundary(
+        "torch numpy pydantic vllm", "exits generation runtime settings export", only_lazily="prometheus_client"
+    ),
     # beside the levels
     "__init__": _boundary(),
     "package_info": _boundary(),
@@ -222,6 +226,8 @@ def _all_problems(paths: list[Path], check) -> dict[str, list[str]]:  # noqa: AN
 
 def _part(path: Path) -> str:
     parts = path.relative_to(ROOT / PACKAGE).parts
+    if parts[:2] == ("export", "vllm"):
+        return "export.vllm"
     return parts[0] if len(parts) > 1 else path.stem
 
 
@@ -249,6 +255,9 @@ def test_imports_point_only_down() -> None:
         ("models", "from nemo_ee import evaluation", "may not import nemo_ee.evaluation"),
         ("commands", "from nemo_ee.evaluation.evaluate import x", "may not import nemo_ee.evaluation"),
         ("exits", "import importlib\nimportlib.import_module('nemo.core')", "may not import nemo.core"),
+        ("export", "import vllm", "export may not import vllm"),
+        ("export.vllm", "from nemo_ee.models import connector", "may not import nemo_ee.models"),
+        ("export.vllm", "import nemo.collections.nlp", "may not import nemo.collections"),
         ("export", "import tensorrt_llm", "may not import tensorrt_llm outside a function"),
         ("cpu_host", "import torch", "may not import torch outside a function"),
         ("exits", "from ..generation import engine", "relative import"),

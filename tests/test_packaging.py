@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTAINER_LIST = ROOT / "tests" / "data" / "ngc-nemo-25.07-packages.txt"
 # Distributions whose import name differs.
 IMPORT_NAMES = {"hydra-core": "hydra", "nemo-toolkit": "nemo", "megatron-core": "megatron", "pyyaml": "yaml"}
-# Imported by serving/, by lm_eval_adapter.py and by functions (export/, Apex's optimizer) only; declared by extras or
-# by the container.
+# Imported by serving/, export/vllm/, lm_eval_adapter.py and by functions (export/, Apex's optimizer) only; declared by
+# extras or by the container.
 OPTIONAL_IMPORTS = set(
-    "fastapi starlette uvicorn prometheus_client jinja2 tensorrt_llm flashinfer lm_eval apex gguf".split()
+    "fastapi starlette uvicorn prometheus_client jinja2 tensorrt_llm flashinfer lm_eval apex gguf vllm".split()
 )
 
 

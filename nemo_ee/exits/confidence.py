@@ -45,12 +45,12 @@ def confidence(logits: Tensor, criterion: str) -> Tensor:
     return top_two[..., 0] - top_two[..., 1]
 
 
-def leaves(confidence: Tensor, threshold: float, criterion: str) -> Tensor:
+def leaves(confidence: Tensor, threshold: float | Tensor, criterion: str) -> Tensor:
     """Whether tokens of this confidence leave at this threshold.
 
     Args:
         confidence: `[...]`, as from `confidence`.
-        threshold: the exit's threshold.
+        threshold: the exit's threshold, or one for each token.
         criterion: one of `CRITERIA`.
 
     Returns:

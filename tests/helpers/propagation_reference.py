@@ -136,21 +136,63 @@ class NaivePropagation:
         final = self.model.model.norm(torch.stack(list(state.values())))
         return None, dict(zip(state, self.model.lm_head(final), strict=True))
 
+    @torch.no_grad()
+    def run_row_by_row(
+        self, tokens: Mapping[int, int], thresholds: Mapping[int, Mapping[str, float]], passes: Any
+    ) -> tuple[dict[int, str | None], dict[int, Tensor]]:
+        """As `run`, with thresholds of each sequence: each is read from its first exit that passes, and the step ends
+        with the last one. A step with a sequence without thresholds runs to full depth."""
+        depths = {}
+        exits: dict[int, str | None] = dict.fromkeys(tokens)
+        logits: dict[int, Tensor] = {}
+        begun = {s: [len(rows) for rows in self.inputs.get(s, [[] for _ in self.model.model.layers])] for s in tokens}
+        # First to full depth, to know every exit's logits; then the depth at which the step ends is cut out.
+        layers, state = self.model.model.layers, {}
+        for s, token in tokens.items():
+            self.inputs.setdefault(s, [[] for _ in layers])
+            state[s] = [self.model.model.embed_tokens(torch.tensor(token))]
+            for half in range(2 * len(layers)):
+                hidden, layer = state[s][-1], layers[half // 2]
+                if half % 2 == 0:
+                    self.inputs[s][half // 2].append(hidden)
+                    state[s].append(hidden + self._attention(half // 2, self.inputs[s][half // 2]))
+                else:
+                    state[s].append(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
+            logits[s], depths[s] = self.model.lm_head(self.model.model.norm(state[s][-1])), 2 * len(layers)
+            for entry in sorted(self.table, key=self.stop_of) if all(thresholds[one] for one in tokens) else ():
+                own, stop = thresholds[s].get(entry["name"]), self.stop_of(entry)
+                row = self.exit_logits(entry, state[s][stop])
+                if own is not None and passes(row, own):
+                    exits[s], logits[s], depths[s] = entry["name"], row, stop
+                    break
+        end = max(depths.values())
+        for s in tokens:
+            for index in range((end + 1) // 2, len(layers)):
+                self.inputs[s][index][begun[s][index] :] = [state[s][end]]
+        return exits, logits
+
     def generate(
-        self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], thresholds: Mapping[str, float], passes: Any
-    ) -> tuple[list[list[int]], list[list[str | None]]]:
-        """Greedy; prompts and first tokens at full depth."""
+        self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], thresholds: Any, passes: Any,
+        *, row_by_row: bool = False,
+    ) -> tuple[list[list[int]], list[list[str | None]]]:  # fmt: skip
+        """Greedy; prompts and first tokens at full depth. `thresholds`: of `run`, or of `run_row_by_row`."""
         tokens: list[list[int]] = [[] for _ in prompts]
         exits: list[list[str | None]] = [[] for _ in prompts]
         rows: dict[int, Tensor] = {}
         for sequence, prompt in enumerate(prompts):
             for token in prompt:
                 rows |= self.run({sequence: token}, {}, passes)[1]
-        exit = None
+        exit: dict[int, str | None] = dict.fromkeys(rows)
         while rows:
             for sequence, row in rows.items():
                 tokens[sequence].append(int(row.argmax()))
-                exits[sequence].append(exit)
+                exits[sequence].append(exit[sequence])
             going = {s: own[-1] for s, own in enumerate(tokens) if len(own) < new_tokens[s]}
-            exit, rows = self.run(going, thresholds, passes) if going else (None, {})
+            if not going:
+                break
+            if row_by_row:
+                exit, rows = self.run_row_by_row(going, thresholds, passes)
+            else:
+                one, rows = self.run(going, thresholds, passes)
+                exit = dict.fromkeys(going, one)
         return tokens, exits

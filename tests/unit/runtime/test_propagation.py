@@ -41,7 +41,7 @@ def quantiles(model, prompts, criterion: str, quantile: float) -> dict[str, floa
     never = {"entropy": 1e-7}.get(criterion, 1 - 1e-7)
     seen: dict[str, list[float]] = {exit.name: [] for exit in model.exits}
     asked = ExitPolicy(never, criterion).evaluated_exits(model.exits)
-    batch = PropagatingBatch(model, asked, criterion, 1, 32)
+    batch = PropagatingBatch(model, [asked], criterion, 32)
     original = model.exit_logits
 
     def recording(name, hidden, positions, cache):
@@ -82,6 +82,28 @@ def test_tokens_and_exits_are_the_naive_decoder_s(criterion: str, made) -> None:
     assert len(used) >= 3, "control: tokens leave at several exits and at the end"
 
 
+def test_each_row_is_read_from_its_own_exit(made) -> None:
+    """Thresholds of their own for each sequence; a sequence without any keeps the others at full depth."""
+    reference, folder, model = made
+    low, high = (quantiles(model, PROMPTS, "max_probability", q) for q in (0.3, 0.6))
+    one = dict(list(high.items())[1:3])
+
+    def passes(row: torch.Tensor, threshold: float) -> bool:
+        value = confidence(row, "max_probability").item()
+        assert abs(value - threshold) > 2e-6
+        return value > threshold
+
+    for thresholds in ([low, high, one], [low, {}, one]):
+        naive = NaivePropagation(reference, folder)
+        expected = naive.generate(PROMPTS, NEW_TOKENS, thresholds, passes, row_by_row=True)
+        policies = [ExitPolicy(own, active=tuple(own)) for own in thresholds]
+        ours = generate_propagating(model, PROMPTS, max_new_tokens=NEW_TOKENS, policy=policies, row_by_row=True)
+        assert [list(own) for own in ours.tokens] == expected[0]
+        assert [list(own) for own in ours.exits] == expected[1]
+        steps = list(zip(*(own[1:4] for own in ours.exits), strict=True))
+        assert any(len(set(step)) > 1 for step in steps) == all(thresholds), "control: rows of one step differ"
+
+
 def test_logits_after_tokens_that_left_and_a_control(made) -> None:
     """A token that leaves in between changes the next full-depth logits, in just the way the reference says."""
     reference, folder, model = made
@@ -89,7 +111,7 @@ def test_logits_after_tokens_that_left_and_a_control(made) -> None:
     naive, text = NaivePropagation(reference, folder), [5, 71, 13, 9, 0, 44]
     rows, full = [], []
     for leave in (True, False):
-        batch = PropagatingBatch(model, asked if leave else (), "max_probability", 1, 16)
+        batch = PropagatingBatch(model, [asked if leave else ()], "max_probability", 16)
         for position, token in enumerate(text):
             logits = batch.run({0: (position, [token])}, evaluating=position in (2, 3))[1]
             (rows if leave else full).append(logits[0])
