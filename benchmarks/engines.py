@@ -187,7 +187,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> float:
 
 
 def best_policy(folder: Path, texts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[int, dict[str, float]]:
-    """For each batch size the lowest threshold with the agreement that is asked, and what it gives."""
+    """For each batch size the lowest threshold with the agreement that is wanted, and what it gives."""
     from nemo_ee.runtime.loader import load_model
 
     model, chosen = load_model(folder, dtype="float32"), {}

@@ -7,8 +7,8 @@
     python tests/stack/run.py --engines           # `make test-engines`: llama.cpp and vLLM instead
 
 A column is an environment, `.venvs/<column>` with the exact versions of `constraints/stack/<column>.txt`, and the
-tests that run in it. The first column is `make test`'s own environment; it writes what the others read: exports, and
-checkpoints of Megatron-core 0.13. Two columns run at a time. The folder for these files is `outputs/stack/`.
+tests that run in it. The first column is `make test`'s own environment, which also writes the exports that the others
+read. Two columns run at a time. The folder for these files is `outputs/stack/`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ FOLDER = ROOT / "outputs" / "stack"
 TORCH = "torch==2.13.0"
 COLUMN_TIMEOUT = 3600.0  # seconds; llama.cpp is compiled
 SEED = "nemo"
+BYTES = FOLDER / "bytes"
+MAKE_BYTES = (
+    "import sys, pathlib; from benchmarks.decoding_inputs import make_models; make_models(pathlib.Path(sys.argv[1]))"
+)
 CORE_TESTS = [
     *("-m", "not slow_unit", "tests/stack/core"),
     *(f"tests/unit/{part}" for part in "exits families generation planning runtime serving settings text".split()),
@@ -58,6 +62,7 @@ class Column:
         tests: arguments of pytest.
         install: arguments of pip, with the constraints; () = the constraints are the complete list of packages.
         torch: whether it gets torch, first of all.
+        entry_points: whether the package is installed, beside the constraints, because the tests need entry points.
         tested_from: the environment that runs its tests; None = itself.
     """
 
@@ -65,6 +70,7 @@ class Column:
     tests: Sequence[str]
     install: Sequence[str] = ()
     torch: bool = True
+    entry_points: bool = False
     tested_from: str | None = None
 
     @property
@@ -97,7 +103,7 @@ COLUMNS = [
 ]
 ENGINES = [
     Column("llamacpp", ["tests/engines/llamacpp"], torch=False, tested_from=SEED),
-    Column("vllm", ["tests/engines/vllm"]),
+    Column("vllm", ["tests/engines/vllm"], entry_points=True),
 ]
 
 
@@ -145,6 +151,8 @@ def install(column: Column) -> None:
         _logged(column, *pip, *column.install, "-c", column.constraints)
     else:  # Megatron-core 0.19 declares Python 3.12, and works on 3.11
         _logged(column, *pip, "--no-deps", "--ignore-requires-python", "-r", column.constraints)
+    if column.entry_points:
+        _logged(column, *pip, "--no-deps", "-e", ".")
     stamp.write_text(state, encoding="utf-8")
 
 
@@ -158,15 +166,8 @@ def run(column: Column) -> Result:
             install(column)
         begin = time.monotonic()
         result.versions = _versions(column)
-        given = [
-            _environment(column.tested_from or column.name),
-            "-m",
-            "pytest",
-            "-q",
-            f"--junitxml={report}",
-            "-o",
-            "junit_logging=no",
-        ]
+        given = [_environment(column.tested_from or column.name), "-m", "pytest", "-q"]
+        given += [f"--junitxml={report}", "-o", "junit_logging=no"]
         code = _logged(column, *given, *column.tests, check=False)
         result.seconds = (time.monotonic() - begin, begin - start)
     except (subprocess.SubprocessError, OSError) as problem:
@@ -239,19 +240,21 @@ def main() -> int:
         (FOLDER / f"{column.name}.log").unlink(missing_ok=True)
     start, seed = time.monotonic(), COLUMNS[0]
     print(f"files and logs: {FOLDER.relative_to(ROOT)}/", flush=True)
-    if seed in columns or not (options.engines or (FOLDER / "exports").is_dir()):
-        for written in ("exports", "megatron"):
-            shutil.rmtree(FOLDER / written, ignore_errors=True)
-        if _logged(seed, seed.python, ROOT / "tests" / "stack" / "make_exports.py", FOLDER, check=False):
-            print(f"make_exports.py failed; see {FOLDER.relative_to(ROOT)}/{seed.name}.log")
+    made, command = FOLDER / "exports", [ROOT / "tests" / "stack" / "make_exports.py", FOLDER]
+    if options.engines:
+        made, command = BYTES, ["-c", MAKE_BYTES, BYTES]
+    if seed in columns or not made.is_dir():
+        for folder in (made, FOLDER / "megatron"):  # each column puts its checkpoints into the second
+            shutil.rmtree(folder, ignore_errors=True)
+        if _logged(seed, seed.python, *command, check=False):
+            print(f"the models for the tests were not made; see {FOLDER.relative_to(ROOT)}/{seed.name}.log")
             return 1
-    results = {column.name: run(column) for column in columns if column is seed}
+    results: dict[str, Result] = {}
     with ThreadPoolExecutor(2) as pool:
-        others = [column for column in columns if column is not seed]
-        for column, result in zip(others, pool.map(run, others), strict=True):
+        for column, result in zip(columns, pool.map(run, columns), strict=True):
             results[column.name] = result
             print(f"{column.name}: {result.passed} passed, {result.failed} failed", flush=True)
-        # Earlier columns read the checkpoints of later ones.
+        # Each column reads the checkpoints of all others, which are there by now.
         again = [dataclasses.replace(one, tests=[CHECKPOINT_TESTS]) for one in columns if one.reads_checkpoints]
         for column, result in zip(again, pool.map(run, again), strict=True):
             results[f"{column.name}, all checkpoints"] = result
