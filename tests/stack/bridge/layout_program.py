@@ -40,7 +40,7 @@ def main(file: Path) -> None:
                 lines.write_text("\n".join(found), encoding="utf-8")
             torch.distributed.destroy_process_group()
 
-        run_ranks(tune, layout["ranks"], timeout=60, log=str(file.with_name(name)))
+        run_ranks(tune, layout["ranks"], timeout=300, log=str(file.with_name(name)))
 
 
 if __name__ == "__main__":

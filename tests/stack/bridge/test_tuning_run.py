@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     file.write_text(json.dumps(layouts), encoding="utf-8")
     program = [sys.executable, "-m", "tests.stack.bridge.layout_program", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     return SimpleNamespace(folder=folder, lines={name: (folder / f"{name}.txt").read_text() for name in LAYOUTS})
 
