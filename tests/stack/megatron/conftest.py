@@ -24,7 +24,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     backbone, output = tmp_path_factory.mktemp("backbone"), tmp_path_factory.mktemp("tuned")
     save_tiny_model(backbone, "llama-llama3")
     command = [sys.executable, "-m", tuning_program.__name__, str(backbone), str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     return SimpleNamespace(backbone=backbone, output=output)
 

@@ -78,7 +78,7 @@ class Training:
         if frozen:
             teachers = TeacherChannel(
                 self.model.model, self.model.early_exit, self.model.placements, autocast=None,
-                timeout=timedelta(minutes=1),
+                timeout=timedelta(minutes=5),
             )  # fmt: skip
             self.context = replace(self.context, teachers=teachers)
         else:
@@ -157,7 +157,7 @@ def main(folder: str, output: str) -> None:
     Path(output).mkdir(parents=True, exist_ok=True)
     for name, (tensor, pipeline, data, _) in LAYOUTS.items():
         program = partial(layout_program, folder=Path(folder), output=Path(output), name=name)
-        run_ranks(program, tensor * pipeline * data, timeout=90, log=str(Path(output, name)))
+        run_ranks(program, tensor * pipeline * data, timeout=300, log=str(Path(output, name)))
 
 
 if __name__ == "__main__":
