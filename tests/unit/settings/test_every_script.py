@@ -70,6 +70,10 @@ def model_of(stem: str) -> type[ScriptInput]:
         from nemo_ee.export.tensorrt_llm.unified_checkpoint import TensorRTLLMSettings
 
         return TensorRTLLMSettings
+    if stem == "export_gguf":
+        from nemo_ee.export.gguf.gguf_exporter import GgufSettings
+
+        return GgufSettings
     script = script_of(stem)
     (name,) = re.findall(r"(\w+)\.from_config\(cfg\)", Path(script.__file__).read_text(encoding="utf-8"))
     return getattr(script, name)
