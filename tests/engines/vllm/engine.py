@@ -69,3 +69,14 @@ def generate(
     ]  # fmt: skip
     outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def greedy(stock: Any, prompt: Sequence[int], new: int) -> list[int]:
+    """Greedy tokens of a transformers model, also after an end-of-text token."""
+    import torch
+
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            tokens.append(int(stock(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]

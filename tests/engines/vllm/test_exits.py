@@ -13,12 +13,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-import torch
-
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
 from nemo_ee.runtime.propagation import generate_propagating
-from tests.engines.vllm.engine import FAMILIES, generate, model_of, save_model, served
+from tests.engines.vllm.engine import FAMILIES, generate, greedy, model_of, save_model, served
 
 PROMPTS = [[5, 71, 13, 9, 0, 44], [3], [100, 99, 98, 97], [1, 2, 3]]
 NEW_TOKENS = [19, 24, 14, 30]
@@ -31,15 +29,6 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     stock = save_model(folder, request.param)
     with served(folder, {"only_if_faster": False}) as llm:
         yield llm, folder, stock
-
-
-@torch.no_grad()
-def greedy(stock: Any, prompt: list[int], new: int) -> list[int]:
-    """Greedy tokens, also after an end-of-text token."""
-    tokens = list(prompt)
-    for _ in range(new):
-        tokens.append(int(stock(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
 
 
 def policies(folder: Path) -> list[ExitPolicy]:

@@ -20,9 +20,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import openai
-import torch
 
-from tests.engines.vllm.engine import save_model
+from tests.engines.vllm.engine import greedy, save_model
 
 REQUESTS, CLIENTS = 200, 16
 OFF = 20  # every so many requests one without exits; it keeps its steps at full depth
@@ -87,14 +86,6 @@ def ask(client: openai.OpenAI, prompt: list[int], new: int, arguments: dict[str,
         extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": arguments, "detokenize": False},
     )  # fmt: skip
     return list(answer.choices[0].token_ids)
-
-
-@torch.no_grad()
-def greedy(stock: Any, prompt: list[int], new: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(new):
-        tokens.append(int(stock(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
 
 
 def counts(url: str) -> dict[str, float]:
