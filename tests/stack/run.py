@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -156,9 +158,12 @@ def install(column: Column) -> None:
     stamp.write_text(state, encoding="utf-8")
 
 
-def run(column: Column) -> Result:
-    """Install and test a column."""
+def run(column: Column, end: float = math.inf) -> Result:
+    """Install and test a column, if it begins before `end`, a time of `time.monotonic`."""
     result, start = Result(), time.monotonic()
+    if start > end:
+        result.skipped["not run, no time left"] += 1
+        return result
     report = FOLDER / f"{column.name}.xml"
     report.unlink(missing_ok=True)
     try:
@@ -232,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the tests of each supported version of the stack.")
     parser.add_argument("--engines", action="store_true", help="the engines instead of the versions of the stack")
     parser.add_argument("--only", action="append", choices=[one.name for one in COLUMNS + ENGINES], help="this column")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no column begins later; the table says which")
     options = parser.parse_args()
     chosen = options.only
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -249,14 +255,15 @@ def main() -> int:
         if _logged(seed, seed.python, *command, check=False):
             print(f"the models for the tests were not made; see {FOLDER.relative_to(ROOT)}/{seed.name}.log")
             return 1
+    timed = functools.partial(run, end=start + 60 * options.minutes)
     results: dict[str, Result] = {}
     with ThreadPoolExecutor(2) as pool:
-        for column, result in zip(columns, pool.map(run, columns), strict=True):
+        for column, result in zip(columns, pool.map(timed, columns), strict=True):
             results[column.name] = result
             print(f"{column.name}: {result.passed} passed, {result.failed} failed", flush=True)
         # Each column reads the checkpoints of all others, which are there by now.
         again = [dataclasses.replace(one, tests=[CHECKPOINT_TESTS]) for one in columns if one.reads_checkpoints]
-        for column, result in zip(again, pool.map(run, again), strict=True):
+        for column, result in zip(again, pool.map(timed, again), strict=True):
             results[f"{column.name}, all checkpoints"] = result
     text = table(results)
     (FOLDER / ("engines.md" if options.engines else "table.md")).write_text(text + "\n", encoding="utf-8")
