@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ from nemo_ee.export.vllm.step import Clock, DecodingStep, Outcome, StopWatch
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+EXIT_HEADS = "exit_heads."  # before the names of their weights
+
 
 class _WithExits:
     """What the classes share; goes before the stock class."""
@@ -47,14 +49,25 @@ class _WithExits:
         self._running: _Running | None = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the directory; the stock loader finds `exit_heads` by its name.
+        """Load the backbone by the stock class, then the exits.
 
         Raises:
             RuntimeError: a second call. The projections of the skipped layers are made of weights as they are loaded.
         """
         if self._step is not None:
             raise RuntimeError("early exit: weights cannot be reloaded, start the server again")
-        loaded = super().load_weights(weights)
+        heads: list[tuple[str, Tensor]] = []
+
+        def backbone() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name.startswith(EXIT_HEADS):
+                    heads.append((name.removeprefix(EXIT_HEADS), tensor))
+                else:
+                    yield name, tensor
+
+        # Mistral's loader renames by parts of a name, such as norm.
+        loaded = super().load_weights(backbone())
+        loaded |= {EXIT_HEADS + name for name in self.exit_heads.load_weights(heads)}
         if self.served.exits:
             skipped = SkippedLayers(self.model.layers, (self.served.exits[0].point.stop + 1) // 2)
             self._step = DecodingStep(self, self.exit_heads, self.served.exits, skipped, self.served.criterion)
