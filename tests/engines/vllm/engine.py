@@ -39,11 +39,13 @@ def served(folder: Path, early_exit: Mapping[str, Any] | None = None, **argument
 
     settings = {} if early_exit is None else {"additional_config": {"early_exit": dict(early_exit)}}
     given = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128}
-    llm = LLM(model=str(folder), **(given | settings | arguments))
+    llm = None
     try:
+        llm = LLM(model=str(folder), **(given | settings | arguments))
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
