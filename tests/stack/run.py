@@ -25,7 +25,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class Column:
         torch: whether it gets torch, first of all.
         entry_points: whether the package is installed, beside the constraints, because the tests need entry points.
         tested_from: the environment that runs its tests; None = itself.
+        variables: environment variables of pip.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Column:
     torch: bool = True
     entry_points: bool = False
     tested_from: str | None = None
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def python(self) -> Path:
@@ -103,8 +105,13 @@ COLUMNS = [
     *(Column(f"megatron-{minor}", MEGATRON_TESTS) for minor in ("0.14", "0.15", "0.16", "0.19")),
     Column("bridge", ["tests/stack/bridge"]),
 ]
+# llama.cpp's tests and examples would double the time; its build starts as many compilers as it can unless told.
+LLAMA_CPP_BUILD = {
+    "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF",
+    "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
+}
 ENGINES = [
-    Column("llamacpp", ["tests/engines/llamacpp"], torch=False, tested_from=SEED),
+    Column("llamacpp", ["tests/engines/llamacpp"], torch=False, tested_from=SEED, variables=LLAMA_CPP_BUILD),
     Column("vllm", ["tests/engines/vllm"], entry_points=True),
 ]
 
@@ -198,7 +205,10 @@ def _count(report: Path, result: Result) -> None:
 
 def _logged(column: Column, *command: object, check: bool = True) -> int:
     """Run a command from the root of the repository; its output goes to `outputs/stack/<column>.log`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NEMO_EE_STACK": str(FOLDER), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ, **column.variables, "OMP_NUM_THREADS": "1", "NEMO_EE_STACK": str(FOLDER),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
     with (FOLDER / f"{column.name}.log").open("a", encoding="utf-8") as log:
         log.write(f"$ {' '.join(map(str, command))}\n")
         log.flush()

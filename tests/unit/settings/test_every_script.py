@@ -110,7 +110,8 @@ def test_no_script_leaves_a_file_where_it_was_started() -> None:
     The log file of a script lies in `outputs/`; a script without noisy libraries has none.
     """
     without_log = set(
-        "collect_python_sources megatron_gpt_early_exit_serve plot_tuning preprocess_chat preprocess_text".split()
+        "collect_debian_texts collect_python_sources megatron_gpt_early_exit_serve plot_tuning preprocess_chat "
+        "preprocess_text".split()
     )
     for stem in STEMS:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -143,7 +144,7 @@ def right(stem: str, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "config.json").touch()
     open_keys = [one.where for one in script_problems(model_of(stem), settings_of(stem)) if one.kind == "missing"]
     values: dict[str, Any] = {key: 1 if key == "layer" else str(tmp_path) for key in open_keys}
-    values |= {"output": str(tmp_path / "new.jsonl.gz")} if stem == "collect_python_sources" else {}
+    values |= {"output": str(tmp_path / "new.jsonl.gz")} if "collect" in stem else {}
     values |= {"output": str(tmp_path / "new.nemo")} if "convert" in stem else {}
     values |= {"output": str(tmp_path / "new")} if "export" in stem else {}
     values |= {"model.data.data_prefix": ["a"]} if "model.data.data_prefix" in values else {}
