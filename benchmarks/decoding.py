@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -29,14 +30,25 @@ import torch  # isort: skip  # after the path is set
 
 from benchmarks.decoding_inputs import REFERENCE, Texts, Workload, make_models, stages_over_full
 from benchmarks.exit_frontier import FRONTIER, draw, repeated_share
-from benchmarks.forced_decoding import PolicyChoice, agreement, force, mean_depth, perplexity
 from benchmarks.huggingface import agreement as same_tokens
 from benchmarks.huggingface import generate, measure
 from benchmarks.measure import median_of_ratios, provenance
-from benchmarks.touched_weights import CountingModel
+from nemo_ee.evaluation.forced_decoding import (
+    agreement,
+    excess_nats,
+    force,
+    mean_depth,
+    measured_costs,
+    perplexity,
+    policy_of,
+    threshold_search,
+    trace,
+)
+from nemo_ee.evaluation.touched_weights import CountingModel
 from nemo_ee.generation.cost_rule import COST_RULES
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.planning.threshold_search import ThresholdSearch
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 
 LIMITS = {"1pct": 0.01, "5pct": 0.05}
@@ -87,12 +99,17 @@ class Decoding:
     @cached_property
     def policies(self) -> dict[str, ExitPolicy]:
         """The fastest policy within each limit."""
-        return {name: self.choice.fastest(limit) for name, limit in LIMITS.items()}
+        return {name: self.fastest(name) for name in LIMITS}
+
+    def fastest(self, limit: str, most_active: int | None = None) -> ExitPolicy:
+        """The fastest policy within a limit, with at most so many exits."""
+        return policy_of(self.search.fastest(math.log1p(LIMITS[limit]), most_active))
 
     @cached_property
-    def choice(self) -> PolicyChoice:
+    def search(self) -> ThresholdSearch:
         """The policy search, on the windows of forced decoding, so that the limits hold on the measured text."""
-        return PolicyChoice(self.model, self.windows)
+        table = trace(self.model, self.windows)
+        return threshold_search(table, excess_nats(table), measured_costs(self.model))
 
     @cached_property
     def full(self) -> Any:
@@ -251,7 +268,7 @@ class Decoding:
         if nemo is None:
             raise ValueError("pp2_early_exit_over_full needs --nemo, the checkpoint that --export was made from")
         # Best with one exit, at the end of the first stage (docs/decoding.md); within 5 % like the others.
-        policy = self.choice.fastest(LIMITS["5pct"], most_active=1)
+        policy = self.fastest("5pct", most_active=1)
         numbers = policy.thresholds.values() if isinstance(policy.thresholds, dict) else [policy.thresholds]
         arguments = ["--thresholds", *map(str, numbers)]
         if policy.active:

@@ -3,7 +3,7 @@
 """Early exit inside vLLM against stock vLLM, exits as draft models, and our runtime beside them; one thread each.
 
     .venvs/vllm/bin/python benchmarks/engines.py export --json engines.json
-    .venv/bin/python benchmarks/engines.py export --gguf f16=f16/full.gguf q8=q8/full.gguf --json llamacpp.json
+    .venv/bin/python benchmarks/engines.py export16 --gguf f16=f16/full.gguf q8=q8/full.gguf --json llamacpp.json
 
 Every side is a process of its own with its model loaded. The sides decode the same prompts in turns; a ratio is the
 median over the rounds. Greedy, fp32, held-out text; times include the prompts. The policy is one threshold from a
@@ -16,9 +16,11 @@ the rule row by row over the batch, with every exit.
     vllm_draft_over_stock_b1        the best exit as draft model; beside it what the break-even rule predicts
     runtime_over_vllm_b*            nemo_ee.runtime at full depth over stock vLLM
 
-With --gguf only llama-server runs beside the runtime, on GGUF files of the same model (export_gguf.py), batch 1:
+With --gguf only llama-server runs beside the runtime, on GGUF files of the same model (export_gguf.py), batch 1. The
+export must be stored in fp16 (`dtype=float16`): on the CPU the runtime keeps such weights so, with fp32 sums.
 
-    runtime_over_llamacpp_<name>    nemo_ee.runtime in fp16 at full depth over llama.cpp on that file
+    runtime_over_llamacpp_<name>    nemo_ee.runtime at full depth over llama.cpp on that file; `bound` = bytes of the
+                                    file over those of the export's weights: each token reads all of them
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ def _runtime_side(settings: dict[str, Any]) -> Any:
     from nemo_ee.generation.engine import EarlyExitEngine
     from nemo_ee.runtime.loader import load_model
 
-    engine = EarlyExitEngine(load_model(settings["model"], dtype=settings.get("dtype", "float32")))
+    engine = EarlyExitEngine(load_model(settings["model"], dtype="float32"))
 
     def decode(prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, Any]]:
         result = engine.generate(prompts, max_new_tokens=NEW_TOKENS, mode="full")
@@ -280,15 +282,15 @@ def drafts(export: Path, prompts: Sequence[Sequence[int]], rounds: int, draft_to
 
 
 def llamacpp(export: Path, files: dict[str, str], prompts: Sequence[Sequence[int]], rounds: int) -> dict[str, Any]:
-    """The runtime in fp16 over llama.cpp, for each file."""
-    sides = {"runtime": Side("runtime", model=str(export / "hf_full"), dtype="float16")}
+    """The runtime over llama.cpp, for each file."""
+    weights = sum(file.stat().st_size for file in (export / "hf_full").glob("*.safetensors"))
+    sides = {"runtime": Side("runtime", model=str(export / "hf_full"))}
     sides |= {name: Side("llamacpp", model=file) for name, file in files.items()}
     found = compare({name: (side, prompts[:1]) for name, side in sides.items()}, rounds)
     for side in sides.values():
         side.close()
-    values: dict[str, Any] = {
-        f"runtime_over_llamacpp_{name}": speed(found["runtime"], found[name]) for name in files
-    }
+    values: dict[str, Any] = {f"runtime_over_llamacpp_{name}": speed(found["runtime"], found[name]) for name in files}
+    values["bound"] = {name: Path(file).stat().st_size / weights for name, file in files.items()}
     values["same_tokens"] = {name: same(found[name], found["runtime"]) for name in files}
     values["tokens_per_second"] = {name: NEW_TOKENS / median(one["seconds"]) for name, one in found.items()}
     return {**values, "timings": {name: found[name]["timings"] for name in files}}
@@ -338,12 +340,12 @@ def main() -> None:
 
     texts = read_prompts(load_tokenizer(options.export / "hf_full"), 2 * max(BATCHES), CONTEXT + SCORED)
     others, prompts = texts[: max(BATCHES)], [text[:CONTEXT] for text in texts[max(BATCHES) :]]
-    names = options.exits or [one.name for one in read_exported_model(options.export / "hf_early_exit").exits]
     values: dict[str, Any] = {"machine": provenance(), "versions": versions()}
     if options.gguf:
         files = dict(one.split("=", 1) for one in options.gguf)
         values |= llamacpp(options.export, files, prompts, options.rounds)
     elif options.only != "drafts":
+        names = options.exits or [one.name for one in read_exported_model(options.export / "hf_early_exit").exits]
         values |= early_exit(options.export, prompts, others, names, options.rounds)
     if not options.gguf and options.only != "early_exit":
         values |= drafts(options.export, prompts, options.rounds, options.draft_tokens)

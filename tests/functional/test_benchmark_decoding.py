@@ -30,10 +30,21 @@ from tests.helpers.megatron_models import (
 import torch  # isort: skip  # after the CPU host is on
 
 from benchmarks.exit_frontier import FRONTIER, repeated_share
-from benchmarks.forced_decoding import THRESHOLDS, PolicyChoice, agreement, force, mean_depth, perplexity
-from benchmarks.touched_weights import CountingModel
+from nemo_ee.evaluation.forced_decoding import (
+    agreement,
+    excess_nats,
+    force,
+    mean_depth,
+    measured_costs,
+    perplexity,
+    policy_of,
+    threshold_search,
+    trace,
+)
+from nemo_ee.evaluation.touched_weights import CountingModel
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
+from nemo_ee.planning.threshold_search import THRESHOLDS, ThresholdSearch
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 
 EXITS = [exit_entry(6, "norm"), exit_entry(9, "mlp")]
@@ -103,9 +114,18 @@ def test_weights_of_a_token_that_leaves_are_those_above_its_exit(model: Counting
     assert ours.touched == 2 * full + 4 * (above + output)
 
 
+def search_on(model: CountingModel, window: list[int]) -> ThresholdSearch:
+    table = trace(model, [window])
+    return threshold_search(table, excess_nats(table), measured_costs(model))
+
+
 def test_a_policy_keeps_its_limit_and_a_greater_one_is_no_slower(model: CountingModel, window: list[int]) -> None:
-    choice, full = PolicyChoice(model, [window]), [force(model, window, None)]
-    found = {limit: [force(model, window, choice.fastest(limit))] for limit in (0.0, 0.5, 100.0)}
+    search, full = search_on(model, window), [force(model, window, None)]
+    choices = {limit: search.fastest(math.log1p(limit)) for limit in (0.0, 0.5, 100.0)}
+    found = {limit: [force(model, window, policy_of(choice))] for limit, choice in choices.items()}
+    for limit, choice in choices.items():  # the first token, the final exit's, is in the perplexity alone
+        lost = math.log(perplexity(found[limit]) / perplexity(full)) * (len(window) - 1) / (len(window) - 2)
+        assert choice.lost == pytest.approx(lost, rel=1e-3, abs=1e-4)
     for limit, own in found.items():
         assert perplexity(own) <= (1 + limit) * perplexity(full) * (1 + 1e-4)
     assert found[100.0][0].touched < full[0].touched
@@ -114,7 +134,7 @@ def test_a_policy_keeps_its_limit_and_a_greater_one_is_no_slower(model: Counting
 
 def test_the_policy_of_one_exit_is_the_best_of_all(model: CountingModel, window: list[int]) -> None:
     """Against every exit and threshold tried one by one; two exits are no slower."""
-    choice = PolicyChoice(model, [window])
+    choice = search_on(model, window)
     size = len(choice.names)
     trials = [
         (*(1.0,) * own, number, *(1.0,) * (size - own - 1)) for own in range(size) for number in (*THRESHOLDS, 1.0)
@@ -124,8 +144,7 @@ def test_the_policy_of_one_exit_is_the_best_of_all(model: CountingModel, window:
         best = min(seconds for excess, seconds in outcomes if excess <= math.log1p(limit))
         found = []
         for count in (1, 2):
-            thresholds = choice.fastest(limit, count).thresholds
-            by_name = thresholds if isinstance(thresholds, dict) else {}
+            by_name = choice.fastest(math.log1p(limit), count).thresholds
             found.append(choice._outcome([by_name.get(name, 1.0) for name in choice.names])[1])
         assert found[0] == pytest.approx(best, rel=1e-6) and found[1] <= best * (1 + 1e-6)
 
