@@ -260,11 +260,14 @@ def early_exit(
     return {**values, "vllm_off_over_stock": values["vllm_off_over_stock_b1"]}
 
 
-def drafts(export: Path, prompts: Sequence[Sequence[int]], rounds: int, draft_tokens: int) -> dict[str, Any]:
-    """Every exit as draft model over stock vLLM with the break-even rule's prediction, and the best one in batches."""
+def drafts(
+    export: Path, names: Sequence[str], prompts: Sequence[Sequence[int]], rounds: int, draft_tokens: int
+) -> dict[str, Any]:
+    """These exits as draft models over stock vLLM with the break-even rule's prediction, and the best one in
+    batches."""
     values: dict[str, Any] = {}
     full = str(export / "hf_full")
-    for folder in sorted(export.glob("hf_exit_*")):
+    for folder in (export / f"hf_exit_{name}" for name in names):
         values[folder.name] = one = _draft(full, folder, prompts, rounds, draft_tokens)
         print(folder.name, json.dumps(one), flush=True)
     best = max(values, key=lambda name: values[name]["over_stock_b1"])
@@ -325,6 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", type=Path, nargs="?", help="an export with hf_full, hf_exit_* and hf_early_exit")
     parser.add_argument("--exits", nargs="+", help="exits to evaluate; default: all")
+    parser.add_argument("--drafts", nargs="+", help="exits to use as draft models; default: all, minutes for each")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--draft-tokens", type=int, default=3)
     parser.add_argument("--gguf", nargs="+", metavar="NAME=FILE", help="llama.cpp on these files instead of vLLM")
@@ -344,11 +348,12 @@ def main() -> None:
     if options.gguf:
         files = dict(one.split("=", 1) for one in options.gguf)
         values |= llamacpp(options.export, files, prompts, options.rounds)
-    elif options.only != "drafts":
-        names = options.exits or [one.name for one in read_exported_model(options.export / "hf_early_exit").exits]
-        values |= early_exit(options.export, prompts, others, names, options.rounds)
-    if not options.gguf and options.only != "early_exit":
-        values |= drafts(options.export, prompts, options.rounds, options.draft_tokens)
+    else:
+        exits = [one.name for one in read_exported_model(options.export / "hf_early_exit").exits]
+        if options.only != "drafts":
+            values |= early_exit(options.export, prompts, others, options.exits or exits, options.rounds)
+        if options.only != "early_exit":
+            values |= drafts(options.export, options.drafts or exits, prompts, options.rounds, options.draft_tokens)
     print(json.dumps(values, indent=2))
     if options.json:
         options.json.write_text(json.dumps(values, indent=2) + "\n")
