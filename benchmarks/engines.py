@@ -6,9 +6,9 @@
     .venv/bin/python benchmarks/engines.py export16 --gguf f16=f16/full.gguf q8=q8/full.gguf --json llamacpp.json
 
 Every side is a process of its own with its model loaded. The sides decode the same prompts in turns; a ratio is the
-median over the rounds. Greedy, fp32, held-out text; times include the prompts. The policy is one threshold from a
-list: the lowest whose tokens agree with the full model's on at least 95 % of the positions of other held-out text, by
-the rule row by row over the batch, with every exit.
+median over the rounds. Greedy, fp32, held-out text; times include the prompts. The policy is the fastest whose tokens
+agree with the full model's at 95 % of the positions of the model's own answers to other prompts, by the plugin's rule
+over the batch (`best_policy`).
 
     vllm_early_exit_over_stock_b*   tokens/s, plugin over stock; `bound` = layers over the layers of the policy, as if
                                     heads, skipped layers and the engine cost nothing
@@ -42,10 +42,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from benchmarks.huggingface import read_prompts  # noqa: E402
 from benchmarks.measure import interleaved, median_of_ratios, provenance  # noqa: E402
+from nemo_ee.evaluation.forced_decoding import measured_costs, policy_of, threshold_search  # noqa: E402
+from nemo_ee.generation.engine import EarlyExitEngine  # noqa: E402
+from nemo_ee.generation.exit_trace import TracePass  # noqa: E402
+from nemo_ee.generation.policy import ExitPolicy  # noqa: E402
+from nemo_ee.runtime.exported_model import read_exported_model  # noqa: E402
+from nemo_ee.runtime.loader import load_model, load_tokenizer  # noqa: E402
+from nemo_ee.runtime.propagation import PropagatingBatch  # noqa: E402
 
-AGREEMENT, THRESHOLDS = 0.95, (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
+AGREEMENT = 0.95
+SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)  # of the tokens that may be others; see best_policy
 CONTEXT, SCORED, NEW_TOKENS, BATCHES = 64, 64, 128, (1, 4, 16)
 WARM_UP = 2  # rounds; the plugin measures in its first steps
 
@@ -90,8 +100,6 @@ class Side:
 
 def serve_side(settings: dict[str, Any]) -> None:
     """The process of a side."""
-    import torch
-
     torch.set_num_threads(1)
     with ExitStack() as stack:
         kinds = {"vllm": _vllm_side, "runtime": _runtime_side, "llamacpp": partial(_llamacpp_side, stack=stack)}
@@ -137,9 +145,6 @@ def _vllm_side(settings: dict[str, Any]) -> Any:
 
 
 def _runtime_side(settings: dict[str, Any]) -> Any:
-    from nemo_ee.generation.engine import EarlyExitEngine
-    from nemo_ee.runtime.loader import load_model
-
     engine = EarlyExitEngine(load_model(settings["model"], dtype="float32"))
 
     def decode(prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, Any]]:
@@ -162,26 +167,19 @@ def _llamacpp_side(settings: dict[str, Any], stack: ExitStack) -> Any:
     return decode
 
 
-def agreement(model: Any, texts: Sequence[Sequence[int]], threshold: float, active: Sequence[str]) -> dict[str, float]:
-    """Share of given positions at which the exits' most probable token is the full model's, and the mean share of the
-    half layers that run, for all texts as one batch."""
-    from nemo_ee.generation.policy import ExitPolicy
-    from nemo_ee.runtime.propagation import PropagatingBatch
-
-    policy = ExitPolicy(threshold, active=tuple(active))
+def agreement(model: Any, texts: Sequence[Sequence[int]], policy: ExitPolicy) -> dict[str, float]:
+    """Share of the model's own tokens that the exits would choose too, and the mean share of the half layers that run,
+    for all texts as one batch. `texts`: prompts of CONTEXT tokens with the model's greedy answers."""
     evaluated = policy.evaluated_exits(model.exits)
     stops = {exit.point.name: exit.point.stop for exit in evaluated} | {None: 2 * model.num_layers}
-    batches = [
-        PropagatingBatch(model, [own] * len(texts), policy.criterion, len(texts[0]), row_by_row=True)
-        for own in (evaluated, ())
-    ]
+    batch = PropagatingBatch(model, [evaluated] * len(texts), policy.criterion, len(texts[0]), row_by_row=True)
     agreed = halves = 0
-    for batch in batches:
-        batch.run({row: (0, text[:CONTEXT]) for row, text in enumerate(texts)}, evaluating=False)
+    batch.run({row: (0, text[:CONTEXT]) for row, text in enumerate(texts)}, evaluating=False)
     for position in range(CONTEXT, CONTEXT + SCORED):
-        step = {row: (position, [text[position]]) for row, text in enumerate(texts)}
-        (exits, ours), (_, full) = (batch.run(step, evaluating=True) for batch in batches)
-        agreed += int((ours.argmax(-1) == full.argmax(-1)).sum())
+        exits, logits = batch.run(
+            {row: (position, [text[position]]) for row, text in enumerate(texts)}, evaluating=True
+        )
+        agreed += sum(a == text[position + 1] for a, text in zip(logits.argmax(-1).tolist(), texts, strict=True))
         halves += max(stops[exit] for exit in exits)
     return {"agreement": agreed / SCORED / len(texts), "depth": halves / SCORED / (2 * model.num_layers)}
 
@@ -209,21 +207,27 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def best_policy(folder: Path, texts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[int, dict[str, float]]:
-    """For each batch size the lowest threshold with the agreement that is wanted, and what it gives."""
-    from nemo_ee.runtime.loader import load_model
+def best_policy(folder: Path, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """For each batch size the fastest policy with the agreement that is wanted, and what it gives.
 
+    The thresholds are those that would be fastest if each row had its own depth and cache, for smaller and smaller
+    shares of other tokens, until the agreement in a batch is enough.
+    """
     model, chosen = load_model(folder, dtype="float32"), {}
+    answers = EarlyExitEngine(model).generate(prompts, max_new_tokens=SCORED + 1, mode="full").tokens
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    table = TracePass(model, names, "max_probability").run(texts, [CONTEXT] * len(texts))
+    differs = torch.cat([~table.agrees, torch.zeros_like(table.valid)[..., None]], dim=2)
+    search = threshold_search(table, differs, measured_costs(model))
     for size in BATCHES:
-        for threshold in THRESHOLDS:
+        for share in SHARES:
+            policy = policy_of(search.fastest(share * (1 - AGREEMENT)))
             groups = [texts[first : first + size] for first in range(0, len(texts), size)]
-            measured = [agreement(model, group, threshold, names) for group in groups]
+            measured = [agreement(model, group, policy) for group in groups]
             values = {key: fmean(one[key] for one in measured) for key in measured[0]}
             if values["agreement"] >= AGREEMENT:
-                chosen[size] = {"threshold": threshold, **values, "bound": 1 / values["depth"]}
                 break
-        if size not in chosen:
-            raise SystemExit(f"no threshold of {THRESHOLDS} keeps {AGREEMENT} agreement at batch {size}")
+        chosen[size] = {"thresholds": policy.thresholds, **values, "bound": 1 / values["depth"]}
         print(f"batch {size}: {chosen[size]}", flush=True)
     return chosen
 
@@ -241,7 +245,7 @@ def early_exit(
     }
     values: dict[str, Any] = {"policies": policies}
     for size, policy in policies.items():
-        settings = {"thresholds": policy["threshold"], "active": list(names)}
+        settings = {"thresholds": policy["thresholds"] or None, "active": list(names)}
         sides["exits"] = Side("vllm", model=directory, early_exit=settings)
         found = compare({name: (side, prompts[:size]) for name, side in sides.items()}, rounds)
         sides.pop("exits").close()
@@ -339,11 +343,8 @@ def main() -> None:
     if options.side:
         serve_side(options.side)
         return
-    from nemo_ee.runtime.exported_model import read_exported_model
-    from nemo_ee.runtime.loader import load_tokenizer
-
-    texts = read_prompts(load_tokenizer(options.export / "hf_full"), 2 * max(BATCHES), CONTEXT + SCORED)
-    others, prompts = texts[: max(BATCHES)], [text[:CONTEXT] for text in texts[max(BATCHES) :]]
+    texts = read_prompts(load_tokenizer(options.export / "hf_full"), 2 * max(BATCHES), CONTEXT)
+    others, prompts = texts[: max(BATCHES)], texts[max(BATCHES) :]
     values: dict[str, Any] = {"machine": provenance(), "versions": versions()}
     if options.gguf:
         files = dict(one.split("=", 1) for one in options.gguf)
