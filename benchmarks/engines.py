@@ -245,7 +245,7 @@ def early_exit(
     }
     values: dict[str, Any] = {"policies": policies}
     for size, policy in policies.items():
-        settings = {"thresholds": policy["thresholds"] or None, "active": list(names)}
+        settings = {"thresholds": policy["thresholds"]} if policy["thresholds"] else {"active": list(names)}
         sides["exits"] = Side("vllm", model=directory, early_exit=settings)
         found = compare({name: (side, prompts[:size]) for name, side in sides.items()}, rounds)
         sides.pop("exits").close()
