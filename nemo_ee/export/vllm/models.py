@@ -18,6 +18,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from nemo_ee.export.vllm.compiled import WARM_UP_ROWS
 from nemo_ee.export.vllm.counts import ExitCounts
 from nemo_ee.export.vllm.exit_heads import ExitHeads
 from nemo_ee.export.vllm.faster_exits import FasterExits, Measured
@@ -45,6 +46,7 @@ class _WithExits:
         self.counts = ExitCounts(names, "" if record is None else record.counts_file, rank)
         stops = [exit.point.stop for exit in self.served.exits]
         self.choice = FasterExits(stops, 2 * len(self.model.layers), _of_first_rank)
+        self._config = vllm_config
         self._step: DecodingStep | None = None
         self._running: _Running | None = None
 
@@ -69,8 +71,11 @@ class _WithExits:
         loaded = super().load_weights(backbone())
         loaded |= {EXIT_HEADS + name for name in self.exit_heads.load_weights(heads)}
         if self.served.exits:
-            skipped = SkippedLayers(self.model.layers, (self.served.exits[0].point.stop + 1) // 2)
-            self._step = DecodingStep(self, self.exit_heads, self.served.exits, skipped, self.served.criterion)
+            first = (self.served.exits[0].point.stop + 1) // 2
+            skipped = SkippedLayers(self.model.layers, first, self._config)
+            self._step = DecodingStep(
+                self, self.exit_heads, self.served.exits, skipped, self.served.criterion, self._config
+            )
         return loaded
 
     def forward(
@@ -81,6 +86,9 @@ class _WithExits:
         self._running, rows = None, positions.shape[0]
         thresholds = self.requests.thresholds()
         is_dummy = get_forward_context().attn_metadata is None
+        if is_dummy and self._step is not None and not self._step.is_warm and rows >= WARM_UP_ROWS:
+            hidden = self.embed_input_ids(input_ids[:WARM_UP_ROWS])
+            self._step.warm_up(hidden, positions[:WARM_UP_ROWS])
         if thresholds is None or thresholds.shape[1] != rows or is_dummy:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         evaluated, timed = self.choice.next(rows) if self.served.only_if_faster else (self._all, False)

@@ -10,10 +10,18 @@ gives the keys and values of all skipped layers, and one call rotates all keys. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
+
+from nemo_ee.export.vllm.compiled import compiled
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 class SkippedLayers(nn.Module):
@@ -22,6 +30,7 @@ class SkippedLayers(nn.Module):
     Args:
         layers: vLLM's decoder layers; their weights are loaded, and not yet packed for the device.
         first: index of the first layer that a step may skip.
+        config: vLLM's.
 
     The projections are a copy: `2 * key_value_heads * head_dim * hidden_size` numbers for each of these layers.
 
@@ -29,8 +38,9 @@ class SkippedLayers(nn.Module):
         ValueError: the attention backend cannot write keys and values without attention.
     """
 
-    def __init__(self, layers: nn.ModuleList, first: int) -> None:
+    def __init__(self, layers: nn.ModuleList, first: int, config: VllmConfig) -> None:
         super().__init__()
+        self._config, self._projections = config, {}
         self.first, behind = first, list(layers)[first:]
         self.names = [layer.self_attn.attn.layer_name for layer in behind]
         if not behind:  # the only exits are on the last layer
@@ -67,20 +77,33 @@ class SkippedLayers(nn.Module):
             positions: `[rows]`.
             first: index of the first skipped layer.
         """
-        rows, begin = hidden.shape[0], first - self.first
-        layers = len(self.names) - begin
-        if not layers:
+        names = self.names[first - self.first :]
+        if not names:
             return
-        normed = _divided_by_rms(hidden, self.epsilon)
+        if first not in self._projections:
+            project = self._projection(first - self.first)
+            self._projections[first] = compiled(project, f"skipped_from_{first}", self._config)
+        keys, values = self._projections[first](hidden, positions)
+        for name, own_keys, own_values in zip(names, keys.unbind(1), values.unbind(1), strict=True):
+            unified_kv_cache_update(own_keys, own_values, name)
+
+    def _projection(self, begin: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        weight = self.weight[begin:].flatten(0, 1)
         bias = None if self.bias is None else self.bias[begin:].flatten()
-        both = functional.linear(normed, self.weight[begin:].flatten(0, 1), bias)
-        keys, values = both.view(rows, layers, 2, self.heads, self.head_dim).unbind(2)
-        if self.key_norm is not None:
-            keys = _divided_by_rms(keys, self.key_epsilon) * self.key_norm[begin:].unsqueeze(1)
-        keys, _ = self.rotary(positions, keys.reshape(rows, -1), None)
-        keys = keys.view(rows, layers, self.heads, self.head_dim)
-        for index, name in enumerate(self.names[begin:]):
-            unified_kv_cache_update(keys[:, index], values[:, index], name)
+        key_norm = None if self.key_norm is None else self.key_norm[begin:].unsqueeze(1)
+        layers = len(self.names) - begin
+
+        def run(hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            """Keys and values, both `[rows, layers, heads, head_dim]`."""
+            rows = hidden.shape[0]
+            both = functional.linear(_divided_by_rms(hidden, self.epsilon), weight, bias)
+            keys, values = both.view(rows, layers, 2, self.heads, self.head_dim).unbind(2)
+            if key_norm is not None:
+                keys = _divided_by_rms(keys, self.key_epsilon) * key_norm
+            keys, _ = self.rotary(positions, keys.reshape(rows, -1), None)
+            return keys.view(rows, layers, self.heads, self.head_dim), values
+
+        return run
 
 
 def _divided_by_rms(x: Tensor, epsilon: float) -> Tensor:

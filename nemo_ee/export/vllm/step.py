@@ -8,6 +8,7 @@ layers. The layers after that are skipped for all rows. `nemo_ee.runtime.propaga
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence, leaves
+from nemo_ee.exits.criteria import NEVER_LEAVES
+from nemo_ee.export.vllm.compiled import compiled
 from nemo_ee.export.vllm.faster_exits import Measured
 from nemo_ee.export.vllm.skipped_layers import SkippedLayers
 from nemo_ee.runtime.exported_model import ExitEntry
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from nemo_ee.export.vllm.exit_heads import ExitHeads
 
 
@@ -33,13 +38,38 @@ class DecodingStep:
         exits: the exits, in the order of their taps.
         skipped: the projections of the layers behind the first exit.
         criterion: criterion of the confidence.
+        config: vLLM's.
     """
 
     def __init__(
-        self, model: Any, heads: ExitHeads, exits: Sequence[ExitEntry], skipped: SkippedLayers, criterion: str
+        self,
+        model: Any,
+        heads: ExitHeads,
+        exits: Sequence[ExitEntry],
+        skipped: SkippedLayers,
+        criterion: str,
+        config: VllmConfig,
     ) -> None:
-        self.model, self.heads, self.skipped, self.criterion = model, heads, skipped, criterion
-        self.exits = tuple(exits)
+        self.model, self.skipped, self.criterion, self.exits = model, skipped, criterion, tuple(exits)
+        self.end = 2 * len(model.model.layers)
+        taps = sorted({0, *(exit.point.stop for exit in self.exits), self.end})
+        self._segments = {
+            begin: (end, compiled(_segment(model.model.layers, begin, end), f"half_layers_{begin}_{end}", config))
+            for begin, end in itertools.pairwise(taps)
+        }
+        self._heads = [
+            compiled(_decision(model, heads[exit.name], criterion), f"exit_{index}", config)
+            for index, exit in enumerate(self.exits)
+        ]
+        self.is_warm = False
+
+    def warm_up(self, hidden: Tensor, positions: Tensor) -> None:
+        """Run every part once, in a dummy run of vLLM, so that no request waits for the compiler."""
+        self.is_warm = True
+        never = torch.full((len(self.exits), len(hidden)), NEVER_LEAVES[self.criterion], device=hidden.device)
+        self.run(hidden, positions, never, range(len(self.exits)), Clock())
+        for exit in self.exits:
+            self.skipped.write(hidden, positions, (exit.point.stop + 1) // 2)
 
     def run(
         self, hidden: Tensor, positions: Tensor, thresholds: Tensor, evaluated: Sequence[int], clock: Clock
@@ -53,7 +83,7 @@ class DecodingStep:
             evaluated: indices of the exits to evaluate, ascending.
             clock: takes the times of the parts.
         """
-        end = 2 * len(self.model.model.layers)
+        end = self.end
         read_at = [len(self.exits)] * len(hidden)
         remaining, rows, logits = list(range(len(hidden))), slice(None), None
         state, residual, half = hidden, None, 0
@@ -62,8 +92,7 @@ class DecodingStep:
             state, residual = self._run_layers(state, residual, positions, half, exit.point.stop)
             half, at_tap = exit.point.stop, state + residual
             clock.layers(half)
-            own = self._exit_logits(exit, at_tap[rows])
-            confident = leaves(confidence(own, self.criterion), thresholds[index, rows], self.criterion)
+            own, confident = self._heads[index](at_tap[rows], thresholds[index, rows])
             leaving = confident.tolist()
             clock.head(index)
             logits = self._placed(logits, own, rows, leaving, len(hidden))
@@ -98,7 +127,16 @@ class DecodingStep:
         self, state: Tensor, residual: Tensor | None, positions: Tensor, begin: int, end: int
     ) -> tuple[Tensor, Tensor]:
         """Half layers `begin` to `end`; the hidden state is `state + residual`, as in vLLM's layers."""
-        layers = self.model.model.layers
+        while begin < end:
+            begin, segment = self._segments[begin]
+            state, residual = segment(positions, state, residual)
+        return state, residual
+
+
+def _segment(layers: Any, begin: int, end: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Half layers `begin` to `end`."""
+
+    def run(positions: Tensor, state: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         half = begin
         while half < end:
             layer = layers[half // 2]
@@ -118,9 +156,17 @@ class DecodingStep:
             half += 1
         return state, residual
 
-    def _exit_logits(self, exit: ExitEntry, hidden: Tensor) -> Tensor:
-        head = self.heads[exit.name]
-        return self.model.logits_processor(head.unembed if exit.own_output else self.model.lm_head, head(hidden))
+    return run
+
+
+def _decision(model: Any, head: Any, criterion: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From the hidden state at an exit's tap and the rows' thresholds to its logits, and whether each row leaves."""
+
+    def run(hidden: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.logits_processor(head.unembed if hasattr(head, "unembed") else model.lm_head, head(hidden))
+        return logits, leaves(confidence(logits, criterion), thresholds, criterion)
+
+    return run
 
 
 class Clock:

@@ -23,11 +23,18 @@ NEW_TOKENS = [19, 24, 14, 30]
 NAMES = ("layer1-mlp", "layer1-norm-shared", "layer2-embedding", "layer3-mlp-shared")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Families whose tests run with vLLM's compiler too, which takes a minute or two for each.
+COMPILED = ("qwen3",)
+KINDS = [*((name, True) for name in FAMILIES), *((name, False) for name in COMPILED)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[0] + ("" if kind[1] else "-compiled"))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Any]]:
-    folder = tmp_path_factory.mktemp(request.param)
-    stock = save_model(folder, request.param)
-    with served(folder, {"only_if_faster": False}) as llm:
+    name, eager = request.param
+    folder = tmp_path_factory.mktemp(name)
+    stock = save_model(folder, name)
+    with served(folder, {"only_if_faster": False}, enforce_eager=eager) as llm:
+        assert model_of(llm)._step.is_warm or eager, "every part is compiled before the first request"
         yield llm, folder, stock
 
 

@@ -25,7 +25,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         load_model(tmp_path), PROMPTS, max_new_tokens=[20] * 3, policy=ExitPolicy(thresholds), row_by_row=True
     )
     assert len({exit for own in expected.exits for exit in own}) >= 3, "control: several exits are used"
-    with served(tmp_path, {"thresholds": thresholds, "only_if_faster": False}, tensor_parallel_size=2) as llm:
+    settings = {"thresholds": thresholds, "only_if_faster": False}
+    with served(tmp_path, settings, tensor_parallel_size=2, enforce_eager=False) as llm:
         assert generate(llm, PROMPTS, [20] * 3, [None] * 3) == [list(own) for own in expected.tokens]
     with served(tmp_path, {"thresholds": thresholds}, tensor_parallel_size=2) as llm:
         assert [len(own) for own in generate(llm, PROMPTS, [100] * 3, [None] * 3)] == [100] * 3
