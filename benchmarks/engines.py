@@ -13,14 +13,15 @@ over the batch (`best_policy`).
     vllm_early_exit_over_stock_b*   tokens/s, plugin over stock; `bound` = layers over the layers of the policy, as if
                                     heads, skipped layers and the engine cost nothing
     vllm_off_over_stock             plugin loaded, no thresholds, batch 1; `_b*` for the others
-    vllm_draft_over_stock_b1        the best exit as draft model; beside it what the break-even rule predicts
+    vllm_draft_over_stock_b1        the best exit as draft model; `decoding_over_stock_b1` of `drafts`: without the
+                                    prompts; beside it what the break-even rule predicts of that
     runtime_over_vllm_b*            nemo_ee.runtime at full depth over stock vLLM
 
 With --gguf only llama-server runs beside the runtime, on GGUF files of the same model (export_gguf.py), batch 1. The
 export must be stored in fp16 (`dtype=float16`): on the CPU the runtime keeps such weights so, with fp32 sums.
 
     runtime_over_llamacpp_<name>    nemo_ee.runtime at full depth over llama.cpp on that file; `bound` = bytes of the
-                                    file over those of the export's weights: each token reads all of them
+                                    file over those of the export's weights
 """
 
 from __future__ import annotations
@@ -136,8 +137,10 @@ def _vllm_side(settings: dict[str, Any]) -> Any:
             one.name: getattr(one, "values", None) or getattr(one, "value", None) for one in llm.get_metrics()
         }
         kept = {name: value for name, value in per_position.items() if "spec_decode" in name}
+        first, last = (max(getattr(own.metrics, f"{one}_token_ts") for own in outputs) for one in ("first", "last"))
         return [list(output.outputs[0].token_ids) for output in outputs], {
             "metrics": kept,
+            "decoding_seconds": last - first,
             "rows_by_exit": counts and counts.by_exit(0),
         }
 
@@ -185,15 +188,18 @@ def agreement(model: Any, texts: Sequence[Sequence[int]], policy: ExitPolicy) ->
 
 
 def compare(calls: dict[str, tuple[Side, Sequence[Sequence[int]]]], rounds: int) -> dict[str, dict[str, Any]]:
-    """What each side returned last for its prompts, with its seconds in every round; the calls in turns."""
+    """What each side returned last for its prompts, with its seconds in every round, and those after the first token
+    (`decoding`); the calls in turns."""
     results: dict[str, dict[str, Any]] = {}
+    decoding: dict[str, list[float]] = {name: [] for name in calls}
 
     def decode(name: str) -> None:
         side, prompts = calls[name]
         results[name] = side.decode(prompts)
+        decoding[name].append(results[name].get("decoding_seconds", 0.0))
 
     times = interleaved({name: partial(decode, name) for name in calls}, rounds=rounds, warmup=WARM_UP)
-    return {name: {**results[name], "seconds": times[name]} for name in calls}
+    return {name: {**results[name], "seconds": times[name], "decoding": decoding[name][WARM_UP:]} for name in calls}
 
 
 def speed(over: dict[str, Any], under: dict[str, Any]) -> float:
@@ -227,7 +233,10 @@ def best_policy(folder: Path, prompts: Sequence[Sequence[int]], names: Sequence[
             values = {key: fmean(one[key] for one in measured) for key in measured[0]}
             if values["agreement"] >= AGREEMENT:
                 break
-        chosen[size] = {"thresholds": policy.thresholds, **values, "bound": 1 / values["depth"]}
+        else:
+            policy, values = policy_of(search.at({})), {"agreement": 1.0, "depth": 1.0}
+        thresholds = policy.thresholds if policy.active else {}
+        chosen[size] = {"thresholds": thresholds, **values, "bound": 1 / values["depth"]}
         print(f"batch {size}: {chosen[size]}", flush=True)
     return chosen
 
@@ -252,6 +261,7 @@ def early_exit(
         own = {
             "vllm_early_exit_over_stock": speed(found["exits"], found["stock"]),
             "vllm_off_over_stock": speed(found["off"], found["stock"]),
+            "vllm_early_exit_over_off": speed(found["exits"], found["off"]),
             "runtime_over_vllm": speed(found["runtime"], found["stock"]),
             "same_tokens": {name: same(found[name], found["stock"]) for name in ("exits", "off", "runtime")},
             "rows_by_exit": found["exits"]["rows_by_exit"],
@@ -289,7 +299,13 @@ def drafts(
 
 
 def llamacpp(export: Path, files: dict[str, str], prompts: Sequence[Sequence[int]], rounds: int) -> dict[str, Any]:
-    """The runtime over llama.cpp, for each file."""
+    """The runtime over llama.cpp, for each file.
+
+    Raises:
+        SystemExit: the export is not stored in fp16.
+    """
+    if read_exported_model(export / "hf_full").dtype != "float16":
+        raise SystemExit(f"{export}: not stored in fp16; export it with dtype=float16")
     weights = sum(file.stat().st_size for file in (export / "hf_full").glob("*.safetensors"))
     sides = {"runtime": Side("runtime", model=str(export / "hf_full"))}
     sides |= {name: Side("llamacpp", model=file) for name, file in files.items()}
@@ -316,9 +332,10 @@ def _draft(
     metrics = found["both"]["metrics"]
     verified = metrics["vllm:spec_decode_num_drafts"]
     accepted = [count / verified for count in metrics["vllm:spec_decode_num_accepted_tokens_per_pos"]]
-    step, alone, wide = (median(found[name]["seconds"]) / NEW_TOKENS for name in ("stock", "draft", "wide"))
+    step, alone, wide = (median(found[name]["decoding"]) / (NEW_TOKENS - 1) for name in ("stock", "draft", "wide"))
     return {
         "over_stock_b1": speed(found["both"], found["stock"]),
+        "decoding_over_stock_b1": median_of_ratios(found["stock"]["decoding"], found["both"]["decoding"]),
         "predicted": (1 + sum(accepted)) * step / (draft_tokens * alone + wide),
         "accepted_at_position": accepted,
         "draft_step_over_full_step": alone / step,
@@ -343,9 +360,17 @@ def main() -> None:
     if options.side:
         serve_side(options.side)
         return
+    torch.set_num_threads(1)
     texts = read_prompts(load_tokenizer(options.export / "hf_full"), 2 * max(BATCHES), CONTEXT)
     others, prompts = texts[: max(BATCHES)], texts[max(BATCHES) :]
-    values: dict[str, Any] = {"machine": provenance(), "versions": versions()}
+    a = read_exported_model(options.export / "hf_full").architecture
+    values: dict[str, Any] = {
+        "machine": provenance(),
+        "versions": versions(),
+        "model": f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}",
+        "options": {key: vars(options)[key] for key in ("exits", "drafts", "rounds", "draft_tokens", "gguf")},
+        "lengths": {"prompt": CONTEXT, "new": NEW_TOKENS, "warm_up_rounds": WARM_UP},
+    }
     if options.gguf:
         files = dict(one.split("=", 1) for one in options.gguf)
         values |= llamacpp(options.export, files, prompts, options.rounds)

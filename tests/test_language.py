@@ -34,7 +34,7 @@ RETIRED = {
     r"courses?": "exit plan",
     r"(?<!gradient )descents?": "staged forward, forward pass",
     r"(?<!in[-_ ])flights?|flying": "forward pass, running",
-    r"(?:feeds?|fed|feeding)(?![-_]?forward)": "input, run",
+    r"(?<!\.)(?:feeds?|fed|feeding)(?![-_]?forward)": "input, run",  # `.feed` is a method of html.parser
     r"waiting[ _]tokens?|tokens? that waits?": "pending tokens",
     r"checks? of (?:the )?drafts?|drafts? (?:are |is )?checked|checks? drafts?": "verification, verify",
     r"heard|hears?": "get, receive",

@@ -114,11 +114,12 @@ def policy_of(choice: Choice) -> ExitPolicy:
 
 
 def measured_costs(model: Any) -> DecodingCosts:
-    """Seconds of the parts of a model in a short text, on one token."""
+    """Seconds of the parts of a model in a short text, on one token; both halves of a layer count the same."""
+    length = min(256, model.max_positions)
     names = tuple(point.name for point in model.exits)
-    cache, bottom, calls = model.new_cache(1, 256, names), 2 * model.num_layers, {}
+    cache, bottom, calls = model.new_cache(1, length, names), 2 * model.num_layers, {}
     for rows in (1, FILLED):
-        positions = TokenPositions.of({0: range(256 - rows, 256)})
+        positions = TokenPositions.of({0: range(length - rows, length)})
         hidden = model.embed(torch.ones(rows, dtype=torch.long), positions)
         calls[rows] = lambda hidden=hidden, positions=positions: model.run(hidden, positions, 0, bottom, cache)
         if rows == 1:
@@ -130,14 +131,19 @@ def measured_costs(model: Any) -> DecodingCosts:
     costs = dict.fromkeys(calls, math.inf)
     for _ in range(100):
         for name, call in calls.items():
-            start = time.process_time()
+            start = now()
             call()
-            costs[name] = min(costs[name], time.process_time() - start)
+            costs[name] = min(costs[name], now() - start)
     one, several = costs.pop(1) / bottom, costs.pop(FILLED) / bottom
-    return DecodingCosts(one, (several - one) / (FILLED - 1), costs)
+    return DecodingCosts(one, one, max(0.0, several - one) / (FILLED - 1), costs)
 
 
 def touched_costs(model: RuntimeModel) -> DecodingCosts:
     """The weights that the parts read: no time of an engine can be less than theirs (`touched_weights`)."""
     a = model.architecture
-    return DecodingCosts((a.attention_size + a.mlp_size) / 2, 0.0, head_weights(model.config))
+    return DecodingCosts(a.attention_size, a.mlp_size, 0.0, head_weights(model.config))
+
+
+def now() -> float:
+    """Seconds of a clock: CPU time, which other processes disturb less, as long as one thread does the work."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()

@@ -21,6 +21,8 @@ from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
 from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 
+_TENSORS = ("valid", "confidences", "agrees", "own_tokens", "logprobs")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitTrace:
@@ -33,6 +35,7 @@ class ExitTrace:
         valid: `[n, t]`, bool, whether the continuation has such a token.
         confidences: `[n, t, e]`, fp32.
         agrees: `[n, t, e]`, bool, whether the exit's own next token equals the continuation's.
+        own_tokens: `[n, t, e + 1]`, int32, the next token that each exit would choose, the final exit last.
         logprobs: `[n, t, e + 1]`, fp32, ln p of the continuation's token at each exit, the final exit last.
     """
 
@@ -42,6 +45,7 @@ class ExitTrace:
     valid: Tensor
     confidences: Tensor
     agrees: Tensor
+    own_tokens: Tensor
     logprobs: Tensor
 
     @staticmethod
@@ -49,14 +53,12 @@ class ExitTrace:
         """Join the continuations of several traces of the same exits."""
         first, longest = traces[0], max(trace.valid.shape[1] for trace in traces)
         assert all((own.exits, own.criterion) == (first.exits, first.criterion) for own in traces)
-        names = ("valid", "confidences", "agrees", "logprobs")
-        joined = {name: torch.cat([_padded(getattr(own, name), longest) for own in traces]) for name in names}
+        joined = {name: torch.cat([_padded(getattr(own, name), longest) for own in traces]) for name in _TENSORS}
         return dataclasses.replace(first, **joined)
 
     def select(self, rows: Sequence[int]) -> ExitTrace:
         """These continuations alone."""
-        names = ("valid", "confidences", "agrees", "logprobs")
-        return dataclasses.replace(self, **{name: getattr(self, name)[list(rows)] for name in names})
+        return dataclasses.replace(self, **{name: getattr(self, name)[list(rows)] for name in _TENSORS})
 
     def choices(self, thresholds: Sequence[float], max_pending_tokens: int | None = None) -> LongTensor:
         """The exit at which each token would be read: `[n, t]`, its index, e = the final exit.
@@ -165,6 +167,7 @@ class TracePass:
             valid=torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None],
             confidences=torch.zeros(*shape, len(self.exits)),
             agrees=torch.zeros(*shape, len(self.exits), dtype=torch.bool),
+            own_tokens=torch.zeros(*shape, len(self.exits) + 1, dtype=torch.int32),
             logprobs=torch.zeros(*shape, len(self.exits) + 1),
         )
         for stop in text.run_to({*(point.stop for point in self.exits), 2 * self.model.num_layers}):
@@ -186,9 +189,11 @@ class TracePass:
             cells = [batch.cells[row] for row in rows]
             where = tuple(torch.tensor(cells).T)
             trace.logprobs[(*where, index)] = logprobs.float().cpu()
+            own_tokens = batch.own_tokens(logits, cells)
+            trace.own_tokens[(*where, index)] = own_tokens.int()
             if name is not None:
                 trace.confidences[(*where, index)] = confidence(logits, self.criterion).cpu()
-                trace.agrees[(*where, index)] = batch.own_tokens(logits, cells) == tokens.cpu()
+                trace.agrees[(*where, index)] = own_tokens == tokens.cpu()
 
 
 class _Batch:

@@ -7,10 +7,11 @@ loses) and what the model's parts cost. Its outcome for the text is exact but fo
 distribution at a position of given text does not depend on where earlier tokens left
 (`nemo_ee.generation.exit_trace`).
 
-    seconds of a token that leaves at exit i = stop_i half + (2 L - stop_i) row + evaluations of the exits up to i
+    seconds of a token that leaves at exit i = half layers up to stop_i + (2 L - stop_i) row
+                                               + evaluations of the exits up to i
 
-`half` is the time of a half layer for one token, `row` that of one more row in it: a pending token runs through the
-deeper layers later, together with a token that goes deeper.
+Odd half layers are attention, even ones MLPs. `row` is the time of one more row in a half layer: a pending token runs
+through the deeper layers later, together with a token that goes deeper.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ class DecodingCosts:
     """Costs of the parts of a model when it decodes one token at batch one, in any unit, such as seconds.
 
     Attributes:
-        half: of a half layer.
-        row: of one more row in it.
-        heads: exit -> of one evaluation; the final exit under None.
+        attention, mlp: cost of the two halves of a layer.
+        row: cost of one more row in a half layer.
+        heads: exit -> cost of one evaluation; the final exit under None.
     """
 
-    half: float
+    attention: float
+    mlp: float
     row: float
     heads: Mapping[str | None, float]
 
@@ -85,9 +87,11 @@ class ThresholdSearch:
     ) -> None:
         self.names, self.confidences = list(names), confidences
         self.losses = losses.double()
-        bottom = stops[-1]
         self.stops = torch.tensor(stops).double()
-        self.way = torch.tensor([own * costs.half + (bottom - own) * costs.row for own in stops]).double()
+        ways = [
+            (own + 1) // 2 * costs.attention + own // 2 * costs.mlp + (stops[-1] - own) * costs.row for own in stops
+        ]
+        self.way = torch.tensor(ways).double()
         self.evaluation = torch.tensor([costs.heads[name] for name in (*self.names, None)]).double()
 
     @property
@@ -115,9 +119,9 @@ class ThresholdSearch:
             best, least = found, seconds
         return self._choice(best)
 
-    def uniform(self, threshold: float, active: Sequence[str]) -> Choice:
-        """What one threshold at these exits gives."""
-        return self._choice([threshold if name in active else NEVER for name in self.names])
+    def at(self, thresholds: Mapping[str, float]) -> Choice:
+        """What these thresholds give; an exit that is not named is not evaluated."""
+        return self._choice([thresholds.get(name, NEVER) for name in self.names])
 
     def _choice(self, numbers: Sequence[float]) -> Choice:
         chosen = {name: own for name, own in zip(self.names, numbers, strict=True) if own < NEVER}

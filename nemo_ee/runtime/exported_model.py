@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.exits.config import ARCHITECTURES
+from nemo_ee.exits.config import ARCHITECTURES, NAME_PATTERN
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import FAMILIES, read_config
 from nemo_ee.generation.decoding_model import ExitPoint
@@ -102,5 +102,8 @@ def _exit_problems(values: Mapping[str, Any], table: list[Mapping[str, Any]]) ->
         elif not {"name", "output"} <= row.keys():
             yield f"early_exit.exits: {row} lacks its name or its output"
     names = [row.get("name") for row in table]
+    for name in names:
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+            yield f"early_exit.exits: {name!r} is no name of an exit; names match {NAME_PATTERN.pattern}"
     for name in sorted({str(name) for name in names if names.count(name) > 1}):
         yield f"early_exit.exits: two exits are called {name!r}"

@@ -1,58 +1,19 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Certificates of an export: those of the loaded weights, and the check that a request is within their setting.
-
-An export lists the certificates of its `.nemo` in manifest.json, beside the sha256 of every file. A certificate is
-used only while those files are the exported ones, and only for requests inside the setting it was made in.
-"""
+"""The certificate that a request names, and the check that the request is within the setting it was made in."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate, Setting, named_certificate
 from nemo_ee.certificates.validity import KV_POLICY, setting_problems, stop_problems
-from nemo_ee.export.manifest import MANIFEST, read_manifest, sha256_of
 from nemo_ee.generation.request import Request
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.protocol import ApiRequest
 from nemo_ee.settings.user_input import shortened
 from nemo_ee.text.special_tokens import EndOfText
-
-_LOG = logging.getLogger(__name__)
-
-
-def certificates_of(directory: Path) -> dict[str, Certificate]:
-    """The certificates of the files in this directory, by name. Void ones are left out with a warning.
-
-    Args:
-        directory: `hf_early_exit/` of an export. Its files are hashed where there are certificates.
-
-    Raises:
-        ValueError: the manifest beside it, or a certificate in it, is damaged.
-    """
-    export = directory.resolve().parent
-    if not (export / MANIFEST).is_file():
-        return {}
-    manifest = read_manifest(export)
-    listed = manifest.get("certificates") or []
-    found = [Certificate.from_mapping(values, str(export / MANIFEST)) for values in listed]
-    if not found:
-        return {}
-    prefix = f"{directory.resolve().name}/"
-    files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(prefix)}
-    other = [name for name, digest in files.items() if not _is_file_of(export / name, digest)]
-    if other or not files:
-        _LOG.warning("the certificates are void: %s changed since the export", ", ".join(other) or prefix)
-        return {}
-    return {certificate.name: certificate for certificate in found}
-
-
-def _is_file_of(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256_of(path) == digest
 
 
 def requested_certificate(certificates: Mapping[str, Certificate], wanted: object) -> Certificate:

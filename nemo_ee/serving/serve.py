@@ -13,11 +13,11 @@ import socket
 import torch
 import uvicorn
 
+from nemo_ee.export.export_certificates import certificates_of
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 from nemo_ee.runtime.model import RuntimeModel
 from nemo_ee.serving.http_server import Server
 from nemo_ee.serving.metrics import Metrics
-from nemo_ee.serving.request_certificates import certificates_of
 from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import ServedModel
 from nemo_ee.serving.settings import ServerSettings

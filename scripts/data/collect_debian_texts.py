@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -125,11 +126,11 @@ def pod_text(pod: str) -> str:
 def documents_of(path: Path) -> list[str]:
     """The documents in a file; none where it is no text."""
     content = path.read_bytes()
-    if path.suffix in (".gz", ".dz"):
-        content = gzip.decompress(content)
     try:
+        if path.suffix in (".gz", ".dz"):
+            content = gzip.decompress(content)
         text = content.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error):  # other bytes, or a damaged archive
         return []
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind == ".html":
@@ -158,23 +159,31 @@ def download(package: str, folder: Path) -> str | None:
 
     Raises:
         FileNotFoundError: there is no apt-get or dpkg-deb.
+        ValueError: the package cannot be downloaded or unpacked.
     """
     try:
-        done = subprocess.run(
-            ["apt-get", "download", package], cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT
-        )
-        found = sorted(folder.glob(f"{package}_*.deb"))
-        if done.returncode or not found:
+        done = _run("apt-get", "download", "--", package, cwd=folder)
+        if done.returncode and re.search(r"Unable to locate package|has no candidate", done.stderr):
             return None
-        subprocess.run(["dpkg-deb", "-x", found[0], folder / package], check=True, capture_output=True)
+        found = sorted(folder.glob(f"{package}_*.deb"))
+        if done.returncode == 0 and found:
+            done = _run("dpkg-deb", "-x", found[0], folder / package)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is missing: packages are downloaded with Debian's own tools; run this on Debian or "
             "Ubuntu, or give other texts to scripts/data/preprocess_text.py"
         ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"Nothing was written: {package} took more than {DOWNLOAD_TIMEOUT:.0f} s") from error
+    if done.returncode or not found:
+        raise ValueError(f"Nothing was written: {package} cannot be downloaded or unpacked: {done.stderr.strip()}")
     version = found[0].name.split("_")[1].replace("%3a", ":")
     found[0].unlink()
     return version
+
+
+def _run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
 
 
 def collect(settings: CollectSettings) -> dict[str, Any]:

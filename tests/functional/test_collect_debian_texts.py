@@ -130,3 +130,18 @@ def test_without_debian_the_message_names_another_way(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get is missing.*preprocess_text"):
         script.download("plain", tmp_path)
+
+
+def test_a_failed_download_is_no_missing_package(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "apt-get"
+    for said, code in (("E: Unable to locate package plain", None), ("E: Could not resolve", "Could not resolve")):
+        tool.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 100\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+        if code is None:
+            assert script.download("plain", tmp_path) is None
+        else:
+            with pytest.raises(ValueError, match=f"plain cannot be downloaded or unpacked: E: {code}"):
+                script.download("plain", tmp_path)

@@ -15,8 +15,8 @@ pytest.importorskip("fastapi")
 import openai
 
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, Setting
+from nemo_ee.export.export_certificates import certificates_of
 from nemo_ee.export.manifest import write_manifest
-from nemo_ee.serving.request_certificates import certificates_of
 from nemo_ee.serving.serve import make_server
 from nemo_ee.serving.settings import ServerSettings
 from tests.helpers.served_model import running, serve_config, write_exported_model

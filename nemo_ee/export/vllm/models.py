@@ -74,7 +74,7 @@ class _WithExits:
             first = (self.served.exits[0].point.stop + 1) // 2
             skipped = SkippedLayers(self.model.layers, first, self._config)
             self._step = DecodingStep(
-                self, self.exit_heads, self.served.exits, skipped, self.served.criterion, self._config
+                self, self.exit_heads, self.served.exits, skipped, self.served.criterion, self._config, _of_first_rank
             )
         return loaded
 
@@ -87,7 +87,8 @@ class _WithExits:
         thresholds = self.requests.thresholds()
         is_dummy = get_forward_context().attn_metadata is None
         if is_dummy and self._step is not None and not self._step.is_warm and rows >= WARM_UP_ROWS:
-            hidden = self.embed_input_ids(input_ids[:WARM_UP_ROWS])
+            embedded = self.embed_input_ids(input_ids[:WARM_UP_ROWS]) if inputs_embeds is None else inputs_embeds
+            hidden = embedded[:WARM_UP_ROWS]
             self._step.warm_up(hidden, positions[:WARM_UP_ROWS])
         if thresholds is None or thresholds.shape[1] != rows or is_dummy:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
@@ -140,8 +141,8 @@ class _Running:
     measured: Measured | None = None
 
 
-def _of_first_rank(chosen: tuple[int, ...]) -> tuple[int, ...]:
-    """Ranks measure different times, and must run the same layers."""
+def _of_first_rank(chosen: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first rank's values: ranks measure different times, and must run the same layers."""
     group = get_tp_group()
     return chosen if group.world_size == 1 else tuple(group.broadcast_object(chosen, src=0))
 

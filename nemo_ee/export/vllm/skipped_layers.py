@@ -30,7 +30,7 @@ class SkippedLayers(nn.Module):
     Args:
         layers: vLLM's decoder layers; their weights are loaded, and not yet packed for the device.
         first: index of the first layer that a step may skip.
-        config: vLLM's.
+        config: the configuration of the engine.
 
     The projections are a copy: `2 * key_value_heads * head_dim * hidden_size` numbers for each of these layers.
 
@@ -82,7 +82,7 @@ class SkippedLayers(nn.Module):
             return
         if first not in self._projections:
             project = self._projection(first - self.first)
-            self._projections[first] = compiled(project, f"skipped_from_{first}", self._config)
+            self._projections[first] = compiled(project, self._config)
         keys, values = self._projections[first](hidden, positions)
         for name, own_keys, own_values in zip(names, keys.unbind(1), values.unbind(1), strict=True):
             unified_kv_cache_update(own_keys, own_values, name)

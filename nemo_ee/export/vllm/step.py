@@ -38,7 +38,8 @@ class DecodingStep:
         exits: the exits, in the order of their taps.
         skipped: the projections of the layers behind the first exit.
         criterion: criterion of the confidence.
-        config: vLLM's.
+        config: the configuration of the engine.
+        agree: gives every tensor-parallel rank the first rank's values.
     """
 
     def __init__(
@@ -49,18 +50,17 @@ class DecodingStep:
         skipped: SkippedLayers,
         criterion: str,
         config: VllmConfig,
+        agree: Callable[[tuple[bool, ...]], tuple[bool, ...]],
     ) -> None:
         self.model, self.skipped, self.criterion, self.exits = model, skipped, criterion, tuple(exits)
+        self.agree = agree
         self.end = 2 * len(model.model.layers)
         taps = sorted({0, *(exit.point.stop for exit in self.exits), self.end})
         self._segments = {
-            begin: (end, compiled(_segment(model.model.layers, begin, end), f"half_layers_{begin}_{end}", config))
+            begin: (end, compiled(_segment(model.model.layers, begin, end), config))
             for begin, end in itertools.pairwise(taps)
         }
-        self._heads = [
-            compiled(_decision(model, heads[exit.name], criterion), f"exit_{index}", config)
-            for index, exit in enumerate(self.exits)
-        ]
+        self._heads = [compiled(_decision(model, heads[exit.name], criterion), config) for exit in self.exits]
         self.is_warm = False
 
     def warm_up(self, hidden: Tensor, positions: Tensor) -> None:
@@ -93,7 +93,8 @@ class DecodingStep:
             half, at_tap = exit.point.stop, state + residual
             clock.layers(half)
             own, confident = self._heads[index](at_tap[rows], thresholds[index, rows])
-            leaving = confident.tolist()
+            # A rank's own graph may round differently, and all must run the same layers.
+            leaving = self.agree(tuple(confident.tolist()))
             clock.head(index)
             logits = self._placed(logits, own, rows, leaving, len(hidden))
             for row, ends in zip(remaining, leaving, strict=True):
@@ -113,7 +114,7 @@ class DecodingStep:
         return Outcome(self._placed(logits, own, rows, [True] * len(remaining), len(hidden)), read_at)
 
     def _placed(
-        self, logits: Tensor | None, own: Tensor, rows: Tensor | slice, leaving: list[bool], count: int
+        self, logits: Tensor | None, own: Tensor, rows: Tensor | slice, leaving: Sequence[bool], count: int
     ) -> Tensor | None:
         """`logits` `[count, v]` with the rows that leave, of `own`, which has the logits of `rows`."""
         if not any(leaving):
