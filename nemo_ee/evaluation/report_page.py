@@ -34,7 +34,7 @@ figure { margin: 1rem 0; } figcaption, .note { color: #555; font-size: .9rem; }
 svg { width: 100%; height: auto; max-height: 26rem; }
 .text { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: #fafafa;
         padding: .7rem; border: 1px solid #ddd; }
-.text span, .key { border-radius: .2rem; } .key { padding: 0 .4rem; margin-right: .6rem; white-space: nowrap; }
+.text span, .key { border-radius: .2rem; } .key { display: inline-block; padding: 0 .4rem; margin-right: .6rem; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } h2 { break-after: avoid; }
   figure, table, .verdict { break-inside: avoid; } .text, .key { print-color-adjust: exact; } }
 """.strip()
@@ -208,6 +208,7 @@ def _draw_frontier(figure: Any, report: ExitReport) -> None:
     )
     axes.axhline(1.0, color="#222222", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=min(0, *lost))
     axes.set_xlabel("perplexity above full depth, % (logarithmic above 1)")
     axes.set_ylabel("times the speed of full depth")
     axes.legend(frameon=False, fontsize=9)
