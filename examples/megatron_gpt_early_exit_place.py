@@ -16,7 +16,7 @@ from nemo_ee.commands.console import show
 def main(cfg: DictConfig) -> None:
     """Check, load, fit probes, search, write."""
     with command(cfg):
-        from nemo_ee.evaluation.layer_probes import PlacementSettings
+        from nemo_ee.evaluation.text_settings import PlacementSettings
 
         settings = PlacementSettings.from_config(cfg)
         from nemo_ee.checkpoint.atomic import write_json

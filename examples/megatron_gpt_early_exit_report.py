@@ -16,7 +16,7 @@ from nemo_ee.commands.console import show
 def main(cfg: DictConfig) -> None:
     """Check, load, measure, write."""
     with command(cfg):
-        from nemo_ee.evaluation.report_settings import ReportSettings
+        from nemo_ee.evaluation.text_settings import ReportSettings
 
         settings = ReportSettings.from_config(cfg)
         from nemo_ee.checkpoint.atomic import atomic_file

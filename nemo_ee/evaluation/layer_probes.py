@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +22,7 @@ from nemo_ee.commands.console import messages
 from nemo_ee.evaluation.exit_report import NOT_WORTH, WORTH
 from nemo_ee.evaluation.forced_decoding import measured_costs, touched_costs
 from nemo_ee.evaluation.report import format_table
-from nemo_ee.evaluation.report_settings import TextSettings
+from nemo_ee.evaluation.text_settings import VERDICT_AT, PlacementSettings
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.criteria import CRITERIA
 from nemo_ee.generation.decoding_model import TokenPositions
@@ -32,41 +30,9 @@ from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 from nemo_ee.planning.placement_search import Placement, ProbeTable, check_tokens, fit_probe, placements
 from nemo_ee.planning.threshold_search import DecodingCosts
 from nemo_ee.runtime.model import RuntimeModel
-from nemo_ee.settings.fields import AboveZero, FilePath
-from nemo_ee.settings.user_input import Positive, UserInput, rule
 
-VERDICT_AT = 0.05  # the perplexity that the verdict may lose
 ROWS = 256  # tokens whose logits are formed at a time
 FEWEST_WINDOWS = 4
-
-
-Limit = Annotated[float, Field(gt=0, le=1)]
-
-
-class Costs(UserInput):
-    """The setting `costs`, in seconds; None: measured here."""
-
-    half: AboveZero | None
-    row: AboveZero | None
-    head: AboveZero | None
-
-
-def _ends_in_json(path: Path) -> Path:
-    if path.suffix != ".json":
-        raise ValueError("must end in .json")
-    return path
-
-
-class PlacementSettings(TextSettings):
-    """The settings of conf/megatron_gpt_early_exit_place.yaml, a field for each key."""
-
-    output: Annotated[FilePath, AfterValidator(_ends_in_json)]
-    architecture: Literal["norm", "mlp"]
-    limits: Annotated[
-        tuple[Limit, ...], Field(min_length=1), rule("a list of numbers above 0 up to 1, such as [0.05]")
-    ]
-    most_exits: Annotated[tuple[Positive, ...], Field(min_length=1), rule("a list of whole numbers, such as [1, 2]")]
-    costs: Costs
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nemo_ee.evaluation.exit_report import text_windows
-from nemo_ee.evaluation.report_settings import TextSettings
+from nemo_ee.evaluation.text_settings import TextSettings
 from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 from nemo_ee.runtime.model import RuntimeModel

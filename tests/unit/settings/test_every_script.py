@@ -21,6 +21,7 @@ from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.commands.generation_request import GenerationRequest
 from nemo_ee.evaluation.evaluation_settings import EvaluationSettings
+from nemo_ee.evaluation.text_settings import PlacementSettings, ReportSettings
 from nemo_ee.models.tune_settings import TuneSettings
 from nemo_ee.serving.settings import ServerSettings
 from nemo_ee.settings.script_input import ScriptInput, fields_of, script_problems
@@ -33,6 +34,8 @@ MODELS = {
     "megatron_gpt_early_exit_convert": ConvertSettings,
     "megatron_gpt_early_exit_eval": EvaluationSettings,
     "megatron_gpt_early_exit_generate": GenerationRequest,
+    "megatron_gpt_early_exit_place": PlacementSettings,
+    "megatron_gpt_early_exit_report": ReportSettings,
     "megatron_gpt_early_exit_serve": ServerSettings,
     "megatron_gpt_early_exit_sweep": TuneSettings,
     "megatron_gpt_early_exit_tune": TuneSettings,
@@ -147,6 +150,10 @@ def right(stem: str, tmp_path: Path) -> dict[str, Any]:
     values |= {"output": str(tmp_path / "new.jsonl.gz")} if "collect" in stem else {}
     values |= {"output": str(tmp_path / "new.nemo")} if "convert" in stem else {}
     values |= {"output": str(tmp_path / "new")} if "export" in stem else {}
+    if stem.endswith(("place", "report")):
+        (tmp_path / "data.jsonl").touch()
+        values["data"] = str(tmp_path / "data.jsonl")
+        values |= {"output": str(tmp_path / "placement.json")} if "output" in values else {}
     values |= {"model.data.data_prefix": ["a"]} if "model.data.data_prefix" in values else {}
     if "calibrate" in stem:
         (tmp_path / "data.jsonl").write_text('{"prompt": "x"}')

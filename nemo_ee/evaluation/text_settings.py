@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of what is measured on a text with the runtime, and of conf/megatron_gpt_early_exit_report.yaml."""
+"""Settings of the scripts that measure a model on a text with the runtime: report and placement."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from nemo_ee.settings.fields import FilePath
+from nemo_ee.settings.fields import AboveZero, FilePath
 from nemo_ee.settings.script_input import ScriptInput
-from nemo_ee.settings.user_input import Positive, Text, rule
+from nemo_ee.settings.user_input import Positive, Text, UserInput, rule
+
+VERDICT_AT = 0.05  # the perplexity that the verdict on a placement may lose
 
 
 def _exists(path: Path) -> Path:
@@ -47,3 +49,32 @@ class ReportSettings(TextSettings):
     output: Annotated[FilePath, AfterValidator(_is_a_file)]
     title: Text | None
     measured_tokens: Positive
+
+
+Limit = Annotated[float, Field(gt=0, le=1)]
+
+
+class Costs(UserInput):
+    """The setting `costs`, in seconds; None: measured here."""
+
+    half: AboveZero | None
+    row: AboveZero | None
+    head: AboveZero | None
+
+
+def _ends_in_json(path: Path) -> Path:
+    if path.suffix != ".json":
+        raise ValueError("must end in .json")
+    return path
+
+
+class PlacementSettings(TextSettings):
+    """The settings of conf/megatron_gpt_early_exit_place.yaml, a field for each key."""
+
+    output: Annotated[FilePath, AfterValidator(_ends_in_json)]
+    architecture: Literal["norm", "mlp"]
+    limits: Annotated[
+        tuple[Limit, ...], Field(min_length=1), rule("a list of numbers above 0 up to 1, such as [0.05]")
+    ]
+    most_exits: Annotated[tuple[Positive, ...], Field(min_length=1), rule("a list of whole numbers, such as [1, 2]")]
+    costs: Costs
