@@ -74,7 +74,7 @@ class _WithExits:
             first = (self.served.exits[0].point.stop + 1) // 2
             skipped = SkippedLayers(self.model.layers, first, self._config)
             self._step = DecodingStep(
-                self, self.exit_heads, self.served.exits, skipped, self.served.criterion, self._config, _of_first_rank
+                self, self.exit_heads, self.served.exits, skipped, self.served.criterion, self._config
             )
         return loaded
 
@@ -141,8 +141,8 @@ class _Running:
     measured: Measured | None = None
 
 
-def _of_first_rank(chosen: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The first rank's values: ranks measure different times, and must run the same layers."""
+def _of_first_rank(chosen: tuple[int, ...]) -> tuple[int, ...]:
+    """Ranks measure different times, and must run the same layers."""
     group = get_tp_group()
     return chosen if group.world_size == 1 else tuple(group.broadcast_object(chosen, src=0))
 

