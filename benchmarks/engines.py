@@ -285,10 +285,8 @@ def drafts(
         values[folder.name] = one = _draft(full, folder, prompts, rounds, draft_tokens)
         print(folder.name, json.dumps(one), flush=True)
     best = max(values, key=lambda name: values[name]["over_stock_b1"])
-    stock, both = (
-        Side("vllm", model=full),
-        Side("vllm", model=full, draft=str(export / best), draft_tokens=draft_tokens),
-    )
+    stock = Side("vllm", model=full)
+    both = Side("vllm", model=full, draft=str(export / best), draft_tokens=draft_tokens)
     batches = {}
     for size in BATCHES:
         found = compare({"stock": (stock, prompts[:size]), "both": (both, prompts[:size])}, rounds)
@@ -368,7 +366,7 @@ def main() -> None:
         "machine": provenance(),
         "versions": versions(),
         "model": f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size}",
-        "options": {key: vars(options)[key] for key in ("exits", "drafts", "rounds", "draft_tokens", "gguf")},
+        "options": {key: vars(options)[key] for key in ("exits", "drafts", "rounds", "draft_tokens")},
         "lengths": {"prompt": CONTEXT, "new": NEW_TOKENS, "warm_up_rounds": WARM_UP},
     }
     if options.gguf:
