@@ -112,7 +112,8 @@ class ChatWriter:
                 raise ValueError(
                     f"only {len(seen)} of {tries} questions can be used; check the model, raise the limits"
                 )
-            seeds = range(seed, seed + own.batch_size)
+            missing = own.conversations - len(seen)
+            seeds = range(seed, seed + min(own.batch_size, missing + missing // 4 + 4))  # some questions are left out
             questions: dict[str, int] = {}  # with the seed, which is that of the answer too
             openings = [self._ids(self.opening)] * len(seeds)
             written = self._write(openings, own.max_question_tokens, own.question_temperature, seeds)
@@ -120,7 +121,7 @@ class ChatWriter:
                 text = text.strip()
                 if ended and len(text) >= own.min_question_characters and text not in seen:
                     questions.setdefault(text, one)
-            questions = dict(list(questions.items())[: own.conversations - len(seen)])
+            questions = dict(list(questions.items())[:missing])
             seen.update(questions)
             asked = [[{"role": "user", "content": text}] for text in questions]
             prompts = [self._ids(self.tokenizer.apply_chat_template(one, **_TO_ANSWER)) for one in asked]

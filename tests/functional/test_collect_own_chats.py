@@ -93,7 +93,7 @@ def test_models_that_cannot_write_chats(script: ModuleType, model: Path, tmp_pat
     from transformers import AutoTokenizer
 
     own = settings(script, model, tmp_path / "short.jsonl.gz", min_question_characters=500, conversations=3)
-    with pytest.raises(ValueError, match="only 0 of 192 questions can be used; .*raise the limits"):
+    with pytest.raises(ValueError, match="only 0 of 133 questions can be used; .*raise the limits"):
         script.collect(own)
     with pytest.raises(ValueError, match=r"a conversation of \d+ tokens .* the model's 32 positions; lower one"):
         script.collect(settings(script, model, tmp_path / "long.jsonl.gz", max_answer_tokens=64))
