@@ -105,7 +105,7 @@ class ChatWriter:
         self.engine = EarlyExitEngine(model)
 
     def chats(self) -> Iterator[dict[str, Any]]:
-        """Conversations, each question once, as many as the settings ask for, batch by batch."""
+        """Conversations, each question once, as many as the settings say, batch by batch."""
         own, seen, seed, tries = self.settings, set(), self.settings.seed, 0
         while len(seen) < own.conversations:
             if tries > 10 * own.conversations + 100:
@@ -123,10 +123,10 @@ class ChatWriter:
                     questions.setdefault(text, one)
             questions = dict(list(questions.items())[:missing])
             seen.update(questions)
-            asked = [[{"role": "user", "content": text}] for text in questions]
-            prompts = [self._ids(self.tokenizer.apply_chat_template(one, **_TO_ANSWER)) for one in asked]
+            turns = [[{"role": "user", "content": text}] for text in questions]
+            prompts = [self._ids(self.tokenizer.apply_chat_template(one, **_TO_ANSWER)) for one in turns]
             answers = self._write(prompts, own.max_answer_tokens, own.answer_temperature, list(questions.values()))
-            for question, (answer, _) in zip(asked, answers, strict=True):
+            for question, (answer, _) in zip(turns, answers, strict=True):
                 yield {"messages": [*question, {"role": "assistant", "content": answer.strip()}]}
             seed, tries = seeds.stop, tries + len(seeds)
 
