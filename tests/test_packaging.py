@@ -216,7 +216,7 @@ def test_a_file_for_a_cluster_names_what_exists_and_that_it_was_not_tried(name: 
     if name == "docker/Dockerfile":
         assert re.search(r"^RUN pip install .*--no-deps -e \.$", text, re.MULTILINE)
         return
-    script = re.search(r"(examples/\w+\.py)", text)[1]
+    script = re.search(r"(?:python|-) (examples/\w+\.py)", text)[1]
     overrides = re.findall(r'^ +(?:- )?"?([a-z_.]+)=', text, re.MULTILINE)
     config = OmegaConf.load(ROOT / "conf" / Path(script).with_suffix(".yaml").name)
     unknown = []
