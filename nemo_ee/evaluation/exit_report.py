@@ -18,6 +18,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,15 @@ class ExitReport:
 def text_windows(path: Path, tokenizer: Any, size: int, count: int, max_bytes: int | None) -> list[list[int]]:
     """At most `count` windows of `size` tokens in the order of the documents, from as many documents as possible.
 
+    Lines of JSONL hold {"text": ...} or {"messages": [...]}, which the tokenizer's chat template writes.
+
     Raises:
         ValueError: the file cannot be read, or has less than two windows.
     """
     problems: list[str] = []
     if is_jsonl(path):
-        texts = [text for _, text in read_json_lines(path, _text_of, problems=problems, max_bytes=max_bytes)]
+        lines = read_json_lines(path, partial(_text_of, tokenizer), problems=problems, max_bytes=max_bytes)
+        texts = [text for _, text in lines]
     else:
         texts = [read_document(path, max_bytes)]
     if problems:
@@ -172,10 +176,17 @@ def text_windows(path: Path, tokenizer: Any, size: int, count: int, max_bytes: i
     return windows
 
 
-def _text_of(record: Any) -> str:
+def _text_of(tokenizer: Any, record: Any) -> str:
     if isinstance(record, Mapping) and isinstance(record.get("text"), str):
         return record["text"]
-    raise ValueError('no object with a text in the field "text"')
+    if not isinstance(record, Mapping) or not isinstance(record.get("messages"), list):
+        raise ValueError('no object with a text in the field "text", or with a list of "messages"')
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError('"messages" need a tokenizer with a chat template; give lines with a "text"')
+    try:
+        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    except Exception as problem:  # whatever a template raises
+        raise ValueError(f"the chat template fails on these messages: {problem}") from problem
 
 
 def measure_exits(
