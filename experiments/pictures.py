@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.evaluation.report import escape_text, save_figure
+from nemo_ee.evaluation.tuning_curves import COLOURS
 
-# Colour-blind safe (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _MARKS = "osD^vPX"
+_STYLES = ("-", "--", ":")
 
 
 def draw_result(path: Path, result: Mapping[str, Any], series: Sequence[str]) -> None:
     """PNG of the rows of a result.
 
     Args:
-        series: settings that make a line; exits of a line at one layer are drawn at their mean, with all as points.
+        result: an experiment's JSON: `title`, `rows`.
+        series: settings of an exit, or `run`, `text`, `name`; a line for each combination. A line goes through the
+            mean of its exits at a layer; each exit is a point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,26 +35,33 @@ def draw_result(path: Path, result: Mapping[str, Any], series: Sequence[str]) ->
     for row in rows:
         label = ", ".join(str(row[key]) for key in series)
         lines.setdefault(label, {}).setdefault(row["layer"], []).append(row)
+    assert len(lines) <= len(COLOURS) * len(_STYLES), f"{len(lines)} lines are more than there are looks"
     for panel, key, factor, quantity in (
         (panels[0], "loss", 1, "loss (nats per token, lower is better)"),
         (panels[1], "agreement", 100, "same most likely token as the full model (%)"),
     ):
         for index, (label, layers) in enumerate(lines.items()):
-            colour, mark = _COLOURS[index % len(_COLOURS)], _MARKS[index % len(_MARKS)]
+            place = index % len(COLOURS)
+            look = {"color": COLOURS[place], "linestyle": _STYLES[index // len(COLOURS)], "marker": _MARKS[place]}
             depths = sorted(layers)
             means = [factor * sum(row[key] for row in layers[depth]) / len(layers[depth]) for depth in depths]
-            panel.plot(depths, means, color=colour, label=escape_text(label))
+            panel.plot(depths, means, label=escape_text(label), markersize=5, **look)
             points = [(depth, factor * row[key]) for depth in depths for row in layers[depth]]
-            panel.scatter(*zip(*points, strict=True), color=colour, marker=mark, s=22)
+            panel.scatter(*zip(*points, strict=True), color=COLOURS[place], marker=_MARKS[place], s=18)
         panel.set_xlabel("exit after layer")
         panel.set_xticks(sorted({row["layer"] for row in rows}))
         panel.set_ylabel(quantity)
         panel.grid(axis="y", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    for text in dict.fromkeys(row["text"] for row in rows):
-        full = next(row["full_loss"] for row in rows if row["text"] == text)
-        panels[0].axhline(
-            full, color="#222222", linestyle="--", linewidth=1.1, label=f"full model, {escape_text(text)}"
-        )
-    panels[0].legend(frameon=False, fontsize=8)
+    # A run that trains the backbone has another full model.
+    full: dict[float, list[str]] = {}
+    for row in rows:
+        names = full.setdefault(round(row["full_loss"], 4), [])
+        names += [name for name in [f"{row['run']} on {row['text']}"] if name not in names]
+    for index, (loss, names) in enumerate(full.items()):
+        label = "full model" if len(full) == 1 else f"full model: {', '.join(names)}"
+        style = _STYLES[1:][index % 2]
+        panels[0].axhline(loss, color="#222222", linestyle=style, linewidth=1.1, label=escape_text(label))
+    panels[1].legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left",
+                     bbox_to_anchor=(1.0, 1.0))  # fmt: skip
     save_figure(figure, path)

@@ -4,10 +4,10 @@
 
     experiments/<name>.yaml -> data -> convert -> evaluate -> tune and evaluate, run by run -> <name>.json, <name>.png
 
-Every step is the command that a user would type, on the CPU; its output goes to <output>/logs. A step whose result is
-there is not repeated, so an experiment that was stopped goes on where it was; delete its folder to start again. Exits
-of one run see the same tokens in the same order, and none changes another, so most comparisons are within one run.
-docs/results.md says what was seen.
+Every step is the command that a user would type, on the CPU; its output goes to <output>/<name>/logs. A step that the
+same command has finished is not repeated, so an experiment that was stopped goes on where it was. Exits of one run see
+the same tokens in the same order, and none changes another, so most comparisons are within one run. docs/results.md
+says what was seen.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from run_demo import ROOT, quoted, run_step
+from run_demo import ROOT, end_on_sigterm, quoted, run_step
 from run_demo_chat import fetch
 
 from benchmarks.measure import provenance
@@ -48,9 +48,10 @@ class Experiment(ScriptInput):
     """An experiment's yaml, a field for each key.
 
     Attributes:
-        title: of the picture.
+        base: name of a yaml below experiments/base/ with the keys that are not here.
+        title: title of the picture.
         fetch_smollm2: whether the GGUF file of SmolLM2-135M-Instruct is fetched first.
-        prepare: file below the output that the step makes -> its command; `{out}` stands for the output.
+        prepare: last file that a step makes, below the output -> its command; `{out}` stands for the output.
         convert: overrides of the conversion.
         exits: entries of `model.early_exit.exits`. Where values are lists, there is an exit for each combination, and
             `name` holds the settings in braces.
@@ -59,11 +60,12 @@ class Experiment(ScriptInput):
         evaluate: name of a text -> its tokens below the output.
         length: tokens of a window in the evaluation.
         max_tokens: tokens of an evaluation.
-        series: settings of an exit that make a line of the picture; `run` is one too.
+        series: settings of an exit, or `run`, `text`, `name`; a line of the picture for each combination.
     """
 
     headline: ClassVar = "nothing was run"
 
+    base: Text | None = None
     title: Text
     fetch_smollm2: bool = False
     prepare: dict[str, list[Text]]
@@ -82,16 +84,24 @@ def read(name: str) -> Experiment:
 
     Raises:
         SystemExit: there is none.
+        ValueError: its yaml has problems.
     """
     path = ROOT / "experiments" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise SystemExit(f"there is no experiment {name!r}; the experiments are: {known}")
-    return Experiment.from_config(OmegaConf.load(path))
+    config = OmegaConf.load(path)
+    if config.get("base"):
+        config = OmegaConf.merge(OmegaConf.load(path.parent / "base" / f"{config.base}.yaml"), config)
+    experiment = Experiment.from_config(config)
+    for exit in exits_of(experiment.exits):
+        if unknown := set(experiment.series) - {"run", "text", *exit}:
+            raise ValueError(f"{path}: series: the exit {exit['name']} has no {', '.join(sorted(unknown))}")
+    return experiment
 
 
 def exits_of(entries: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The exits that the entries stand for."""
+    """One exit for each combination of listed settings."""
     for entry in entries:
         lists = {key: value if isinstance(value, list) else [value] for key, value in entry.items() if key != "name"}
         for values in itertools.product(*lists.values()):
@@ -115,7 +125,9 @@ def rows_of(experiment: Experiment, evaluations: Mapping[tuple[str, str], Mappin
             own = {"run": run, "text": text, **settings[one["name"]]}
             for key in ("loss", "agreement"):
                 own |= {f"{key}_before": round(before[one["name"]][key], 4), key: round(one[key], 4)}
-            rows.append({**own, "parameters": one["trainable_parameters"], "full_loss": found["full_model"]["loss"]})
+            rows.append(
+                {**own, "parameters": one["trainable_parameters"], "full_loss": round(found["full_model"]["loss"], 4)}
+            )
     return rows
 
 
@@ -132,20 +144,22 @@ class Runner:
         self.experiment, self.output, self.quick = experiment, output, quick
         self.logs = output / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.seconds: dict[str, float] = {}
+        self.steps: dict[str, dict[str, Any]] = {}
 
     def run(self) -> dict[str, Any]:
-        """All steps. Returns the result."""
-        own, converted = self.experiment, self.output / "converted.nemo"
+        """All steps. Returns the result.
+
+        Raises:
+            SystemExit: a step failed, or another command made its result.
+        """
+        own, machine, converted = self.experiment, provenance(), self.output / "converted.nemo"
         if own.fetch_smollm2:
             fetch(self.output)
         for file, command in own.prepare.items():
-            self.step(
-                f"prepare {Path(file).stem}", self.output / file, [part.format(out=self.output) for part in command]
-            )
+            self.step(f"prepare {Path(file).stem}", self.output / file, self.filled(command))
         exits = json.dumps(list(exits_of(own.exits))).replace('"', "")
-        convert = [*CPU, *(part.format(out=self.output) for part in own.convert), f"model.early_exit.exits={exits}"]
-        self.step("convert", converted, [_EXAMPLE.format("convert"), *convert, f"output={quoted(converted)}"])
+        convert = [*CPU, *self.filled(own.convert), f"model.early_exit.exits={exits}", f"output={quoted(converted)}"]
+        self.step("convert", converted, [_EXAMPLE.format("convert"), *convert])
         found = {("before", text): self.evaluated("before", converted, text) for text in own.evaluate}
         for run, overrides in own.runs.items():
             tuned = self.output / f"{run}.nemo"
@@ -153,18 +167,17 @@ class Runner:
                 _EXAMPLE.format("tune"), *CPU, f"save_to={quoted(tuned)}",
                 f"model.restore_from_path={quoted(converted)}",
                 f"exp_manager.explicit_log_dir={quoted(self.output / 'runs' / run)}",
-                *(part.format(out=self.output) for part in (*own.tune, *overrides)), *(QUICK if self.quick else ()),
+                *self.filled([*own.tune, *overrides]), *(QUICK if self.quick else ()),
             ]  # fmt: skip
             self.step(f"tune {run}", tuned, command)
             found |= {(run, text): self.evaluated(run, tuned, text) for text in own.evaluate}
-        return {
-            "title": own.title,
-            **provenance(),
-            "seconds": self.seconds,
-            "tune": list(own.tune),
-            "runs": {run: list(overrides) for run, overrides in own.runs.items()},
-            "rows": rows_of(own, found),
-        }
+        plain = json.dumps({"steps": self.steps}).replace(f"{self.output}/", "")  # no path of this machine
+        return {"title": own.title, "quick": self.quick, **machine, "rows": rows_of(own, found), **json.loads(plain)}
+
+    def filled(self, parts: Sequence[str]) -> list[str]:
+        """A command with the output's path in the place of `{out}`."""
+        path = quoted(self.output)[1:-1]  # the yaml has the quotes
+        return [part.format(out=path) for part in parts]
 
     def evaluated(self, run: str, model: Path, text: str) -> dict[str, Any]:
         """The content of exits.json of a model on a text."""
@@ -179,9 +192,16 @@ class Runner:
         return json.loads((folder / "exits.json").read_text())
 
     def step(self, name: str, result: Path, command: Sequence[str]) -> None:
-        """One step, unless its result is there."""
-        if not result.exists():
-            self.seconds[name] = round(run_step(name, list(command), self.logs)[0], 1)
+        """One step, unless the same command has finished it."""
+        record = self.logs / f"{name.replace(' ', '-')}.json"
+        if record.is_file() and result.exists():
+            self.steps[name] = json.loads(record.read_text())
+            if self.steps[name]["command"] != list(command):
+                raise SystemExit(f"another command made {result}; delete {self.output} to run it anew, see {record}")
+            return
+        seconds = round(run_step(name, list(command), self.logs)[0], 1)
+        self.steps[name] = {"command": list(command), "seconds": seconds}
+        write_json(record, self.steps[name])
 
 
 _EXAMPLE = "examples/megatron_gpt_early_exit_{}.py"
@@ -189,9 +209,9 @@ _EXAMPLE = "examples/megatron_gpt_early_exit_{}.py"
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text."""
-    lines = [("exit", "run", "text", "loss before", "after", "agreement before", "after", "parameters")]
+    lines = [("exit", "run", "text", "loss before", "after", "full model", "agreement before", "after", "parameters")]
     for row in rows:
-        losses = (f"{row['loss_before']:.3f}", f"{row['loss']:.3f}")
+        losses = (f"{row['loss_before']:.3f}", f"{row['loss']:.3f}", f"{row['full_loss']:.3f}")
         agreements = (f"{row['agreement_before']:.1%}", f"{row['agreement']:.1%}")
         lines.append((row["name"], row["run"], row["text"], *losses, *agreements, f"{row['parameters']:,}"))
     return format_table(lines)
@@ -204,13 +224,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/experiments"), help="folder of all experiments")
     parser.add_argument("--quick", action="store_true", help="two steps of tuning, to try it")
     options = parser.parse_args()
+    end_on_sigterm()
+    output = options.output.resolve() / f"{options.name}{'-quick' if options.quick else ''}"
     os.chdir(ROOT)  # the files of a yaml are those of the repository
     experiment = read(options.name)
-    start, output = time.monotonic(), options.output.resolve() / options.name
+    start = time.monotonic()
     result = Runner(experiment, output, options.quick).run()
-    write_json(output / f"{options.name}.json", result)
-    draw_result(output / f"{options.name}.png", result, experiment.series)
-    print(f"\n{table(result['rows'])}\n\n{time.monotonic() - start:.0f} s; {output / options.name}.json and .png")
+    file = output / f"{options.name}.json"
+    write_json(file, result)
+    draw_result(file.with_suffix(".png"), result, experiment.series)
+    print(f"\n{table(result['rows'])}\n\n{time.monotonic() - start:.0f} s; {file} and .png")
 
 
 if __name__ == "__main__":

