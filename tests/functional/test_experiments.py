@@ -24,6 +24,7 @@ from nemo_ee.models.tune_settings import TuneSettings
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 from tests.helpers.huggingface_models import save_tiny_model
 from tests.helpers.megatron_models import script_config, write_data
+from tests.helpers.nemo_files import with_tokenizer
 from tests.helpers.served_model import REFERENCE_MODEL, write_exported_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +89,7 @@ def test_an_experiment_at_a_tiny_size(run: ModuleType, tmp_path: Path) -> None:
 
     model = tmp_path / "model"
     config = save_tiny_model(model, "llama").config
+    with_tokenizer(model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (6, 40), generator=generator).tolist()
     write_data(tmp_path / "tokens", tokens)
