@@ -95,7 +95,8 @@ class PolicyRow:
         depth: mean share of the half layers below the exits.
         expected: speed over full depth that the costs of the parts give.
         bound: no engine can be faster over full depth than this.
-        measured: speed over full depth in forced decoding; None: not measured.
+        measured: speed over full depth in forced decoding; 1.0 by definition where the policy is full depth; None: not
+            measured.
     """
 
     label: str
@@ -233,8 +234,11 @@ def measure_exits(
 
     chosen = {f"{limit:.0%}": search.fastest(math.log1p(limit)) for limit in LIMITS}
     timed = windows[half:][: max(1, measured_tokens // len(windows[0]))]
-    speeds = measured_speeds(counting, timed, chosen)
-    policies = tuple(row(f"perplexity up {name}", choice.thresholds, speeds[name]) for name, choice in chosen.items())
+    # A policy without exits is full depth; timing it would show the noise of the machine.
+    speeds = measured_speeds(counting, timed, {name: choice for name, choice in chosen.items() if choice.thresholds})
+    policies = tuple(
+        row(f"perplexity up {name}", choice.thresholds, speeds.get(name, 1.0)) for name, choice in chosen.items()
+    )
     names = [point.name for point in model.exits]
     frontier = tuple(
         row(f"{threshold:g}", {} if threshold == 1.0 else dict.fromkeys(names, threshold)) for threshold in FRONTIER
@@ -265,6 +269,8 @@ def measured_speeds(
     model: CountingModel, windows: Sequence[Sequence[int]], choices: Mapping[str, Choice]
 ) -> dict[str, float]:
     """Forced decoding under each choice over full depth: sides in turns, the median over the windows."""
+    if not choices:
+        return {}
     sides = [(FULL, None), *((name, policy_of(choice)) for name, choice in choices.items())]
     for _, policy in sides:  # without measurement
         force(model, windows[0][:8], policy)
