@@ -13,6 +13,7 @@ from nemo_ee.evaluation.tuning_curves import COLOURS
 
 _MARKS = "osD^vPX"
 _STYLES = ("-", "--", ":")
+_FULL_STYLES = ("--", ":", "-.", (0, (8, 3)))
 
 
 def draw_result(path: Path, result: Mapping[str, Any], series: Sequence[str]) -> None:
@@ -53,15 +54,15 @@ def draw_result(path: Path, result: Mapping[str, Any], series: Sequence[str]) ->
         panel.set_ylabel(quantity)
         panel.grid(axis="y", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    # A run that trains the backbone has another full model.
+    # A run that trains the backbone has a full model of its own.
     full: dict[float, list[str]] = {}
     for row in rows:
-        names = full.setdefault(round(row["full_loss"], 4), [])
-        names += [name for name in [f"{row['run']} on {row['text']}"] if name not in names]
+        names, name = full.setdefault(round(row["full_loss"], 4), []), f"{row['run']} on {row['text']}"
+        names += [name] * (name not in names)
     for index, (loss, names) in enumerate(full.items()):
         label = "full model" if len(full) == 1 else f"full model: {', '.join(names)}"
-        style = _STYLES[1:][index % 2]
-        panels[0].axhline(loss, color="#222222", linestyle=style, linewidth=1.1, label=escape_text(label))
+        look = {"color": "#222222", "linestyle": _FULL_STYLES[index % len(_FULL_STYLES)], "linewidth": 1.1}
+        panels[0].axhline(loss, label=escape_text(label), **look)
     panels[1].legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left",
                      bbox_to_anchor=(1.0, 1.0))  # fmt: skip
     save_figure(figure, path)
