@@ -42,13 +42,14 @@ def draw_result(path: Path, result: Mapping[str, Any], series: Sequence[str]) ->
         (panels[1], "agreement", 100, "same most likely token as the full model (%)"),
     ):
         for index, (label, layers) in enumerate(lines.items()):
-            place = index % len(COLOURS)
-            look = {"color": COLOURS[place], "linestyle": _STYLES[index // len(COLOURS)], "marker": _MARKS[place]}
+            again, place = divmod(index, len(COLOURS))
+            mark = _MARKS[(place + 3 * again) % len(_MARKS)]
+            look = {"color": COLOURS[place], "linestyle": _STYLES[again], "marker": mark}
             depths = sorted(layers)
             means = [factor * sum(row[key] for row in layers[depth]) / len(layers[depth]) for depth in depths]
             panel.plot(depths, means, label=escape_text(label), markersize=5, **look)
             points = [(depth, factor * row[key]) for depth in depths for row in layers[depth]]
-            panel.scatter(*zip(*points, strict=True), color=COLOURS[place], marker=_MARKS[place], s=18)
+            panel.scatter(*zip(*points, strict=True), color=COLOURS[place], marker=mark, s=18)
         panel.set_xlabel("exit after layer")
         panel.set_xticks(sorted({row["layer"] for row in rows}))
         panel.set_ylabel(quantity)
