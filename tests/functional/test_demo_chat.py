@@ -32,7 +32,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     metadata = tokenizer_and_metadata(folder / "hf", "gpt2")
-    model = save_tiny_model(folder / "hf", "llama", vocab_size=len(metadata["tokenizer.ggml.tokens"]))
+    # Multiples of 32, the length of the blocks of Q4_1.
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
+    model = save_tiny_model(folder / "hf", "llama", vocab_size=len(metadata["tokenizer.ggml.tokens"]), **sizes)
     return write_gguf(folder / "model.gguf", model, kind="Q4_1", tokenizer=metadata)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.models.tune_settings import TuneSettings
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 from tests.helpers.huggingface_models import save_tiny_model
-from tests.helpers.megatron_models import script_config, write_data
+from tests.helpers.megatron_models import script_config, user_environment, write_data
 from tests.helpers.nemo_files import with_tokenizer
 from tests.helpers.served_model import REFERENCE_MODEL, write_exported_model
 
@@ -84,8 +85,11 @@ def test_lists_of_settings_become_exits(run: ModuleType) -> None:
     ]  # fmt: skip
 
 
-def test_an_experiment_at_a_tiny_size(run: ModuleType, tmp_path: Path) -> None:
+def test_an_experiment_at_a_tiny_size(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.pictures import draw_result
+
+    for name in set(os.environ) - set(user_environment()):  # the steps are processes of their own
+        monkeypatch.delenv(name)
 
     model = tmp_path / "model"
     config = save_tiny_model(model, "llama").config
