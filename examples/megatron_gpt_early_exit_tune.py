@@ -21,6 +21,8 @@ logger = logging.getLogger("nemo_ee.tune")
 def main(cfg: DictConfig) -> None:
     """Restore, tune, save."""
     with command(cfg):
+        import torch
+
         # NeMo is imported here because Megatron's checkpoint writer starts a process that imports this file again.
         from nemo_ee.models.connector import EarlyExitSaveRestoreConnector
         from nemo_ee.models.megatron_early_exit_gpt_model import MegatronEarlyExitGPTModel
@@ -37,7 +39,11 @@ def main(cfg: DictConfig) -> None:
             cfg.model.restore_from_path,
             override_config_path=plan.model,
             trainer=trainer,
-            save_restore_connector=EarlyExitSaveRestoreConnector(verify=cfg.model.verify, exits_only=cfg.exits_only),
+            save_restore_connector=EarlyExitSaveRestoreConnector(
+                verify=cfg.model.verify,
+                exits_only=cfg.exits_only,
+                exits_dtype=getattr(torch, cfg.exits_dtype) if cfg.exits_dtype else None,
+            ),
         )
         trainer.fit(model)
         if cfg.save_to:

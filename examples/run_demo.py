@@ -55,24 +55,24 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     out = options.output
     exits = "[" + ",".join(f"{{layer: {layer}}}" for layer in options.layers) + "]"
     heldout, train = out / "data" / "heldout", out / "data" / "train"
-    converted, tuned = _quoted(out / "early_exit.nemo"), _quoted(out / "tuned.nemo")
-    data = f"{{train: [{_quoted(train)}], validation: [{_quoted(heldout)}], test: [{_quoted(heldout)}]}}"
+    converted, tuned = quoted(out / "early_exit.nemo"), quoted(out / "tuned.nemo")
+    data = f"{{train: [{quoted(train)}], validation: [{quoted(heldout)}], test: [{quoted(heldout)}]}}"
     cpu = ["trainer.accelerator=cpu", "trainer.precision=32"]
-    evaluate = ["examples/megatron_gpt_early_exit_eval.py", *cpu, f"data={_quoted(heldout)}",
+    evaluate = ["examples/megatron_gpt_early_exit_eval.py", *cpu, f"data={quoted(heldout)}",
                 f"model.encoder_seq_length={options.length}", f"max_tokens={options.heldout_tokens}"]  # fmt: skip
 
     def preprocess(split: str, output: Path) -> list[str]:
-        return ["scripts/data/preprocess_text.py", f"tokenizer={_quoted(MODEL)}",
-                f"input={_quoted(MODEL / 'corpus' / f'{split}.jsonl.gz')}", f"output={_quoted(output)}"]  # fmt: skip
+        return ["scripts/data/preprocess_text.py", f"tokenizer={quoted(MODEL)}",
+                f"input={quoted(MODEL / 'corpus' / f'{split}.jsonl.gz')}", f"output={quoted(output)}"]  # fmt: skip
 
     return {
         "preprocess train": preprocess("train", train),
         "preprocess heldout": preprocess("heldout", heldout),
         "convert": [
             "examples/megatron_gpt_early_exit_convert.py", *cpu,
-            f"source={_quoted(MODEL)}", f"output={converted}", f"model.early_exit.exits={exits}",
+            f"source={quoted(MODEL)}", f"output={converted}", f"model.early_exit.exits={exits}",
         ],
-        "evaluate before": [*evaluate, f"model.restore_from_path={converted}", f"output={_quoted(out / 'before')}"],
+        "evaluate before": [*evaluate, f"model.restore_from_path={converted}", f"output={quoted(out / 'before')}"],
         "tune": [
             "examples/megatron_gpt_early_exit_tune.py", *cpu,
             f"model.restore_from_path={converted}", f"save_to={tuned}", f"model.data.data_prefix={data}",
@@ -83,10 +83,10 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
             f"model.optim.lr={options.lr}", "model.optim.sched.name=CosineAnnealing",
             f"model.optim.sched.warmup_steps={max(1, options.steps // 20)}",
             f"model.optim.sched.min_lr={options.lr / 20}",
-            f"exp_manager.explicit_log_dir={_quoted(out / 'run')}", "exp_manager.create_checkpoint_callback=False",
+            f"exp_manager.explicit_log_dir={quoted(out / 'run')}", "exp_manager.create_checkpoint_callback=False",
             "exp_manager.resume_if_exists=False",
         ],
-        "evaluate after": [*evaluate, f"model.restore_from_path={tuned}", f"output={_quoted(out / 'after')}"],
+        "evaluate after": [*evaluate, f"model.restore_from_path={tuned}", f"output={quoted(out / 'after')}"],
         "generate": [
             "examples/megatron_gpt_early_exit_generate.py", *cpu, f"model.restore_from_path={tuned}",
             f"prompts=['{_PROMPT}']", f"threshold={options.threshold}", f"tokens_to_generate={options.new_tokens}",
@@ -95,10 +95,15 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path as a value of a Hydra override."""
     text = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does, which ends the running step too, see `run_step`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
@@ -112,7 +117,7 @@ def run_step(name: str, command: list[str], logs: Path) -> tuple[float, str]:
     start = time.monotonic()
     with open(log, "wb") as errors, open(printed, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / command[0]), *command[1:], f"hydra.run.dir={_quoted(logs)}"],
+            [sys.executable, str(ROOT / command[0]), *command[1:], f"hydra.run.dir={quoted(logs)}"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment,
             start_new_session=True,  # so that its child processes can be ended with it
         )  # fmt: skip
@@ -187,7 +192,7 @@ def clear(output: Path) -> None:
 def main() -> None:
     """Run every step, then write the report, the picture and the sample."""
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running step too, see run_step
+    end_on_sigterm()
     options.output = options.output.resolve()
     clear(options.output)
     logs = options.output / "logs"

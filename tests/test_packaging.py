@@ -209,23 +209,22 @@ def test_shell_files_parse_and_pass_shellcheck(name: str) -> None:
         assert checked.returncode == 0, checked.stdout
 
 
-def test_slurm_and_docker_files_name_what_exists_and_what_was_not_tried() -> None:
-    slurm = (ROOT / "scripts" / "slurm" / "tune.sub").read_text(encoding="utf-8")
-    docker = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
-    for text in (slurm, docker):
-        assert re.search(r"# .*has not been run", text)
-        assert "nvcr.io/nvidia/nemo:25.07" in text
-    script = re.search(r"python (examples/\w+\.py)", slurm)[1]
-    assert (ROOT / script).is_file()
-    assert re.search(r"^RUN pip install .*--no-deps -e \.$", docker, re.MULTILINE)
-    overrides = re.findall(r'^ +"?([a-z_.]+)=', slurm, re.MULTILINE)
+@pytest.mark.parametrize("name", ["scripts/slurm/tune.sub", "scripts/kubernetes/tune.yaml", "docker/Dockerfile"])
+def test_a_file_for_a_cluster_names_what_exists_and_that_it_was_not_tried(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.search(r"# .*has not been run", text) and "nvcr.io/nvidia/nemo:25.07" in text
+    if name == "docker/Dockerfile":
+        assert re.search(r"^RUN pip install .*--no-deps -e \.$", text, re.MULTILINE)
+        return
+    script = re.search(r"(?:python|-) (examples/\w+\.py)", text)[1]
+    overrides = re.findall(r'^ +(?:- )?"?([a-z_.]+)=', text, re.MULTILINE)
     config = OmegaConf.load(ROOT / "conf" / Path(script).with_suffix(".yaml").name)
     unknown = []
     for override in overrides:
         section, _, key = override.rpartition(".")
         if key not in OmegaConf.to_container(OmegaConf.select(config, section) if section else config):
             unknown.append(override)
-    assert "model.data.data_prefix" in overrides and not unknown
+    assert (ROOT / script).is_file() and "model.data.data_prefix" in overrides and not unknown
 
 
 def test_makefile_offers_what_the_documents_name() -> None:

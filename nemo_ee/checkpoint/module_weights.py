@@ -83,16 +83,17 @@ def _fits(stored: tuple[int, ...], wanted: tuple[int, ...], *, rows_may_differ: 
     return stored == wanted or (rows_may_differ and stored[1:] == wanted[1:])
 
 
-def cast_shards(sharded_state_dict: dict, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Store floating-point weights in the dtypes of the source, in place.
+def cast_shards(sharded_state_dict: dict, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> None:
+    """Store floating-point weights in other dtypes, in place.
 
     Args:
-        sharded_state_dict: Megatron's sharded state dict of a backbone, keys with or without `model.` in front.
-        dtypes: canonical name -> dtype in the source.
+        sharded_state_dict: Megatron's sharded state dict, keys of a backbone with or without `model.` in front.
+        dtypes: one for all, or canonical name -> dtype in the source.
     """
     for value in sharded_state_dict.values():
         data = getattr(value, "data", None)
-        dtype = dtypes.get(str(getattr(value, "key", "")).removeprefix("model."))
+        key = str(getattr(value, "key", "")).removeprefix("model.")
+        dtype = dtypes.get(key) if isinstance(dtypes, Mapping) else dtypes
         if dtype is not None and isinstance(data, torch.Tensor) and data.is_floating_point():
             value.data = data.detach().to(dtype)
             if hasattr(value, "dtype"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,7 +39,8 @@ def command(cfg: Any) -> Iterator[None]:
     A `ValueError`, `FileNotFoundError` or `ImportError` (the package's errors for a config, a checkpoint or a request,
     and for a library that is missing or of an unsupported version) ends the script with its message and exit code 2
     instead of a traceback; `HYDRA_FULL_ERROR=1` shows the traceback.
-    The path of the log file is the last line of every error.
+    SIGTERM in the middle of a tuning run ends it with exit code 143, as it ends other programs. The path of the log
+    file is the last line of every error.
 
     Args:
         cfg: the script's config.
@@ -100,6 +102,12 @@ def _errors_in_one_message(path: Path | None) -> Iterator[None]:
         logger.debug("where it was interrupted", exc_info=True)
         complain(f"interrupted\nlog file: {path}\n" if path else "interrupted\n")
         raise
+    except SystemExit as end:
+        if type(end).__name__ != "SIGTERMException":
+            raise
+        # Lightning's, which would end the script with exit code 0, though nothing was saved at the end.
+        complain(f"ended by SIGTERM\nlog file: {path}\n" if path else "ended by SIGTERM\n")
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         who = f"rank {rank()}: " if rank() else ""  # one rank alone may have the problem
         where = f"log file: {path}\n" if path else ""

@@ -34,7 +34,7 @@ from nemo_ee.checkpoint.nemo_config import nemo_config
 from nemo_ee.checkpoint.portable import backbone_of
 from nemo_ee.checkpoint.tokenizer_files import plain_json_object
 from nemo_ee.commands.convert_settings import ConvertSettings
-from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.config import OBJECTIVES, TOKEN_WEIGHTS, TRAIN_MODES, EarlyExitConfig
 from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.megatron.pipeline.stage_forward import full_model_logits
 from nemo_ee.models.connector import EarlyExitSaveRestoreConnector, read_config
@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 _LOOSER_TOLERANCES = {"cuda": 5e-3, "bf16": 5e-2}
 _BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+# Settings of a tuning run -> the values other than the defaults. The tune script does not read them from a file.
+_OF_A_RUN = {"train": TRAIN_MODES[1:], "objective": OBJECTIVES[1:], "token_weights": TOKEN_WEIGHTS[1:]}
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,19 @@ def _convert(cfg: DictConfig, stack: ExitStack) -> Conversion:
     opened: _Opened | None = None
     config: EarlyExitConfig | None = None
     if all(one.where == "output" for one in problems):  # the checks below need valid settings other than the output
-        train = cfg.model.early_exit.get("train")
-        if train in ("joint", "lora"):
-            texts.append(f"model.early_exit.train={train!r}: a conversion trains nothing; give it to the tune script")
+        for key, values in _OF_A_RUN.items():
+            if (value := cfg.model.early_exit.get(key)) in values:
+                texts.append(
+                    f"model.early_exit.{key}={value!r}: a conversion trains nothing; give it to the tune script"
+                    f"{', or as the objective of single entries of exits' if key == 'objective' else ''}"
+                )
+        defaults = EarlyExitConfig().to_mapping()
+        for key in ("distillation", "lora"):
+            block = cfg.model.early_exit.get(key) or {}
+            given = {name: value for name, value in block.items() if value not in (None, defaults[key][name])}
+            texts += [
+                f"model.early_exit.{key}={given}: a conversion trains nothing; give it to the tune script"
+            ] * bool(given)
         try:
             opened = _opened(cfg, source, stack)
             base = _base_config(cfg, source, opened)

@@ -18,6 +18,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class PolicyRow:
         depth: mean share of the half layers below the exits.
         expected: speed over full depth that the costs of the parts give.
         bound: no engine can be faster over full depth than this.
-        measured: speed over full depth in forced decoding; None: not measured.
+        measured: speed over full depth in forced decoding; 1.0 by definition where the policy is full depth; None: not
+            measured.
     """
 
     label: str
@@ -134,12 +136,15 @@ class ExitReport:
 def text_windows(path: Path, tokenizer: Any, size: int, count: int, max_bytes: int | None) -> list[list[int]]:
     """At most `count` windows of `size` tokens in the order of the documents, from as many documents as possible.
 
+    Lines of JSONL hold {"text": ...} or {"messages": [...]}, which the tokenizer's chat template writes.
+
     Raises:
         ValueError: the file cannot be read, or has less than two windows.
     """
     problems: list[str] = []
     if is_jsonl(path):
-        texts = [text for _, text in read_json_lines(path, _text_of, problems=problems, max_bytes=max_bytes)]
+        lines = read_json_lines(path, partial(_text_of, tokenizer), problems=problems, max_bytes=max_bytes)
+        texts = [text for _, text in lines]
     else:
         texts = [read_document(path, max_bytes)]
     if problems:
@@ -172,10 +177,17 @@ def text_windows(path: Path, tokenizer: Any, size: int, count: int, max_bytes: i
     return windows
 
 
-def _text_of(record: Any) -> str:
+def _text_of(tokenizer: Any, record: Any) -> str:
     if isinstance(record, Mapping) and isinstance(record.get("text"), str):
         return record["text"]
-    raise ValueError('no object with a text in the field "text"')
+    if not isinstance(record, Mapping) or not isinstance(record.get("messages"), list):
+        raise ValueError('no object with a text in the field "text", or with a list of "messages"')
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError('"messages" need a tokenizer with a chat template; give lines with a "text"')
+    try:
+        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    except Exception as problem:  # whatever a template raises
+        raise ValueError(f"the chat template fails on these messages: {problem}") from problem
 
 
 def measure_exits(
@@ -222,8 +234,11 @@ def measure_exits(
 
     chosen = {f"{limit:.0%}": search.fastest(math.log1p(limit)) for limit in LIMITS}
     timed = windows[half:][: max(1, measured_tokens // len(windows[0]))]
-    speeds = measured_speeds(counting, timed, chosen)
-    policies = tuple(row(f"perplexity up {name}", choice.thresholds, speeds[name]) for name, choice in chosen.items())
+    # A policy without exits is full depth; timing it would show the noise of the machine.
+    speeds = measured_speeds(counting, timed, {name: choice for name, choice in chosen.items() if choice.thresholds})
+    policies = tuple(
+        row(f"perplexity up {name}", choice.thresholds, speeds.get(name, 1.0)) for name, choice in chosen.items()
+    )
     names = [point.name for point in model.exits]
     frontier = tuple(
         row(f"{threshold:g}", {} if threshold == 1.0 else dict.fromkeys(names, threshold)) for threshold in FRONTIER
@@ -254,6 +269,8 @@ def measured_speeds(
     model: CountingModel, windows: Sequence[Sequence[int]], choices: Mapping[str, Choice]
 ) -> dict[str, float]:
     """Forced decoding under each choice over full depth: sides in turns, the median over the windows."""
+    if not choices:
+        return {}
     sides = [(FULL, None), *((name, policy_of(choice)) for name, choice in choices.items())]
     for _, policy in sides:  # without measurement
         force(model, windows[0][:8], policy)

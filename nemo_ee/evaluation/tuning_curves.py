@@ -16,7 +16,7 @@ from typing import Any
 from nemo_ee.evaluation.report import escape_text, save_figure
 
 # Colour-blind safe (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _STYLES = ("-", "--", ":", "-.")
 
 Curve = Sequence[tuple[int, float]]
@@ -78,7 +78,7 @@ def draw_tuning_curves(
         drawn = {name: settings for name, settings in shown.items() if _value(settings, panels) == part}
         for name, label in _labels(drawn, colours, styles).items():
             look = {
-                "color": _pick(_COLOURS, _values(shown, colours), _value(shown[name], colours)),
+                "color": _pick(COLOURS, _values(shown, colours), _value(shown[name], colours)),
                 "linestyle": _pick(_STYLES, _values(shown, styles), _value(shown[name], styles)),
             }
             line = _draw(panel, curves[name], (validation or {}).get(name, ()), look)

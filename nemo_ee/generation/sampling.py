@@ -22,6 +22,8 @@ from torch import LongTensor, Tensor
 
 from nemo_ee.generation.decoding_model import TokenPositions
 
+_NUCLEUS = 1024  # tokens looked through for top-p before the whole vocabulary is
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -172,12 +174,23 @@ def distribution(logits: Tensor, params: SamplingParams, previous: Sequence[int]
         logits = logits.masked_fill(logits < smallest_kept, -math.inf)
     probabilities = torch.softmax(logits, dim=0)
     if params.top_p < 1.0:
-        ordered, tokens = probabilities.sort(descending=True, stable=True)
-        # A token stays while the more likely ones before it have not reached top_p; the first always stays.
-        dropped = tokens[ordered.cumsum(0) - ordered >= params.top_p]
-        probabilities = probabilities.index_fill(0, dropped, 0.0)
-        probabilities = probabilities / probabilities.sum()
+        probabilities = _nucleus(probabilities, params.top_p)
     return probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """`[v]` with the fewest most likely tokens whose probabilities reach `top_p`, of equal ones those of lower id."""
+    # Sorting a vocabulary costs more than forming its distribution; the nucleus is nearly always among a few tokens.
+    floor = probabilities.topk(min(_NUCLEUS, len(probabilities))).values[-1]
+    # Ascending, and whole groups of equal ones; top-k and min-p leave zeros.
+    candidates = ((probabilities >= floor) & (probabilities > 0)).nonzero().squeeze(-1)
+    if probabilities[candidates].sum() < top_p:
+        candidates = torch.arange(len(probabilities), device=probabilities.device)
+    ordered, places = probabilities[candidates].sort(descending=True, stable=True)
+    # A token stays while the more likely ones before it have not reached top_p; the first always stays.
+    kept = candidates[places[ordered.cumsum(0) - ordered < top_p]]
+    nucleus = torch.zeros_like(probabilities).index_copy_(0, kept, probabilities[kept])
+    return nucleus / nucleus.sum()
 
 
 class Choice(NamedTuple):

@@ -81,13 +81,16 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
     Args:
         verify: `stored` compares the fingerprints in the configs, `full` recomputes the backbone's.
         exits_only: `save_to` leaves the backbone out.
+        exits_dtype: `save_to` stores the exits in this dtype; None = that of the run.
     """
 
-    def __init__(self, *, verify: str = "stored", exits_only: bool = False) -> None:
+    def __init__(
+        self, *, verify: str = "stored", exits_only: bool = False, exits_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         if verify not in ("stored", "full"):
             raise ValueError(f"verify={verify!r} is not one of stored, full")
-        self.verify, self.exits_only = verify, exits_only
+        self.verify, self.exits_only, self.exits_dtype = verify, exits_only, exits_dtype
 
     def restore_from(
         self,
@@ -188,7 +191,10 @@ class EarlyExitSaveRestoreConnector(NLPSaveRestoreConnector):
         _barrier()
         try:
             # Placement by stage: all ranks write the shards they own into one directory.
-            dist_checkpointing.save(model.model.exit_sharded_state_dict(), work / EXITS)
+            exits = model.model.exit_sharded_state_dict()
+            if self.exits_dtype is not None:
+                cast_shards(exits, self.exits_dtype)
+            dist_checkpointing.save(exits, work / EXITS)
             if _keeps_updates(model):
                 dist_checkpointing.save(low_rank_shards(model.model), work / LORA)
             if source is None and not self.exits_only:

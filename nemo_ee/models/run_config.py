@@ -139,6 +139,8 @@ def check_run(cfg: DictConfig, model: DictConfig, wrong: Mapping[str, str] = Map
         problems.append(f"save_to={save_to} must end in .nemo")
     if cfg.get("exits_only") and not save_to and right("save_to"):
         problems.append("exits_only=True is a setting of save_to, and save_to is not given; add save_to=tuned.nemo")
+    if cfg.get("exits_dtype") and not save_to and right("save_to"):
+        problems.append("exits_dtype is a setting of save_to, and save_to is not given; add save_to=tuned.nemo")
     if cfg.get("exits_only") and block.get("train") == "joint":
         problems.append(
             "exits_only=True with model.early_exit.train=joint: the exits belong to the backbone that was trained "

@@ -176,6 +176,7 @@ class TuneSettings(ScriptInput):
     cluster_type: Text | None
     save_to: Text | None
     exits_only: bool
+    exits_dtype: Literal["float32", "bfloat16"] | None
     trainer: Trainer
     exp_manager: ExpManager
     model: Model

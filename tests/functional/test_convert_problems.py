@@ -85,8 +85,17 @@ FAULTY = {
     "several": (
         {"output": "x.bin", "model.tensor_model_parallel_size": 3},
         [{"layer": 9}, {"layer": 1, "init": "?"}],
-        {"train": "joint"},
-        ["must end in .nemo", "layer = 9", "init = '?'", "train='joint'", "tensor_model_parallel_size=3"],
+        {"train": "joint", "objective": "mixed", "token_weights": "confidence", "distillation": {"top_k": 8}},
+        [
+            "must end in .nemo",
+            "layer = 9",
+            "init = '?'",
+            "train='joint'",
+            "objective='mixed'",
+            "distillation={'top_k': 8}",
+            "token_weights='confidence'",
+            "tensor_model_parallel_size=3",
+        ],
     ),
 }
 

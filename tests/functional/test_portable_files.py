@@ -68,6 +68,23 @@ def test_moved_files_load(name: str, moved: SimpleNamespace) -> None:
     assert all(torch.equal(found[exit], moved.logits[exit]) for exit in found)
 
 
+def test_exits_in_another_dtype(moved: SimpleNamespace, tmp_path: Path) -> None:
+    """Half the bytes, each number rounded once; the model that was saved keeps its own."""
+    shutil.copy(moved.there / "ee.nemo", tmp_path)
+    model = restore(moved.there / "exits.nemo", exits_only=True)
+    own = {name: parameter.clone() for name, parameter in model.model.exits.named_parameters()}
+    model._save_restore_connector.exits_dtype = torch.bfloat16
+    model.save_to(str(tmp_path / "exits.nemo"))
+    assert all(torch.equal(value, own[name]) for name, value in model.model.exits.named_parameters())
+    sizes = [
+        sum(len(data) for name, data in members(folder / "exits.nemo").items() if name.endswith(".distcp"))
+        for folder in (moved.there, tmp_path)
+    ]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    found = dict(restore(tmp_path / "exits.nemo").model.exits.named_parameters())
+    assert all(torch.equal(found[name].float(), value.bfloat16().float()) for name, value in own.items())
+
+
 def test_files_of_earlier_versions(moved: SimpleNamespace, tmp_path: Path) -> None:
     """Absolute paths that are gone: the scan sees them, a base of that name beside the file is taken, another place
     has to be said; the tokenizer in the file wins over where it was. Saving such a file anew drops them."""

@@ -266,3 +266,19 @@ def test_windows_come_from_as_many_documents_as_possible(directory: Path, tmp_pa
     assert found == [starts[0][:32], starts[0][32:64], starts[1][:32], starts[1][32:64]]
     assert text_windows(file, tokenizer, 32, 3, None) == [own[:32] for own in starts]
     assert len(text_windows(file, tokenizer, 32, 1000, None)) == sum(len(own) // 32 for own in starts)
+
+
+def test_a_chat_template_writes_conversations(directory: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(directory)
+    chats = [[{"role": "user", "content": f"value_{index}\n" * 20}] for index in range(2)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    with pytest.raises(ValueError, match='"messages" need a tokenizer with a chat template'):
+        text_windows(file, tokenizer, 32, 4, None)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    texts = [f"<user>{chat[0]['content']}" for chat in chats]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"][:32] for text in texts]
+    assert text_windows(file, tokenizer, 32, 2, None) == expected
+    tokenizer.chat_template = "{{ raise_exception('no user') }}"
+    with pytest.raises(ValueError, match="the chat template fails on these messages: no user"):
+        text_windows(file, tokenizer, 32, 2, None)

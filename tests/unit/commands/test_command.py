@@ -26,6 +26,18 @@ def test_our_own_error_keeps_its_traceback() -> None:
         raise AssertionError("a bug")
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_sigterm_ends_a_run_as_other_programs(code: int, capsys: pytest.CaptureFixture) -> None:
+    """Lightning's exception alone would end a half-tuned run with exit code 0; any other exit keeps its own."""
+    exceptions = pytest.importorskip("lightning.pytorch.utilities.exceptions")
+    with pytest.raises(SystemExit) as ended, command(CONFIG):
+        raise exceptions.SIGTERMException
+    assert ended.value.code == 143 and "ended by SIGTERM" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended, command(CONFIG):
+        raise SystemExit(code)
+    assert ended.value.code == code
+
+
 def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="layer"), command(CONFIG):

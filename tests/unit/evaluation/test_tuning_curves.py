@@ -52,7 +52,7 @@ def test_a_panel_per_architecture_and_a_colour_per_init(tmp_path: Path, figure: 
     assert (norm.get_title(loc="left"), mlp.get_title(loc="left")) == ("norm", "mlp")
     assert norm.get_ylim() == mlp.get_ylim(), "panels are compared"
     inits = ["copy", "random", "lora"]
-    assert lines_of(mlp) == {tuning_curves._COLOURS[i]: CURVES[f"{init}-mlp"][:2] for i, init in enumerate(inits)}
+    assert lines_of(mlp) == {tuning_curves.COLOURS[i]: CURVES[f"{init}-mlp"][:2] for i, init in enumerate(inits)}
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == inits
     circles = [line for line in mlp.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in circles] == [(2, 5.0)]

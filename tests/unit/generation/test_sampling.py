@@ -50,6 +50,34 @@ def test_distribution_equals_hugging_face(settings):
         torch.testing.assert_close(distribution(row, params, previous).float(), scores[0].softmax(0))
 
 
+@pytest.mark.parametrize("top_p", [0.01, 0.6, 0.95, 0.999])
+@pytest.mark.parametrize("sharpness", [0.02, 1.0, 6.0])
+def test_top_p_of_a_large_vocabulary_is_hugging_face_s(top_p, sharpness):
+    """Nuclei of one token, of a few hundred and of nearly all: with and without a look at the whole vocabulary."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = sharpness * torch.randn(5000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = processors.TopPLogitsWarper(top_p)(None, logits[None].clone())[0].softmax(0)
+    found = distribution(logits, SamplingParams(greedy=False, top_p=top_p))
+    torch.testing.assert_close(found, expected)
+    assert (found > 0).equal(expected > 0)
+
+
+def test_top_p_after_top_k_of_a_large_vocabulary_is_hugging_face_s():
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = processors.TopPLogitsWarper(0.8)(None, processors.TopKLogitsWarper(50)(None, logits[None].clone()))[0]
+    found = distribution(logits, SamplingParams(greedy=False, top_k=50, top_p=0.8))
+    torch.testing.assert_close(found, expected.softmax(0))
+
+
+@pytest.mark.parametrize("count", [3000, 500])
+def test_of_equally_likely_tokens_top_p_keeps_those_of_lower_id(count):
+    logits = torch.full((3000,), -math.inf)
+    logits[-count:] = 0.0
+    found = distribution(logits, SamplingParams(greedy=False, top_p=0.5))
+    assert found.nonzero().squeeze(-1).tolist() == list(range(3000 - count, 3000 - count + count // 2))
+
+
 def test_greedy_is_the_most_likely_token_after_the_penalty():
     assert sample(LOGITS, [GREEDY] * 5, range(5), PREVIOUS) == LOGITS.argmax(1).tolist()
     best = int(LOGITS[0].argmax())

@@ -248,6 +248,11 @@ FAULTS = {
         {"save_to": "x.nemo", "exits_only": True},
         ["exits_only=True with model.early_exit.lora.merge=True", "or model.early_exit.lora.merge=False"],
     ),
+    "settings of a file that is not written": (
+        {},
+        {"exits_only": True, "exits_dtype": "bfloat16"},
+        ["exits_only=True is a setting of save_to", "exits_dtype is a setting of save_to"],
+    ),
     "fp16": ({}, {"trainer": {"precision": "16-mixed"}}, ["trainer.precision=16-mixed: fp16 tuning is not supported"]),
     "a layer split that does not fit": (
         {

@@ -113,8 +113,8 @@ def test_no_script_leaves_a_file_where_it_was_started() -> None:
     The log file of a script lies in `outputs/`; a script without noisy libraries has none.
     """
     without_log = set(
-        "collect_debian_texts collect_python_sources megatron_gpt_early_exit_serve plot_tuning preprocess_chat "
-        "preprocess_text".split()
+        "collect_debian_texts collect_own_chats collect_prompts collect_python_sources megatron_gpt_early_exit_serve "
+        "plot_tuning preprocess_chat preprocess_text".split()
     )
     for stem in STEMS:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
