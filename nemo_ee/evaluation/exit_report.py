@@ -94,7 +94,7 @@ class PolicyRow:
         agreement: share of tokens, 0..1.
         depth: mean share of the half layers below the exits.
         expected: speed over full depth that the costs of the parts give.
-        bound: no engine can be faster over full depth than this.
+        bound: weights read at full depth over weights read here, see `touched_weights`.
         measured: speed over full depth in forced decoding; 1.0 by definition where the policy is full depth; None: not
             measured.
     """

@@ -3,7 +3,8 @@
 """The number of weights that decoding reads: a model that counts them, and the bound on speed that follows.
 
 Decoding a few tokens reads every weight of the half layers and heads it runs once, however many tokens run together,
-and at small batches that reading takes the time. So no mode can be faster than full depth by more than
+and at small batches that reading takes the time. Where each weight takes the same time, no mode is faster than full
+depth by more than
 
     bound = weights read at full depth / weights read in that mode, for the same tokens
 
