@@ -99,8 +99,7 @@ class ChatWriter:
                 f"{settings.model}: its chat template puts no special token behind a user's text, so there is no way "
                 "to see where a question ends"
             )
-        self.end = ends[0]
-        self.stops = {self.end, *({self.tokenizer.eos_token_id} - {None})}
+        self.stops = {ends[0], self.tokenizer.eos_token_id} - {None}
         self.cut = 0
         model = load_model(settings.model)
         written = self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], **_TO_ANSWER)

@@ -31,7 +31,7 @@ from nemo_ee.evaluation.exit_report import (
 )
 from nemo_ee.evaluation.report_page import report_page
 from nemo_ee.generation.decoding_model import TokenPositions
-from nemo_ee.planning.threshold_search import DecodingCosts
+from nemo_ee.planning.threshold_search import DecodingCosts, ThresholdSearch
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 from nemo_ee.runtime.model import RuntimeModel
 from tests.helpers.browser import Browser
@@ -254,6 +254,16 @@ def test_too_little_text_is_refused(directory: Path, tmp_path: Path) -> None:
     broken.write_text('{"prompt": "x"}\n')
     with pytest.raises(ValueError, match='field "text"'):
         text_windows(broken, load_tokenizer(directory), WINDOW, WINDOWS, None)
+
+
+def test_a_policy_that_is_full_depth_has_speed_one(
+    model: RuntimeModel, directory: Path, windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timing it would show noise, of which the verdict could make a gain."""
+    monkeypatch.setattr(ThresholdSearch, "fastest", lambda self, limit: self.at({}))
+    found = measure_exits(model, load_tokenizer(directory), windows, WINDOW)
+    assert [(one.thresholds, one.measured) for one in found.policies] == [({}, 1.0)] * len(LIMITS)
+    assert found.verdict[0] is False
 
 
 def test_windows_come_from_as_many_documents_as_possible(directory: Path, tmp_path: Path) -> None:
