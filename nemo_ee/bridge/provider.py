@@ -19,8 +19,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_ee import cpu_host
 from nemo_ee.bridge.exit_weights import fill_stage
 from nemo_ee.bridge.upstream import GPTModelProvider, calculate_padded_vocab_size
@@ -165,11 +163,6 @@ class EarlyExitModelProvider(GPTModelProvider):
     def builds_all_layers(self) -> bool:
         """Whether the layers past the deepest exit and the final exit are built."""
         return self.full_depth or self.exit_config.needs_final_exit
-
-    @property
-    def main_weights(self) -> bool:
-        """Whether the optimizers step fp32 copies of the parameters."""
-        return self.params_dtype is torch.bfloat16
 
     @property
     def _sizes(self) -> dict[str, Any]:

@@ -19,15 +19,15 @@ from megatron.core import parallel_state
 from nemo_ee import cpu_host
 from nemo_ee.bridge.bridge_settings import BridgeTuneSettings
 from nemo_ee.bridge.provider import EarlyExitModelProvider
-from nemo_ee.bridge.saved_model import check_output, save, stored_exits
-from nemo_ee.bridge.tuning import ExitTuner
 from nemo_ee.bridge.upstream import AutoBridge
+from nemo_ee.checkpoint.exits_file import check_output, save, stored_exits
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.data.token_files import MASK_SUFFIX
 from nemo_ee.data.token_windows import TokenWindows, microbatches
 from nemo_ee.megatron.loss.exit_metrics import named_metrics
 from nemo_ee.megatron.model.backbone_training import what_trains
 from nemo_ee.megatron.model.microbatch import MicroBatch
+from nemo_ee.megatron.pipeline.exit_tuner import ExitTuner
 from nemo_ee.text.text_files import data_prefix
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
@@ -85,7 +85,8 @@ def run(settings: BridgeTuneSettings) -> Iterator[str]:
     yield what_trains(stage)
     tuner = ExitTuner(
         stage,
-        provider,
+        provider.exit_config,
+        provider.placements,
         optim=model.optim.model_dump(),
         num_steps=settings.trainer.max_steps,
         max_norm=settings.trainer.gradient_clip_val,
@@ -93,7 +94,8 @@ def run(settings: BridgeTuneSettings) -> Iterator[str]:
     )
     yield from _steps(settings, tuner, train, validation)
     tuner.context.drain()
-    save(stage, provider, settings.output, source, complete=settings.complete)
+    multiple = provider.make_vocab_size_divisible_by
+    save(stage, provider.exit_config, settings.output, source, complete=settings.complete, vocab_multiple=multiple)
     yield f"tuned exits: {settings.output}"
 
 

@@ -52,11 +52,7 @@ class GgufSource(HuggingFaceSource):
         super().__init__(path, sequence_length)
 
     def write_model_files(self, directory: Path) -> None:
-        """Write the files that a Hugging Face directory has besides its weights.
-
-        Args:
-            directory: an existing directory.
-        """
+        """See `HuggingFaceSource`."""
         ids, ends = special_ids(self.file.metadata)
         generation = {**ids, "eos_token_id": ends if len(ends) > 1 else ids["eos_token_id"]}
         configs = {CONFIG: {**self.config, **ids}, GENERATION_CONFIG: generation}

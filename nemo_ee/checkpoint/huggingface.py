@@ -9,6 +9,7 @@ it covers. All problems of config and weights are reported on opening, in one me
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -24,10 +25,12 @@ from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import FAMILIES, read_config
 from nemo_ee.families.tensors import LAYERS, WORDS, Canonical, Names, Stored, tensor_table
 from nemo_ee.text.json_values import JsonError, read_json_object
+from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+_MODEL_FILES = (*TOKENIZER_FILES, "generation_config.json", CONFIG_FILE)
 _SHOWN = 20
 
 
@@ -130,6 +133,16 @@ class HuggingFaceSource:
         else:
             self._fill(inside, places[0], offset)
         return chunk
+
+    def write_model_files(self, directory: Path) -> None:
+        """Write what the model has besides its weights: config.json, generation_config.json and the tokenizer.
+
+        Args:
+            directory: an existing directory.
+        """
+        for path in map(self.directory.joinpath, _MODEL_FILES):
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
 
     def check(self) -> None:
         """Compares the stored tensors with those of the config.

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import StagePlacement, layers_that_run, place_exits, skips_last_mlp
 from nemo_ee.families.architecture import Architecture
-from nemo_ee.megatron.loss.vocab_parallel import DEFAULT_CHUNK_BYTES
+from nemo_ee.megatron.loss.vocab_parallel import chunk_bytes_on
 from nemo_ee.planning.cost_measurement import stopwatch
 from nemo_ee.planning.cost_model import ModelShape, StageCosts, count_flops
 from nemo_ee.planning.layer_split import LayerSplitConfig, describe_split, layers_per_stage
@@ -54,6 +54,7 @@ def _sizes(model: MegatronEarlyExitGPTModel, cfg: DictConfig) -> dict[str, Any]:
 
 def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size: int) -> ModelShape:
     """The sizes that products depend on, from NeMo's and Megatron's config."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Architecture(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -72,7 +73,7 @@ def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size
         # Megatron's local attention forms the whole square; Transformer Engine's kernels skip the masked half.
         fused_attention=bool(cfg.get("transformer_engine", False)),
         tensor_parallel=config.tensor_model_parallel_size,
-        chunk_bytes=DEFAULT_CHUNK_BYTES,
+        chunk_bytes=chunk_bytes_on(torch.device(device)),
     )
 
 

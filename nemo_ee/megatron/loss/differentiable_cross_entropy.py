@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from nemo_ee.megatron.loss.vocab_parallel import (
-    DEFAULT_CHUNK_BYTES,
     VocabularyShard,
     add_gradients,
+    chunk_bytes_on,
     chunk_logits,
     num_buffers,
     token_chunks,
@@ -39,7 +39,7 @@ def differentiable_cross_entropy(
     *,
     vocabulary: VocabularyShard,
     dtype: torch.dtype | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Masked cross-entropy sum, differentiable in inputs and weights. Softmax and loss in fp32.
 
@@ -53,12 +53,13 @@ def differentiable_cross_entropy(
         mask: [n] float weights of the tokens.
         vocabulary: this rank's part of the vocabulary.
         dtype: dtype of the matrix products (autocast); default that of the inputs.
-        chunk_bytes: size of one chunk of fp32 logits.
+        chunk_bytes: size of one chunk of fp32 logits; None: see `chunk_bytes_on`.
 
     Returns:
         fp32 scalar, sum of mask * loss, the same on every tensor-parallel rank.
     """
     dtype = dtype or inputs[0].dtype
+    chunk_bytes = chunk_bytes or chunk_bytes_on(mask.device)
     return _LinearCrossEntropy.apply(
         vocabulary, dtype, chunk_bytes, labels, mask.float(), len(inputs), *inputs, *weights
     )

@@ -25,10 +25,10 @@ from torch.distributed import ReduceOp
 from nemo_ee.exits.objective import CROSS_ENTROPY, Objective
 from nemo_ee.megatron.loss.teacher import Teacher, TeacherChunk
 from nemo_ee.megatron.loss.vocab_parallel import (
-    DEFAULT_CHUNK_BYTES,
     VocabularyShard,
     add_gradients,
     argmax_over_shards,
+    chunk_bytes_on,
     chunk_logits,
     num_buffers,
     token_chunks,
@@ -88,7 +88,7 @@ def linear_cross_entropy(
     want_argmax: bool = False,
     want_entropy: bool = False,
     dtype: torch.dtype | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> LinearCrossEntropy:
     """Masked loss sums and, fused, their gradients. Every rank of the tensor-parallel group must call it.
 
@@ -104,7 +104,7 @@ def linear_cross_entropy(
         grad_scale: factor on the gradients; None computes the sums only.
         want_argmax, want_entropy: also return the most likely token, the entropy.
         dtype: dtype of the matrix products (autocast); default that of the inputs.
-        chunk_bytes: size of one chunk of fp32 logits, all buffers of its size together.
+        chunk_bytes: size of one chunk of fp32 logits, all buffers of its size together; None: see `chunk_bytes_on`.
     """
     assert teacher is not None or not objective.has_teacher, "the objective needs a teacher"
     num_tokens, rows = inputs[0].shape[0], weights[0].shape[0]
@@ -119,7 +119,7 @@ def linear_cross_entropy(
     buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
     buffers += num_buffers(dtype) - 1
     sums = torch.zeros(len(fields(TokenSums)), dtype=torch.float32, device=mask.device)
-    memory = None
+    memory, chunk_bytes = None, chunk_bytes or chunk_bytes_on(mask.device)
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
         if memory is None:  # of the first chunk's size, the largest
             memory = torch.empty(part.stop - part.start, rows, dtype=dtype, device=mask.device)

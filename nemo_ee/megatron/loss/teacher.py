@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from nemo_ee.megatron.loss.vocab_parallel import (
-    DEFAULT_CHUNK_BYTES,
     VocabularyShard,
+    chunk_bytes_on,
     chunk_logits,
     num_buffers,
     token_chunks,
@@ -133,7 +133,7 @@ class TopKTeacher:
         top_k: int,
         temperature: float,
         vocabulary: VocabularyShard,
-        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        chunk_bytes: int | None = None,
     ) -> TopKTeacher:
         """From the final hidden state. Every rank of the tensor-parallel group must call it.
 
@@ -143,9 +143,9 @@ class TopKTeacher:
             top_k: k; at most the vocabulary's size.
             temperature: T.
             vocabulary: this rank's part of the vocabulary.
-            chunk_bytes: size of one chunk of fp32 logits.
+            chunk_bytes: size of one chunk of fp32 logits; None: see `chunk_bytes_on`.
         """
-        rows = weight.shape[0]
+        rows, chunk_bytes = weight.shape[0], chunk_bytes or chunk_bytes_on(hidden.device)
         all_ids, all_logits = [], []
         for part in token_chunks(hidden.shape[0], rows, chunk_bytes, buffers=num_buffers(weight.dtype)):
             logits = chunk_logits([hidden], [weight], part, weight.dtype, vocabulary)

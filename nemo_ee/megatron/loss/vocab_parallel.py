@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, get_world_size
 from torch.nn.functional import linear
 
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+_CPU_CHUNK_BYTES = 64 * 2**20
+_GPU_SHARE = 256  # of a GPU's memory, for one chunk
 _ROWS_OF_MIXED_PRODUCTS = 8192
 
 
@@ -65,6 +66,18 @@ class VocabularyShard:
 def output_weight_key(tied: bool) -> str:
     """Canonical key of the backbone's output weight, which a tied model stores as its embedding."""
     return "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+
+
+def chunk_bytes_on(device: torch.device) -> int:
+    """Size of one chunk of fp32 logits where no other is set: 64 MiB on the CPU, 1/256 of a GPU's memory.
+
+    A chunk costs a few dozen kernel launches, so on a GPU it must be large to keep the device busy. Tensor-parallel
+    ranks reduce chunk by chunk: the power of two below is the same for GPUs of one kind.
+    """
+    if device.type != "cuda":
+        return _CPU_CHUNK_BYTES
+    share = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
+    return 1 << (share.bit_length() - 1)
 
 
 def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int = 1) -> Iterator[slice]:

@@ -81,7 +81,7 @@ class EarlyExitGPTModel(GPTModel):
             parallel_output=True,
             **gpt_options,
         )
-        self.placement = placement
+        self.placement, self.full_depth = placement, full_depth
         self.true_vocab_size = vocab_size
         if placement.skip_last_mlp:
             # The deepest exit replaces this layer's MLP and nothing runs after it.

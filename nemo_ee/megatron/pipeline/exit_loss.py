@@ -69,6 +69,7 @@ def tune_exit(
         teacher=teacher if objective.has_teacher else None,
         grad_scale=grad_scale,
         dtype=context.autocast,
+        chunk_bytes=context.chunk_bytes,
     )
     used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
     if used:
@@ -105,4 +106,5 @@ def evaluate_exit(
         want_argmax=want_argmax,
         want_entropy=True,
         dtype=context.autocast,
+        chunk_bytes=context.chunk_bytes,
     )

@@ -25,6 +25,7 @@ class StageContext:
         objectives: exit name -> training objective, for the exits of the whole model.
         autocast: dtype of mixed precision, None for none.
         teachers: source of the final exit's distributions. None: no exit learns from it, or none is compared with it.
+        chunk_bytes: fp32 logits of one chunk of an exit's loss; None: by the device (`chunk_bytes_on`).
     """
 
     model: EarlyExitGPTModel
@@ -32,6 +33,7 @@ class StageContext:
     objectives: Mapping[str, Objective]
     autocast: torch.dtype | None = None
     teachers: TeacherChannel | None = None
+    chunk_bytes: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from nemo_ee.bridge import exit_weights
 from nemo_ee.bridge.provider import EarlyExitModelProvider
-from nemo_ee.bridge.saved_model import pack, save, stored_exits
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
+from nemo_ee.checkpoint.exits_file import pack, save, stored_exits
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.module_weights import load_shards
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
@@ -86,7 +86,7 @@ def test_exits_of_the_nemo_host_go_to_bridge_and_back(file: str, source: Path, t
     theirs = exit_weights_in(EARLIER / file)
     with stored_exits(EARLIER / file, HuggingFaceSource(source)) as (block, exits):
         model, provider = build(source, block, exits)
-    save(model, provider, tmp_path / "exits", HuggingFaceSource(source))
+    save(model, provider.exit_config, tmp_path / "exits", HuggingFaceSource(source))
     pack(tmp_path / "exits", tmp_path / "back.nemo")
     for path in (tmp_path / "exits", tmp_path / "back.nemo"):
         ours = exit_weights_in(path)
@@ -108,7 +108,7 @@ def test_exits_of_the_nemo_host_go_to_bridge_and_back(file: str, source: Path, t
 def test_a_complete_file_exports_as_one_of_the_nemo_host(source: Path, tmp_path: Path) -> None:
     with stored_exits(COMPLETE, HuggingFaceSource(source)) as (block, exits):
         model, provider = build(source, block, exits, full_depth=True)
-    save(model, provider, tmp_path / "complete.nemo", HuggingFaceSource(source), complete=True)
+    save(model, provider.exit_config, tmp_path / "complete.nemo", HuggingFaceSource(source), complete=True)
     export(tmp_path / "complete.nemo", tmp_path / "export", "full", "exits", "early_exit")
     tokens = tokens_of(provider.vocab_size)
     taps = model.forward_to_taps(microbatch(tokens))
@@ -161,7 +161,7 @@ def test_rotary_scaling_of_a_family_for_which_bridge_drops_it_is_refused(tmp_pat
 def test_a_file_is_not_complete_without_the_last_layers(source: Path, tmp_path: Path) -> None:
     model, provider = build(source, EXITS)
     with pytest.raises(ValueError, match="build it with full_depth=True"):
-        save(model, provider, tmp_path / "x.nemo", HuggingFaceSource(source), complete=True)
+        save(model, provider.exit_config, tmp_path / "x.nemo", HuggingFaceSource(source), complete=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists; name another directory"):
-        save(model, provider, tmp_path / "there", HuggingFaceSource(source))
+        save(model, provider.exit_config, tmp_path / "there", HuggingFaceSource(source))

@@ -16,9 +16,9 @@ pytest.importorskip("megatron.bridge", reason="megatron-bridge is not installed"
 
 import torch
 
-from nemo_ee.bridge.saved_model import stored_exits
-from nemo_ee.bridge.tuning import ExitTuner
+from nemo_ee.checkpoint.exits_file import stored_exits
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
+from nemo_ee.megatron.pipeline.exit_tuner import ExitTuner
 from tests.stack.bridge.bridge_models import COMPLETE, ROOT, build, export, microbatch
 
 NEMO = json.loads((ROOT / "tests" / "data" / "stack" / "nemo_losses.json").read_text(encoding="utf-8"))
@@ -39,7 +39,8 @@ def test_losses_and_weights(case: str, source: Path) -> None:
     expected = NEMO["cases"][case]
     with stored_exits(COMPLETE, HuggingFaceSource(source)) as (_, exits):
         model, provider = build(source, expected["early_exit"], exits)
-    tuner = ExitTuner(model, provider, optim=NEMO["optim"], num_steps=len(expected["steps"]), max_norm=NEMO["clip"])
+    run = {"optim": NEMO["optim"], "num_steps": len(expected["steps"]), "max_norm": NEMO["clip"]}
+    tuner = ExitTuner(model, provider.exit_config, provider.placements, **run)
     before = {name: value.clone() for name, value in model.backbone_named_parameters()}
     for step in expected["steps"]:
         batches = [

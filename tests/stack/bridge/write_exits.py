@@ -16,7 +16,7 @@ from tests.stack.bridge.conftest import import_bridge
 def main() -> None:
     """Write the file."""
     import_bridge()
-    from nemo_ee.bridge.saved_model import save, stored_exits
+    from nemo_ee.checkpoint.exits_file import save, stored_exits
     from nemo_ee.checkpoint.huggingface import HuggingFaceSource
     from tests.stack.bridge.bridge_models import COMPLETE, ROOT, build, export
 
@@ -24,7 +24,7 @@ def main() -> None:
         source = HuggingFaceSource(export(COMPLETE, Path(folder, "export"), "full") / "hf_full")
         with stored_exits(COMPLETE, source) as (block, exits):
             model, provider = build(source.directory, block, exits)
-        save(model, provider, ROOT / "tests" / "data" / "stack" / "bridge_exits.nemo", source)
+        save(model, provider.exit_config, ROOT / "tests" / "data" / "stack" / "bridge_exits.nemo", source)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_ee.checkpoint.exits_file import stored_exits
+from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from tests.helpers.core_models import microbatch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,6 +29,9 @@ def test_the_example_tunes_saves_and_loads(tmp_path: Path, monkeypatch: pytest.M
     program = program.replace('"model/"', repr(str(model)))
     exec(program.replace("early_exit, stages)", "early_exit, stages, use_cpu_initialization=True)"), names)
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} >= {".metadata", "metadata.json"}
-    losses = names["sums"].reduce(over_data=False)
+    with stored_exits(tmp_path / "tuned.nemo", HuggingFaceSource(model)) as (block, exits):
+        assert [exit["name"] for exit in block["exits"]] == ["layer4-mlp", "layer8-norm"]
+        assert {key.split(".")[0] for key in exits.keys()} == {"layer4-mlp", "layer8-norm"}
+    losses = names["losses"]
     assert losses.keys() == {"layer4-mlp", "layer8-norm"}
     assert all(0.0 < values["loss"] < 20.0 for values in losses.values())

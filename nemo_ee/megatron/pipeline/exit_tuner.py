@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tunes the exits of one pipeline stage with the training step and the optimizers of `nemo_ee.megatron`."""
+"""A tuning run's state on one pipeline stage, for hosts that bring no training loop: Megatron-Bridge, or none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from nemo_ee.bridge.provider import EarlyExitModelProvider
+import torch
+
+from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.loss_weights import loss_weights_at
 from nemo_ee.exits.objective import Objective
+from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.exit_metrics import ExitSums
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.microbatch import MicroBatch
@@ -27,8 +30,9 @@ class ExitTuner:
     """Model, optimizers and learning rates of a tuning run on one stage. Every rank must build it, after the model.
 
     Args:
-        model: this stage, built by `provider`, its weights on their device.
-        provider: its provider.
+        model: this stage, its weights on their device. Where they are bf16, fp32 copies of them are stepped.
+        early_exit: the exits of the whole model.
+        placements: all stages.
         optim: name, lr, betas, eps, weight_decay and `sched`, as `model.optim` of the NeMo host.
         num_steps: optimizer steps of the run.
         max_norm: gradient clipping per exit, 0 for none.
@@ -41,21 +45,23 @@ class ExitTuner:
     def __init__(
         self,
         model: EarlyExitGPTModel,
-        provider: EarlyExitModelProvider,
+        early_exit: EarlyExitConfig,
+        placements: Sequence[StagePlacement],
         *,
         optim: Mapping[str, Any],
         num_steps: int,
         max_norm: float = 0.0,
         timeout_minutes: float = 30,
     ) -> None:
-        self.early_exit, self.num_steps, self.step = provider.exit_config, num_steps, 0
+        self.early_exit, self.num_steps, self.step = early_exit, num_steps, 0
         objectives = {name: Objective.of(self.early_exit, name) for name in self.early_exit.names}
         self.context = StageContext(model, hidden_state_transport(), objectives)
         if self.early_exit.has_teacher:
             timeout = timedelta(minutes=timeout_minutes)
-            teachers = TeacherChannel(model, self.early_exit, provider.placements, autocast=None, timeout=timeout)
+            teachers = TeacherChannel(model, self.early_exit, placements, autocast=None, timeout=timeout)
             self.context = replace(self.context, teachers=teachers)
-        self.optimizers = stage_optimizers(model, optim, main_weights=provider.main_weights, max_norm=max_norm)
+        in_half = model.config.params_dtype is torch.bfloat16
+        self.optimizers = stage_optimizers(model, optim, main_weights=in_half, max_norm=max_norm)
         schedule = LearningRateSchedule.of(optim.get("sched") or {}, num_steps=num_steps)
         self.learning_rates = ExitLearningRates(self.optimizers, schedule, optim)
         self.sums = ExitSums(self.early_exit.names, self.context.device)
@@ -81,10 +87,16 @@ class ExitTuner:
         self.step += 1
         return result
 
-    def evaluate(self, global_batches: Iterable[Sequence[MicroBatch]]) -> dict[str, dict[str, float]]:
-        """Every exit's validation loss over some global batches, of which each rank gives its microbatches."""
+    def evaluate(
+        self, global_batches: Iterable[Sequence[MicroBatch]], *, agreement: bool = False
+    ) -> dict[str, dict[str, float]]:
+        """Every exit's validation loss over some global batches, of which each rank gives its microbatches.
+
+        Args:
+            agreement: compare with a full-depth model's final exit too, see `evaluate_global_batch`.
+        """
         self.context.drain()
         sums = ExitSums(self.early_exit.names, self.context.device)
         for batches in global_batches:
-            evaluate_global_batch(self.context, batches, sums=sums, agreement=False)
+            evaluate_global_batch(self.context, batches, sums=sums, agreement=agreement)
         return sums.reduce()

@@ -1,11 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Writes exits that were tuned on Megatron-Bridge, and reads them again.
+"""Writes exits that were tuned without NeMo, on Megatron-Bridge or plain Megatron-core, and reads them again.
 
     model_config.yaml   the model's config as NeMo stores it, with the `early_exit` block and `backbone_fingerprint`
     exit_weights/       distributed checkpoint (torch_dist), keys `exits.<name>.<parameter>`
     model_weights/      the backbone, in a complete file
-    tokenizer/          tokenizer files and config.json of the Hugging Face directory
+    tokenizer/          tokenizer files and config.json of the source
 
 These are the members of a `.nemo`. A path that ends in `.nemo` becomes an archive, any other path a directory.
 """
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_ee.bridge.provider import EarlyExitModelProvider
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.distributed_checkpoint import save_distributed
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
@@ -35,13 +34,11 @@ from nemo_ee.checkpoint.portable import forget_folder, plain_config, refuse_othe
 from nemo_ee.checkpoint.unpacked import open_nemo
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
-from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
 # The NeMo host's class, which the `target` of every `.nemo` names.
 _TARGET = "nemo_ee.models.megatron_early_exit_gpt_model.MegatronEarlyExitGPTModel"
-_BUNDLED_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
 @contextmanager
@@ -73,27 +70,29 @@ def check_output(output: Path) -> None:
 
 def save(
     model: EarlyExitGPTModel,
-    provider: EarlyExitModelProvider,
+    early_exit: EarlyExitConfig,
     output: str | Path,
     source: HuggingFaceSource,
     *,
     complete: bool = False,
+    vocab_multiple: int = 128,
 ) -> None:
     """Write a stage's exits, and with `complete` its backbone. Every rank must call it with the same arguments.
 
     Args:
-        model: this stage, built by `provider`.
-        provider: its provider.
+        model: this stage.
+        early_exit: the exits of the whole model.
         output: a `.nemo`, or a directory that does not exist.
-        source: the Hugging Face directory of the backbone.
+        source: the Hugging Face directory or the GGUF file of the backbone.
         complete: write the backbone too; the model must be full-depth.
+        vocab_multiple: NeMo's `make_vocab_size_divisible_by`.
 
     Raises:
         ValueError: the directory exists, or `complete` for a model without its last layers.
     """
     output = Path(output)
     check_output(output)
-    if complete and not provider.builds_all_layers:
+    if complete and not model.full_depth:
         raise ValueError(f"{output}: this model has no layers past its deepest exit; build it with full_depth=True")
     work = output.with_name(f"{output.name}.weights.partial")
     first = torch.distributed.get_rank() == 0
@@ -112,7 +111,7 @@ def save(
         try:
             for metadata in work.glob("*/.metadata"):
                 forget_folder(metadata.parent)
-            _add_config_and_tokenizer(work, _config(provider, source), source)
+            _add_config_and_tokenizer(work, _config(early_exit, source, vocab_multiple), source)
             if output.suffix == ".nemo":
                 write_nemo(output, {entry.name: entry for entry in work.iterdir()})
                 shutil.rmtree(work, ignore_errors=True)
@@ -124,7 +123,7 @@ def save(
     torch.distributed.barrier()
 
 
-def _config(provider: EarlyExitModelProvider, source: HuggingFaceSource) -> dict[str, Any]:
+def _config(early_exit: EarlyExitConfig, source: HuggingFaceSource, vocab_multiple: int) -> dict[str, Any]:
     """The model config that NeMo stores."""
     vocab_size = source.backbone.vocab_size
     return {
@@ -132,21 +131,27 @@ def _config(provider: EarlyExitModelProvider, source: HuggingFaceSource) -> dict
         "target": _TARGET,
         "tokenizer": {"library": "huggingface", "type": TOKENIZER_FOLDER, "use_fast": True},
         "vocab_size": vocab_size,
-        "make_vocab_size_divisible_by": provider.make_vocab_size_divisible_by,
+        "make_vocab_size_divisible_by": vocab_multiple,
         "micro_batch_size": 1,
         "global_batch_size": 1,
         # `train` is a setting of a run. A file holds the default.
-        "early_exit": {**provider.exit_config.to_mapping(), "train": EarlyExitConfig().train},
+        "early_exit": {**early_exit.to_mapping(), "train": EarlyExitConfig().train},
         "backbone_fingerprint": backbone_fingerprint(source, vocab_size=vocab_size),
     }
 
 
 def _add_config_and_tokenizer(work: Path, config: dict[str, Any], source: HuggingFaceSource) -> None:
-    files = {f"{TOKENIZER_FOLDER}/{name}": source.directory / name for name in _BUNDLED_FILES}
-    found = without_code_files({name: path for name, path in files.items() if path.is_file()})
-    (work / TOKENIZER_FOLDER).mkdir()
-    for name, content in {CONFIG_MEMBER: yaml.safe_dump(config, sort_keys=False).encode(), **found}.items():
-        (work / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+    tokenizer = work / TOKENIZER_FOLDER
+    tokenizer.mkdir()
+    source.write_model_files(tokenizer)
+    found = {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(tokenizer.iterdir())}
+    kept = without_code_files(found)
+    for name, path in found.items():
+        if name not in kept:
+            path.unlink()
+        elif isinstance(kept[name], bytes):
+            path.write_bytes(kept[name])
+    (work / CONFIG_MEMBER).write_bytes(yaml.safe_dump(config, sort_keys=False).encode())
 
 
 def pack(folder: str | Path, output: str | Path) -> Path:
