@@ -17,6 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 _RESET_PEAK = "5"  # written to clear_refs it sets the peak resident size to the current one, see proc(5)
 
 
+def wait_for(device: object) -> None:
+    """Wait until a device has done what it was given."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def seconds(work: Callable[[], object]) -> float:
     """Wall-clock seconds of one call."""
     start = time.perf_counter()

@@ -20,9 +20,9 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import hydra
 from omegaconf import DictConfig
@@ -39,6 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # lib/
 
 from lib.collected_texts import CollectionPath, digest_of, files_of
 from lib.dataset_files import replacing
+
+if TYPE_CHECKING:
+    from nemo_ee.runtime.model import RuntimeModel
 
 _TO_ANSWER = {"add_generation_prompt": True, "tokenize": False}
 _MARK = "\ufffe\ufdd0question\ufdd1"
@@ -71,24 +74,41 @@ class OwnChatSettings(ScriptInput):
     threads: Positive
 
 
+class Generate(Protocol):
+    """Draws new tokens of prompts."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        most: int,
+        temperature: float,
+        top_k: int,
+        seeds: Sequence[int],
+        stops: Collection[int],
+    ) -> Iterable[Sequence[int]]:
+        """New tokens of each prompt, at most `most`; the first of `stops`, if one comes, is the last."""
+        ...
+
+
 class ChatWriter:
     """A model that writes conversations with itself.
 
     Args:
         settings: the script's settings.
+        tokenizer: the model's, of transformers.
+        generate: draws the model's tokens.
+        max_positions: the model's.
 
     Attributes:
         cut: number of answers so far that were cut.
 
     Raises:
-        ValueError: no model, no tokenizer, no chat template or no end of a turn.
+        ValueError: no chat template or no end of a turn, or the model is too short.
     """
 
-    def __init__(self, settings: OwnChatSettings) -> None:
-        from nemo_ee.generation.engine import EarlyExitEngine
-        from nemo_ee.runtime.loader import load_model, load_tokenizer
-
-        self.settings, self.tokenizer = settings, load_tokenizer(settings.model)
+    def __init__(self, settings: OwnChatSettings, tokenizer: Any, generate: Generate, *, max_positions: int) -> None:
+        self.settings, self.tokenizer, self.generate = settings, tokenizer, generate
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(f"{settings.model}: its tokenizer has no chat template; give a chat model")
         written = self.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
@@ -101,15 +121,13 @@ class ChatWriter:
             )
         self.stops = {ends[0], self.tokenizer.eos_token_id} - {None}
         self.cut = 0
-        model = load_model(settings.model)
         written = self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], **_TO_ANSWER)
         longest = len(self._ids(written)) + settings.max_question_tokens + settings.max_answer_tokens
-        if longest > model.max_positions:
+        if longest > max_positions:
             raise ValueError(
                 f"a conversation of {longest} tokens (template, max_question_tokens, max_answer_tokens) is longer "
-                f"than the model's {model.max_positions} positions; lower one of the two"
+                f"than the model's {max_positions} positions; lower one of the two"
             )
-        self.engine = EarlyExitEngine(model)
 
     def chats(self) -> Iterator[dict[str, Any]]:
         """Conversations, each question once, as many as the settings say, batch by batch."""
@@ -144,16 +162,10 @@ class ChatWriter:
         """Texts of the model, and whether each came to its end."""
         if not prompts:
             return
-        from nemo_ee.generation.sampling import SamplingParams
-
-        sampling = [
-            SamplingParams(greedy=False, temperature=temperature, top_k=self.settings.top_k, seed=seed)
-            for seed in seeds
-        ]
-        result = self.engine.generate(
-            prompts, max_new_tokens=most, mode="full", sampling=sampling, stop_tokens=self.stops
+        written = self.generate(
+            prompts, most=most, temperature=temperature, top_k=self.settings.top_k, seeds=seeds, stops=self.stops
         )
-        for tokens in result.tokens:
+        for tokens in written:
             ended = tokens[-1] in self.stops
             yield self.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True), ended
 
@@ -161,12 +173,30 @@ class ChatWriter:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def with_runtime(model: RuntimeModel) -> Generate:
+    """Draws with our runtime: a text depends on its seed alone."""
+    from nemo_ee.generation.engine import EarlyExitEngine
+    from nemo_ee.generation.sampling import SamplingParams
+
+    engine = EarlyExitEngine(model)
+
+    def generate(prompts, *, most, temperature, top_k, seeds, stops):
+        sampling = [SamplingParams(greedy=False, temperature=temperature, top_k=top_k, seed=seed) for seed in seeds]
+        result = engine.generate(prompts, max_new_tokens=most, mode="full", sampling=sampling, stop_tokens=stops)
+        return result.tokens
+
+    return generate
+
+
 def collect(settings: OwnChatSettings) -> tuple[int, int, int]:
     """Write the conversations. Returns the numbers of training and held-out ones, and of cut answers in them."""
     import torch
 
+    from nemo_ee.runtime.loader import load_model, load_tokenizer
+
     torch.set_num_threads(settings.threads)
-    writer = ChatWriter(settings)
+    tokenizer, model = load_tokenizer(settings.model), load_model(settings.model)
+    writer = ChatWriter(settings, tokenizer, with_runtime(model), max_positions=model.max_positions)
     paths, counts = files_of(settings.output)[:2], [0, 0]
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     opener = gzip.open if settings.output.name.endswith(".gz") else open

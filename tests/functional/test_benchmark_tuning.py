@@ -103,7 +103,7 @@ def test_matrix_products_are_counted() -> None:
     """Against a count by hand, gradients included."""
     import torch
 
-    from benchmarks.single_process import MatrixProducts
+    from benchmarks.matrix_products import MatrixProducts
 
     products = MatrixProducts()
     x, w = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
