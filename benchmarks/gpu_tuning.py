@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from benchmarks.matrix_products import MatrixProducts
 from benchmarks.measure import interleaved, median_of_ratios, wait_for
@@ -23,6 +24,7 @@ from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
 from nemo_ee.families.architecture import Architecture
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
+from nemo_ee.megatron.model.layer_spec import TorchAttention
 from nemo_ee.megatron.model.microbatch import MicroBatch
 from nemo_ee.megatron.pipeline.exit_tuner import ExitTuner
 
@@ -90,7 +92,9 @@ def measure(sizes: Sizes, device: str) -> dict[str, Any]:
     steps: dict[str, Callable[[MicroBatch], Any]] = {"ours": step_of(*ours)}
     steps |= {f"chunk_{size}_mib": step_of(*ours, chunk_bytes=size * MIB) for size in sizes.chunks_mib}
     found: dict[str, Any] = {"exits": list(sizes.exits), "tokens": sizes.batch * sizes.length}
+    steps["megatrons_attention"] = _with_megatrons_attention(steps["ours"])
     found |= _memory("ours", steps["ours"], batch, device)
+    found |= _memory("megatrons_attention", steps["megatrons_attention"], batch, device)
     products = MatrixProducts()
     with products:
         steps["ours"](batch)
@@ -120,6 +124,19 @@ def measure(sizes: Sizes, device: str) -> dict[str, Any]:
         if found["plain_temporary_mib"]:
             found["memory_over_plain"] = found["ours_temporary_mib"] / found["plain_temporary_mib"]
     return found
+
+
+def _with_megatrons_attention(step: Callable[[MicroBatch], Any]) -> Callable[[MicroBatch], Any]:
+    """The same step with the attention that Megatron's local layers have where Transformer Engine is absent."""
+
+    def slow(batch: MicroBatch) -> None:
+        fast, TorchAttention.forward = TorchAttention.forward, DotProductAttention.forward
+        try:
+            step(batch)
+        finally:
+            TorchAttention.forward = fast
+
+    return slow
 
 
 def _memory(name: str, step: Callable[[MicroBatch], Any], batch: MicroBatch, device: str) -> dict[str, float]:

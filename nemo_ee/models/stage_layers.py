@@ -70,8 +70,7 @@ def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size
         model,
         sequence=cfg.encoder_seq_length,
         micro_batch=cfg.get("micro_batch_size") or 1,
-        # Megatron's local attention forms the whole square; Transformer Engine's kernels skip the masked half.
-        fused_attention=bool(cfg.get("transformer_engine", False)),
+        fused_attention=True,
         tensor_parallel=config.tensor_model_parallel_size,
         chunk_bytes=chunk_bytes_on(torch.device(device)),
     )

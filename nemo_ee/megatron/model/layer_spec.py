@@ -15,8 +15,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 class TorchNorm:
@@ -38,6 +42,37 @@ class TorchNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class TorchAttention(DotProductAttention):
+    """Megatron's own attention as one call of torch: the same numbers, without the [s, s] scores in memory."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> Tensor:
+        """See `DotProductAttention`: query [s, b, n, d], key and value [s, b, groups, d] -> [s, b, n * d]."""
+        dropout = self.attention_dropout.p if self.training else 0.0
+        causal = attention_mask is None and self.attn_mask_type is AttnMaskType.causal
+        plain = attention_bias is None and packed_seq_params is None and not self.config.apply_query_key_layer_scaling
+        if not plain or dropout or len(query) != len(key):
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+            )
+        context = scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
 
 
 @dataclass(frozen=True)
@@ -71,6 +106,7 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
     local = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     local.submodules.input_layernorm = TorchNorm
     local.submodules.pre_mlp_layernorm = TorchNorm
+    local.submodules.self_attention.submodules.core_attention = TorchAttention
     if config.qk_layernorm:
         heads = local.submodules.self_attention.submodules
         heads.q_layernorm = heads.k_layernorm = TorchNorm

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from tests.helpers.megatron_models import exit_entry, microbatch, random_tokens, tiny_pair
@@ -33,8 +34,9 @@ def _addmm_in_place_flop(total, a, b, out_shape=None, **kwargs) -> int:
 
 
 def count(work) -> int:
-    """FLOPs of a call by torch's own counter."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of a call by torch's own counter, which knows no fused attention of the CPU: products of the whole
+    square."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
@@ -49,7 +51,7 @@ def shape(model):
     from nemo_ee.models.stage_layers import model_shape
 
     shape = model_shape(model.cfg, model.transformer_config, padded_vocab_size=model.padded_vocab_size)
-    return dataclasses.replace(shape, chunk_bytes=64 * 2**20)
+    return dataclasses.replace(shape, chunk_bytes=64 * 2**20, fused_attention=False)  # see `count`
 
 
 @pytest.fixture(scope="module")
