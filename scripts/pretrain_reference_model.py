@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train a small Llama-shaped byte-level model on the CPU from scratch.
+"""Pre-train a small byte-level model, Llama- or GPT-2-shaped, on the CPU from scratch.
 
 python scripts/pretrain_reference_model.py data=data/python.jsonl.gz output=outputs/reference-model-bytes
 
-Plain PyTorch around transformers' LlamaForCausalLM. The learning rate rises, stays, and falls at the end
+Plain PyTorch around transformers' models. The learning rate rises, stays, and falls at the end
 (warmup-stable-decay, arXiv 2405.18392), so a run may be ended at any step: a file <output>/decay starts the fall. The
 checkpoint appears by renaming, so a killed run has its last one whole; initial weights and data are functions of the
 seed and the step, so a resumed run gives the bits of an uninterrupted one.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from lib.pretraining_settings import PretrainConfig, Progress
+from lib.pretraining_settings import PretrainConfig, Progress, Sizes
 from omegaconf import DictConfig
 
 from nemo_ee.checkpoint.atomic import atomic_file
@@ -39,8 +39,15 @@ from nemo_ee.text.json_values import check_model_files
 
 logger = logging.getLogger("nemo_ee.scripts")
 
-_RMS_NORM_EPS = 1e-5
-_ROPE_THETA = 10000.0
+# Family -> what its config has besides the sizes.
+_FIXED = {
+    "llama": {"rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "layer_norm_epsilon": 1e-5},
+}
+_GPT2_NAMES = {
+    "num_hidden_layers": "n_layer", "hidden_size": "n_embd", "intermediate_size": "n_inner",
+    "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
+}  # fmt: skip
 _SHOWN_PROBLEMS = 20
 # Rows of attention done at once. With 512 columns a block of bf16 scores stays in the cache and half of the masked
 # part is never computed; torch's own CPU kernel takes twice the time at this size.
@@ -52,6 +59,7 @@ def blocked_causal_attention(module, query, key, value, attention_mask, scaling=
 
     Args:
         query, key, value: `[b, heads, s, head]`; as many key heads as query heads.
+        scaling: of the scores; None = 1 / sqrt(head).
 
     Returns:
         (`[b, s, heads, head]`, None).
@@ -60,6 +68,7 @@ def blocked_causal_attention(module, query, key, value, attention_mask, scaling=
 
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     batch, heads, length, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
     # [b, heads, s, head] -> [b * heads, s, head]
     query, key, value = (one.to(dtype).reshape(batch * heads, length, size) for one in (query, key, value))
     rows = []
@@ -81,44 +90,44 @@ def build_model(config: PretrainConfig):
     """
     import torch
     from lib.byte_tokenizer import END
-    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
     AttentionInterface.register("blocked_causal", blocked_causal_attention)
     torch.manual_seed(config.seed)
-    shape = LlamaConfig(
-        **config.model.model_dump(),
-        num_key_value_heads=config.model.num_attention_heads,
-        head_dim=config.model.hidden_size // config.model.num_attention_heads,
-        rms_norm_eps=_RMS_NORM_EPS,
-        rope_theta=_ROPE_THETA,
-        bos_token_id=END,
-        eos_token_id=END,
-        pad_token_id=END,
-        attn_implementation="blocked_causal",
-    )
+    family, shape = config.model.family, _shape(config.model)
+    wanted = AutoConfig.for_model(
+        family, **shape, **_FIXED[family], bos_token_id=END, eos_token_id=END, pad_token_id=END
+    )  # fmt: skip
     if config.start_from is None:
-        return LlamaForCausalLM(shape)
+        return AutoModelForCausalLM.from_config(wanted, attn_implementation="blocked_causal")
     try:
         check_model_files(config.start_from)
     except ValueError as error:
-        raise ValueError(f"start_from: {config.start_from} cannot be read as a Llama model: {error}") from error
+        raise ValueError(f"start_from: {config.start_from} cannot be read as a model: {error}") from error
     try:
-        stored = LlamaConfig.from_pretrained(config.start_from)
-        wanted = {**config.model.model_dump(), "model_type": "llama", "num_key_value_heads": shape.num_key_value_heads}
+        stored = AutoConfig.from_pretrained(config.start_from)
         other = [
             f"{key} ({found}, not {value})"
-            for key, value in wanted.items()
+            for key, value in {**shape, "model_type": family}.items()
             if (found := getattr(stored, key, None)) != value
         ]
         if other:
             raise ValueError(f"start_from: {config.start_from} has another {', '.join(other)}; set model to its shape")
-        return LlamaForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             config.start_from, torch_dtype=torch.float32, attn_implementation="blocked_causal"
         )
     except OSError as error:
         raise ValueError(
-            f"start_from: {config.start_from} cannot be read as a Llama model: {error}; name `model` of a finished run"
+            f"start_from: {config.start_from} cannot be read as a model: {error}; name `model` of a finished run"
         ) from error
+
+
+def _shape(sizes: Sizes) -> dict[str, Any]:
+    """The sizes under the names of the family's config."""
+    shape = sizes.model_dump(exclude={"family"})
+    if sizes.family == "llama":
+        return {**shape, "num_key_value_heads": sizes.num_attention_heads}
+    return {_GPT2_NAMES.get(key, key): value for key, value in shape.items()}
 
 
 def build_optimizer(model, config: PretrainConfig):
@@ -135,13 +144,13 @@ def losses_of(model, tokens, precision: str, exit_layers: Sequence[int] = ()):
     """Mean next-byte cross-entropy in nats of `[b, s + 1]` tokens, fp32: the final one, then one per exit layer."""
     import torch
 
-    losses = []
+    losses, norm = [], getattr(model.base_model, "norm", None) or model.base_model.ln_f
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
         result = model(input_ids=tokens[:, :-1], use_cache=False, output_hidden_states=bool(exit_layers))
         # [b, s, v] -> [b * s, v]
         losses.append(_cross_entropy(result.logits, tokens))
         for layer in exit_layers:
-            logits = model.lm_head(model.model.norm(result.hidden_states[layer]))
+            logits = model.lm_head(norm(result.hidden_states[layer]))
             losses.append(_cross_entropy(logits, tokens))
     return torch.stack(losses)
 
@@ -194,6 +203,8 @@ class Run:
         # Only settings with an effect, so that a run without these resumes from checkpoints that do not have them.
         if config.start_from is not None:
             self.identity["start_from"] = config.start_from
+        if config.model.family == "llama":
+            del self.identity["model"]["family"]
         if config.exit_layers:
             self.identity |= {"exit_layers": config.exit_layers, "exit_loss_weight": config.exit_loss_weight}
         if self.checkpoint.exists():

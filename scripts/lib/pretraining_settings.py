@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Sizes(UserInput):
     """The `model` block."""
 
+    family: Literal["llama", "gpt2"]
     num_hidden_layers: Positive
     hidden_size: Positive
     intermediate_size: Positive

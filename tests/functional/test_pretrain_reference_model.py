@@ -28,6 +28,7 @@ CONFIG = ROOT / "conf" / "pretrain_reference_model.yaml"
 END = 256
 TINY = {
     "model": {
+        "family": "llama",
         "num_hidden_layers": 2,
         "hidden_size": 32,
         "intermediate_size": 64,
