@@ -142,7 +142,6 @@ def stage_of(
         rotary = model.rotary_pos_emb
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, *(scaling[key] for key in keys))
-    model.to(config.params_dtype)  # the norms of Megatron's own modules too
     if early_exit.train != "exits":
         prepare_backbone(model, early_exit)
     return model

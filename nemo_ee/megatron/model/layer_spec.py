@@ -38,7 +38,8 @@ class TorchNorm:
                 "set model.transformer_engine=True on a machine that has it"
             )
         norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-        norm = norms[config.normalization](hidden_size, eps=eps)
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        norm = norms[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

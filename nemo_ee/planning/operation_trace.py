@@ -1,0 +1,175 @@
+# Copyright 2026 The nemo_ee authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a piece of work computes, sends and holds: operations are watched as they are dispatched.
+
+The same watch serves a real run and a dry one. In a dry one tensors are fake (torch's `FakeTensorMode`) and ranks are
+torch's `fake` backend, so a rank of any layout runs on one machine without memory; the watch then answers what only a
+real run could: collectives, which nobody receives, and numbers that are read from the device.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+_ANSWER = 1.0  # any number that is read from a fake tensor: a norm, a loss
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Floating-point operations of matrix products and attention between two transfers."""
+
+    flops: float
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective or a transfer between two ranks.
+
+    Attributes:
+        kind: name of torch's operation: allreduce_, send, recv_, ...
+        ranks: size of its group.
+        bytes: of the largest of its tensor arguments.
+        stride: distance of neighbouring ranks of the group, 1 inside tensor parallelism.
+    """
+
+    kind: str
+    ranks: int
+    bytes: int
+    stride: int
+
+
+class OperationTrace(TorchDispatchMode):
+    """Watches what runs inside the block.
+
+    Args:
+        dry: tensors are fake and ranks are on the `fake` backend.
+
+    Attributes:
+        events: `Compute` and `Transfer`, in their order.
+        live: bytes of the tensors that were made inside the block and still exist.
+        peak: largest `live` since `reset_peak`.
+        at_peak: storage's key -> bytes of the tensors at the peak.
+    """
+
+    def __init__(self, *, dry: bool) -> None:
+        super().__init__()
+        self.dry = dry
+        self.events: list[Compute | Transfer] = []
+        self.live = self.peak = 0
+        self.at_peak: dict[int, int] = {}
+        self._storages: dict[int, tuple[int, Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.dry and function is _aten._local_scalar_dense.default:
+            return _ANSWER
+        if function.namespace == "c10d":
+            self.events.append(_transfer(function, args))
+            if self.dry:
+                work = FakeWork().boxed()
+                return work if len(function._schema.returns) == 1 else (args[0], work)
+            return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if flops := _flops(function, args, kwargs, result):
+            before = self.events.pop().flops if self.events and isinstance(self.events[-1], Compute) else 0.0
+            self.events.append(Compute(before + flops))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._keep(leaf.untyped_storage())
+        return result
+
+    def _keep(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages or not size:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= self._storages.pop(key)[0]
+
+        self._storages[key] = size, weakref.ref(storage, gone)
+        self.live += size
+        if self.live > self.peak:
+            self.peak = self.live
+            self.at_peak = {key: own for key, (own, _) in self._storages.items()}
+
+    def reset(self) -> None:
+        """Forget the events, and measure the peak from now on."""
+        self.events, self.peak = [], 0
+        self._keep(torch.empty(1).untyped_storage())
+
+    @property
+    def flops(self) -> float:
+        """Of all events."""
+        return sum(event.flops for event in self.events if isinstance(event, Compute))
+
+    def transfers(self) -> Counter[Transfer]:
+        """How often each transfer took place."""
+        return Counter(event for event in self.events if isinstance(event, Transfer))
+
+    def bytes_at_peak(self, kinds: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
+        """Bytes at the peak by kind; what is of no kind is `temporary`.
+
+        Args:
+            kinds: kind -> its tensors.
+        """
+        left, found = dict(self.at_peak), {}
+        for kind, tensors in kinds.items():
+            keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+            found[kind] = sum(left.pop(key, 0) for key in keys)
+        return {**found, "temporary": sum(left.values())}
+
+
+def _transfer(function: Any, args: tuple) -> Transfer:
+    boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+    group = ProcessGroup.unbox(boxed)
+    ranks = torch.distributed.get_process_group_ranks(group)
+    sizes = [
+        sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(arg) if isinstance(leaf, Tensor))
+        for arg in args
+    ]
+    stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
+    return Transfer(function.__name__.split(".")[0], len(ranks), max(sizes), stride)
+
+
+def _flops(function: Any, args: tuple, kwargs: dict, result: Any) -> float:
+    packet = function._overloadpacket
+    if packet in _OWN_FORMULAS:
+        return _OWN_FORMULAS[packet](*args)
+    if packet in flop_registry:
+        return float(flop_registry[packet](*args, **kwargs, out_val=result))
+    return 0.0
+
+
+def _attention(query: Tensor, key: Tensor, *_: Any) -> float:
+    """Causal: half of the square."""
+    return 2.0 * query.numel() * key.shape[-2]
+
+
+def _attention_backward(_: Tensor, query: Tensor, key: Tensor, *__: Any) -> float:
+    """Five products of the forward pass's two."""
+    return 2.5 * _attention(query, key)
+
+
+def _in_place_product(total: Tensor, left: Tensor, right: Tensor, *_: Any) -> float:
+    return 2.0 * math.prod(left.shape) * right.shape[-1]
+
+
+# What torch's table of formulas lacks.
+_OWN_FORMULAS = {
+    _aten.addmm_: _in_place_product,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
