@@ -277,13 +277,14 @@ def run(options: argparse.Namespace) -> None:
     result |= {"steps": num_steps, "tokens": num_steps * size * length, "trial_step_s": step_s}
     print(f"{num_steps} steps of {size} x {length} tokens, {step_s:.3f} s each", flush=True)
     del trial
+    kept = [own for own in SAVED if own in parameters] or list(parameters)
     for name in ("chats", "documents"):
         tuning = Tuning(source, entries, device)
         result[f"{name}_step_s"], result[f"{name}_last_losses"] = tuning.run(texts[name], size, num_steps)
         for text, own in held.items():
             after = tuning.evaluate(own, windows, size)
             result["rows"] += rows_of(name, text, before[text], after, parameters)
-        tuning.keep(source, [own for own in SAVED if own in parameters], output / f"{name}.nemo", device)
+        tuning.keep(source, kept, output / f"{name}.nemo", device)
         result["seconds"] = round(time.monotonic() - start, 1)
         write_json(file, result)
         print(f"{result['seconds']} s: {name} done", flush=True)

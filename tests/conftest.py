@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,14 +37,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
 
 
-def _cuda_missing() -> str | None:
-    """Why there is no CUDA device to test on. Asks another process: the CPU host hides devices in this one."""
-    command = [sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"]
-    if subprocess.run(command, capture_output=True).returncode == 0:
-        return None
-    return "gpu: torch.cuda.is_available() is False here"
-
-
 def _browser_missing() -> str | None:
     if any(shutil.which(name) for name in CHROMIUM):
         return None
@@ -55,7 +46,7 @@ def _browser_missing() -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine or this run has no place for, and say why."""
     slow = None if config.getoption("--run-slow") else "slow: takes minutes; run it with --run-slow"
-    for mark, missing in (("gpu", _cuda_missing), ("browser", _browser_missing), ("slow", lambda: slow)):
+    for mark, missing in (("browser", _browser_missing), ("slow", lambda: slow)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = missing() if marked else None
         for item in marked if reason else ():

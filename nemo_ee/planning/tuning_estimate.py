@@ -16,7 +16,8 @@ Sizes in bytes, times in seconds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from nemo_ee.exits.config import ExitConfig
@@ -351,3 +352,38 @@ def fastest_layout(
             if result.fits and (found is None or result.hours < found.hours):
                 found = result
     return found
+
+
+def nearest_layout(
+    model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions
+) -> Layout | None:
+    """The layout nearest to another one that goes with the model and the batch: the fewest doublings away."""
+    return _nearest(layout, lambda other: not layout_problem(model, exits, other, assumptions))
+
+
+def smallest_change_that_fits(
+    model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions
+) -> Layout | None:
+    """The layout nearest to another one whose estimated memory is there, on at least as many GPUs."""
+
+    def fits(other: Layout) -> bool:
+        problem = other.gpus < layout.gpus or layout_problem(model, exits, other, assumptions)
+        return not problem and estimate(model, exits, other, assumptions).fits
+
+    return _nearest(layout, fits)
+
+
+def _nearest(layout: Layout, good: Callable[[Layout], bool]) -> Layout | None:
+    sizes = [1 << power for power in range(11)]
+    others = {
+        Layout(tensor, pipeline, data)
+        for tensor in {*sizes[:4], layout.tensor}
+        for pipeline in {*sizes[:7], layout.pipeline}
+        for data in {*sizes, layout.data}
+    }
+
+    def distance(other: Layout) -> float:
+        pairs = zip(dataclasses.astuple(layout), dataclasses.astuple(other), strict=True)
+        return sum(abs(math.log2(one / another)) for one, another in pairs)
+
+    return next((other for other in sorted(others, key=lambda one: (distance(one), one.gpus)) if good(other)), None)

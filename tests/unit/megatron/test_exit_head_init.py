@@ -184,65 +184,6 @@ def test_recorded_keys_are_canonical(recorded: list[str]) -> None:
         assert ".base." not in key and "model." not in key and "heads." not in key, key
 
 
-@pytest.mark.gpu
-def test_transformer_engine_writes_the_same_keys(tmp_path: Path) -> None:
-    """In a process of its own: the CPU host of this one hides the GPU."""
-    import json
-    import subprocess
-    import sys
-
-    found = subprocess.run([sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True)
-    if found.returncode:
-        pytest.skip(f"Transformer Engine is not installed here: {found.stderr.strip().splitlines()[-1]}")
-    expected = [line.split(" ", 1)[1] for line in EXPECTED_KEYS_FILE.read_text().splitlines() if line[:6] == "llama:"]
-    program = tmp_path / "keys.py"
-    program.write_text(_TRANSFORMER_ENGINE_PROGRAM)
-    result = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, cwd=Path(__file__).parents[3]
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert sorted(json.loads(result.stdout.splitlines()[-1])) == sorted(expected)
-
-
-# Megatron without NeMo: the exit heads of the recorded llama under the Transformer-Engine spec.
-_TRANSFORMER_ENGINE_PROGRAM = """
-import json, os, sys
-sys.path.insert(0, os.getcwd())
-import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer import TransformerConfig
-from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.megatron.model.exit_head import ExitHead
-from nemo_ee.megatron.model.exit_head_init import local_shards
-from nemo_ee.megatron.model.layer_spec import backbone_specs
-
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29777", RANK="0", WORLD_SIZE="1")
-torch.cuda.set_device(0)
-torch.distributed.init_process_group("nccl")
-parallel_state.initialize_model_parallel()
-tensor_parallel.model_parallel_cuda_manual_seed(1)
-config = TransformerConfig(
-    num_layers=3, hidden_size=40, ffn_hidden_size=56, num_attention_heads=6, num_query_groups=2, kv_channels=10,
-    normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
-    bias_activation_fusion=False,
-)
-specs = backbone_specs(config, transformer_engine=True)
-entries = [
-    dict(name=f"l2-{a}-{i}-{o}", layer=2, architecture=a, init=i, output=o, rank=3)
-    for a in ("embedding", "norm", "mlp", "layer") for i in ("copy", "random", "lora")
-    for o in ("own", "shared", "low_rank")
-]
-lines = set()
-for exit in EarlyExitConfig.from_mapping({"exits": entries}, num_layers=3).exits:
-    head = ExitHead(config, exit, specs, vocab_size=144, shared_weight=lambda: None)
-    state = head.sharded_state_dict(f"exits.{exit.name}.")
-    state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-    lines |= {f"{shard.key} {list(shard.global_shape)}" for shard in local_shards(state)}
-torch.distributed.destroy_process_group()
-print(json.dumps(sorted(lines)))
-"""
-
-
 if __name__ == "__main__":
     # Writes the recorded list: python -m tests.unit.megatron.test_exit_head_init
     import tempfile

@@ -113,7 +113,8 @@ def test_no_script_leaves_a_file_where_it_was_started() -> None:
     The log file of a script lies in `outputs/`; a script without noisy libraries has none.
     """
     without_log = set(
-        "collect_debian_texts collect_own_chats collect_prompts collect_python_sources megatron_gpt_early_exit_serve "
+        "collect_debian_texts collect_own_chats collect_prompts collect_python_sources dry_run "
+        "megatron_gpt_early_exit_serve "
         "plot_tuning preprocess_chat preprocess_text".split()
     )
     for stem in STEMS:
@@ -154,6 +155,7 @@ def right(stem: str, tmp_path: Path) -> dict[str, Any]:
         (tmp_path / "data.jsonl").touch()
         values["data"] = str(tmp_path / "data.jsonl")
         values |= {"output": str(tmp_path / "placement.json")} if "output" in values else {}
+    values |= {"layout": [1, 1, 1]} if "layout" in values else {}
     values |= {"model.data.data_prefix": ["a"]} if "model.data.data_prefix" in values else {}
     if "calibrate" in stem:
         (tmp_path / "data.jsonl").write_text('{"prompt": "x"}')
