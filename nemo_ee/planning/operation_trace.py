@@ -83,7 +83,7 @@ class OperationTrace(TorchDispatchMode):
                 return work if len(function._schema.returns) == 1 else (args[0], work)
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
-        if flops := _flops(function, args, kwargs, result):
+        if flops := flops_of(function, args, kwargs, result):
             before = self.events.pop().flops if self.events and isinstance(self.events[-1], Compute) else 0.0
             self.events.append(Compute(before + flops))
         for leaf in tree_leaves(result):
@@ -144,7 +144,8 @@ def _transfer(function: Any, args: tuple) -> Transfer:
     return Transfer(function.__name__.split(".")[0], len(ranks), max(sizes), stride)
 
 
-def _flops(function: Any, args: tuple, kwargs: dict, result: Any) -> float:
+def flops_of(function: Any, args: tuple, kwargs: dict, result: Any) -> float:
+    """Floating-point operations of a call of one of torch's operations: of products and attention, else 0."""
     packet = function._overloadpacket
     if packet in _OWN_FORMULAS:
         return _OWN_FORMULAS[packet](*args)

@@ -110,7 +110,9 @@ def test_matrix_products_are_counted() -> None:
     with products:
         torch.nn.functional.linear(x, w).sum().backward()
         torch.randn(3, 4, 5) @ torch.randn(3, 5, 2)
-    assert products.flop() == 3 * 2 * 6 * 5 * 7 + 2 * 3 * 4 * 5 * 2
+        torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 64, 16).unbind(), is_causal=True)
+    assert products.flop() == 3 * 2 * 6 * 5 * 7 + 2 * 3 * 4 * 5 * 2 + 2 * (2 * 64 * 16) * 64
+    assert len(products.counts) == 5, "forward, two gradients, a batch of products, attention"
     assert products.replay() > 0
 
 
