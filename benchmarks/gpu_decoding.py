@@ -1,10 +1,10 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding on a GPU: our runtime on a model of 1.1B parameters with random weights, beside transformers and the time
-that its weights take to be read. Part of scripts/gpu_check.py.
+"""Decoding on a GPU: the runtime on a model of 1.1B parameters with random weights, beside transformers and beside the
+time of reading the weights once. Part of scripts/gpu_check.py.
 
-Random weights leave at no sensible place, so a token leaves at half the depth whatever its confidence (threshold 0),
-and every fourth goes deep for all (`max_pending_tokens=3`): what is measured is the cost of leaving and catching up.
+The confidence of random weights says nothing. So a token leaves at half the depth whatever its confidence (threshold
+0), and every fourth goes deep (`max_pending_tokens=3`): the cost of leaving and of catching up is what is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_tuning import Sizes
+from benchmarks.gpu_tuning import Sizes, kernels_of
 from benchmarks.measure import interleaved, wait_for
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
@@ -115,5 +115,6 @@ def _launches(engine: EarlyExitEngine, *, given: list[list[int]], device: str) -
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             engine.generate(given, max_new_tokens=new, mode="full")
             wait_for(device)
-        counts.append(sum(row.count for row in profiler.key_averages()))
+        rows = [row for row in kernels_of(profiler) if not row.key.startswith(("Memcpy", "Memset"))]
+        counts.append(sum(row.count for row in rows))
     return (counts[1] - counts[0]) / 8

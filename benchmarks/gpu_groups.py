@@ -14,6 +14,7 @@ def one_rank(device: str) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # Megatron makes gloo groups too; no network is needed
     backend = "gloo" if device == "cpu" else "nccl"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The estimate of memory against dry runs, and weak scaling from 8 to 1,024 GPUs, simulated.
 
-    python benchmarks/weak_scaling.py --json dry-run.json --picture weak-scaling.png      # ten minutes on one core
+    python benchmarks/weak_scaling.py --json dry-run.json --picture weak-scaling.png      # 12 minutes on one core
 
 `estimate_over_dry_run` is the estimated peak of the fullest GPU over that of a dry run, on twelve layouts of Llama-2's
 7B, 13B and 70B; `weak_scaling_1024_over_8` is simulated tokens per second and GPU. Nothing here ran on a GPU.
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a command, not an installed package
+sys.path.insert(0, str(ROOT))  # a command, not an installed package
 
-from dry_run import DryRunSettings, dry  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from benchmarks.measure import provenance  # noqa: E402
+from nemo_ee.evaluation.dry_run import DryRunSettings, dry  # noqa: E402
 from nemo_ee.evaluation.report import format_table  # noqa: E402
 
 # model, layout, exits
@@ -100,6 +100,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--picture", type=Path, help="file for the picture of weak scaling")
     options = parser.parse_args()
+    for file in filter(None, (options.json, options.picture)):
+        if not file.absolute().parent.is_dir():
+            parser.error(f"{file} lies in no existing folder")
     result: dict[str, Any] = {**provenance(), "estimates": estimates(), "weak_scaling": scaling()}
     ratios = [row["estimate_over_dry_run"] for row in result["estimates"]]
     result |= {"estimate_over_dry_run_least": min(ratios), "estimate_over_dry_run_most": max(ratios)}

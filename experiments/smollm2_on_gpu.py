@@ -10,6 +10,7 @@
 
 Plain Megatron-core, one rank, bf16; no NeMo, no network. Every token counts. The minutes are shared out: a third for
 writing conversations, the rest for the two runs; the number of steps follows from the speed of the first ones.
+Besides what scripts/gpu_check.py needs: gguf, accelerate, omegaconf and hydra.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -141,10 +142,12 @@ def chat_tokens(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(train), np.array([token for ids in each[::20] for token in ids])
 
 
-def document_tokens(prefix: Path) -> np.ndarray:
-    """The documents of a .bin/.idx pair, one after the other."""
+def document_tokens(prefix: Path, vocab_size: int, length: int) -> np.ndarray:
+    """The documents of a .bin/.idx pair, one after the other; `TokenWindows` refuses what cannot be read."""
     from nemo_ee.data.token_files import open_data
+    from nemo_ee.data.token_windows import TokenWindows
 
+    TokenWindows(str(prefix), seq_length=length, vocab_size=vocab_size)
     data = open_data(str(prefix))
     return np.concatenate([data.get(index) for index in range(len(data))])
 
@@ -173,7 +176,7 @@ class Tuning:
         load_stage(self.model, source, None, early_exit=self.early_exit, seed=1234)
 
     def tuner(self, num_steps: int) -> Any:
-        """New optimizers and learning rates over this model."""
+        """Optimizers and learning rates of a run; a model has one tuner, which takes its gradients over."""
         from nemo_ee.megatron.pipeline.exit_tuner import ExitTuner
 
         sched = {"name": "CosineAnnealing", "warmup_steps": num_steps // 20, "min_lr": LEARNING_RATE_FLOOR}
@@ -190,7 +193,19 @@ class Tuning:
 
     def evaluate(self, text: Text, windows: int, size: int) -> dict[str, dict[str, float]]:
         """Loss and agreement by exit, and the full model's loss."""
-        return self.tuner(20).evaluate(text.spread(windows, size), agreement=True)
+        from nemo_ee.exits.objective import Objective
+        from nemo_ee.megatron.loss.exit_metrics import ExitSums
+        from nemo_ee.megatron.pipeline.stage_context import StageContext
+        from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
+        from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch
+
+        names = self.early_exit.names
+        objectives = {name: Objective.of(self.early_exit, name) for name in names}
+        context = StageContext(self.model, hidden_state_transport(), objectives)
+        sums = ExitSums(names, context.device)
+        for batches in text.spread(windows, size):
+            evaluate_global_batch(context, batches, sums=sums, agreement=True)
+        return sums.reduce()
 
     def keep(self, source: Any, names: Sequence[str], output: Path, device: str) -> None:
         """Write some of the exits as an exits-only `.nemo`."""
@@ -227,11 +242,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0, help="to share out")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="two steps, to try it")
-    run(parser.parse_args())
+    options = parser.parse_args()
+    if options.minutes <= 0:
+        parser.error(f"--minutes {options.minutes} must be greater than 0")
+    with TemporaryDirectory(prefix="nemo_ee_smollm2_") as folder:
+        try:
+            run(options, Path(folder))
+        except ValueError as problem:
+            raise SystemExit(f"error: {problem}") from problem
 
 
-def run(options: argparse.Namespace) -> None:
-    """All steps; `result.json` is written after each run."""
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """All steps; `result.json` is written after each run.
+
+    Args:
+        folder: an empty one, for config and tokenizer of the model.
+    """
     device, start = options.device, time.monotonic()
     if device == "cpu":
         from nemo_ee import cpu_host
@@ -240,24 +266,29 @@ def run(options: argparse.Namespace) -> None:
     from benchmarks.gpu_groups import one_rank
     from nemo_ee.checkpoint.atomic import write_json
     from nemo_ee.checkpoint.gguf_source import GgufSource
+    from nemo_ee.exits.config import EarlyExitConfig
 
     seconds = 60 * options.minutes
     length, size, windows = (16, 2, 2) if options.quick else (LENGTH, BATCH, HELD_OUT_WINDOWS)
     output = options.output
-    folder, chats, file = output / "model", output / "chats.jsonl.gz", output / "result.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    one_rank(device)
+    chats, file = output / "chats.jsonl.gz", output / "result.json"
     source = GgufSource(options.gguf, dequantised=torch.bfloat16)
+    vocab_size, num_layers = source.backbone.vocab_size, source.backbone.num_layers
+    entries = list(exits_of(EXITS))
+    if options.quick:
+        entries = [entry for entry in entries if entry["layer"] <= num_layers]
+    EarlyExitConfig.from_mapping({"exits": entries}, num_layers=num_layers)
+    documents, held_out = (
+        document_tokens(prefix, vocab_size, length) for prefix in (options.documents, options.held_out)
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    one_rank(device)
     source.write_model_files(folder)
-    documents, held_out = document_tokens(options.documents), document_tokens(options.held_out)
     if not chats.exists():
         few = {"conversations": 25, "batch_size": 40, "max_answer_tokens": 4} if options.quick else {}
         write_chats(options.gguf, folder, chats, device, seconds * SHARE_OF_WRITING, **few)
     texts, held = {"documents": documents}, {"documents": held_out}
     texts["chats"], held["chats"] = chat_tokens(chats, folder)
-    entries = list(exits_of(EXITS))
-    if options.quick:
-        entries = [entry for entry in entries if entry["layer"] <= source.backbone.num_layers]
     result: dict[str, Any] = {"title": "SmolLM2's exits on a GPU", "quick": options.quick, **provenance()}
     result |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "rows": []}
     result |= {f"{name}_tokens": len(tokens) for name, tokens in texts.items()}
@@ -289,7 +320,6 @@ def run(options: argparse.Namespace) -> None:
         write_json(file, result)
         print(f"{result['seconds']} s: {name} done", flush=True)
         del tuning
-    shutil.rmtree(folder)
     print(table(result["rows"]))
 
 

@@ -48,6 +48,7 @@ _HELP = {
     "sequence_length": "tokens per sequence",
     "micro_batch": "sequences per microbatch",
     "fused_attention": "attention skips the masked half of the square",
+    "full_depth": "the layers past the deepest exit run too, and the final exit, as a teacher needs them",
 }
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -85,15 +86,22 @@ def save(
         output: a `.nemo`, or a directory that does not exist.
         source: the Hugging Face directory or the GGUF file of the backbone.
         complete: write the backbone too; the model must be full-depth.
-        vocab_multiple: NeMo's `make_vocab_size_divisible_by`.
+        vocab_multiple: NeMo's `make_vocab_size_divisible_by`, that of the model.
 
     Raises:
-        ValueError: the directory exists, or `complete` for a model without its last layers.
+        ValueError: the directory exists, the model was padded to another multiple, or `complete` for a model without
+            its last layers.
     """
     output = Path(output)
     check_output(output)
     if complete and not model.full_depth:
         raise ValueError(f"{output}: this model has no layers past its deepest exit; build it with full_depth=True")
+    multiple = vocab_multiple * model.config.tensor_model_parallel_size
+    if model.vocab_size != -(-model.true_vocab_size // multiple) * multiple:
+        raise ValueError(
+            f"{output}: {model.vocab_size} rows for {model.true_vocab_size} tokens are not padded to a multiple of "
+            f"vocab_multiple={vocab_multiple}; give the one that the model was built with"
+        )
     work = output.with_name(f"{output.name}.weights.partial")
     first = torch.distributed.get_rank() == 0
     if first:
@@ -141,17 +149,13 @@ def _config(early_exit: EarlyExitConfig, source: HuggingFaceSource, vocab_multip
 
 
 def _add_config_and_tokenizer(work: Path, config: dict[str, Any], source: HuggingFaceSource) -> None:
-    tokenizer = work / TOKENIZER_FOLDER
-    tokenizer.mkdir()
-    source.write_model_files(tokenizer)
-    found = {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(tokenizer.iterdir())}
-    kept = without_code_files(found)
-    for name, path in found.items():
-        if name not in kept:
-            path.unlink()
-        elif isinstance(kept[name], bytes):
-            path.write_bytes(kept[name])
-    (work / CONFIG_MEMBER).write_bytes(yaml.safe_dump(config, sort_keys=False).encode())
+    (work / TOKENIZER_FOLDER).mkdir()
+    with TemporaryDirectory() as folder:
+        source.write_model_files(Path(folder))
+        found = {f"{TOKENIZER_FOLDER}/{path.name}": path for path in sorted(Path(folder).iterdir())}
+        entries = {**without_code_files(found), CONFIG_MEMBER: yaml.safe_dump(config, sort_keys=False).encode()}
+        for name, content in entries.items():
+            (work / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
 
 
 def pack(folder: str | Path, output: str | Path) -> Path:

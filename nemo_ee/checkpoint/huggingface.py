@@ -25,12 +25,13 @@ from nemo_ee.families.architecture import Architecture
 from nemo_ee.families.registry import FAMILIES, read_config
 from nemo_ee.families.tensors import LAYERS, WORDS, Canonical, Names, Stored, tensor_table
 from nemo_ee.text.json_values import JsonError, read_json_object
+from nemo_ee.text.special_tokens import GENERATION_CONFIG
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-_MODEL_FILES = (*TOKENIZER_FILES, "generation_config.json", CONFIG_FILE)
+_MODEL_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG, CONFIG_FILE)
 _SHOWN = 20
 
 

@@ -15,9 +15,10 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import functional
+from torch.nn import Embedding, functional
 
 from nemo_ee.checkpoint.chunk_reader import WeightSource
 from nemo_ee.checkpoint.low_rank_weights import load_low_rank
@@ -142,6 +143,10 @@ def stage_of(
         rotary = model.rotary_pos_emb
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, *(scaling[key] for key in keys))
+    positions = getattr(getattr(model, "embedding", None), "position_embeddings", None)
+    if positions is not None and config.params_dtype is not torch.float32:  # Megatron's are fp32 whatever the dtype
+        like = {"dtype": config.params_dtype, "device": positions.weight.device}
+        model.embedding.position_embeddings = Embedding(*positions.weight.shape, **like).requires_grad_(False)
     if early_exit.train != "exits":
         prepare_backbone(model, early_exit)
     return model

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a piece of work computes, sends and holds: operations are watched as they are dispatched.
 
-The same watch serves a real run and a dry one. In a dry one tensors are fake (torch's `FakeTensorMode`) and ranks are
-torch's `fake` backend, so a rank of any layout runs on one machine without memory; the watch then answers what only a
-real run could: collectives, which nobody receives, and numbers that are read from the device.
+One trace serves real runs and dry ones. In a dry run tensors are fake (torch's `FakeTensorMode`) and ranks are on
+torch's `fake` backend, so a rank of any layout runs on one machine without memory. There the trace supplies what only a
+real run has: finished transfers, and a number for each that is read from a tensor.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-_ANSWER = 1.0  # any number that is read from a fake tensor: a norm, a loss
+_READ_FROM_FAKE = 1.0  # every number that is read from a fake tensor: a norm, a loss
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Floating-point operations of matrix products and attention between two transfers."""
+    """Matrix products and attention between two transfers, `flops` floating-point operations."""
 
     flops: float
 
@@ -41,7 +41,7 @@ class Transfer:
     Attributes:
         kind: name of torch's operation: allreduce_, send, recv_, ...
         ranks: size of its group.
-        bytes: of the largest of its tensor arguments.
+        bytes: size of the largest of its tensor arguments.
         stride: distance of neighbouring ranks of the group, 1 inside tensor parallelism.
     """
 
@@ -75,7 +75,7 @@ class OperationTrace(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self.dry and function is _aten._local_scalar_dense.default:
-            return _ANSWER
+            return _READ_FROM_FAKE
         if function.namespace == "c10d":
             self.events.append(_transfer(function, args))
             if self.dry:
@@ -107,12 +107,12 @@ class OperationTrace(TorchDispatchMode):
 
     def reset(self) -> None:
         """Forget the events, and measure the peak from now on."""
-        self.events, self.peak = [], 0
-        self._keep(torch.empty(1).untyped_storage())
+        self.events, self.peak = [], self.live
+        self.at_peak = {key: size for key, (size, _) in self._storages.items()}
 
     @property
     def flops(self) -> float:
-        """Of all events."""
+        """Floating-point operations of all events."""
         return sum(event.flops for event in self.events if isinstance(event, Compute))
 
     def transfers(self) -> Counter[Transfer]:
@@ -145,32 +145,24 @@ def _transfer(function: Any, args: tuple) -> Transfer:
 
 
 def flops_of(function: Any, args: tuple, kwargs: dict, result: Any) -> float:
-    """Floating-point operations of a call of one of torch's operations: of products and attention, else 0."""
+    """Floating-point operations of a call of one of torch's operations: of products and attention, else 0.
+
+    Causal attention counts half of the square, of which its kernels skip the rest.
+    """
     packet = function._overloadpacket
-    if packet in _OWN_FORMULAS:
-        return _OWN_FORMULAS[packet](*args)
-    if packet in flop_registry:
-        return float(flop_registry[packet](*args, **kwargs, out_val=result))
-    return 0.0
+    if packet is _aten.addmm_:  # torch's table has `addmm` alone
+        return 2.0 * math.prod(args[1].shape) * args[2].shape[-1]
+    factor = _ATTENTION.get(packet.__name__)
+    if factor is not None:
+        given = {**dict(zip((one.name for one in function._schema.arguments), args, strict=False)), **kwargs}
+        query, key = given["query"], given["key"]
+        return factor * 4.0 * query.numel() * key.shape[-2] * (0.5 if given.get("is_causal") else 1.0)
+    return float(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0.0
 
 
-def _attention(query: Tensor, key: Tensor, *_: Any) -> float:
-    """Causal: half of the square."""
-    return 2.0 * query.numel() * key.shape[-2]
-
-
-def _attention_backward(_: Tensor, query: Tensor, key: Tensor, *__: Any) -> float:
-    """Five products of the forward pass's two."""
-    return 2.5 * _attention(query, key)
-
-
-def _in_place_product(total: Tensor, left: Tensor, right: Tensor, *_: Any) -> float:
-    return 2.0 * math.prod(left.shape) * right.shape[-1]
-
-
-# What torch's table of formulas lacks.
-_OWN_FORMULAS = {
-    _aten.addmm_: _in_place_product,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+# Attention in one call -> its cost in forward passes. A forward pass is two products, a backward pass five.
+_ATTENTION = {
+    f"_scaled_dot_product_{kind}{direction}": factor
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    for direction, factor in (("", 1.0), ("_backward", 2.5))
 }

@@ -35,14 +35,17 @@ class Speeds:
     node: int = 8
 
     def seconds(self, event: Compute | Transfer) -> float:
-        """Of one event. A transfer between two stages is waited for by the receiver and costs the sender nothing."""
+        """Time of one event. A transfer between two stages costs the sender nothing: the receiver waits for it."""
         if isinstance(event, Compute):
             return event.flops / (self.tflops * 1e12)
         if event.ranks < 2 or event.kind in _POINT_TO_POINT:
             return 0.0
-        inside = event.stride * (event.ranks - 1) < self.node
-        speed = self.tensor_link_gb_s if inside else self.data_link_gb_s
-        return _RING.get(event.kind, 1.0) * (event.ranks - 1) / event.ranks * event.bytes / (speed * 1e9)
+        passes = _RING.get(event.kind, 1.0) * (event.ranks - 1) / event.ranks
+        return passes * event.bytes / self.link(event.stride * (event.ranks - 1))
+
+    def link(self, distance: int) -> float:
+        """Bytes per second between ranks that are this far apart."""
+        return 1e9 * (self.tensor_link_gb_s if distance < self.node else self.data_link_gb_s)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ class StageTimes:
     transfer: float
 
 
-def stage_times(microbatch: Sequence[Compute | Transfer], update: Sequence[Compute | Transfer], speeds: Speeds):
-    """The times of a stage.
+def stage_times(
+    microbatch: Sequence[Compute | Transfer], update: Sequence[Compute | Transfer], speeds: Speeds
+) -> StageTimes:
+    """The times of a stage, without a teacher, whose way back is not simulated.
 
     Args:
         microbatch: events of one microbatch.
@@ -65,9 +70,8 @@ def stage_times(microbatch: Sequence[Compute | Transfer], update: Sequence[Compu
     """
     sent = [index for index, event in enumerate(microbatch) if isinstance(event, Transfer) and event.kind == "send"]
     split = sent[0] if sent else len(microbatch)
-    carried = microbatch[split].bytes if sent else 0
     layers, exits = (sum(map(speeds.seconds, part)) for part in (microbatch[:split], microbatch[split:]))
-    transfer = carried / (speeds.data_link_gb_s * 1e9)
+    transfer = microbatch[split].bytes / speeds.link(microbatch[split].stride) if sent else 0.0
     return StageTimes(layers, exits, sum(map(speeds.seconds, update)), transfer)
 
 

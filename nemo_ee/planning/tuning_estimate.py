@@ -81,11 +81,13 @@ class Assumptions:
             master weights and two moments.
         bytes_activation: per number in a hidden state.
         distributed_optimizer: optimizer state is shared out over the data-parallel ranks.
-        chunk_mb: fp32 logits of one loss chunk, 2**20 bytes.
+        chunk_mb: fp32 logits of one loss chunk, 2**20 bytes; the default is an 80 GB GPU's
+            (`megatron.loss.vocab_parallel.chunk_bytes_on`).
         fixed_gb: CUDA context, NCCL buffers, fragmentation.
         steps, sequences, sequence_length: the run; sequences per step over all ranks.
         micro_batch: sequences per microbatch.
         fused_attention: attention skips the masked half of the square.
+        full_depth: the layers past the deepest exit run too, and the final exit, as a teacher needs them.
     """
 
     peak_tflops: float = 312.0
@@ -100,13 +102,14 @@ class Assumptions:
     bytes_optimizer: float = 12.0
     bytes_activation: float = 2.0
     distributed_optimizer: bool = False
-    chunk_mb: float = 64.0
+    chunk_mb: float = 256.0
     fixed_gb: float = 2.0
     steps: int = 40_000
     sequences: int = 16
     sequence_length: int = 2048
     micro_batch: int = 1
     fused_attention: bool = True
+    full_depth: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +176,7 @@ def shape_of(model: Architecture, layout: Layout, assumptions: Assumptions) -> M
 
 def layout_problem(model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions) -> str:
     """The reason why a run cannot have this layout; empty if it can."""
-    to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
+    to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=assumptions.full_depth)
     per_rank = assumptions.micro_batch * layout.data
     if layout.pipeline > to_run:
         return f"{layout.pipeline} stages are more than the {to_run} layers that run"
@@ -201,14 +204,15 @@ def estimate(
     if problem:
         raise ValueError(f"TP {layout.tensor} x PP {layout.pipeline} x DP {layout.data}: {problem}")
     shape = shape_of(model, layout, assumptions)
-    to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=False)
-    skip = skips_last_mlp(exits, layers_to_run=to_run, full_depth=False)
+    to_run = layers_that_run(exits, num_layers=model.num_layers, full_depth=assumptions.full_depth)
+    skip = skips_last_mlp(exits, layers_to_run=to_run, full_depth=assumptions.full_depth)
     costs = StageCosts.of(shape, exits, count_flops)
-    layer_costs = costs.per_layer(exits, layers_to_run=to_run, skip_last_mlp=skip, final_exit=False)
+    layer_costs = costs.per_layer(exits, layers_to_run=to_run, skip_last_mlp=skip, final_exit=assumptions.full_depth)
     counts = _cut(tuple(round(cost, 9) for cost in layer_costs), layout.pipeline)
     placements = place_exits(
-        exits, num_layers=model.num_layers, num_stages=layout.pipeline, full_depth=False, layers_per_stage=counts
-    )
+        exits, num_layers=model.num_layers, num_stages=layout.pipeline, full_depth=assumptions.full_depth,
+        layers_per_stage=counts,
+    )  # fmt: skip
     even = balanced_cut([1.0] * to_run, layout.pipeline)
     stages = tuple(_stage(shape, placement, layout, assumptions) for placement in placements)
     steps = [sum(stage.seconds.values()) for stage in stages]
@@ -299,6 +303,8 @@ def _stage_memory(
     mlp, attention = shape.model.mlp_size, shape.model.attention_size
     backbone = stage.num_layers * (attention + mlp) - (mlp if stage.skip_last_mlp else 0)
     backbone += shape.model.vocab_size * shape.model.hidden_size if stage.stage == 0 else 0
+    if assumptions.full_depth and not shape.model.tied:  # every stage whose exits have a teacher projects with it
+        backbone += shape.model.vocab_size * shape.model.hidden_size
     counts = [exit_parameters(shape, exit) for exit in stage.exits]
     sharded = layout.data if assumptions.distributed_optimizer else 1
     state = assumptions.bytes_weight + assumptions.bytes_gradient + assumptions.bytes_optimizer / sharded
@@ -364,10 +370,10 @@ def nearest_layout(
 def smallest_change_that_fits(
     model: Architecture, exits: Sequence[ExitConfig], layout: Layout, assumptions: Assumptions
 ) -> Layout | None:
-    """The layout nearest to another one whose estimated memory is there, on at least as many GPUs."""
+    """Another layout, the nearest whose estimated memory is there, on at least as many GPUs."""
 
     def fits(other: Layout) -> bool:
-        problem = other.gpus < layout.gpus or layout_problem(model, exits, other, assumptions)
+        problem = other == layout or other.gpus < layout.gpus or layout_problem(model, exits, other, assumptions)
         return not problem and estimate(model, exits, other, assumptions).fits
 
     return _nearest(layout, fits)

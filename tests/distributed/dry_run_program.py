@@ -1,9 +1,8 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a real gloo run, watched as a dry run watches it: the counts of its step go to <output>/rank<r>.json.
+"""One rank of a real gloo run, watched as a dry run watches it: its counts go to <output>/<name>.<rank>.json.
 
-The control of the watch itself are torch's own counters, which run beside it: `FlopCounterMode` without attention, and
-the calls of torch.distributed, counted where the package makes them.
+tests/unit/planning/test_operation_trace.py compares the trace itself with counts by hand and by torch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import place_exits
-from nemo_ee.families.architecture import Architecture
+from nemo_ee.families.architecture import ALL_LINEARS, Architecture
 from nemo_ee.planning.tuning_estimate import Layout
 
 MODEL = Architecture(
@@ -28,6 +27,10 @@ EXITS = [
     {"name": "layer3", "layer": 3, "architecture": "layer", "output": "low_rank", "rank": 4},
     {"name": "lora4", "layer": 4, "architecture": "mlp", "init": "lora", "rank": 4},
 ]
+GPT2 = replace(
+    MODEL, num_query_groups=4, layer_norm=True, hidden_act="gelu", biases=ALL_LINEARS, learned_positions=True, tied=True,
+    family="gpt2",
+)  # fmt: skip
 # name -> layout, further fields of the run, further keys of the `early_exit` block
 RUNS: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
     "one": (Layout(1, 1, 1), {"half": False}, {"objective": "distillation"}),
@@ -35,6 +38,7 @@ RUNS: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
     "tp2-sequence": (Layout(2, 1, 1), {"half": False, "sequence_parallel": True}, {}),
     "pp2-teacher": (Layout(1, 2, 1), {"half": False}, {"objective": "mixed", "distillation": {"top_k": 4}}),
     "dp2-sharded": (Layout(1, 1, 2), {"optimizer": "mcore_distributed_optim"}, {}),
+    "gpt2-half": (Layout(1, 1, 1), {"model": GPT2}, {}),
     "tp2-pp2-dp2": (Layout(2, 2, 2), {}, {"objective": "distillation"}),
 }
 
@@ -46,7 +50,7 @@ LARGE = replace(
 
 def run_of(name: str) -> Any:
     """The `Run` of that name; `large` is on one rank."""
-    from nemo_ee.commands.dry_run import Run
+    from nemo_ee.commands.dry_ranks import Run
 
     if name == "large":
         return replace(run_of("one"), model=LARGE, sequence_length=256)
@@ -55,7 +59,8 @@ def run_of(name: str) -> Any:
     placements = place_exits(
         early_exit.exits, num_layers=MODEL.num_layers, num_stages=layout.pipeline, full_depth=True
     )
-    return Run(MODEL, early_exit, placements, layout, sequence_length=16, micro_batch=2, **fields)
+    fields = {"model": MODEL, "sequence_length": 16, "micro_batch": 2, **fields}
+    return Run(early_exit=early_exit, placements=placements, layout=layout, **fields)
 
 
 def rank_program(rank: int, name: str, output: Path) -> None:
@@ -64,7 +69,7 @@ def rank_program(rank: int, name: str, output: Path) -> None:
 
     import torch
 
-    from nemo_ee.commands.dry_run import as_mapping, watched_step
+    from nemo_ee.commands.dry_ranks import as_mapping, watched_step
     from nemo_ee.planning.operation_trace import OperationTrace
     from tests.helpers.core_models import set_up_groups
 
@@ -101,7 +106,7 @@ def resident_growth() -> float:
     import torch
 
     from benchmarks.measure import resident_bytes
-    from nemo_ee.commands.dry_run import watched_step
+    from nemo_ee.commands.dry_ranks import watched_step
     from tests.helpers.core_models import set_up_groups
 
     set_up_groups()

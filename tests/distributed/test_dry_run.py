@@ -18,7 +18,7 @@ from tests.distributed import dry_run_program
 ROOT = Path(__file__).resolve().parents[2]
 _DRY = (
     "import json; from tests.distributed.dry_run_program import RUNS, run_of; "
-    "from nemo_ee.commands.dry_run import as_mapping, dry_run; "
+    "from nemo_ee.commands.dry_ranks import as_mapping, dry_run; "
     "print(json.dumps({name: [as_mapping(counts) for counts in dry_run(run_of(name))] for name in RUNS}))"
 )
 # The peak of a process that makes three steps, over what it had before, in bytes; without a watch.

@@ -138,6 +138,41 @@ def test_transformers_loads_the_model_and_finds_the_same_loss(finished: Path) ->
     assert ours < math.log(256) / 2
 
 
+def test_a_gpt2_learns_and_has_the_losses_of_transformers(
+    script: ModuleType, data: dict[str, str], tmp_path: Path
+) -> None:
+    """Trained along with an exit; the losses of the saved model by transformers' own attention."""
+    from transformers import GPT2LMHeadModel
+
+    shape = {**TINY["model"], "family": "gpt2", "tie_word_embeddings": True}
+    folder = train(script, data, tmp_path, model=shape, exit_layers=[1])
+    losses = [line["loss"] for line in lines(tmp_path) if "loss" in line]
+    assert losses[0] > 4.0 and losses[-1] < 2.5
+    model = GPT2LMHeadModel.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    assert (model.config.n_layer, model.config.n_embd, model.config.n_inner, model.config.n_positions) == (
+        2,
+        32,
+        64,
+        64,
+    )
+    tokens = torch.randint(0, 256, (2, 49), generator=torch.Generator().manual_seed(1))
+    config = script.PretrainConfig.from_config(
+        settings(**data, output=str(tmp_path / "other"), model=shape, start_from=str(folder))
+    )
+    with torch.no_grad():
+        found = script.losses_of(script.build_model(config).eval(), tokens, "fp32", [1])
+        result = model(tokens[:, :-1], output_hidden_states=True)
+        exit_logits = model.lm_head(model.transformer.ln_f(result.hidden_states[1]))
+        for ours, logits in zip(found, (result.logits, exit_logits), strict=True):
+            expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            assert ours.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found[0] != found[1], "control"
+    with pytest.raises(ValueError, match="another n_head"):
+        script.build_model(
+            config.model_copy(update={"model": config.model.model_copy(update={"num_attention_heads": 4})})
+        )
+
+
 def test_the_tokenizer_reads_and_writes_every_byte(finished: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -4,7 +4,7 @@
 
     python -m tests.gpu.step_numbers <Hugging Face directory> <cpu|cuda> <float32|bfloat16> <output>
 
-The output is a torch file: logits of the full model, losses of each step by exit, exits after the last step. The
+The output is a torch file: logits of the full model, losses of each step by exit, exits before and after the steps. The
 groups are of one rank, on NCCL or gloo.
 """
 
@@ -56,6 +56,7 @@ def main(directory: str, device: str, dtype: str, output: str) -> None:
     positions = torch.arange(LENGTH, device=device).expand_as(tokens)
     batch = MicroBatch(tokens, tokens.roll(-1, 1), torch.ones(tokens.shape, device=device), positions)
     numbers = {"logits": full_model_logits(tuner.context, tokens).cpu()}
+    numbers["start"] = {name: value.detach().float().cpu() for name, value in model.exits.named_parameters()}
     numbers["losses"] = [{name: row["loss"] for name, row in tuner.tune([batch]).items()} for _ in range(STEPS)]
     numbers["exits"] = {name: value.detach().float().cpu() for name, value in model.exits.named_parameters()}
     torch.save(numbers, output)

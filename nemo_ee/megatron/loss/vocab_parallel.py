@@ -72,7 +72,8 @@ def chunk_bytes_on(device: torch.device) -> int:
     """Size of one chunk of fp32 logits where no other is set: 64 MiB on the CPU, 1/256 of a GPU's memory.
 
     A chunk costs a few dozen kernel launches, so on a GPU it must be large to keep the device busy. Tensor-parallel
-    ranks reduce chunk by chunk: the power of two below is the same for GPUs of one kind.
+    ranks reduce chunk by chunk, so their chunks must be equal. The power of two below is the same for GPUs of one
+    kind, and a tensor-parallel group must consist of one kind.
     """
     if device.type != "cuda":
         return _CPU_CHUNK_BYTES

@@ -45,8 +45,14 @@ class TorchNorm:
         return norm
 
 
+_PLAIN = "vanilla"  # the softmax of Megatron-core before it had others
+
+
 class TorchAttention(DotProductAttention):
-    """Megatron's own attention as one call of torch: the same numbers, without the [s, s] scores in memory."""
+    """Megatron's own attention as one call of torch, equal up to rounding.
+
+    Its kernels keep no [s, s] scores in memory, but for an attention mask with fp32 on some GPUs.
+    """
 
     def forward(
         self,
@@ -61,11 +67,17 @@ class TorchAttention(DotProductAttention):
         """See `DotProductAttention`: query [s, b, n, d], key and value [s, b, groups, d] -> [s, b, n * d]."""
         dropout = self.attention_dropout.p if self.training else 0.0
         causal = attention_mask is None and self.attn_mask_type is AttnMaskType.causal
-        plain = attention_bias is None and packed_seq_params is None and not self.config.apply_query_key_layer_scaling
+        config = self.config
+        plain = attention_bias is None and packed_seq_params is None and not config.apply_query_key_layer_scaling
+        plain &= getattr(config, "window_size", None) is None and getattr(config, "softmax_type", _PLAIN) == _PLAIN
         if not plain or dropout or len(query) != len(key):
             return super().forward(
                 query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
             )
+        repeats = query.shape[2] // key.shape[2]
+        if repeats > 1 and query.device.type != "cpu" and not (causal and query.dtype is not torch.float32):
+            # The flash kernel alone takes fewer key heads on a GPU, and neither fp32 nor a mask.
+            key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
         context = scaled_dot_product_attention(
             *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
             attn_mask=None if attention_mask is None else ~attention_mask,

@@ -37,6 +37,7 @@ class ExitTuner:
         num_steps: optimizer steps of the run.
         max_norm: gradient clipping per exit, 0 for none.
         timeout_minutes: a transfer of a teacher that takes longer ends the run.
+        chunk_bytes: see `StageContext`.
 
     Attributes:
         step: optimizer steps done.
@@ -52,13 +53,15 @@ class ExitTuner:
         num_steps: int,
         max_norm: float = 0.0,
         timeout_minutes: float = 30,
+        chunk_bytes: int | None = None,
     ) -> None:
         self.early_exit, self.num_steps, self.step = early_exit, num_steps, 0
         objectives = {name: Objective.of(self.early_exit, name) for name in self.early_exit.names}
-        self.context = StageContext(model, hidden_state_transport(), objectives)
+        self.context = StageContext(model, hidden_state_transport(), objectives, chunk_bytes=chunk_bytes)
         if self.early_exit.has_teacher:
             timeout = timedelta(minutes=timeout_minutes)
-            teachers = TeacherChannel(model, self.early_exit, placements, autocast=None, timeout=timeout)
+            more = {"autocast": None, "timeout": timeout, "chunk_bytes": chunk_bytes}
+            teachers = TeacherChannel(model, self.early_exit, placements, **more)
             self.context = replace(self.context, teachers=teachers)
         in_half = model.config.params_dtype is torch.bfloat16
         self.optimizers = stage_optimizers(model, optim, main_weights=in_half, max_norm=max_norm)

@@ -38,6 +38,7 @@ class TeacherChannel:
         placements: all stages.
         autocast: dtype of mixed precision, None for none.
         timeout: longest time to wait for a transfer.
+        chunk_bytes: see `StageContext`.
 
     Attributes:
         delay: microbatches that this stage holds back while their teachers are on their way.
@@ -51,8 +52,9 @@ class TeacherChannel:
         *,
         autocast: torch.dtype | None,
         timeout: timedelta,
+        chunk_bytes: int | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.chunk_bytes = model, chunk_bytes
         self.temperature, self.top_k = early_exit.distillation.temperature, early_exit.distillation.top_k
         self.dtype = autocast or model.config.params_dtype
         listening = [learns_from_final_exit(early_exit, placement) for placement in placements]
@@ -121,6 +123,7 @@ class TeacherChannel:
             top_k=self.top_k,
             temperature=self.temperature,
             vocabulary=self.model.vocabulary(),
+            chunk_bytes=self.chunk_bytes,
         )
         return [best.ids.to(torch.int32), best.probabilities]
 

@@ -128,14 +128,11 @@ def new_pipeline_group(
         The group; None on other stages.
     """
     ours = get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    pipelines: list[Sequence[int]] = [[]] * torch.distributed.get_world_size()
-    if (
-        torch.distributed.get_backend() == "fake"
-    ):  # a dry run: nobody answers, and the order of ranks is Megatron's own
-        pipelines = [
-            range(first, len(pipelines), len(pipelines) // len(ours)) for first in range(len(pipelines) // len(ours))
-        ]
-    else:
+    world, size = torch.distributed.get_world_size(), len(ours)
+    # Megatron's default order. A dry run is in it, and its backend carries nothing.
+    pipelines: list[Sequence[int]] = [range(first, world, world // size) for first in range(world // size)]
+    if torch.distributed.get_backend() != "fake":
+        pipelines = [[]] * world
         torch.distributed.all_gather_object(pipelines, ours)
     members = [
         [pipeline[stage] for stage in (range(len(pipeline)) if stages is None else stages)]

@@ -135,6 +135,7 @@ def _evaluate_final_exit(context: StageContext, batch: MicroBatch, output: Stage
         vocabulary=context.model.vocabulary(),
         want_argmax=True,
         dtype=context.autocast,
+        chunk_bytes=context.chunk_bytes,
     )
 
 

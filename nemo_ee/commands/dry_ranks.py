@@ -44,11 +44,11 @@ class Run:
         early_exit: its exits.
         placements: layers and exits of every stage.
         layout: its sizes.
-        micro_batch, sequence_length: of a microbatch.
+        micro_batch, sequence_length: sequences and tokens of a microbatch.
         half: bf16 weights with fp32 main weights; otherwise fp32.
         optimizer: `model.optim.name`.
-        sequence_parallel: Megatron's.
-        chunk_bytes: of the loss; None: the device's.
+        sequence_parallel: `model.sequence_parallel`.
+        chunk_bytes: see `StageContext`.
     """
 
     model: Architecture
@@ -92,7 +92,7 @@ class RankCounts:
 
     @property
     def flops(self) -> float:
-        """Of a microbatch."""
+        """Floating-point operations of a microbatch."""
         return sum(event.flops for event in self.microbatch if isinstance(event, Compute))
 
     @property
@@ -139,8 +139,8 @@ def watched_step(run: Run, trace: OperationTrace) -> RankCounts:
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)
     optim = {**_OPTIM, "name": run.optimizer}
-    tuner = ExitTuner(model, run.early_exit, run.placements, optim=optim, num_steps=100, max_norm=1.0)
-    tuner.context = dataclasses.replace(tuner.context, chunk_bytes=run.chunk_bytes)
+    more = {"num_steps": 100, "max_norm": 1.0, "chunk_bytes": run.chunk_bytes}
+    tuner = ExitTuner(model, run.early_exit, run.placements, optim=optim, **more)
     shape = (run.micro_batch, run.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.long)
     batch = MicroBatch(tokens, tokens, torch.ones(shape), torch.arange(run.sequence_length).expand(shape))
