@@ -3,8 +3,8 @@
 """What a piece of work computes, sends and holds: operations are watched as they are dispatched.
 
 One trace serves real runs and dry ones. In a dry run tensors are fake (torch's `FakeTensorMode`) and ranks are on
-torch's `fake` backend, so a rank of any layout runs on one machine without memory. There the trace supplies what only a
-real run has: finished transfers, and a number for each that is read from a tensor.
+torch's `fake` backend, so a rank of any layout runs on one machine without memory. There the trace supplies what only
+a real run has: finished transfers, and a number for each that is read from a tensor.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class OperationTrace(TorchDispatchMode):
         events: `Compute` and `Transfer`, in their order.
         live: bytes of the tensors that were made inside the block and still exist.
         peak: largest `live` since `reset_peak`.
-        at_peak: storage's key -> bytes of the tensors at the peak.
+        at_peak: number of a storage, by the order in which they were made -> its bytes, at the peak.
     """
 
     def __init__(self, *, dry: bool) -> None:
@@ -70,7 +70,8 @@ class OperationTrace(TorchDispatchMode):
         self.events: list[Compute | Transfer] = []
         self.live = self.peak = 0
         self.at_peak: dict[int, int] = {}
-        self._storages: dict[int, tuple[int, Any]] = {}
+        self._storages: dict[int, tuple[int, int, Any]] = {}  # address -> number, bytes, weak reference
+        self._made = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -97,18 +98,22 @@ class OperationTrace(TorchDispatchMode):
             return
 
         def gone(_: Any) -> None:
-            self.live -= self._storages.pop(key)[0]
+            self.live -= self._storages.pop(key)[1]
 
-        self._storages[key] = size, weakref.ref(storage, gone)
+        self._made += 1
+        self._storages[key] = self._made, size, weakref.ref(storage, gone)
         self.live += size
         if self.live > self.peak:
-            self.peak = self.live
-            self.at_peak = {key: own for key, (own, _) in self._storages.items()}
+            self._keep_peak()
+
+    def _keep_peak(self) -> None:
+        self.peak = self.live
+        self.at_peak = {number: size for number, size, _ in self._storages.values()}
 
     def reset(self) -> None:
         """Forget the events, and measure the peak from now on."""
-        self.events, self.peak = [], self.live
-        self.at_peak = {key: size for key, (size, _) in self._storages.items()}
+        self.events = []
+        self._keep_peak()
 
     @property
     def flops(self) -> float:
@@ -123,12 +128,12 @@ class OperationTrace(TorchDispatchMode):
         """Bytes at the peak by kind; what is of no kind is `temporary`.
 
         Args:
-            kinds: kind -> its tensors.
+            kinds: kind -> its tensors, which exist now.
         """
         left, found = dict(self.at_peak), {}
         for kind, tensors in kinds.items():
-            keys = {tensor.untyped_storage()._cdata for tensor in tensors}
-            found[kind] = sum(left.pop(key, 0) for key in keys)
+            known = (self._storages.get(tensor.untyped_storage()._cdata) for tensor in tensors)
+            found[kind] = sum(left.pop(number, 0) for number in {entry[0] for entry in known if entry})
         return {**found, "temporary": sum(left.values())}
 
 

@@ -28,8 +28,8 @@ EXITS = [
     {"name": "lora4", "layer": 4, "architecture": "mlp", "init": "lora", "rank": 4},
 ]
 GPT2 = replace(
-    MODEL, num_query_groups=4, layer_norm=True, hidden_act="gelu", biases=ALL_LINEARS, learned_positions=True, tied=True,
-    family="gpt2",
+    MODEL, num_query_groups=4, layer_norm=True, hidden_act="gelu", biases=ALL_LINEARS, learned_positions=True,
+    tied=True, family="gpt2",
 )  # fmt: skip
 # name -> layout, further fields of the run, further keys of the `early_exit` block
 RUNS: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {

@@ -4,8 +4,8 @@
 
     python -m tests.gpu.step_numbers <Hugging Face directory> <cpu|cuda> <float32|bfloat16> <output>
 
-The output is a torch file: logits of the full model, losses of each step by exit, exits before and after the steps. The
-groups are of one rank, on NCCL or gloo.
+The output is a torch file: logits of the full model, losses of each step by exit, exits before and after the steps.
+The groups are of one rank, on NCCL or gloo.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def test_events_become_times() -> None:
     ]
     update = [Transfer("allreduce_", 4, gigabyte, 8), Transfer("allreduce_", 1, gigabyte, 0)]  # 2 * 3/4 GB at 1 GB/s
     found = stage_times(microbatch, update, SPEEDS)
-    assert found == StageTimes(pytest.approx(2.1), pytest.approx(1.0), pytest.approx(1.5), pytest.approx(1.0))
+    assert found == StageTimes(pytest.approx(2.1), pytest.approx(1.0), pytest.approx(1.5), pytest.approx(0.1))
+    far = [*microbatch[:2], Transfer("send", 4, gigabyte, 8), microbatch[3]]
+    assert stage_times(far, update, SPEEDS).transfer == pytest.approx(1.0), "the next stage is on another node"
 
 
 def test_a_group_within_a_node_uses_the_fast_link() -> None:
