@@ -45,6 +45,7 @@ SAVED = ("layer15-mlp", "layer20-mlp", "layer25-mlp", "layer20-low", "layer25-lo
 OPTIM = {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.01}
 LENGTH, BATCH, HELD_OUT_WINDOWS = 512, 32, 64  # tokens of a window; windows of a step and of an evaluation
 TEACHER_TOKENS = 64
+WARM_UP_STEPS = 2  # not in the time of a step
 SHARE_OF_WRITING, TRIAL_STEPS, MOST_STEPS, LEARNING_RATE_FLOOR = 0.33, 5, 4000, 5e-5
 CHATS = {
     "conversations": 20000, "held_out_share": 0.05, "min_question_characters": 8, "max_question_tokens": 64,
@@ -175,21 +176,25 @@ class Tuning:
         self.model = stage_of(source.backbone, self.early_exit, self.stages, **settings).to(device)
         load_stage(self.model, source, None, early_exit=self.early_exit, seed=1234)
 
-    def tuner(self, num_steps: int) -> Any:
-        """Optimizers and learning rates of a run; a model has one tuner, which takes its gradients over."""
+    def run(self, text: Text, size: int, num_steps: int) -> tuple[float, dict[str, float]]:
+        """Tune, once: a second tuner of this model would take its gradients over.
+
+        Returns:
+            Seconds of a step after the first ones, and the last losses by exit.
+        """
         from nemo_ee.megatron.pipeline.exit_tuner import ExitTuner
 
         sched = {"name": "CosineAnnealing", "warmup_steps": num_steps // 20, "min_lr": LEARNING_RATE_FLOOR}
-        optim = {**OPTIM, "sched": sched}
-        return ExitTuner(self.model, self.early_exit, self.stages, optim=optim, num_steps=num_steps, max_norm=1.0)
-
-    def run(self, text: Text, size: int, num_steps: int) -> tuple[float, dict[str, float]]:
-        """Tune. Returns the seconds of a step and the last losses by exit."""
-        tuner, batches, start, losses = self.tuner(num_steps), text.shuffled(size), time.monotonic(), {}
+        run = {"optim": {**OPTIM, "sched": sched}, "num_steps": num_steps, "max_norm": 1.0}
+        tuner = ExitTuner(self.model, self.early_exit, self.stages, **run)
+        batches, start, losses = text.shuffled(size), time.monotonic(), {}
         for step in range(num_steps):
+            if step == WARM_UP_STEPS:
+                start = time.monotonic()
             losses = tuner.tune([next(batches)], log=step + 1 == num_steps)
         tuner.context.drain()
-        return (time.monotonic() - start) / num_steps, {name: row["loss"] for name, row in losses.items()}
+        seconds = (time.monotonic() - start) / max(1, num_steps - WARM_UP_STEPS)
+        return seconds, {name: row["loss"] for name, row in losses.items()}
 
     def evaluate(self, text: Text, windows: int, size: int) -> dict[str, dict[str, float]]:
         """Loss and agreement by exit, and the full model's loss."""
@@ -301,8 +306,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         for head in trial.model.exits
     }
     before = {name: trial.evaluate(text, windows, size) for name, text in held.items()}
-    trial.run(texts["chats"], size, 2)
-    step_s, _ = trial.run(texts["chats"], size, TRIAL_STEPS)
+    step_s, _ = trial.run(texts["chats"], size, WARM_UP_STEPS + TRIAL_STEPS)
     left = seconds - (time.monotonic() - start)
     num_steps = 2 if options.quick else max(20, min(MOST_STEPS, int(0.85 * left / 2 / step_s)))
     result |= {"steps": num_steps, "tokens": num_steps * size * length, "trial_step_s": step_s}
