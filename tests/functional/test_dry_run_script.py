@@ -38,7 +38,7 @@ def test_every_stage_has_its_counts(found: dict) -> None:
     # Hidden states go forward, the teacher's tokens and probabilities come back.
     for stage in (first, last):
         assert {"allreduce_", "recv_", "send"} <= {one["kind"] for one in stage["transfers"]}
-    assert found["decoupled_tokens_per_s_per_gpu"] >= found["drained_tokens_per_s_per_gpu"] > 0
+    assert not any("tokens_per_s" in key for key in found), "the way back of the teacher is not simulated"
 
 
 def test_the_table_says_what_is_where_and_what_would_fit(found: dict) -> None:
@@ -62,6 +62,30 @@ def test_layouts_that_cannot_be(layout: str, message: str) -> None:
     done = run(f"model={MODEL}", f"layout={layout}", "exits=4")
     assert done.returncode != 0 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_speed_is_simulated_without_a_teacher(tmp_path: Path) -> None:
+    output = tmp_path / "dry.json"
+    done = run(f"model={MODEL}", "layout=[1,2,1]", "exits=2", "sequence_length=64", f"output={output}")
+    assert done.returncode == 0 and "simulated: decoupled" in done.stdout, done.stderr
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["decoupled_tokens_per_s_per_gpu"] >= found["drained_tokens_per_s_per_gpu"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["top_k=5"], "top_k=5 needs objective=distillation or mixed"),
+        (["objective=mixed", "top_k=100000"], "top_k=100000 is more than the"),
+        (
+            ["layout=[2,1,1]", "sequence_parallel=True", "sequence_length=65"],
+            "must be a multiple of the tensor-parallel",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(overrides: list[str], message: str) -> None:
+    done = run(f"model={MODEL}", "layout=[1,1,1]", *overrides)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_no_model() -> None:

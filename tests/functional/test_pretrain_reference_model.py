@@ -407,7 +407,7 @@ def test_weights_of_another_kind_are_refused(
         with pytest.raises(ValueError, match=f"another {key} \\({value}, not "):
             train(script, data, tmp_path / "out", start_from=str(start))
     (start / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="start_from: .* cannot be read as a Llama model"):
+    with pytest.raises(ValueError, match="start_from: .* cannot be read as a model"):
         train(script, data, tmp_path / "out", start_from=str(start))
 
 

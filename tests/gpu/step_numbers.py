@@ -56,7 +56,7 @@ def main(directory: str, device: str, dtype: str, output: str) -> None:
     positions = torch.arange(LENGTH, device=device).expand_as(tokens)
     batch = MicroBatch(tokens, tokens.roll(-1, 1), torch.ones(tokens.shape, device=device), positions)
     numbers = {"logits": full_model_logits(tuner.context, tokens).cpu()}
-    numbers["start"] = {name: value.detach().float().cpu() for name, value in model.exits.named_parameters()}
+    numbers["start"] = {name: value.detach().float().cpu().clone() for name, value in model.exits.named_parameters()}
     numbers["losses"] = [{name: row["loss"] for name, row in tuner.tune([batch]).items()} for _ in range(STEPS)]
     numbers["exits"] = {name: value.detach().float().cpu() for name, value in model.exits.named_parameters()}
     torch.save(numbers, output)
