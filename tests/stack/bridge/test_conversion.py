@@ -86,7 +86,8 @@ def test_exits_of_the_nemo_host_go_to_bridge_and_back(file: str, source: Path, t
     theirs = exit_weights_in(EARLIER / file)
     with stored_exits(EARLIER / file, HuggingFaceSource(source)) as (block, exits):
         model, provider = build(source, block, exits)
-    save(model, provider.exit_config, tmp_path / "exits", HuggingFaceSource(source))
+    multiple = provider.make_vocab_size_divisible_by
+    save(model, provider.exit_config, tmp_path / "exits", HuggingFaceSource(source), vocab_multiple=multiple)
     pack(tmp_path / "exits", tmp_path / "back.nemo")
     for path in (tmp_path / "exits", tmp_path / "back.nemo"):
         ours = exit_weights_in(path)
@@ -108,7 +109,9 @@ def test_exits_of_the_nemo_host_go_to_bridge_and_back(file: str, source: Path, t
 def test_a_complete_file_exports_as_one_of_the_nemo_host(source: Path, tmp_path: Path) -> None:
     with stored_exits(COMPLETE, HuggingFaceSource(source)) as (block, exits):
         model, provider = build(source, block, exits, full_depth=True)
-    save(model, provider.exit_config, tmp_path / "complete.nemo", HuggingFaceSource(source), complete=True)
+    multiple = provider.make_vocab_size_divisible_by
+    weights = HuggingFaceSource(source)
+    save(model, provider.exit_config, tmp_path / "complete.nemo", weights, complete=True, vocab_multiple=multiple)
     export(tmp_path / "complete.nemo", tmp_path / "export", "full", "exits", "early_exit")
     tokens = tokens_of(provider.vocab_size)
     taps = model.forward_to_taps(microbatch(tokens))
@@ -158,10 +161,12 @@ def test_rotary_scaling_of_a_family_for_which_bridge_drops_it_is_refused(tmp_pat
     assert "rope_scaling linear with factor 2.5: Megatron-Bridge does not pass it on" in refusal(tmp_path, EXITS)
 
 
-def test_a_file_is_not_complete_without_the_last_layers(source: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused(source: Path, tmp_path: Path) -> None:
     model, provider = build(source, EXITS)
     with pytest.raises(ValueError, match="build it with full_depth=True"):
         save(model, provider.exit_config, tmp_path / "x.nemo", HuggingFaceSource(source), complete=True)
+    with pytest.raises(ValueError, match="not padded to a multiple of vocab_multiple=7"):
+        save(model, provider.exit_config, tmp_path / "x.nemo", HuggingFaceSource(source), vocab_multiple=7)
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists; name another directory"):
         save(model, provider.exit_config, tmp_path / "there", HuggingFaceSource(source))

@@ -24,7 +24,9 @@ def main() -> None:
         source = HuggingFaceSource(export(COMPLETE, Path(folder, "export"), "full") / "hf_full")
         with stored_exits(COMPLETE, source) as (block, exits):
             model, provider = build(source.directory, block, exits)
-        save(model, provider.exit_config, ROOT / "tests" / "data" / "stack" / "bridge_exits.nemo", source)
+        file = ROOT / "tests" / "data" / "stack" / "bridge_exits.nemo"
+        multiple = provider.make_vocab_size_divisible_by
+        save(model, provider.exit_config, file, source, vocab_multiple=multiple)
 
 
 if __name__ == "__main__":
