@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "data"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "data")]
 
 from benchmarks.measure import provenance  # noqa: E402
 from experiments.run import exits_of, table  # noqa: E402

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +59,7 @@ class OperationTrace(TorchDispatchMode):
     Attributes:
         events: `Compute` and `Transfer`, in their order.
         live: bytes of the tensors that were made inside the block and still exist.
-        peak: largest `live` since `reset_peak`.
+        peak: largest `live` since `reset`.
         at_peak: number of a storage, by the order in which they were made -> its bytes, at the peak.
     """
 
@@ -119,10 +118,6 @@ class OperationTrace(TorchDispatchMode):
     def flops(self) -> float:
         """Floating-point operations of all events."""
         return sum(event.flops for event in self.events if isinstance(event, Compute))
-
-    def transfers(self) -> Counter[Transfer]:
-        """How often each transfer took place."""
-        return Counter(event for event in self.events if isinstance(event, Transfer))
 
     def bytes_at_peak(self, kinds: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
         """Bytes at the peak by kind; what is of no kind is `temporary`.

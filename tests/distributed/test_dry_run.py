@@ -67,6 +67,12 @@ def test_the_counts_of_a_real_run(real: Path, dry: dict[str, list[dict[str, Any]
         assert stage["flops"] > 0 and sum(stage["peak_bytes"].values()) > 0
 
 
+def test_control_runs_differ(dry: dict[str, list[dict[str, Any]]]) -> None:
+    """A comparison that finds every run like every other would prove nothing."""
+    kept = [{key: stages[0][key] for key in ("parameters", "peak_bytes", "flops")} for stages in dry.values()]
+    assert all(one != other for index, one in enumerate(kept) for other in kept[:index])
+
+
 def test_the_peak_is_what_a_process_takes() -> None:
     """Within 5 % of the resident memory of a real run, which the system measures."""
     (stage,) = json.loads(output_of(_DRY.replace("in RUNS", "in ['large']")))["large"]

@@ -52,7 +52,6 @@ def test_the_cpus_numbers(backbone: Path, device: torch.device, dtype: str, tmp_
             assert (found["exits"][name] - value).abs().max() <= tolerance * value.abs().max(), name
     ours, theirs = _update(found), _update(expected)
     assert torch.cosine_similarity(ours, theirs, dim=0) > SAME_DIRECTION[dtype]
-    assert torch.cosine_similarity(ours, -theirs, dim=0) < 0 < ours.norm(), "control"
 
 
 def _update(found: dict[str, Any]) -> torch.Tensor:
