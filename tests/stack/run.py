@@ -124,6 +124,7 @@ class Result:
         versions: package -> installed version.
         passed, failed: numbers of tests.
         skipped: reason -> number of tests.
+        failures: the name and the first line of the message of each test that failed.
         seconds: time of the tests, and of the installation.
         error: why the column ended without results, or None.
     """
@@ -132,6 +133,7 @@ class Result:
     passed: int = 0
     failed: int = 0
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    failures: list[str] = dataclasses.field(default_factory=list)
     seconds: tuple[float, float] = (0.0, 0.0)
     error: str | None = None
 
@@ -195,12 +197,18 @@ def run(column: Column, end: float = math.inf) -> Result:
 def _count(report: Path, result: Result) -> None:
     for case in ElementTree.parse(report).iter("testcase"):
         skipped = case.find("skipped")
+        broken = next((one for one in map(case.find, ("failure", "error")) if one is not None), None)
         if skipped is not None:
-            result.skipped[(skipped.get("message") or "no reason").splitlines()[0]] += 1
-        elif case.find("failure") is not None or case.find("error") is not None:
+            result.skipped[_first_line(skipped)] += 1
+        elif broken is not None:
             result.failed += 1
+            result.failures.append(f"{case.get('classname')}.{case.get('name')}: {_first_line(broken)}")
         else:
             result.passed += 1
+
+
+def _first_line(outcome: ElementTree.Element) -> str:
+    return (outcome.get("message") or "no reason").splitlines()[0]
 
 
 def _logged(column: Column, *command: object, check: bool = True) -> int:
@@ -227,19 +235,20 @@ def _versions(column: Column) -> dict[str, str]:
 
 
 def table(results: dict[str, Result]) -> str:
-    """The results as a table in Markdown, with the reasons of tests that do not apply below it."""
+    """The results as a table in Markdown; below it what failed, and why tests do not apply."""
     rows = [
         "| environment | versions | passed | failed | not applicable | tests, installation |",
         "|---|---|---|---|---|---|",
     ]
-    reasons = []
+    failures, reasons = [], []
     for name, result in results.items():
         versions = ", ".join(f"{package} {version}" for package, version in result.versions.items())
         tests, setup = (f"{seconds:.0f} s" for seconds in result.seconds)
         counts = f"{result.passed} | {result.failed} | {result.skipped.total()}"
         rows.append(f"| {name} | {result.error or versions} | {counts} | {tests}, {setup} |")
+        failures += [f"- {name}: FAILED {failure}" for failure in result.failures]
         reasons += [f"- {name}: {count} x {reason}" for reason, count in result.skipped.items()]
-    return "\n".join([*rows, "", *reasons]).rstrip()
+    return "\n".join([*rows, "", *failures, *reasons]).rstrip()
 
 
 def main() -> int:
@@ -271,8 +280,11 @@ def main() -> int:
         for column, result in zip(columns, pool.map(timed, columns), strict=True):
             results[column.name] = result
             print(f"{column.name}: {result.passed} passed, {result.failed} failed", flush=True)
-        # Each column reads the checkpoints of all others, which are there by now.
-        again = [dataclasses.replace(one, tests=[CHECKPOINT_TESTS]) for one in columns if one.reads_checkpoints]
+        # Each column reads the checkpoints of all others, which are there by now and which nobody writes any more.
+        again = [
+            dataclasses.replace(one, tests=[CHECKPOINT_TESTS], variables={**one.variables, "NEMO_EE_READ_ALL": "1"})
+            for one in columns if one.reads_checkpoints
+        ]  # fmt: skip
         for column, result in zip(again, pool.map(timed, again), strict=True):
             results[f"{column.name}, all checkpoints"] = result
     text = table(results)

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +23,23 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The backbone's directory, and the folder in which every layout left its losses."""
-    backbone, output = tmp_path_factory.mktemp("backbone"), tmp_path_factory.mktemp("tuned")
-    save_tiny_model(backbone, "llama-llama3")
-    command = [sys.executable, "-m", tuning_program.__name__, str(backbone), str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """The backbone's directory, and the folder in which every layout left its losses and checkpoints.
+
+    The folder is `$NEMO_EE_STACK/megatron/<version>/`, so that other versions can read it; where `$NEMO_EE_READ_ALL`
+    is set it is there already, and only read.
+    """
+    if "NEMO_EE_STACK" in os.environ:
+        output = Path(os.environ["NEMO_EE_STACK"], "megatron", version("megatron-core"))
+    else:
+        output = tmp_path_factory.mktemp("tuned")
+    backbone = output / "backbone"
+    if "NEMO_EE_READ_ALL" not in os.environ:
+        shutil.rmtree(output, ignore_errors=True)
+        backbone.mkdir(parents=True)
+        save_tiny_model(backbone, "llama-llama3")
+        command = [sys.executable, "-m", tuning_program.__name__, str(backbone), str(output)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stderr[-4000:]
     return SimpleNamespace(backbone=backbone, output=output)
 
 

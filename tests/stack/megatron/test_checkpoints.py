@@ -2,16 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of every version of Megatron-core load on this one, bitwise, and a resumed run goes on as it did.
 
-They were written by two pipeline stages and are read on one rank. Each version writes into
-`$NEMO_EE_STACK/megatron/<version>/` and reads what is there, its own and that of the versions that ran before.
+They were written by two pipeline stages and are read on one rank. Each version reads its own; `make test-stack` runs
+this file once more with `NEMO_EE_READ_ALL` when every version has written.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,17 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 @pytest.fixture(scope="module")
 def folders(tuned: SimpleNamespace) -> list[Path]:
-    """The checkpoints of each version, this one's first. Put in place by renaming: other columns read meanwhile."""
-    if "NEMO_EE_STACK" not in os.environ:
-        pytest.skip("NEMO_EE_STACK does not name the folder with the checkpoints of other versions")
-    shared, own = Path(os.environ["NEMO_EE_STACK"], "megatron"), version("megatron-core")
-    partial = shared / f".{own}.{os.getpid()}"
-    shared.mkdir(parents=True, exist_ok=True)
-    for way in WAYS:
-        shutil.copytree(tuned.output / way, partial / way)
-    shutil.rmtree(shared / own, ignore_errors=True)
-    partial.rename(shared / own)
-    return sorted(shared.glob("[0-9]*"), key=lambda folder: folder.name != own)
+    """The checkpoints of this version; where `$NEMO_EE_READ_ALL` is set also those of the others, after it."""
+    if "NEMO_EE_READ_ALL" not in os.environ:
+        return [tuned.output]
+    return sorted(tuned.output.parent.iterdir(), key=lambda folder: folder != tuned.output)
 
 
 @pytest.mark.parametrize("way", WAYS)
