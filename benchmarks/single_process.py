@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.matrix_products import MatrixProducts
 from benchmarks.measure import interleaved, median_of_ratios, peak_bytes, reset_peak, resident_bytes
 from benchmarks.plain_tuning import PlainTuning
 from benchmarks.workload import BareStep, Sizes
+from nemo_ee.megatron.loss.vocab_parallel import chunk_bytes_on, tokens_of_a_chunk
 from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
 REFERENCE_EXITS = [{"layer": layer} for layer in (3, 6, 9)]
@@ -89,6 +91,43 @@ def step_against_floor(sizes: Sizes, folder: Path) -> dict[str, float]:
         "step_over_matmul.step_s": statistics.median(kept),
         "step_over_matmul.matmul_s": statistics.median(matmuls),
         "step_over_matmul.gflop": watch.products.flop() / 1e9,
+    }
+
+
+def distill_against_floor(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """`distill_step_over_floor`: a step of exits that learn from the final exit over its necessary parts: the forward
+    pass, each exit's work alone, and the final exit's distribution once. `apart`: once for each exit."""
+    model = workload.wide_model(
+        sizes, workload.trainer(folder), vocabulary=sizes.vocabulary, exits=sizes.exits, full_depth=True,
+        objective="distillation",
+    )  # fmt: skip
+    step = BareStep(model)
+    (batch,) = workload.random_batches(sizes, 1, vocabulary=sizes.vocabulary)
+    context = model.tuning_context
+    output = context.model.forward_to_taps(batch)
+    teacher = context.teachers.teacher(context.teachers.after_forward(output, batch))
+    vocabulary = context.model.vocabulary()
+    rows = teacher.weight.shape[0]
+    tokens = tokens_of_a_chunk(rows, chunk_bytes_on(context.device), buffers=1 + teacher.num_buffers)
+
+    def form() -> None:
+        for start in range(0, batch.tokens.numel(), tokens):
+            teacher.chunk(slice(start, start + tokens), vocabulary)
+
+    sides = {"step": lambda: step([batch]), "forward": lambda: context.model.forward_to_taps(batch), "teacher": form}
+    names = [head.exit.name for head in context.model.exits]
+    for name in names:
+        head = context.model.exits[name]
+        sides[name] = partial(tune_exit, context, head, batch, output, grad_scale=1e-4, teacher=teacher)
+    times = interleaved(sides, rounds=sizes.rounds)
+    apart = [sum(parts) for parts in zip(times["forward"], *(times[name] for name in names), strict=True)]
+    floor = [whole - (len(names) - 1) * formed for whole, formed in zip(apart, times["teacher"], strict=True)]
+    return {
+        "distill_step_over_floor": median_of_ratios(times["step"], floor),
+        "distill_step_over_floor.step_s": statistics.median(times["step"]),
+        "distill_step_over_floor.floor_s": statistics.median(floor),
+        "distill_step_over_floor.apart_s": statistics.median(apart),
+        "distill_step_over_floor.teacher_s": statistics.median(times["teacher"]),
     }
 
 

@@ -68,6 +68,9 @@ def _at_least(target: float, run: str, text: str) -> Measure:
 MEASURES = {
     "step_over_floor": _at_most(1.10, "step", "step in Lightning's loop / partial forward and each exit's work alone"),
     "step_over_matmul": Measure("step in Lightning's loop / its matrix products alone", None, False, "step"),
+    "distill_step_over_floor": _at_most(
+        1.10, "distill", "step of distilled exits / forward, each exit's work alone, the teacher once"
+    ),
     "time_over_plain": _at_most(0.85, "plain", "time of a step / of a plain one"),
     "memory_over_plain": _at_most(0.10, "memory", "temporary memory / of a plain step"),
     "memory_8_over_1_exits": _at_most(1.05, "memory", "temporary memory less taps, all exits / one exit"),
@@ -136,6 +139,7 @@ def runs(sizes: Sizes, folder: Path) -> dict[str, Callable[[], dict[str, float]]
 
     return {
         "step": lambda: alone(single_process.step_against_floor),
+        "distill": lambda: alone(single_process.distill_against_floor),
         "plain": lambda: alone(single_process.time_against_plain),
         "memory": memory,
         "decoupled_1": lambda: two_stages(pipeline.decoupled_against_drained, microbatches=1),
@@ -164,7 +168,7 @@ def heading(result: Mapping[str, str | int | float]) -> str:
         "threads, {pipeline_microbatches} on two stages\nwith one thread each, unless said otherwise; {rounds} "
         "interleaved rounds after a warm-up, medians\n"
         "reference model: 12 layers, hidden 256, vocabulary 4096, exits at 3 6 9 unless said otherwise\n"
-        "plain, memory: {layers} layers, hidden {hidden}, {exits} mlp exits, vocabulary {vocabulary} (large: "
+        "plain, distill, memory: {layers} layers, hidden {hidden}, {exits} mlp exits, vocabulary {vocabulary} (large: "
         "{large_vocabulary})\n"
     ).format(**result)
 

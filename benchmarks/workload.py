@@ -153,13 +153,16 @@ def reference_model(settings: Mapping[str, Any], trainer: Trainer) -> MegatronEa
     return model
 
 
-def wide_model(sizes: Sizes, trainer: Trainer, *, vocabulary: int, exits: int, full_depth: bool):
+def wide_model(
+    sizes: Sizes, trainer: Trainer, *, vocabulary: int, exits: int, full_depth: bool, objective: str = "cross_entropy"
+) -> MegatronEarlyExitGPTModel:
     """A Llama of the wide shape with random weights and `exits` mlp exits evenly over its depth (one: the deepest)."""
     destroy_num_microbatches_calculator()
     layers = [sizes.layers * (index + 1) // exits for index in range(exits)]
     settings = model_settings(
-        sizes, [{"layer": layer} for layer in layers], num_layers=sizes.layers, hidden_size=sizes.hidden,
-        ffn_hidden_size=sizes.ffn, vocab_size=vocabulary, full_depth=full_depth, microbatches=1,
+        sizes, [{"layer": layer, "objective": objective} for layer in layers], num_layers=sizes.layers,
+        hidden_size=sizes.hidden, ffn_hidden_size=sizes.ffn, vocab_size=vocabulary, full_depth=full_depth,
+        microbatches=1,
     )  # fmt: skip
     model = MegatronEarlyExitGPTModel(OmegaConf.create(settings), trainer)
     generator = torch.Generator().manual_seed(0)

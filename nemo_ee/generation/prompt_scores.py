@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.generation.request import Request
-from nemo_ee.generation.staged_forward import ExitOutput, TokenInput
+from nemo_ee.generation.staged_forward import ExitOutput
 from nemo_ee.generation.stats import Failure, PromptScores
 from nemo_ee.generation.teacher_forcing import LOGITS_PER_CALL
 
@@ -35,15 +35,9 @@ class PromptScorer:
 
     def __init__(self, sequence: int, request: Request) -> None:
         self._sequence, self._request = sequence, request
-        self._num_run = 0
+        self._num_scored = 0
         self._logprobs: list[float] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
-
-    def next_input(self, room: int) -> TokenInput:
-        """The next tokens to run, at most `room` of them."""
-        prompt, start = self._request.prompt, self._num_run
-        self._num_run = min(start + room, len(prompt))
-        return TokenInput(start, prompt[start : self._num_run], read_all=True)
 
     def take(self, output: ExitOutput) -> PromptScores | Failure | None:
         """Score the tokens that follow those that just ran.
@@ -56,8 +50,8 @@ class PromptScorer:
             sequence's last event.
         """
         request = self._request
-        start = self._num_run - output.logits.shape[0]
-        following = request.prompt[start + 1 : self._num_run + 1]  # no token of the prompt follows the last one
+        start, self._num_scored = self._num_scored, self._num_scored + output.logits.shape[0]
+        following = request.prompt[start + 1 : self._num_scored + 1]  # no token of the prompt follows the last one
         if following:
             logprobs = output.logits[: len(following)].log_softmax(dim=1)
             self._logprobs += _entries(logprobs, following)
@@ -65,7 +59,7 @@ class PromptScorer:
                 values, tokens = logprobs.topk(min(request.prompt_logprobs, logprobs.shape[1]), dim=1)
                 rows = zip(tokens.tolist(), values.tolist(), strict=True)
                 self._top += [tuple(zip(*row, strict=True)) for row in rows]
-        if self._num_run < len(request.prompt):
+        if self._num_scored < len(request.prompt):
             return None
         broken = [position for position, logprob in enumerate(self._logprobs, start=1) if math.isnan(logprob)]
         if broken:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from nemo_ee.generation.policy import ExitPlan
 from nemo_ee.generation.prompt_scores import PromptScorer
 from nemo_ee.generation.request import Request
+from nemo_ee.generation.staged_forward import TokenInput
 from nemo_ee.generation.verification import Draft
 
 
@@ -19,6 +20,7 @@ class RunningSequence:
 
     Attributes:
         answer: its new tokens. The last of them are the `drafts`, which are not verified yet.
+        num_prompt_run: tokens of the prompt that have run, or run in this step.
         has_begun: the prompt has run.
         must_verify: a draft would end the sequence.
         left: exit name -> number of tokens that left there; None = the end of the stack.
@@ -32,11 +34,19 @@ class RunningSequence:
     plan: ExitPlan
     answer: list[int] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
+    num_prompt_run: int = 0
     has_begun: bool = False
     must_verify: bool = False
     left: dict[str | None, int] = field(default_factory=dict)
     exits_pay: bool | None = None
     scorer: PromptScorer | None = None
+
+    def prompt_piece(self, room: int) -> TokenInput:
+        """The next tokens of the prompt, at most `room`; all of them are read where it is scored."""
+        start, prompt = self.num_prompt_run, self.request.prompt
+        self.num_prompt_run = stop = min(start + room, len(prompt))
+        scored = self.scorer is not None
+        return TokenInput(start, prompt[start:stop], read_all=scored, read_none=not scored and stop < len(prompt))
 
     @property
     def length(self) -> int:

@@ -79,7 +79,7 @@ class DecodingSession:
         return len(self._free)
 
     def add(self, request: Request) -> int:
-        """Add a sequence; the next step returns its first token.
+        """Add a sequence; the step that ends its prompt returns its first token.
 
         Returns:
             Its index, the `sequence` of its events. Indices count up from 0 and are never used twice.
@@ -140,9 +140,23 @@ class DecodingSession:
         self._forward.release(sequence.slot)
         self._free = sorted([*self._free, sequence.slot])
 
+    @property
+    def num_answers(self) -> int:
+        """Number of running sequences whose prompt has run."""
+        return sum(own.has_begun for own in self._running.values())
+
+    @property
+    def prompt_tokens_left(self) -> int:
+        """Tokens of the running sequences' prompts that have not run."""
+        return sum(len(own.request.prompt) - own.num_prompt_run for own in self._running.values())
+
     @torch.inference_mode()
-    def step(self) -> tuple[Event, ...]:
+    def step(self, max_prompt_tokens: int | None = None) -> tuple[Event, ...]:
         """Run the newest token of every running sequence.
+
+        Args:
+            max_prompt_tokens: most tokens of prompts that run in this step, all sequences together; the rest runs in
+                later ones. It changes no token.
 
         Returns:
             The new tokens that are final, in the order of the sequences: one for each sequence; in mode
@@ -153,7 +167,10 @@ class DecodingSession:
         if not self._running:
             return ()
         by_slot = {own.slot: own for own in self._running.values()}
-        outputs = self._forward.step(self._next_inputs(by_slot))
+        inputs = self._next_inputs(by_slot, max_prompt_tokens)
+        if not inputs:
+            return ()
+        outputs = self._forward.step(inputs)
         events: list[Event] = []
         singles: list[tuple[RunningSequence, ExitOutput]] = []
         for output in outputs:
@@ -180,26 +197,33 @@ class DecodingSession:
         events.sort(key=lambda event: event.sequence)
         return tuple(events)
 
-    def _next_inputs(self, by_slot: dict[int, RunningSequence]) -> dict[int, TokenInput]:
-        """The next input of each sequence. A prompt to score runs later if its logits do not fit into memory now.
+    def _next_inputs(
+        self, by_slot: dict[int, RunningSequence], max_prompt_tokens: int | None
+    ) -> dict[int, TokenInput]:
+        """The next input of each sequence. A prompt runs later where there is no room, for one that is scored also if
+        its logits do not fit into memory now.
 
         Room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones by slot.
         """
-        room = rows_per_step(self._model.vocab_size)
+        left, scored = max_prompt_tokens, rows_per_step(self._model.vocab_size)
         inputs = {}
         for slot, sequence in by_slot.items():
-            if sequence.scorer is None:
+            if sequence.has_begun:
                 inputs[slot] = self._next_input(sequence)
-            elif room:
-                inputs[slot] = sequence.scorer.next_input(room)
-                room -= len(inputs[slot].tokens)
+                continue
+            room = len(sequence.request.prompt) if left is None else left
+            room = room if sequence.scorer is None else min(room, scored)
+            if not room:
+                continue
+            inputs[slot] = sequence.prompt_piece(room)
+            count = len(inputs[slot].tokens)
+            left = None if left is None else left - count
+            scored -= count * (sequence.scorer is not None)
         return dict(sorted(inputs.items()))
 
     def _next_input(self, sequence: RunningSequence) -> TokenInput:
         """The tokens that the sequence runs next."""
         plan = sequence.plan
-        if not sequence.has_begun:
-            return TokenInput(0, sequence.request.prompt)
         position = sequence.length - 1
         if sequence.must_verify:
             return TokenInput(position, (), read_all=True)

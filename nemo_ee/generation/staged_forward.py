@@ -55,12 +55,14 @@ class TokenInput(NamedTuple):
         tokens: token ids; empty = only pending rows run.
         allow_exit: evaluate exits at the newest token.
         read_all: at the end read every row that arrives, not only the newest.
+        read_none: at the end read nothing: more of a prompt comes in the next step.
     """
 
     position: int
     tokens: Sequence[int]
     allow_exit: bool = False
     read_all: bool = False
+    read_none: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,7 +199,7 @@ class StagedForward:
             read_ends: read the sequences that reach their end.
 
         Returns:
-            With `read_ends` one output for each slot, in order; without it an empty list.
+            With `read_ends` one output for each slot but those with `read_none`, in order; without it an empty list.
         """
         if read_ends and self.model.run_pending_after is not None:
             self._run_pending_ahead(inputs, self.model.run_pending_after)
@@ -329,7 +331,9 @@ class StagedForward:
             return [output for slots in by_end for output in self._read_ends(batch, slots, inputs)]
         (end,) = ends
         last_rows = batch.last_rows()
-        counts = [len(batch.positions[slot]) if inputs[slot].read_all else 1 for slot in ended]
+        counts = [
+            len(batch.positions[slot]) if inputs[slot].read_all else int(not inputs[slot].read_none) for slot in ended
+        ]
         rows: list[int] = []
         owners: list[int] = []
         for slot, count in zip(ended, counts, strict=True):
@@ -338,7 +342,10 @@ class StagedForward:
         name, layer = (None, self.model.num_layers) if end is None else (end.name, end.layer)
         if name is not None:
             self._write_exit_kv(name, batch, ended, rows)
+        if not rows:
+            return []
         logits = self._logits(name, batch, rows)
+        ended, counts = zip(*[own for own in zip(ended, counts, strict=True) if own[1]], strict=True)
         for slot, count in zip(ended, counts, strict=True):
             self._min_length.release(slot, batch.positions[slot][-count])  # later reads are past this row
         confidences = self._confidence(logits, owners)

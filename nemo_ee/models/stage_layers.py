@@ -73,6 +73,7 @@ def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size
         fused_attention=True,
         tensor_parallel=config.tensor_model_parallel_size,
         chunk_bytes=chunk_bytes_on(torch.device(device)),
+        transformer_engine=bool(cfg.get("transformer_engine")),
     )
 
 
@@ -122,7 +123,10 @@ def _costs(model: MegatronEarlyExitGPTModel, shape: ModelShape, price) -> StageC
     early_exit = model.early_exit
     whole = early_exit.has_teacher and early_exit.distillation.top_k is None
     taught = [name for name in early_exit.names if whole and early_exit.objective_of(name) != "cross_entropy"]
-    return StageCosts.of(shape, early_exit.exits, price, train=early_exit.train, taught=taught)
+    stages = model.cfg.get("pipeline_model_parallel_size", 1)
+    return StageCosts.of(
+        shape, early_exit.exits, price, train=early_exit.train, taught=taught, num_stages=stages
+    )
 
 
 def _measured_costs(model: MegatronEarlyExitGPTModel, shape: ModelShape) -> StageCosts:

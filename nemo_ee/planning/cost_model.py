@@ -9,7 +9,7 @@
 
 A trained matrix takes three products of the same size: y = W x, dL/dx = W^T dL/dy, dL/dW = dL/dy x^T. A frozen one
 (`init: lora`, `output: shared | low_rank`) lacks the last, and the second too where nothing in front of it trains.
-Megatron's own linears form dL/dx even where nobody reads it (the first matrix of an exit); it is counted.
+Nobody reads dL/dx of the first matrix of an `mlp` exit, whose norm is frozen; Transformer Engine forms it.
 
 `count_flops` prices operations by their multiplications and additions, 2 m n k for a product; softmax, norms and
 activations count nothing. `nemo_ee.planning.cost_measurement` times the same operations instead.
@@ -39,6 +39,7 @@ class ModelShape:
         fused_attention: causal attention in one kernel that skips the masked half; otherwise the whole square.
         tensor_parallel: ranks that share every matrix.
         chunk_bytes: size of one chunk of fp32 logits in the loss.
+        transformer_engine: an exit's MLP is Transformer Engine's.
     """
 
     model: Architecture
@@ -47,6 +48,7 @@ class ModelShape:
     fused_attention: bool = False
     tensor_parallel: int = 1
     chunk_bytes: int = 64 * 2**20
+    transformer_engine: bool = True
 
     @property
     def tokens(self) -> int:
@@ -161,15 +163,12 @@ def mlp_operations(shape: ModelShape, *, backward: bool = False, trained: bool =
     ]
 
 
-def exit_operations(
-    shape: ModelShape, exit: ExitConfig, *, taught: bool = False, again: bool = False
-) -> list[Operation]:
+def exit_operations(shape: ModelShape, exit: ExitConfig, *, again: bool = False) -> list[Operation]:
     """Forward, loss and backward of one exit on one microbatch.
 
     Args:
         shape: the model's sizes.
         exit: the exit.
-        taught: it forms the final exit's whole distribution beside its own.
         again: its logits are formed once more in the backward pass, as where the backbone trains too.
     """
     lora = exit.init == "lora"
@@ -178,17 +177,20 @@ def exit_operations(
         operations += layer_operations(shape, backward=True, trained=not lora)
     elif exit.architecture == "mlp":
         operations += mlp_operations(shape, backward=True, trained=not lora)
+    if operations and (lora or exit.architecture == "mlp" and not shape.transformer_engine):
+        operations = _without_first_gradient(operations)
     if lora and operations:
-        operations = _without_first_gradient(operations) + _low_rank_operations(shape, exit)
+        operations += _low_rank_operations(shape, exit)
     if exit.architecture != "embedding":
         operations.append(Pointwise("norm", shape.tokens, shape.model.hidden_size, backward=not lora))
     # Whether a gradient is wanted in front of the output projection.
     reaches = exit.architecture in ("mlp", "layer") or (exit.architecture == "norm" and not lora)
-    return operations + _output_operations(shape, exit, reaches) + (taught + again) * _logits(shape)
+    return operations + _output_operations(shape, exit, reaches) + again * _logits(shape)
 
 
 def _without_first_gradient(operations: list[Operation]) -> list[Operation]:
-    """The first product's input is the tap: with a frozen matrix its gradient is not needed."""
+    """The first product's input is the tap, or a frozen norm of it: with a frozen matrix, or on Megatron's own
+    linears, its gradient is not formed."""
     first = next(index for index, operation in enumerate(operations) if isinstance(operation, Product))
     changed = dataclasses.replace(operations[first], input_gradient=False)
     return [*operations[:first], changed, *operations[first + 1 :]]
@@ -292,6 +294,7 @@ class StageCosts:
         *,
         train: str = "exits",
         taught: Collection[str] = (),
+        num_stages: int = 1,
     ) -> StageCosts:
         """Price every entry.
 
@@ -300,12 +303,20 @@ class StageCosts:
             exits: its exits.
             price: cost of an operation in any unit, e.g. `count_flops`.
             train: `exits`, `joint` (the backbone's backward runs too) or `lora` (the same without its weights).
-            taught: names of exits that form the final exit's whole distribution.
+            taught: names of exits that need the final exit's whole distribution. A stage forms it once for all of
+                them, but for its `layer` exits once each: each of the others pays a part, as if they were spread
+                evenly over the stages.
+            num_stages: pipeline-parallel size.
         """
 
         def total(operations: Sequence[Operation]) -> float:
             return sum(price(operation) for operation in operations)
 
+        def shared(exit: ExitConfig) -> bool:
+            return exit.name in taught and exit.architecture != "layer"
+
+        share = min(1.0, num_stages / max(1, sum(map(shared, exits))))
+        teacher = total(_logits(shape)) if taught else 0.0
         backbone = {"backward": train != "exits", "trained": train == "joint"}
         unit = total(layer_operations(shape))
         return cls(
@@ -314,7 +325,10 @@ class StageCosts:
             embedding=total(embedding_operations(shape)) / unit,
             final_exit=total(final_exit_operations(shape, train=train)) / unit,
             exits={
-                exit.name: total(exit_operations(shape, exit, taught=exit.name in taught, again=train != "exits"))
+                exit.name: (
+                    total(exit_operations(shape, exit, again=train != "exits"))
+                    + (exit.name in taught) * teacher * (share if shared(exit) else 1.0)
+                )
                 / unit
                 for exit in exits
             },

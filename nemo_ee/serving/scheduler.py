@@ -21,6 +21,7 @@ from nemo_ee.generation.session import DecodingSession
 from nemo_ee.generation.stats import Failure, PromptScores, TokenEvent
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.metrics import Metrics
+from nemo_ee.serving.prompt_pace import PromptPace
 from nemo_ee.serving.text_stream import Piece, TextStream
 
 _LOG = logging.getLogger(__name__)
@@ -79,9 +80,17 @@ class Scheduler:
         start_session: makes an empty session; called again if a step fails.
         max_queue: most sequences that may wait for a slot.
         metrics: gets the numbers of every step.
+        prompt_share: see `PromptPace`.
     """
 
-    def __init__(self, start_session: Callable[[], DecodingSession], max_queue: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        start_session: Callable[[], DecodingSession],
+        max_queue: int,
+        metrics: Metrics,
+        prompt_share: float | None = None,
+    ) -> None:
+        self._pace = PromptPace(prompt_share)
         self._start_session, self._max_queue, self._metrics = start_session, max_queue, metrics
         self._session: DecodingSession | None = start_session()
         self._num_slots = self._session.num_free_slots
@@ -212,8 +221,11 @@ class Scheduler:
         del self._running[index]
 
     def _step(self) -> None:
-        started = time.perf_counter()
-        events = self._session.step()
+        started, waiting = time.perf_counter(), self._session.prompt_tokens_left
+        num_answers = self._session.num_answers
+        events = self._session.step(self._pace.budget(num_answers) if waiting else None)
+        seconds = time.perf_counter() - started
+        self._pace.took(seconds, waiting - self._session.prompt_tokens_left, num_answers)
         pieces: dict[int, list[Piece]] = {}
         failed: dict[int, ApiError] = {}
         prompts: dict[int, PromptScores] = {}
@@ -237,7 +249,7 @@ class Scheduler:
                 self._end(index)
         # Counted before delivery, so that a client that has an answer finds it in the metrics.
         tokens = [event for event in events if isinstance(event, TokenEvent)]
-        self._metrics.step(tokens, self._session.stats(()), time.perf_counter() - started)
+        self._metrics.step(tokens, self._session.stats(()), seconds)
         self._count()
         for sequence, update in updates:
             if not sequence.cancelled and update != Update():

@@ -59,7 +59,9 @@ def make_server(settings: ServerSettings) -> Server:
         settings.cost_rule,
     )
     metrics = Metrics(model.exits, model.num_layers)
-    scheduler = Scheduler(lambda: served.start_session(settings.num_slots), settings.max_queue, metrics)
+    scheduler = Scheduler(
+        lambda: served.start_session(settings.num_slots), settings.max_queue, metrics, settings.prompt_share
+    )
     return Server(served, scheduler, metrics, settings)
 
 

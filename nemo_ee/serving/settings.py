@@ -80,6 +80,7 @@ class ServerSettings(PolicyInput, ScriptInput):
     num_slots: Positive
     max_length: Positive | None
     max_queue: Natural
+    prompt_share: Annotated[float, Field(gt=0, lt=1), rule("a number above 0 and below 1, or null")] | None
     max_new_tokens: Positive
     max_choices: Positive
     max_body_bytes: Annotated[int, Field(ge=1024)]

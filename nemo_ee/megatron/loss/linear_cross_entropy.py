@@ -115,9 +115,7 @@ def linear_cross_entropy(
     input_grads = [torch.zeros_like(x) if wanted and x.requires_grad else None for x in inputs]
     weight_grads = [gradient_of(weight) if wanted and weight.requires_grad else None for weight in weights]
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
-    softened = teacher is not None and objective.temperature != 1.0
-    buffers = 1 + softened + want_entropy + (teacher.num_buffers if teacher is not None else 0)
-    buffers += num_buffers(dtype) - 1
+    buffers = buffers_of_a_chunk(objective, teacher, dtype) + want_entropy
     sums = torch.zeros(len(fields(TokenSums)), dtype=torch.float32, device=mask.device)
     memory, chunk_bytes = None, chunk_bytes or chunk_bytes_on(mask.device)
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
@@ -136,6 +134,15 @@ def linear_cross_entropy(
         if wanted:
             add_gradients(chunk.gradient(grad_scale).to(dtype), inputs, cast, input_grads, weight_grads, part)
     return LinearCrossEntropy(TokenSums(*sums.unbind()), tuple(input_grads) if wanted else (), argmax)
+
+
+def buffers_of_a_chunk(objective: Objective, teacher: Teacher | None, dtype: torch.dtype) -> int:
+    """Buffers of the size of a chunk's fp32 logits that are alive at once, the logits among them.
+
+    A softened distribution takes the place of the difference that the comparison with a full teacher leaves behind.
+    """
+    softened = teacher is not None and objective.temperature != 1.0
+    return num_buffers(dtype) + max(softened, 0 if teacher is None else teacher.num_buffers)
 
 
 @dataclass

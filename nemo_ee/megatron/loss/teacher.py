@@ -12,7 +12,7 @@ Shapes: n tokens, c of a chunk, h hidden, v padded vocabulary, k top.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -34,7 +34,7 @@ class TeacherChunk(Protocol):
     log_total: Tensor  # [c] fp64, to be subtracted from `excess`
 
     def excess(self, values: Tensor, temperature: float) -> Tensor:
-        """[c] sum over this shard of q * (ln q + log_total - values / T), values [c, v/tp]. Called once.
+        """[c] sum over this shard of q * (ln q + log_total - values / T), values [c, v/tp].
 
         One sum of differences: two sums of which the difference is taken would lose the digits of a small divergence.
         """
@@ -46,21 +46,21 @@ class TeacherChunk(Protocol):
 class Teacher(Protocol):
     """q of all tokens of a microbatch."""
 
-    num_buffers: int  # logit-sized buffers a chunk takes
+    num_buffers: int  # logit-sized buffers that a chunk and its comparison take
 
     def chunk(self, part: slice, vocabulary: VocabularyShard) -> TeacherChunk:
         """q of the tokens in `part`. Every rank of the tensor-parallel group must call it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _DenseChunk:
     probabilities: Tensor  # [c, v/tp]
-    shifted: Tensor | None  # [c, v/tp] z / T less the largest of the whole vocabulary
+    shifted: Tensor  # [c, v/tp] z / T less the largest of the whole vocabulary
     log_total: Tensor
     num_valid: int  # rows that are tokens
 
     def excess(self, values: Tensor, temperature: float) -> Tensor:
-        difference, self.shifted = self.shifted.sub_(values, alpha=1.0 / temperature), None
+        difference = torch.sub(self.shifted, values, alpha=1.0 / temperature)
         difference[:, self.num_valid :] = 0.0  # padding has q = 0 and may be infinite after division by T
         return torch.einsum("cv,cv->c", self.probabilities, difference)
 
@@ -96,7 +96,7 @@ class FullTeacher:
     hidden: Tensor
     weight: Tensor
     temperature: float
-    num_buffers: int = 2
+    num_buffers: int = 3
 
     def chunk(self, part: slice, vocabulary: VocabularyShard) -> _DenseChunk:
         """See `Teacher`."""
@@ -108,6 +108,24 @@ class FullTeacher:
         total = vocabulary.reduce(probabilities.sum(dim=-1))
         log_total = total.double().log()
         return _DenseChunk(probabilities.div_(total.unsqueeze(-1)), scaled, log_total, vocabulary.num_valid)
+
+    def formed(self, tokens: Tensor, vocabulary: VocabularyShard) -> FormedTeacher:
+        """q of the tokens with these indices, [c], to be read by several exits. See `Teacher.chunk`."""
+        own = replace(self, hidden=self.hidden[tokens])
+        return FormedTeacher(own.chunk(slice(None), vocabulary), num_buffers=self.num_buffers)
+
+
+@dataclass(frozen=True)
+class FormedTeacher:
+    """q of a chunk of tokens, formed already; see `FullTeacher.formed`."""
+
+    whole: _DenseChunk
+    num_buffers: int
+
+    def chunk(self, part: slice, vocabulary: VocabularyShard) -> _DenseChunk:
+        """See `Teacher`."""
+        whole = self.whole
+        return _DenseChunk(whole.probabilities[part], whole.shifted[part], whole.log_total[part], whole.num_valid)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,14 @@ def chunk_bytes_on(device: torch.device) -> int:
     return 1 << (share.bit_length() - 1)
 
 
+def tokens_of_a_chunk(rows: int, chunk_bytes: int, *, buffers: int = 1) -> int:
+    """Tokens whose fp32 logits, `buffers` times over, take about `chunk_bytes`; at least one."""
+    return max(1, chunk_bytes // (4 * rows * buffers))
+
+
 def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int = 1) -> Iterator[slice]:
-    """Slices of tokens whose fp32 logits, `buffers` times over, take about `chunk_bytes`; at least one token each."""
-    size = max(1, min(num_tokens, chunk_bytes // (4 * rows * buffers)))
+    """Slices of tokens of `tokens_of_a_chunk`, which see."""
+    size = min(num_tokens, tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 

@@ -15,12 +15,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 
 class TorchNorm:
@@ -88,6 +89,21 @@ class TorchAttention(DotProductAttention):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
+class TapLinear(ColumnParallelLinear):
+    """Megatron's own without the gradient of its input where nobody reads it: an `mlp` exit's first linear, whose
+    input is a frozen norm of the tap. Transformer Engine's norm and linear in one form it all the same."""
+
+    def forward(self, input_: Tensor, *arguments, **options) -> tuple[Tensor, Tensor | None]:
+        """See `ColumnParallelLinear`."""
+        if arguments or options or input_.requires_grad or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(input_, *arguments, **options)
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_)
+        return linear(input_, self.weight, None if self.skip_bias_add else self.bias), (
+            self.bias if self.skip_bias_add else None
+        )
+
+
 @dataclass(frozen=True)
 class BackboneSpecs:
     """Building blocks of the backbone and of the exit heads.
@@ -120,6 +136,7 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
     local.submodules.input_layernorm = TorchNorm
     local.submodules.pre_mlp_layernorm = TorchNorm
     local.submodules.self_attention.submodules.core_attention = TorchAttention
+    local.submodules.mlp.submodules.linear_fc1 = TapLinear
     if config.qk_layernorm:
         heads = local.submodules.self_attention.submodules
         heads.q_layernorm = heads.k_layernorm = TorchNorm

@@ -44,6 +44,11 @@ class MicroBatch:
             moved["attention_mask"],
         )
 
+    def at(self, positions: Tensor) -> MicroBatch:
+        """The tokens at some positions, [n], for what works on each alone: without an attention mask."""
+        tokens, labels, mask = (x[:, positions] for x in (self.tokens, self.labels, self.loss_mask))
+        return MicroBatch(tokens, labels, mask, self.position_ids[:, positions])
+
     def flat_labels(self) -> tuple[Tensor, Tensor]:
         """Labels and mask in the order of [s, b] hidden states, each [s * b]."""
         return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)

@@ -7,13 +7,15 @@ Losses travel as (sum, count) and are divided once, when they are logged (see `T
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nemo_ee.megatron.loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from nemo_ee.megatron.loss.teacher import Teacher
+from nemo_ee.megatron.loss.linear_cross_entropy import LinearCrossEntropy, buffers_of_a_chunk, linear_cross_entropy
+from nemo_ee.megatron.loss.teacher import FullTeacher, Teacher
+from nemo_ee.megatron.loss.vocab_parallel import chunk_bytes_on, tokens_of_a_chunk
 from nemo_ee.megatron.model.exit_head import ExitHead
 from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
 from nemo_ee.megatron.pipeline.stage_context import StageContext
@@ -36,6 +38,46 @@ def exit_terms(
     hidden = head(tap, attention_mask=batch.attention_mask, rotary_pos_emb=rotary_pos_emb)
     inputs, weights = zip(*head.output_terms(hidden), strict=True)
     return [x.flatten(0, 1) for x in inputs], list(weights)
+
+
+def exits_in_turn(
+    context: StageContext, batch: MicroBatch, output: StageOutput, teacher: Teacher | None
+) -> Iterator[tuple[ExitHead, MicroBatch, StageOutput, Teacher | None]]:
+    """The arguments of `tune_exit` for every exit of a stage, so that a full teacher is formed once per chunk.
+
+    The exits that learn from it run side by side, a piece of the sequence at a time, a chunk of the loss long. But a
+    `layer` exit attends over the whole sequence, which it would have to keep: it forms the teacher for itself.
+    """
+    side_by_side = []
+    for head in context.model.exits:
+        learns = isinstance(teacher, FullTeacher) and context.objectives[head.exit.name].has_teacher
+        if learns and head.exit.architecture != "layer":
+            side_by_side.append(head)
+        else:
+            yield head, batch, output, teacher
+    if not side_by_side:
+        return
+    vocabulary, config = context.model.vocabulary(), context.model.config
+    objective = context.objectives[side_by_side[0].exit.name]  # the buffers are those of every one
+    tokens = tokens_of_a_chunk(
+        teacher.weight.shape[0],
+        context.chunk_bytes or chunk_bytes_on(context.device),
+        buffers=buffers_of_a_chunk(objective, teacher, context.autocast or config.params_dtype),
+    )
+    length, ranks = batch.tokens.shape[1], config.tensor_model_parallel_size if config.sequence_parallel else 1
+    # Under sequence parallelism a piece is made of a piece of every rank's part of the sequence.
+    positions = torch.arange(length, device=context.device).view(ranks, -1)
+    flat = torch.arange(batch.tokens.numel(), device=context.device).view(length, -1)
+    size = max(1, tokens // (ranks * flat.shape[1]))
+    for start in range(0, positions.shape[1], size):
+        own = slice(start, start + size)
+        chosen = positions[:, own].flatten()
+        formed = teacher.formed(flat[chosen].flatten(), vocabulary)
+        piece = batch.at(chosen)
+        part = replace(output, taps={stop: tap[own] for stop, tap in output.taps.items()})
+        for head in side_by_side:
+            yield head, piece, part, formed
+        del formed  # before the next one is formed
 
 
 def tune_exit(

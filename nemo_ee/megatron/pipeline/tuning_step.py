@@ -14,7 +14,7 @@ from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums, empty_row, 
 from nemo_ee.megatron.loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers
-from nemo_ee.megatron.pipeline.exit_loss import evaluate_exit, tune_exit
+from nemo_ee.megatron.pipeline.exit_loss import evaluate_exit, exits_in_turn, tune_exit
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import stage_outputs
 
@@ -44,12 +44,12 @@ def tune_global_batch(
     nominal = largest_token_count(batches)
     counted = {head.exit.name: empty_row(context.device) for head in context.model.exits}
     for batch, output, teacher in stage_outputs(context, batches):
-        for head in context.model.exits:
+        for head, *work, formed in exits_in_turn(context, batch, output, teacher):
             name = head.exit.name
             scale, taught = loss_weights[name] / nominal, context.objectives[name].has_teacher
-            loss = tune_exit(context, head, batch, output, grad_scale=scale, teacher=teacher)
+            loss = tune_exit(context, head, *work, grad_scale=scale, teacher=formed)
             counted[name] += row_of(loss.sums, taught=taught)
-            del loss  # the gradients of its inputs
+            del loss, work, formed  # the gradients of its inputs, and the teacher before the next one is formed
         del output, teacher  # their memory serves the next microbatch
     return finish_gradients(optimizers, counted, nominal=nominal, sums=sums)
 

@@ -75,7 +75,8 @@ def alone(engine, request):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_sequence_added_later_gets_what_it_gets_alone(seed):
-    """Random arrivals and cancellations, every mode, policy and sampling side by side in three slots."""
+    """Random arrivals and cancellations, every mode, policy and sampling side by side in three slots, prompts in
+    pieces of random size."""
     rng = random.Random(seed)
     engine = EarlyExitEngine(TinyTransformer(ALL_KINDS, seed=seed))
     session = engine.start([], exits=NAMES, num_slots=3, max_length=20)
@@ -91,7 +92,7 @@ def test_a_sequence_added_later_gets_what_it_gets_alone(seed):
             if events.get(index, [None])[-1] is None or events[index][-1].finish_reason is None:
                 cancelled.add(index)
             session.cancel(index)
-        for event in session.step():
+        for event in session.step(rng.choice([None, 0, 1, 2, 4])):
             assert event.sequence not in cancelled
             events.setdefault(event.sequence, []).append(event)
     assert session.num_free_slots == 3 and sorted(added) == list(range(9))
@@ -122,6 +123,23 @@ def test_a_slot_is_used_again_and_its_old_sequence_leaves_nothing_behind():
         events += session.step()
     assert {event.sequence for event in events} == {2} and len(events) == 15
     assert session.num_pending(0) == session.num_pending(1) == 0
+
+
+def test_prompts_run_in_pieces_by_arrival_while_others_go_on():
+    engine = EarlyExitEngine(scripted())
+    session = engine.start([Request((1, 2), 20)], mode="full", num_slots=3, max_length=30)
+    session.step()
+    session.add(Request((3, 4, 5, 6, 7), 6))
+    session.add(Request((8, 9, 3), 6))
+    assert (session.num_answers, session.prompt_tokens_left) == (1, 8)
+    rows, begun = [], []
+    for _ in range(4):
+        begun.append({event.sequence for event in session.step(3)})
+        rows.append(engine.model.cache.rows_per_run[-1][2])
+    assert rows == [1 + 3, 1 + 3, 1 + 1 + 2, 1 + 1 + 1] and begun == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2}]
+    assert (session.num_answers, session.prompt_tokens_left) == (3, 0)
+    waiting = engine.start([Request((1, 2), 2)], mode="full")
+    assert waiting.step(0) == () and waiting.prompt_tokens_left == 2, "nothing has room"
 
 
 def test_a_prompt_runs_in_the_same_flight_as_the_others_tokens():

@@ -71,6 +71,13 @@ def test_an_exit(exit: ExitConfig, products: int) -> None:
     assert flops(exit_operations(SHAPE, exit)) == 2 * 6 * products + attention
 
 
+def test_without_transformer_engine_an_own_mlp_has_no_gradient_of_its_input() -> None:
+    local, exit = dataclasses.replace(SHAPE, transformer_engine=False), exit_of("mlp")
+    assert flops(exit_operations(SHAPE, exit)) - flops(exit_operations(local, exit)) == 2 * 6 * 8 * 20
+    for exit in (exit_of("layer"), exit_of("mlp", "lora")):  # a trained norm reads it; a frozen matrix has none
+        assert flops(exit_operations(SHAPE, exit)) == flops(exit_operations(local, exit))
+
+
 def test_frozen_weights_have_no_gradient_product() -> None:
     """LoRA on an MLP: the first matrix only runs forward, the second passes a gradient on, updates train."""
     frozen = 8 * 20 + 2 * (10 * 8) + 2 * VOCABULARY
@@ -128,6 +135,16 @@ def test_a_taught_exit_forms_the_teacher_s_logits_too() -> None:
     exits = (exit_of("norm"), dataclasses.replace(exit_of("norm"), name="n"))
     costs = StageCosts.of(SHAPE, exits, count_flops, taught=["n"])
     assert costs.exits["n"] == pytest.approx(costs.exits["e"] + costs.final_exit) and costs.final_exit > 0
+
+
+def test_a_stage_forms_the_teacher_once() -> None:
+    """Four exits on two stages pay for two teachers, a `layer` exit beside them for one of its own."""
+    exits = [dataclasses.replace(exit_of("norm"), name=name) for name in "abcd"]
+    exits.append(dataclasses.replace(exit_of("layer"), name="layer"))
+    alone = StageCosts.of(SHAPE, exits, count_flops)
+    taught = StageCosts.of(SHAPE, exits, count_flops, taught=[exit.name for exit in exits], num_stages=2)
+    more = {name: (cost - alone.exits[name]) / alone.final_exit for name, cost in taught.exits.items()}
+    assert more == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5, "layer": 1.0})
 
 
 def test_at_7b_an_mlp_exit_costs_about_four_layers() -> None:

@@ -51,7 +51,9 @@ class Session:
     def cancel(self, index: int) -> None:
         self.own.pop(index, None)
 
-    def step(self) -> tuple[TokenEvent, ...]:
+    num_answers = prompt_tokens_left = 0
+
+    def step(self, max_prompt_tokens: int | None = None) -> tuple[TokenEvent, ...]:
         self.may_step.wait(20)
         events = []
         for index, left in list(self.own.items()):
