@@ -54,6 +54,12 @@ class Block(NamedTuple):
         """Whether there is one row of each sequence."""
         return self.stop_row - self.first_row == self.stop - self.first
 
+    def folded(self, heads_per_key: int) -> Block:
+        """With a mask for the query heads of a key-value head as rows of one product, `[rows * heads, length]`."""
+        if self.is_one_each or self.causal:
+            return self
+        return self._replace(mask=self.mask.repeat_interleave(heads_per_key, dim=0))
+
 
 class Placement:
     """The place of rows in a cache, and the rows that attend in one call.
@@ -74,6 +80,7 @@ class Placement:
         if len(self.groups) == 1 and isinstance(self.groups[0].positions, range):
             self._run = self.groups[0]
         self.blocks = tuple(_blocks(positions, dtype))
+        self._folded: tuple[Block, ...] | None = None  # `blocks` as `attend` reads them
 
     def write(self, keys_values: Tensor, slab: Tensor) -> None:
         """Copy `[n, 2K, d]` to the rows' places in `[sequences, 2K, max_length, d]`."""
@@ -87,9 +94,12 @@ class Placement:
 
     def attend(self, queries: Tensor, slab: Tensor, scale: float) -> Tensor:
         """Attention of `queries` `[n, H, d]` over `slab`. Returns `[n, H d]`."""
-        if len(self.blocks) == 1:
-            return _attend(queries, slab, self.blocks[0], scale)
-        parts = [_attend(queries[own.first_row : own.stop_row], slab, own, scale) for own in self.blocks]
+        if self._folded is None:
+            heads_per_key = 2 * queries.shape[1] // slab.shape[1]
+            self._folded = tuple(own.folded(heads_per_key) for own in self.blocks)
+        if len(self._folded) == 1:
+            return _attend(queries, slab, self._folded[0], scale)
+        parts = [_attend(queries[own.first_row : own.stop_row], slab, own, scale) for own in self._folded]
         return torch.cat(parts)
 
 
@@ -272,14 +282,17 @@ def _attend(queries: Tensor, slab: Tensor, block: Block, scale: float) -> Tensor
     count, num_kv = queries.shape[0], slab.shape[1] // 2
     seen = slab[block.first : block.stop, :, : block.length]
     keys, values = seen[:, :num_kv], seen[:, num_kv:]
+    # [m, H, d] -> [m, K, H/K, d]: the query heads of a key-value head are rows of one product.
+    rows = queries.reshape(count, num_kv, -1, queries.shape[-1])
     if block.is_one_each:
-        # [m, H, d] -> [m, K, H/K, d]: the query heads of a key-value head are rows of one product.
-        rows = queries.reshape(count, num_kv, -1, queries.shape[-1])
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=block.mask, scale=scale)
         return attended.reshape(count, -1)
+    if not block.causal:
+        rows = rows.transpose(0, 1).reshape(1, num_kv, -1, queries.shape[-1])  # rows first, then heads
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=block.mask, scale=scale)
+        return attended.view(num_kv, count, -1, queries.shape[-1]).transpose(0, 1).reshape(count, -1)
     # [m, H, d] -> [1, H, m, d]
-    rows = queries.transpose(0, 1)[None]
     attended = F.scaled_dot_product_attention(
-        rows, keys, values, attn_mask=block.mask, is_causal=block.causal, scale=scale, enable_gqa=True
+        queries.transpose(0, 1)[None], keys, values, is_causal=True, scale=scale, enable_gqa=True
     )
     return attended[0].transpose(0, 1).reshape(count, -1)

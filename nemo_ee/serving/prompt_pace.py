@@ -4,12 +4,17 @@
 
     time of a step = time of the answers' tokens + prompt tokens * time of one
 
-Both are measured while the server runs. Prompts get a share of the time of each step in which answers wait for them.
+Both are measured while the server runs. With a share of a half each prompt that waits gets as much time as all
+answers together: beside one prompt a step takes twice as long, and a burst of short ones fills the batch quickly.
 """
 
 from __future__ import annotations
 
-_KEPT = 0.8  # of the older measurements, in each new one
+from collections import deque
+from statistics import median
+
+_KEPT = 0.8  # of the older measurements of a prompt token, in each new one
+_ANSWER_STEPS = 5  # measurements of a step without prompt tokens of which the median counts
 _STEPS_WITHOUT_A_LOOK = 32  # steps with prompt tokens after which one without them measures the answers again
 
 
@@ -17,37 +22,40 @@ class PromptPace:
     """See the module.
 
     Args:
-        share: of a step's time for prompts, above 0 and below 1; None = whole prompts at once.
+        share: of a step's time for a prompt that waits alone, above 0 and below 1; None = whole prompts at once.
     """
 
     def __init__(self, share: float | None) -> None:
-        self._prompts_over_answers = None if share is None else share / (1.0 - share)
-        self._answers_seconds: float | None = None  # of a step without prompt tokens
+        self._share = share
+        self._answers: deque[float] = deque(maxlen=_ANSWER_STEPS)  # seconds of steps without prompt tokens
         self._seconds_per_token: float | None = None
         self._since_a_look = 0
 
-    def budget(self, num_answers: int) -> int | None:
-        """Most prompt tokens of the next step; None = all. `num_answers`: sequences whose prompt has run."""
-        if self._prompts_over_answers is None or not num_answers:
+    def budget(self, num_prompts: int, num_answers: int) -> int | None:
+        """Most prompt tokens of the next step; None = all.
+
+        Args:
+            num_prompts: running sequences whose prompt has not run to its end.
+            num_answers: the others.
+        """
+        if self._share is None or not num_answers or not num_prompts:
             return None
-        if self._answers_seconds is None or self._since_a_look >= _STEPS_WITHOUT_A_LOOK:
+        if not self._answers or self._since_a_look >= _STEPS_WITHOUT_A_LOOK:
             return 0
         if self._seconds_per_token is None:
             return 1
-        return max(1, int(self._prompts_over_answers * self._answers_seconds / self._seconds_per_token))
+        over_answers = num_prompts * self._share / (1.0 - self._share)
+        return max(1, int(over_answers * median(self._answers) / self._seconds_per_token))
 
     def took(self, seconds: float, num_prompt_tokens: int, num_answers: int) -> None:
         """Learn from a step. `num_answers`: as for `budget`, before the step."""
         if not num_prompt_tokens:
-            old = None if self._since_a_look >= _STEPS_WITHOUT_A_LOOK else self._answers_seconds
-            self._answers_seconds, self._since_a_look = _mixed(old, seconds), 0
+            self._answers.append(seconds)
+            self._since_a_look = 0
             return
-        if num_answers and self._answers_seconds is None:
+        if num_answers and not self._answers:
             return
-        spent = max(seconds - (self._answers_seconds if num_answers else 0.0), 1e-3 * seconds)
-        self._seconds_per_token = _mixed(self._seconds_per_token, spent / num_prompt_tokens)
+        spent = max(seconds - (median(self._answers) if num_answers else 0.0), 1e-3 * seconds) / num_prompt_tokens
+        old = self._seconds_per_token
+        self._seconds_per_token = spent if old is None else _KEPT * old + (1.0 - _KEPT) * spent
         self._since_a_look += 1
-
-
-def _mixed(old: float | None, new: float) -> float:
-    return new if old is None else _KEPT * old + (1.0 - _KEPT) * new

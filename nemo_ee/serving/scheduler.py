@@ -223,7 +223,7 @@ class Scheduler:
     def _step(self) -> None:
         started, waiting = time.perf_counter(), self._session.prompt_tokens_left
         num_answers = self._session.num_answers
-        events = self._session.step(self._pace.budget(num_answers) if waiting else None)
+        events = self._session.step(self._pace.budget(len(self._running) - num_answers, num_answers))
         seconds = time.perf_counter() - started
         self._pace.took(seconds, waiting - self._session.prompt_tokens_left, num_answers)
         pieces: dict[int, list[Piece]] = {}

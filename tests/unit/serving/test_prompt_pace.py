@@ -13,7 +13,7 @@ def run(pace: PromptPace, steps: int, *, answers: float = 0.010, token: float = 
     """Budgets of steps beside eight answers, with prompt tokens always waiting."""
     budgets = []
     for _ in range(steps):
-        budgets.append(pace.budget(8))
+        budgets.append(pace.budget(1, 8))
         pace.took(answers + token * budgets[-1], budgets[-1], 8)
     return budgets
 
@@ -27,11 +27,12 @@ def test_prompts_take_their_share(share: float, tokens: int) -> None:
 
 def test_nobody_waits_where_nothing_else_runs_or_no_share_is_set() -> None:
     pace = PromptPace(0.5)
-    assert pace.budget(0) is None and PromptPace(None).budget(8) is None
+    assert pace.budget(1, 0) is None and PromptPace(None).budget(1, 8) is None
     pace.took(2.0, 1000, 0)  # a prompt alone: the time of a token is known
-    assert pace.budget(8) == 0
+    assert pace.budget(1, 8) == 0
     pace.took(0.010, 0, 8)
-    assert pace.budget(8) == 5
+    assert pace.budget(1, 8) == 5
+    assert pace.budget(0, 8) is None and pace.budget(3, 8) == 15, "each gets its share"
 
 
 def test_it_follows_a_machine_that_changes() -> None:
