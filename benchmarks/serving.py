@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a directory that the server takes")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--long", type=int, default=2000, help="tokens of a long prompt")
     parser.add_argument("--gap-tokens", type=int, default=600, help="tokens of the answers beside long prompts")
     parser.add_argument("--rounds", type=int, default=5)

@@ -10,7 +10,7 @@ answers together: beside one prompt a step takes twice as long, and a burst of s
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from statistics import median
 
 _KEPT = 0.8  # of the older measurements of a prompt token, in each new one
@@ -27,7 +27,8 @@ class PromptPace:
 
     def __init__(self, share: float | None) -> None:
         self._share = share
-        self._answers: deque[float] = deque(maxlen=_ANSWER_STEPS)  # seconds of steps without prompt tokens
+        # number of answers -> seconds of steps without prompt tokens
+        self._answers: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_ANSWER_STEPS))
         self._seconds_per_token: float | None = None
         self._since_a_look = 0
 
@@ -40,22 +41,23 @@ class PromptPace:
         """
         if self._share is None or not num_answers or not num_prompts:
             return None
-        if not self._answers or self._since_a_look >= _STEPS_WITHOUT_A_LOOK:
+        if not self._answers[num_answers] or self._since_a_look >= _STEPS_WITHOUT_A_LOOK:
             return 0
         if self._seconds_per_token is None:
             return 1
         over_answers = num_prompts * self._share / (1.0 - self._share)
-        return max(1, int(over_answers * median(self._answers) / self._seconds_per_token))
+        return max(1, int(over_answers * median(self._answers[num_answers]) / self._seconds_per_token))
 
     def took(self, seconds: float, num_prompt_tokens: int, num_answers: int) -> None:
         """Learn from a step. `num_answers`: as for `budget`, before the step."""
         if not num_prompt_tokens:
-            self._answers.append(seconds)
+            self._answers[num_answers].append(seconds)
             self._since_a_look = 0
             return
-        if num_answers and not self._answers:
+        if num_answers and not self._answers[num_answers]:
             return
-        spent = max(seconds - (median(self._answers) if num_answers else 0.0), 1e-3 * seconds) / num_prompt_tokens
+        answers = median(self._answers[num_answers]) if num_answers else 0.0
+        spent = max(seconds - answers, 1e-3 * seconds) / num_prompt_tokens
         old = self._seconds_per_token
         self._seconds_per_token = spent if old is None else _KEPT * old + (1.0 - _KEPT) * spent
         self._since_a_look += 1

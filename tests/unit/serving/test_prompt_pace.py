@@ -35,6 +35,20 @@ def test_nobody_waits_where_nothing_else_runs_or_no_share_is_set() -> None:
     assert pace.budget(0, 8) is None and pace.budget(3, 8) == 15, "each gets its share"
 
 
+def test_a_batch_that_fills_up_is_not_taken_for_slow_prompts() -> None:
+    """A step takes 10 ms and 2 ms for each answer, 1 ms for each prompt token."""
+    pace, answers = PromptPace(0.5), 0
+    budgets = []
+    for _ in range(40):
+        budget = pace.budget(1, answers)
+        tokens = 50 if budget is None else budget
+        pace.took(0.010 + 0.002 * answers + 0.001 * tokens, tokens, answers)
+        if tokens:
+            budgets.append((answers, tokens))
+            answers = min(answers + 1, 15)
+    assert all(tokens == pytest.approx(10 + 2 * answers, abs=2) for answers, tokens in budgets[3:])
+
+
 def test_it_follows_a_machine_that_changes() -> None:
     pace = PromptPace(0.5)
     run(pace, 30)
