@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from nemo_ee.commands.cost_table_file import CostTableFile
 from nemo_ee.generation.cost_rule import COST_RULES
+from nemo_ee.generation.decoding_model import DecodingModel
+from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
-from nemo_ee.settings.fields import AboveZero, Criterion, ExitNames, Run, StoredModel
+from nemo_ee.settings.fields import AboveZero, Criterion, ExitNames, FilePath, Run, StoredModel
 from nemo_ee.settings.user_input import Natural, Sentence, UserInput, rule
 
 
@@ -40,6 +44,25 @@ class PolicyInput(UserInput):
     max_pending_tokens: Cap
     num_draft_tokens: Cap
     cost_rule: Literal[COST_RULES]
+    cost_table: FilePath | None
+
+    @field_validator("cost_table")
+    @classmethod
+    def _is_read(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        if file is not None and info.data.get("cost_rule") == "none":
+            raise ValueError("has no effect with cost_rule=none; set cost_rule=fallback or leave it out")
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ValueError("cannot be written; give the name of a file in a folder that exists")
+        return file
+
+    def engine(self, model: DecodingModel) -> EarlyExitEngine:
+        """The engine of a model under the cost rule.
+
+        Raises:
+            ValueError: the file of cost tables cannot be read, or is of another model.
+        """
+        tables = None if self.cost_table is None else CostTableFile(self.cost_table, model)
+        return EarlyExitEngine(model, cost_rule=self.cost_rule, cost_tables=tables)
 
     @field_validator("threshold")
     @classmethod

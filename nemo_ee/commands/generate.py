@@ -25,7 +25,6 @@ from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.commands.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
-from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import plan_exits
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
@@ -196,7 +195,7 @@ class TextGenerator:
 
     def _start(self, requests: Sequence[Request]) -> DecodingSession:
         """An empty session in which each of these requests has room."""
-        request, engine = self.request, EarlyExitEngine(self.model, cost_rule=self.request.cost_rule)
+        request, engine = self.request, self.request.engine(self.model)
         longest = max(len(own.prompt) + own.max_new_tokens for own in requests)
         return engine.start(
             [],

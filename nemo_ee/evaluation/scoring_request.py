@@ -29,6 +29,7 @@ _OPEN = {
     "repetition_penalty": 1.0,
     "seed": 0,
     "cost_rule": "none",
+    "cost_table": None,
     "num_draft_tokens": None,
 }
 

@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether exits save time: seconds per token under a policy against those at full depth, from a cost table.
 
-A share p_i of a sequence's tokens runs past the i-th stop with an exit. With B sequences like it in the session, the
-forward pass runs segment i if a token of any of them does, together with the tokens that are pending since the last
-time:
+A share p_i of a sequence's tokens runs past the i-th stop with an exit. With B sequences like it in the session, n of
+them run segment i in a step, each with the tokens that are pending since it last did:
 
-    a_i = 1 - (1 - p_i)^B,    t(policy) = sum_i a_i [start + halves_i c(1 / a_i) + exit_i] + a_end final
-    t(full) = start + halves c(1) + final;    exits pay iff run * t(policy) <= emitted * t(full)
+    n_i ~ Binomial(B, p_i)
+    t(policy) = sum_i E[(n_i > 0) start + halves_i c(n_i, 1 / p_i)] + E[exit_i(n_i)] + E[final(n)]
+    t(full) = start + halves c(B, 1) + final(B);    exits pay iff run * t(policy) <= emitted * t(full)
 
-c(m): seconds of a half layer on m rows of each of B sequences. A matrix product reads its weights once for all rows.
-Where c is flat (one sequence) pending tokens therefore save time; where it is steep (many sequences) they do not.
+c(n, m): seconds of a half layer on m rows of each of n sequences. A matrix product reads its weights once for all
+rows, attention reads the cache of each sequence once for all of its rows. Where rows cost little (few sequences), or
+where caches cost much (many sequences, long texts), pending tokens save time.
 
 Each sequence decides alone: by its tokens, the table and B, the number of slots of the session (free ones count),
 never by its neighbours. So for one table and one B a batch gives each sequence what it gets alone.
@@ -39,42 +40,82 @@ COST_RULES = ("none", "fallback")
 # When a sequence decides; see `CostRule.trial_tokens`.
 _CLEARLY = 0.05
 _TRIALS = 4
-# Rows of each sequence that are measured, and how often, in turns.
-_ROWS = (1, 2, 4, 8)
+# Rows of each sequence that are measured: of one sequence, of any; how often, in turns; and after how many tokens.
+_FEWEST_ROWS, _MOST_ROWS = 8, 16
 _TURNS = 3
 _CONTEXT = 96
+_LONGER_CONTEXT, _LONGER_SEQUENCES = 384, 4  # for the share of attention
+_DEVIATIONS = 4.0  # standard deviations of a number of sequences
+
+
+Points = tuple[tuple[int, float], ...]  # (number, seconds), ascending from 1
 
 
 @dataclasses.dataclass(frozen=True)
 class CostTable:
-    """Measured seconds for a batch of `num_sequences` sequences, all at one context length.
-
-    `measure_costs` uses a context of `_CONTEXT` tokens. Longer contexts cost more attention time, which this table
-    ignores: where attention is much of a half layer, decisions for long texts can be wrong. The table does not follow
-    a session's `max_length`, because that may come from the longest sequence of a batch: neighbours must not matter.
+    """Measured seconds of a session with `num_sequences` slots.
 
     Attributes:
         num_sequences: B.
-        half_layer: (rows of each sequence, seconds of a half layer), ascending from 1 row.
-        exits: exit name -> seconds of evaluating it at one row of each sequence.
-        final: seconds of evaluating the final exit at one row of each sequence.
+        half_layer: number of sequences -> (rows of each, seconds of a half layer); ascending, from 1 to B sequences
+            and from 1 row.
+        exits: exit name -> (number of sequences, seconds of evaluating it at one row of each).
+        final: (number of rows, seconds of evaluating the final exit).
         start: seconds of starting another segment, in addition to its half layers.
+        context: tokens of each sequence before the rows that were timed.
+        attention: seconds that a half layer takes longer for each sequence and token of a longer context.
     """
 
     num_sequences: int
-    half_layer: tuple[tuple[float, float], ...]
-    exits: Mapping[str, float]
-    final: float
+    half_layer: tuple[tuple[int, Points], ...]
+    exits: Mapping[str, Points]
+    final: Points
     start: float = 0.0
+    context: int = _CONTEXT
+    attention: float = 0.0
 
-    def seconds(self, rows: float) -> float:
-        """Seconds of a half layer on `rows` (from 1) rows of each sequence; linear between measured points."""
-        points = self.half_layer
-        if len(points) == 1:
-            return points[0][1] * rows
-        last = next((i for i, (count, _) in enumerate(points) if count >= rows and i), len(points) - 1)
-        (low, under), (high, over) = points[last - 1 : last + 1]
-        return under + (over - under) * (rows - low) / (high - low)
+    def seconds(self, sequences: int, rows: float) -> float:
+        """Seconds of a half layer on `rows` (from 1) rows of each of some sequences, at the measured context."""
+        return self.of_rows(rows, self.context)(sequences)
+
+    def of_rows(self, rows: float, context: int) -> Callable[[int], float]:
+        """Number of sequences -> seconds of a half layer on `rows` rows of each, behind a context of so many tokens.
+        Linear between measured points."""
+        points = [(count, _between(own, rows)) for count, own in self.half_layer]
+        longer = self.attention * (context - self.context)
+        return lambda sequences: max(0.0, _between(points, sequences) + longer * sequences)
+
+    @classmethod
+    def from_mapping(cls, stored: Mapping[str, Any]) -> CostTable:
+        """A table that `dataclasses.asdict` made and JSON stored.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        try:
+            return cls(
+                **{
+                    **stored,
+                    "half_layer": tuple((count, _points(own)) for count, own in stored["half_layer"]),
+                    "exits": {name: _points(own) for name, own in stored["exits"].items()},
+                    "final": _points(stored["final"]),
+                }
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as problem:
+            raise ValueError(f"not a table of costs ({problem!r})") from problem
+
+
+def _points(stored: Any) -> Points:
+    return tuple((int(number), float(seconds)) for number, seconds in stored)
+
+
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Linear between points, and beyond them along the nearest two; through 0 where there is one."""
+    if len(points) == 1:
+        return points[0][1] * at / points[0][0]
+    last = next((i for i, (number, _) in enumerate(points) if number >= at and i), len(points) - 1)
+    (low, under), (high, over) = points[last - 1 : last + 1]
+    return under + (over - under) * (at - low) / (high - low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +124,9 @@ class CostRule:
 
     Attributes:
         table: the costs, for sessions of `table.num_sequences` slots.
-        trial_tokens: number of tokens in which a sequence follows its policy. From then on it stops evaluating exits
-            as soon as they cost more than `_CLEARLY` extra time; after `_TRIALS` times as many tokens it decides
-            finally. It decides only without unverified drafts, because it is not known how many are accepted.
+        trial_tokens: number of tokens in which a sequence follows its policy. After them, and after so many more, it
+            stops evaluating exits if they cost more than `_CLEARLY` extra time; after `_TRIALS` times as many it
+            decides finally. It decides only without unverified drafts, because it is not known how many are accepted.
     """
 
     table: CostTable
@@ -116,16 +157,20 @@ class CostRule:
         might never be a verdict."""
         return num_run in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
-    def verdict(self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int) -> bool | None:
+    def verdict(
+        self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int, length: int
+    ) -> bool | None:
         """Whether a sequence's exits pay; None = not decided yet. Arguments: see `pays`."""
         num_run = sum(left.values())
         if num_run < self.trial_tokens:
             return None
         if num_run >= _TRIALS * self.trial_tokens:
-            return self.pays(plan, num_layers, left, emitted)
-        return None if self.pays(plan, num_layers, left, emitted * (1 + _CLEARLY)) else False
+            return self.pays(plan, num_layers, left, emitted, length)
+        return None if self.pays(plan, num_layers, left, emitted * (1 + _CLEARLY), length) else False
 
-    def pays(self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: float) -> bool:
+    def pays(
+        self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: float, length: int
+    ) -> bool:
         """Whether exits pay for a sequence that goes on as it began.
 
         Args:
@@ -133,35 +178,49 @@ class CostRule:
             num_layers: number of the model's layers.
             left: exit name -> number of tokens that left there; None = ran to the end.
             emitted: number of these tokens in the answer, from 1; fewer where drafts were rejected.
+            length: its tokens, prompt included.
         """
         table, num_run = self.table, sum(left.values())
+        count = table.num_sequences
         going, depth, policy = 1.0, 0, 0.0
 
         def segment(stop: int) -> float:
             """Seconds from `depth` to `stop`; 0 where every token has left."""
-            passing = self._any(going)
-            return 0.0 if passing == 0 else passing * (table.start + (stop - depth) * table.seconds(1 / passing))
+            if not going:
+                return 0.0
+            half_layer = table.of_rows(1 / going, length)
+            return _expected(count, going, lambda n: table.start + (stop - depth) * half_layer(n))
 
         for exit in plan.exits:
             if exit.point.stop > depth:
                 policy += segment(exit.point.stop)
                 depth = exit.point.stop
-            policy += self._any(going) * table.exits[exit.point.name]
+            points = table.exits[exit.point.name]
+            policy += _expected(count, going, partial(_between, points))
             going = max(0.0, going - left.get(exit.point.name, 0) / num_run)
-        policy += segment(2 * num_layers) + self._any(going) * table.final
-        full = table.start + 2 * num_layers * table.seconds(1) + table.final
+        policy += segment(2 * num_layers)
+        # A verification reads the pending tokens too.
+        read = 1 / going if plan.verify and going else 1.0
+        policy += _expected(count, going, lambda n: _between(table.final, n * read))
+        full = table.start + 2 * num_layers * table.of_rows(1, length)(count) + _between(table.final, count)
         return num_run * policy <= emitted * full
 
-    def _any(self, share: float) -> float:
-        """Share of forward passes in which at least one sequence does what this share of the tokens does."""
-        return 1 - (1 - share) ** self.table.num_sequences
+
+def _expected(count: int, share: float, seconds: Callable[[int], float]) -> float:
+    """The expectation of `seconds` of the number of sequences, of `count`, that do what a share of the tokens does; 0
+    seconds where none does. Numbers that are further than `_DEVIATIONS` from the mean are left out."""
+    spread = _DEVIATIONS * math.sqrt(count * share * (1 - share))
+    low, high = max(1, math.floor(count * share - spread)), min(count, math.ceil(count * share + spread))
+    numbers = range(low, high + 1)
+    chances = [math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in numbers]
+    return sum(chance * seconds(n) for n, chance in zip(numbers, chances, strict=True))
 
 
 @torch.inference_mode()
 def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int) -> CostTable:
     """Time a few tokens after a context of `_CONTEXT` tokens (or what there is room for); the least of some turns.
 
-    Takes as long as about fifty steps of decoding.
+    Takes as long as one or two hundred steps of decoding.
 
     Args:
         model: a model on one rank.
@@ -175,74 +234,100 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
     if model.run_pending_after is not None or not (alone or torch.distributed.get_world_size() == 1):
         # Ranks that share layers would each measure their own times, and decide differently.
         raise ValueError("cost_rule = 'fallback' cannot time a model on several ranks; use 'none', or one rank")
-    rows = [count for count in _ROWS if count == 1 or 2 * count <= model.max_positions]
-    context = max(1, min(_CONTEXT, model.max_positions - rows[-1]))
-    slots, cache = range(num_sequences), model.new_cache(num_sequences, context + rows[-1], tuple(exits))
-    forward = StagedForward(model, cache)
-    # Infinite thresholds: no token leaves, but exits with a layer of their own write their keys and values.
-    plan = ExitPlan(tuple(EvaluatedExit(point, math.inf) for point in model.exits if point.name in exits))
-    for slot in slots:
-        forward.admit(slot, plan)
-    forward.step({slot: TokenInput(0, [0] * context) for slot in slots}, read_ends=False)
-    calls = _calls(model, exits, rows, dict.fromkeys(slots, context), cache)
-    seconds = dict.fromkeys(calls, math.inf)
-    for _ in range(_TURNS):
-        for kind, call in calls.items():
-            for _ in range(2):  # the first call fills the processor caches
-                started = time.perf_counter()
-                call()
-                seconds[kind] = min(seconds[kind], time.perf_counter() - started)
-                for slot in slots:
-                    cache.truncate(slot, context)
-    halves = tuple((count, seconds[count] / (2 * model.num_layers)) for count in rows)
-    start = max(0.0, seconds["start"] - seconds["half layer"])
-    return CostTable(num_sequences, halves, {name: seconds[name] for name in exits}, seconds[None], start)
+    timer = _Timer(model, exits, num_sequences)
+    counts = [*(1 << power for power in range((num_sequences - 1).bit_length())), num_sequences]
+    rows = {count: timer.rows_of(count) for count in counts}
+    calls: dict[Any, Callable[[], object]] = {
+        (count, each): partial(timer.run, count, each) for count in counts for each in rows[count]
+    }
+    calls |= {(name, count): timer.evaluation(name, count) for name in (*exits, None) for count in counts}
+    calls |= {"start": partial(timer.start, again=True), "no start": partial(timer.start, again=False)}
+    seconds = timer.seconds(calls)
+    few = min(num_sequences, _LONGER_SEQUENCES)
+    longer = _Timer(model, exits, few, context=_LONGER_CONTEXT)
+    more = longer.seconds({few: partial(longer.run, few, 1)})[few] - seconds[few, 1]
+    tokens = few * 2 * model.num_layers * max(1, longer.context - timer.context)
+    return CostTable(
+        num_sequences,
+        tuple(
+            (count, tuple((each, seconds[count, each] / (2 * model.num_layers)) for each in rows[count]))
+            for count in counts
+        ),
+        {name: tuple((count, seconds[name, count]) for count in counts) for name in exits},
+        tuple((count, seconds[None, count]) for count in counts),
+        max(0.0, seconds["start"] - seconds["no start"]),
+        timer.context,
+        max(0.0, more / tokens),
+    )
 
 
-def _calls(
-    model: DecodingModel, exits: Sequence[str], rows: Sequence[int], places: Mapping[int, int], cache: Any
-) -> dict[int | str | None, Callable[[], object]]:
-    """The timed calls, by number of rows, "start", "half layer" and exit name. `places`: slot -> next position."""
-    device = model.device
+class _Timer:
+    """Calls to time on a cache in which `num_sequences` sequences have a context."""
 
-    def embedded(count: int) -> tuple[Tensor, TokenPositions]:
-        spans = {slot: range(place, place + count) for slot, place in places.items()}
-        rows, tokens = TokenPositions.with_tokens(spans, None, device)
-        return model.embed(tokens, rows), rows
+    def __init__(
+        self, model: DecodingModel, exits: Sequence[str], num_sequences: int, *, context: int = _CONTEXT
+    ) -> None:
+        self._model, self._num_sequences = model, num_sequences
+        self._most = max(1, min(_MOST_ROWS, model.max_positions // 2))
+        self.context = max(1, min(context, model.max_positions - self._most))
+        self._cache = model.new_cache(num_sequences, self.context + self._most, tuple(exits))
+        forward = StagedForward(model, self._cache)
+        # Infinite thresholds: no token leaves, but exits with a layer of their own write their keys and values.
+        plan = ExitPlan(tuple(EvaluatedExit(point, math.inf) for point in model.exits if point.name in exits))
+        for slot in range(num_sequences):
+            forward.admit(slot, plan)
+        tokens = [0] * self.context
+        forward.step({slot: TokenInput(0, tokens) for slot in range(num_sequences)}, read_ends=False)
+        self._hidden, self._positions = self._embedded(num_sequences, 1)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def rows_of(self, count: int) -> list[int]:
+        """The rows of each of `count` sequences to time. In a session of B sequences about B tokens run at a time."""
+        enough = max(2, 2 * self._num_sequences // count, _FEWEST_ROWS if count == 1 else 0)
+        return [1 << power for power in range(5) if 1 << power <= min(enough, self._most) or power == 0]
 
-    def run(count: int) -> None:
-        model.run(*embedded(count), 0, 2 * model.num_layers, cache)
-        wait()
+    def seconds(self, calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+        """The least seconds of each call over some turns."""
+        found = dict.fromkeys(calls, math.inf)
+        for _ in range(_TURNS):
+            for kind, call in calls.items():
+                for _ in range(2):  # the first call fills the processor caches
+                    started = time.perf_counter()
+                    call()
+                    if self._model.device.type == "cuda":
+                        torch.cuda.synchronize(self._model.device)
+                    found[kind] = min(found[kind], time.perf_counter() - started)
+                    self._drop()
+        return found
 
-    hidden, positions = embedded(1)
+    def _drop(self) -> None:
+        for slot in range(self._num_sequences):
+            self._cache.truncate(slot, self.context)
 
-    def start() -> None:
-        again = torch.cat(hidden.split(1))
-        fresh = TokenPositions.of({slot: range(place, place + 1) for slot, place in places.items()}, device)
-        model.run(again, fresh, 0, 1, cache)
-        wait()
+    def _embedded(self, count: int, each: int) -> tuple[Tensor, TokenPositions]:
+        spans = {slot: range(self.context, self.context + each) for slot in range(count)}
+        rows, tokens = TokenPositions.with_tokens(spans, None, self._model.device)
+        return self._model.embed(tokens, rows), rows
 
-    def half_layer() -> None:
-        model.run(hidden, positions, 0, 1, cache)
-        wait()
+    def run(self, count: int, each: int) -> None:
+        """All layers on `each` rows of each of `count` sequences."""
+        self._model.run(*self._embedded(count, each), 0, 2 * self._model.num_layers, self._cache)
 
-    def evaluate(name: str | None, at: Tensor) -> list[float]:
-        return confidence(model.exit_logits(name, at, positions, cache), CRITERIA[0]).tolist()
+    def start(self, *, again: bool) -> None:
+        """A half layer, after what precedes a segment (`again`) or without it."""
+        hidden, positions = self._hidden, self._positions
+        if again:
+            hidden = torch.cat(hidden.split(1))
+            spans = {slot: range(self.context, self.context + 1) for slot in range(self._num_sequences)}
+            positions = TokenPositions.of(spans, self._model.device)
+        self._model.run(hidden, positions, 0, 1, self._cache)
 
-    stops = {point.name: point.stop for point in model.exits} | {None: 2 * model.num_layers}
-    taps = {}
-    for name in (*exits, None):
-        taps[name] = model.run(hidden, positions, 0, stops[name], cache)
-        for slot, place in places.items():
-            cache.truncate(slot, place)
-
-    calls: dict[int | str | None, Callable[[], object]] = {count: partial(run, count) for count in rows}
-    calls |= {"start": start, "half layer": half_layer}
-    return calls | {name: partial(evaluate, name, at) for name, at in taps.items()}
+    def evaluation(self, name: str | None, count: int) -> Callable[[], object]:
+        """An exit at one row of each of `count` sequences."""
+        stops = {point.name: point.stop for point in self._model.exits} | {None: 2 * self._model.num_layers}
+        hidden, positions = self._embedded(count, 1)
+        tap = self._model.run(hidden, positions, 0, stops[name], self._cache)
+        self._drop()
+        return lambda: confidence(self._model.exit_logits(name, tap, positions, self._cache), CRITERIA[0]).tolist()
 
 
 def unknown_cost_rule(rule: object) -> str:

@@ -14,7 +14,7 @@ algorithm without caches and batches read `nemo_ee/generation/reference.py` firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
@@ -66,16 +66,23 @@ class EarlyExitEngine:
         cost_rule: `none`; `fallback`: a sequence whose exits do not save time stops evaluating them
             (`generation.cost_rule`), by a cost table that is measured when the first session with that number of
             slots starts; or a `CostRule` with a table. A session without an exit to evaluate uses no rule.
+        cost_tables: (number of slots, exits) -> a table measured before; those that are measured here are added.
 
     Raises:
         ValueError: an unknown rule.
     """
 
-    def __init__(self, model: DecodingModel, *, cost_rule: str | CostRule = "none") -> None:
+    def __init__(
+        self,
+        model: DecodingModel,
+        *,
+        cost_rule: str | CostRule = "none",
+        cost_tables: MutableMapping[tuple[int, tuple[str, ...]], CostTable] | None = None,
+    ) -> None:
         if not isinstance(cost_rule, CostRule) and cost_rule not in COST_RULES:
             raise ValueError(unknown_cost_rule(cost_rule))
         self._cost_rule = cost_rule
-        self._tables: dict[tuple[int, tuple[str, ...]], CostTable] = {}
+        self._tables = {} if cost_tables is None else cost_tables
         stops = [point.stop for point in model.exits]
         assert stops == sorted(stops), "DecodingModel.exits is sorted by stop"
         assert all(0 < stop <= 2 * model.num_layers for stop in stops), f"stops {stops} of {model.num_layers} layers"

@@ -25,6 +25,7 @@ class RunningSequence:
         must_verify: a draft would end the sequence.
         left: exit name -> number of tokens that left there; None = the end of the stack.
         exits_pay: the cost rule's verdict; None = not decided.
+        next_verdict: number of tokens after which the cost rule is asked next.
         scorer: scores the prompt while it runs; None = the prompt is not scored, or has run.
     """
 
@@ -39,6 +40,7 @@ class RunningSequence:
     must_verify: bool = False
     left: dict[str | None, int] = field(default_factory=dict)
     exits_pay: bool | None = None
+    next_verdict: int = 0
     scorer: PromptScorer | None = None
 
     def prompt_piece(self, room: int) -> TokenInput:

@@ -243,13 +243,19 @@ class DecodingSession:
         if rule is None or sequence.exits_pay:
             return True
         if sequence.exits_pay is None:
+            num_run = sum(sequence.left.values())
+            if num_run < sequence.next_verdict:
+                return True
             if sequence.drafts:
                 # The value of drafts is known once they are verified, so verify them where a verdict is due.
-                return not rule.is_due(sum(sequence.left.values()))
+                return not rule.is_due(num_run)
             # The first token of the answer came from the prompt's forward pass.
             emitted = len(sequence.answer) - 1
-            sequence.exits_pay = rule.verdict(sequence.plan, self._model.num_layers, sequence.left, emitted)
+            sequence.exits_pay = rule.verdict(
+                sequence.plan, self._model.num_layers, sequence.left, emitted, sequence.length
+            )
             if sequence.exits_pay is None:
+                sequence.next_verdict = num_run + rule.trial_tokens
                 return True
             self._num_fallbacks += not sequence.exits_pay
         if not sequence.exits_pay and not self._forward.num_pending(sequence.slot):

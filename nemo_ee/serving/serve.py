@@ -56,7 +56,7 @@ def make_server(settings: ServerSettings) -> Server:
         settings.limits.max_new_tokens,
         certificates_of(settings.path),
         precision_of(model),
-        settings.cost_rule,
+        settings.engine(model),
     )
     metrics = Metrics(model.exits, model.num_layers)
     scheduler = Scheduler(

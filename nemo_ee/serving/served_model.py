@@ -53,7 +53,7 @@ class ServedModel:
         max_new_tokens: most new tokens of an answer.
         certificates: certificates of these weights, by name.
         precision: precision of the weights, in the words of certificates: `32` or `bf16`.
-        cost_rule: the engine's `cost_rule`.
+        engine: the model's engine; None = one without a cost rule.
 
     Raises:
         ValueError: the defaults do not fit the model.
@@ -70,9 +70,9 @@ class ServedModel:
         max_new_tokens: int,
         certificates: Mapping[str, Certificate] = MappingProxyType({}),
         precision: str = "32",
-        cost_rule: str = "none",
+        engine: EarlyExitEngine | None = None,
     ) -> None:
-        self._engine = EarlyExitEngine(model, cost_rule=cost_rule)
+        self._engine = EarlyExitEngine(model) if engine is None else engine
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.end_of_text, self.stop_tokens = end_of_text, frozenset(end_of_text.ids)
         self.default, self.max_new_tokens = default, max_new_tokens

@@ -51,7 +51,7 @@ EXITS = [exit_entry(6, "norm"), exit_entry(9, "mlp")]
 NUMBERS = {
     "runtime_over_hf", "self_speculative_over_runtime", "self_speculative_over_hf_assistant", "forced_speed_at_1pct",
     "forced_speed_at_5pct", "forced_over_bound", "batch1_early_exit_over_full", "batch4_early_exit_over_full",
-    "batch16_early_exit_over_full", "pp2_early_exit_over_full",
+    "batch16_early_exit_over_full", "batch64_early_exit_over_full", "pp2_early_exit_over_full",
 }  # fmt: skip
 COLUMNS = ("speed", "perplexity", "agreement", "mean_depth", "repeated_8grams")
 

@@ -75,6 +75,8 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"tokens_to_generate": 2.5}, ["tokens_to_generate=2.5"]),
         ({"min_tokens_to_generate": 65}, ["min_tokens_to_generate=65 is more than tokens_to_generate=64"]),
         ({"cost_rule": "maybe"}, ["cost_rule='maybe'", "none, fallback"]),
+        ({"cost_table": "costs.json"}, ["cost_table=", "no effect with cost_rule=none; set cost_rule=fallback"]),
+        ({"cost_rule": "fallback", "cost_table": "no/costs.json"}, ["cost_table=", "a file in a folder that exists"]),
         (
             {"cost_rule": "fallback", "trainer__devices": 2, "model__tensor_model_parallel_size": 2},
             ["cost_rule=fallback", "use cost_rule=none"],

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 
 import pytest
@@ -20,13 +21,14 @@ LAYERS = 6
 EXITS = exit_points(("a", 2, 3), ("b", 4, 8))
 POLICY = ExitPolicy(0.5)
 PLAN = plan_exits("early_exit", POLICY, EXITS, LAYERS)
-FREE = dict.fromkeys(("a", "b"), 0.0)
+FREE = dict.fromkeys(("a", "b"), ((1, 0.0),))
 
 
 def table(num_sequences=1, *, per_row=0.0, exit_seconds=0.0):
-    """A half layer takes 1 s and `per_row` for each row of a sequence beyond the first."""
+    """A half layer takes 1 s and `per_row` for each row of a sequence beyond the first, whatever their number."""
     rows = ((1, 1.0), (2, 1.0 + per_row), (8, 1.0 + 7 * per_row))
-    return CostTable(num_sequences, rows, dict.fromkeys(("a", "b"), exit_seconds), final=0.0)
+    exits = {name: ((1, exit_seconds), (2, exit_seconds)) for name in ("a", "b")}
+    return CostTable(num_sequences, ((1, rows), (2, rows)), exits, ((1, 0.0),))
 
 
 def model(when=lambda *_: True):
@@ -50,36 +52,65 @@ def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", 
 
 
 def simulate(costs, shares, halves, flights=20000):
-    """Seconds of a flight in which each of B sequences goes past each stop with these chances; what waits of all of
-    them goes along when any of them goes on, as rows spread evenly."""
+    """Seconds of a flight in which each of B sequences goes past each stop with these chances, with what waits of its
+    own; the rows of those that go are spread evenly."""
     rng, count, total = random.Random(1), costs.num_sequences, 0.0
-    waiting = [0.0] * len(halves)  # rows a sequence, before each segment
+    waiting = [[0] * count for _ in halves]  # rows of each sequence, before each segment
     for _ in range(flights):
         going = [rng.random() for _ in range(count)]
-        for index, (share, size) in enumerate(zip(shares, halves, strict=True)):
-            waiting[index] += 1
-            if any(own < share for own in going):
-                total += size * costs.seconds(waiting[index])
-                waiting[index] = 0.0
+        for rows, share, size in zip(waiting, shares, halves, strict=True):
+            passing = [index for index, own in enumerate(going) if own < share]
+            for index in range(count):
+                rows[index] += 1
+            if passing:
+                total += size * costs.seconds(len(passing), sum(rows[index] for index in passing) / len(passing))
+            for index in passing:
+                rows[index] = 0
     return total / flights
 
 
-@pytest.mark.parametrize(("num_sequences", "per_row"), [(1, 0.0), (1, 0.3), (3, 0.0), (3, 0.8)])
-def test_estimate_is_that_of_a_simulation(num_sequences, per_row):
+GRID = ((1, ((1, 1.0), (16, 3.0))), (4, ((1, 2.0), (16, 9.0))))  # caches cost more than rows do
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [table(), table(per_row=0.3), table(3), table(3, per_row=0.8), CostTable(4, GRID, FREE, ((1, 0.0),))],
+    ids=["one", "one-by-row", "three", "three-by-row", "four-by-cache"],
+)
+def test_estimate_is_that_of_a_simulation(costs):
     """Within 2 % of the time at which the rule turns; statistical."""
-    costs = table(num_sequences, per_row=per_row)
     simulated = simulate(costs, (1.0, 0.5, 0.2), (3, 5, 4))
     left = {"a": 50, "b": 30, None: 20}
-    full = 12 * costs.seconds(1)
+    full = 12 * costs.seconds(costs.num_sequences, 1)
     for factor, expected in ((1.02, True), (0.98, False)):
         emitted = 100 * simulated * factor / full
-        assert CostRule(costs).pays(PLAN, LAYERS, left, emitted) == expected
+        assert CostRule(costs).pays(PLAN, LAYERS, left, emitted, costs.context) == expected
 
 
 def test_seconds_between_and_beyond_what_was_measured():
-    costs = CostTable(1, ((1, 1.0), (2, 3.0), (4, 4.0)), FREE, 0.0)
-    assert [costs.seconds(rows) for rows in (1, 1.5, 2, 3, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
-    assert CostTable(1, ((1, 2.0),), FREE, 0.0).seconds(3) == 6.0
+    costs = CostTable(1, ((1, ((1, 1.0), (2, 3.0), (4, 4.0))),), FREE, ((1, 0.0),))
+    assert [costs.seconds(1, rows) for rows in (1, 1.5, 2, 3, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
+    assert CostTable(1, ((1, ((1, 2.0),)),), FREE, ((1, 0.0),)).seconds(1, 3) == 6.0
+    grid = CostTable(4, GRID, FREE, ((1, 0.0),), context=100, attention=0.01)
+    assert [grid.seconds(*at) for at in ((1, 1), (4, 16), (2, 1), (2, 8.5))] == pytest.approx([1, 9, 4 / 3, 2 + 7 / 6])
+    assert grid.of_rows(1, 150)(4) == pytest.approx(2.0 + 4 * 50 * 0.01)
+
+
+def test_exits_that_save_caches_pay_in_a_batch():
+    """Four sequences of which one in four goes deep: one cache is read instead of four, for as many rows."""
+    left = {"a": 75, None: 25}
+    assert CostRule(CostTable(4, GRID, FREE, ((1, 0.0),))).pays(PLAN, LAYERS, left, 100, 96)
+    flat = tuple((count, ((1, float(count)), (16, 16.0 * count))) for count in (1, 4))  # rows cost all there is
+    asked = {name: ((1, 0.1), (4, 0.4)) for name in ("a", "b")}
+    assert not CostRule(CostTable(4, flat, asked, ((1, 0.0),))).pays(PLAN, LAYERS, left, 100, 96), "control"
+
+
+def test_a_table_can_be_stored():
+    costs = CostTable(4, GRID, {"a": ((1, 0.5), (4, 1.0))}, ((1, 0.25),), 0.125, 64, 1e-6)
+    assert CostTable.from_mapping(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
+    for wrong in ({}, {**dataclasses.asdict(costs), "final": 3}, {**dataclasses.asdict(costs), "more": 1}):
+        with pytest.raises(ValueError, match="not a table of costs"):
+            CostTable.from_mapping(wrong)
 
 
 def test_falls_back_where_asking_is_dear_and_not_where_it_is_free():
@@ -100,7 +131,7 @@ def test_what_is_not_clear_is_decided_later():
     verdicts = {}
     for exit_seconds in (0.12, 1.2, 0.0):
         rule = CostRule(table(exit_seconds=exit_seconds / 2), trial_tokens=5)
-        verdicts[exit_seconds] = [rule.verdict(PLAN, LAYERS, {None: num_run}, num_run) for num_run in (4, 5, 19, 20)]
+        verdicts[exit_seconds] = [rule.verdict(PLAN, LAYERS, {None: run}, run, 96) for run in (4, 5, 19, 20)]
     assert verdicts == {
         0.12: [None, None, None, False],
         1.2: [None, False, False, False],
@@ -191,7 +222,9 @@ def test_measured_table_of_a_real_model():
     names = [point.name for point in tiny.exits]
     costs = measure_costs(tiny, names, 2)
     assert costs.num_sequences == 2 and set(costs.exits) == set(names)
-    assert all(seconds > 0 for seconds in (*costs.exits.values(), costs.final, *(own for _, own in costs.half_layer)))
+    points = [*costs.exits.values(), costs.final, *(own for _, own in costs.half_layer)]
+    assert all(seconds > 0 for own in points for _, seconds in own) and costs.attention >= 0
+    assert [count for count, _ in costs.half_layer] == [count for count, _ in costs.final] == [1, 2]
 
 
 def test_refusals():
@@ -210,7 +243,7 @@ def test_refusals():
 
 def test_an_explicit_table_has_every_exit_that_is_asked():
     """Refused before anything runs, when a session starts and when a request joins it."""
-    only_a = dataclasses.replace(table(), exits={"a": 0.0})
+    only_a = dataclasses.replace(table(), exits={"a": ((1, 0.0),)})
     engine = EarlyExitEngine(model(), cost_rule=CostRule(only_a, trial_tokens=3))
     with pytest.raises(ValueError, match="no seconds of evaluating exit b, only of a"):
         engine.start([Request((1, 2), 9)], policy=POLICY)
