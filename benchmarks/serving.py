@@ -101,10 +101,10 @@ class RunningServer(AbstractContextManager):
         """`token_times` of several clients at once."""
         times: list[list[float]] = [[] for _ in prompts]
 
-        def ask(index: int) -> None:
+        def read(index: int) -> None:
             times[index] = self.token_times(prompts[index], new_tokens)
 
-        threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+        threads = [threading.Thread(target=read, args=(index,)) for index in range(len(prompts))]
         for thread in threads:
             thread.start()
         for thread in threads:

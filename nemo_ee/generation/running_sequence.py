@@ -25,7 +25,7 @@ class RunningSequence:
         must_verify: a draft would end the sequence.
         left: exit name -> number of tokens that left there; None = the end of the stack.
         exits_pay: the cost rule's verdict; None = not decided.
-        next_verdict: number of tokens after which the cost rule is asked next.
+        next_verdict: number of tokens after which the cost rule decides next.
         scorer: scores the prompt while it runs; None = the prompt is not scored, or has run.
     """
 
