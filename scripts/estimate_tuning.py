@@ -49,6 +49,7 @@ _HELP = {
     "micro_batch": "sequences per microbatch",
     "fused_attention": "attention skips the masked half of the square",
     "full_depth": "the layers past the deepest exit run too, and the final exit, as a teacher needs them",
+    "transformer_engine": "its modules; torch's norms, without it, keep two fp32 copies of a hidden state",
 }
 
 

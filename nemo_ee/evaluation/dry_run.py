@@ -136,7 +136,7 @@ def _assumptions(settings: DryRunSettings) -> Assumptions:
         sequences=settings.sequences, sequence_length=settings.sequence_length, micro_batch=settings.micro_batch,
         chunk_mb=settings.chunk_mb, memory_gb=settings.memory_gb, fixed_gb=settings.fixed_gb,
         distributed_optimizer=settings.optimizer == "mcore_distributed_optim",
-        full_depth=settings.objective != "cross_entropy", **half,
+        full_depth=settings.objective != "cross_entropy", transformer_engine=False, **half,
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class Assumptions:
         micro_batch: sequences per microbatch.
         fused_attention: attention skips the masked half of the square.
         full_depth: the layers past the deepest exit run too, and the final exit, as a teacher needs them.
+        transformer_engine: its modules; torch's norms, without it, keep two fp32 copies of a hidden state.
     """
 
     peak_tflops: float = 312.0
@@ -110,6 +111,7 @@ class Assumptions:
     micro_batch: int = 1
     fused_attention: bool = True
     full_depth: bool = False
+    transformer_engine: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,7 @@ def shape_of(model: Architecture, layout: Layout, assumptions: Assumptions) -> M
         fused_attention=assumptions.fused_attention,
         tensor_parallel=layout.tensor,
         chunk_bytes=int(assumptions.chunk_mb * 2**20),
+        transformer_engine=assumptions.transformer_engine,
     )
 
 
@@ -316,7 +319,8 @@ def _stage_memory(
         / layout.tensor,
         "loss chunk": 1.5 * logits if stage.exits else 0.0,  # fp32 logits, and their gradient in bf16
         "taps": len({exit.stop for exit in stage.exits}) * hidden,
-        "activations": _activations(shape, stage, layout) * assumptions.bytes_activation,
+        "activations": _activations(shape, stage, layout) * assumptions.bytes_activation
+        + (0 if shape.transformer_engine else 2 * 4 * shape.tokens * shape.model.hidden_size),
         # Two hidden states on the way in and two on the way out.
         "transfers": 4 * hidden if layout.pipeline > 1 else 0.0,
         "fixed": assumptions.fixed_gb * 1e9,

@@ -94,6 +94,9 @@ def test_memory_by_part() -> None:
     assert stage.memory["loss chunk"] == 1.5 * 4 * 8 * 32, "all of 8 x 32 logits are less than a chunk"
     assert stage.memory["activations"] == 2 * 8 * (6 * 8 + 2 * 48)
     assert stage.memory["fixed"] == 1e9
+    local = dataclasses.replace(assumptions, transformer_engine=False)
+    (other,) = estimate(MODEL, EXITS, Layout(1, 1, 4), local).stages
+    assert other.memory["activations"] - stage.memory["activations"] == 2 * 4 * 8 * 8, "two fp32 copies"
     shared_out = dataclasses.replace(assumptions, distributed_optimizer=True)
     (stage,) = estimate(MODEL, EXITS, Layout(1, 1, 4), shared_out).stages
     assert stage.memory["exits"] == (2 + 4 + 12 / 4) * (MLP + OUTPUT)
