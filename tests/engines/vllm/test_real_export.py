@@ -52,6 +52,25 @@ def test_exits(prompts: list[list[int]]) -> None:
         assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
 
 
+def test_prompts_given_as_embeddings(prompts: list[list[int]]) -> None:
+    """`--enable-prompt-embeds`: the same tokens as from the ids, and the control: other embeddings, other tokens."""
+    from vllm import SamplingParams
+
+    settings = {"thresholds": 0.6, "active": list(EXITS), "only_if_faster": False}
+    with served(EXPORT / "hf_early_exit", settings, enable_prompt_embeds=True) as llm:
+        expected = generate(llm, prompts, [NEW_TOKENS] * 3, [None] * 3)
+        words = load_model(EXPORT / "hf_full", dtype="float32").weights.embedding.float()
+        parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        found = []
+        for rows in (words, words.roll(1, 0)):
+            embedded = [{"prompt_embeds": rows[prompt].clone()} for prompt in prompts]
+            outputs = llm.generate(embedded, parameters, use_tqdm=False)
+            found.append([list(own.outputs[0].token_ids) for own in outputs])
+        left = model_of(llm).counts.by_exit(0)
+    assert found[0] == expected != found[1]
+    assert left["layer2-mlp"] > NEW_TOKENS, "most bytes leave early"
+
+
 def test_bf16_agrees_mostly(prompts: list[list[int]]) -> None:
     """No equality in half precision: the share of tokens before the first other one."""
     settings = {"thresholds": 0.6, "active": list(EXITS), "only_if_faster": False}
