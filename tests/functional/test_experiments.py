@@ -59,7 +59,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_experiment_names_settings_that_there_are(run: ModuleType, name: str) -> None:
     own = run.read(name)
     exits = list(run.exits_of(own.exits))
-    EarlyExitConfig.from_mapping({"exits": exits}, num_layers=30 if name == "smollm2" else 12)
+    EarlyExitConfig.from_mapping({"exits": exits}, num_layers=30 if own.fetch_smollm2 else 12)
     for overrides in own.runs.values():
         filled = [part.format(out="/there") for part in (*own.tune, *overrides)]
         with script_config("megatron_gpt_early_exit_tune", ["model.restore_from_path=x", *run.CPU, *filled]) as cfg:
