@@ -186,3 +186,54 @@ def test_the_threshold_of_a_criterion_is_the_lowest_that_holds() -> None:
     assert left([0.5, 0.5, 0.4], [True, True, False]) == [True, True, False]
     many = [1.0 - index / 50 for index in range(40)]
     assert left(many, [True] * 10 + [False] + [True] * 29) == [True] * 40, "10 of 11 are too few, 39 of 40 are not"
+
+
+PROBLEM = {
+    "prompt": "def add(a, b):\n    ",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+    "entry_point": "add",
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("return a + b\n", True),
+        ("return a - b\n", False),
+        ("return (\n", False),
+        ("x = ' ' * 2**33\n    return a + b\n", False),
+        ("open('/proc/self/cwd/file', 'w').write('x' * 2**22)\n    return a + b\n", False),
+    ],
+    ids=["right", "wrong", "no-program", "memory", "files"],
+)
+def test_a_program_passes_or_not(folder: None, completion: str, right: bool) -> None:
+    import pass_at_1
+
+    assert pass_at_1.passes(PROBLEM, completion) == right
+
+
+def test_a_program_without_end(folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pass_at_1
+
+    monkeypatch.setattr(pass_at_1, "SECONDS", 1)
+    assert not pass_at_1.passes(PROBLEM, "while True: pass\n")
+
+
+def test_pass_at_1(directory: Path, tmp_path: Path) -> None:
+    import pass_at_1
+
+    file, problems = tmp_path / "pass-at-1.json", tmp_path / "problems.jsonl"
+    # The second passes whatever the model writes: an empty class is called.
+    easy = {"prompt": "class A: pass\n", "test": "def check(candidate): candidate()\n", "entry_point": "A"}
+    problems.write_text("".join(f"{json.dumps(one)}\n" for one in (PROBLEM, easy)))
+    given = [str(directory), str(problems), "--new-tokens", "1", "--thresholds", "0.2", "--json", str(file)]
+    with pytest.raises(SystemExit, match="runs code that the model writes; .* give --execute"):
+        pass_at_1.main(given)
+    pass_at_1.main([*given, "--execute"])
+    rows = json.loads(file.read_text())["thresholds"]
+    assert [row["threshold"] for row in rows] == [None, 0.2] and rows[0]["same_verdict"] == 1.0
+    assert rows[0]["depth"] == 1.0 and all(0 <= row["pass_at_1"] <= 1 for row in rows)
+    assert pass_at_1.function_of("    return 1\n\n\ndef other():\n") == "    return 1\n\n"
+    problems.write_text('{"prompt": "one"}\n')
+    with pytest.raises(SystemExit, match="line 1 has no entry_point, test"):
+        pass_at_1.main([*given, "--execute"])
