@@ -62,7 +62,11 @@ class RunningServer(AbstractContextManager):
              "num_threads=1", "max_new_tokens=8192", f"num_slots={max(CLIENTS)}", *overrides],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=self._log, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        self.port = self._wait()
+        try:
+            self.port = self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _wait(self) -> int:
         end = time.monotonic() + 300
@@ -167,9 +171,9 @@ def gaps(
                 without.append(alone[index] - alone[index - 1])
     return {
         "gap_median_s": median(without),
-        "gap_p99_without_prompts_s": quantiles(without, n=100)[98],
+        "gap_p99_without_prompts_s": quantiles(without, n=100, method="inclusive")[98],
         "gap_median_beside_prompts_s": median(beside),
-        "gap_p99_s": quantiles(beside, n=100)[98],
+        "gap_p99_s": quantiles(beside, n=100, method="inclusive")[98],
         "gap_longest_s": max(beside),
         "first_token_s": median(waits),
     }

@@ -21,6 +21,7 @@ from benchmarks.matrix_products import MatrixProducts
 from benchmarks.measure import interleaved, median_of_ratios, peak_bytes, reset_peak, resident_bytes
 from benchmarks.plain_tuning import PlainTuning
 from benchmarks.workload import BareStep, Sizes
+from nemo_ee.megatron.loss.linear_cross_entropy import buffers_of_a_chunk
 from nemo_ee.megatron.loss.vocab_parallel import chunk_bytes_on, tokens_of_a_chunk
 from nemo_ee.megatron.pipeline.exit_loss import tune_exit
 
@@ -108,7 +109,9 @@ def distill_against_floor(sizes: Sizes, folder: Path) -> dict[str, float]:
     teacher = context.teachers.teacher(context.teachers.after_forward(output, batch))
     vocabulary = context.model.vocabulary()
     rows = teacher.weight.shape[0]
-    tokens = tokens_of_a_chunk(rows, chunk_bytes_on(context.device), buffers=1 + teacher.num_buffers)
+    objective = next(iter(context.objectives.values()))
+    buffers = buffers_of_a_chunk(objective, teacher, torch.float32)
+    tokens = tokens_of_a_chunk(rows, chunk_bytes_on(context.device), buffers=buffers)
 
     def form() -> None:
         for start in range(0, batch.tokens.numel(), tokens):

@@ -5,9 +5,10 @@
     python scripts/data/collect_prompts.py 'sets=[human-eval]' output=data/prompts
     python experiments/pass_at_1.py export/hf_early_exit data/prompts/human-eval.jsonl --execute --json pass-at-1.json
 
-Greedy, one answer to each problem, ended where the function ends (arXiv 2107.03374, section 2.3). For full depth and
-each threshold, all exits: pass@1, the share of problems with the full model's verdict, and mean depth as a share of
-the layers.
+Greedy, one answer to each problem. A model with a chat template is told to complete the function, and the first block
+of code in its answer counts; another one completes the text, up to the end of the function (arXiv 2107.03374, section
+2.3). For full depth and each threshold, all exits: pass@1, the share of problems with the full model's verdict, and
+mean depth as a share of the layers.
 
 `--execute` runs code that a model wrote: each program in a process of its own with limits on time, memory and files,
 in an empty folder. That is no sandbox; use a machine on which nothing can be lost.
@@ -42,21 +43,39 @@ ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```")
 SECONDS, BYTES = 10, 2**30  # limits of one program
 
 
-def completions(
-    model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, batch: int, policy: ExitPolicy | None
+def programs(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Mapping[str, str]],
+    new_tokens: int,
+    batch: int,
+    policy: ExitPolicy | None,
 ) -> tuple[list[str], float]:
-    """What follows each prompt, up to the end of its function, and the mean depth in layers."""
+    """The program that answers each problem, and the mean depth in layers."""
     engine, texts, layers = EarlyExitEngine(model), [], []
+    chat = bool(getattr(tokenizer, "chat_template", None))
     mode = "full" if policy is None else "early_exit"
-    for first in range(0, len(prompts), batch):
+
+    def prompt(problem: Mapping[str, str]) -> list[int]:
+        text = problem["prompt"]
+        if chat:
+            turn = [{"role": "user", "content": f"Complete this Python function:\n```python\n{text}```"}]
+            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=not chat)["input_ids"]
+
+    def ends(tokens: Sequence[int]) -> bool:
+        text = tokenizer.decode(tokens)
+        return text.count("```") > 1 if chat else any(end in text for end in ENDS)
+
+    for first in range(0, len(problems), batch):
         requests = [
             Request(
-                tuple(tokenizer(prompt)["input_ids"]),
+                tuple(prompt(problem)),
                 new_tokens,
                 stop_tokens=frozenset({tokenizer.eos_token_id}),
-                ends=lambda tokens: any(end in tokenizer.decode(tokens) for end in ENDS),
+                ends=ends,
             )
-            for prompt in prompts[first : first + batch]
+            for problem in problems[first : first + batch]
         ]
         session = engine.start(requests, mode=mode, policy=policy)
         answers: list[list[int]] = [[] for _ in requests]
@@ -64,8 +83,20 @@ def completions(
             for event in session.step():
                 answers[event.sequence].append(event.token)
                 layers.append(event.layer)
-        texts += [function_of(tokenizer.decode(own, skip_special_tokens=True)) for own in answers]
-    return texts, statistics.fmean(layers)
+        texts += [tokenizer.decode(own, skip_special_tokens=True) for own in answers]
+    program_of = answered if chat else completed
+    return [program_of(*one) for one in zip(problems, texts, strict=True)], statistics.fmean(layers)
+
+
+def completed(problem: Mapping[str, str], text: str) -> str:
+    """The program whose function a text completes."""
+    return problem["prompt"] + function_of(text)
+
+
+def answered(problem: Mapping[str, str], text: str) -> str:
+    """The program in an answer, behind the problem's own imports and the function as it was given."""
+    block = text.split("```")[1] if "```" in text else text
+    return f"{problem['prompt']}    pass\n\n{block.removeprefix('python')}"
 
 
 def function_of(text: str) -> str:
@@ -73,9 +104,9 @@ def function_of(text: str) -> str:
     return text[: min((place for end in ENDS if (place := text.find(end)) >= 0), default=len(text))]
 
 
-def passes(problem: Mapping[str, str], completion: str) -> bool:
-    """Whether the completed function passes the problem's tests; runs it."""
-    program = f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+def passes(problem: Mapping[str, str], program: str) -> bool:
+    """Whether a program's function passes the problem's tests; runs it."""
+    program = f"{program}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
@@ -130,8 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     verdicts: list[list[bool]] = []
     for threshold in (None, *options.thresholds):
         policy = None if threshold is None else ExitPolicy(threshold)
-        prompts = [one["prompt"] for one in problems]
-        texts, depth = completions(model, tokenizer, prompts, options.new_tokens, options.batch, policy)
+        texts, depth = programs(model, tokenizer, problems, options.new_tokens, options.batch, policy)
         verdicts.append([passes(problem, text) for problem, text in zip(problems, texts, strict=True)])
         same = statistics.fmean(a == b for a, b in zip(verdicts[0], verdicts[-1], strict=True))
         rows.append({"threshold": threshold, "pass_at_1": statistics.fmean(verdicts[-1]), "same_verdict": same})

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from nemo_ee.commands.cost_table_file import CostTableFile
+from nemo_ee.commands.cost_table_file import CostTableFile, read_tables
 from nemo_ee.generation.cost_rule import COST_RULES
 from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine
@@ -48,11 +48,13 @@ class PolicyInput(UserInput):
 
     @field_validator("cost_table")
     @classmethod
-    def _is_read(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+    def _goes_with_the_rule(cls, file: Path | None, info: ValidationInfo) -> Path | None:
         if file is not None and info.data.get("cost_rule") == "none":
             raise ValueError("has no effect with cost_rule=none; set cost_rule=fallback or leave it out")
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ValueError("cannot be written; give the name of a file in a folder that exists")
+        if file is not None and file.exists():
+            read_tables(file)
         return file
 
     def engine(self, model: DecodingModel) -> EarlyExitEngine:

@@ -74,9 +74,12 @@ class CostTable:
     context: int = _CONTEXT
     attention: float = 0.0
 
-    def seconds(self, sequences: int, rows: float) -> float:
-        """Seconds of a half layer on `rows` (from 1) rows of each of some sequences, at the measured context."""
-        return self.of_rows(rows, self.context)(sequences)
+    def __post_init__(self) -> None:
+        """Raises ValueError for points that are none: they would fail at a verdict, in the middle of a text."""
+        for points in (self.half_layer, self.final, *self.exits.values(), *(own for _, own in self.half_layer)):
+            numbers = [number for number, _ in points]
+            if not numbers or numbers[0] != 1 or numbers != sorted(set(numbers)):
+                raise ValueError(f"the points of a cost table must ascend from 1, not be at {numbers}")
 
     def of_rows(self, rows: float, context: int) -> Callable[[int], float]:
         """Number of sequences -> seconds of a half layer on `rows` rows of each, behind a context of so many tokens.
@@ -157,6 +160,11 @@ class CostRule:
         might never be a verdict."""
         return num_run in (self.trial_tokens, _TRIALS * self.trial_tokens)
 
+    def next_after(self, num_run: int) -> int:
+        """The number of tokens after which the next verdict is due, after one at `num_run` that decided nothing."""
+        last = _TRIALS * self.trial_tokens
+        return num_run + self.trial_tokens if num_run >= last else min(num_run + self.trial_tokens, last)
+
     def verdict(
         self, plan: ExitPlan, num_layers: int, left: Mapping[str | None, int], emitted: int, length: int
     ) -> bool | None:
@@ -199,7 +207,7 @@ class CostRule:
             policy += _expected(count, going, partial(_between, points))
             going = max(0.0, going - left.get(exit.point.name, 0) / num_run)
         policy += segment(2 * num_layers)
-        # A verification reads the pending tokens too.
+        # A verification reads the pending tokens too, in one product.
         read = 1 / going if plan.verify and going else 1.0
         policy += _expected(count, going, lambda n: _between(table.final, n * read))
         full = table.start + 2 * num_layers * table.of_rows(1, length)(count) + _between(table.final, count)
@@ -207,12 +215,16 @@ class CostRule:
 
 
 def _expected(count: int, share: float, seconds: Callable[[int], float]) -> float:
-    """The expectation of `seconds` of the number of sequences, of `count`, that do what a share of the tokens does; 0
-    seconds where none does. Numbers that are further than `_DEVIATIONS` from the mean are left out."""
+    """The expectation of `seconds` of the number of sequences, of `count`, that do what a share of the tokens does.
+    None of them takes no time. Numbers that are further than `_DEVIATIONS` from the mean are left out."""
+    if share in (0.0, 1.0):
+        return seconds(count) if share else 0.0
     spread = _DEVIATIONS * math.sqrt(count * share * (1 - share))
     low, high = max(1, math.floor(count * share - spread)), min(count, math.ceil(count * share + spread))
     numbers = range(low, high + 1)
-    chances = [math.comb(count, n) * share**n * (1 - share) ** (count - n) for n in numbers]
+    ways = [math.lgamma(count + 1) - math.lgamma(n + 1) - math.lgamma(count - n + 1) for n in numbers]  # logarithms
+    does, does_not = math.log(share), math.log1p(-share)
+    chances = [math.exp(way + n * does + (count - n) * does_not) for n, way in zip(numbers, ways, strict=True)]
     return sum(chance * seconds(n) for n, chance in zip(numbers, chances, strict=True))
 
 
@@ -240,13 +252,16 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
     calls: dict[Any, Callable[[], object]] = {
         (count, each): partial(timer.run, count, each) for count in counts for each in rows[count]
     }
-    calls |= {(name, count): timer.evaluation(name, count) for name in (*exits, None) for count in counts}
+    calls |= {(name, count): timer.evaluation(name, count, 1) for name in exits for count in counts}
+    # Also more rows than there are sequences: a verification reads several of each.
+    read = sorted({*counts, *(each for each in rows[1] if each > num_sequences)})
+    calls |= {(None, n): timer.evaluation(None, *((n, 1) if n in counts else (1, n))) for n in read}
     calls |= {"start": partial(timer.start, again=True), "no start": partial(timer.start, again=False)}
     seconds = timer.seconds(calls)
     few = min(num_sequences, _LONGER_SEQUENCES)
     longer = _Timer(model, exits, few, context=_LONGER_CONTEXT)
     more = longer.seconds({few: partial(longer.run, few, 1)})[few] - seconds[few, 1]
-    tokens = few * 2 * model.num_layers * max(1, longer.context - timer.context)
+    tokens = few * 2 * model.num_layers * (longer.context - timer.context)
     return CostTable(
         num_sequences,
         tuple(
@@ -254,10 +269,11 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
             for count in counts
         ),
         {name: tuple((count, seconds[name, count]) for count in counts) for name in exits},
-        tuple((count, seconds[None, count]) for count in counts),
+        tuple((number, seconds[None, number]) for number in read),
         max(0.0, seconds["start"] - seconds["no start"]),
         timer.context,
-        max(0.0, more / tokens),
+        # A few tokens more would be lost in the noise.
+        max(0.0, more / tokens) if longer.context >= timer.context + _CONTEXT else 0.0,
     )
 
 
@@ -283,7 +299,7 @@ class _Timer:
     def rows_of(self, count: int) -> list[int]:
         """The rows of each of `count` sequences to time. In a session of B sequences about B tokens run at a time."""
         enough = max(2, 2 * self._num_sequences // count, _FEWEST_ROWS if count == 1 else 0)
-        return [1 << power for power in range(5) if 1 << power <= min(enough, self._most) or power == 0]
+        return [1 << power for power in range(5) if 1 << power <= min(enough, self._most)]
 
     def seconds(self, calls: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
         """The least seconds of each call over some turns."""
@@ -293,8 +309,7 @@ class _Timer:
                 for _ in range(2):  # the first call fills the processor caches
                     started = time.perf_counter()
                     call()
-                    if self._model.device.type == "cuda":
-                        torch.cuda.synchronize(self._model.device)
+                    self._wait()
                     found[kind] = min(found[kind], time.perf_counter() - started)
                     self._drop()
         return found
@@ -302,6 +317,11 @@ class _Timer:
     def _drop(self) -> None:
         for slot in range(self._num_sequences):
             self._cache.truncate(slot, self.context)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
 
     def _embedded(self, count: int, each: int) -> tuple[Tensor, TokenPositions]:
         spans = {slot: range(self.context, self.context + each) for slot in range(count)}
@@ -321,10 +341,10 @@ class _Timer:
             positions = TokenPositions.of(spans, self._model.device)
         self._model.run(hidden, positions, 0, 1, self._cache)
 
-    def evaluation(self, name: str | None, count: int) -> Callable[[], object]:
-        """An exit at one row of each of `count` sequences."""
+    def evaluation(self, name: str | None, count: int, each: int) -> Callable[[], object]:
+        """An exit at `each` rows of each of `count` sequences."""
         stops = {point.name: point.stop for point in self._model.exits} | {None: 2 * self._model.num_layers}
-        hidden, positions = self._embedded(count, 1)
+        hidden, positions = self._embedded(count, each)
         tap = self._model.run(hidden, positions, 0, stops[name], self._cache)
         self._drop()
         return lambda: confidence(self._model.exit_logits(name, tap, positions, self._cache), CRITERIA[0]).tolist()

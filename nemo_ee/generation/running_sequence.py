@@ -14,6 +14,9 @@ from nemo_ee.generation.staged_forward import TokenInput
 from nemo_ee.generation.verification import Draft
 
 
+_LATER_PIECE = 512  # tokens of a prompt of which the first ones have run
+
+
 @dataclass(eq=False)
 class RunningSequence:
     """A running sequence.
@@ -51,6 +54,11 @@ class RunningSequence:
         return TokenInput(start, prompt[start:stop], read_all=scored, read_none=not scored and stop < len(prompt))
 
     @property
+    def prompt_tokens_left(self) -> int:
+        """Tokens of the prompt that have not run."""
+        return len(self.request.prompt) - self.num_prompt_run
+
+    @property
     def length(self) -> int:
         """Number of tokens of prompt and answer, drafts included."""
         return len(self.request.prompt) + len(self.answer)
@@ -67,3 +75,19 @@ class RunningSequence:
         if request.ends is not None and request.ends(self.answer):
             return "stop"
         return "length" if len(self.answer) >= request.max_new_tokens else None
+
+
+def prompt_parts(room: int | None, sequences: Sequence[RunningSequence]) -> dict[int, int]:
+    """Most prompt tokens of each sequence in a step: equal parts, and what the shorter ones leave to the longer ones.
+
+    The first piece of a prompt attends causally, a later one under a mask of its rows by the whole text: it is short.
+    """
+    parts, left = {}, room
+    for number, own in enumerate(sorted(sequences, key=lambda own: own.prompt_tokens_left)):
+        parts[own.index] = own.prompt_tokens_left
+        if own.num_prompt_run:
+            parts[own.index] = min(parts[own.index], _LATER_PIECE)
+        if left is not None:
+            parts[own.index] = min(parts[own.index], -(-left // (len(sequences) - number)))
+            left -= parts[own.index]
+    return parts

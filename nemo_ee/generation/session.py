@@ -20,13 +20,12 @@ from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel
 from nemo_ee.generation.policy import ExitPlan, ExitPolicy
 from nemo_ee.generation.prompt_scores import PromptScorer, most_likely, rows_per_step, token_logprobs
 from nemo_ee.generation.request import Request
-from nemo_ee.generation.running_sequence import RunningSequence
+from nemo_ee.generation.running_sequence import RunningSequence, prompt_parts
 from nemo_ee.generation.sampling import Choice, choose
 from nemo_ee.generation.staged_forward import ExitOutput, StagedForward, TokenInput
 from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, exit_histogram, mean_depth
 from nemo_ee.generation.validation import plan_request, raise_all
 from nemo_ee.generation.verification import Draft, verify
-
 
 class DecodingSession:
     """See the module. Made by `EarlyExitEngine.start`, which validates what it passes on.
@@ -148,18 +147,19 @@ class DecodingSession:
     @property
     def prompt_tokens_left(self) -> int:
         """Tokens of the running sequences' prompts that have not run."""
-        return sum(len(own.request.prompt) - own.num_prompt_run for own in self._running.values())
+        return sum(own.prompt_tokens_left for own in self._running.values())
 
     @torch.inference_mode()
     def step(self, max_prompt_tokens: int | None = None) -> tuple[Event, ...]:
         """Run the newest token of every running sequence.
 
         Args:
-            max_prompt_tokens: most tokens of prompts that run in this step, all sequences together; the rest runs in
-                later ones. It changes no token.
+            max_prompt_tokens: most tokens of prompts that run in this step, all sequences together, each its part; the
+                rest runs in later ones. None = no limit, but a prompt in pieces goes on in pieces. It changes
+                results by rounding alone.
 
         Returns:
-            The new tokens that are final, in the order of the sequences: one for each sequence; in mode
+            The new tokens that are final, in the order of the sequences: one for each whose prompt has run; in mode
             `self_speculative` none while a sequence drafts, then all accepted drafts and one more token. A sequence
             whose logits are NaN or inf, or whose `ends` raises, ends with a `Failure`; other sequences are unaffected.
             Before the first token of a request with `prompt_logprobs` come its `PromptScores`.
@@ -203,22 +203,19 @@ class DecodingSession:
         """The next input of each sequence. A prompt runs later where there is no room, for one that is scored also if
         its logits do not fit into memory now.
 
-        Room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones by slot.
+        The latter room goes by arrival: a freed slot is taken again at once, so new prompts would overtake old ones.
         """
-        left, scored = max_prompt_tokens, rows_per_step(self._model.vocab_size)
+        parts = prompt_parts(max_prompt_tokens, [own for own in by_slot.values() if not own.has_begun])
+        scored = rows_per_step(self._model.vocab_size)
         inputs = {}
         for slot, sequence in by_slot.items():
             if sequence.has_begun:
                 inputs[slot] = self._next_input(sequence)
                 continue
-            room = len(sequence.request.prompt) if left is None else left
-            room = room if sequence.scorer is None else min(room, scored)
-            if not room:
-                continue
-            inputs[slot] = sequence.prompt_piece(room)
-            count = len(inputs[slot].tokens)
-            left = None if left is None else left - count
-            scored -= count * (sequence.scorer is not None)
+            room = parts[sequence.index] if sequence.scorer is None else min(parts[sequence.index], scored)
+            if room:
+                inputs[slot] = sequence.prompt_piece(room)
+                scored -= len(inputs[slot].tokens) * (sequence.scorer is not None)
         return dict(sorted(inputs.items()))
 
     def _next_input(self, sequence: RunningSequence) -> TokenInput:
@@ -255,7 +252,7 @@ class DecodingSession:
                 sequence.plan, self._model.num_layers, sequence.left, emitted, sequence.length
             )
             if sequence.exits_pay is None:
-                sequence.next_verdict = num_run + rule.trial_tokens
+                sequence.next_verdict = rule.next_after(num_run)
                 return True
             self._num_fallbacks += not sequence.exits_pay
         if not sequence.exits_pay and not self._forward.num_pending(sequence.slot):

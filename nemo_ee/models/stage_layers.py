@@ -124,9 +124,7 @@ def _costs(model: MegatronEarlyExitGPTModel, shape: ModelShape, price) -> StageC
     whole = early_exit.has_teacher and early_exit.distillation.top_k is None
     taught = [name for name in early_exit.names if whole and early_exit.objective_of(name) != "cross_entropy"]
     stages = model.cfg.get("pipeline_model_parallel_size", 1)
-    return StageCosts.of(
-        shape, early_exit.exits, price, train=early_exit.train, taught=taught, num_stages=stages
-    )
+    return StageCosts.of(shape, early_exit.exits, price, train=early_exit.train, taught=taught, num_stages=stages)
 
 
 def _measured_costs(model: MegatronEarlyExitGPTModel, shape: ModelShape) -> StageCosts:

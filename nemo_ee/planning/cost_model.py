@@ -177,7 +177,8 @@ def exit_operations(shape: ModelShape, exit: ExitConfig, *, again: bool = False)
         operations += layer_operations(shape, backward=True, trained=not lora)
     elif exit.architecture == "mlp":
         operations += mlp_operations(shape, backward=True, trained=not lora)
-    if operations and (lora or exit.architecture == "mlp" and not shape.transformer_engine):
+    # Where the backbone trains too (`again`), the tap reads the gradient.
+    if operations and (lora or exit.architecture == "mlp" and not (shape.transformer_engine or again)):
         operations = _without_first_gradient(operations)
     if lora and operations:
         operations += _low_rank_operations(shape, exit)

@@ -88,7 +88,7 @@ class Assumptions:
         micro_batch: sequences per microbatch.
         fused_attention: attention skips the masked half of the square.
         full_depth: the layers past the deepest exit run too, and the final exit, as a teacher needs them.
-        transformer_engine: its modules; torch's norms, without it, keep two fp32 copies of a hidden state.
+        transformer_engine: its modules; without it, in half precision, norms keep two fp32 copies of a hidden state.
     """
 
     peak_tflops: float = 312.0
@@ -312,6 +312,7 @@ def _stage_memory(
     sharded = layout.data if assumptions.distributed_optimizer else 1
     state = assumptions.bytes_weight + assumptions.bytes_gradient + assumptions.bytes_optimizer / sharded
     hidden = shape.tokens * shape.model.hidden_size * assumptions.bytes_activation
+    copies = not assumptions.transformer_engine and assumptions.bytes_activation < 4
     logits = min(shape.chunk_bytes, 4 * shape.tokens * shape.model.vocab_size // layout.tensor)
     return {
         "backbone": backbone * assumptions.bytes_backbone / layout.tensor,
@@ -320,7 +321,7 @@ def _stage_memory(
         "loss chunk": 1.5 * logits if stage.exits else 0.0,  # fp32 logits, and their gradient in bf16
         "taps": len({exit.stop for exit in stage.exits}) * hidden,
         "activations": _activations(shape, stage, layout) * assumptions.bytes_activation
-        + (0 if shape.transformer_engine else 2 * 4 * shape.tokens * shape.model.hidden_size),
+        + (2 * 4 * shape.tokens * shape.model.hidden_size if copies else 0),
         # Two hidden states on the way in and two on the way out.
         "transfers": 4 * hidden if layout.pipeline > 1 else 0.0,
         "fixed": assumptions.fixed_gb * 1e9,

@@ -4,8 +4,9 @@
 
     time of a step = time of the answers' tokens + prompt tokens * time of one
 
-Both are measured while the server runs. With a share of a half each prompt that waits gets as much time as all
-answers together: beside one prompt a step takes twice as long, and a burst of short ones fills the batch quickly.
+Both are measured while the server runs. With a share of a half, prompts get as much time as all answers together for
+each of them that waits: beside one prompt a step takes twice as long, beside three four times, and a burst of short
+ones fills the batch quickly.
 """
 
 from __future__ import annotations

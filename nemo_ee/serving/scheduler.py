@@ -224,8 +224,7 @@ class Scheduler:
         started, waiting = time.perf_counter(), self._session.prompt_tokens_left
         num_answers = self._session.num_answers
         events = self._session.step(self._pace.budget(len(self._running) - num_answers, num_answers))
-        seconds = time.perf_counter() - started
-        self._pace.took(seconds, waiting - self._session.prompt_tokens_left, num_answers)
+        self._pace.took(time.perf_counter() - started, waiting - self._session.prompt_tokens_left, num_answers)
         pieces: dict[int, list[Piece]] = {}
         failed: dict[int, ApiError] = {}
         prompts: dict[int, PromptScores] = {}
@@ -249,7 +248,7 @@ class Scheduler:
                 self._end(index)
         # Counted before delivery, so that a client that has an answer finds it in the metrics.
         tokens = [event for event in events if isinstance(event, TokenEvent)]
-        self._metrics.step(tokens, self._session.stats(()), seconds)
+        self._metrics.step(tokens, self._session.stats(()), time.perf_counter() - started)
         self._count()
         for sequence, update in updates:
             if not sequence.cancelled and update != Update():

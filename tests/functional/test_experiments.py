@@ -209,7 +209,10 @@ PROBLEM = {
 def test_a_program_passes_or_not(folder: None, completion: str, right: bool) -> None:
     import pass_at_1
 
-    assert pass_at_1.passes(PROBLEM, completion) == right
+    assert pass_at_1.passes(PROBLEM, pass_at_1.completed(PROBLEM, completion)) == right
+    if right:
+        answer = f"Here it is:\n```python\ndef add(a, b):\n    {completion}```\nIt adds."
+        assert pass_at_1.passes(PROBLEM, pass_at_1.answered(PROBLEM, answer))
 
 
 def test_a_program_without_end(folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +220,7 @@ def test_a_program_without_end(folder: None, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pass_at_1, "SECONDS", 1)
     assert not pass_at_1.passes(PROBLEM, "while True: pass\n")
+    assert not pass_at_1.passes(PROBLEM, pass_at_1.answered(PROBLEM, "I cannot.")), "no program"
 
 
 def test_pass_at_1(directory: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Column:
         torch: whether it gets torch, first of all.
         entry_points: whether the package is installed, beside the constraints, because the tests need entry points.
         tested_from: the environment that runs its tests; None = itself.
-        variables: environment variables of pip.
+        variables: environment variables of pip and of the tests.
     """
 
     name: str

@@ -87,7 +87,7 @@ def tokens_of_a_chunk(rows: int, chunk_bytes: int, *, buffers: int = 1) -> int:
 
 
 def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int = 1) -> Iterator[slice]:
-    """Slices of tokens of `tokens_of_a_chunk`, which see."""
+    """Slices of as many tokens as `tokens_of_a_chunk` says."""
     size = min(num_tokens, tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))

@@ -114,6 +114,7 @@ class ExitHead(MegatronModule):
         self._shared_weight = shared_weight
         lora = exit.init == "lora"
         layer_spec, norm = (specs.local_layer, specs.local_norm) if lora else (specs.layer, specs.norm)
+        mlp_spec = specs.local_layer.submodules.mlp if lora else specs.exit_mlp
         if exit.architecture == "layer":
             self.layer = build_module(layer_spec, config=config, layer_number=1)
         if exit.architecture == "mlp":
@@ -121,7 +122,7 @@ class ExitHead(MegatronModule):
             self.pre_mlp_layernorm = build_module(
                 parts.pre_mlp_layernorm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-            self.mlp = build_mlp(parts.mlp, config)
+            self.mlp = build_mlp(mlp_spec, config)
         if exit.architecture != "embedding":
             self.norm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
         if exit.output == "own":

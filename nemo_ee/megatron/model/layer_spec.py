@@ -8,6 +8,7 @@ separate norms onto the names of the norms that Transformer Engine fuses into th
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,7 @@ class BackboneSpecs:
 
     Attributes:
         layer: spec of one transformer layer.
+        exit_mlp: spec of an exit's own MLP.
         norm: class of the final norm and of the exits' norms, called with (config, hidden_size, eps).
         local_layer: the layer spec on Megatron's own linears, whatever the backbone uses. Low-rank updates need the
             normed input of a linear, which Transformer Engine's fused norm-linear does not hand out.
@@ -117,6 +119,7 @@ class BackboneSpecs:
     """
 
     layer: ModuleSpec
+    exit_mlp: ModuleSpec
     norm: type
     local_layer: ModuleSpec
     local_norm: type = TorchNorm
@@ -136,12 +139,13 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
     local.submodules.input_layernorm = TorchNorm
     local.submodules.pre_mlp_layernorm = TorchNorm
     local.submodules.self_attention.submodules.core_attention = TorchAttention
-    local.submodules.mlp.submodules.linear_fc1 = TapLinear
     if config.qk_layernorm:
         heads = local.submodules.self_attention.submodules
         heads.q_layernorm = heads.k_layernorm = TorchNorm
     if not transformer_engine:
-        return BackboneSpecs(layer=local, norm=TorchNorm, local_layer=local)
+        exit_mlp = deepcopy(local.submodules.mlp)
+        exit_mlp.submodules.linear_fc1 = TapLinear
+        return BackboneSpecs(local, exit_mlp, TorchNorm, local_layer=local)
     try:
         from megatron.core.extensions.transformer_engine import TENorm
     except ImportError as error:
@@ -149,8 +153,5 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
             "model.transformer_engine=True, but Transformer Engine is not installed; "
             "set model.transformer_engine=False or use a container that has it"
         ) from error
-    return BackboneSpecs(
-        layer=get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
-        norm=TENorm,
-        local_layer=local,
-    )
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return BackboneSpecs(layer, layer.submodules.mlp, TENorm, local_layer=local)

@@ -43,26 +43,41 @@ def exit_terms(
 def exits_in_turn(
     context: StageContext, batch: MicroBatch, output: StageOutput, teacher: Teacher | None
 ) -> Iterator[tuple[ExitHead, MicroBatch, StageOutput, Teacher | None]]:
-    """The arguments of `tune_exit` for every exit of a stage, so that a full teacher is formed once per chunk.
+    """The arguments of `tune_exit` for every exit of a stage, so that a full teacher is formed once for all of them.
 
-    The exits that learn from it run side by side, a piece of the sequence at a time, a chunk of the loss long. But a
-    `layer` exit attends over the whole sequence, which it would have to keep: it forms the teacher for itself.
+    The exits that learn from it run side by side, a piece of the sequence at a time: each comes once for every piece,
+    and its sums are to be added up. A piece is as long as a chunk of the loss, in whole positions. On their own, on
+    the whole microbatch, run all other exits; `layer` exits, which attend over the sequence; and, under mixed
+    precision with fp32 parameters, whose weights would be cast again for every piece, all exits. How an exit runs does
+    not depend on the others.
+
+    Every rank of the tensor-parallel group must iterate to the end.
+
+    Args:
+        context: the stage.
+        batch: the microbatch, tokens [b, s].
+        output: output of the stage's layers for it, taps [s, b, h] ([s/tp, b, h] under sequence parallelism).
+        teacher: the final exit's distributions for it, or None.
+
+    Yields:
+        (exit, microbatch, output, teacher) of a piece or of the whole.
     """
-    side_by_side = []
+    side_by_side, config = [], context.model.config
+    castless = context.autocast in (None, config.params_dtype)
     for head in context.model.exits:
-        learns = isinstance(teacher, FullTeacher) and context.objectives[head.exit.name].has_teacher
+        learns = castless and isinstance(teacher, FullTeacher) and context.objectives[head.exit.name].has_teacher
         if learns and head.exit.architecture != "layer":
             side_by_side.append(head)
         else:
             yield head, batch, output, teacher
     if not side_by_side:
         return
-    vocabulary, config = context.model.vocabulary(), context.model.config
+    vocabulary = context.model.vocabulary()
     objective = context.objectives[side_by_side[0].exit.name]  # the buffers are those of every one
     tokens = tokens_of_a_chunk(
         teacher.weight.shape[0],
         context.chunk_bytes or chunk_bytes_on(context.device),
-        buffers=buffers_of_a_chunk(objective, teacher, context.autocast or config.params_dtype),
+        buffers=buffers_of_a_chunk(objective, teacher, config.params_dtype),
     )
     length, ranks = batch.tokens.shape[1], config.tensor_model_parallel_size if config.sequence_parallel else 1
     # Under sequence parallelism a piece is made of a piece of every rank's part of the sequence.

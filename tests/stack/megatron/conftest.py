@@ -32,15 +32,17 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         output = Path(os.environ["NEMO_EE_STACK"], "megatron", version("megatron-core"))
     else:
         output = tmp_path_factory.mktemp("tuned")
-    backbone = output / "backbone"
     if "NEMO_EE_READ_ALL" not in os.environ:
-        shutil.rmtree(output, ignore_errors=True)
-        backbone.mkdir(parents=True)
-        save_tiny_model(backbone, "llama-llama3")
-        command = [sys.executable, "-m", tuning_program.__name__, str(backbone), str(output)]
+        # Whole or not at all: the other versions read every folder that is there.
+        partial = tmp_path_factory.mktemp("partial")
+        (partial / "backbone").mkdir()
+        save_tiny_model(partial / "backbone", "llama-llama3")
+        command = [sys.executable, "-m", tuning_program.__name__, str(partial / "backbone"), str(partial)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stderr[-4000:]
-    return SimpleNamespace(backbone=backbone, output=output)
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.move(partial, output)
+    return SimpleNamespace(backbone=output / "backbone", output=output)
 
 
 @pytest.fixture

@@ -42,7 +42,9 @@ EXITS = [
     {"name": "layer2", "layer": 2, "architecture": "layer", "init": "random"},
     {"name": "lora3", "layer": 3, "architecture": "mlp", "init": "lora", "output": "low_rank", "rank": 2},
 ]
-OBJECTIVES = {"mlp1": "mixed", "layer2": "distillation"}  # where the backbone is frozen
+# Where the backbone is frozen. Two exits learn side by side, in pieces of a few positions.
+OBJECTIVES = {"mlp1": "mixed", "norm2": "distillation", "layer2": "distillation"}
+CHUNK_BYTES = 4 * 4 * 144 * 6  # four buffers of the logits of six tokens
 OPTIM = {"betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": 0.01, "sched": {"min_lr": 1e-4}}
 
 
@@ -80,7 +82,7 @@ class Training:
                 self.model.model, self.model.early_exit, self.model.placements, autocast=None,
                 timeout=timedelta(minutes=5),
             )  # fmt: skip
-            self.context = replace(self.context, teachers=teachers)
+            self.context = replace(self.context, teachers=teachers, chunk_bytes=CHUNK_BYTES)
         else:
             self.joint = JointTraining(self.context, self.model.placements, seed=1)
         self.steps = 0
@@ -114,14 +116,14 @@ class Training:
 
 
 def global_batch(model: Any) -> list[Any]:
-    """This data-parallel rank's microbatches, one sequence each, the same in every step."""
+    """This data-parallel rank's microbatches, two sequences each, the same in every step."""
     from megatron.core import parallel_state
 
     from tests.helpers.core_models import microbatch, random_tokens
 
-    tokens = random_tokens(model, batch=MICROBATCHES, length=LENGTH, seed=100)
+    tokens = random_tokens(model, batch=2 * MICROBATCHES, length=LENGTH, seed=100)
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    return [microbatch(tokens[index : index + 1]) for index in range(rank, MICROBATCHES, size)]
+    return [microbatch(tokens[2 * index : 2 * index + 2]) for index in range(rank, MICROBATCHES, size)]
 
 
 def layout_program(rank: int, folder: Path, output: Path, name: str) -> None:

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from nemo_ee.commands.cost_table_file import CostTableFile
+from nemo_ee.generation.cost_rule import CostTable
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from tests.helpers.stub_models import TinyTransformer
@@ -38,18 +40,37 @@ def test_what_was_measured_is_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert tables[0] == first["tables"][0] and [list(table["exits"]) for table in tables] == [[names[0]], [names[1]]]
 
 
+OTHER = {"num_layers": 99, "vocab_size": 37, "exits": {}}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "costs.json"),
-        ('{"tables": 3}', "not a file of cost tables"),
-        ('{"model": {"num_layers": 99, "vocab_size": 7}, "tables": []}', "of a model with .*99.* this one has"),
-        ('{"model": MODEL, "tables": [{"num_sequences": 2}]}', "not a table of costs .* delete it or give another"),
+        ("{", "costs.json is no file of cost tables"),
+        ('{"tables": 3}', "is no file of cost tables"),
+        (json.dumps({"model": OTHER, "tables": []}), "tables of a model with .*99.* this one has"),
+        ('{"model": {}, "tables": [{"num_sequences": 2}]}', "not a table of costs .* delete it or give another"),
     ],
 )
 def test_files_that_are_refused(text: str, words: str, tmp_path: Path) -> None:
-    model = TinyTransformer(ALL_KINDS)
-    own = json.dumps({"num_layers": model.num_layers, "vocab_size": model.vocab_size})
-    (tmp_path / "costs.json").write_text(text.replace("MODEL", own))
+    (tmp_path / "costs.json").write_text(text)
     with pytest.raises(ValueError, match=words):
+        CostTableFile(tmp_path / "costs.json", TinyTransformer(ALL_KINDS))
+
+
+def test_an_exit_elsewhere_is_another_model(tmp_path: Path) -> None:
+    model = TinyTransformer(ALL_KINDS)
+    CostTableFile(tmp_path / "costs.json", model)[2, ()] = CostTable(2, ((1, ((1, 1.0),)),), {}, ((1, 1.0),))
+    assert len(CostTableFile(tmp_path / "costs.json", model)) == 1, "control"
+    point = model.exits[0]
+    model.exits = (dataclasses.replace(point, stop=point.stop - 1), *model.exits[1:])
+    with pytest.raises(ValueError, match="cost tables of a model with"):
         CostTableFile(tmp_path / "costs.json", model)
+
+
+def test_two_processes_add_their_tables(tmp_path: Path) -> None:
+    model, tables = TinyTransformer(ALL_KINDS), {}
+    files = [CostTableFile(tmp_path / "costs.json", model) for _ in range(2)]
+    for count, file in enumerate(files, start=1):
+        tables[count, ()] = file[count, ()] = CostTable(count, ((1, ((1, 1.0),)),), {}, ((1, 1.0),))
+    assert dict(CostTableFile(tmp_path / "costs.json", model)) == tables

@@ -125,7 +125,7 @@ def test_a_slot_is_used_again_and_its_old_sequence_leaves_nothing_behind():
     assert session.num_pending(0) == session.num_pending(1) == 0
 
 
-def test_prompts_run_in_pieces_by_arrival_while_others_go_on():
+def test_prompts_run_in_equal_pieces_while_others_go_on():
     engine = EarlyExitEngine(scripted())
     session = engine.start([Request((1, 2), 20)], mode="full", num_slots=3, max_length=30)
     session.step()
@@ -134,12 +134,37 @@ def test_prompts_run_in_pieces_by_arrival_while_others_go_on():
     assert (session.num_answers, session.prompt_tokens_left) == (1, 8)
     rows, begun = [], []
     for _ in range(4):
-        begun.append({event.sequence for event in session.step(3)})
+        begun.append({event.sequence for event in session.step(4)})
         rows.append(engine.model.cache.rows_per_run[-1][2])
-    assert rows == [1 + 3, 1 + 3, 1 + 1 + 2, 1 + 1 + 1] and begun == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2}]
+    # Two each; then one, which is all of the shorter one, and three; then both have begun.
+    assert rows == [1 + 4, 1 + 4, 3, 3] and begun == [{0}, {0, 1, 2}, {0, 1, 2}, {0, 1, 2}]
     assert (session.num_answers, session.prompt_tokens_left) == (3, 0)
     waiting = engine.start([Request((1, 2), 2)], mode="full")
     assert waiting.step(0) == () and waiting.prompt_tokens_left == 2, "nothing has room"
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    engine = EarlyExitEngine(scripted())
+    session = engine.start([Request((1, 2), 20)], mode="full", num_slots=3, max_length=40)
+    session.step()
+    session.add(Request(tuple(range(30)), 3))
+    session.add(Request((8, 9), 3))
+    session.step(4)
+    assert session.num_answers == 2 and session.prompt_tokens_left == 28
+
+
+def test_a_prompt_that_has_begun_goes_on_in_pieces(monkeypatch):
+    """A later piece needs a mask of its rows by the whole text, a prompt in one piece none."""
+    monkeypatch.setattr("nemo_ee.generation.running_sequence._LATER_PIECE", 5)
+    engine = EarlyExitEngine(scripted())
+    session = engine.start([Request(tuple(range(14)), 2), Request(tuple(range(14)), 2)], mode="full", num_slots=2)
+    session.step(4)
+    assert session.prompt_tokens_left == 24
+    session.step()
+    assert session.prompt_tokens_left == 14
+    alone = engine.start([Request(tuple(range(14)), 2)], mode="full")
+    alone.step()
+    assert alone.prompt_tokens_left == 0, "control"
 
 
 def test_a_prompt_runs_in_the_same_flight_as_the_others_tokens():

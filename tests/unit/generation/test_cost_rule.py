@@ -63,7 +63,8 @@ def simulate(costs, shares, halves, flights=20000):
             for index in range(count):
                 rows[index] += 1
             if passing:
-                total += size * costs.seconds(len(passing), sum(rows[index] for index in passing) / len(passing))
+                each = sum(rows[index] for index in passing) / len(passing)
+                total += size * costs.of_rows(each, costs.context)(len(passing))
             for index in passing:
                 rows[index] = 0
     return total / flights
@@ -81,7 +82,7 @@ def test_estimate_is_that_of_a_simulation(costs):
     """Within 2 % of the time at which the rule turns; statistical."""
     simulated = simulate(costs, (1.0, 0.5, 0.2), (3, 5, 4))
     left = {"a": 50, "b": 30, None: 20}
-    full = 12 * costs.seconds(costs.num_sequences, 1)
+    full = 12 * costs.of_rows(1, costs.context)(costs.num_sequences)
     for factor, expected in ((1.02, True), (0.98, False)):
         emitted = 100 * simulated * factor / full
         assert CostRule(costs).pays(PLAN, LAYERS, left, emitted, costs.context) == expected
@@ -89,10 +90,11 @@ def test_estimate_is_that_of_a_simulation(costs):
 
 def test_seconds_between_and_beyond_what_was_measured():
     costs = CostTable(1, ((1, ((1, 1.0), (2, 3.0), (4, 4.0))),), FREE, ((1, 0.0),))
-    assert [costs.seconds(1, rows) for rows in (1, 1.5, 2, 3, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
-    assert CostTable(1, ((1, ((1, 2.0),)),), FREE, ((1, 0.0),)).seconds(1, 3) == 6.0
+    assert [costs.of_rows(rows, 96)(1) for rows in (1, 1.5, 2, 3, 4, 6)] == [1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
+    assert CostTable(1, ((1, ((1, 2.0),)),), FREE, ((1, 0.0),)).of_rows(3, 96)(1) == 6.0
     grid = CostTable(4, GRID, FREE, ((1, 0.0),), context=100, attention=0.01)
-    assert [grid.seconds(*at) for at in ((1, 1), (4, 16), (2, 1), (2, 8.5))] == pytest.approx([1, 9, 4 / 3, 2 + 7 / 6])
+    found = [grid.of_rows(rows, 100)(count) for count, rows in ((1, 1), (4, 16), (2, 1), (2, 8.5))]
+    assert found == pytest.approx([1, 9, 4 / 3, 2 + 7 / 6])
     assert grid.of_rows(1, 150)(4) == pytest.approx(2.0 + 4 * 50 * 0.01)
 
 
@@ -105,10 +107,32 @@ def test_exits_that_save_caches_pay_in_a_batch():
     assert not CostRule(CostTable(4, flat, asked, ((1, 0.0),))).pays(PLAN, LAYERS, left, 100, 96), "control"
 
 
+def test_a_verification_reads_its_drafts_in_one_product():
+    """One token in four goes deep; the final exit on four rows takes as long as on one, a fifth of a pass."""
+    costs = CostTable(1, ((1, ((1, 1.0), (16, 1.0))),), FREE, ((1, 3.0), (8, 3.0)))
+    plan, left = plan_exits("self_speculative", POLICY, EXITS, LAYERS), {"a": 75, None: 25}
+    # Three half layers for every token, the other nine and the final exit for every fourth: 6 s of 15.
+    assert CostRule(costs).pays(plan, LAYERS, left, 100 * 6.1 / 15, 96)
+    assert not CostRule(costs).pays(plan, LAYERS, left, 100 * 5.9 / 15, 96)
+
+
+def test_a_verdict_comes_after_the_last_trial_at_the_latest():
+    rule = CostRule(table(), trial_tokens=16)
+    assert [rule.next_after(run) for run in (0, 16, 40, 50, 63, 70)] == [16, 32, 56, 64, 64, 86]
+
+
+@pytest.mark.parametrize("count", [1, 64, 3000])
+def test_hundreds_of_slots(count):
+    costs = dataclasses.replace(table(), num_sequences=count)
+    assert CostRule(costs).pays(PLAN, LAYERS, {"a": 50, None: 50}, 100, 96)
+
+
 def test_a_table_can_be_stored():
     costs = CostTable(4, GRID, {"a": ((1, 0.5), (4, 1.0))}, ((1, 0.25),), 0.125, 64, 1e-6)
     assert CostTable.from_mapping(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
-    for wrong in ({}, {**dataclasses.asdict(costs), "final": 3}, {**dataclasses.asdict(costs), "more": 1}):
+    good = dataclasses.asdict(costs)
+    wrongs = ({"final": [[2, 0.1], [1, 0.1]]}, {"final": []}, {"final": 3}, {"more": 1}, {"exits": {"a": [[2, 1.0]]}})
+    for wrong in ({}, *({**good, **change} for change in wrongs)):
         with pytest.raises(ValueError, match="not a table of costs"):
             CostTable.from_mapping(wrong)
 
@@ -224,7 +248,7 @@ def test_measured_table_of_a_real_model():
     assert costs.num_sequences == 2 and set(costs.exits) == set(names)
     points = [*costs.exits.values(), costs.final, *(own for _, own in costs.half_layer)]
     assert all(seconds > 0 for own in points for _, seconds in own) and costs.attention >= 0
-    assert [count for count, _ in costs.half_layer] == [count for count, _ in costs.final] == [1, 2]
+    assert [count for count, _ in costs.half_layer] == [1, 2] and [count for count, _ in costs.final] == [1, 2, 4, 8]
 
 
 def test_refusals():

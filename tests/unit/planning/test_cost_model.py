@@ -76,6 +76,8 @@ def test_without_transformer_engine_an_own_mlp_has_no_gradient_of_its_input() ->
     assert flops(exit_operations(SHAPE, exit)) - flops(exit_operations(local, exit)) == 2 * 6 * 8 * 20
     for exit in (exit_of("layer"), exit_of("mlp", "lora")):  # a trained norm reads it; a frozen matrix has none
         assert flops(exit_operations(SHAPE, exit)) == flops(exit_operations(local, exit))
+    joint = [flops(exit_operations(shape, exit_of("mlp"), again=True)) for shape in (SHAPE, local)]
+    assert joint[0] == joint[1], "the backbone reads it"
 
 
 def test_frozen_weights_have_no_gradient_product() -> None:

@@ -51,9 +51,10 @@ class Session:
     def cancel(self, index: int) -> None:
         self.own.pop(index, None)
 
-    num_answers = prompt_tokens_left = 0
+    num_answers, prompt_tokens_left, limits = 0, 0, ()
 
     def step(self, max_prompt_tokens: int | None = None) -> tuple[TokenEvent, ...]:
+        self.limits = (*self.limits, max_prompt_tokens)
         self.may_step.wait(20)
         events = []
         for index, left in list(self.own.items()):
@@ -73,8 +74,8 @@ class Session:
 
 
 @contextmanager
-def scheduling(start, max_queue: int = 4) -> Iterator[Scheduler]:
-    own = Scheduler(start, max_queue, Metrics([ExitPoint("a", 4, 8)], 8))
+def scheduling(start, max_queue: int = 4, prompt_share: float | None = None) -> Iterator[Scheduler]:
+    own = Scheduler(start, max_queue, Metrics([ExitPoint("a", 4, 8)], 8), prompt_share)
     own.start()
     try:
         yield own
@@ -188,3 +189,18 @@ def test_answers_that_fell_back_are_counted_over_sessions():
         stats = SimpleNamespace(drafted=0, accepted=0, acceptance_rate=0.0, num_fallbacks=told)
         metrics.step((), stats, 0.1)
     assert metrics.registry.get_sample_value("nemo_ee_fallbacks_total") == 3 + 2
+
+
+@pytest.mark.parametrize("share", [0.5, None])
+def test_prompts_are_limited_while_answers_run(share: float | None) -> None:
+    """Three sequences run, the prompts of two of them have not; the first step measures the answers."""
+    session = Session(3)
+    session.may_add.clear()
+    session.num_answers, session.prompt_tokens_left = 1, 100
+    with scheduling(lambda: session, prompt_share=share) as own:
+        works = [work(b"abc") for _ in range(3)]
+        own.submit([one for one, _ in works])
+        assert session.asks.wait(20)
+        session.may_add.set()
+        assert [last(news).finish_reason for _, news in works] == ["length"] * 3
+    assert list(session.limits[:2]) == ([None, None] if share is None else [0, 1]), "the answers are measured first"
