@@ -13,7 +13,6 @@ from nemo_ee.generation.request import Request
 from nemo_ee.generation.staged_forward import TokenInput
 from nemo_ee.generation.verification import Draft
 
-
 _LATER_PIECE = 512  # tokens of a prompt of which the first ones have run
 
 

@@ -27,6 +27,7 @@ from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, 
 from nemo_ee.generation.validation import plan_request, raise_all
 from nemo_ee.generation.verification import Draft, verify
 
+
 class DecodingSession:
     """See the module. Made by `EarlyExitEngine.start`, which validates what it passes on.
 
