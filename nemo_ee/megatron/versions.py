@@ -7,7 +7,7 @@
     0.15 alone  class of a checkpoint's `.metadata`: checkpoint/restricted_pickle.py
     0.16        group of a replicated parameter: `_sharded` in model/exit_head.py
     0.16        layers need the data-parallel group in the metadata of a sharded state: `sharding_metadata`
-    0.18        MLP of a layer spec: `build_mlp`
+    0.18        MLP of a layer spec: `build_mlp`, `mlp_submodules`
     0.19        optimizers' method that selects the gradients of a norm: optim/exit_gradients.py selects them
     0.19        place of a checkpoint's unsharded part: checkpoint/distributed_checkpoint.py
 
@@ -62,6 +62,11 @@ def build_mlp(spec: Any, config: TransformerConfig) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return spec(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), is_mtp_layer=False)
+
+
+def mlp_submodules(spec: Any) -> Any:
+    """The submodules of the MLP of a layer spec. Argument as for `build_mlp`."""
+    return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
 
 
 def sharding_metadata(metadata: dict[str, Any] | None = None) -> dict[str, Any] | None:

@@ -24,6 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from nemo_ee.megatron.versions import mlp_submodules
+
 
 class TorchNorm:
     """`torch.nn.LayerNorm` or `RMSNorm` by `config.normalization`, usable under sequence parallelism.
@@ -144,7 +146,7 @@ def backbone_specs(config: TransformerConfig, *, transformer_engine: bool) -> Ba
         heads.q_layernorm = heads.k_layernorm = TorchNorm
     if not transformer_engine:
         exit_mlp = deepcopy(local.submodules.mlp)
-        exit_mlp.submodules.linear_fc1 = TapLinear
+        mlp_submodules(exit_mlp).linear_fc1 = TapLinear
         return BackboneSpecs(local, exit_mlp, TorchNorm, local_layer=local)
     try:
         from megatron.core.extensions.transformer_engine import TENorm
