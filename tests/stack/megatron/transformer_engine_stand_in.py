@@ -1,10 +1,11 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint keys under Megatron-core's Transformer-Engine spec, on the meta device, with a stand-in for that library.
+"""Checkpoint keys under Megatron-core's Transformer-Engine spec, on the meta device, with Transformer Engine where it is
+installed, else with a stand-in.
 
     python -m tests.stack.megatron.transformer_engine_stand_in <family>
 
-Transformer Engine needs CUDA. The stand-in has the classes that Megatron derives its layers from, with the parameters
+Transformer Engine needs CUDA, to be built (docs/tuning-at-scale.md). The stand-in has the classes that Megatron derives its layers from, with the parameters
 that Transformer Engine registers (names and shapes from its public documentation); every other name that is imported
 is an empty class or module. Megatron's own code around them, which makes the keys, is the installed version's. Prints
 the keys and global shapes of backbone and exits as JSON.
@@ -15,11 +16,13 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import io
 import json
 import sys
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 NAME = "transformer_engine"
 SHAPES = {  # of the recorded keys: tests/data/exit_checkpoint_keys.txt
@@ -68,6 +71,20 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         pass
+
+
+def let_real_one_build() -> None:
+    """Let the modules of the real Transformer Engine be built without a GPU: they assert one, and need none for it."""
+    import torch  # loads the libraries of CUDA that Transformer Engine links to
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    build = TransformerEngineBaseModule.__init__
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            build(self, *arguments, **options)
+
+    TransformerEngineBaseModule.__init__ = __init__
 
 
 def install() -> None:
@@ -159,5 +176,6 @@ def keys(family: str) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    install()
-    print(json.dumps(keys(sys.argv[1])))
+    real = importlib.util.find_spec("transformer_engine_torch") is not None
+    let_real_one_build() if real else install()
+    print(json.dumps(keys(sys.argv[1]) | {"transformer_engine": "real" if real else "stand-in"}))
