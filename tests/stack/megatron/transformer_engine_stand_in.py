@@ -1,14 +1,14 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint keys under Megatron-core's Transformer-Engine spec, on the meta device, with Transformer Engine where it is
-installed, else with a stand-in.
+"""Checkpoint keys under Megatron-core's Transformer-Engine spec, on the meta device, with a stand-in for that library
+where it is not installed.
 
     python -m tests.stack.megatron.transformer_engine_stand_in <family>
 
-Transformer Engine needs CUDA, to be built (docs/tuning-at-scale.md). The stand-in has the classes that Megatron derives its layers from, with the parameters
-that Transformer Engine registers (names and shapes from its public documentation); every other name that is imported
-is an empty class or module. Megatron's own code around them, which makes the keys, is the installed version's. Prints
-the keys and global shapes of backbone and exits as JSON.
+Transformer Engine needs CUDA, if only to be built (docs/tuning-at-scale.md). The stand-in has the classes that Megatron
+derives its layers from, with the parameters that Transformer Engine registers (names and shapes from its public
+documentation); every other name that is imported is an empty class or module. Megatron's own code around them, which
+makes the keys, is the installed version's. Prints the keys and global shapes of backbone and exits as JSON.
 """
 
 from __future__ import annotations
