@@ -5,10 +5,10 @@ where it is not installed.
 
     python -m tests.stack.megatron.transformer_engine_stand_in <family>
 
-Transformer Engine needs CUDA, if only to be built (docs/tuning-at-scale.md). The stand-in has the classes that Megatron
-derives its layers from, with the parameters that Transformer Engine registers (names and shapes from its public
-documentation); every other name that is imported is an empty class or module. Megatron's own code around them, which
-makes the keys, is the installed version's. Prints the keys and global shapes of backbone and exits as JSON.
+Transformer Engine needs CUDA, if only to be built (docs/tuning-at-scale.md). The stand-in has the classes that
+Megatron derives its layers from, with the parameters that Transformer Engine registers (names and shapes from its
+public documentation); every other name that is imported is an empty class or module. Megatron's own code around them,
+which makes the keys, is the installed version's. Prints the keys and global shapes of backbone and exits as JSON.
 """
 
 from __future__ import annotations
@@ -176,6 +176,6 @@ def keys(family: str) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    real = importlib.util.find_spec("transformer_engine_torch") is not None
+    real = importlib.util.find_spec(NAME) is not None
     let_real_one_build() if real else install()
     print(json.dumps(keys(sys.argv[1]) | {"transformer_engine": "real" if real else "stand-in"}))
