@@ -123,7 +123,8 @@ def _costs(model: MegatronEarlyExitGPTModel, shape: ModelShape, price) -> StageC
     early_exit = model.early_exit
     whole = early_exit.has_teacher and early_exit.distillation.top_k is None
     taught = [name for name in early_exit.names if whole and early_exit.objective_of(name) != "cross_entropy"]
-    stages = model.cfg.get("pipeline_model_parallel_size", 1)
+    mixed = model.torch_dtype is torch.bfloat16 and not model.cfg.get("megatron_amp_O2")  # see `exits_in_turn`
+    stages = None if mixed else model.cfg.get("pipeline_model_parallel_size", 1)
     return StageCosts.of(shape, early_exit.exits, price, train=early_exit.train, taught=taught, num_stages=stages)
 
 

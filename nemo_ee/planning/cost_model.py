@@ -295,7 +295,7 @@ class StageCosts:
         *,
         train: str = "exits",
         taught: Collection[str] = (),
-        num_stages: int = 1,
+        num_stages: int | None = 1,
     ) -> StageCosts:
         """Price every entry.
 
@@ -307,7 +307,7 @@ class StageCosts:
             taught: names of exits that need the final exit's whole distribution. A stage forms it once for all of
                 them, but for its `layer` exits once each: each of the others pays a part, as if they were spread
                 evenly over the stages.
-            num_stages: pipeline-parallel size.
+            num_stages: pipeline-parallel size; None: every exit forms the distribution for itself.
         """
 
         def total(operations: Sequence[Operation]) -> float:
@@ -316,7 +316,7 @@ class StageCosts:
         def shared(exit: ExitConfig) -> bool:
             return exit.name in taught and exit.architecture != "layer"
 
-        share = min(1.0, num_stages / max(1, sum(map(shared, exits))))
+        share = 1.0 if num_stages is None else min(1.0, num_stages / max(1, sum(map(shared, exits))))
         teacher = total(_logits(shape)) if taught else 0.0
         backbone = {"backward": train != "exits", "trained": train == "joint"}
         unit = total(layer_operations(shape))

@@ -121,3 +121,16 @@ def test_control_another_teacher_gives_other_losses(model) -> None:
     assert {name for name in totals[0] if abs(totals[0][name] - totals[1][name]) > 0.1} == {
         entry["name"] for entry in EXITS if "objective" in entry
     }
+
+
+def test_weights_that_would_be_cast_for_every_piece(model) -> None:
+    """Under mixed precision with fp32 parameters every exit runs alone, on the whole microbatch."""
+    from nemo_ee.megatron.loss.teacher import FullTeacher
+    from nemo_ee.megatron.pipeline.exit_loss import exits_in_turn
+
+    batch, output, hidden, weight = _work(model)
+    teacher = FullTeacher(hidden, weight, TEMPERATURE)
+    for autocast, alone in ((torch.bfloat16, 5), (torch.float32, 2)):
+        context = replace(model.context, autocast=autocast, chunk_bytes=1)
+        found = [own is teacher for _, _, _, own in exits_in_turn(context, batch, output, teacher)]
+        assert sum(found) == alone and (len(found) == alone) == (autocast is torch.bfloat16)

@@ -147,6 +147,8 @@ def test_a_stage_forms_the_teacher_once() -> None:
     taught = StageCosts.of(SHAPE, exits, count_flops, taught=[exit.name for exit in exits], num_stages=2)
     more = {name: (cost - alone.exits[name]) / alone.final_exit for name, cost in taught.exits.items()}
     assert more == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5, "layer": 1.0})
+    each = StageCosts.of(SHAPE, exits, count_flops, taught=["a", "layer"], num_stages=None)
+    assert each.exits["a"] - alone.exits["a"] == pytest.approx(alone.final_exit)
 
 
 def test_at_7b_an_mlp_exit_costs_about_four_layers() -> None:
