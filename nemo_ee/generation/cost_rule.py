@@ -295,6 +295,7 @@ class _Timer:
         tokens = [0] * self.context
         forward.step({slot: TokenInput(0, tokens) for slot in range(num_sequences)}, read_ends=False)
         self._hidden, self._positions = self._embedded(num_sequences, 1)
+        self._drop()
 
     def rows_of(self, count: int) -> list[int]:
         """The rows of each of `count` sequences to time. In a session of B sequences about B tokens run at a time."""

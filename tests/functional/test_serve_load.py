@@ -164,9 +164,9 @@ def test_200_requests_from_16_clients(tmp_path: Path, capsys, monkeypatch: pytes
     together: Counter[int] = Counter()
     step = DecodingSession.step
 
-    def counted(session):
+    def counted(session, max_prompt_tokens=None):
         together[6 - session.num_free_slots] += 1
-        return step(session)
+        return step(session, max_prompt_tokens)
 
     monkeypatch.setattr(DecodingSession, "step", counted)
     with running(server) as url:

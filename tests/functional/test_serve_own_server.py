@@ -187,10 +187,10 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(model_path: Path, 
     server = make_server(ServerSettings.from_config(serve_config(model_path)))
     step, broken = DecodingSession.step, threading.Event()
 
-    def step_or_fail(self):
+    def step_or_fail(self, max_prompt_tokens=None):
         if broken.is_set():
             raise RuntimeError("the logits are not numbers")
-        return step(self)
+        return step(self, max_prompt_tokens)
 
     monkeypatch.setattr(DecodingSession, "step", step_or_fail)
     with running(server) as url:
