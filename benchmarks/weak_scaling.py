@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The estimate of memory against dry runs, and weak scaling from 8 to 1,024 GPUs, simulated.
 
-    python benchmarks/weak_scaling.py --json dry-run.json --picture weak-scaling.png      # 12 minutes on one core
+    python benchmarks/weak_scaling.py --json dry-run.json --picture weak-scaling.png      # 3 to 12 minutes on one core
 
 `estimate_over_dry_run` is the estimated peak of the fullest GPU over that of a dry run, on twelve layouts of Llama-2's
 7B, 13B and 70B; `weak_scaling_1024_over_8` is simulated tokens per second and GPU. Nothing here ran on a GPU.
