@@ -85,7 +85,7 @@ def main() -> None:
     if not options.exits.is_file():
         raise SystemExit(f"{options.exits} does not exist; assets/smollm2-exits/README.md says how it is made")
     gguf = (options.gguf or fetch(output)).resolve()
-    sources = {"gguf": sha256_of(gguf), "exits": sha256_of(options.exits)}
+    sources = {"gguf": sha256_of(gguf) if options.gguf else SHA256, "exits": sha256_of(options.exits)}
     if not made_of.is_file() or json.loads(made_of.read_text()) != sources:
         made_of.unlink(missing_ok=True)
         (output / "backbone.nemo").unlink(missing_ok=True)
