@@ -41,6 +41,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, done.stderr[-4000:]
         shutil.rmtree(output, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(partial, output)
     return SimpleNamespace(backbone=output / "backbone", output=output)
 

@@ -51,12 +51,12 @@ def decode(cost_rule, prompts, *, num_slots=None, length=20, mode="early_exit", 
     return [[own for own in events if own.sequence == i] for i in range(len(prompts))], session.stats(events)
 
 
-def simulate(costs, shares, halves, flights=20000):
-    """Seconds of a flight in which each of B sequences goes past each stop with these chances, with what waits of its
-    own; the rows of those that go are spread evenly."""
+def simulate(costs, shares, halves, passes=20000):
+    """Seconds of a forward pass in which each of B sequences goes past each stop with these chances, with what is
+    pending of its own; the rows of those that go are spread evenly."""
     rng, count, total = random.Random(1), costs.num_sequences, 0.0
     waiting = [[0] * count for _ in halves]  # rows of each sequence, before each segment
-    for _ in range(flights):
+    for _ in range(passes):
         going = [rng.random() for _ in range(count)]
         for rows, share, size in zip(waiting, shares, halves, strict=True):
             passing = [index for index, own in enumerate(going) if own < share]
@@ -67,7 +67,7 @@ def simulate(costs, shares, halves, flights=20000):
                 total += size * costs.of_rows(each, costs.context)(len(passing))
             for index in passing:
                 rows[index] = 0
-    return total / flights
+    return total / passes
 
 
 GRID = ((1, ((1, 1.0), (16, 3.0))), (4, ((1, 2.0), (16, 9.0))))  # caches cost more than rows do
