@@ -28,7 +28,7 @@ from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.evaluation.exit_report import text_windows
 from nemo_ee.evaluation.report import format_table
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.exits.criteria import CRITERIA, SMALLER_IS_CONFIDENT
+from nemo_ee.exits.criteria import OF_LOGITS, SMALLER_IS_CONFIDENT
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.runtime.loader import load_model, load_tokenizer
 from nemo_ee.runtime.model import RuntimeModel
@@ -77,7 +77,7 @@ def measured(model: RuntimeModel, windows: Sequence[Sequence[int]]) -> dict[tupl
         final = logits.pop(None).argmax(dim=-1)
         for name, own in logits.items():
             agrees = own.argmax(dim=-1) == final
-            for criterion in CRITERIA:
+            for criterion in OF_LOGITS:
                 parts.setdefault((name, criterion), []).append((confidence(own, criterion), agrees))
     return {
         key: (torch.cat([one for one, _ in own]), torch.cat([two for _, two in own])) for key, own in parts.items()

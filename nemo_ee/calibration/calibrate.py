@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from nemo_ee.calibration.calibration_prompts import CalibrationPrompts, make_prompts
+from nemo_ee.calibration.calibration_checks import check_model, checked_prompts
+from nemo_ee.calibration.calibration_prompts import CalibrationPrompts
 from nemo_ee.calibration.calibration_report import draw_calibration
 from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.calibration.learn_then_test import (
     Measure,
     PolicyResult,
-    candidate_problems,
     divergence,
     fastest,
     learn_then_test,
@@ -34,15 +34,12 @@ from nemo_ee.calibration.learn_then_test import (
     pareto_path,
     split_prompts,
 )
-from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Certificate, Guarantee, Identity, store_certificate
 from nemo_ee.certificates.validity import identify
 from nemo_ee.checkpoint.atomic import write_json
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.console import messages
-from nemo_ee.commands.generate import NO_END_OF_TEXT, decode, prompt_ids, stored_tokenizer
-from nemo_ee.exits.block_reader import close_match
-from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.commands.generate import decode, stored_tokenizer
 from nemo_ee.exits.criteria import NEVER_LEAVES
 from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
@@ -79,10 +76,10 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     # One pipeline stage holds all layers, also of a file that was tuned with more stages.
     model_config.update({"full_depth": True, "sequence_parallel": False, "pipeline_model_parallel_size": 1})
     positions = stored.get("max_position_embeddings") or stored.encoder_seq_length
-    _check_model(request, stored, positions)
+    probes = check_model(request, stored, positions)
     tokenizer = stored_tokenizer(request.path, stored)
     # Problems of the prompts are reported before weights are read.
-    prompts = None if tokenizer is None else _prompts(request, tokenizer, positions, stored.get("vocab_size"))
+    prompts = None if tokenizer is None else checked_prompts(request, tokenizer, positions, stored.get("vocab_size"))
     identity = identify(request.path)
     trainer = single_run_trainer(cfg)
     model = MegatronEarlyExitGPTModel.restore_from(
@@ -93,77 +90,18 @@ def calibrate(cfg: DictConfig, request: CalibrationRequest) -> dict[str, Any]:
     )
     if request.setting.precision == "bf16":
         model.model.bfloat16()
-    prompts = prompts or _prompts(request, model.tokenizer, positions, model.vocab_size)
+    prompts = prompts or checked_prompts(request, model.tokenizer, positions, model.vocab_size)
     end = stored_end_of_text(request.path, model.tokenizer.eos_id)
     if request.setting.stop_on_eos and end.differs and trainer.is_global_zero:
         logger.warning("%s: %s", request.path, end.differs)
-    calibrator = Calibrator(MegatronDecodingModel(model.model), model.tokenizer, request, prompts, end_of_text=end.ids)
+    decoder = MegatronDecodingModel(model.model, probes=probes)
+    calibrator = Calibrator(decoder, model.tokenizer, request, prompts, end_of_text=end.ids)
     report = calibrator.run()
     certificate = _certificate(request, report, identity, prompts, calibrator.stops)
     report["certificate"] = certificate.to_mapping()
     if trainer.is_global_zero:
         _write(request, report, certificate)
     return report
-
-
-def _check_model(request: CalibrationRequest, stored: DictConfig, positions: int) -> None:
-    problems = []
-    block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
-    names = [exit.name for exit in EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits]
-    if not names:
-        problems.append(f"{request.path} has no exits; add some with examples/megatron_gpt_early_exit_convert.py")
-    for name in request.exits or ():
-        if name not in names:
-            meant = close_match(name, names)
-            problems.append(f"exits names {name!r}, which the model does not have{meant}; it has {', '.join(names)}")
-    if request.split:
-        chosen = [name for name in names if request.exits is None or name in request.exits]
-        problems += candidate_problems(request.grid, len(chosen), NEVER_LEAVES[request.criterion])
-    longest = request.setting.tokens_to_generate
-    if any(entry.is_document for entry in request.data.entries):
-        longest += request.prompt_tokens
-    if longest >= positions:
-        problems.append(
-            f"prompt_tokens + tokens_to_generate are {longest} of the model's {positions} positions; lower one of them"
-        )
-    if problems:
-        raise ValueError("nothing was calibrated:\n" + "\n".join(f"  {one}" for one in problems))
-
-
-def _prompts(
-    request: CalibrationRequest, tokenizer: Any, positions: int, vocab_size: int | None
-) -> CalibrationPrompts:
-    setting = request.setting
-    if setting.add_BOS and tokenizer.bos_id is None:
-        raise ValueError("add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False")
-    if setting.stop_on_eos and not stored_end_of_text(request.path, tokenizer.eos_id).ids:
-        raise ValueError(NO_END_OF_TEXT)
-    adds_bos = prompt_ids(tokenizer, "x", setting.add_BOS)[:1] == [tokenizer.bos_id]
-    prompts = make_prompts(
-        request.data.entries,
-        lambda text: prompt_ids(tokenizer, text, setting.add_BOS),
-        bos=tokenizer.bos_id if adds_bos else None,
-        prompt_tokens=request.prompt_tokens,
-        prompts_per_document=request.prompts_per_document,
-        num_prompts=request.num_prompts,
-        longest=positions - setting.tokens_to_generate,
-        vocab_size=vocab_size,
-        seed=request.seed,
-        facts=request.data.facts,
-    )
-    set_aside = round(request.split * len(prompts.ids))
-    if request.split and not set_aside:
-        raise ValueError(
-            f"split={request.split} sets none of {len(prompts.ids)} prompts aside; raise it, or set split=0"
-        )
-    tested = len(prompts.ids) - set_aside
-    fewest = fewest_prompts(request.epsilon, request.delta)
-    if tested < fewest:
-        raise ValueError(
-            f"{tested} prompts are left to test, but epsilon={request.epsilon} and delta={request.delta} need "
-            f"{fewest} even where nothing is lost; give more prompts, or raise epsilon or delta"
-        )
-    return prompts
 
 
 class Calibrator:

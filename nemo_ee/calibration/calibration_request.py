@@ -15,7 +15,7 @@ from nemo_ee.calibration.risk_control import fewest_prompts
 from nemo_ee.certificates.certificate import Setting, check_name
 from nemo_ee.certificates.validity import setting_of
 from nemo_ee.commands.decoding_config import Cap, SamplingInput, check_policy, check_ranks
-from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
+from nemo_ee.exits.criteria import PROBE, SMALLER_IS_CONFIDENT
 from nemo_ee.settings.fields import AboveZero, BelowOne, Criterion, ExitNames, FilePath, Run, StoredModel
 from nemo_ee.settings.library_keys import model_keys, trainer_keys
 from nemo_ee.settings.script_input import ScriptInput
@@ -27,6 +27,7 @@ _SHARES += (0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
 DEFAULT_GRID = {
     "max_probability": _SHARES,
     "margin": _SHARES,
+    PROBE: _SHARES,
     "entropy": (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0),
 }
 

@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_ee.checkpoint.atomic import atomic_file
-from nemo_ee.checkpoint.members import CERTIFICATES, CONFIG_MEMBER
-from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
-from nemo_ee.checkpoint.portable import config_elsewhere
+from nemo_ee.checkpoint.members import CERTIFICATES
+from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.portable import put_member
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.text.json_values import MAX_FILE_BYTES, JsonError, parse_json
 
@@ -34,11 +33,13 @@ class Identity:
 
     Attributes:
         backbone, exits, tokenizer: fingerprints.
+        probes: of the exits' probes; None = there are none. It counts for certificates of `criterion: probe`.
     """
 
     backbone: str
     exits: str
     tokenizer: str
+    probes: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,8 @@ class Certificate:
     def to_mapping(self) -> dict[str, Any]:
         """The certificate as plain JSON values."""
         values = dataclasses.asdict(self)
+        if self.model.probes is None:
+            del values["model"]["probes"]
         stops = values["setting"].pop("stop_tokens")
         if stops is not None:
             values["setting"]["stop_tokens"] = list(stops)
@@ -243,32 +246,8 @@ def find_certificate(path: str | Path, wanted: bool | str) -> Certificate:
 
 
 def store_certificate(path: str | Path, certificate: Certificate, output: str | Path | None = None) -> Path:
-    """Put a certificate into a `.nemo`; one of the same name is replaced. Everything else is copied byte for byte,
-    except `backbone_path` of an exits-only file that is written to another directory.
-
-    Args:
-        path: the `.nemo` file, or an extracted one.
-        output: the whole file to write; None = `path` itself (of a link: its target), which is replaced only when the
-            new file is whole.
-
-    Returns:
-        The file (or directory) with the certificate.
-    """
-    member = member_of(certificate.name)
-    text = certificate_text(certificate)
-    path = Path(path)
-    if output is None and path.is_dir():
-        target = path / member
-        with atomic_file(target) as partial:
-            partial.write_text(text, encoding="utf-8")
-        return path
-    with NemoArchive(path) as archive:
-        entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}
-        # The target of a link is replaced, not the link: the certificate belongs into the target.
-        target = Path(output) if output else path.resolve()
-        if CONFIG_MEMBER in entries:
-            entries[CONFIG_MEMBER] = config_elsewhere(archive.config_text(), path, target)
-        return write_nemo(target, {**entries, member: text})
+    """Put a certificate into a `.nemo`; see `nemo_ee.checkpoint.portable.put_member`."""
+    return put_member(path, member_of(certificate.name), certificate_text(certificate).encode(), output)
 
 
 def certificate_text(certificate: Certificate) -> str:

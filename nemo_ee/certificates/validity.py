@@ -18,6 +18,7 @@ from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import plain_config
 from nemo_ee.checkpoint.unpacked import readable
 from nemo_ee.exits.config import EarlyExitConfig
+from nemo_ee.exits.criteria import PROBE, PROBES_FILE
 from nemo_ee.text.special_tokens import EndOfText
 
 KV_POLICY = "carry"  # the decoding engine computes keys and values of skipped layers later, exactly
@@ -75,7 +76,11 @@ def identify(path: str | Path) -> Identity:
                 updates=ChunkReader(opened.folder(LORA_WEIGHTS), prefix="") if has_updates else None,
                 vocab_size=stored.get("vocab_size"),
             )
-    return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer)
+        probes = None
+        if archive.has(PROBES_FILE):
+            with archive.open_member(PROBES_FILE) as file:
+                probes = hashlib.sha256(file.read()).hexdigest()
+    return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer, probes)
 
 
 def tokenizer_fingerprint(archive: NemoArchive, block: Mapping[str, Any]) -> str:
@@ -127,6 +132,8 @@ def model_problems(certificate: Certificate, found: Identity) -> Iterator[str]:
         certified, ours = getattr(certificate.model, part), getattr(found, part)
         if certified != ours:
             yield f"{meaning}: certified {certified[:12]}..., found {ours[:12]}...; calibrate this model"
+    if certificate.criterion == PROBE and certificate.model.probes != found.probes:
+        yield "the probes of the exits are missing or were fitted anew; calibrate this model"
 
 
 def setting_problems(certificate: Certificate, setting: Setting) -> Iterator[str]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from nemo_ee.checkpoint.atomic import atomic_file
 from nemo_ee.checkpoint.members import (
     CONFIG_MEMBER,
     IN_ARCHIVE,
@@ -33,7 +34,7 @@ from nemo_ee.checkpoint.members import (
     TOKENIZER_ARTIFACTS,
     TOKENIZER_FOLDER,
 )
-from nemo_ee.checkpoint.nemo_archive import NemoArchive
+from nemo_ee.checkpoint.nemo_archive import NemoArchive, write_nemo
 from nemo_ee.checkpoint.tokenizer_files import plain_json_object
 from nemo_ee.text.tokenizer_directory import TOKENIZER_FILES, carried_settings, has_settings
 
@@ -141,6 +142,32 @@ def _exists(place: Path) -> bool:
         return place.exists()
     except OSError:  # a name that is too long, a folder that may not be read
         return False
+
+
+def put_member(path: str | Path, member: str, content: bytes, output: str | Path | None = None) -> Path:
+    """Put a member into a `.nemo`; one of the same name is replaced. Everything else is copied byte for byte, except
+    `backbone_path` of an exits-only file that is written to another directory.
+
+    Args:
+        path: the `.nemo` file, or an extracted one.
+        output: the whole file to write; None = `path` itself (of a link: its target), which is replaced only when the
+            new file is whole.
+
+    Returns:
+        The file (or directory) with the member.
+    """
+    path = Path(path)
+    if output is None and path.is_dir():
+        with atomic_file(path / member) as partial:
+            partial.write_bytes(content)
+        return path
+    with NemoArchive(path) as archive:
+        entries: dict[str, Any] = {name: archive for name in archive.members() if name != member}
+        # The target of a link is replaced, not the link: the member belongs into the target.
+        target = Path(output) if output else path.resolve()
+        if CONFIG_MEMBER in entries:
+            entries[CONFIG_MEMBER] = config_elsewhere(archive.config_text(), path, target)
+        return write_nemo(target, {**entries, member: content})
 
 
 def config_elsewhere(text: str, nemo: str | Path, output: str | Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from typing import Any
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ee.certificates.exit_probes import valid_probes
 from nemo_ee.checkpoint.members import TOKENIZER_FOLDER
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import unpacked
 from nemo_ee.commands.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
+from nemo_ee.exits.criteria import PROBE
+from nemo_ee.exits.probe import ExitProbe
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, with_probes
 from nemo_ee.generation.policy import plan_exits
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.session import DecodingSession
@@ -229,7 +232,7 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     model_config = merge_model_config(stored, cfg.model)
     # All layers, also of a file that was tuned up to its deepest exit.
     model_config.update({"full_depth": True, "sequence_parallel": False})
-    check_request(request, stored)
+    probes = check_request(request, stored)
     trainer = single_run_trainer(cfg)
     model = MegatronEarlyExitGPTModel.restore_from(
         str(request.path),
@@ -240,7 +243,7 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     if str(cfg.trainer.precision).startswith("bf16"):
         model.model.bfloat16()
     minutes = cfg.model.distributed_timeout_minutes
-    decoder = open_decoding_model(model.model, model.placements, timeout_minutes=minutes)
+    decoder = open_decoding_model(model.model, model.placements, timeout_minutes=minutes, probes=probes)
     if isinstance(decoder, DecodingStage):
         decoder.serve()
         return None
@@ -250,13 +253,17 @@ def open_generator(cfg: DictConfig, request: GenerationRequest) -> TextGenerator
     return TextGenerator(decoder, model.tokenizer, request, end.ids)
 
 
-def check_request(request: GenerationRequest, stored: DictConfig) -> None:
+def check_request(request: GenerationRequest, stored: DictConfig) -> Mapping[str, ExitProbe]:
     """Check a request against the config of its `.nemo`.
+
+    Returns:
+        The exits' probes, where the criterion needs them.
 
     Raises:
         ValueError: every problem, in one message.
     """
     problems: list[str] = []
+    probes: Mapping[str, ExitProbe] = {}
     block = OmegaConf.to_container(stored.get("early_exit") or OmegaConf.create(), resolve=True)
     if request.mode != "full":
         if not block.get("exits") and not block.get("every"):
@@ -268,7 +275,9 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
             exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
             points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
             try:
-                plan_exits(request.mode, request.policy, points, stored.num_layers)
+                if request.criterion == PROBE and request.mode != "static_depth":
+                    probes = _probes_of(request)
+                plan_exits(request.mode, request.policy, with_probes(points, probes), stored.num_layers)
             except ValueError as problem:
                 problems.append(str(problem))
     tokenizer = stored_tokenizer(request.path, stored)
@@ -277,6 +286,17 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> None:
         end = stored_end_of_text(request.path, tokenizer.eos_id)
         problems += _prompt_problems(request, request.prompts, tokenizer, end.ids, positions, stored.get("vocab_size"))
     _raise(problems)
+    return probes
+
+
+def _probes_of(request: GenerationRequest) -> Mapping[str, ExitProbe]:
+    stages = request.model.pipeline_model_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"criterion=probe reads hidden states, which stay on their stage, but model.pipeline_model_parallel_size="
+            f"{stages}; set it to 1 and share the layers with model.tensor_model_parallel_size"
+        )
+    return valid_probes(request.path).probes
 
 
 def _raise(problems: Sequence[str]) -> None:

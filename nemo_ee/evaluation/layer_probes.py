@@ -24,7 +24,7 @@ from nemo_ee.evaluation.forced_decoding import measured_costs, touched_costs
 from nemo_ee.evaluation.report import format_table
 from nemo_ee.evaluation.text_settings import VERDICT_AT, PlacementSettings
 from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import OF_LOGITS
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 from nemo_ee.planning.placement_search import Placement, ProbeTable, check_tokens, fit_probe, placements
@@ -77,7 +77,7 @@ def probe_tables(model: RuntimeModel, windows: Sequence[Sequence[int]]) -> tuple
     table = ProbeTable(
         layers=layers,
         num_layers=num_layers,
-        confidences={name: torch.stack([one[0][name] for one in evaluated[:-1]], 1) for name in CRITERIA},
+        confidences={name: torch.stack([one[0][name] for one in evaluated[:-1]], 1) for name in OF_LOGITS},
         nats=(logprobs[:, -1:] - logprobs).double(),
         differs=(tokens != tokens[:, -1:]).float(),
     )
@@ -88,11 +88,11 @@ def _evaluate(model: RuntimeModel, hidden: Tensor, targets: Tensor) -> tuple[Map
     """(confidences, ln p of the next token, most likely token) of the final exit on `hidden`, `[n, h]`."""
     # The final exit looks at neither.
     positions, cache = TokenPositions.of({0: range(1)}), model.new_cache(1, 1, ())
-    confidences: dict[str, list[Tensor]] = {name: [] for name in CRITERIA}
+    confidences: dict[str, list[Tensor]] = {name: [] for name in OF_LOGITS}
     logprobs, tokens = [], []
     for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
         logits = model.exit_logits(None, rows.to(model.dtype), positions, cache)
-        for name in CRITERIA:
+        for name in OF_LOGITS:
             value = confidence(logits, name)
             confidences[name].append(torch.exp(-value) if name == "entropy" else value)
         logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])

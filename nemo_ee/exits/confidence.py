@@ -7,6 +7,7 @@ With p = softmax(logits), in fp32:
 * `max_probability`: max p (EE-LLM, arXiv 2312.04916).
 * `margin`: largest minus second-largest p (the "softmax response" of CALM, arXiv 2207.07061).
 * `entropy`: -sum p ln p, in nats (BranchyNet, arXiv 1709.01686).
+* `probe`: of the hidden state instead of the logits, see `nemo_ee.exits.probe`.
 
 A token leaves iff confidence > threshold, for entropy iff entropy < threshold. So 1.0 (entropy: 0.0) never leaves.
 """
@@ -16,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES, SMALLER_IS_CONFIDENT
+from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES, OF_LOGITS, PROBE, SMALLER_IS_CONFIDENT
+from nemo_ee.exits.probe import ExitProbe
 
 
 def confidence(logits: Tensor, criterion: str) -> Tensor:
@@ -24,15 +26,17 @@ def confidence(logits: Tensor, criterion: str) -> Tensor:
 
     Args:
         logits: `[..., v]`, any floating dtype, the full vocabulary.
-        criterion: one of `CRITERIA`.
+        criterion: one of `OF_LOGITS`.
 
     Returns:
         `[...]`, fp32. NaN where the logits hold NaN, which no threshold lets leave.
 
     Raises:
-        ValueError: unknown criterion.
+        ValueError: unknown criterion, or `probe`.
     """
     check_criterion(criterion)
+    if criterion not in OF_LOGITS:
+        raise ValueError(f"criterion = {criterion!r} is not one of the logits; use one of {', '.join(OF_LOGITS)}")
     probabilities = torch.softmax(logits.float(), dim=-1)
     if criterion == "max_probability":
         return probabilities.amax(dim=-1)
@@ -43,6 +47,24 @@ def confidence(logits: Tensor, criterion: str) -> Tensor:
         return probabilities[..., 0]
     top_two = probabilities.topk(2, dim=-1).values
     return top_two[..., 0] - top_two[..., 1]
+
+
+def exit_confidence(criterion: str, logits: Tensor, hidden: Tensor, probe: ExitProbe | None) -> Tensor:
+    """The confidence of each row of an exit by any criterion; the final exit has no probe and then reports
+    `max_probability`.
+
+    Args:
+        criterion: one of `CRITERIA`.
+        logits: `[n, v]`, the exit's.
+        hidden: `[n, h]`, hidden states at its tap.
+        probe: the exit's; None = it has none.
+
+    Returns:
+        `[n]`, fp32.
+    """
+    if criterion != PROBE:
+        return confidence(logits, criterion)
+    return confidence(logits, OF_LOGITS[0]) if probe is None else probe(hidden).to(logits.device)
 
 
 def leaves(confidence: Tensor, threshold: float | Tensor, criterion: str) -> Tensor:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_ee.certificates.validity import valid_certificates
+from nemo_ee.certificates.exit_probes import stored_probes
+from nemo_ee.certificates.validity import identify, valid_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader, TensorInfo, WeightSource, dtype_shares, numbers_by_dtype
 from nemo_ee.checkpoint.members import EXIT_WEIGHTS, LORA_WEIGHTS, MODEL_WEIGHTS, TOKENIZER_FOLDER
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
@@ -134,6 +135,16 @@ class EarlyExitSource:
         """Certificates for these weights, as plain values. They hold only if keys and values of skipped layers are
         computed as in `kv: carry`. Read them before anything is written, since they may be damaged."""
         return [certificate.to_mapping() for certificate in valid_certificates(self.path)]
+
+    @cached_property
+    def probes(self) -> dict[str, Any] | None:
+        """The content of the file of the exits' probes; None = there are none for these weights. Void ones cause a
+        warning. Read them before anything is written, since they may be damaged."""
+        stored = stored_probes(self.path)
+        problem = None if stored is None else stored.problem(identify(self.path))
+        if problem is not None:
+            logger.warning("%s: the probes are left out: %s", self.path, problem)
+        return None if stored is None or problem is not None else stored.values
 
     def generation_config(self, vocab_size: int) -> dict[str, Any]:
         """The values of generation_config.json for every exported directory: the original model's, else what

@@ -7,6 +7,7 @@ them run segment i in a step, each with the tokens that are pending since it las
 
     n_i ~ Binomial(B, p_i)
     t(policy) = sum_i E[(n_i > 0) start + halves_i c(n_i, 1 / p_i)] + E[exit_i(n_i)] + E[final(n)]
+    (with `criterion: probe` an exit is evaluated only at tokens that leave there)
     t(full) = start + halves c(B, 1) + final(B);    exits pay iff run * t(policy) <= emitted * t(full)
 
 c(n, m): seconds of a half layer on m rows of each of n sequences. A matrix product reads its weights once for all
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import OF_LOGITS, PROBE
 from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
 from nemo_ee.generation.policy import EvaluatedExit, ExitPlan
 from nemo_ee.generation.staged_forward import StagedForward, TokenInput
@@ -203,9 +204,11 @@ class CostRule:
             if exit.point.stop > depth:
                 policy += segment(exit.point.stop)
                 depth = exit.point.stop
-            points = table.exits[exit.point.name]
-            policy += _expected(count, going, partial(_between, points))
-            going = max(0.0, going - left.get(exit.point.name, 0) / num_run)
+            points, leaving = table.exits[exit.point.name], left.get(exit.point.name, 0) / num_run
+            # A probe costs next to nothing, and the head runs only for tokens that leave.
+            evaluated = leaving if plan.criterion == PROBE else going
+            policy += _expected(count, evaluated, partial(_between, points))
+            going = max(0.0, going - leaving)
         policy += segment(2 * num_layers)
         # A verification reads the pending tokens too, in one product.
         read = 1 / going if plan.verify and going else 1.0
@@ -348,7 +351,7 @@ class _Timer:
         hidden, positions = self._embedded(count, each)
         tap = self._model.run(hidden, positions, 0, stops[name], self._cache)
         self._drop()
-        return lambda: confidence(self._model.exit_logits(name, tap, positions, self._cache), CRITERIA[0]).tolist()
+        return lambda: confidence(self._model.exit_logits(name, tap, positions, self._cache), OF_LOGITS[0]).tolist()
 
 
 def unknown_cost_rule(rule: object) -> str:

@@ -10,12 +10,14 @@ k taps stop 2k-1, every other exit stop 2k.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import LongTensor, Tensor
+
+from nemo_ee.exits.probe import ExitProbe
 
 _CPU = torch.device("cpu")
 
@@ -135,11 +137,18 @@ def _groups(sequences: list[int], positions: list[int]) -> list[SequenceRows]:
 
 @dataclasses.dataclass(frozen=True)
 class ExitPoint:
-    """An exit as the engine sees it: its name, the number of layers below it, and its tap in half layers."""
+    """An exit as the engine sees it: its name, the number of layers below it, its tap in half layers, and the probe
+    of `criterion: probe`, if one was fitted."""
 
     name: str
     layer: int
     stop: int
+    probe: ExitProbe | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+def with_probes(exits: Iterable[ExitPoint], probes: Mapping[str, ExitProbe]) -> tuple[ExitPoint, ...]:
+    """The exits, those with a probe of their name with it."""
+    return tuple(dataclasses.replace(point, probe=probes.get(point.name)) for point in exits)
 
 
 class DecodingCache(Protocol):

@@ -16,8 +16,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import LongTensor, Tensor
 
-from nemo_ee.exits.confidence import confidence, leaves
+from nemo_ee.exits.confidence import exit_confidence, leaves
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
+from nemo_ee.generation.policy import missing_probes
 from nemo_ee.generation.sampling import GREEDY, SamplingParams, sample
 from nemo_ee.generation.teacher_forcing import TeacherForcedPass
 
@@ -130,7 +131,7 @@ class TracePass:
         criterion: criterion of the confidences.
 
     Raises:
-        ValueError: a name the model does not have.
+        ValueError: a name the model does not have, or an exit without the probe that the criterion needs.
     """
 
     def __init__(self, model: DecodingModel, exits: Collection[str] | None, criterion: str) -> None:
@@ -140,6 +141,8 @@ class TracePass:
             raise ValueError(f"exits {unknown} are not the model's; its exits are {', '.join(known) or 'none'}")
         self.model, self.criterion = model, criterion
         self.exits = tuple(point for point in model.exits if exits is None or point.name in exits)
+        for problem in missing_probes(criterion, self.exits):
+            raise ValueError(problem)
 
     @torch.inference_mode()
     def run(
@@ -173,26 +176,28 @@ class TracePass:
         for stop in text.run_to({*(point.stop for point in self.exits), 2 * self.model.num_layers}):
             for index, point in enumerate(self.exits):
                 if point.stop == stop:
-                    self._evaluate(point.name, index, text, batch, trace)
+                    self._evaluate(point, index, text, batch, trace)
         self._evaluate(None, len(self.exits), text, batch, trace)
         return trace
 
     def _evaluate(
-        self, name: str | None, index: int, text: TeacherForcedPass, batch: _Batch, trace: ExitTrace
+        self, point: ExitPoint | None, index: int, text: TeacherForcedPass, batch: _Batch, trace: ExitTrace
     ) -> None:
-        """Fill the column of one exit.
+        """Fill the column of one exit; None: the final exit.
 
         The first new token is the final exit's under every policy. Its row, the last of the prompt, is evaluated all
         the same, because an exit that attends needs its keys and values before the next row.
         """
+        name = None if point is None else point.name
         for rows, logits, tokens, logprobs in text.evaluate(name, list(batch.cells)):
             cells = [batch.cells[row] for row in rows]
             where = tuple(torch.tensor(cells).T)
             trace.logprobs[(*where, index)] = logprobs.float().cpu()
             own_tokens = batch.own_tokens(logits, cells)
             trace.own_tokens[(*where, index)] = own_tokens.int()
-            if name is not None:
-                trace.confidences[(*where, index)] = confidence(logits, self.criterion).cpu()
+            if point is not None:
+                value = exit_confidence(self.criterion, logits, text.hidden[list(rows)], point.probe)
+                trace.confidences[(*where, index)] = value.cpu()
                 trace.agrees[(*where, index)] = own_tokens == tokens.cpu()
 
 

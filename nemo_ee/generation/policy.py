@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from nemo_ee.exits.confidence import can_leave
-from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES
+from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES, PROBE
 from nemo_ee.generation.decoding_model import ExitPoint
 
 MODES = ("early_exit", "self_speculative", "static_depth", "full")
@@ -59,10 +59,10 @@ class ExitPolicy:
 
     Attributes:
         thresholds: one number for all exits, or exit name -> number for each active exit. A token leaves iff its
-            confidence is greater (entropy: less). `max_probability` and `margin`: 0..1, 1.0 never leaves; `entropy`:
-            nats from 0, which never leaves.
+            confidence is greater (entropy: less). `max_probability`, `margin` and `probe`: 0..1, 1.0 never leaves;
+            `entropy`: nats from 0, which never leaves.
         criterion: `max_probability`, `margin` or `entropy` of the exit's whole distribution (before temperature and
-            penalties), so that the decision never depends on the sampled token.
+            penalties), or `probe` of the hidden state, so that the decision never depends on the sampled token.
         active: names of the exits at which tokens may leave; None = all of the model's. Other exits cost nothing.
         max_pending_tokens: mode `early_exit`: largest number of a sequence's tokens that are pending; at the cap the
             next token runs to full depth, and the pending ones with it. None = no cap.
@@ -114,11 +114,13 @@ class ExitPolicy:
         An exit whose threshold no confidence can pass is left out: evaluating it would change nothing.
 
         Raises:
-            ValueError: with every name the model does not have and every active exit without a threshold.
+            ValueError: with every name the model does not have, and every active exit without a threshold or without
+                the probe that the criterion needs.
         """
         known = [point.name for point in exits]
         problems = self._unknown_names(known)
         active = known if self.active is None else self.active
+        problems += missing_probes(self.criterion, [point for point in exits if point.name in active])
         if isinstance(self.thresholds, dict):
             missing = [name for name in known if name in active and name not in self.thresholds]
             if missing:
@@ -167,6 +169,16 @@ class ExitPolicy:
 
     def _threshold(self, name: str) -> float:
         return float(self.thresholds[name] if isinstance(self.thresholds, dict) else self.thresholds)
+
+
+def missing_probes(criterion: str, exits: Iterable[ExitPoint]) -> Iterator[str]:
+    """The problem of exits without the probe that the criterion needs."""
+    without = [point.name for point in exits if point.probe is None]
+    if criterion == PROBE and without:
+        yield (
+            f"criterion = {PROBE!r}: {', '.join(without)} {'has' if len(without) == 1 else 'have'} no probe here; fit "
+            "probes with examples/megatron_gpt_early_exit_probe.py and export again, or use another criterion"
+        )
 
 
 def unknown_mode(mode: object) -> str:

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from nemo_ee.exits.probe import ExitProbe
 from nemo_ee.generation.decoding_model import ExitPoint
 
 
@@ -55,8 +56,12 @@ class Speculated(NamedTuple):
     verifications: list[tuple[int, int]]
 
 
-def passes(logits: Tensor, criterion: str, threshold: float) -> bool:
-    """Whether a token with these logits `[v]` leaves."""
+def passes(logits: Tensor, criterion: str, threshold: float, hidden: Tensor, probe: ExitProbe | None) -> bool:
+    """Whether a token with these logits `[v]` and this hidden state `[h]` at the exit's tap leaves."""
+    if criterion == "probe":
+        h, w = hidden.tolist(), probe.weight.tolist()
+        rms = math.sqrt(sum(x * x for x in h) / len(h))
+        return 1 / (1 + math.exp(-sum(a * b for a, b in zip(h, w, strict=True)) / rms - probe.bias)) > threshold
     p = logits.double().softmax(dim=0).tolist()
     first, second = sorted(p, reverse=True)[:2]
     if criterion == "max_probability":
@@ -94,7 +99,7 @@ def decode(
         for point in model.exits if may_exit else ():
             if point.name in thresholds:
                 row = model.logits(point.name, states)[-1]
-                if passes(row, criterion, thresholds[point.name]):
+                if passes(row, criterion, thresholds[point.name], states[point.stop][-1], point.probe):
                     exit, stop = point.name, point.stop
                     break
         row = model.logits(exit, states)[-1]
@@ -132,7 +137,7 @@ def speculate(
             # An exit at the end of the stack saves nothing, so it does not draft.
             if point.name in thresholds and point.stop < 2 * model.num_layers:
                 row = model.logits(point.name, states)[-1]
-                if passes(row, criterion, thresholds[point.name]):
+                if passes(row, criterion, thresholds[point.name], states[point.stop][-1], point.probe):
                     return int(row.argmax()), point.name
         return None
 

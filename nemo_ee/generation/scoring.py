@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_ee.exits.confidence import confidence, leaves
+from nemo_ee.exits.confidence import exit_confidence, leaves
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
 from nemo_ee.generation.policy import ExitPlan
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
@@ -117,7 +117,10 @@ class Scorer:
         name = None if point is None else point.name
         predictions: dict[int, _ExitPrediction] = {}
         for rows, logits, tokens, logprobs in text.evaluate(name, candidates):
-            columns = (confidence(logits, self.criterion), logprobs, logits.argmax(dim=1) == tokens)
+            value = exit_confidence(
+                self.criterion, logits, text.hidden[list(rows)], None if point is None else point.probe
+            )
+            columns = (value, logprobs, logits.argmax(dim=1) == tokens)
             passing = [True] * len(rows)
             if threshold is not None:
                 passing = leaves(columns[0], threshold, self.criterion).tolist()

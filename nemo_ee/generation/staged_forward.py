@@ -33,13 +33,14 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import SMALLER_IS_CONFIDENT
+from nemo_ee.exits.criteria import OF_LOGITS, PROBE, SMALLER_IS_CONFIDENT
 from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.hidden_batch import HiddenBatch, pick_rows
 from nemo_ee.generation.policy import ExitPlan
@@ -276,12 +277,15 @@ class StagedForward:
         undecided = [slot for slot in batch.positions if slot in may_exit]
         for point, thresholds in self._exits_at[stop]:
             slots = [slot for slot in undecided if slot in thresholds]
+            probed = self._probe(point, batch, [slot for slot in slots if self._plans[slot].criterion == PROBE])
+            # Where a probe decides, the head runs only for tokens that leave.
+            slots = [slot for slot in slots if slot not in probed or probed[slot] > thresholds[slot]]
             rows = [last_rows[slot] for slot in slots]
             self._write_exit_kv(point.name, batch, thresholds, rows)
             if not rows:
                 continue
             logits = self._logits(point.name, batch, rows)
-            confidences = self._confidence(logits, slots)
+            confidences = self._confidence(logits, slots, probed)
             for i, slot in enumerate(slots):
                 value, threshold = confidences[i], thresholds[slot]
                 if value < threshold if self._plans[slot].criterion in SMALLER_IS_CONFIDENT else value > threshold:
@@ -290,13 +294,27 @@ class StagedForward:
                     undecided.remove(slot)
         return outputs
 
-    def _confidence(self, logits: Tensor, slots: Sequence[int]) -> list[float]:
-        """The confidence of each row by the criterion of its slot's plan."""
+    def _probe(self, point: ExitPoint, batch: HiddenBatch, slots: Sequence[int]) -> dict[int, float]:
+        """Slot -> the confidence that the exit's probe has in its newest row."""
+        if not slots:
+            return {}
+        last_rows = batch.last_rows()
+        return dict(zip(slots, point.probe(batch.hidden[[last_rows[slot] for slot in slots]]).tolist(), strict=True))
+
+    def _confidence(
+        self, logits: Tensor, slots: Sequence[int], probed: Mapping[int, float] = MappingProxyType({})
+    ) -> list[float]:
+        """The confidence of each row by the criterion of its slot's plan. The final exit has no probe and reports
+        `max_probability` instead."""
+        if probed.keys() >= set(slots):
+            return [probed[slot] for slot in slots]
         criteria = [self._plans[slot].criterion for slot in slots]
-        if len(set(criteria)) == 1:
-            return confidence(logits, criteria[0]).tolist()
+        criteria = [OF_LOGITS[0] if criterion == PROBE else criterion for criterion in criteria]
         by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in dict.fromkeys(criteria)}
-        return [by_criterion[criterion][row] for row, criterion in enumerate(criteria)]
+        return [
+            probed.get(slot, by_criterion[criterion][row])
+            for row, (slot, criterion) in enumerate(zip(slots, criteria, strict=True))
+        ]
 
     def _write_exit_kv(
         self, name: str, batch: HiddenBatch, slots: Collection[int], evaluated: Collection[int]

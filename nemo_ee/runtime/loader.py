@@ -9,15 +9,18 @@ and those of an exit under `exits.<name>.`; query, key and value rows come one b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_ee.exits.criteria import PROBES_FILE
+from nemo_ee.exits.probe import ExitProbe, from_mapping
 from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV
 from nemo_ee.families.registry import tensors_of
 from nemo_ee.families.tensors import (
@@ -38,7 +41,7 @@ from nemo_ee.runtime.linear import Linear, make_linear
 from nemo_ee.runtime.model import HeadWeights, LayerWeights, MlpWeights, RuntimeModel, Weights
 from nemo_ee.runtime.norm import LayerNorm, Norm, make_rms_norm
 from nemo_ee.runtime.rotary_frequencies import pairs_together
-from nemo_ee.text.json_values import read_json_object
+from nemo_ee.text.json_values import JsonError, read_json_object
 from nemo_ee.text.tokenizer_directory import readable_tokenizer
 from nemo_ee.text.tokenizer_json import JsonTokenizer
 
@@ -87,8 +90,19 @@ def load_model(
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
         dtype = DTYPES[name]
+    probes = _probes(directory / PROBES_FILE, exported)
     with _opened(directory, exported) as source:
-        return model_of(exported, source, torch.device(device), dtype)
+        return model_of(exported, source, torch.device(device), dtype, probes=probes)
+
+
+def _probes(file: Path, exported: ExportedModel) -> dict[str, ExitProbe]:
+    """The exits' probes, where the directory has some."""
+    if not file.is_file():
+        return {}
+    try:
+        return from_mapping(read_json_object(file).get("probes"), exported.architecture.hidden_size)
+    except (JsonError, TypeError, ValueError) as problem:
+        raise ValueError(f"{file}: {problem}; export again") from None
 
 
 def model_of(
@@ -98,6 +112,7 @@ def model_of(
     dtype: torch.dtype = torch.float32,
     *,
     share: bool = False,
+    probes: Mapping[str, ExitProbe] = MappingProxyType({}),
 ) -> RuntimeModel:
     """A model over the tensors of a source.
 
@@ -105,11 +120,12 @@ def model_of(
         device: device of the model.
         dtype: to compute in.
         share: use the source's own storage for tensors that need no change; they must outlive the model.
+        probes: the exits' probes by name.
 
     Raises:
         ValueError: a tensor is missing or does not fit the description.
     """
-    return RuntimeModel(exported, _Reader(exported, source, device, dtype, share).weights(), dtype)
+    return RuntimeModel(exported, _Reader(exported, source, device, dtype, share).weights(), dtype, probes)
 
 
 def load_tokenizer(directory: str | Path) -> Any:

@@ -16,16 +16,18 @@ Shapes: n positions, h hidden, H query heads, K key-value heads, d their size, v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
+from nemo_ee.exits.probe import ExitProbe
+from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions, with_probes
 from nemo_ee.generation.kv_cache import KVCache, Placement
 from nemo_ee.generation.rotary import RotaryTable
 from nemo_ee.runtime.exported_model import ExportedModel
@@ -96,12 +98,18 @@ class RuntimeModel(DecodingModel):
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
     """
 
-    def __init__(self, config: ExportedModel, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ExportedModel,
+        weights: Weights,
+        dtype: torch.dtype,
+        probes: Mapping[str, ExitProbe] = MappingProxyType({}),
+    ) -> None:
         self.config, self.weights = config, weights
         architecture = self.architecture = config.architecture
         self.num_layers, self.vocab_size = architecture.num_layers, architecture.vocab_size
         self.max_positions = architecture.usable_positions
-        self.exits = tuple(exit.point for exit in config.exits)
+        self.exits = with_probes((exit.point for exit in config.exits), probes)
         self.device, self.dtype = weights.embedding.device, dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_ee.exits.confidence import confidence, leaves
+from nemo_ee.exits.confidence import exit_confidence, leaves
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.policy import EvaluatedExit, ExitPolicy
 from nemo_ee.runtime.model import RuntimeModel
@@ -84,10 +84,9 @@ class PropagatingBatch:
             hidden = self.model.run(hidden, positions, depth, point.stop, self.cache)
             depth = point.stop
             rows = torch.tensor(remaining)
-            at_exit = self.model.exit_logits(
-                point.name, hidden[rows.to(hidden.device)], positions.select(rows), self.cache
-            )
-            confidences = confidence(at_exit, self.criterion)
+            at_tap = hidden[rows.to(hidden.device)]
+            at_exit = self.model.exit_logits(point.name, at_tap, positions.select(rows), self.cache)
+            confidences = exit_confidence(self.criterion, at_exit, at_tap, point.probe)
             passes = [
                 point in thresholds[row] and bool(leaves(own, thresholds[row][point], self.criterion))
                 for row, own in zip(remaining, confidences, strict=True)

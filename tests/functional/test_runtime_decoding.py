@@ -21,7 +21,7 @@ from tests.helpers.megatron_models import REFERENCE_MODEL, exit_entry, user_envi
 
 import torch  # isort: skip  # after the CPU host is on
 from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import OF_LOGITS
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
@@ -87,7 +87,8 @@ def assert_same(ours: GenerationResult, theirs: GenerationResult) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "criterion"), [*((name, CRITERIA[0]) for name in TINY_MODELS), *(("llama", own) for own in CRITERIA[1:])]
+    ("name", "criterion"),
+    [*((name, OF_LOGITS[0]) for name in TINY_MODELS), *(("llama", own) for own in OF_LOGITS[1:])],
 )
 def test_tokens_and_exit_layers_are_the_nemo_model_s(name: str, criterion: str, pair) -> None:
     """A ragged batch, greedy and sampled, thresholds from never to nearly always, with a cap on waiting tokens."""

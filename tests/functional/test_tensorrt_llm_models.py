@@ -28,7 +28,7 @@ from tests.helpers.megatron_models import exit_entry
 import torch  # isort: skip  # after the CPU host is on
 
 from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import OF_LOGITS
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
@@ -287,7 +287,7 @@ def test_builder_options_and_classes_that_do_not_fit_are_refused(exported, stand
 
 @pytest.mark.parametrize(
     ("torch_stand_in", "criterion"),
-    [*(("1.2", one) for one in CRITERIA), ("1.4", "margin")],
+    [*(("1.2", one) for one in OF_LOGITS), ("1.4", "margin")],
     indirect=["torch_stand_in"],
 )
 @pytest.mark.parametrize("name", ENGINE_CLASSES)

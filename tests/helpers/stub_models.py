@@ -20,13 +20,23 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
+from nemo_ee.exits.probe import ExitProbe
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions, with_probes
 from nemo_ee.generation.kv_cache import KVCache
 
 
 def exit_points(*exits: tuple[str, int, int]) -> tuple[ExitPoint, ...]:
     """(name, layer, stop) triples as exit points, sorted by stop."""
     return tuple(sorted((ExitPoint(*exit) for exit in exits), key=lambda point: point.stop))
+
+
+def with_random_probes(model: TinyTransformer, seed: int) -> tuple[ExitPoint, ...]:
+    """The model's exits, each with a probe whose confidence spreads over 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(model.hidden_size, generator=generator) / math.sqrt(model.hidden_size) for _ in model.exits)
+    return with_probes(
+        model.exits, {point.name: ExitProbe(2 * own, 0.1) for point, own in zip(model.exits, weights, strict=True)}
+    )
 
 
 @dataclasses.dataclass

@@ -22,6 +22,7 @@ from pydantic import BeforeValidator, Field
 
 from nemo_ee.checkpoint.tokenizer_files import special_token_ids
 from nemo_ee.exits.config import ExitConfig
+from nemo_ee.exits.criteria import PROBES_FILE
 from nemo_ee.export.export_plan import OWN_KEYS_AND_VALUES, Artifact, ExportPlan, export
 from nemo_ee.export.export_settings import ExportSettings, refuse, unknown_exits
 from nemo_ee.export.huggingface.remote_code import auto_map, remote_code
@@ -198,6 +199,8 @@ def _artifact(
         block = {"exits": table, **threshold_block(exits, settings.thresholds, settings.criterion)}
         values = {"early_exit": block, "auto_map": auto_map()}
         files = {**remote_code(stock.family), **pytorch_files(stock.family)}
+        if source.probes is not None:
+            files[PROBES_FILE] = source.probes
     shards = sharded(readings(stock.architecture, model), dtype, settings.shard_gigabytes * 1e9)
     return Artifact(
         directory=f"hf_{kind}" if exit is None else f"hf_exit_{exit.name}",

@@ -14,7 +14,8 @@ Exactness: the rotation equals Megatron's bitwise; attention equals Megatron's w
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +25,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import LongTensor, Tensor
 from torch.nn.functional import linear
 
-from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
+from nemo_ee.exits.probe import ExitProbe
+from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions, with_probes
 from nemo_ee.generation.kv_cache import KVCache, Placement
 from nemo_ee.generation.rotary import RotaryTable, cos_sin, rotate
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
@@ -37,6 +39,7 @@ class MegatronDecodingModel(DecodingModel):
         model: the model, its weights loaded and in the dtype to decode in.
         one_of_many: the model is one of several stages, and this object runs that stage's own half layers and exits
             (`pipelined_decoding` joins the stages).
+        probes: the exits' probes by name.
 
     Attributes:
         num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`; exits are the stage's own.
@@ -46,7 +49,13 @@ class MegatronDecodingModel(DecodingModel):
         ValueError: the model cannot decode; one message with every reason and the way out.
     """
 
-    def __init__(self, model: EarlyExitGPTModel, *, one_of_many: bool = False) -> None:
+    def __init__(
+        self,
+        model: EarlyExitGPTModel,
+        *,
+        one_of_many: bool = False,
+        probes: Mapping[str, ExitProbe] = MappingProxyType({}),
+    ) -> None:
         problems = _problems(model, one_of_many)
         if problems:
             raise ValueError("the model cannot decode:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -57,7 +66,7 @@ class MegatronDecodingModel(DecodingModel):
         if model.position_embedding_type == "learned_absolute" and model.pre_process:
             self.max_positions = model.embedding.position_embeddings.num_embeddings
         points = (ExitPoint(exit.name, exit.layer, exit.stop) for exit in model.placement.exits)
-        self.exits = tuple(sorted(points, key=lambda point: point.stop))
+        self.exits = with_probes(sorted(points, key=lambda point: point.stop), probes)
         weight = next(model.decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._rotary = None

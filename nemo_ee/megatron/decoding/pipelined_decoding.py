@@ -24,14 +24,16 @@ layers also run beside the next token.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
 
 from nemo_ee.exits.placement import StagePlacement
+from nemo_ee.exits.probe import ExitProbe
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.kv_cache import KVCache
 from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
@@ -51,7 +53,11 @@ RUN_PENDING_AFTER = 8
 
 
 def open_decoding_model(
-    model: EarlyExitGPTModel, placements: Sequence[StagePlacement], *, timeout_minutes: float = 30.0
+    model: EarlyExitGPTModel,
+    placements: Sequence[StagePlacement],
+    *,
+    timeout_minutes: float = 30.0,
+    probes: Mapping[str, ExitProbe] = MappingProxyType({}),
 ) -> MegatronDecodingModel | PipelinedDecodingModel | DecodingStage:
     """Make a model ready to decode. Every rank must call it.
 
@@ -59,6 +65,7 @@ def open_decoding_model(
         model: this rank's stage, at full depth, its weights loaded and in the dtype to decode in.
         placements: placements of all stages.
         timeout_minutes: longest time to wait for a stage; then the run ends with an error.
+        probes: the exits' probes by name, for a single stage; several stages use none.
 
     Returns:
         On a single stage, and on the first of several, a model for `EarlyExitEngine`; on the others a `DecodingStage`,
@@ -68,7 +75,7 @@ def open_decoding_model(
         ValueError: a model that cannot decode, with every reason.
     """
     if len(placements) == 1:
-        return MegatronDecodingModel(model)
+        return MegatronDecodingModel(model, probes=probes)
     own = MegatronDecodingModel(model, one_of_many=True)
     lines = StageLines(timedelta(minutes=timeout_minutes))
     kind = DecodingStage if lines.stage else PipelinedDecodingModel

@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="transformers is the reference here")
 import torch
 
 from nemo_ee.exits.confidence import confidence, leaves
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import OF_LOGITS
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.loader import load_model
@@ -59,7 +59,7 @@ def quantiles(model, prompts, criterion: str, quantile: float) -> dict[str, floa
     return {name: torch.tensor(values).quantile(quantile).item() for name, values in seen.items()}
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", OF_LOGITS)
 def test_tokens_and_exits_are_the_naive_decoder_s(criterion: str, made) -> None:
     reference, folder, model = made
     used = set()

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ee.bridge.bridge_settings import BridgeTuneSettings
 from nemo_ee.calibration.calibration_request import CalibrationRequest
+from nemo_ee.calibration.probe_fitting import ProbeSettings
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.commands.generation_request import GenerationRequest
 from nemo_ee.evaluation.evaluation_settings import EvaluationSettings
@@ -35,6 +36,7 @@ MODELS = {
     "megatron_gpt_early_exit_eval": EvaluationSettings,
     "megatron_gpt_early_exit_generate": GenerationRequest,
     "megatron_gpt_early_exit_place": PlacementSettings,
+    "megatron_gpt_early_exit_probe": ProbeSettings,
     "megatron_gpt_early_exit_report": ReportSettings,
     "megatron_gpt_early_exit_serve": ServerSettings,
     "megatron_gpt_early_exit_sweep": TuneSettings,
@@ -157,7 +159,7 @@ def right(stem: str, tmp_path: Path) -> dict[str, Any]:
         values |= {"output": str(tmp_path / "placement.json")} if "output" in values else {}
     values |= {"layout": [1, 1, 1]} if "layout" in values else {}
     values |= {"model.data.data_prefix": ["a"]} if "model.data.data_prefix" in values else {}
-    if "calibrate" in stem:
+    if stem.endswith(("calibrate", "probe")):
         (tmp_path / "data.jsonl").write_text('{"prompt": "x"}')
         values["data"] = str(tmp_path / "data.jsonl")
     return values | ({"prompts": ["x"]} if "generate" in stem else {})
