@@ -55,6 +55,14 @@ def _read_data(file: Any, info: ValidationInfo) -> Any:
     return CalibrationData(tuple(entries), {"file": Path(file).name, "sha256": digest})
 
 
+# Its content is read at once; `max_document_bytes` must be a field before it.
+PromptFile = Annotated[
+    CalibrationData,
+    BeforeValidator(_read_data),
+    rule("the name of a .jsonl with prompts or documents, or of a text file"),
+]
+
+
 class CalibrationRequest(SamplingInput, ScriptInput):
     """conf/megatron_gpt_early_exit_calibrate.yaml, a field for each key.
 
@@ -66,11 +74,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
 
     max_document_bytes: Positive | None
     risk: Literal["disagreement", "nll_excess", "task"]
-    data: Annotated[
-        CalibrationData,
-        BeforeValidator(_read_data),
-        rule("the name of a .jsonl with prompts or documents, or of a text file"),
-    ]
+    data: PromptFile
     epsilon: Probability
     delta: Probability
     clip_nats: AboveZero

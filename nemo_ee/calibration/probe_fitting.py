@@ -21,7 +21,8 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_ee.calibration.calibration_prompts import make_prompts, read_entries
+from nemo_ee.calibration.calibration_prompts import make_prompts
+from nemo_ee.calibration.calibration_request import PromptFile
 from nemo_ee.commands.console import messages
 from nemo_ee.evaluation.report import format_table
 from nemo_ee.exits.confidence import confidence
@@ -41,12 +42,6 @@ _SHARE_TO_TEST = 4  # one prompt in so many
 _MAY_DISAGREE = 0.05
 
 
-def _exists(path: Path) -> Path:
-    if path.is_file():
-        return path
-    raise ValueError("is no file; give a .jsonl with prompts or documents, or a text file")
-
-
 def _is_new(path: Path) -> Path:
     if path.exists():
         raise ValueError("exists; give another name, or null to put the probes into the model")
@@ -56,14 +51,14 @@ def _is_new(path: Path) -> Path:
 
 
 class ProbeSettings(ScriptInput):
-    """conf/megatron_gpt_early_exit_probe.yaml, a field for each key."""
+    """conf/megatron_gpt_early_exit_probe.yaml, a field for each key; `data` is the content of the file."""
 
     headline: ClassVar = "no probe was fitted"
 
     checkpoint: ModelFile
     backbone: ModelFile | None
-    data: Annotated[FilePath, AfterValidator(_exists)]
     max_document_bytes: Positive | None
+    data: PromptFile
     prompt_tokens: Positive
     prompts_per_document: Positive
     num_prompts: Annotated[Positive | None, Field(ge=_SHARE_TO_TEST)]
@@ -113,9 +108,9 @@ def fit_probes(
         raise ValueError(
             f"{settings.checkpoint} has no exits; add some with examples/megatron_gpt_early_exit_convert.py"
         )
-    entries, digest = read_entries(settings.data, settings.max_document_bytes)
+    file = settings.data.facts["file"]
     prompts = make_prompts(
-        entries,
+        settings.data.entries,
         lambda text: prompt_ids(tokenizer, text),
         bos=tokenizer.bos_token_id if prompt_ids(tokenizer, "x")[:1] == [tokenizer.bos_token_id] else None,
         prompt_tokens=settings.prompt_tokens,
@@ -127,11 +122,13 @@ def fit_probes(
         facts={},
     ).ids
     if len(prompts) < _SHARE_TO_TEST:
-        raise ValueError(f"{settings.data} gives {len(prompts)} prompts; give at least {_SHARE_TO_TEST}")
+        raise ValueError(f"{file} gives {len(prompts)} prompts; give at least {_SHARE_TO_TEST}")
     measured = _measure(model, prompts, stop_tokens, settings)
     probes, rows = {}, []
     for name, (hidden, certain, agrees, prompt) in measured.items():
         tested = prompt % _SHARE_TO_TEST == 0
+        if not tested.any():
+            raise ValueError(f"the prompts of {file} that are kept to test have answers of one token; give more prompts")
         try:
             probe = probes[name] = fit_probe(hidden[~tested], agrees[~tested], settings.l2)
         except ValueError as problem:
@@ -150,8 +147,8 @@ def fit_probes(
             }
         )
     if not probes:
-        raise ValueError(f"no exit got a probe from {settings.data}; give more or other prompts, or tune the exits")
-    return FittedProbes(probes, rows, digest)
+        raise ValueError(f"no exit got a probe from {file}; give more or other prompts, or tune the exits")
+    return FittedProbes(probes, rows, settings.data.facts["sha256"])
 
 
 def leaving(confidences: Tensor, agrees: Tensor) -> tuple[float, float | None]:

@@ -122,11 +122,12 @@ def user_environment() -> dict[str, str]:
 
 @contextmanager
 def script_config(name: str, overrides: Sequence[str]) -> Iterator[Any]:
-    """conf/<name>.yaml with overrides, as Hydra gives it to the script."""
+    """conf/<name>.yaml with overrides, as Hydra gives it to the script; on the CPU, where the script has a trainer."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield compose(name, overrides=[*overrides, "trainer.accelerator=cpu"])
+        on_cpu = ["trainer.accelerator=cpu"] if "trainer" in compose(name) else []
+        yield compose(name, overrides=[*overrides, *on_cpu])
 
 
 def write_data(prefix: Path, documents: Sequence[Sequence[int]]) -> Path:
