@@ -39,7 +39,8 @@ class MegatronDecodingModel(DecodingModel):
             (`pipelined_decoding` joins the stages).
 
     Attributes:
-        num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`; exits are the stage's own.
+        num_layers, vocab_size, max_positions, exits, device, exits_with_kv: see `DecodingModel`; exits are the
+            stage's own.
         dtype: dtype of hidden states.
 
     Raises:
@@ -58,6 +59,7 @@ class MegatronDecodingModel(DecodingModel):
             self.max_positions = model.embedding.position_embeddings.num_embeddings
         points = (ExitPoint(exit.name, exit.layer, exit.stop) for exit in model.placement.exits)
         self.exits = tuple(sorted(points, key=lambda point: point.stop))
+        self.exits_with_kv = [exit.name for exit in model.placement.exits if exit.architecture == "layer"]
         weight = next(model.decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._rotary = None
