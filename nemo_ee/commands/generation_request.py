@@ -111,6 +111,13 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
             raise Sentence(problem)
         return cap
 
+    @field_validator("draft_rule")
+    @classmethod
+    def _goes_with_drafts(cls, rule: str, info: ValidationInfo) -> str:
+        if rule != "fixed" and info.data.get("mode", "self_speculative") != "self_speculative":
+            raise ValueError("has no effect in this mode; use fixed, or mode=self_speculative")
+        return rule
+
     @field_validator("given_prompts")
     @classmethod
     def _can_be_written_as_utf8(cls, prompts: tuple[str, ...] | None) -> tuple[str, ...] | None:

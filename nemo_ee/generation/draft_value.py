@@ -34,10 +34,11 @@ from nemo_ee.generation.policy import ExitPlan
 
 _EDGES = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.98)  # between the bins of a confidence
 _MIDDLES = tuple((low + high) / 2 for low, high in zip((0.0, *_EDGES), (*_EDGES, 1.0), strict=True))
-_PRIOR_DRAFTS, _PRIOR_TOKENS = 1.0, 3.0  # weight of the prior, in drafts of a bin and in tokens after a bin
+_PRIOR_DRAFTS, _PRIOR_TOKENS = 1.0, 1.5  # weight of the prior, in drafts of a bin and in tokens after a bin
 _CELLS = 12  # values of S above 0
 _MOST_DRAFTS = 8  # drafts that a plan looks ahead
 _FIRST_PLAN, _GROWTH = 8, 1.5  # verified tokens at the first plan from counts, and from one plan to the next
+_FIRST_TRIAL = 64  # verified tokens at the first trial; twice as many at each later one
 
 
 class DraftCosts(NamedTuple):
@@ -160,8 +161,8 @@ class DraftValue:
         self._tokens = [[list(hopeful if exit else [even] * len(bins)) for _ in bins] for exit in exits]
         self._evaluations: list[list[_Evaluation]] = []  # of each token since the last verification
         self._survival, self._cell = 1.0, _CELLS
-        self._may_evaluate = self._is_trial = False
-        self._num_verified, self._next_plan = 0, _FIRST_PLAN
+        self._may_evaluate = self._is_trial = self._trial_is_due = False
+        self._num_verified, self._next_plan, self._next_trial = 0, _FIRST_PLAN, _FIRST_TRIAL
         self._price = 0.0
         self._plan(length)
 
@@ -169,6 +170,7 @@ class DraftValue:
         """A new token runs."""
         self._evaluations.append([])
         self._may_evaluate = True
+        self._is_trial, self._trial_is_due = self._trial_is_due, False
 
     def evaluates(self, exit: str) -> bool:
         """Whether the newest token is evaluated at this exit, where it has not left before."""
@@ -207,12 +209,13 @@ class DraftValue:
                 for row in self._tokens[exit] if exit == 0 else [self._tokens[exit][before]]:
                     row[bin] += 1
         self._num_verified += len(tokens)
-        self._evaluations, self._survival, self._cell, self._is_trial = [], 1.0, _CELLS, False
+        self._evaluations, self._survival, self._cell = [], 1.0, _CELLS
         if self._num_verified >= self._next_plan:
             self._next_plan = max(self._next_plan + _FIRST_PLAN, int(self._next_plan * _GROWTH))
             self._plan(length)
-            # One token is evaluated whatever the decisions, because acceptance may change along a text.
-            self._is_trial = True
+        if self._num_verified >= self._next_trial:
+            # A token is evaluated whatever the decisions, because acceptance may change along a text.
+            self._trial_is_due, self._next_trial = True, 2 * self._next_trial
 
     def _plan(self, length: int) -> None:
         """Decide anew, by the counts."""
