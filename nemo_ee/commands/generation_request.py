@@ -153,6 +153,8 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
         ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
         if ranks > 1 and info.data.get("cost_rule") == "fallback":
             raise ValueError("cost_rule=fallback measures times on one rank; use cost_rule=none with several")
+        if ranks > 1 and info.data.get("draft_rule") == "value":
+            raise ValueError("draft_rule=value measures times on one rank; use draft_rule=fixed with several")
         return model
 
     @property

@@ -67,7 +67,8 @@ class EarlyExitEngine:
         cost_rule: `none`; `fallback`: a sequence whose exits do not save time stops evaluating them
             (`generation.cost_rule`), by a cost table that is measured when the first session with that number of
             slots starts; or a `CostRule` with a table. A session without an exit to evaluate uses no rule.
-        cost_tables: (number of slots, exits) -> a table measured before; those that are measured here are added.
+        cost_tables: (number of slots, exits) -> a table measured before; those that are measured here are added. The
+            rule and drafts by value (`generation.draft_value`, one slot) use them.
 
     Raises:
         ValueError: an unknown rule.
@@ -180,6 +181,8 @@ class EarlyExitEngine:
         evaluated = {exit.point.name for plan in plans for exit in plan.exits} | set(exits or ())
         rule = self._rule_for(evaluated, num_slots)
         alone = partial(self._table, names, 1)
+        if mode == "self_speculative" and policy is not None and policy.draft_rule == "value":
+            alone()  # not in the middle of other sequences' answers
         session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule, alone)
         for own, plan in zip(requests, plans, strict=False):
             session.admit(own, plan)

@@ -196,7 +196,9 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone():
     assert len({tuple(event.exit for event in own) for own in together}) == len(prompts), "they do differ"
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(repetition_penalty=1.3)], ids=["plain", "penalty"])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(repetition_penalty=1.3)], ids=["plain", "penalty"]
+)
 def test_with_exits_of_every_kind(sampling, monkeypatch):
     """A model with attention: a `layer` exit must write its keys and values where it is not evaluated, too."""
     monkeypatch.setattr(draft_value, "_MIDDLES", (0.9,) * 9)  # random weights are never confident
@@ -254,6 +256,8 @@ def test_costs_are_measured_when_they_are_needed(monkeypatch):
         assert measured == [(("a", "b"), 1)], "once, of one sequence"
         while not session.finished:
             session.step()
+    start(policy=VALUE, exits=["a"])
+    assert measured[1:] == [(("a",), 1)], "at the start, where the session's own policy needs them"
 
 
 def test_the_cost_rule_leaves_them_alone():
