@@ -36,6 +36,7 @@ _EDGES = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.98)  # between the bins of a c
 _MIDDLES = tuple((low + high) / 2 for low, high in zip((0.0, *_EDGES), (*_EDGES, 1.0), strict=True))
 _PRIOR_DRAFTS, _PRIOR_TOKENS = 1.0, 1.5  # weight of the prior, in drafts of a bin and in tokens after a bin
 _CELLS = 12  # values of S above 0
+_ROWS = 8  # rows of a verification that give the cost of one more
 _MOST_DRAFTS = 8  # drafts that a plan looks ahead
 _FIRST_PLAN, _GROWTH = 8, 1.5  # verified tokens at the first plan from counts, and from one plan to the next
 _FIRST_TRIAL = 64  # verified tokens at the first trial; twice as many at each later one
@@ -59,9 +60,10 @@ class DraftCosts(NamedTuple):
     @classmethod
     def of(cls, table: CostTable, plan: ExitPlan, num_layers: int, length: int) -> DraftCosts:
         """The costs of a sequence of this length, alone in its session."""
-        half, many = table.of_rows(1, length)(1), _MOST_DRAFTS
-        more = (table.of_rows(many, length)(1) - half) / (many - 1)
-        final, more_final = table.of_final(1), (table.of_final(many) - table.of_final(1)) / (many - 1)
+        half, final = table.of_rows(1, length)(1), table.of_final(1)
+        # Noise can make several rows quicker than one.
+        more = max(0.0, table.of_rows(_ROWS, length)(1) - half) / (_ROWS - 1)
+        more_final = max(0.0, table.of_final(_ROWS) - final) / (_ROWS - 1)
         stops, segments = [0, *(exit.point.stop for exit in plan.exits)], []
         for before, exit in zip(stops, plan.exits, strict=False):
             halves = exit.point.stop - before
