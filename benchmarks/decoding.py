@@ -13,6 +13,7 @@ turns. Texts and lengths are in benchmarks/decoding_workload.json. docs/benchmar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -56,7 +57,8 @@ BATCHES = (1, 4, 16, 64)
 DRAFT_COUNTS = ("drafted", "accepted", "num_verifications")
 # name -> target; None = only reported
 TARGETS: dict[str, float | None] = {
-    "runtime_over_hf": 3.0, "self_speculative_over_runtime": 1.3, "self_speculative_over_hf_assistant": None,
+    "runtime_over_hf": 3.0, "self_speculative_over_runtime": 2.0, "self_speculative_over_hf_assistant": None,
+    "self_speculative_over_runtime.over_bound": 0.9, "self_speculative_over_runtime.over_fixed": 1.0,
     "forced_speed_at_1pct": 1.2, "forced_speed_at_5pct": 1.5, "forced_over_bound": 0.85,
     **{f"batch{size}_early_exit_over_full": 0.98 for size in BATCHES}, "batch16_early_exit_over_full": 1.2,
     "pp2_early_exit_over_full": 1.1,
@@ -150,34 +152,56 @@ class Decoding:
         return found | _rates(name, seconds, length)
 
     def self_speculative(self) -> Numbers:
-        """Self-speculation against full depth and against transformers' own, each at its best setting."""
+        """Self-speculation by value and at the best fixed setting against full depth and transformers' own."""
         length, mode = self.work.new_tokens, "self_speculative"
-        policy, (layer, drafted) = self._best_drafts(), self._best_assistant()
+        fixed, by_value, (layer, drafted) = self._best_fixed_drafts(), self._best_by_value(), self._best_assistant()
         sides = {
             "full": lambda prompt: self.decode([prompt], length, mode="full"),
-            "drafted": lambda prompt: self.decode([prompt], length, mode=mode, policy=policy),
+            "drafted": lambda prompt: self.decode([prompt], length, mode=mode, policy=by_value),
+            "fixed": lambda prompt: self.decode([prompt], length, mode=mode, policy=fixed),
             "hf_assistant": lambda prompt: self._assisted(prompt, length, layer, drafted),
         }
         seconds, results = measure(sides, self.prompts(self.work.rounds))
-        tokens = {name: [[*own[0].tokens[0]] for own in results[name]] for name in ("full", "drafted")}
-        stats = [result.stats for result, _ in results["drafted"]]
-        drafts, accepted, checks = (sum(getattr(own, kind) for own in stats) for kind in DRAFT_COUNTS)
-        touched = {name: sum(own for _, own in results[name]) for name in ("full", "drafted")}
         name, other = "self_speculative_over_runtime", "self_speculative_over_hf_assistant"
-        found: Numbers = {name: median_of_ratios(seconds["full"], seconds["drafted"])}
+        found: Numbers = {}
+        for side, key in (("drafted", name), ("fixed", f"{name}.fixed")):
+            found |= self._against_full(key, side, seconds, results)
         found |= {
-            f"{name}.bound": touched["full"] / touched["drafted"],
-            f"{name}.acceptance": accepted / max(1, drafts),
-            f"{name}.accepted_per_check": accepted / max(1, checks),
-            f"{name}.same_tokens": same_tokens(tokens["drafted"], tokens["full"]),
-            f"{name}.policy": f"{_words(policy)}, at most {policy.num_draft_tokens} drafts",
+            f"{name}.over_fixed": median_of_ratios(seconds["fixed"], seconds["drafted"]),
+            f"{name}.exits": " ".join(by_value.active),
+            f"{name}.fixed.policy": f"{_words(fixed)}, at most {fixed.num_draft_tokens} drafts",
             other: median_of_ratios(seconds["hf_assistant"], seconds["drafted"]),
-            f"{other}.same_tokens": same_tokens(tokens["drafted"], results["hf_assistant"]),
+            f"{other}.same_tokens": same_tokens([[*own.tokens[0]] for own, _ in results["drafted"]],
+                                                results["hf_assistant"]),
             f"{other}.setting": f"assistant_early_exit={layer}, num_assistant_tokens={drafted}",
-        }
+        }  # fmt: skip
         return found | _rates(name, seconds, length)
 
-    def _best_drafts(self) -> ExitPolicy:
+    def _against_full(self, key: str, side: str, seconds: Numbers, results: Numbers) -> Numbers:
+        """Speed of one way to draft over full depth, and what explains it."""
+        tokens = {name: [[*own[0].tokens[0]] for own in results[name]] for name in ("full", side)}
+        stats = [result.stats for result, _ in results[side]]
+        drafts, accepted, checks = (sum(getattr(own, kind) for own in stats) for kind in DRAFT_COUNTS)
+        touched = {name: sum(own for _, own in results[name]) for name in ("full", side)}
+        speed, bound = median_of_ratios(seconds["full"], seconds[side]), touched["full"] / touched[side]
+        return {
+            key: speed, f"{key}.bound": bound, f"{key}.over_bound": speed / bound,
+            f"{key}.acceptance": accepted / max(1, drafts), f"{key}.accepted_per_check": accepted / max(1, checks),
+            f"{key}.same_tokens": same_tokens(tokens[side], tokens["full"]),
+        }  # fmt: skip
+
+    def _drafted(self, prompt: list[int], length: int, policy: ExitPolicy) -> Any:
+        return self.decode([prompt], length, mode="self_speculative", policy=policy)
+
+    def _best_by_value(self) -> ExitPolicy:
+        """The exits with the most tokens a second where drafts are chosen by value: one, or two of the best ones."""
+        singles = [ExitPolicy(1.0, active=(point.name,), draft_rule="value") for point in self.model.exits]
+        best = self._quickest(singles, self._drafted, num_prompts=2)[:6]
+        both = [(*one.active, *other.active) for one, other in itertools.combinations(best, 2)]
+        pairs = [dataclasses.replace(best[0], active=pair) for pair in both]
+        return self._quickest([*best, *pairs], self._drafted, num_prompts=len(self.work.tuning_prompts))[0]
+
+    def _best_fixed_drafts(self) -> ExitPolicy:
         """Exits, thresholds and longest draft with the most tokens a second: one exit, or two of the best ones."""
         singles = [
             ExitPolicy({point.name: threshold}, active=(point.name,), num_draft_tokens=cap)
@@ -187,16 +211,13 @@ class Decoding:
             if point.layer < self.model.num_layers
         ]
 
-        def drafted(prompt: list[int], length: int, own: ExitPolicy) -> Any:
-            return self.decode([prompt], length, mode="self_speculative", policy=own)
-
-        best = self._quickest(singles, drafted, num_prompts=1)[:8]
+        best = self._quickest(singles, self._drafted, num_prompts=1)[:8]
         pairs = [
             ExitPolicy(both, active=tuple(both), num_draft_tokens=max(one.num_draft_tokens, other.num_draft_tokens))
             for one, other in itertools.combinations(best, 2)
             if len(both := {**one.thresholds, **other.thresholds}) == 2
         ]
-        return self._quickest([*best, *pairs], drafted, num_prompts=len(self.work.tuning_prompts))[0]
+        return self._quickest([*best, *pairs], self._drafted, num_prompts=len(self.work.tuning_prompts))[0]
 
     def _best_assistant(self) -> tuple[int, int]:
         """Layer and length of the drafts with the most tokens a second."""
@@ -314,8 +335,7 @@ class Decoding:
         found: dict[str, Callable[[], Numbers]] = {"runtime_over_hf": self.runtime}
         found |= dict.fromkeys(("forced_speed_at_1pct", "forced_speed_at_5pct", "forced_over_bound"), self.forced)
         found |= {f"batch{size}_early_exit_over_full": lambda size=size: self.batch(size) for size in BATCHES}
-        speculative = ("self_speculative_over_runtime", "self_speculative_over_hf_assistant")
-        found |= dict.fromkeys(speculative, self.self_speculative)
+        found |= dict.fromkeys([name for name in TARGETS if name.startswith("self_")], self.self_speculative)
         return found | {"frontier": self.frontier, "pp2_early_exit_over_full": self.stages}
 
 

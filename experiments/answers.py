@@ -12,7 +12,8 @@ number of weights that full depth reads for them by those read here. The texts d
 bound on the same tokens (the report has that one).
 
 The same for self-speculation, whose answers are the full model's: the exit, threshold and draft length that read the
-fewest weights on the tuning prompts, which are not measured. There `reads` is the bound.
+fewest weights on the tuning prompts, which are not measured; and the same exit with drafts by value. There `reads` is
+the bound.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from nemo_ee.runtime.loader import load_model, load_tokenizer
 from nemo_ee.text.special_tokens import prompt_ids
 
 THRESHOLDS = (0.9, 0.8, 0.6, 0.4, 0.2)  # with 1.0, full depth, those of the paper
-FULL, SPECULATIVE = "full depth", "self-speculative"
+FULL, SPECULATIVE, BY_VALUE = "full depth", "self-speculative", "self-speculative by value"
 
 
 class Answers:
@@ -121,6 +122,8 @@ def speed(answers: Answers, tuning: int, measured: int) -> dict[str, Any]:
         policy = ExitPolicy(thresholds=threshold)
         sides[f"{threshold:g}"] = lambda prompt, own=policy: answers.decode([prompt], mode="early_exit", policy=own)
     sides[SPECULATIVE] = lambda prompt: answers.decode([prompt], mode="self_speculative", policy=drafts)
+    by_value = ExitPolicy(0.0, active=drafts.active, draft_rule="value")
+    sides[BY_VALUE] = lambda prompt: answers.decode([prompt], mode="self_speculative", policy=by_value)
     seconds, results = measure(sides, answers.prompts[tuning : tuning + measured])
     read = {name: sum(own for _, own in results[name]) for name in sides}
     found: dict[str, Any] = {
@@ -128,15 +131,17 @@ def speed(answers: Answers, tuning: int, measured: int) -> dict[str, Any]:
         for name in sides
         if name != FULL
     }
-    tokens = {name: [[*result.tokens[0]] for result, _ in results[name]] for name in (FULL, SPECULATIVE)}
-    stats = [result.stats for result, _ in results[SPECULATIVE]]
-    accepted = sum(own.accepted for own in stats)
-    found[SPECULATIVE] |= {
-        "same_answers": agreement(tokens[SPECULATIVE], tokens[FULL]),
-        "acceptance": accepted / max(1, sum(own.drafted for own in stats)),
-        "accepted_per_check": accepted / max(1, sum(own.num_verifications for own in stats)),
-        "policy": f"{drafts.active[0]} above {drafts.thresholds[drafts.active[0]]}, {drafts.num_draft_tokens} drafts",
-    }
+    tokens = {name: [[*result.tokens[0]] for result, _ in results[name]] for name in (FULL, SPECULATIVE, BY_VALUE)}
+    fixed = f"{drafts.active[0]} above {drafts.thresholds[drafts.active[0]]}, {drafts.num_draft_tokens} drafts"
+    for name, policy in ((SPECULATIVE, fixed), (BY_VALUE, f"{drafts.active[0]} by value")):
+        stats = [result.stats for result, _ in results[name]]
+        accepted = sum(own.accepted for own in stats)
+        found[name] |= {
+            "same_answers": agreement(tokens[name], tokens[FULL]),
+            "acceptance": accepted / max(1, sum(own.drafted for own in stats)),
+            "accepted_per_check": accepted / max(1, sum(own.num_verifications for own in stats)),
+            "policy": policy,
+        }
     found["full_depth_tokens_per_s"] = answers.new_tokens / statistics.median(seconds[FULL])
     return found
 
@@ -180,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows
     ]
     print(format_table([heading, *shown]))
-    print(f"{SPECULATIVE}: {json.dumps(result[SPECULATIVE])}")
+    for name in (SPECULATIVE, BY_VALUE):
+        print(f"{name}: {json.dumps(result[name])}")
     if options.json:
         write_json(options.json, result)
 

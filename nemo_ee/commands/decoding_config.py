@@ -14,7 +14,7 @@ from nemo_ee.commands.cost_table_file import CostTableFile, read_tables
 from nemo_ee.generation.cost_rule import COST_RULES
 from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine
-from nemo_ee.generation.policy import MODES, ExitPolicy
+from nemo_ee.generation.policy import DRAFT_RULES, MODES, ExitPolicy
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.settings.fields import AboveZero, Criterion, ExitNames, FilePath, Run, StoredModel
 from nemo_ee.settings.user_input import Natural, Sentence, UserInput, rule
@@ -43,14 +43,17 @@ class PolicyInput(UserInput):
     exits: ExitNames
     max_pending_tokens: Cap
     num_draft_tokens: Cap
+    draft_rule: Literal[DRAFT_RULES]
     cost_rule: Literal[COST_RULES]
     cost_table: FilePath | None
 
     @field_validator("cost_table")
     @classmethod
     def _goes_with_the_rule(cls, file: Path | None, info: ValidationInfo) -> Path | None:
-        if file is not None and info.data.get("cost_rule") == "none":
-            raise ValueError("has no effect with cost_rule=none; set cost_rule=fallback or leave it out")
+        if file is not None and (info.data.get("cost_rule"), info.data.get("draft_rule")) == ("none", "fixed"):
+            raise ValueError(
+                "has no effect with cost_rule=none and draft_rule=fixed; set cost_rule=fallback or leave it out"
+            )
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ValueError("cannot be written; give the name of a file in a folder that exists")
         if file is not None and file.exists():
@@ -73,6 +76,13 @@ class PolicyInput(UserInput):
             check_policy(threshold, criterion=info.data["criterion"])
         return threshold
 
+    @field_validator("draft_rule")
+    @classmethod
+    def _goes_with_the_confidence(cls, rule: str, info: ValidationInfo) -> str:
+        if "criterion" in info.data:
+            check_policy(0.0, criterion=info.data["criterion"], draft_rule=rule)
+        return rule
+
     @field_validator("exits")
     @classmethod
     def _are_named_once(cls, exits: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -83,7 +93,8 @@ class PolicyInput(UserInput):
     def policy(self) -> ExitPolicy:
         """Check the policy's parts together; a wrong criterion is reported in every mode."""
         caps = {key: getattr(self, key) for key in ("max_pending_tokens", "num_draft_tokens")}
-        return ExitPolicy(self.threshold, criterion=self.criterion, active=self.exits, **caps)
+        own = {"criterion": self.criterion, "active": self.exits, "draft_rule": self.draft_rule}
+        return ExitPolicy(self.threshold, **own, **caps)
 
 
 def check_policy(threshold: float | Mapping[str, float], **others: Any) -> None:

@@ -111,6 +111,13 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
             raise Sentence(problem)
         return cap
 
+    @field_validator("draft_rule")
+    @classmethod
+    def _goes_with_drafts(cls, rule: str, info: ValidationInfo) -> str:
+        if rule != "fixed" and info.data.get("mode", "self_speculative") != "self_speculative":
+            raise ValueError("has no effect in this mode; use fixed, or mode=self_speculative")
+        return rule
+
     @field_validator("given_prompts")
     @classmethod
     def _can_be_written_as_utf8(cls, prompts: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -146,6 +153,8 @@ class GenerationRequest(PolicyInput, SamplingInput, ScriptInput):
         ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
         if ranks > 1 and info.data.get("cost_rule") == "fallback":
             raise ValueError("cost_rule=fallback measures times on one rank; use cost_rule=none with several")
+        if ranks > 1 and info.data.get("draft_rule") == "value":
+            raise ValueError("draft_rule=value measures times on one rank; use draft_rule=fixed with several")
         return model
 
     @property

@@ -24,8 +24,9 @@ import torch
 from nemo_ee.evaluation.touched_weights import CountingModel, head_weights
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.exit_trace import ExitTrace, TracePass
+from nemo_ee.generation.forward_rows import TokenInput
 from nemo_ee.generation.policy import ExitPolicy, plan_exits
-from nemo_ee.generation.staged_forward import StagedForward, TokenInput
+from nemo_ee.generation.staged_forward import StagedForward
 from nemo_ee.planning.threshold_search import NEVER, Choice, DecodingCosts, ThresholdSearch
 from nemo_ee.runtime.model import RuntimeModel
 

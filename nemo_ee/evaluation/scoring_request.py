@@ -31,6 +31,7 @@ _OPEN = {
     "cost_rule": "none",
     "cost_table": None,
     "num_draft_tokens": None,
+    "draft_rule": "fixed",
 }
 
 

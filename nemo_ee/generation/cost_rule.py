@@ -33,8 +33,9 @@ from torch import Tensor
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.criteria import OF_LOGITS, PROBE
 from nemo_ee.generation.decoding_model import DecodingModel, TokenPositions
+from nemo_ee.generation.forward_rows import TokenInput
 from nemo_ee.generation.policy import EvaluatedExit, ExitPlan
-from nemo_ee.generation.staged_forward import StagedForward, TokenInput
+from nemo_ee.generation.staged_forward import StagedForward
 
 COST_RULES = ("none", "fallback")
 
@@ -88,6 +89,14 @@ class CostTable:
         points = [(count, _between(own, rows)) for count, own in self.half_layer]
         longer = self.attention * (context - self.context)
         return lambda sequences: max(0.0, _between(points, sequences) + longer * sequences)
+
+    def of_exit(self, name: str, sequences: float = 1) -> float:
+        """Seconds of evaluating an exit at one row of so many sequences."""
+        return _between(self.exits[name], sequences)
+
+    def of_final(self, rows: float) -> float:
+        """Seconds of evaluating the final exit at so many rows."""
+        return _between(self.final, rows)
 
     @classmethod
     def from_mapping(cls, stored: Mapping[str, Any]) -> CostTable:
@@ -204,16 +213,16 @@ class CostRule:
             if exit.point.stop > depth:
                 policy += segment(exit.point.stop)
                 depth = exit.point.stop
-            points, leaving = table.exits[exit.point.name], left.get(exit.point.name, 0) / num_run
+            leaving = left.get(exit.point.name, 0) / num_run
             # A probe costs next to nothing, and the head runs only for tokens that leave.
             evaluated = leaving if plan.criterion == PROBE else going
-            policy += _expected(count, evaluated, partial(_between, points))
+            policy += _expected(count, evaluated, partial(table.of_exit, exit.point.name))
             going = max(0.0, going - leaving)
         policy += segment(2 * num_layers)
         # A verification reads the pending tokens too, in one product.
         read = 1 / going if plan.verify and going else 1.0
-        policy += _expected(count, going, lambda n: _between(table.final, n * read))
-        full = table.start + 2 * num_layers * table.of_rows(1, length)(count) + _between(table.final, count)
+        policy += _expected(count, going, lambda n: table.of_final(n * read))
+        full = table.start + 2 * num_layers * table.of_rows(1, length)(count) + table.of_final(count)
         return num_run * policy <= emitted * full
 
 
@@ -248,7 +257,10 @@ def measure_costs(model: DecodingModel, exits: Sequence[str], num_sequences: int
     alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
     if model.run_pending_after is not None or not (alone or torch.distributed.get_world_size() == 1):
         # Ranks that share layers would each measure their own times, and decide differently.
-        raise ValueError("cost_rule = 'fallback' cannot time a model on several ranks; use 'none', or one rank")
+        raise ValueError(
+            "cost_rule = 'fallback' and draft_rule = 'value' cannot time a model on several ranks; use 'none' and "
+            "'fixed', or one rank"
+        )
     timer = _Timer(model, exits, num_sequences)
     counts = [*(1 << power for power in range((num_sequences - 1).bit_length())), num_sequences]
     rows = {count: timer.rows_of(count) for count in counts}

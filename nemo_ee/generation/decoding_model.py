@@ -10,7 +10,7 @@ k taps stop 2k-1, every other exit stop 2k.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -172,6 +172,8 @@ class DecodingModel(Protocol):
         run_pending_after: run a sequence's pending tokens through the deeper layers as soon as it has this many,
             instead of together with the next token that goes deeper. None = never. For models whose deeper layers are
             on other ranks, which then work while the first rank decodes on.
+        exits_with_kv: names of the exits that have keys and values of their own, which `write_exit_kv` writes; None =
+            any exit may. A forward pass does not halt at the others where nothing is evaluated.
     """
 
     num_layers: int
@@ -180,6 +182,7 @@ class DecodingModel(Protocol):
     exits: tuple[ExitPoint, ...]
     device: torch.device = _CPU
     run_pending_after: int | None = None
+    exits_with_kv: Collection[str] | None = None
 
     def new_cache(self, num_sequences: int, max_length: int, active_exits: tuple[str, ...]) -> DecodingCache:
         """Storage of keys and values for sequences 0..num_sequences-1 of at most max_length positions."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nemo_ee.generation.cost_rule import COST_RULES, CostRule, CostTable, measure_costs, unknown_cost_rule
 from nemo_ee.generation.decoding_model import DecodingModel
@@ -66,7 +67,8 @@ class EarlyExitEngine:
         cost_rule: `none`; `fallback`: a sequence whose exits do not save time stops evaluating them
             (`generation.cost_rule`), by a cost table that is measured when the first session with that number of
             slots starts; or a `CostRule` with a table. A session without an exit to evaluate uses no rule.
-        cost_tables: (number of slots, exits) -> a table measured before; those that are measured here are added.
+        cost_tables: (number of slots, exits) -> a table measured before; those that are measured here are added. The
+            rule and drafts by value (`generation.draft_value`, one slot) use them.
 
     Raises:
         ValueError: an unknown rule.
@@ -178,7 +180,10 @@ class EarlyExitEngine:
         num_slots = num_slots or len(requests)
         evaluated = {exit.point.name for plan in plans for exit in plan.exits} | set(exits or ())
         rule = self._rule_for(evaluated, num_slots)
-        session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule)
+        alone = partial(self._table, names, 1)
+        if mode == "self_speculative" and policy is not None and policy.draft_rule == "value":
+            alone()  # not in the middle of other sequences' answers
+        session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule, alone)
         for own, plan in zip(requests, plans, strict=False):
             session.admit(own, plan)
         return session
@@ -192,10 +197,14 @@ class EarlyExitEngine:
         if isinstance(rule, CostRule):
             raise_all(list(rule.problems(sorted(evaluated), num_slots)))
             return rule
-        key = (num_slots, tuple(sorted(evaluated)))
+        return CostRule(self._table(evaluated, num_slots))
+
+    def _table(self, exits: Collection[str], num_slots: int) -> CostTable:
+        """The cost table of these exits in a session with so many slots; measured where there is none yet."""
+        key = (num_slots, tuple(sorted(exits)))
         if key not in self._tables:
             self._tables[key] = measure_costs(self.model, key[1], num_slots)
-        return CostRule(self._tables[key])
+        return self._tables[key]
 
     def _room_problems(
         self, requests: Sequence[Request], exits: Sequence[str] | None, num_slots: int | None

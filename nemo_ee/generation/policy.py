@@ -12,13 +12,16 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 from nemo_ee.exits.confidence import can_leave
-from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES, PROBE
+from nemo_ee.exits.criteria import CRITERIA, NEVER_LEAVES, PROBE, SMALLER_IS_CONFIDENT
 from nemo_ee.generation.decoding_model import ExitPoint
 
 MODES = ("early_exit", "self_speculative", "static_depth", "full")
+DRAFT_RULES = ("fixed", "value")
 
 
 class EvaluatedExit(NamedTuple):
@@ -26,6 +29,18 @@ class EvaluatedExit(NamedTuple):
 
     point: ExitPoint
     threshold: float
+
+
+class LeavingRule(Protocol):
+    """Decides, beside the thresholds, where a sequence's newest token leaves."""
+
+    def evaluates(self, exit: str) -> bool:
+        """Whether the token is evaluated at this exit, where it has not left before; it may be called again."""
+        ...
+
+    def leaves(self, exit: str, confidence: float, logits: Tensor) -> bool:
+        """Whether the token leaves at this exit, whose threshold it passes. `logits`: `[v]`, the exit's."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,7 @@ class ExitPlan:
             depth. None = no cap. Drafts are pending tokens, so in mode `self_speculative` it is the longest draft.
         end: exit at which every token ends; nothing past it ever runs. None = the end of the stack.
         verify: a token that leaves early is only a draft, which the final exit verifies.
+        by_value: `generation.draft_value` decides where tokens leave, not the thresholds.
     """
 
     exits: tuple[EvaluatedExit, ...] = ()
@@ -46,6 +62,7 @@ class ExitPlan:
     max_pending_tokens: int | None = None
     end: ExitPoint | None = None
     verify: bool = False
+    by_value: bool = False
 
     @property
     def exit_names(self) -> tuple[str, ...]:
@@ -68,6 +85,8 @@ class ExitPolicy:
             next token runs to full depth, and the pending ones with it. None = no cap.
         num_draft_tokens: mode `self_speculative`: largest number of tokens that are drafted before they are verified.
             None = no cap.
+        draft_rule: mode `self_speculative`: `fixed`: tokens are drafted by the thresholds; `value`: where that gives
+            the most expected tokens per second, by measured costs and counted acceptance, whatever the thresholds.
 
     Mode `static_depth` reads every token from the one active exit and uses no threshold.
 
@@ -80,6 +99,7 @@ class ExitPolicy:
     active: tuple[str, ...] | None = None
     max_pending_tokens: int | None = None
     num_draft_tokens: int | None = None
+    draft_rule: str = "fixed"
 
     def __post_init__(self) -> None:
         if isinstance(self.thresholds, Mapping):
@@ -99,6 +119,13 @@ class ExitPolicy:
                 problem = _threshold_problem(value, self.criterion)
                 if problem:
                     yield f"threshold{f' of exit {name!r}' if name is not None else ''} = {value!r} {problem}"
+        if self.draft_rule not in DRAFT_RULES:
+            yield f"draft_rule = {self.draft_rule!r} is unknown, use one of {', '.join(DRAFT_RULES)}"
+        elif self.draft_rule == "value" and (self.criterion in SMALLER_IS_CONFIDENT or self.criterion == PROBE):
+            yield (
+                f"draft_rule = 'value' needs the head's confidence from 0 to 1, which criterion = {self.criterion!r} "
+                "is not; use max_probability"
+            )
         if isinstance(self.active, str):
             yield f"active = {self.active!r} must be a list of exit names, write [{self.active!r}]"
         elif self.active is not None and len(set(self.active)) < len(self.active):
@@ -206,12 +233,14 @@ def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint],
         raise ValueError(f"mode = {mode!r} needs a policy; pass ExitPolicy(thresholds=...) or use mode='full'")
     if mode == "static_depth":
         return ExitPlan(criterion=policy.criterion, end=policy.static_exit(exits))
-    evaluated = policy.evaluated_exits(exits)
+    by_value = mode == "self_speculative" and policy.draft_rule == "value"
+    # 0 is a threshold that any confidence may pass.
+    evaluated = (dataclasses.replace(policy, thresholds=0.0) if by_value else policy).evaluated_exits(exits)
     if mode == "early_exit":
         return ExitPlan(evaluated, policy.criterion, policy.max_pending_tokens)
     # A draft from the end of the stack would not be pending, so it would save nothing.
     evaluated = tuple(exit for exit in evaluated if exit.point.stop < 2 * num_layers)
-    return ExitPlan(evaluated, policy.criterion, policy.num_draft_tokens, verify=True)
+    return ExitPlan(evaluated, policy.criterion, policy.num_draft_tokens, verify=True, by_value=by_value)
 
 
 def unused_cap(mode: str, max_pending_tokens: int | None, num_draft_tokens: int | None) -> str | None:

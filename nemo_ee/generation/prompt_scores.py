@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nemo_ee.generation.forward_rows import ExitOutput
 from nemo_ee.generation.request import Request
-from nemo_ee.generation.staged_forward import ExitOutput
 from nemo_ee.generation.stats import Failure, PromptScores
 from nemo_ee.generation.teacher_forcing import LOGITS_PER_CALL
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from nemo_ee.generation.draft_value import DraftValue
+from nemo_ee.generation.forward_rows import TokenInput
 from nemo_ee.generation.policy import ExitPlan
 from nemo_ee.generation.prompt_scores import PromptScorer
 from nemo_ee.generation.request import Request
-from nemo_ee.generation.staged_forward import TokenInput
 from nemo_ee.generation.verification import Draft
 
 _LATER_PIECE = 512  # tokens of a prompt of which the first ones have run
@@ -28,6 +31,7 @@ class RunningSequence:
         left: exit name -> number of tokens that left there; None = the end of the stack.
         exits_pay: the cost rule's verdict; None = not decided.
         next_verdict: number of tokens after which the cost rule decides next.
+        value: chooses its drafts by value; None = they are chosen by the thresholds.
         scorer: scores the prompt while it runs; None = the prompt is not scored, or has run.
     """
 
@@ -43,6 +47,7 @@ class RunningSequence:
     left: dict[str | None, int] = field(default_factory=dict)
     exits_pay: bool | None = None
     next_verdict: int = 0
+    value: DraftValue | None = None
     scorer: PromptScorer | None = None
 
     def prompt_piece(self, room: int) -> TokenInput:
@@ -51,6 +56,18 @@ class RunningSequence:
         self.num_prompt_run = stop = min(start + room, len(prompt))
         scored = self.scorer is not None
         return TokenInput(start, prompt[start:stop], read_all=scored, read_none=not scored and stop < len(prompt))
+
+    def newest_token(self, allow_exit: bool) -> TokenInput:
+        """The newest token, to run."""
+        if self.value is not None:
+            self.value.start_token()
+        tokens = (self.answer[-1],)
+        return TokenInput(self.length - 1, tokens, allow_exit, read_all=self.plan.verify, rule=self.value)
+
+    def learn(self, logits: Tensor, accepted: Sequence[bool] = ()) -> None:
+        """Count for the choice of drafts what a verification showed, see `DraftValue.learn`."""
+        if self.value is not None:
+            self.value.learn(logits, accepted, self.length)
 
     @property
     def prompt_tokens_left(self) -> int:

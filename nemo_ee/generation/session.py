@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from nemo_ee.generation.cost_rule import CostRule
+from nemo_ee.generation.cost_rule import CostRule, CostTable
 from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel
+from nemo_ee.generation.draft_value import DraftValue
+from nemo_ee.generation.forward_rows import ExitOutput, TokenInput
 from nemo_ee.generation.policy import ExitPlan, ExitPolicy
 from nemo_ee.generation.prompt_scores import PromptScorer, most_likely, rows_per_step, token_logprobs
 from nemo_ee.generation.request import Request
 from nemo_ee.generation.running_sequence import RunningSequence, prompt_parts
 from nemo_ee.generation.sampling import Choice, choose
-from nemo_ee.generation.staged_forward import ExitOutput, StagedForward, TokenInput
+from nemo_ee.generation.staged_forward import StagedForward
 from nemo_ee.generation.stats import DecodingStats, Event, Failure, TokenEvent, exit_histogram, mean_depth
 from nemo_ee.generation.validation import plan_request, raise_all
 from nemo_ee.generation.verification import Draft, verify
@@ -38,6 +40,7 @@ class DecodingSession:
         num_slots: largest number of sequences at a time.
         max_length: largest number of tokens of a sequence, prompt included.
         cost_rule: when a sequence stops evaluating its exits; None = never.
+        draft_costs: gives the costs of a sequence alone, for drafts that are chosen by value.
 
     Attributes:
         cache: the model's cache; the sequences given to `start` have its first slots, in their order.
@@ -54,8 +57,9 @@ class DecodingSession:
         num_slots: int,
         max_length: int,
         cost_rule: CostRule | None = None,
+        draft_costs: Callable[[], CostTable] | None = None,
     ) -> None:
-        self._cost_rule, self._num_fallbacks = cost_rule, 0
+        self._cost_rule, self._num_fallbacks, self._draft_costs = cost_rule, 0, draft_costs
         self._model, self._mode, self._policy = model, mode, policy
         self._exits, self._max_length = tuple(point.name for point in model.exits if point.name in exits), max_length
         with torch.inference_mode():
@@ -124,6 +128,8 @@ class DecodingSession:
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
         self._running[index] = sequence = RunningSequence(index, slot, request, plan)
+        if plan.by_value and plan.exits:
+            sequence.value = DraftValue(self._draft_costs(), plan, self._model.num_layers, sequence.length)
         if request.prompt_logprobs is not None:
             sequence.scorer = PromptScorer(index, request)
         return index
@@ -189,8 +195,10 @@ class DecodingSession:
             sequence.has_begun = True
             if sequence.drafts and output.exit is None:
                 singles += self._verify(sequence, output, events)
-            else:
-                singles.append((sequence, output))
+                continue
+            if output.exit is None:
+                sequence.learn(output.logits)
+            singles.append((sequence, output))
         events += self._choose(singles)
         for event in events:
             if event.finish_reason is not None:
@@ -222,9 +230,8 @@ class DecodingSession:
     def _next_input(self, sequence: RunningSequence) -> TokenInput:
         """The tokens that the sequence runs next."""
         plan = sequence.plan
-        position = sequence.length - 1
         if sequence.must_verify:
-            return TokenInput(position, (), read_all=True)
+            return TokenInput(sequence.length - 1, (), read_all=True)
         cap = plan.max_pending_tokens
         allow_exit = bool(plan.exits) and self._exits_pay(sequence)
         allow_exit = allow_exit and (cap is None or self._forward.num_pending(sequence.slot) < cap)
@@ -232,13 +239,13 @@ class DecodingSession:
             request = sequence.request
             # The last token comes from the final exit: a draft of it would have to be verified at once.
             allow_exit = allow_exit and sequence.length + 1 < len(request.prompt) + request.max_new_tokens
-        return TokenInput(position, (sequence.answer[-1],), allow_exit, read_all=plan.verify)
+        return sequence.newest_token(allow_exit)
 
     def _exits_pay(self, sequence: RunningSequence) -> bool:
         """Whether the sequence evaluates its exits at the next token. The cost rule decides once, by its first
         tokens."""
         rule = self._cost_rule
-        if rule is None or sequence.exits_pay:
+        if rule is None or sequence.exits_pay or sequence.value is not None:
             return True
         if sequence.exits_pay is None:
             num_run = sum(sequence.left.values())
@@ -277,6 +284,7 @@ class DecodingSession:
         verified = list(verify(rows, drafts, params, first, sequence.previous(), num_prompt))
         logprobs = token_logprobs(rows[: len(verified)], [token for token, _ in verified])
         all_accepted = verified[-1][1]
+        sequence.learn(output.logits if all_accepted else rows[: len(verified)], [own for _, own in verified])
         if not all_accepted and output.logits.shape[0] > len(verified):
             # Row i is at position first - 1 + i. Drop what was computed for the rejected drafts.
             self._forward.truncate(sequence.slot, first - 1 + len(verified))

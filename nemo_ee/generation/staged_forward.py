@@ -30,11 +30,9 @@ computed twice. What was computed for a rejected draft is dropped: `truncate`.)
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,47 +40,11 @@ from torch import Tensor
 from nemo_ee.exits.confidence import confidence
 from nemo_ee.exits.criteria import OF_LOGITS, PROBE, SMALLER_IS_CONFIDENT
 from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel, ExitPoint, TokenPositions
+from nemo_ee.generation.forward_rows import ExitOutput, TokenInput
 from nemo_ee.generation.hidden_batch import HiddenBatch, pick_rows
-from nemo_ee.generation.policy import ExitPlan
+from nemo_ee.generation.policy import ExitPlan, LeavingRule
 from nemo_ee.generation.sampling import MinLengthMask
 from nemo_ee.generation.stats import FINAL
-
-
-class TokenInput(NamedTuple):
-    """New tokens of one sequence for one step.
-
-    Attributes:
-        position: position of the first token.
-        tokens: token ids; empty = only pending rows run.
-        allow_exit: evaluate exits at the newest token.
-        read_all: at the end read every row that arrives, not only the newest.
-        read_none: at the end read nothing: more of a prompt comes in the next step.
-    """
-
-    position: int
-    tokens: Sequence[int]
-    allow_exit: bool = False
-    read_all: bool = False
-    read_none: bool = False
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ExitOutput:
-    """The predictions of one exit after some rows of a sequence.
-
-    Attributes:
-        slot: slot of the sequence in the cache.
-        exit: name of the exit; None = the final exit.
-        layer: number of layers below it.
-        confidence: confidence of each row, by the plan's criterion.
-        logits: `[m, v]`, fp32; m = 1 except with `TokenInput.read_all`.
-    """
-
-    slot: int
-    exit: str | None
-    layer: int
-    confidence: Sequence[float]
-    logits: Tensor
 
 
 class StagedForward:
@@ -204,10 +166,12 @@ class StagedForward:
         """
         if read_ends and self.model.run_pending_after is not None:
             self._run_pending_ahead(inputs, self.model.run_pending_after)
-        may_exit = {slot for slot, own in inputs.items() if own.allow_exit}
+        may_exit = {slot: own.rule for slot, own in inputs.items() if own.allow_exit}
         running, outputs, depth = set(inputs), [], 0
         batch = self._embed(inputs)
         for stop in self._stops:
+            if self._runs_through(stop, running, may_exit):
+                continue
             batch = self._join_pending(batch, depth, running)
             if batch is not None:
                 batch = self._run(batch, depth, stop)
@@ -227,6 +191,18 @@ class StagedForward:
             depth = stop
         outputs.sort(key=lambda output: output.slot)
         return outputs
+
+    def _runs_through(self, stop: int, running: set[int], may_exit: Mapping[int, LeavingRule | None]) -> bool:
+        """Whether nothing happens at this stop: no row joins or ends, no exit is evaluated or writes keys."""
+        writing, ends = self.model.exits_with_kv, map(self._end_stop, running)
+        if writing is None or stop in ends or not running.isdisjoint(self._pending.get(stop, ())):
+            return False
+        for point, thresholds in self._exits_at.get(stop, ()):
+            for slot in running.intersection(thresholds):
+                rule = may_exit.get(slot)
+                if point.name in writing or (slot in may_exit and (rule is None or rule.evaluates(point.name))):
+                    return False
+        return True
 
     def _embed(self, inputs: Mapping[int, TokenInput]) -> HiddenBatch | None:
         """The new tokens at depth 0; None without any."""
@@ -261,7 +237,9 @@ class StagedForward:
         self.computed_half_layers += len(rows) * (stop - depth)
         return HiddenBatch(batch.positions, self.model.run(batch.hidden, rows, depth, stop, self.cache), rows)
 
-    def _evaluate_exits(self, batch: HiddenBatch, stop: int, may_exit: Collection[int]) -> list[ExitOutput]:
+    def _evaluate_exits(
+        self, batch: HiddenBatch, stop: int, may_exit: Mapping[int, LeavingRule | None]
+    ) -> list[ExitOutput]:
         """Evaluate the exits at this stop at the newest row of the sequences in `may_exit`.
 
         Every row has just reached the stop, so an exit's keys and values are written once for each row of the
@@ -277,6 +255,7 @@ class StagedForward:
         undecided = [slot for slot in batch.positions if slot in may_exit]
         for point, thresholds in self._exits_at[stop]:
             slots = [slot for slot in undecided if slot in thresholds]
+            slots = [slot for slot in slots if may_exit[slot] is None or may_exit[slot].evaluates(point.name)]
             probed = self._probe(point, batch, [slot for slot in slots if self._plans[slot].criterion == PROBE])
             # Where a probe decides, the head runs only for tokens that leave.
             slots = [slot for slot in slots if slot not in probed or probed[slot] > thresholds[slot]]
@@ -287,8 +266,10 @@ class StagedForward:
             logits = self._logits(point.name, batch, rows)
             confidences = self._confidence(logits, slots, probed)
             for i, slot in enumerate(slots):
-                value, threshold = confidences[i], thresholds[slot]
-                if value < threshold if self._plans[slot].criterion in SMALLER_IS_CONFIDENT else value > threshold:
+                value, threshold, rule = confidences[i], thresholds[slot], may_exit[slot]
+                smaller = self._plans[slot].criterion in SMALLER_IS_CONFIDENT
+                passes = value < threshold if smaller else value > threshold
+                if passes and (rule is None or rule.leaves(point.name, value, logits[i])):
                     row = slice(i, i + 1)
                     outputs.append(ExitOutput(slot, point.name, point.layer, confidences[row], logits[row]))
                     undecided.remove(slot)

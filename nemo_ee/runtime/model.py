@@ -95,7 +95,7 @@ class RuntimeModel(DecodingModel):
 
     Attributes:
         config: sizes, family and exits; `architecture`: without the exits.
-        num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`.
+        num_layers, vocab_size, max_positions, exits, device, exits_with_kv: see `DecodingModel`.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class RuntimeModel(DecodingModel):
         self.num_layers, self.vocab_size = architecture.num_layers, architecture.vocab_size
         self.max_positions = architecture.usable_positions
         self.exits = with_probes((exit.point for exit in config.exits), probes)
+        self.exits_with_kv = [name for name, head in weights.heads.items() if head.layer is not None]
         self.device, self.dtype = weights.embedding.device, dtype
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None

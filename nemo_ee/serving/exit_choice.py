@@ -16,13 +16,13 @@ from nemo_ee.serving.protocol import EarlyExit
 from nemo_ee.serving.request_certificates import requested_certificate
 from nemo_ee.settings.user_input import shortened
 
-_CAPS = ("max_pending_tokens", "num_draft_tokens")
+_OTHERS = ("max_pending_tokens", "num_draft_tokens", "draft_rule")
 # Options each mode ignores. Passing one is an error, so that users do not think it had an effect.
 _UNUSED = {
-    "full": ("threshold", "certificate", "exits", *_CAPS),
-    "static_depth": ("threshold", "certificate", *_CAPS),
+    "full": ("threshold", "certificate", "exits", *_OTHERS),
+    "static_depth": ("threshold", "certificate", *_OTHERS),
     "self_speculative": ("certificate", "max_pending_tokens"),
-    "early_exit": ("num_draft_tokens",),
+    "early_exit": ("num_draft_tokens", "draft_rule"),
 }
 
 
@@ -68,7 +68,7 @@ def exit_choice(
             0.0 if "threshold" in _UNUSED[mode] else keys.get("threshold", default.policy.thresholds),
             criterion=keys.get("criterion", default.policy.criterion),
             active=keys.get("exits", default.policy.active),
-            **{cap: keys.get(cap, getattr(default.policy, cap)) for cap in _CAPS},
+            **{key: keys.get(key, getattr(default.policy, key)) for key in _OTHERS if key not in _UNUSED[mode]},
         )
         plan_exits(mode, policy, model.exits, model.num_layers)
     except ValueError as problem:
@@ -81,7 +81,7 @@ def _problems(keys: Mapping[str, Any], mode: str, known: Sequence[str]) -> Itera
     if unused:
         yield f"early_exit: mode {mode!r} does not use {', '.join(unused)}; leave that out or use another mode"
     if "certificate" in keys:
-        other = [key for key in ("threshold", "exits", "criterion", *_CAPS) if key in keys]
+        other = [key for key in ("threshold", "exits", "criterion", *_OTHERS) if key in keys]
         if other:
             yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate sets all of them"
     for key in ("exits", "threshold"):

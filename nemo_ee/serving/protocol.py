@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests of OpenAI's completions and chat completions as pydantic models, with early exit as one more field.
 
-    early_exit: {mode, threshold | certificate, exits, criterion, max_pending_tokens, num_draft_tokens}
+    early_exit: {mode, threshold | certificate, exits, criterion, max_pending_tokens, num_draft_tokens,
+        draft_rule}
 
 A field's type has its limits and its description; errors and the published schema are made from them. Every problem of
 a request is reported at once. Unsupported fields are refused (`other_fields.py`).
@@ -20,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, create_model, field_validator
 
 from nemo_ee.exits.criteria import CRITERIA
-from nemo_ee.generation.policy import MODES
+from nemo_ee.generation.policy import DRAFT_RULES, MODES
 from nemo_ee.generation.sampling import SamplingParams
 from nemo_ee.serving.errors import ApiError
 from nemo_ee.serving.messages import Conversation, Messages, Tools
@@ -72,6 +73,9 @@ class EarlyExit(RequestFields):
     )
     num_draft_tokens: Natural | None = Field(
         None, description="mode self_speculative: tokens drafted before they are verified"
+    )
+    draft_rule: Literal[DRAFT_RULES] | None = Field(
+        None, description="mode self_speculative: drafts by the thresholds (fixed) or by expected time (value)"
     )
 
 

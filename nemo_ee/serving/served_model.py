@@ -224,6 +224,7 @@ class ServedModel:
                     "exits": None if default.policy.active is None else list(default.policy.active),
                     "max_pending_tokens": default.policy.max_pending_tokens,
                     "num_draft_tokens": default.policy.num_draft_tokens,
+                    "draft_rule": default.policy.draft_rule,
                 },
             },
         }

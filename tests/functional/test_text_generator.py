@@ -33,7 +33,7 @@ def scripted(**changes: Any):
         **{
             "mode": "early_exit", "threshold": 0.5, "criterion": "max_probability", "exits": None,
             "max_pending_tokens": None, "num_draft_tokens": None, "cost_rule": "none", "cost_table": None,
-            "greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
+            "draft_rule": "fixed", "greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0,
             "repetition_penalty": 1.0, "end_strings": (), "min_tokens_to_generate": 0, "tokens_to_generate": 6,
             "add_BOS": None, "stop_on_eos": True, "batch_size": 2, **changes,
         }

@@ -42,7 +42,8 @@ class MegatronDecodingModel(DecodingModel):
         probes: the exits' probes by name.
 
     Attributes:
-        num_layers, vocab_size, max_positions, exits, device: see `DecodingModel`; exits are the stage's own.
+        num_layers, vocab_size, max_positions, exits, device, exits_with_kv: see `DecodingModel`; exits are the
+            stage's own.
         dtype: dtype of hidden states.
 
     Raises:
@@ -67,6 +68,7 @@ class MegatronDecodingModel(DecodingModel):
             self.max_positions = model.embedding.position_embeddings.num_embeddings
         points = (ExitPoint(exit.name, exit.layer, exit.stop) for exit in model.placement.exits)
         self.exits = with_probes(sorted(points, key=lambda point: point.stop), probes)
+        self.exits_with_kv = [exit.name for exit in model.placement.exits if exit.architecture == "layer"]
         weight = next(model.decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._rotary = None

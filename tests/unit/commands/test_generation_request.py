@@ -75,7 +75,25 @@ def test_thresholds_and_exits_reach_the_policy(tmp_path):
         ({"tokens_to_generate": 2.5}, ["tokens_to_generate=2.5"]),
         ({"min_tokens_to_generate": 65}, ["min_tokens_to_generate=65 is more than tokens_to_generate=64"]),
         ({"cost_rule": "maybe"}, ["cost_rule='maybe'", "none, fallback"]),
-        ({"cost_table": "costs.json"}, ["cost_table=", "no effect with cost_rule=none; set cost_rule=fallback"]),
+        ({"cost_table": "costs.json"}, ["cost_table=", "no effect with cost_rule=none and draft_rule=fixed"]),
+        ({"draft_rule": "worth"}, ["draft_rule='worth'", "fixed, value"]),
+        (
+            {"draft_rule": "value"},
+            ["draft_rule='value'", "no effect in this mode; use fixed, or mode="],
+        ),
+        (
+            {"mode": "self_speculative", "draft_rule": "value", "criterion": "entropy", "threshold": 1.0},
+            ["draft_rule = 'value' needs the head's confidence from 0 to 1"],
+        ),
+        (
+            {
+                "mode": "self_speculative",
+                "draft_rule": "value",
+                "trainer__devices": 2,
+                "model__tensor_model_parallel_size": 2,
+            },
+            ["draft_rule=value", "use draft_rule=fixed"],
+        ),
         ({"cost_rule": "fallback", "cost_table": "no/costs.json"}, ["cost_table=", "a file in a folder that exists"]),
         (
             {"cost_rule": "fallback", "trainer__devices": 2, "model__tensor_model_parallel_size": 2},

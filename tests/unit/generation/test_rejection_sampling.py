@@ -18,8 +18,9 @@ from collections import defaultdict
 import pytest
 import torch
 
+from nemo_ee.generation import draft_value, verification
 from nemo_ee.generation import sampling as sampling_module
-from nemo_ee.generation import verification
+from nemo_ee.generation.cost_rule import CostTable
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.request import Request
@@ -101,12 +102,17 @@ class Model(ScriptedModel):
         return logits
 
 
+# A half layer takes 1 s, and evaluations nothing.
+COSTS = CostTable(1, ((1, ((1, 1.0), (8, 1.0))),), dict.fromkeys("ab", ((1, 0.0),)), ((1, 0.0), (8, 0.0)))
+
+
 def enumerate_outputs(numbers, request, policy, mode="self_speculative"):
     """Probability of every output, and how many paths there were."""
     outputs, count = defaultdict(float), 0
     while True:
         numbers.start()
-        session = EarlyExitEngine(Model()).start([request], mode=mode, policy=policy)
+        tables = {(1, ("a", "b")): COSTS}
+        session = EarlyExitEngine(Model(), cost_tables=tables).start([request], mode=mode, policy=policy)
         tokens = []
         while not session.finished:
             tokens += [event.token for event in session.step()]
@@ -167,6 +173,53 @@ def test_the_output_has_the_full_models_distribution(numbers, shape, policy):
     expected = expected_outputs(request)
     assert_equal(found, expected)
     assert num_paths > len(expected), "nothing was ever drafted and rejected"
+
+
+@pytest.fixture
+def quick_learner(monkeypatch):
+    """Drafts by value that decide anew after every verified token, by counts with hardly a prior."""
+    for name, value in {"_FIRST_PLAN": 1, "_FIRST_TRIAL": 2, "_PRIOR_DRAFTS": 0.05, "_PRIOR_TOKENS": 0.05}.items():
+        monkeypatch.setattr(draft_value, name, value)
+
+
+BY_VALUE = ExitPolicy(1.0, draft_rule="value")
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5]], ids=str)
+def test_with_drafts_by_value_too(numbers, quick_learner, shape):
+    request = Request((1,), 5, SamplingParams(greedy=False, **shape))
+    found, num_paths = enumerate_outputs(numbers, request, BY_VALUE)
+    expected = expected_outputs(request)
+    assert_equal(found, expected)
+    assert num_paths > len(expected), "nothing was ever drafted and rejected"
+
+
+def test_learning_from_what_follows_a_rejected_draft_would_show(numbers, monkeypatch):
+    """The control: those drafts used random numbers that are used again, which decisions must not depend on."""
+
+    class Careless(draft_value.DraftValue):
+        goes_on = True
+
+        def evaluates(self, exit):
+            return exit == "a" and self.goes_on
+
+        def leaves(self, exit, confidence, logits):
+            super().leaves(exit, confidence, logits)
+            return True
+
+        def learn(self, logits, accepted, length):
+            dropped = self._evaluations[len(accepted) :]
+            self._evaluations = []
+            if careless and len(dropped) > 1 and dropped[1]:
+                self.goes_on = int(dropped[1][0].logits.argmax()) == 0
+
+    monkeypatch.setattr("nemo_ee.generation.session.DraftValue", Careless)
+    request = Request((1,), 5, SamplingParams(greedy=False))
+    careless = False
+    assert_equal(enumerate_outputs(numbers, request, BY_VALUE)[0], expected_outputs(request))
+    careless = True
+    with pytest.raises(AssertionError):
+        assert_equal(enumerate_outputs(numbers, request, BY_VALUE)[0], expected_outputs(request))
 
 
 def test_with_stop_tokens_too(numbers):

@@ -14,8 +14,8 @@ import torch
 
 from nemo_ee.generation.decoding_model import TokenPositions
 from nemo_ee.generation.engine import EarlyExitEngine, Request
+from nemo_ee.generation.forward_rows import TokenInput
 from nemo_ee.generation.policy import ExitPolicy
-from nemo_ee.generation.staged_forward import TokenInput
 from tests.helpers.stub_models import ScriptedModel, exit_points
 
 LAYERS = 6
