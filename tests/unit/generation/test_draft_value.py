@@ -284,8 +284,8 @@ def test_counts_ignore_what_follows_a_rejected_draft():
     ("changes", "words"),
     [
         ({"draft_rule": "worth"}, "draft_rule = 'worth' is unknown, use one of fixed, value"),
-        ({"draft_rule": "value", "criterion": "entropy"}, "needs the head's confidence .*criterion = 'entropy' is not"),
-        ({"draft_rule": "value", "criterion": "probe"}, "needs the head's confidence .*criterion = 'probe' is not"),
+        ({"draft_rule": "value", "criterion": "entropy"}, "needs the head's confidence .*'entropy' is not"),
+        ({"draft_rule": "value", "criterion": "probe"}, "needs the head's confidence .*'probe' is not"),
     ],
 )
 def test_problems_of_the_setting(changes, words):
