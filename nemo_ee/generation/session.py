@@ -281,8 +281,8 @@ class DecodingSession:
             # Row i is at position first - 1 + i. Drop what was computed for the rejected drafts.
             self._forward.truncate(sequence.slot, first - 1 + len(verified))
         for row, ((token, accepted), draft) in enumerate(zip(verified, drafts, strict=False)):
-            source = draft if accepted else None
-            events += self._events(sequence, token, logprobs[row], output, row, source)
+            sources = (draft, None) if accepted else (None, draft.exit)
+            events += self._events(sequence, token, logprobs[row], output, row, *sources)
             if isinstance(events[-1], Failure):
                 return []
             self._accepted += accepted
@@ -313,9 +313,16 @@ class DecodingSession:
         return events
 
     def _events(
-        self, sequence: RunningSequence, token: int, logprob: float, output: ExitOutput, row: int, draft: Draft | None
+        self,
+        sequence: RunningSequence,
+        token: int,
+        logprob: float,
+        output: ExitOutput,
+        row: int,
+        draft: Draft | None,
+        rejected: str | None = None,
     ) -> list[TokenEvent | Failure]:
-        """Record a final token. `draft`: the accepted draft, if it was one."""
+        """Record a final token. `draft`: the accepted draft, if it was one; `rejected`: see `TokenEvent`."""
         position = sequence.length
         if math.isnan(logprob):
             return [Failure.of_logits(sequence.index, position, output.exit)]
@@ -336,6 +343,7 @@ class DecodingSession:
             logprob=logprob,
             finish_reason=finish_reason,
             top=most_likely(output.logits[row], sequence.request.num_top),
+            rejected=rejected,
         )
         return [event, *failures]
 

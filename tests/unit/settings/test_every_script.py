@@ -20,6 +20,7 @@ from nemo_ee.bridge.bridge_settings import BridgeTuneSettings
 from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.commands.generation_request import GenerationRequest
+from nemo_ee.commands.on_policy_settings import OnPolicySettings
 from nemo_ee.evaluation.evaluation_settings import EvaluationSettings
 from nemo_ee.evaluation.text_settings import PlacementSettings, ReportSettings
 from nemo_ee.models.tune_settings import TuneSettings
@@ -34,6 +35,7 @@ MODELS = {
     "megatron_gpt_early_exit_convert": ConvertSettings,
     "megatron_gpt_early_exit_eval": EvaluationSettings,
     "megatron_gpt_early_exit_generate": GenerationRequest,
+    "megatron_gpt_early_exit_on_policy": OnPolicySettings,
     "megatron_gpt_early_exit_place": PlacementSettings,
     "megatron_gpt_early_exit_report": ReportSettings,
     "megatron_gpt_early_exit_serve": ServerSettings,
