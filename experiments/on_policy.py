@@ -6,15 +6,16 @@
     python experiments/on_policy.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --documents data/english.jsonl.gz \
         --output outputs/on-policy
 
-    questions of the model   -> prompts, some held out
-    documents                -> offline distillation from the final exit         \
-    its own sampled answers  -> the same                                          > exits -> held-out prompts,
-    its drafts and verdicts  -> examples/megatron_gpt_early_exit_on_policy.py    /           self-speculation
+    the model writes questions -> prompts, some held out
+    documents:   offline distillation from the final exit
+    own_answers: the same on answers that the full model sampled to these prompts
+    on_policy:   examples/megatron_gpt_early_exit_on_policy.py on these prompts
 
-The runs start from the same copied exit and have the same steps, tokens (those that run in steps, prompts included) and
-learning rate. `accepted` is the number of accepted drafts of a verification, of at most `--drafts`; greedy, every token
-is drafted. The texts of own answers are like those on which is measured, those of the documents are not; so
-the ratio to own answers says what the verdicts are worth, the ratio to documents what the whole is.
+The three start from the same copied exit and have the same steps, learning rate and tokens (those that run in a step,
+prompts included). Each is then measured on the held-out prompts by greedy self-speculation that drafts every token:
+`accepted` drafts of a verification, of at most `--drafts`. The full model's own answers are the kind of text on which
+is measured, documents are not: the ratio to `own_answers` says what the verdicts are worth, that to `documents` what
+all of it is worth.
 
 Plain Megatron-core, one rank, bf16, no NeMo. A step whose file is there is not repeated.
 """
