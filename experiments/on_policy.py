@@ -210,7 +210,10 @@ class Comparison:
 
         texts = [json.loads(line)["messages"] for line in self.prompts.read_text(encoding="utf-8").splitlines()]
         texts = [self.tokenizer.apply_chat_template(one, tokenize=False) for one in texts]
-        answers = [Answer(tuple(ids), ((1, len(ids) - 1),)) for ids in self.tokenizer(texts)["input_ids"]]
+        answers = [
+            Answer(tuple(ids), ((1, len(ids) - 1),))
+            for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
         buffer = ReplayBuffer(sum(len(one.tokens) for one in answers), answers)
         ran, step = 0, 0
         while True:

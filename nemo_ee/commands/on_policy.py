@@ -39,6 +39,11 @@ def run(settings: OnPolicySettings) -> Iterator[str]:
         ValueError: a problem of source, exits, prompts, folder or output, before anything is built.
     """
     check_output(settings.output)
+    if not (cpu_host.enabled() or torch.cuda.is_available()):
+        raise ValueError(
+            f"trainer.accelerator={settings.trainer.accelerator}, but there is no GPU here; set it to cpu"
+        )
+    files = {"prompts": settings.prompts, "exits": settings.exits}
     dequantised = {"dequantised": getattr(torch, settings.gguf_dtype)} if is_gguf(settings.source) else {}
     source = (GgufSource if dequantised else HuggingFaceSource)(settings.source, **dequantised)
     with stored_exits(settings.exits, source) as (block, weights):
@@ -59,7 +64,7 @@ def run(settings: OnPolicySettings) -> Iterator[str]:
         stage = build(source, [entry], weights, settings)
         facts = {
             "backbone": backbone_fingerprint(source, vocab_size=source.backbone.vocab_size),
-            "prompts_sha256": sha256_of(settings.prompts),
+            **{f"{key}_sha256": sha256_of(file) for key, file in files.items() if file.is_file()},
         }
         tuner = OnPolicyTuner(*stage, prompts=prompts, stop_tokens=end.ids, settings=settings, facts=facts)
         tuner.resume()

@@ -26,7 +26,7 @@ from tests.helpers.huggingface_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A test of words."}]
-SMALL = ["--rounds", "3", "--steps", "2", "--answers", "2", "--tokens-per-step", "256", "--new-tokens", "6"]
+SMALL = ["--rounds", "6", "--steps", "2", "--answers", "2", "--tokens-per-step", "256", "--new-tokens", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_runs_are_compared_at_equal_tokens(compared: Path) -> None:
     assert tokens == sum(one["tuned_tokens"] for one in rows["on_policy"]["rounds"]) > 0
     for arm in ("own_answers", "documents"):
         assert abs(rows[arm]["tokens"] - tokens) <= 128, "a step at most"
-    assert [("expected_accepted" in one) for one in rows["on_policy"]["rounds"]] == [False, True, True]
+    assert [("expected_accepted" in one) for one in rows["on_policy"]["rounds"]] == [False] * 5 + [True]
     ratio = rows["on_policy"]["accepted"] / rows["documents"]["accepted"] if rows["documents"]["accepted"] else None
     assert result["on_policy_over_offline_accepted"] == pytest.approx(ratio)
 
@@ -83,7 +83,7 @@ def test_a_killed_script_ends_with_the_same_exit(model: Path, compared: Path, tm
     """SIGKILL as soon as the first round is kept; the same command then ends as the run of the comparison."""
     values = {
         "source": model, "gguf_dtype": "bfloat16", "exits": compared / "start.nemo", "output": tmp_path / "new.nemo",
-        "prompts": compared / "prompts.jsonl", "folder": tmp_path / "rounds", "rounds": 3, "steps_per_round": 2,
+        "prompts": compared / "prompts.jsonl", "folder": tmp_path / "rounds", "rounds": 6, "steps_per_round": 2,
         "tokens_per_step": 256, "seed": 1, "answers.prompts_per_round": 2, "answers.max_new_tokens": 6,
         "trainer.accelerator": "cpu", "hydra.run.dir": ".",
     }  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_killed_script_ends_with_the_same_exit(model: Path, compared: Path, tm
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "new.nemo").exists()
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "done" in done.stdout.splitlines()[0] and "round 0 of 3" not in done.stdout, done.stdout
+    assert "done" in done.stdout.splitlines()[0] and "round 0 of 6" not in done.stdout, done.stdout
     ours, theirs = (exit_weights(file, model) for file in (tmp_path / "new.nemo", compared / "on_policy-1.nemo"))
     start = exit_weights(compared / "start.nemo", model)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

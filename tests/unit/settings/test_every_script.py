@@ -232,8 +232,8 @@ def test_the_criteria_are_those_of_the_exits() -> None:
 
 WITHOUT_NEMO = (
     "collect_python_sources export_huggingface export_tensorrt_llm megatron_gpt_early_exit_calibrate "
-    "megatron_gpt_early_exit_generate megatron_gpt_early_exit_serve plot_tuning preprocess_chat preprocess_text "
-    "pretrain_reference_model"
+    "megatron_gpt_early_exit_generate megatron_gpt_early_exit_on_policy megatron_gpt_early_exit_serve plot_tuning "
+    "preprocess_chat preprocess_text pretrain_reference_model"
 ).split()
 
 
