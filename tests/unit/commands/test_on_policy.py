@@ -30,7 +30,8 @@ def settings_of(tmp_path: Path, **changes: Any) -> OnPolicySettings:
         (tmp_path / key).touch()
     small = {
         "folder": str(tmp_path / "rounds"), "output": str(tmp_path / "new.nemo"), "rounds": 6, "imitation_share": 0.5,
-        "steps_per_round": 6, "tokens_per_step": 60, "buffer_tokens": 120, "answers__prompts_per_round": 4, "answers__max_prompt_tokens": 8,
+        "steps_per_round": 6, "tokens_per_step": 60, "buffer_tokens": 120, "answers__prompts_per_round": 4,
+        "answers__max_prompt_tokens": 8,
         "answers__max_new_tokens": 12, "answers__num_draft_tokens": 3, "trainer__precision": "32",
         "model__optim": values["model"]["optim"] | {"lr": 1e-2},
     }  # fmt: skip
