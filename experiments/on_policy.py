@@ -9,9 +9,10 @@
     the model writes questions -> prompts, some held out
     documents:   offline distillation from the final exit
     own_answers: the same on answers that the full model sampled to these prompts
-    on_policy:   examples/megatron_gpt_early_exit_on_policy.py on these prompts
+    on_policy:   examples/megatron_gpt_early_exit_on_policy.py on these prompts, KL first, reward in the last rounds
+    imitation:   the same without the reward
 
-The three start from the same copied exit and have the same steps, learning rate and tokens (those that run in a step,
+All start from the same copied exit and have the same steps, learning rate and tokens (those that run in a step,
 prompts included). Each is then measured on the held-out prompts by greedy self-speculation that drafts every token:
 `accepted` drafts of a verification, of at most `--drafts`. The full model's own answers are the kind of text on which
 is measured, documents are not: the ratio to `own_answers` says what the verdicts are worth, that to `documents` what
@@ -40,8 +41,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "data")]
 from nemo_ee import cpu_host  # noqa: E402
 
 TARGET = 1.15
-ARMS = ("documents", "own_answers", "on_policy")
+ON_POLICY = {"on_policy": 0.8, "imitation": 1.0}  # share of the rounds without reward
+OFFLINE = ("own_answers", "documents")
 ENTRY = {"name": "layer25-low", "layer": 25, "architecture": "mlp", "output": "low_rank", "rank": 64}
+RATIOS = (
+    ("on_policy_over_offline_accepted", "on_policy", "documents"),
+    ("on_policy_over_own_answers", "on_policy", "own_answers"),
+    ("imitation_over_offline_accepted", "imitation", "documents"),
+    ("imitation_over_own_answers", "imitation", "own_answers"),
+)
 WINDOWS = 4  # of a step on documents
 QUESTIONS = {
     "held_out_share": 0.0, "min_question_characters": 8, "max_question_tokens": 64, "question_temperature": 1.0,
@@ -72,7 +80,7 @@ class Comparison:
         self.prompts, self.start = self.output / "prompts.jsonl", self.output / "start.nemo"
         one_rank()
 
-    def settings(self, seed: int = 1234) -> Any:
+    def settings(self, seed: int = 1234, arm: str = "on_policy") -> Any:
         """The settings of an on-policy run: the yaml's, with the sizes of this comparison."""
         from omegaconf import OmegaConf
 
@@ -85,8 +93,9 @@ class Comparison:
             "gguf_dtype": "bfloat16",
             "exits": str(self.start),
             "prompts": str(self.prompts),
-            "folder": str(self.output / f"on_policy-{seed}"),
-            "output": str(self.output / f"on_policy-{seed}.nemo"),
+            "folder": str(self.output / f"{arm}-{seed}"),
+            "output": str(self.output / f"{arm}-{seed}.nemo"),
+            "imitation_share": ON_POLICY[arm],
             "rounds": own.rounds,
             "steps_per_round": own.steps,
             "tokens_per_step": own.tokens_per_step,
@@ -153,11 +162,22 @@ class Comparison:
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
-    def on_policy(self, seed: int) -> dict[str, Any]:
+    def run(self, arm: str, seed: int, tokens: int) -> dict[str, Any]:
+        """A row of the result.
+
+        Args:
+            tokens: of the run's steps, for the offline ones.
+        """
+        numbers = self.on_policy(arm, seed) if arm in ON_POLICY else self.offline(arm, seed, tokens)
+        measured = self.evaluate(self.output / f"{arm}-{seed}.nemo")
+        print(f"{arm}, seed {seed}: {measured['accepted']:.3f} accepted", flush=True)
+        return {"arm": arm, "seed": seed, **numbers, **measured}
+
+    def on_policy(self, arm: str, seed: int) -> dict[str, Any]:
         """The run of the script. Returns its numbers, round by round."""
         from nemo_ee.commands.on_policy import run
 
-        settings = self.settings(seed)
+        settings = self.settings(seed, arm)
         if not settings.output.exists():
             for line in run(settings):
                 print(f"  {line}", flush=True)
@@ -234,23 +254,30 @@ class Comparison:
         from nemo_ee.generation.policy import ExitPolicy
         from nemo_ee.megatron.decoding.decoding_adapter import MegatronDecodingModel
 
-        held = self.output / "held-out.jsonl"
+        held, file = self.output / "held-out.jsonl", exits.with_suffix(".measured.json")
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
         prompts = read_prompts(self.settings().model_copy(update={"prompts": held}), self.tokenizer)
         engine = EarlyExitEngine(MegatronDecodingModel(self.stage(exits)[0]))
         policy = ExitPolicy(0.0, num_draft_tokens=self.options.drafts)
         call = {"max_new_tokens": self.options.new_tokens, "stop_tokens": self.stops}
         stats = engine.generate(prompts, mode="self_speculative", policy=policy, **call).stats
-        return {"accepted": stats.mean_accepted_length, "acceptance_rate": stats.acceptance_rate}
+        measured = {"accepted": stats.mean_accepted_length, "acceptance_rate": stats.acceptance_rate}
+        file.write_text(json.dumps(measured), encoding="utf-8")
+        return measured
 
 
 def compared(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """The ratios of the arms, by seed and their median."""
+    """The ratios of the arms, by seed and their median, as far as there are rows."""
     accepted = {(row["arm"], row["seed"]): row["accepted"] for row in rows}
     result = {}
-    for name, arm in (("on_policy_over_offline_accepted", "documents"), ("on_policy_over_own_answers", "own_answers")):
-        ratios = [accepted["on_policy", seed] / accepted[arm, seed] for seed in seeds]
+    for name, own, other in RATIOS:
+        both = [seed for seed in seeds if (own, seed) in accepted and accepted.get((other, seed))]
+        if not both:
+            continue
+        ratios = [accepted[own, seed] / accepted[other, seed] for seed in both]
         result[name] = statistics.median(ratios)
-        result[f"{name}_by_seed"] = dict(zip(map(str, seeds), ratios, strict=True))
+        result[f"{name}_by_seed"] = dict(zip(map(str, both), ratios, strict=True))
     return result
 
 
@@ -288,20 +315,18 @@ def main(arguments: list[str] | None = None) -> None:
         comparison.write_start()
         rows = [{"arm": "start", "seed": None, "tokens": 0, **comparison.evaluate(comparison.start)}]
         print(f"start: {rows[0]['accepted']:.3f} accepted of {options.drafts}", flush=True)
-        for seed in options.seeds:
-            numbers = {"on_policy": comparison.on_policy(seed)}
-            for arm in reversed(ARMS):
-                if arm != "on_policy":
-                    numbers[arm] = comparison.offline(arm, seed, numbers["on_policy"]["tokens"])
-                measured = comparison.evaluate(options.output / f"{arm}-{seed}.nemo")
-                rows.append({"arm": arm, "seed": seed, **numbers[arm], **measured})
-                print(f"{arm}, seed {seed}: {measured['accepted']:.3f} accepted", flush=True)
-    result |= {"exit": comparison.entry, "rows": rows, **compared(rows, options.seeds)}
-    write_json(options.output / "result.json", result)
+        result |= {"exit": comparison.entry, "rows": rows}
+        order = [(arm, seed) for seed in options.seeds for arm in ("on_policy", *OFFLINE)]
+        tokens = {}
+        for arm, seed in [*order, *(("imitation", seed) for seed in options.seeds)]:
+            rows.append(comparison.run(arm, seed, tokens.get(seed, 0)))
+            tokens.setdefault(seed, rows[-1]["tokens"])
+            result |= compared(rows, options.seeds)
+            write_json(options.output / "result.json", result)
+    numbers = ", ".join(f"{name} {result[name]:.2f}" for name, *_ in RATIOS if name in result)
     print(
-        f"on_policy_over_offline_accepted {result['on_policy_over_offline_accepted']:.2f} (target {TARGET}), over own "
-        f"answers {result['on_policy_over_own_answers']:.2f}; {len(options.seeds)} seeds, "
-        f"{rows[1]['tokens']} tokens each; at most {options.drafts} drafts can be accepted"
+        f"{numbers} (target of the first: {TARGET}); {len(options.seeds)} seeds, {rows[1]['tokens']} tokens each; at "
+        f"most {options.drafts} drafts can be accepted, and {rows[0]['accepted']:.2f} were before tuning"
     )
 
 

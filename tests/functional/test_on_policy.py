@@ -69,14 +69,18 @@ def exit_weights(file: Path, model: Path) -> dict[str, torch.Tensor]:
 def test_the_runs_are_compared_at_equal_tokens(compared: Path) -> None:
     result = json.loads((compared / "result.json").read_text(encoding="utf-8"))
     rows = {row["arm"]: row for row in result["rows"]}
-    assert list(rows) == ["start", "on_policy", "own_answers", "documents"]
+    assert list(rows) == ["start", "on_policy", "own_answers", "documents", "imitation"]
     tokens = rows["on_policy"]["tokens"]
     assert tokens == sum(one["tuned_tokens"] for one in rows["on_policy"]["rounds"]) > 0
     for arm in ("own_answers", "documents"):
         assert abs(rows[arm]["tokens"] - tokens) <= 128, "a step at most"
     assert [("expected_accepted" in one) for one in rows["on_policy"]["rounds"]] == [False] * 5 + [True]
-    ratio = rows["on_policy"]["accepted"] / rows["documents"]["accepted"] if rows["documents"]["accepted"] else None
-    assert result["on_policy_over_offline_accepted"] == pytest.approx(ratio)
+    assert not any("expected_accepted" in one for one in rows["imitation"]["rounds"])
+    assert rows["imitation"]["rounds"][:5] == rows["on_policy"]["rounds"][:5], "the same until the reward"
+    found = {arm: row["accepted"] for arm, row in rows.items()}
+    assert found["documents"] and found["start"] != found["on_policy"]
+    assert result["on_policy_over_offline_accepted"] == pytest.approx(found["on_policy"] / found["documents"])
+    assert result["imitation_over_own_answers"] == pytest.approx(found["imitation"] / found["own_answers"])
 
 
 def test_a_killed_script_ends_with_the_same_exit(model: Path, compared: Path, tmp_path: Path) -> None:
