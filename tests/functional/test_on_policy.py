@@ -44,7 +44,7 @@ def compared(model: Path) -> Path:
     """The output of the comparison."""
     output = model.parent / "compared"
     output.mkdir()
-    for name, count in (("prompts", 3), ("held-out", 2)):
+    for name, count in (("prompts", 12), ("held-out", 2)):
         lines = [json.dumps({"messages": [{**CHAT[0], "content": f"{name} {n}"}, CHAT[1]]}) for n in range(count)]
         (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     with gzip.open(model.parent / "documents.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -53,7 +53,7 @@ def compared(model: Path) -> Path:
                str(model.parent / "documents.jsonl.gz"), "--output", str(output), "--seeds", "1", *SMALL]  # fmt: skip
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "on_policy_over_offline_accepted" in done.stdout and "(target 1.15)" in done.stdout
+    assert "on_policy_over_offline_accepted" in done.stdout and "target of the first: 1.15" in done.stdout
     return output
 
 
