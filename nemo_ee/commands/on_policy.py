@@ -38,6 +38,7 @@ def run(settings: OnPolicySettings) -> Iterator[str]:
     Raises:
         ValueError: a problem of source, exits, prompts, folder or output, before anything is built.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the writer of checkpoints forks
     check_output(settings.output)
     if not (cpu_host.enabled() or torch.cuda.is_available()):
         raise ValueError(

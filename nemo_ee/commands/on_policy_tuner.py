@@ -8,7 +8,8 @@
 After DVI (arXiv 2510.05421): frozen backbone, replay buffer, KL first, reward later. Its reward is a policy gradient
 over the drafts; here it is the exact gradient (`megatron.loss.accepted_length`). One process, one device, no NeMo.
 
-A round that has ended is kept in `folder`. A killed run starts again from there and ends with the same losses.
+A round that has ended is kept in `folder`. A killed run continues from there and ends with the same losses, on the CPU
+bit for bit.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class OnPolicyTuner:
         self.round, self.log = 0, []
 
     def answer(self) -> dict[str, float]:
-        """Answer the prompts of this round into the buffer. Returns what the verifier said."""
+        """Answer the prompts of this round into the buffer. Returns sums over its verdicts."""
         own, count = self.settings.answers, self.settings.answers.prompts_per_round
         numbers = range(self.round * count, (self.round + 1) * count)
         prompts = [self.prompts[self._place(number)] for number in numbers]
@@ -127,6 +128,12 @@ class OnPolicyTuner:
             events[event.sequence].append(event)
         for prompt, tokens, own_events in zip(prompts, result.tokens, events, strict=True):
             self.buffer.add(Answer((*prompt, *tokens), draft_runs(own_events)))
+        if not any(answer.runs for answer in self.buffer.answers):
+            raise ValueError(
+                f"no token was drafted in round {self.round + 1}, so there is nothing to learn from: exit {self.exit} "
+                f"is never more confident than answers.threshold={own.threshold}; lower it, or raise "
+                "answers.max_new_tokens"
+            )
         stats = result.stats
         return {
             "answered_tokens": stats.num_tokens,
@@ -160,7 +167,7 @@ class OnPolicyTuner:
                 losses = tuner.tune([drawn.batch], log=last, objective=CROSS_ENTROPY, weigh=weigh)
                 expected += weigh.expected
         numbers = losses[self.exit]
-        found = {"tuned_tokens": tokens, "loss": numbers["loss"], "lr": numbers["lr"]}
+        found = {"tuned_tokens": tokens, **{key: numbers[key] for key in ("loss", "lr") if key in numbers}}
         return found | ({"expected_accepted": sum(expected) / len(expected)} if expected else {})
 
     def rounds(self) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ YAML = Path(__file__).parents[3] / "conf" / "megatron_gpt_early_exit_on_policy.y
 EXIT = {"name": "early", "layer": 1, "architecture": "mlp", "init": "random"}
 
 
-def settings_of(tmp_path: Path, **changes: Any) -> OnPolicySettings:
+def settings_of(tmp_path: Path, lr: float = 1e-2, **changes: Any) -> OnPolicySettings:
     """The yaml's, small; `answers__x` reaches into a block."""
     values = OmegaConf.to_container(OmegaConf.load(YAML))
     del values["hydra"], values["defaults"]
@@ -33,7 +33,7 @@ def settings_of(tmp_path: Path, **changes: Any) -> OnPolicySettings:
         "steps_per_round": 6, "tokens_per_step": 60, "buffer_tokens": 120, "answers__prompts_per_round": 4,
         "answers__max_prompt_tokens": 8,
         "answers__max_new_tokens": 12, "answers__num_draft_tokens": 3, "trainer__precision": "32",
-        "model__optim": values["model"]["optim"] | {"lr": 1e-2},
+        "model__optim": values["model"]["optim"] | {"lr": lr},
     }  # fmt: skip
     for key, value in (small | changes).items():
         block, _, rest = key.partition("__")
@@ -106,6 +106,8 @@ def test_rounds_raise_the_accepted_tokens_of_a_verification(tmp_path: Path, shar
         assert ("expected_accepted" in numbers) == (numbers["round"] > 10 * share)
     first, last = (tuner.log[index]["accepted_per_verification"] for index in (0, -1))
     assert last > first + 0.3, (first, last)
+    still = tuner_of(tmp_path, folder=str(tmp_path / "control"), lr=1e-6, rounds=10)
+    assert [one["accepted_per_verification"] for one in still.rounds()][-1] < 0.3, "control: hardly a step"
     for name, value in tuner.tuner.context.model.backbone_named_parameters():
         assert torch.equal(value, backbone[name]), name
 
@@ -138,6 +140,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 # -- refusals --
+
+
+def test_a_threshold_that_nothing_passes_is_named(tmp_path: Path) -> None:
+    tuner = tuner_of(tmp_path, answers__threshold=0.9999)
+    with pytest.raises(ValueError, match=r"no token was drafted in round 1, .* answers.threshold=0.9999; lower it"):
+        list(tuner.rounds())
+    assert not (tmp_path / "rounds").exists()
 
 
 @pytest.mark.parametrize(
