@@ -106,10 +106,14 @@ def test_rounds_raise_the_accepted_tokens_of_a_verification(tmp_path: Path, shar
         assert ("expected_accepted" in numbers) == (numbers["round"] > 10 * share)
     first, last = (tuner.log[index]["accepted_per_verification"] for index in (0, -1))
     assert last > first + 0.3, (first, last)
-    still = tuner_of(tmp_path, folder=str(tmp_path / "control"), lr=1e-6, rounds=10)
-    assert [one["accepted_per_verification"] for one in still.rounds()][-1] < 0.3, "control: hardly a step"
     for name, value in tuner.tuner.context.model.backbone_named_parameters():
         assert torch.equal(value, backbone[name]), name
+
+
+def test_without_steps_nothing_rises(tmp_path: Path) -> None:
+    """Control of the test above."""
+    still = tuner_of(tmp_path, lr=1e-6, rounds=10)
+    assert max(one["accepted_per_verification"] for one in still.rounds()) < 0.3
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
