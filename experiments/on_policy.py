@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         comparison.write_start()
         rows = [{"arm": "start", "seed": None, "tokens": 0, **comparison.evaluate(comparison.start)}]
         print(f"start: {rows[0]['accepted']:.3f} accepted of {options.drafts}", flush=True)
-        result |= {"exit": comparison.entry, "rows": rows}
+        result |= {"exit": comparison.entry, "seeds": options.seeds, "rows": rows}
         order = [(arm, seed) for seed in options.seeds for arm in ("on_policy", *OFFLINE)]
         tokens = {}
         for arm, seed in [*order, *(("imitation", seed) for seed in options.seeds)]:
