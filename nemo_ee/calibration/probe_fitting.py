@@ -128,9 +128,7 @@ def fit_probes(
     for name, (hidden, certain, agrees, prompt) in measured.items():
         tested = prompt % _SHARE_TO_TEST == 0
         if not tested.any():
-            raise ValueError(
-                f"the prompts of {file} kept to test have answers of one token; give more prompts"
-            )
+            raise ValueError(f"the prompts of {file} kept to test have answers of one token; give more prompts")
         try:
             probe = probes[name] = fit_probe(hidden[~tested], agrees[~tested], settings.l2)
         except ValueError as problem:

@@ -50,3 +50,7 @@ class ExitOutput:
     layer: int
     confidence: Sequence[float]
     logits: Tensor
+
+    def newest(self) -> ExitOutput:
+        """The output of the last row alone."""
+        return dataclasses.replace(self, confidence=self.confidence[-1:], logits=self.logits[-1:])

@@ -189,7 +189,7 @@ class DecodingSession:
                     sequence.scorer = None
                 if scored is None or scored.finish_reason is not None:
                     continue
-                output = _newest(output)
+                output = output.newest()
             if sequence.has_begun and not sequence.must_verify:  # otherwise no new token was run
                 sequence.left[output.exit] = sequence.left.get(output.exit, 0) + 1
             sequence.has_begun = True
@@ -280,8 +280,7 @@ class DecodingSession:
         del sequence.answer[-len(drafts) :]
         self._drafted += len(drafts)
         self._num_verifications += 1
-        num_prompt = len(sequence.request.prompt)
-        verified = list(verify(rows, drafts, params, first, sequence.previous(), num_prompt))
+        verified = list(verify(rows, drafts, params, first, sequence.previous(), len(sequence.request.prompt)))
         logprobs = token_logprobs(rows[: len(verified)], [token for token, _ in verified])
         all_accepted = verified[-1][1]
         sequence.learn(output.logits if all_accepted else rows[: len(verified)], [own for _, own in verified])
@@ -289,14 +288,14 @@ class DecodingSession:
             # Row i is at position first - 1 + i. Drop what was computed for the rejected drafts.
             self._forward.truncate(sequence.slot, first - 1 + len(verified))
         for row, ((token, accepted), draft) in enumerate(zip(verified, drafts, strict=False)):
-            source = draft if accepted else None
-            events += self._events(sequence, token, logprobs[row], output, row, source)
+            sources = (draft, None) if accepted else (None, draft.exit)
+            events += self._events(sequence, token, logprobs[row], output, row, *sources)
             if isinstance(events[-1], Failure):
                 return []
             self._accepted += accepted
         if not all_accepted or output.logits.shape[0] == len(drafts) or events[-1].finish_reason is not None:
             return []
-        return [(sequence, _newest(output))]
+        return [(sequence, output.newest())]
 
     def _choose(self, outputs: Sequence[tuple[RunningSequence, ExitOutput]]) -> list[TokenEvent | Failure]:
         """Choose a token at each output of one row. Tokens of early exits that need verification become drafts."""
@@ -321,9 +320,16 @@ class DecodingSession:
         return events
 
     def _events(
-        self, sequence: RunningSequence, token: int, logprob: float, output: ExitOutput, row: int, draft: Draft | None
+        self,
+        sequence: RunningSequence,
+        token: int,
+        logprob: float,
+        output: ExitOutput,
+        row: int,
+        draft: Draft | None,
+        rejected: str | None = None,
     ) -> list[TokenEvent | Failure]:
-        """Record a final token. `draft`: the accepted draft, if it was one."""
+        """Record a final token. `draft`: the accepted draft, if it was one; `rejected`: see `TokenEvent`."""
         position = sequence.length
         if math.isnan(logprob):
             return [Failure.of_logits(sequence.index, position, output.exit)]
@@ -344,6 +350,7 @@ class DecodingSession:
             logprob=logprob,
             finish_reason=finish_reason,
             top=most_likely(output.logits[row], sequence.request.num_top),
+            rejected=rejected,
         )
         return [event, *failures]
 
@@ -391,8 +398,3 @@ def _sample(outputs: Sequence[tuple[RunningSequence, ExitOutput]], purpose: str)
         purpose,
         [len(sequence.request.prompt) for sequence, _ in outputs],
     )
-
-
-def _newest(output: ExitOutput) -> ExitOutput:
-    """The output of its last row alone."""
-    return dataclasses.replace(output, confidence=output.confidence[-1:], logits=output.logits[-1:])

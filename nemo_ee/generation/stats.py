@@ -30,6 +30,7 @@ class TokenEvent:
             its last token.
         top: (token, ln p) of the request's `num_top` most likely tokens, the most likely first, from the same
             distribution as `logprob`.
+        rejected: name of the exit whose draft at this position was rejected; None = there was no such draft.
     """
 
     sequence: int
@@ -41,6 +42,7 @@ class TokenEvent:
     logprob: float
     finish_reason: str | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rejected: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nemo_ee.megatron.optim.stage_optimizers import stage_optimizers
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import hidden_state_transport
 from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
-from nemo_ee.megatron.pipeline.tuning_step import evaluate_global_batch, tune_global_batch
+from nemo_ee.megatron.pipeline.tuning_step import Weigh, evaluate_global_batch, tune_global_batch
 
 
 class ExitTuner:
@@ -69,19 +69,32 @@ class ExitTuner:
         self.learning_rates = ExitLearningRates(self.optimizers, schedule, optim)
         self.sums = ExitSums(self.early_exit.names, self.context.device)
 
-    def tune(self, batches: Sequence[MicroBatch], *, log: bool = True) -> dict[str, dict[str, float]]:
+    def tune(
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        log: bool = True,
+        objective: Objective | None = None,
+        weigh: Weigh | None = None,
+    ) -> dict[str, dict[str, float]]:
         """One optimizer step. Every rank must call it with the same `log`.
 
         Args:
             batches: this rank's microbatches of the global batch.
             log: add the numbers of all stages and data-parallel ranks up, which joins the stages.
+            objective: of all exits in this step, None for those of the block.
+            weigh: see `tune_global_batch`.
 
         Returns:
             With `log`: exit name -> {"loss", "lr", "grad_norm", ...} since the last log, else nothing.
         """
         self.optimizers.zero_grad()
         weights = loss_weights_at(self.context.model.placement.exits, step=self.step, num_steps=max(1, self.num_steps))
-        tune_global_batch(self.context, batches, optimizers=self.optimizers, sums=self.sums, loss_weights=weights)
+        context = self.context
+        if objective is not None:
+            context = replace(context, objectives=dict.fromkeys(context.objectives, objective))
+        run = {"optimizers": self.optimizers, "sums": self.sums, "loss_weights": weights}
+        tune_global_batch(context, batches, **run, weigh=weigh)
         result = {}
         if log:
             result = self.sums.reduce(over_data=False, step_values=self.optimizers.step_values(weights))

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from nemo_ee.megatron.loss.exit_metrics import FULL_MODEL, ExitSums, empty_row, row_of
 from nemo_ee.megatron.loss.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from nemo_ee.megatron.model.exit_head import ExitHead
 from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
 from nemo_ee.megatron.optim.exit_optimizers import ExitOptimizers
 from nemo_ee.megatron.pipeline.exit_loss import evaluate_exit, exits_in_turn, tune_exit
 from nemo_ee.megatron.pipeline.stage_context import StageContext
 from nemo_ee.megatron.pipeline.stage_forward import stage_outputs
+
+# (stage, exit, microbatch, output of the stage's layers) -> the microbatch with the loss mask of this exit.
+Weigh = Callable[[StageContext, ExitHead, MicroBatch, StageOutput], MicroBatch]
 
 
 def tune_global_batch(
@@ -26,6 +30,7 @@ def tune_global_batch(
     optimizers: ExitOptimizers,
     sums: ExitSums,
     loss_weights: Mapping[str, float],
+    weigh: Weigh | None = None,
 ) -> Tensor:
     """Fill the gradients of this stage's exits with those of the mean loss per token over the global batch.
 
@@ -37,6 +42,8 @@ def tune_global_batch(
         optimizers: this stage's exits' optimizers; their gradients are reduced over data parallelism here.
         sums: training sums, added to.
         loss_weights: exit name -> weight of its loss in this step.
+        weigh: weighs the tokens by what the exit makes of them now; None: the loss mask stays. Not with a full
+            teacher, for which an exit runs piece by piece.
 
     Returns:
         fp32 scalar, sum of this stage's losses per token (0 on a stage without exits); no gradient.
@@ -47,6 +54,8 @@ def tune_global_batch(
         for head, *work, formed in exits_in_turn(context, batch, output, teacher):
             name = head.exit.name
             scale, taught = loss_weights[name] / nominal, context.objectives[name].has_teacher
+            if weigh is not None:
+                work[0] = weigh(context, head, *work)
             loss = tune_exit(context, head, *work, grad_scale=scale, teacher=formed)
             counted[name] += row_of(loss.sums, taught=taught)
             del loss, work, formed  # the gradients of its inputs, and the teacher before the next one is formed

@@ -21,6 +21,7 @@ from nemo_ee.calibration.calibration_request import CalibrationRequest
 from nemo_ee.calibration.probe_fitting import ProbeSettings
 from nemo_ee.commands.convert_settings import ConvertSettings
 from nemo_ee.commands.generation_request import GenerationRequest
+from nemo_ee.commands.on_policy_settings import OnPolicySettings
 from nemo_ee.evaluation.evaluation_settings import EvaluationSettings
 from nemo_ee.evaluation.text_settings import PlacementSettings, ReportSettings
 from nemo_ee.models.tune_settings import TuneSettings
@@ -35,6 +36,7 @@ MODELS = {
     "megatron_gpt_early_exit_convert": ConvertSettings,
     "megatron_gpt_early_exit_eval": EvaluationSettings,
     "megatron_gpt_early_exit_generate": GenerationRequest,
+    "megatron_gpt_early_exit_on_policy": OnPolicySettings,
     "megatron_gpt_early_exit_place": PlacementSettings,
     "megatron_gpt_early_exit_probe": ProbeSettings,
     "megatron_gpt_early_exit_report": ReportSettings,
@@ -232,8 +234,8 @@ def test_the_criteria_are_those_of_the_exits() -> None:
 
 WITHOUT_NEMO = (
     "collect_python_sources export_huggingface export_tensorrt_llm megatron_gpt_early_exit_calibrate "
-    "megatron_gpt_early_exit_generate megatron_gpt_early_exit_serve plot_tuning preprocess_chat preprocess_text "
-    "pretrain_reference_model"
+    "megatron_gpt_early_exit_generate megatron_gpt_early_exit_on_policy megatron_gpt_early_exit_serve plot_tuning "
+    "preprocess_chat preprocess_text pretrain_reference_model"
 ).split()
 
 
