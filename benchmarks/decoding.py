@@ -13,7 +13,6 @@ turns. Texts and lengths are in benchmarks/decoding_workload.json. docs/benchmar
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -46,7 +45,7 @@ from nemo_ee.evaluation.forced_decoding import (
     trace,
 )
 from nemo_ee.evaluation.touched_weights import CountingModel
-from nemo_ee.generation.cost_rule import COST_RULES
+from nemo_ee.generation.cost_rule import COST_RULES, measure_costs
 from nemo_ee.generation.engine import EarlyExitEngine, GenerationResult
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.planning.threshold_search import ThresholdSearch
@@ -76,6 +75,7 @@ class Decoding:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder, self.work = options, folder, Workload.read(quick=options.quick)
+        self.tables: dict[Any, Any] = {}  # measured costs
 
     @cached_property
     def paths(self) -> tuple[Path, Path | None, Path | None]:
@@ -126,7 +126,7 @@ class Decoding:
     @cached_property
     def engines(self) -> dict[str, EarlyExitEngine]:
         """Engines by cost rule; kept, because a rule's cost table is measured once for each size of batch."""
-        return {rule: EarlyExitEngine(self.model, cost_rule=rule) for rule in COST_RULES}
+        return {rule: EarlyExitEngine(self.model, cost_rule=rule, cost_tables=self.tables) for rule in COST_RULES}
 
     def decode(
         self, prompts: list[list[int]], new_tokens: int, *, cost_rule: str = "none", **how: Any
@@ -180,8 +180,7 @@ class Decoding:
     def _against_full(self, key: str, side: str, seconds: Numbers, results: Numbers) -> Numbers:
         """Speed of one way to draft over full depth, and what explains it."""
         tokens = {name: [[*own[0].tokens[0]] for own in results[name]] for name in ("full", side)}
-        stats = [result.stats for result, _ in results[side]]
-        drafts, accepted, checks = (sum(getattr(own, kind) for own in stats) for kind in DRAFT_COUNTS)
+        drafts, accepted, checks = (sum(getattr(own.stats, kind) for own, _ in results[side]) for kind in DRAFT_COUNTS)
         touched = {name: sum(own for _, own in results[name]) for name in ("full", side)}
         speed, bound = median_of_ratios(seconds["full"], seconds[side]), touched["full"] / touched[side]
         return {
@@ -194,12 +193,14 @@ class Decoding:
         return self.decode([prompt], length, mode="self_speculative", policy=policy)
 
     def _best_by_value(self) -> ExitPolicy:
-        """The exits with the most tokens a second where drafts are chosen by value: one, or two of the best ones."""
-        singles = [ExitPolicy(1.0, active=(point.name,), draft_rule="value") for point in self.model.exits]
-        best = self._quickest(singles, self._drafted, num_prompts=2)[:6]
-        both = [(*one.active, *other.active) for one, other in itertools.combinations(best, 2)]
-        pairs = [dataclasses.replace(best[0], active=pair) for pair in both]
-        return self._quickest([*best, *pairs], self._drafted, num_prompts=len(self.work.tuning_prompts))[0]
+        """One or two exits, of all such sets, with which drafts by value read the fewest weights on tuning prompts."""
+        names = [point.name for point in self.model.exits]
+        trials = [ExitPolicy(1.0, active=own, draft_rule="value")
+                  for size in (1, 2) for own in itertools.combinations(names, size)]  # fmt: skip
+        table = measure_costs(self.model, names, 1)
+        self.tables |= {(1, tuple(sorted(own.active))): table for own in trials}
+        prompts = self.texts.at(self.work.tuning_prompts[:2], self.work.prompt_tokens)
+        return min(trials, key=lambda own: sum(self._drafted(p, self.work.new_tokens, own)[1] for p in prompts))
 
     def _best_fixed_drafts(self) -> ExitPolicy:
         """Exits, thresholds and longest draft with the most tokens a second: one exit, or two of the best ones."""
@@ -357,8 +358,7 @@ def _words(policy: ExitPolicy) -> str:
 
 def _line(name: str, value: Any) -> str:
     shown = f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-    target = TARGETS.get(name)
-    return shown if target is None else f"{shown} (target {target})"
+    return shown if TARGETS.get(name) is None else f"{shown} (target {TARGETS[name]})"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -38,7 +38,7 @@ _PRIOR_DRAFTS, _PRIOR_TOKENS = 1.0, 1.5  # weight of the prior, in drafts of a b
 _CELLS = 12  # values of S above 0
 _ROWS = 8  # rows of a verification that give the cost of one more
 _MOST_DRAFTS = 8  # drafts that a plan looks ahead
-_FIRST_PLAN, _GROWTH = 8, 1.5  # verified tokens at the first plan from counts, and from one plan to the next
+_FIRST_PLAN, _GROWTH = 4, 1.5  # verified tokens at the first plan from counts, and from one plan to the next
 _FIRST_TRIAL = 64  # verified tokens at the first trial; twice as many at each later one
 
 

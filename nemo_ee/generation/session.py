@@ -113,6 +113,7 @@ class DecodingSession:
 
     def admit(self, request: Request, plan: ExitPlan) -> int:
         """`add` without its validation: the request fits, the plan is its own, and a slot is free."""
+        costs = self._draft_costs() if plan.by_value and plan.exits else None  # may refuse to measure
         slot = self._free[0]
         if slot in self._used:
             self._forward.truncate(slot, 0)
@@ -128,8 +129,8 @@ class DecodingSession:
         self._num_prompt_tokens += len(request.prompt)
         self._slots[index] = slot
         self._running[index] = sequence = RunningSequence(index, slot, request, plan)
-        if plan.by_value and plan.exits:
-            sequence.value = DraftValue(self._draft_costs(), plan, self._model.num_layers, sequence.length)
+        if costs is not None:
+            sequence.value = DraftValue(costs, plan, self._model.num_layers, sequence.length)
         if request.prompt_logprobs is not None:
             sequence.scorer = PromptScorer(index, request)
         return index

@@ -66,6 +66,15 @@ def test_the_cost_rule_measures_and_answers(mode):
     assert [own.text for own in ruled.generate(prompts)] == [own.text for own in plain.generate(prompts)]
 
 
+def test_drafts_by_value_keep_the_text():
+    full, by_value = (
+        scripted(mode=mode, draft_rule=rule, tokens_to_generate=24, stop_on_eos=False)
+        for mode, rule in (("full", "fixed"), ("self_speculative", "value"))
+    )
+    prompts = ["ab", "c", "d"]
+    assert [own.text for own in by_value.generate(prompts)] == [own.text for own in full.generate(prompts)]
+
+
 @pytest.mark.parametrize("mode", ["early_exit", "self_speculative", "static_depth", "full"])
 def test_an_end_string_ends_an_answer_which_keeps_it(mode):
     """The model counts up: 'ab' goes on with 'cdef...'."""

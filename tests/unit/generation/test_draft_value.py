@@ -260,6 +260,16 @@ def test_costs_are_measured_when_they_are_needed(monkeypatch):
     assert measured[1:] == [(("a",), 1)], "at the start, where the session's own policy needs them"
 
 
+def test_a_model_that_cannot_be_timed_refuses_the_request_alone(monkeypatch):
+    model = scripted(CASES["always"])
+    model.run_pending_after = 8  # as on several ranks
+    session = EarlyExitEngine(model).start([], num_slots=1, max_length=32, policy=ExitPolicy(0.5))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot time a model on several ranks; use 'none' and 'fixed'"):
+            session.add(Request((1,), 4, mode="self_speculative", policy=VALUE))
+        assert session.finished and session.num_free_slots == 1
+
+
 def test_the_cost_rule_leaves_them_alone():
     rule = CostRule(table(exit_seconds=50.0), trial_tokens=4)
     _, stats = decode(scripted(CASES["always"]), [[1, 2]], cost_rule=rule)
