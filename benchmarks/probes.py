@@ -181,10 +181,11 @@ def main() -> None:
     machine = provenance()
     torch.set_num_threads(1)
     texts = [entry.text for entry in read_entries(options.prompts)[0] if not entry.is_document]
+    texts = texts[: options.num_prompts]
     if len(texts) < options.tuning + options.timed:
         raise SystemExit(f"{options.prompts} has {len(texts)} prompts; give {options.tuning + options.timed}")
     result = {**machine, "target": TARGET, "prompts": options.prompts.name, "new_tokens": options.new_tokens}
-    result |= compare(Comparison(options.model, texts[: options.num_prompts], options.new_tokens), options)
+    result |= compare(Comparison(options.model, texts, options.new_tokens), options)
     print(json.dumps(result, indent=2))
     for kind in ("all", "best"):
         own = result[kind]

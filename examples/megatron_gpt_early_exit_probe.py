@@ -23,18 +23,20 @@ def main(cfg: DictConfig) -> None:
 
         from nemo_ee.calibration.probe_fitting import fit_probes
         from nemo_ee.certificates.exit_probes import store_probes
+        from nemo_ee.certificates.validity import identify
         from nemo_ee.export.measured_checkpoint import exported
         from nemo_ee.runtime.loader import load_model, load_tokenizer
         from nemo_ee.text.special_tokens import end_of_text_of
 
         torch.set_num_threads(settings.threads)
+        fitted_to = identify(settings.checkpoint)
         with exported(settings.checkpoint, settings.backbone) as directory:
             model, tokenizer = load_model(directory), load_tokenizer(directory)
             end = end_of_text_of(directory, tokenizer.eos_token_id, vocab_size=model.vocab_size)
             fitted = fit_probes(model, tokenizer, end.ids, settings)
-        where = store_probes(settings.checkpoint, fitted.probes, fitted.data, settings.save_to)
         show(f"\n{fitted.table()}\n")
         show("on prompts that no probe was fitted on; leave: share of tokens, of which 5 % of all tokens disagree")
+        where = store_probes(settings.checkpoint, fitted.probes, fitted.data, fitted_to, settings.save_to)
         show(f"{len(fitted.probes)} probes: {where}")
 
 

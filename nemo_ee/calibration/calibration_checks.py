@@ -37,7 +37,7 @@ def check_model(request: CalibrationRequest, stored: DictConfig, positions: int)
     if request.split:
         chosen = [name for name in names if request.exits is None or name in request.exits]
         problems += candidate_problems(request.grid, len(chosen), NEVER_LEAVES[request.criterion])
-    if request.criterion == PROBE and not problems:
+    if request.criterion == PROBE and names:
         try:
             fitted = valid_probes(request.path, names if request.exits is None else request.exits)
             probes = fitted.probes

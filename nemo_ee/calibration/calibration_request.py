@@ -143,7 +143,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
     @field_validator("output")
     @classmethod
     def _can_be_written(cls, output: Path) -> Path:
-        _check_folder("output", output)
+        check_folder("output", output)
         return output
 
     @field_validator("certificate")
@@ -164,7 +164,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
             raise Sentence(
                 "save_to is given, but certificate is null, so nothing would be stored; name the certificate"
             )
-        _check_folder("save_to", save_to.parent)
+        check_folder("save_to", save_to.parent)
         return save_to
 
     @field_validator("model")
@@ -179,7 +179,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
             )
         check_ranks(info.data.get("trainer"), model, "calibration")
         if info.data.get("certificate") and info.data.get("save_to", "") is None:
-            _check_folder("model.restore_from_path", path if path.is_dir() else path.resolve().parent)
+            check_folder("model.restore_from_path", path if path.is_dir() else path.resolve().parent)
         return model
 
     @property
@@ -193,7 +193,7 @@ class CalibrationRequest(SamplingInput, ScriptInput):
         return setting_of(self, "early_exit")
 
 
-def _check_folder(key: str, folder: Path) -> None:
+def check_folder(key: str, folder: Path) -> None:
     """Raises Sentence if a folder cannot be written to. It need not exist yet."""
     there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
     if not there.is_dir():

@@ -12,17 +12,18 @@ most likely token is that token.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from tqdm import tqdm
 
 from nemo_ee.calibration.calibration_prompts import make_prompts
-from nemo_ee.calibration.calibration_request import PromptFile
+from nemo_ee.calibration.calibration_request import PromptFile, check_folder
 from nemo_ee.commands.console import messages
 from nemo_ee.evaluation.report import format_table
 from nemo_ee.exits.confidence import confidence
@@ -42,14 +43,6 @@ _SHARE_TO_TEST = 4  # one prompt in so many
 _MAY_DISAGREE = 0.05
 
 
-def _is_new(path: Path) -> Path:
-    if path.exists():
-        raise ValueError("exists; give another name, or null to put the probes into the model")
-    if not path.absolute().parent.is_dir():
-        raise ValueError("is in a directory that does not exist; make it first")
-    return path
-
-
 class ProbeSettings(ScriptInput):
     """conf/megatron_gpt_early_exit_probe.yaml, a field for each key; `data` is the content of the file."""
 
@@ -67,7 +60,19 @@ class ProbeSettings(ScriptInput):
     l2: AboveZero
     seed: Seed
     threads: Positive
-    save_to: Annotated[FilePath, AfterValidator(_is_new)] | None
+    save_to: FilePath | None
+
+    @field_validator("save_to")
+    @classmethod
+    def _can_be_written(cls, save_to: Path | None, info: ValidationInfo) -> Path | None:
+        if save_to is not None and save_to.exists():
+            raise ValueError("exists; give another name, or null to put the probes into the model")
+        path = info.data.get("checkpoint")
+        if save_to is not None:
+            check_folder("save_to", save_to.parent)
+        elif path is not None:
+            check_folder("checkpoint", path if path.is_dir() else path.resolve().parent)
+        return save_to
 
 
 class FittedProbes(NamedTuple):
@@ -91,7 +96,7 @@ class FittedProbes(NamedTuple):
             "agree": lambda row: f"{row['agreement']:.1%}",
             f"leave ({PROBE})": lambda row: f"{row['leave_probe']:.1%}",
             f"leave ({OF_LOGITS[0]})": lambda row: f"{row['leave_max_probability']:.1%}",
-            "threshold": lambda row: "none" if row["threshold"] is None else f"{row['threshold']:.2f}",
+            "threshold": lambda row: "none" if row["threshold"] is None else f"{row['threshold']:.4f}",
         }
         return format_table([[*columns], *([cell(row) for cell in columns.values()] for row in self.rows)])
 
@@ -159,17 +164,17 @@ def leaving(confidences: Tensor, agrees: Tensor) -> tuple[float, float | None]:
         agrees: `[n]`, bool.
 
     Returns:
-        The share, and the threshold of `leaves` (confidence > threshold); None = no token leaves.
+        The share, and a threshold with four decimals at which no more tokens leave; None = no token leaves.
     """
     ordered, order = confidences.sort(descending=True)
     wrong = (~agrees[order]).double().cumsum(0) / len(order)
-    # A threshold lies between two different values.
+    # Tokens of one confidence leave together.
     ends = torch.cat([ordered[1:] < ordered[:-1], torch.ones(1, dtype=torch.bool)])
     good = ((wrong <= _MAY_DISAGREE) & ends).nonzero()
     if not len(good):
         return 0.0, None
     last = int(good[-1, 0])
-    return (last + 1) / len(order), 0.0 if last + 1 == len(order) else float(ordered[last + 1])
+    return (last + 1) / len(order), 0.0 if last + 1 == len(order) else math.ceil(float(ordered[last + 1]) * 1e4) / 1e4
 
 
 @torch.inference_mode()

@@ -17,13 +17,12 @@ from typing import Any
 
 from nemo_ee.certificates.certificate import Identity
 from nemo_ee.certificates.validity import identify
+from nemo_ee.checkpoint.members import PROBES
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
-from nemo_ee.checkpoint.portable import put_member
-from nemo_ee.exits.criteria import PROBES_FILE
-from nemo_ee.exits.probe import ExitProbe, from_mapping, to_mapping
+from nemo_ee.checkpoint.portable import plain_config, put_member
+from nemo_ee.exits.probe import ExitProbe, from_file, to_file
 from nemo_ee.text.json_values import MAX_FILE_BYTES, JsonError, parse_json
 
-SCHEMA_VERSION = 1
 FIT = "examples/megatron_gpt_early_exit_probe.py"
 
 
@@ -52,18 +51,27 @@ class StoredProbes:
 
 
 def store_probes(
-    path: str | Path, probes: Mapping[str, ExitProbe], data: str, output: str | Path | None = None
+    path: str | Path,
+    probes: Mapping[str, ExitProbe],
+    data: str,
+    fitted_to: Identity,
+    output: str | Path | None = None,
 ) -> Path:
     """Put probes into a `.nemo` in place of older ones; see `nemo_ee.checkpoint.portable.put_member`.
 
     Args:
         data: sha256 of the file of prompts.
+        fitted_to: `identify` of the file before its weights were read.
         output: the file to write; None = `path` itself.
+
+    Raises:
+        ValueError: the file has other weights now.
     """
     found = identify(path)
-    values = {"schema_version": SCHEMA_VERSION, "backbone": found.backbone, "exits": found.exits, "data": data}
-    text = json.dumps({**values, "probes": to_mapping(probes)}, allow_nan=False)
-    return put_member(path, PROBES_FILE, text.encode(), output)
+    if (found.backbone, found.exits) != (fitted_to.backbone, fitted_to.exits):
+        raise ValueError(f"{path} was replaced while the probes were fitted, so nothing was stored; fit them again")
+    facts = {"backbone": found.backbone, "exits": found.exits, "data": data}
+    return put_member(path, PROBES, json.dumps(to_file(probes, facts), allow_nan=False).encode(), output)
 
 
 def stored_probes(path: str | Path) -> StoredProbes | None:
@@ -73,18 +81,17 @@ def stored_probes(path: str | Path) -> StoredProbes | None:
         ValueError: they are damaged.
     """
     with NemoArchive(path) as archive:
-        if not archive.has(PROBES_FILE):
+        if not archive.has(PROBES):
             return None
-        with archive.open_member(PROBES_FILE) as file:
+        hidden_size = plain_config(archive)["hidden_size"]
+        with archive.open_member(PROBES) as file:
             content = file.read(MAX_FILE_BYTES)
     try:
         values = parse_json(content)
-        if values["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {values['schema_version']!r}, this code reads {SCHEMA_VERSION}")
-        keys = ("backbone", "exits", "data")
-        return StoredProbes(from_mapping(values["probes"]), *(values[key] for key in keys), values)
-    except (JsonError, KeyError, TypeError, ValueError) as problem:
-        raise ValueError(f"{path}: {PROBES_FILE} is damaged ({problem}); fit the probes again") from problem
+        probes = from_file(values, hidden_size)
+        return StoredProbes(probes, *(values[key] for key in ("backbone", "exits", "data")), values)
+    except (JsonError, KeyError, ValueError) as problem:
+        raise ValueError(f"{path}: {PROBES} is damaged ({problem}); fit the probes again") from problem
 
 
 def valid_probes(path: str | Path, names: Collection[str] | None = None) -> StoredProbes:

@@ -13,12 +13,19 @@ from typing import Any
 from nemo_ee.certificates.certificate import Certificate, Identity, Setting, read_certificates
 from nemo_ee.checkpoint.chunk_reader import ChunkReader
 from nemo_ee.checkpoint.fingerprint import exits_fingerprint
-from nemo_ee.checkpoint.members import EXIT_WEIGHTS, IN_ARCHIVE, LORA_WEIGHTS, TOKENIZER_ARTIFACTS, TOKENIZER_FOLDER
+from nemo_ee.checkpoint.members import (
+    EXIT_WEIGHTS,
+    IN_ARCHIVE,
+    LORA_WEIGHTS,
+    PROBES,
+    TOKENIZER_ARTIFACTS,
+    TOKENIZER_FOLDER,
+)
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.portable import plain_config
 from nemo_ee.checkpoint.unpacked import readable
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.exits.criteria import PROBE, PROBES_FILE
+from nemo_ee.exits.criteria import PROBE
 from nemo_ee.text.special_tokens import EndOfText
 
 KV_POLICY = "carry"  # the decoding engine computes keys and values of skipped layers later, exactly
@@ -77,8 +84,8 @@ def identify(path: str | Path) -> Identity:
                 vocab_size=stored.get("vocab_size"),
             )
         probes = None
-        if archive.has(PROBES_FILE):
-            with archive.open_member(PROBES_FILE) as file:
+        if archive.has(PROBES):
+            with archive.open_member(PROBES) as file:
                 probes = hashlib.sha256(file.read()).hexdigest()
     return Identity(stored["backbone_fingerprint"], fingerprint, tokenizer, probes)
 

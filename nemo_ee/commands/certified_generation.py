@@ -1,16 +1,19 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Generation under a certificate: the request with the certificate's policy, or all reasons against it."""
+"""What a request takes from the `.nemo` beside its weights: a certificate's policy, and probes; or all reasons against
+it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nemo_ee.certificates.certificate import Certificate, find_certificate
+from nemo_ee.certificates.exit_probes import valid_probes
 from nemo_ee.certificates.validity import identify, model_problems, setting_of, setting_problems, stop_problems
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.commands.generation_request import GenerationRequest
+from nemo_ee.exits.probe import ExitProbe
 
 logger = logging.getLogger(__name__)
 
@@ -63,3 +66,18 @@ def _length_problems(certificate: Certificate, request: GenerationRequest) -> It
     if request.end_strings and (until is None or request.end_strings != (until,)):
         allowed = "[]" if until is None else f"[] or {[until]}"
         yield f"end_strings={list(request.end_strings)}, certified end_strings={allowed}"
+
+
+def probes_of(request: GenerationRequest) -> Mapping[str, ExitProbe]:
+    """The probes that `criterion: probe` needs.
+
+    Raises:
+        ValueError: the model has none for its weights, or runs on several pipeline stages.
+    """
+    stages = request.model.pipeline_model_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"criterion=probe reads hidden states, which stay on their stage, but model.pipeline_model_parallel_size="
+            f"{stages}; set it to 1 and share the layers with model.tensor_model_parallel_size"
+        )
+    return valid_probes(request.path).probes

@@ -18,14 +18,14 @@ from typing import Any
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ee.certificates.exit_probes import valid_probes
 from nemo_ee.checkpoint.members import TOKENIZER_FOLDER
 from nemo_ee.checkpoint.nemo_archive import NemoArchive
 from nemo_ee.checkpoint.tokenizer_files import stored_end_of_text
 from nemo_ee.checkpoint.unpacked import unpacked
+from nemo_ee.commands.certified_generation import probes_of
 from nemo_ee.commands.generation_request import OUTPUT_KEYS, GenerationRequest
 from nemo_ee.exits.config import EarlyExitConfig
-from nemo_ee.exits.criteria import PROBE
+from nemo_ee.exits.criteria import OF_LOGITS, PROBE
 from nemo_ee.exits.probe import ExitProbe
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint, with_probes
 from nemo_ee.generation.policy import plan_exits
@@ -274,10 +274,15 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> Mapping[str
         else:
             exits = EarlyExitConfig.from_mapping(block, num_layers=stored.num_layers).exits
             points = sorted((ExitPoint(one.name, one.layer, one.stop) for one in exits), key=lambda one: one.stop)
+            policy = request.policy
+            if request.criterion == PROBE and request.mode != "static_depth":
+                try:
+                    probes = probes_of(request)
+                except ValueError as problem:
+                    problems.append(str(problem))
+                    policy = dataclasses.replace(policy, criterion=OF_LOGITS[0])
             try:
-                if request.criterion == PROBE and request.mode != "static_depth":
-                    probes = _probes_of(request)
-                plan_exits(request.mode, request.policy, with_probes(points, probes), stored.num_layers)
+                plan_exits(request.mode, policy, with_probes(points, probes), stored.num_layers)
             except ValueError as problem:
                 problems.append(str(problem))
     tokenizer = stored_tokenizer(request.path, stored)
@@ -287,16 +292,6 @@ def check_request(request: GenerationRequest, stored: DictConfig) -> Mapping[str
         problems += _prompt_problems(request, request.prompts, tokenizer, end.ids, positions, stored.get("vocab_size"))
     _raise(problems)
     return probes
-
-
-def _probes_of(request: GenerationRequest) -> Mapping[str, ExitProbe]:
-    stages = request.model.pipeline_model_parallel_size
-    if stages > 1:
-        raise ValueError(
-            f"criterion=probe reads hidden states, which stay on their stage, but model.pipeline_model_parallel_size="
-            f"{stages}; set it to 1 and share the layers with model.tensor_model_parallel_size"
-        )
-    return valid_probes(request.path).probes
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ class EarlyExitLM(TemplateLM):
         mode: `early_exit` or `full`.
         threshold: one number, or `exit:number+exit:number`; a token leaves iff its confidence is above it
             (entropy: below it).
-        criterion: `max_probability`, `margin` or `entropy`.
+        criterion: `max_probability`, `margin`, `entropy` or `probe`.
         exits: names of the exits at which tokens may leave, joined by `+`; None = all.
         max_pending_tokens, num_draft_tokens: see `ExitPolicy`.
         backbone_path: `.nemo` of the base model, for exits-only files whose base has moved.

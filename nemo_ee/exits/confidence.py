@@ -50,21 +50,27 @@ def confidence(logits: Tensor, criterion: str) -> Tensor:
 
 
 def exit_confidence(criterion: str, logits: Tensor, hidden: Tensor, probe: ExitProbe | None) -> Tensor:
-    """The confidence of each row of an exit by any criterion; the final exit has no probe and then reports
-    `max_probability`.
+    """The confidence of each row of an exit, by any criterion.
 
     Args:
         criterion: one of `CRITERIA`.
         logits: `[n, v]`, the exit's.
         hidden: `[n, h]`, hidden states at its tap.
-        probe: the exit's; None = it has none.
+        probe: the exit's, which `criterion: probe` needs.
 
     Returns:
         `[n]`, fp32.
     """
     if criterion != PROBE:
         return confidence(logits, criterion)
-    return confidence(logits, OF_LOGITS[0]) if probe is None else probe(hidden).to(logits.device)
+    assert probe is not None, "an exit without a probe"
+    return probe(hidden).to(logits.device)
+
+
+def end_confidence(criterion: str, logits: Tensor) -> Tensor:
+    """The confidence of each row where a sequence ends, which no threshold reads: at the final exit, or at the exit of
+    `static_depth`. With `criterion: probe` it is `max_probability`. `logits`: `[n, v]`. Returns `[n]`, fp32."""
+    return confidence(logits, OF_LOGITS[0] if criterion == PROBE else criterion)
 
 
 def leaves(confidence: Tensor, threshold: float | Tensor, criterion: str) -> Tensor:

@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The names of the confidence criteria and the order of their values; without torch, for the checks of settings.
+"""The names of the confidence criteria, the order of their values, and the name of the file of probes; without torch,
+for the checks of settings.
 
 The formulas are in `nemo_ee.exits.confidence` and, for `probe`, in `nemo_ee.exits.probe`.
 """

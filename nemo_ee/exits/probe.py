@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+SCHEMA_VERSION = 1
 _LEAST_RMS = 1e-12
+_LARGEST = 80.0  # of the exponent, which fp32 could not hold far beyond
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,10 +38,14 @@ class ExitProbe:
     bias: float
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """The confidence of each row. `hidden`: `[n, h]` at the exit's tap, any dtype. Returns `[n]`, fp32."""
-        # Products and a sum, not a matrix product, whose rounding may depend on the number of rows.
-        projected = (hidden.float() * self.weight.to(hidden.device)).sum(dim=-1)
-        return torch.sigmoid(projected / _rms(hidden)[:, 0] + self.bias)
+        """The confidence of each row. `hidden`: `[n, h]` at the tap, any dtype. Returns `[n]`, fp32, on the CPU.
+
+        A row's value does not depend on the other rows: a matrix product, and a vectorised sigmoid, may round by the
+        number of rows.
+        """
+        projected = (hidden.float() * self.weight.to(hidden.device)).sum(dim=-1) / _rms(hidden)[:, 0]
+        exponents = (-projected - self.bias).clamp(max=_LARGEST)  # NaN stays NaN, which no threshold lets leave
+        return torch.tensor([1 / (1 + math.exp(x)) for x in exponents.tolist()], dtype=torch.float32)
 
 
 def fit_probe(hidden: Tensor, agrees: Tensor, l2: float = 0.01) -> ExitProbe:
@@ -78,27 +84,31 @@ def fit_probe(hidden: Tensor, agrees: Tensor, l2: float = 0.01) -> ExitProbe:
     return ExitProbe(weight, float(bias.detach() - weight @ mean))
 
 
-def to_mapping(probes: Mapping[str, ExitProbe]) -> dict[str, Any]:
-    """The probes as plain JSON values, by the names of their exits."""
-    return {name: {"weight": probe.weight.tolist(), "bias": probe.bias} for name, probe in probes.items()}
+def to_file(probes: Mapping[str, ExitProbe], facts: Mapping[str, str]) -> dict[str, Any]:
+    """The content of a file of probes: the facts, and the probes by the names of their exits, as JSON values."""
+    plain = {name: {"weight": probe.weight.tolist(), "bias": probe.bias} for name, probe in probes.items()}
+    return {"schema_version": SCHEMA_VERSION, **facts, "probes": plain}
 
 
-def from_mapping(values: Any, hidden_size: int | None = None) -> dict[str, ExitProbe]:
-    """The probes that `to_mapping` wrote.
+def from_file(values: Any, hidden_size: int) -> dict[str, ExitProbe]:
+    """The probes of a file's content.
 
     Args:
-        hidden_size: the model's; None = not checked.
+        hidden_size: the model's.
 
     Raises:
-        ValueError: a probe is damaged, or of a model of another hidden size.
+        ValueError: a probe is damaged, of a model of another hidden size, or the file is of another schema version.
     """
+    version = values.get("schema_version") if isinstance(values, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema version {version!r}, this code reads {SCHEMA_VERSION}; fit the probes again")
     probes = {}
-    for name, own in dict(values).items():
+    for name, own in values.get("probes", {}).items():
         try:
             weight, bias = torch.tensor(own["weight"], dtype=torch.float32), float(own["bias"])
         except (TypeError, ValueError, KeyError) as problem:
             raise ValueError(f"probe of exit {name!r}: damaged ({problem!r}); fit it again") from problem
-        if weight.ndim != 1 or hidden_size not in (None, len(weight)):
+        if weight.shape != (hidden_size,):
             raise ValueError(
                 f"probe of exit {name!r}: {list(weight.shape)} weights for a hidden size of {hidden_size}"
             )

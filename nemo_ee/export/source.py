@@ -138,9 +138,13 @@ class EarlyExitSource:
 
     @cached_property
     def probes(self) -> dict[str, Any] | None:
-        """The content of the file of the exits' probes; None = there are none for these weights. Void ones cause a
-        warning. Read them before anything is written, since they may be damaged."""
-        stored = stored_probes(self.path)
+        """The content of the file of the exits' probes; None = there are none for these weights. Damaged and void ones
+        cause a warning."""
+        try:
+            stored = stored_probes(self.path)
+        except ValueError as damage:
+            logger.warning("the probes are left out: %s", damage)
+            return None
         problem = None if stored is None else stored.problem(identify(self.path))
         if problem is not None:
             logger.warning("%s: the probes are left out: %s", self.path, problem)

@@ -146,9 +146,12 @@ class ExitPoint:
     probe: ExitProbe | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
-def with_probes(exits: Iterable[ExitPoint], probes: Mapping[str, ExitProbe]) -> tuple[ExitPoint, ...]:
-    """The exits, those with a probe of their name with it."""
-    return tuple(dataclasses.replace(point, probe=probes.get(point.name)) for point in exits)
+def with_probes(
+    exits: Iterable[ExitPoint], probes: Mapping[str, ExitProbe], device: torch.device = _CPU
+) -> tuple[ExitPoint, ...]:
+    """The exits, those with a probe of their name with it, on a device."""
+    moved = {name: dataclasses.replace(own, weight=own.weight.to(device)) for name, own in probes.items()}
+    return tuple(dataclasses.replace(point, probe=moved.get(point.name)) for point in exits)
 
 
 class DecodingCache(Protocol):

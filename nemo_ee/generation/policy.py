@@ -203,8 +203,8 @@ def missing_probes(criterion: str, exits: Iterable[ExitPoint]) -> Iterator[str]:
     without = [point.name for point in exits if point.probe is None]
     if criterion == PROBE and without:
         yield (
-            f"criterion = {PROBE!r}: {', '.join(without)} {'has' if len(without) == 1 else 'have'} no probe here; fit "
-            "probes with examples/megatron_gpt_early_exit_probe.py and export again, or use another criterion"
+            f"criterion = {PROBE!r}: {', '.join(without)} {'has' if len(without) == 1 else 'have'} no probe; fit "
+            "probes with examples/megatron_gpt_early_exit_probe.py (and export again), or use another criterion"
         )
 
 

@@ -11,12 +11,14 @@ decoding the text token by token.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
-from nemo_ee.exits.confidence import exit_confidence, leaves
+from nemo_ee.exits.confidence import end_confidence, exit_confidence, leaves
+from nemo_ee.exits.criteria import PROBE
 from nemo_ee.generation.decoding_model import DecodingModel, ExitPoint
 from nemo_ee.generation.policy import ExitPlan
 from nemo_ee.generation.stats import FINAL, DecodingStats, TokenEvent, exit_histogram, mean_depth
@@ -116,10 +118,15 @@ class Scorer:
         """Evaluate an exit at these rows (ascending); keep the predictions that pass the threshold, all for None."""
         name = None if point is None else point.name
         predictions: dict[int, _ExitPrediction] = {}
+        if threshold is not None and self.criterion == PROBE:
+            # As in decoding: the head runs only for tokens that leave.
+            passing = leaves(point.probe(text.hidden[list(candidates)]), threshold, PROBE).tolist()
+            candidates = list(itertools.compress(candidates, passing))
         for rows, logits, tokens, logprobs in text.evaluate(name, candidates):
-            value = exit_confidence(
-                self.criterion, logits, text.hidden[list(rows)], None if point is None else point.probe
-            )
+            if threshold is None:
+                value = end_confidence(self.criterion, logits)
+            else:
+                value = exit_confidence(self.criterion, logits, text.hidden[list(rows)], point.probe)
             columns = (value, logprobs, logits.argmax(dim=1) == tokens)
             passing = [True] * len(rows)
             if threshold is not None:

@@ -300,9 +300,7 @@ class DecodingSession:
 
     def _choose(self, outputs: Sequence[tuple[RunningSequence, ExitOutput]]) -> list[TokenEvent | Failure]:
         """Choose a token at each output of one row. Tokens of early exits that need verification become drafts."""
-        events: list[TokenEvent | Failure] = []
-        drafted: list[tuple[RunningSequence, ExitOutput]] = []
-        final: list[tuple[RunningSequence, ExitOutput]] = []
+        events, drafted, final = [], [], []
         for one in outputs:
             (drafted if one[0].plan.verify and one[1].exit is not None else final).append(one)
         for (sequence, output), (token, shaped) in zip(drafted, _sample(drafted, "draft"), strict=True):

@@ -37,8 +37,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from nemo_ee.exits.confidence import confidence
-from nemo_ee.exits.criteria import OF_LOGITS, PROBE, SMALLER_IS_CONFIDENT
+from nemo_ee.exits.confidence import end_confidence
+from nemo_ee.exits.criteria import PROBE, SMALLER_IS_CONFIDENT
 from nemo_ee.generation.decoding_model import DecodingCache, DecodingModel, ExitPoint, TokenPositions
 from nemo_ee.generation.forward_rows import ExitOutput, TokenInput
 from nemo_ee.generation.hidden_batch import HiddenBatch, pick_rows
@@ -285,13 +285,11 @@ class StagedForward:
     def _confidence(
         self, logits: Tensor, slots: Sequence[int], probed: Mapping[int, float] = MappingProxyType({})
     ) -> list[float]:
-        """The confidence of each row by the criterion of its slot's plan. The final exit has no probe and reports
-        `max_probability` instead."""
+        """The confidence of each row by the criterion of its slot's plan, of some by `probed`."""
         if probed.keys() >= set(slots):
             return [probed[slot] for slot in slots]
         criteria = [self._plans[slot].criterion for slot in slots]
-        criteria = [OF_LOGITS[0] if criterion == PROBE else criterion for criterion in criteria]
-        by_criterion = {criterion: confidence(logits, criterion).tolist() for criterion in dict.fromkeys(criteria)}
+        by_criterion = {criterion: end_confidence(criterion, logits).tolist() for criterion in dict.fromkeys(criteria)}
         return [
             probed.get(slot, by_criterion[criterion][row])
             for row, (slot, criterion) in enumerate(zip(slots, criteria, strict=True))

@@ -22,6 +22,7 @@ import transformers
 from torch import LongTensor, Tensor, nn
 
 from nemo_ee.exits.block_reader import RENAMED_KEYS
+from nemo_ee.exits.criteria import OF_LOGITS, PROBE
 from nemo_ee.families.rotary_settings import with_both_spellings
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import ExitPolicy, plan_exits
@@ -169,6 +170,11 @@ class EarlyExitGeneration:
                     f"{', '.join(unused)}: without effect; give early_exit_threshold too, or leave it out"
                 )
             return None
+        if criterion == PROBE:
+            raise ValueError(
+                f"early_exit_criterion={PROBE!r}: a loaded model has no probes; use one of {', '.join(OF_LOGITS)}, or "
+                "decode the directory with nemo_ee.runtime"
+            )
         active = None if active is None else active if isinstance(active, str) else tuple(active)
         policy = ExitPolicy(thresholds, criterion or "max_probability", active, max_pending_tokens)
         points = [exit.point for exit in self._exported.exits]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_ee.exits.criteria import PROBES_FILE
-from nemo_ee.exits.probe import ExitProbe, from_mapping
+from nemo_ee.exits.probe import ExitProbe, from_file
 from nemo_ee.families.architecture import FC1, FC2, PROJ, QKV
 from nemo_ee.families.registry import tensors_of
 from nemo_ee.families.tensors import (
@@ -100,8 +100,8 @@ def _probes(file: Path, exported: ExportedModel) -> dict[str, ExitProbe]:
     if not file.is_file():
         return {}
     try:
-        return from_mapping(read_json_object(file).get("probes"), exported.architecture.hidden_size)
-    except (JsonError, TypeError, ValueError) as problem:
+        return from_file(read_json_object(file), exported.architecture.hidden_size)
+    except (JsonError, ValueError) as problem:
         raise ValueError(f"{file}: {problem}; export again") from None
 
 

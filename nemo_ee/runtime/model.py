@@ -109,9 +109,9 @@ class RuntimeModel(DecodingModel):
         architecture = self.architecture = config.architecture
         self.num_layers, self.vocab_size = architecture.num_layers, architecture.vocab_size
         self.max_positions = architecture.usable_positions
-        self.exits = with_probes((exit.point for exit in config.exits), probes)
         self.exits_with_kv = [name for name, head in weights.heads.items() if head.layer is not None]
         self.device, self.dtype = weights.embedding.device, dtype
+        self.exits = with_probes((exit.point for exit in config.exits), probes, self.device)
         self._cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self._rotary = None
         if not architecture.learned_positions:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,11 +70,6 @@ def test_storing_adds_the_probes_and_changes_nothing_else(made, tmp_path):
     assert valid_probes(tmp_path / "own.nemo").values == valid_probes(made.path).values
 
 
-def tokens_of(output: Path) -> list[list[tuple[str, str]]]:
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    return [[(token["text"], token["exit"]) for token in line["tokens"]] for line in lines]
-
-
 def test_an_export_decodes_as_the_nemo_model(made, tmp_path):
     from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
     from nemo_ee.generation.engine import EarlyExitEngine
@@ -93,14 +87,19 @@ def test_an_export_decodes_as_the_nemo_model(made, tmp_path):
     confidences = EarlyExitEngine(model).generate(
         ids, max_new_tokens=8, policy=ExitPolicy(0.0, criterion="probe", active=("one-mlp",))
     )
-    middle = sorted(event.confidence for event in confidences.events if event.exit)[len(prompts) * 7 // 2]
+    found = sorted(event.confidence for event in confidences.events if event.exit)
+    below, above = found[len(found) // 2 - 1 : len(found) // 2 + 1]
+    middle = (below + above) / 2  # no confidence is near it
+    assert above - below > 1e-4
     policy = ExitPolicy(middle, criterion="probe")
     ours = EarlyExitEngine(model).generate(ids, max_new_tokens=8, policy=policy)
     generate(**{
         "model.restore_from_path": str(made.path), "prompts": prompts, "tokens_to_generate": 8, "criterion": "probe",
         "threshold": middle, "stop_on_eos": False, "output": str(tmp_path / "nemo.jsonl"), "batch_size": 8,
     })  # fmt: skip
-    exits = [[exit for _, exit in one] for one in tokens_of(tmp_path / "nemo.jsonl")]
+    lines = [json.loads(line) for line in (tmp_path / "nemo.jsonl").read_text().splitlines()]
+    assert [[token["id"] for token in line["tokens"]] for line in lines] == [list(own) for own in ours.tokens]
+    exits = [[token["exit"] for token in line["tokens"]] for line in lines]
     assert exits == [[event.exit or "final" for event in ours.events_of(index)] for index in range(8)]
     assert {"one-mlp", "final"} <= {exit for one in exits for exit in one}
     with pytest.raises(ValueError, match=r"exit_probes.json: .*export again"):
@@ -156,8 +155,35 @@ def test_where_no_probe_can_be_used_it_is_refused(made, tmp_path):
     damaged = rewritten(made.path, tmp_path / "damaged.nemo", {"exit_probes.json": b'{"schema_version": 1}'})
     with pytest.raises(ValueError, match=r"exit_probes.json is damaged .*fit the probes again"):
         generate(**{path: str(damaged), "criterion": "probe"})
+    # Fitting again repairs it.
+    shutil.copy(damaged, tmp_path / "repaired.nemo")
+    fit(**{**made.given, "checkpoint": str(tmp_path / "repaired.nemo")})
+    generate(**{path: str(tmp_path / "repaired.nemo"), "criterion": "probe", "tokens_to_generate": 2})
     # The other criteria do not read them.
     generate(**{path: str(damaged), "tokens_to_generate": 2, "output": str(tmp_path / "a.jsonl")})
+
+
+def test_engines_refuse_it(made, tmp_path):
+    from nemo_ee.export.huggingface.exporter import HuggingFaceSettings, export_huggingface
+
+    settings = {"checkpoint": made.path, "output": tmp_path / "out", "progress": False, "criterion": "probe"}
+    for thresholds in (0.5, None):
+        with pytest.raises(ValueError, match="criterion='probe': the model file for TensorRT-LLM has max_probability"):
+            export_huggingface(HuggingFaceSettings(thresholds=thresholds, **settings))
+
+
+def test_the_share_that_can_leave():
+    import torch
+
+    from nemo_ee.calibration.probe_fitting import leaving
+
+    confidences = torch.linspace(1, 0, 101)[:100]
+    agrees = torch.ones(100, dtype=torch.bool)
+    agrees[[10, 20, 30, 40, 50, 60]] = False
+    assert leaving(confidences, agrees) == (0.6, 0.4)  # the sixth mistake is the 61st token, of confidence 0.4
+    assert leaving(confidences, ~agrees) == (0.05, 0.95)
+    assert leaving(torch.full((100,), 0.5), ~agrees) == (0.0, None), "tokens of one confidence leave together"
+    assert leaving(confidences, torch.ones(100, dtype=torch.bool)) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +193,7 @@ def test_where_no_probe_can_be_used_it_is_refused(made, tmp_path):
         ({"num_prompts": 3}, "num_prompts=3"),
         ({"tokens_to_generate": 1}, "tokens_to_generate=1"),
         ({"l2": 0.0}, "l2=0.0"),
+        ({"checkpoint": str(REFERENCE_MODEL)}, "model_config.yaml"),
         ({"num_prompts": 61}, "num_prompts=61, but the data gives 60 prompts"),
         ({"save_to": str(ROOT / "README.md")}, "exists; give another name, or null"),
     ],

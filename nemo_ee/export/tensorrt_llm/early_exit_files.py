@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ee.exits.config import ExitConfig
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import CRITERIA, PROBE
 from nemo_ee.families.family import EngineClass, Family
 from nemo_ee.families.registry import FAMILIES
 from nemo_ee.generation.decoding_model import ExitPoint
@@ -69,6 +69,10 @@ def threshold_problems(
 ) -> list[str]:
     """Problems of thresholds: those that `threshold_block` would raise, a criterion that is not among `criteria` (also
     without thresholds), and thresholds that no exit gets."""
+    if criterion not in CRITERIA:
+        return [f"criterion={criterion!r} is unknown; use one of {', '.join(criteria)}"]
+    if criterion not in criteria and (thresholds is not None or criterion == PROBE):
+        return [f"criterion={criterion!r}: the model file for TensorRT-LLM has {', '.join(criteria)}; use one of them"]
     try:
         block = threshold_block(exits, thresholds, criterion)
     except ValueError as problem:
@@ -78,10 +82,6 @@ def threshold_problems(
             f"thresholds={thresholds!r}: no exit gets one (it is empty, or no exit without an attention layer is "
             "exported); export one, or leave thresholds out"
         ]
-    if criterion not in CRITERIA:
-        return [f"criterion={criterion!r} is unknown; use one of {', '.join(criteria)}"]
-    if thresholds is not None and criterion not in criteria:
-        return [f"criterion={criterion!r}: the model file for TensorRT-LLM has {', '.join(criteria)}; use one of them"]
     return []
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from nemo_ee.exits.criteria import CRITERIA
+from nemo_ee.exits.criteria import OF_LOGITS, PROBE
 from nemo_ee.export.vllm.counts import ExitCounts, new_counts_file, publish
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.runtime.exported_model import ExitEntry, exported_model
@@ -44,7 +44,7 @@ class ServerSettings(UserInput):
     """`early_exit` of --additional-config."""
 
     thresholds: float | dict[str, float] | None = None
-    criterion: Text = CRITERIA[0]
+    criterion: Text = OF_LOGITS[0]
     active: tuple[Text, ...] | None = None
     only_if_faster: bool = True
 
@@ -81,6 +81,11 @@ class ServedExits:
         settings = read(ServerSettings, {**stored, **given}, headline="early_exit of --additional-config")
         exits = exported_model(config.to_dict(), vllm_config.model_config.model).exits
         usable = [exit for exit in exits if exit.architecture != "layer"]
+        if settings.criterion == PROBE:
+            raise ValueError(
+                f"early_exit: criterion={PROBE!r}: vLLM's plugin reads no hidden states; use one of "
+                f"{', '.join(OF_LOGITS)}"
+            )
         names = settings.thresholds if isinstance(settings.thresholds, dict) else [exit.name for exit in usable]
         active = tuple(settings.active if settings.active is not None else names)
         # Checks every name, also without thresholds.

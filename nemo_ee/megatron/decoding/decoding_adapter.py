@@ -67,10 +67,11 @@ class MegatronDecodingModel(DecodingModel):
         if model.position_embedding_type == "learned_absolute" and model.pre_process:
             self.max_positions = model.embedding.position_embeddings.num_embeddings
         points = (ExitPoint(exit.name, exit.layer, exit.stop) for exit in model.placement.exits)
-        self.exits = with_probes(sorted(points, key=lambda point: point.stop), probes)
         self.exits_with_kv = [exit.name for exit in model.placement.exits if exit.architecture == "layer"]
         weight = next(model.decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        # Hidden states are bitwise equal on all tensor-parallel ranks, as all-reduces are, so probes decide alike.
+        self.exits = with_probes(sorted(points, key=lambda point: point.stop), probes, self.device)
         self._rotary = None
         if model.position_embedding_type == "rope":
             # Megatron's own angles, so any scaling of the frequencies is honoured.

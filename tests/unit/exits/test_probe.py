@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from nemo_ee.exits.confidence import exit_confidence
-from nemo_ee.exits.probe import ExitProbe, fit_probe, from_mapping, to_mapping
+from nemo_ee.exits.confidence import end_confidence, leaves
+from nemo_ee.exits.probe import ExitProbe, fit_probe, from_file, to_file
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(800, 12, generator=GENERATOR) * torch.rand(800, 1, generator=GENERATOR).mul(5).add(0.1) + 0.3
@@ -23,9 +24,24 @@ def test_the_formula_written_out():
         rms = math.sqrt(sum(x * x for x in row) / 12)
         z = sum(x * w for x, w in zip(row, probe.weight.tolist(), strict=True)) / rms - 0.4
         assert value == pytest.approx(1 / (1 + math.exp(-z)), rel=1e-5)
-    # A row of a batch gets bit for bit what it gets alone, and a scaled state the same.
-    assert torch.equal(probe(HIDDEN[:20])[7:8], probe(HIDDEN[7:8]))
     torch.testing.assert_close(probe(3 * HIDDEN), probe(HIDDEN))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 16, 64])
+def test_a_row_of_a_batch_gets_bit_for_bit_what_it_gets_alone(rows):
+    hidden = torch.randn(rows, 4096, generator=GENERATOR)
+    probe = ExitProbe(torch.randn(4096, generator=GENERATOR) / 64, 0.3)
+    assert torch.equal(probe(hidden), torch.cat([probe(row) for row in hidden.split(1)]))
+
+
+def test_broken_and_extreme_states():
+    probe = ExitProbe(torch.full((12,), 1e4), 0.0)
+    values = probe(torch.tensor([[math.nan] * 12, [1.0] * 12, [-1.0] * 12, [0.0] * 12]))
+    assert (
+        values[0].isnan()
+        and not leaves(values[:1], 0.0, "probe")
+        and values[1:].tolist() == pytest.approx([1.0, 0.0, 0.5])
+    )
 
 
 @pytest.mark.parametrize("l2", [0.01, 0.3])
@@ -54,7 +70,7 @@ def test_nothing_to_predict_is_an_error(agrees, word):
 
 def test_stored_and_read_it_is_bitwise_the_same():
     probes = {"a": fit_probe(HIDDEN, AGREES), "b": ExitProbe(torch.zeros(12), 1e-3)}
-    again = from_mapping(to_mapping(probes), hidden_size=12)
+    again = from_file(json.loads(json.dumps(to_file(probes, {"data": "x"}))), hidden_size=12)
     for name, probe in probes.items():
         assert torch.equal(again[name].weight, probe.weight) and again[name].bias == probe.bias
 
@@ -70,10 +86,9 @@ def test_stored_and_read_it_is_bitwise_the_same():
 )
 def test_damaged_probes_are_refused(stored, message):
     with pytest.raises(ValueError, match=f"probe of exit 'a': .*{message}"):
-        from_mapping(stored, hidden_size=12)
+        from_file({"schema_version": 1, "probes": stored}, hidden_size=12)
 
 
 def test_the_final_exit_reports_its_largest_probability():
     logits = torch.tensor([[2.0, 0.0, 0.0]])
-    value = exit_confidence("probe", logits, HIDDEN[:1], None)
-    torch.testing.assert_close(value, logits.softmax(dim=1).amax(dim=1))
+    torch.testing.assert_close(end_confidence("probe", logits), logits.softmax(dim=1).amax(dim=1))

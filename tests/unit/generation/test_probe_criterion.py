@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,16 +74,36 @@ def test_traces_and_scores_have_the_probes_confidences():
         hidden, depth = model.run(hidden, rows, depth, point.stop, cache), point.stop
         torch.testing.assert_close(trace.confidences[0, :, index], point.probe(hidden[1:]))
     scored = EarlyExitEngine(model).score([text], 2, policy=POLICY)
-    for event in scored.events[1:]:
+    for event in scored.events[1:]:  # the first token is the final exit's
         if event.exit is not None:
             index = [point.name for point in model.exits].index(event.exit)
             assert event.confidence == pytest.approx(float(trace.confidences[0, event.position - 2, index]), abs=1e-6)
 
 
+@pytest.mark.parametrize("policy", [POLICY, ExitPolicy(0.5)])
+def test_scoring_evaluates_what_decoding_evaluates(policy):
+    engine = EarlyExitEngine(tiny())
+    made = engine.generate([[1, 2, 3]], max_new_tokens=20, policy=policy)
+    scored = engine.score([[1, 2, 3, *made.tokens[0]]], 3, policy=policy)
+    assert scored.stats.evaluations == made.stats.evaluations
+    assert scored.exits[0] == tuple(event.exit for event in made.events)
+
+
+def test_one_exit_alone_reports_the_largest_probability():
+    engine, policy = EarlyExitEngine(tiny()), ExitPolicy(0.0, criterion="probe", active=("b",))
+    made = engine.generate([[1, 2, 3]], max_new_tokens=6, mode="static_depth", policy=policy)
+    scored = engine.score([[1, 2, 3, *made.tokens[0]]], 3, mode="static_depth", policy=policy)
+    ours = [event.confidence for event in made.events]
+    assert ours == pytest.approx([event.confidence for event in scored.events], abs=1e-5)
+    by_head = dataclasses.replace(policy, criterion="max_probability")
+    theirs = engine.generate([[1, 2, 3]], max_new_tokens=6, mode="static_depth", policy=by_head)
+    assert ours == [event.confidence for event in theirs.events]
+
+
 def test_an_exit_without_probe_is_refused():
     model = tiny()
     model.exits = with_probes(model.exits, {"a": model.exits[0].probe})
-    with pytest.raises(ValueError, match="criterion = 'probe': b, c have no probe here; fit probes with .*_probe.py"):
+    with pytest.raises(ValueError, match="criterion = 'probe': b, c have no probe; fit probes with .*_probe.py"):
         EarlyExitEngine(model).generate([[1]], max_new_tokens=2, policy=POLICY)
     with pytest.raises(ValueError, match="b, c have no probe"):
         TracePass(model, None, "probe")
