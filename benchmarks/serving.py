@@ -227,7 +227,9 @@ def main() -> None:
         clients = name.rsplit("_", 1)[1]
         server, engine = (values[f"{side}_tokens_per_second_{clients}"] for side in ("server", "engine"))
         met = "met" if values[name] >= target else "MISSED"
-        print(f"{name} {values[name]:.3f}, target >= {target}, {met} (server {server:.1f}, engine {engine:.1f} tokens/s)")
+        print(
+            f"{name} {values[name]:.3f}, target >= {target}, {met} (server {server:.1f}, engine {engine:.1f} tokens/s)"
+        )
     if options.json:
         options.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -126,6 +126,7 @@ def tune_exit(
         teacher=teacher if objective.has_teacher else None,
         grad_scale=grad_scale,
         dtype=context.autocast,
+        casts=context.casts,
         chunk_bytes=context.chunk_bytes,
     )
     used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
@@ -163,5 +164,6 @@ def evaluate_exit(
         want_argmax=want_argmax,
         want_entropy=True,
         dtype=context.autocast,
+        casts=context.casts,
         chunk_bytes=context.chunk_bytes,
     )
