@@ -120,7 +120,7 @@ def linear_cross_entropy(
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     buffers = buffers_of_a_chunk(objective, teacher, dtype) + want_entropy
     sums = torch.zeros(len(fields(TokenSums)), dtype=torch.float32, device=mask.device)
-    memory, chunk_bytes = None, chunk_bytes or chunk_bytes_on(mask.device)
+    memory, chunk_bytes = None, chunk_bytes or chunk_bytes_on(mask.device, rows, buffers=buffers)
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
         if memory is None:  # of the first chunk's size, the largest
             memory = torch.empty(part.stop - part.start, rows, dtype=dtype, device=mask.device)

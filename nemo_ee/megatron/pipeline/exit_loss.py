@@ -74,11 +74,9 @@ def exits_in_turn(
         return
     vocabulary = context.model.vocabulary()
     objective = context.objectives[side_by_side[0].exit.name]  # the buffers are those of every one
-    tokens = tokens_of_a_chunk(
-        teacher.weight.shape[0],
-        context.chunk_bytes or chunk_bytes_on(context.device),
-        buffers=buffers_of_a_chunk(objective, teacher, config.params_dtype),
-    )
+    rows, buffers = teacher.weight.shape[0], buffers_of_a_chunk(objective, teacher, config.params_dtype)
+    chunk_bytes = context.chunk_bytes or chunk_bytes_on(context.device, rows, buffers=buffers)
+    tokens = tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers)
     length, ranks = batch.tokens.shape[1], config.tensor_model_parallel_size if config.sequence_parallel else 1
     # Under sequence parallelism a piece is made of a piece of every rank's part of the sequence.
     positions = torch.arange(length, device=context.device).view(ranks, -1)
