@@ -111,7 +111,8 @@ def distill_against_floor(sizes: Sizes, folder: Path) -> dict[str, float]:
     rows = teacher.weight.shape[0]
     objective = next(iter(context.objectives.values()))
     buffers = buffers_of_a_chunk(objective, teacher, torch.float32)
-    tokens = tokens_of_a_chunk(rows, chunk_bytes_on(context.device), buffers=buffers)
+    chunk_bytes = chunk_bytes_on(context.device, rows, buffers=buffers)
+    tokens = tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers)
 
     def form() -> None:
         for start in range(0, batch.tokens.numel(), tokens):

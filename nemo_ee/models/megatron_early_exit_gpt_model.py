@@ -264,6 +264,7 @@ class MegatronEarlyExitGPTModel(WholeModelHooks, DatasetHooks, MegatronGPTModel)
             self.early_exit,
             self.placements,
             autocast=self.context.autocast,
+            casts=self.context.casts,
             timeout=timedelta(minutes=self.cfg.get("distributed_timeout_minutes", 30)),
         )
         return replace(self.context, teachers=teachers)

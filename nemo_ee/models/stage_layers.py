@@ -72,7 +72,7 @@ def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size
         micro_batch=cfg.get("micro_batch_size") or 1,
         fused_attention=True,
         tensor_parallel=config.tensor_model_parallel_size,
-        chunk_bytes=chunk_bytes_on(torch.device(device)),
+        chunk_bytes=chunk_bytes_on(torch.device(device), padded_vocab_size // config.tensor_model_parallel_size),
         transformer_engine=bool(cfg.get("transformer_engine")),
     )
 

@@ -20,6 +20,8 @@ from nemo_ee.serving.request_certificates import promise
 from nemo_ee.serving.served_model import Prepared
 from nemo_ee.serving.text_stream import Piece, TextStream
 
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps makes an encoder for each chunk
+
 
 class Answers:
     """All answers to one request.
@@ -224,7 +226,7 @@ def _token(piece: Piece) -> dict[str, Any]:
 
 def server_sent(value: dict[str, Any]) -> str:
     """An event of a stream."""
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+    return f"data: {_ENCODE(value)}\n\n"
 
 
 STREAM_END = "data: [DONE]\n\n"

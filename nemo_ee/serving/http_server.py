@@ -33,7 +33,7 @@ from nemo_ee.serving.guard import Guard
 from nemo_ee.serving.metrics import CONTENT_TYPE, Metrics
 from nemo_ee.serving.openapi import ERRORS, of_post, openapi_document
 from nemo_ee.serving.protocol import ApiRequest, read_body, read_request
-from nemo_ee.serving.request_in_flight import RequestInFlight
+from nemo_ee.serving.request_in_flight import Deliveries, RequestInFlight
 from nemo_ee.serving.scheduler import Scheduler
 from nemo_ee.serving.served_model import Prepared, ServedModel
 from nemo_ee.serving.settings import ServerSettings
@@ -62,6 +62,7 @@ class Server:
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._page, self._docs = _page(PAGE), _page(DOCS)
         self._openapi: dict[str, Any] = {}  # once the app has its routes
+        self._deliveries: Deliveries | None = None  # once the event loop runs
 
     def app(self) -> FastAPI:
         """The ASGI application."""
@@ -88,6 +89,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self._deliveries = Deliveries(asyncio.get_running_loop())
         self.scheduler.start()
         yield
         await asyncio.to_thread(self.scheduler.stop)
@@ -157,7 +159,9 @@ class Server:
         answers = Answers(
             call, self.model.name, prepared, model.exits, model.num_layers, self.model.decoder(call)
         )  # fmt: skip
-        in_flight = RequestInFlight(call, prepared, self.model, self.scheduler, self.metrics, started, deadline)
+        in_flight = RequestInFlight(
+            call, prepared, self.model, self.scheduler, self._deliveries, self.metrics, started, deadline
+        )
         if call.stream:
             return TokenStream(
                 self._stream(call, answers, in_flight),

@@ -8,6 +8,7 @@ sum(rate(nemo_ee_tokens_total[1m])) / rate(nemo_ee_busy_seconds_total[1m]).
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
 
@@ -95,8 +96,9 @@ class Metrics:
         decay = math.exp(-seconds / _SPEED_SECONDS)
         self._recent = (self._recent[0] * decay + len(events), self._recent[1] * decay + seconds)
         self._speed.set(self._recent[0] / self._recent[1])
+        for name, number in collections.Counter(event.exit for event in events).items():
+            self._tokens.labels(FINAL if name is None else name).inc(number)
         for event in events:
-            self._tokens.labels(FINAL if event.exit is None else event.exit).inc()
             self._depth.observe(event.layer)
         self._drafted.set(stats.drafted)
         self._accepted.set(stats.accepted)

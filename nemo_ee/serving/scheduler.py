@@ -184,6 +184,8 @@ class Scheduler:
 
     def _add(self, taken: deque[Work]) -> None:
         """Give slots to sequences. If one raises, it is the first that is left."""
+        if not taken:
+            return
         while taken:
             try:
                 index = self._session.add(taken[0].request)

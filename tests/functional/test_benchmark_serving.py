@@ -24,7 +24,7 @@ def test_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["serving.py", str(directory), *given, "--json", str(file)])
     serving.main()
     found = json.loads(file.read_text())
-    names = {"server_over_engine_1", "server_over_engine_16", "server_gap_p99_over_median"}
+    names = {"server_over_engine_1", "server_over_engine_16", "server_gap_p99_over_median", "loop_ms_per_token_16"}
     assert all(found[name] > 0 for name in (*names, "server_gap_p99_over_median.whole", "first_token_s"))
     assert found["gap_longest_s"] >= found["gap_p99_s"] >= found["gap_median_beside_prompts_s"]
     assert found["lengths"]["long"] == 100

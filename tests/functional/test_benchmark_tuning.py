@@ -19,7 +19,8 @@ SCRIPT = ROOT / "benchmarks" / "tuning.py"
 NAMES = (
     "step_over_floor step_over_matmul distill_step_over_floor time_over_plain memory_over_plain memory_8_over_1_exits "
     "memory_128k_over_32k_vocab decoupled_over_drained_mb1 decoupled_over_drained_mb2 decoupled_over_bound "
-    "cost_split_over_even_half cost_split_over_even_quarter sweep_over_separate"
+    "decoupled_mb1_over_bound decoupled_mb2_over_bound cost_split_over_even_half cost_split_over_even_quarter "
+    "sweep_over_separate"
 ).split()
 
 

@@ -59,7 +59,7 @@ def differentiable_cross_entropy(
         fp32 scalar, sum of mask * loss, the same on every tensor-parallel rank.
     """
     dtype = dtype or inputs[0].dtype
-    chunk_bytes = chunk_bytes or chunk_bytes_on(mask.device)
+    chunk_bytes = chunk_bytes or chunk_bytes_on(mask.device, weights[0].shape[0], buffers=num_buffers(dtype))
     return _LinearCrossEntropy.apply(
         vocabulary, dtype, chunk_bytes, labels, mask.float(), len(inputs), *inputs, *weights
     )

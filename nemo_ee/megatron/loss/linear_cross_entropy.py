@@ -33,6 +33,7 @@ from nemo_ee.megatron.loss.vocab_parallel import (
     num_buffers,
     token_chunks,
 )
+from nemo_ee.megatron.loss.weight_casts import WeightCasts
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def linear_cross_entropy(
     want_argmax: bool = False,
     want_entropy: bool = False,
     dtype: torch.dtype | None = None,
+    casts: WeightCasts | None = None,
     chunk_bytes: int | None = None,
 ) -> LinearCrossEntropy:
     """Masked loss sums and, fused, their gradients. Every rank of the tensor-parallel group must call it.
@@ -104,20 +106,21 @@ def linear_cross_entropy(
         grad_scale: factor on the gradients; None computes the sums only.
         want_argmax, want_entropy: also return the most likely token, the entropy.
         dtype: dtype of the matrix products (autocast); default that of the inputs.
+        casts: weights that were cast before in this step; None: none.
         chunk_bytes: size of one chunk of fp32 logits, all buffers of its size together; None: see `chunk_bytes_on`.
     """
     assert teacher is not None or not objective.has_teacher, "the objective needs a teacher"
     num_tokens, rows = inputs[0].shape[0], weights[0].shape[0]
     dtype = dtype or inputs[0].dtype
     mask = mask.float()
-    cast = [weight.detach().to(dtype) for weight in weights]
+    cast = (casts or WeightCasts()).of(weights, dtype)
     wanted = grad_scale is not None
     input_grads = [torch.zeros_like(x) if wanted and x.requires_grad else None for x in inputs]
     weight_grads = [gradient_of(weight) if wanted and weight.requires_grad else None for weight in weights]
     argmax = torch.empty(num_tokens, dtype=torch.long, device=mask.device) if want_argmax else None
     buffers = buffers_of_a_chunk(objective, teacher, dtype) + want_entropy
     sums = torch.zeros(len(fields(TokenSums)), dtype=torch.float32, device=mask.device)
-    memory, chunk_bytes = None, chunk_bytes or chunk_bytes_on(mask.device)
+    memory, chunk_bytes = None, chunk_bytes or chunk_bytes_on(mask.device, rows, buffers=buffers)
     for part in token_chunks(num_tokens, rows, chunk_bytes, buffers=buffers):
         if memory is None:  # of the first chunk's size, the largest
             memory = torch.empty(part.stop - part.start, rows, dtype=dtype, device=mask.device)

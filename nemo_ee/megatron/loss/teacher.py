@@ -163,9 +163,10 @@ class TopKTeacher:
             vocabulary: this rank's part of the vocabulary.
             chunk_bytes: size of one chunk of fp32 logits; None: see `chunk_bytes_on`.
         """
-        rows, chunk_bytes = weight.shape[0], chunk_bytes or chunk_bytes_on(hidden.device)
+        rows, buffers = weight.shape[0], num_buffers(weight.dtype)
+        chunk_bytes = chunk_bytes or chunk_bytes_on(hidden.device, rows, buffers=buffers)
         all_ids, all_logits = [], []
-        for part in token_chunks(hidden.shape[0], rows, chunk_bytes, buffers=num_buffers(weight.dtype)):
+        for part in token_chunks(hidden.shape[0], rows, chunk_bytes, buffers=buffers):
             logits = chunk_logits([hidden], [weight], part, weight.dtype, vocabulary)
             logits, local = logits.topk(min(top_k, rows), dim=-1)
             logits, ids = vocabulary.gather(logits), vocabulary.gather(local + vocabulary.start)

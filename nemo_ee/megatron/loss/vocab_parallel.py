@@ -16,6 +16,8 @@ from torch.distributed import ProcessGroup, ReduceOp, all_gather, all_reduce, ge
 from torch.nn.functional import linear
 
 _CPU_CHUNK_BYTES = 64 * 2**20
+_CACHED_CHUNK_BYTES = 16 * 2**20  # stay in the last-level cache
+_TOKENS_OF_CACHED_CHUNK = 512  # at least
 _GPU_SHARE = 256  # of a GPU's memory, for one chunk
 _ROWS_OF_MIXED_PRODUCTS = 8192
 
@@ -68,15 +70,26 @@ def output_weight_key(tied: bool) -> str:
     return "embedding.word_embeddings.weight" if tied else "output_layer.weight"
 
 
-def chunk_bytes_on(device: torch.device) -> int:
-    """Size of one chunk of fp32 logits where no other is set: 64 MiB on the CPU, 1/256 of a GPU's memory.
+def chunk_bytes_on(device: torch.device, rows: int, *, buffers: int = 1) -> int:
+    """Size of one chunk of fp32 logits where no other is set: 1/256 of a GPU's memory; on the CPU 16 MiB where these
+    hold 512 tokens or more, else 64 MiB.
 
-    A chunk costs a few dozen kernel launches, so on a GPU it must be large to keep the device busy. Tensor-parallel
+    On the CPU a chunk is read and written about eight times between its products, which is faster in the cache, but
+    for each chunk the weight's gradients are read and written once. An exit's work on 2,048 tokens, AMD EPYC with
+    32 MiB of cache: 4,096 rows of 256 numbers 194 ms with 16 MiB, 207 ms with 64; 32,000 rows 627 and 591 ms.
+
+    On a GPU a chunk costs a few dozen kernel launches, so it must be large to keep the device busy. Tensor-parallel
     ranks reduce chunk by chunk, so their chunks must be equal. The power of two below is the same for GPUs of one
     kind, and a tensor-parallel group must consist of one kind.
+
+    Args:
+        device: where the loss is computed.
+        rows: v/tp.
+        buffers: as for `tokens_of_a_chunk`.
     """
     if device.type != "cuda":
-        return _CPU_CHUNK_BYTES
+        cached = tokens_of_a_chunk(rows, _CACHED_CHUNK_BYTES, buffers=buffers) >= _TOKENS_OF_CACHED_CHUNK
+        return _CACHED_CHUNK_BYTES if cached else _CPU_CHUNK_BYTES
     share = torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE
     return 1 << (share.bit_length() - 1)
 

@@ -74,11 +74,9 @@ def exits_in_turn(
         return
     vocabulary = context.model.vocabulary()
     objective = context.objectives[side_by_side[0].exit.name]  # the buffers are those of every one
-    tokens = tokens_of_a_chunk(
-        teacher.weight.shape[0],
-        context.chunk_bytes or chunk_bytes_on(context.device),
-        buffers=buffers_of_a_chunk(objective, teacher, config.params_dtype),
-    )
+    rows, buffers = teacher.weight.shape[0], buffers_of_a_chunk(objective, teacher, config.params_dtype)
+    chunk_bytes = context.chunk_bytes or chunk_bytes_on(context.device, rows, buffers=buffers)
+    tokens = tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers)
     length, ranks = batch.tokens.shape[1], config.tensor_model_parallel_size if config.sequence_parallel else 1
     # Under sequence parallelism a piece is made of a piece of every rank's part of the sequence.
     positions = torch.arange(length, device=context.device).view(ranks, -1)
@@ -126,6 +124,7 @@ def tune_exit(
         teacher=teacher if objective.has_teacher else None,
         grad_scale=grad_scale,
         dtype=context.autocast,
+        casts=context.casts,
         chunk_bytes=context.chunk_bytes,
     )
     used = [(x, grad) for x, grad in zip(inputs, result.input_grads, strict=True) if grad is not None]
@@ -163,5 +162,6 @@ def evaluate_exit(
         want_argmax=want_argmax,
         want_entropy=True,
         dtype=context.autocast,
+        casts=context.casts,
         chunk_bytes=context.chunk_bytes,
     )

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from nemo_ee.exits.objective import Objective
+from nemo_ee.megatron.loss.weight_casts import WeightCasts
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
 from nemo_ee.megatron.pipeline.transport import Transport
@@ -26,6 +27,7 @@ class StageContext:
         autocast: dtype of mixed precision, None for none.
         teachers: source of the final exit's distributions. None: no exit learns from it, or none is compared with it.
         chunk_bytes: fp32 logits of one chunk of an exit's loss; None: by the device (`chunk_bytes_on`).
+        casts: output weights in the dtype of mixed precision, until the end of a step.
     """
 
     model: EarlyExitGPTModel
@@ -34,6 +36,7 @@ class StageContext:
     autocast: torch.dtype | None = None
     teachers: TeacherChannel | None = None
     chunk_bytes: int | None = None
+    casts: WeightCasts = field(default_factory=WeightCasts)
 
     @property
     def device(self) -> torch.device:

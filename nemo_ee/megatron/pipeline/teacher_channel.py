@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import StagePlacement
 from nemo_ee.megatron.loss.teacher import FullTeacher, Teacher, TopKTeacher
+from nemo_ee.megatron.loss.weight_casts import WeightCasts
 from nemo_ee.megatron.model.early_exit_gpt_model import EarlyExitGPTModel
 from nemo_ee.megatron.model.microbatch import MicroBatch, StageOutput
 from nemo_ee.megatron.pipeline.transport import PostedReceive, Transport, new_pipeline_group
@@ -38,7 +39,7 @@ class TeacherChannel:
         placements: all stages.
         autocast: dtype of mixed precision, None for none.
         timeout: longest time to wait for a transfer.
-        chunk_bytes: see `StageContext`.
+        chunk_bytes, casts: see `StageContext`.
 
     Attributes:
         delay: microbatches that this stage holds back while their teachers are on their way.
@@ -53,8 +54,9 @@ class TeacherChannel:
         autocast: torch.dtype | None,
         timeout: timedelta,
         chunk_bytes: int | None = None,
+        casts: WeightCasts | None = None,
     ) -> None:
-        self.model, self.chunk_bytes = model, chunk_bytes
+        self.model, self.chunk_bytes, self._casts = model, chunk_bytes, casts or WeightCasts()
         self.temperature, self.top_k = early_exit.distillation.temperature, early_exit.distillation.top_k
         self.dtype = autocast or model.config.params_dtype
         listening = [learns_from_final_exit(early_exit, placement) for placement in placements]
@@ -135,7 +137,7 @@ class TeacherChannel:
         return [(shape, torch.int32), (shape, torch.float32)]
 
     def _output_weight(self) -> Tensor:
-        return self.model.backbone_output_weight().to(self.dtype)
+        return self._casts.of([self.model.backbone_output_weight()], self.dtype)[0]
 
 
 def learns_from_final_exit(early_exit: EarlyExitConfig, placement: StagePlacement) -> bool:

@@ -50,16 +50,17 @@ def tune_global_batch(
     """
     nominal = largest_token_count(batches)
     counted = {head.exit.name: empty_row(context.device) for head in context.model.exits}
-    for batch, output, teacher in stage_outputs(context, batches):
-        for head, *work, formed in exits_in_turn(context, batch, output, teacher):
-            name = head.exit.name
-            scale, taught = loss_weights[name] / nominal, context.objectives[name].has_teacher
-            if weigh is not None:
-                work[0] = weigh(context, head, *work)
-            loss = tune_exit(context, head, *work, grad_scale=scale, teacher=formed)
-            counted[name] += row_of(loss.sums, taught=taught)
-            del loss, work, formed  # the gradients of its inputs, and the teacher before the next one is formed
-        del output, teacher  # their memory serves the next microbatch
+    with context.casts:
+        for batch, output, teacher in stage_outputs(context, batches):
+            for head, *work, formed in exits_in_turn(context, batch, output, teacher):
+                name = head.exit.name
+                scale, taught = loss_weights[name] / nominal, context.objectives[name].has_teacher
+                if weigh is not None:
+                    work[0] = weigh(context, head, *work)
+                loss = tune_exit(context, head, *work, grad_scale=scale, teacher=formed)
+                counted[name] += row_of(loss.sums, taught=taught)
+                del loss, work, formed  # the gradients of its inputs, and the teacher before the next one is formed
+            del output, teacher  # their memory serves the next microbatch
     return finish_gradients(optimizers, counted, nominal=nominal, sums=sums)
 
 
@@ -116,19 +117,20 @@ def evaluate_global_batch(
     """
     model, with_teachers = context.model, context.teachers is not None
     chosen: list[dict[str, Tensor]] = []  # per microbatch: exit name -> its most likely tokens
-    for batch, output, teacher in stage_outputs(context, batches):
-        results = {
-            head.exit.name: evaluate_exit(context, head, batch, output, want_argmax=agreement, teacher=teacher)
-            for head in model.exits
-        }
-        for name, result in results.items():
-            taught = with_teachers and context.objectives[name].has_teacher
-            sums.add_row(name, row_of(result.sums, taught=taught, entropy=True))
-        if agreement and model.post_process:
-            results[FULL_MODEL] = _evaluate_final_exit(context, batch, output)
-            sums.add_row(FULL_MODEL, row_of(results[FULL_MODEL].sums))
-        chosen.append({name: result.argmax for name, result in results.items()})
-        del output, teacher  # their memory serves the next microbatch
+    with context.casts:
+        for batch, output, teacher in stage_outputs(context, batches):
+            results = {
+                head.exit.name: evaluate_exit(context, head, batch, output, want_argmax=agreement, teacher=teacher)
+                for head in model.exits
+            }
+            for name, result in results.items():
+                taught = with_teachers and context.objectives[name].has_teacher
+                sums.add_row(name, row_of(result.sums, taught=taught, entropy=True))
+            if agreement and model.post_process:
+                results[FULL_MODEL] = _evaluate_final_exit(context, batch, output)
+                sums.add_row(FULL_MODEL, row_of(results[FULL_MODEL].sums))
+            chosen.append({name: result.argmax for name, result in results.items()})
+            del output, teacher  # their memory serves the next microbatch
     context.transport.drain()
     if agreement:
         for batch, tokens in zip(batches, chosen, strict=True):
@@ -144,6 +146,7 @@ def _evaluate_final_exit(context: StageContext, batch: MicroBatch, output: Stage
         vocabulary=context.model.vocabulary(),
         want_argmax=True,
         dtype=context.autocast,
+        casts=context.casts,
         chunk_bytes=context.chunk_bytes,
     )
 
