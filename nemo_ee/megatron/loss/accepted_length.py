@@ -59,9 +59,10 @@ def label_probabilities(
     """
     dtype = dtype or inputs[0].dtype
     cast = [weight.to(dtype) for weight in weights]
-    size = chunk_bytes or chunk_bytes_on(labels.device)
+    height, buffers = weights[0].shape[0], num_buffers(dtype)
+    size = chunk_bytes or chunk_bytes_on(labels.device, height, buffers=buffers)
     found = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
-    for part in token_chunks(len(labels), weights[0].shape[0], size, buffers=num_buffers(dtype)):
+    for part in token_chunks(len(labels), height, size, buffers=buffers):
         logits = chunk_logits(inputs, cast, part, dtype, vocabulary)
         peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)
         rows, here = vocabulary.local_ids(labels[part])
