@@ -1,6 +1,7 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Cost tables in a file, so that `cost_rule=fallback` gives the same text again, here or on another machine."""
+"""Cost tables in a file, so that `cost_rule=fallback` and `draft_rule=value` decide alike again, here or on another
+machine."""
 
 from __future__ import annotations
 

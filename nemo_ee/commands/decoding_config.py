@@ -52,7 +52,7 @@ class PolicyInput(UserInput):
     def _goes_with_the_rule(cls, file: Path | None, info: ValidationInfo) -> Path | None:
         if file is not None and (info.data.get("cost_rule"), info.data.get("draft_rule")) == ("none", "fixed"):
             raise ValueError(
-                "has no effect with cost_rule=none and draft_rule=fixed; set cost_rule=fallback or leave it out"
+                "has no effect with cost_rule=none and draft_rule=fixed; set one of them, or leave it out"
             )
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ValueError("cannot be written; give the name of a file in a folder that exists")

@@ -131,13 +131,13 @@ def decide(
 
 
 class _Evaluation(NamedTuple):
-    """An exit at a token: its number, the bins at the exit before and there, its logits, whether the token left."""
+    """An exit at a token: its number, the bins at the exit before and there, and its most likely token, `[]`; None:
+    the token left."""
 
     exit: int
     before: int
     bin: int
-    logits: Tensor
-    left: bool
+    best: Tensor | None
 
 
 class DraftValue:
@@ -158,9 +158,9 @@ class DraftValue:
         self._accepted = [[_PRIOR_DRAFTS * middle for middle in _MIDDLES] for _ in exits]
         self._drafted = [[_PRIOR_DRAFTS for _ in bins] for _ in exits]
         even = _PRIOR_TOKENS / len(bins)
-        # An exit that seems useless is never evaluated, and nothing is learned about it: so begin with hope.
-        hopeful = [even / 2] * (len(bins) - 1) + [even / 2 + _PRIOR_TOKENS / 2]
-        self._tokens = [[list(hopeful if exit else [even] * len(bins)) for _ in bins] for exit in exits]
+        # An exit that seems useless is never evaluated, and its counts stay: so the prior is optimistic.
+        optimistic = [even / 2] * (len(bins) - 1) + [even / 2 + _PRIOR_TOKENS / 2]
+        self._tokens = [[list(optimistic if exit else [even] * len(bins)) for _ in bins] for exit in exits]
         self._evaluations: list[list[_Evaluation]] = []  # of each token since the last verification
         self._survival, self._cell = 1.0, _CELLS
         self._may_evaluate = self._is_trial = self._trial_is_due = False
@@ -186,7 +186,8 @@ class DraftValue:
         """Whether the newest token leaves at this exit. `logits`: `[v]`, the exit's."""
         index, own, before = self._index[exit], bisect_left(_EDGES, confidence), self._evaluations[-1]
         left = self._decisions.leaves[index][own][self._cell]
-        before.append(_Evaluation(index, before[-1].bin if before else 0, own, logits, left))
+        best = None if left else logits.argmax()
+        before.append(_Evaluation(index, before[-1].bin if before else 0, own, best))
         if left:
             self._survival *= self._accepted[index][own] / self._drafted[index][own]
             self._cell = round(self._survival * _CELLS)
@@ -203,9 +204,9 @@ class DraftValue:
         tokens = self._evaluations[: logits.shape[0]]
         best = logits.argmax(dim=-1).tolist() if any(tokens) else ()
         for token, own in enumerate(tokens):
-            for exit, before, bin, exit_logits, left in own:
+            for exit, before, bin, theirs in own:
                 # Where no token was drafted, the most likely ones say whether it would have been accepted.
-                agrees = accepted[token] if left else int(exit_logits.argmax()) == best[token]
+                agrees = accepted[token] if theirs is None else int(theirs) == best[token]
                 self._accepted[exit][bin] += agrees
                 self._drafted[exit][bin] += 1
                 for row in self._tokens[exit] if exit == 0 else [self._tokens[exit][before]]:

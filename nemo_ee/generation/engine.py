@@ -158,12 +158,12 @@ class EarlyExitEngine:
             ValueError: with every problem of the call.
         """
         problems: list[str] = []
-        plans = []
+        plans, usual = [], []
         for index, own in enumerate(requests):
             plans.append(plan_request(self.model, f"prompt {index}", own, mode, policy, problems))
         if policy is not None or (exits is None and not requests):
-            plan = plan_or_problem(self.model, mode, policy, problems)
-            plans += [plan] if exits is None else []
+            usual = [plan_or_problem(self.model, mode, policy, problems)]
+            plans += usual if exits is None else []
         elif mode not in MODES:
             problems.append(unknown_mode(mode))
         problems += self._room_problems(requests, exits, num_slots)
@@ -180,9 +180,10 @@ class EarlyExitEngine:
         num_slots = num_slots or len(requests)
         evaluated = {exit.point.name for plan in plans for exit in plan.exits} | set(exits or ())
         rule = self._rule_for(evaluated, num_slots)
-        alone = partial(self._table, names, 1)
-        if mode == "self_speculative" and policy is not None and policy.draft_rule == "value":
-            alone()  # not in the middle of other sequences' answers
+        alone = partial(self._table, num_slots=1)
+        for plan in [*plans, *usual]:
+            if plan.by_value and plan.exits:
+                alone(plan.exit_names)  # not in the middle of other sequences' answers
         session = DecodingSession(self.model, mode, policy, names, num_slots, max_length, rule, alone)
         for own, plan in zip(requests, plans, strict=False):
             session.admit(own, plan)

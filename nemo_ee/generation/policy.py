@@ -135,8 +135,9 @@ class ExitPolicy:
             if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 0):
                 yield f"{key} = {cap!r} must be a whole number of tokens from 0, or None for no cap"
 
-    def evaluated_exits(self, exits: Sequence[ExitPoint]) -> tuple[EvaluatedExit, ...]:
-        """The model's exits to evaluate, in the model's order.
+    def evaluated_exits(self, exits: Sequence[ExitPoint], *, by_value: bool = False) -> tuple[EvaluatedExit, ...]:
+        """The model's exits to evaluate, in the model's order. `by_value`: no thresholds are needed, and each is 0,
+        which any confidence may pass.
 
         An exit whose threshold no confidence can pass is left out: evaluating it would change nothing.
 
@@ -148,7 +149,7 @@ class ExitPolicy:
         problems = self._unknown_names(known)
         active = known if self.active is None else self.active
         problems += missing_probes(self.criterion, [point for point in exits if point.name in active])
-        if isinstance(self.thresholds, dict):
+        if isinstance(self.thresholds, dict) and not by_value:
             missing = [name for name in known if name in active and name not in self.thresholds]
             if missing:
                 problems.append(
@@ -157,7 +158,8 @@ class ExitPolicy:
                 )
         if problems:
             raise ValueError("exit policy: " + "; ".join(problems))
-        evaluated = [EvaluatedExit(point, self._threshold(point.name)) for point in exits if point.name in active]
+        chosen = [point for point in exits if point.name in active]
+        evaluated = [EvaluatedExit(point, 0.0 if by_value else self._threshold(point.name)) for point in chosen]
         return tuple(exit for exit in evaluated if can_leave(exit.threshold, self.criterion))
 
     def static_exit(self, exits: Sequence[ExitPoint]) -> ExitPoint:
@@ -234,8 +236,7 @@ def plan_exits(mode: str, policy: ExitPolicy | None, exits: Sequence[ExitPoint],
     if mode == "static_depth":
         return ExitPlan(criterion=policy.criterion, end=policy.static_exit(exits))
     by_value = mode == "self_speculative" and policy.draft_rule == "value"
-    # 0 is a threshold that any confidence may pass.
-    evaluated = (dataclasses.replace(policy, thresholds=0.0) if by_value else policy).evaluated_exits(exits)
+    evaluated = policy.evaluated_exits(exits, by_value=by_value)
     if mode == "early_exit":
         return ExitPlan(evaluated, policy.criterion, policy.max_pending_tokens)
     # A draft from the end of the stack would not be pending, so it would save nothing.

@@ -40,7 +40,7 @@ class DecodingSession:
         num_slots: largest number of sequences at a time.
         max_length: largest number of tokens of a sequence, prompt included.
         cost_rule: when a sequence stops evaluating its exits; None = never.
-        draft_costs: gives the costs of a sequence alone, for drafts that are chosen by value.
+        draft_costs: gives the costs of a sequence alone that has these exits, for drafts that are chosen by value.
 
     Attributes:
         cache: the model's cache; the sequences given to `start` have its first slots, in their order.
@@ -57,7 +57,7 @@ class DecodingSession:
         num_slots: int,
         max_length: int,
         cost_rule: CostRule | None = None,
-        draft_costs: Callable[[], CostTable] | None = None,
+        draft_costs: Callable[[Collection[str]], CostTable] | None = None,
     ) -> None:
         self._cost_rule, self._num_fallbacks, self._draft_costs = cost_rule, 0, draft_costs
         self._model, self._mode, self._policy = model, mode, policy
@@ -113,7 +113,7 @@ class DecodingSession:
 
     def admit(self, request: Request, plan: ExitPlan) -> int:
         """`add` without its validation: the request fits, the plan is its own, and a slot is free."""
-        costs = self._draft_costs() if plan.by_value and plan.exits else None  # may refuse to measure
+        costs = self._draft_costs(plan.exit_names) if plan.by_value and plan.exits else None  # may refuse to measure
         slot = self._free[0]
         if slot in self._used:
             self._forward.truncate(slot, 0)

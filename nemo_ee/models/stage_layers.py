@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.placement import StagePlacement, layers_that_run, place_exits, skips_last_mlp
 from nemo_ee.families.architecture import Architecture
-from nemo_ee.megatron.loss.vocab_parallel import chunk_bytes_on
+from nemo_ee.megatron.loss.vocab_parallel import chunk_bytes_on, num_buffers
 from nemo_ee.planning.cost_measurement import stopwatch
 from nemo_ee.planning.cost_model import ModelShape, StageCosts, count_flops
 from nemo_ee.planning.layer_split import LayerSplitConfig, describe_split, layers_per_stage
@@ -72,7 +72,11 @@ def model_shape(cfg: DictConfig, config: TransformerConfig, *, padded_vocab_size
         micro_batch=cfg.get("micro_batch_size") or 1,
         fused_attention=True,
         tensor_parallel=config.tensor_model_parallel_size,
-        chunk_bytes=chunk_bytes_on(torch.device(device), padded_vocab_size // config.tensor_model_parallel_size),
+        chunk_bytes=chunk_bytes_on(
+            torch.device(device),
+            padded_vocab_size // config.tensor_model_parallel_size,
+            buffers=num_buffers(torch.bfloat16 if config.bf16 else config.params_dtype),
+        ),
         transformer_engine=bool(cfg.get("transformer_engine")),
     )
 

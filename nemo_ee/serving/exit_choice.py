@@ -16,11 +16,11 @@ from nemo_ee.serving.protocol import EarlyExit
 from nemo_ee.serving.request_certificates import requested_certificate
 from nemo_ee.settings.user_input import shortened
 
-_OTHERS = ("max_pending_tokens", "num_draft_tokens", "draft_rule")
+_OTHER_KEYS = ("max_pending_tokens", "num_draft_tokens", "draft_rule")
 # Options each mode ignores. Passing one is an error, so that users do not think it had an effect.
 _UNUSED = {
-    "full": ("threshold", "certificate", "exits", *_OTHERS),
-    "static_depth": ("threshold", "certificate", *_OTHERS),
+    "full": ("threshold", "certificate", "exits", *_OTHER_KEYS),
+    "static_depth": ("threshold", "certificate", *_OTHER_KEYS),
     "self_speculative": ("certificate", "max_pending_tokens"),
     "early_exit": ("num_draft_tokens", "draft_rule"),
 }
@@ -68,7 +68,7 @@ def exit_choice(
             0.0 if "threshold" in _UNUSED[mode] else keys.get("threshold", default.policy.thresholds),
             criterion=keys.get("criterion", default.policy.criterion),
             active=keys.get("exits", default.policy.active),
-            **{key: keys.get(key, getattr(default.policy, key)) for key in _OTHERS if key not in _UNUSED[mode]},
+            **{key: keys.get(key, getattr(default.policy, key)) for key in _OTHER_KEYS if key not in _UNUSED[mode]},
         )
         plan_exits(mode, policy, model.exits, model.num_layers)
     except ValueError as problem:
@@ -81,7 +81,7 @@ def _problems(keys: Mapping[str, Any], mode: str, known: Sequence[str]) -> Itera
     if unused:
         yield f"early_exit: mode {mode!r} does not use {', '.join(unused)}; leave that out or use another mode"
     if "certificate" in keys:
-        other = [key for key in ("threshold", "exits", "criterion", *_OTHERS) if key in keys]
+        other = [key for key in ("threshold", "exits", "criterion", *_OTHER_KEYS) if key in keys]
         if other:
             yield f"early_exit: certificate and {', '.join(other)} are both given; a certificate sets all of them"
     for key in ("exits", "threshold"):
@@ -90,5 +90,8 @@ def _problems(keys: Mapping[str, Any], mode: str, known: Sequence[str]) -> Itera
         if unknown:
             own = ", ".join(known) or "none"
             yield f"early_exit.{key} names {shortened(unknown[0])}; this model's exits are {own}"
-    if "criterion" in keys and "threshold" not in keys and mode in ("early_exit", "self_speculative"):
+    by_value = mode == "self_speculative" and keys.get("draft_rule") == "value"
+    if by_value and "threshold" in keys:
+        yield "early_exit: draft_rule 'value' does not use threshold; leave one of them out"
+    if "criterion" in keys and "threshold" not in keys and mode in ("early_exit", "self_speculative") and not by_value:
         yield "early_exit.criterion needs a threshold of its own; give both"

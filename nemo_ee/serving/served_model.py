@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_ee.certificates.certificate import Certificate
+from nemo_ee.exits.criteria import CRITERIA, OF_LOGITS
 from nemo_ee.generation.decoding_model import DecodingModel
 from nemo_ee.generation.engine import EarlyExitEngine
 from nemo_ee.generation.policy import MODES, plan_exits
@@ -216,6 +217,7 @@ class ServedModel:
                 "num_layers": model.num_layers,
                 "exits": [{"name": point.name, "layer": point.layer} for point in model.exits],
                 "modes": list(MODES) if model.exits else ["full"],
+                "criteria": list(CRITERIA if any(point.probe for point in model.exits) else OF_LOGITS),
                 "certificates": [promise(one) for one in self.certificates.values()],
                 "default": {
                     "mode": default.mode,

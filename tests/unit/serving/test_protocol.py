@@ -8,9 +8,11 @@ import difflib
 import time
 
 import pytest
+import torch
 
 from nemo_ee.exits.criteria import CRITERIA
-from nemo_ee.generation.decoding_model import ExitPoint
+from nemo_ee.exits.probe import ExitProbe
+from nemo_ee.generation.decoding_model import ExitPoint, with_probes
 from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.serving.errors import MAX_MESSAGE, ApiError
 from nemo_ee.serving.exit_choice import ExitChoice, exit_choice
@@ -111,6 +113,21 @@ def test_a_mode_without_thresholds_takes_any_criterion(criterion: str, usual: Ex
         assert choice.mode == given["mode"] and choice.policy.criterion == criterion
     with pytest.raises(ApiError, match="criterion needs a threshold"):  # control: where thresholds count
         exit_choice(read(EarlyExit, {"criterion": criterion}), Model, default, {})
+
+
+def test_a_probe_is_a_criterion_of_exits_that_have_one() -> None:
+    default, given = ExitChoice("early_exit", ExitPolicy(0.9)), {"criterion": "probe", "threshold": 0.5}
+    with pytest.raises(ApiError, match="early_exit: .*'probe': a, b have no probe; fit probes with") as caught:
+        exit_choice(read(EarlyExit, given), Model, default, {})
+    assert caught.value.status == 400
+
+    class Probed(Model):
+        exits = with_probes(EXITS, {"a": ExitProbe(torch.zeros(4), 0.0)})
+
+    choice = exit_choice(read(EarlyExit, {**given, "exits": ["a"]}), Probed, default, {})
+    assert choice.policy == ExitPolicy(0.5, "probe", ("a",))
+    with pytest.raises(ApiError, match="b has no probe"):
+        exit_choice(read(EarlyExit, given), Probed, default, {})
 
 
 def test_names_that_are_no_exits_are_told_shortly() -> None:
