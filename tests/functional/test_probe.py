@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.functional.test_calibrate import WORDS, calibrate, generate, run_script
-from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT, reset_batch_sizes, script_config
+from tests.helpers.megatron_models import REFERENCE_MODEL, ROOT
 
 from tests.helpers.huggingface_models import save_tiny_model  # isort: skip  # after the CPU host is on
-from tests.helpers.nemo_files import flipped, rewritten  # isort: skip
+from tests.helpers.nemo_files import flipped, rewritten, run_convert, with_tokenizer  # isort: skip
 
 EXITS = [
     {"name": "one-mlp", "layer": 1, "architecture": "mlp"},
@@ -31,17 +31,9 @@ def fit(**changes: Any) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """`plain`: an early-exit `.nemo`; `path`: the same with probes; `fitted_on` and `others`: files of prompts."""
-    from nemo_ee.commands.convert import convert
-
     folder = tmp_path_factory.mktemp("probe")
     save_tiny_model(folder / "hf", "llama", vocab_size=4096)
-    for file in REFERENCE_MODEL.glob("*token*.json"):
-        (folder / "hf" / file.name).write_bytes(file.read_bytes())
-    reset_batch_sizes()
-    overrides = [f"source={folder / 'hf'}", f"output={folder / 'plain.nemo'}", "probe_tokens=8"]
-    with script_config("megatron_gpt_early_exit_convert", overrides) as cfg:
-        cfg.model.early_exit.exits = EXITS
-        convert(cfg)
+    run_convert(with_tokenizer(folder / "hf"), folder / "plain.nemo", EXITS)
     files = []
     for seed in range(2):
         chance = random.Random(seed)
