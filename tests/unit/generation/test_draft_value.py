@@ -256,8 +256,25 @@ def test_costs_are_measured_when_they_are_needed(monkeypatch):
         assert measured == [(("a", "b"), 1)], "once, of one sequence"
         while not session.finished:
             session.step()
-    start(policy=VALUE, exits=["a"])
+    start(policy=dataclasses.replace(VALUE, active=("a",)))
     assert measured[1:] == [(("a",), 1)], "at the start, where the session's own policy needs them"
+
+
+def test_costs_are_those_of_the_sequence_s_own_exits(monkeypatch):
+    """Also beside a sequence with other exits, so that it drafts what it drafts alone."""
+    measured = []
+    monkeypatch.setattr(engine, "measure_costs", lambda _, exits, count: measured.append(exits) or table(exits))
+    policies = [dataclasses.replace(VALUE, active=(name,)) for name in "ab"]
+    requests = [Request((1,), 4, mode="self_speculative", policy=own) for own in policies]
+    EarlyExitEngine(scripted(CASES["always"])).start(requests, mode="full")
+    assert measured == [("a",), ("b",)]
+
+
+def test_thresholds_are_checked_and_not_needed():
+    with pytest.raises(ValueError, match="thresholds names the exit 'c', which the model does not have"):
+        plan_exits("self_speculative", dataclasses.replace(VALUE, thresholds={"c": 0.5}), EXITS, LAYERS)
+    plan = plan_exits("self_speculative", dataclasses.replace(VALUE, thresholds={"a": 0.5}), EXITS, LAYERS)
+    assert [(exit.point.name, exit.threshold) for exit in plan.exits] == [("a", 0.0), ("b", 0.0)]
 
 
 def test_a_model_that_cannot_be_timed_refuses_the_request_alone(monkeypatch):

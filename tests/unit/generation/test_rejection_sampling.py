@@ -205,13 +205,14 @@ def test_learning_from_what_follows_a_rejected_draft_would_show(numbers, monkeyp
 
         def leaves(self, exit, confidence, logits):
             super().leaves(exit, confidence, logits)
+            self._evaluations[-1][-1] = self._evaluations[-1][-1]._replace(best=logits.argmax())
             return True
 
         def learn(self, logits, accepted, length):
             dropped = self._evaluations[len(accepted) :]
             self._evaluations = []
             if careless and len(dropped) > 1 and dropped[1]:
-                self.goes_on = int(dropped[1][0].logits.argmax()) == 0
+                self.goes_on = int(dropped[1][0].best) == 0
 
     monkeypatch.setattr("nemo_ee.generation.session.DraftValue", Careless)
     request = Request((1,), 5, SamplingParams(greedy=False))
