@@ -115,6 +115,15 @@ def test_a_mode_without_thresholds_takes_any_criterion(criterion: str, usual: Ex
         exit_choice(read(EarlyExit, {"criterion": criterion}), Model, default, {})
 
 
+def test_drafts_by_value_use_no_threshold() -> None:
+    default, given = ExitChoice("early_exit", ExitPolicy(0.9)), {"mode": "self_speculative", "draft_rule": "value"}
+    choice = exit_choice(read(EarlyExit, {**given, "criterion": "margin"}), Model, default, {})
+    assert choice.policy.draft_rule == "value" and choice.policy.criterion == "margin"
+    with pytest.raises(ApiError, match="draft_rule 'value' does not use threshold; leave one of them out"):
+        exit_choice(read(EarlyExit, {**given, "threshold": 0.5}), Model, default, {})
+    assert exit_choice(read(EarlyExit, {"mode": "self_speculative", "threshold": 0.5}), Model, default, {})
+
+
 def test_a_probe_is_a_criterion_of_exits_that_have_one() -> None:
     default, given = ExitChoice("early_exit", ExitPolicy(0.9)), {"criterion": "probe", "threshold": 0.5}
     with pytest.raises(ApiError, match="early_exit: .*'probe': a, b have no probe; fit probes with") as caught:
