@@ -168,10 +168,10 @@ def test_answers_without_drafts_are_not_kept(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_share_of_imitation_is_whole_rounds(tmp_path: Path) -> None:
-    assert 0.55 * 20 > 11, "floating point"
-    tuner = tuner_of(tmp_path, imitation_share=0.55, rounds=20, steps_per_round=1)
+    assert 0.55 * 100 > 55, "floating point"
+    tuner = tuner_of(tmp_path, imitation_share=0.55, rounds=100, steps_per_round=1)
     tuner.answer()
-    for round, rewards in ((10, False), (11, True)):
+    for round, rewards in ((54, False), (55, True)):
         tuner.round = round
         assert ("expected_accepted" in tuner.tune()) == rewards
 
