@@ -198,15 +198,15 @@ class Comparison:
             model, early_exit, placements = self.stage(self.start)
             optim = {"optim": settings.model.optim.model_dump(), "max_norm": settings.trainer.gradient_clip_val}
             tuner = ExitTuner(model, early_exit, placements, num_steps=steps, **optim)
-            for step, (batch, count) in zip(range(steps), batches(seed, tokens // steps), strict=False):
-                losses = tuner.tune([batch], log=step + 1 == steps)
+            for step, (own, count) in zip(range(steps), batches(seed, tokens // steps), strict=False):
+                losses = tuner.tune(own, log=step + 1 == steps)
                 ran += count
             numbers = {"tokens": ran, "loss": losses[self.entry["name"]]["loss"]}
             save(model, early_exit, output, self.source)
             output.with_suffix(".json").write_text(json.dumps(numbers), encoding="utf-8")
         return json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
 
-    def document_batches(self, seed: int, tokens: int) -> Iterator[tuple[Any, int]]:
+    def document_batches(self, seed: int, tokens: int) -> Iterator[tuple[list[Any], int]]:
         """Windows of the documents, joined by the end-of-text token, in another order for each seed."""
         from nemo_ee.megatron.model.microbatch import MicroBatch
 
@@ -222,11 +222,11 @@ class Comparison:
             rows = text[part[:, None] * length + places]
             ones, positions = torch.ones(len(part), length), places[:-1].expand(len(part), -1)
             values = (rows[:, :-1], rows[:, 1:], ones, positions)
-            yield MicroBatch(*(value.to(self.device) for value in values)), rows.numel() - len(part)
+            yield [MicroBatch(*(value.to(self.device) for value in values))], rows.numel() - len(part)
 
-    def answer_batches(self, seed: int, tokens: int) -> Iterator[tuple[Any, int]]:
+    def answer_batches(self, seed: int, tokens: int) -> Iterator[tuple[list[Any], int]]:
         """Own answers, sampled at full depth; every token counts."""
-        from nemo_ee.data.replay_buffer import Answer, ReplayBuffer, draft_batch
+        from nemo_ee.data.replay_buffer import Answer, ReplayBuffer, draft_batches
 
         texts = [json.loads(line)["messages"] for line in self.prompts.read_text(encoding="utf-8").splitlines()]
         texts = [self.tokenizer.apply_chat_template(one, tokenize=False) for one in texts]
@@ -238,9 +238,10 @@ class Comparison:
         ran, step = 0, 0
         while True:
             # A draw is cut at a whole answer; what is missing is made up for by the next.
-            drawn = draft_batch(buffer.draw((step + 1) * tokens - ran, seed + step), 1, self.device)
-            ran, step = ran + drawn.num_tokens, step + 1
-            yield drawn.batch, drawn.num_tokens
+            drawn = draft_batches(buffer.draw((step + 1) * tokens - ran, seed + step), 1, self.device)
+            count = sum(one.num_tokens for one in drawn)
+            ran, step = ran + count, step + 1
+            yield [one.batch for one in drawn], count
 
     @property
     def device(self) -> torch.device:

@@ -91,6 +91,29 @@ def atomic_directory(path: Path, num_bytes: int) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes that call this out of a folder, which is made if it is missing, while the context lasts.
+
+    Raises:
+        ValueError: another one has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as problem:
+        raise ValueError(f"{folder} cannot be used ({problem}); name another folder") from problem
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is used by another run; wait for its end, or name another") from None
+        yield
+    finally:
+        os.close(lock)
+
+
 def _is_at(file: IO[bytes], path: Path) -> bool:
     """Whether an open file is still the one of this name."""
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 import yaml
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from nemo_ee.checkpoint.chunk_reader import ChunkReader
+from nemo_ee.checkpoint.chunk_reader import ChunkReader, WeightSource
 from nemo_ee.checkpoint.distributed_checkpoint import save_distributed
 from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
@@ -77,6 +78,7 @@ def save(
     *,
     complete: bool = False,
     vocab_multiple: int = 128,
+    stored: tuple[Mapping[str, Any], WeightSource] | None = None,
 ) -> None:
     """Write a stage's exits, and with `complete` its backbone. Every rank must call it with the same arguments.
 
@@ -87,6 +89,8 @@ def save(
         source: the Hugging Face directory or the GGUF file of the backbone.
         complete: write the backbone too; the model must be full-depth.
         vocab_multiple: NeMo's `make_vocab_size_divisible_by`, that of the model.
+        stored: what `stored_exits` gave, of a file with more exits than the model: its block stays, and all that the
+            model does not have goes into the new file as it is stored.
 
     Raises:
         ValueError: the directory exists, the model was padded to another multiple, or `complete` for a model without
@@ -109,7 +113,10 @@ def save(
         for folder in (EXIT_WEIGHTS, *((MODEL_WEIGHTS,) if complete else ())):
             (work / folder).mkdir(parents=True)
     torch.distributed.barrier()
-    save_distributed(model.exit_sharded_state_dict(), work / EXIT_WEIGHTS)
+    exits = model.exit_sharded_state_dict()
+    if stored is not None:
+        exits |= _others(stored[1], {head.exit.name for head in model.exits})
+    save_distributed(exits, work / EXIT_WEIGHTS)
     if complete:
         backbone = model.sharded_backbone_to_save("model.")
         cast_shards(backbone, {key: info.dtype for key, info in source.keys().items()})
@@ -119,7 +126,8 @@ def save(
         try:
             for metadata in work.glob("*/.metadata"):
                 forget_folder(metadata.parent)
-            _add_config_and_tokenizer(work, _config(early_exit, source, vocab_multiple), source)
+            block = early_exit.to_mapping() if stored is None else stored[0]
+            _add_config_and_tokenizer(work, _config(block, source, vocab_multiple), source)
             if output.suffix == ".nemo":
                 write_nemo(output, {entry.name: entry for entry in work.iterdir()})
                 shutil.rmtree(work, ignore_errors=True)
@@ -131,7 +139,20 @@ def save(
     torch.distributed.barrier()
 
 
-def _config(early_exit: EarlyExitConfig, source: HuggingFaceSource, vocab_multiple: int) -> dict[str, Any]:
+def _others(weights: WeightSource, names: set[str]) -> dict[str, ShardedTensor]:
+    """The stored tensors of all exits but some, whole on each rank; the first one saves them."""
+    rank = torch.distributed.get_rank()
+    keys = {f"exits.{key}": key for key in weights.keys() if key.split(".", 1)[0] not in names}
+    shapes = {key: info.shape for key, info in weights.keys().items()}
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            name, weights.read(key, (0,) * len(shapes[key]), shapes[key]), replica_id=rank
+        )
+        for name, key in keys.items()
+    }
+
+
+def _config(early_exit: Mapping[str, Any], source: HuggingFaceSource, vocab_multiple: int) -> dict[str, Any]:
     """The model config that NeMo stores."""
     vocab_size = source.backbone.vocab_size
     return {
@@ -143,7 +164,7 @@ def _config(early_exit: EarlyExitConfig, source: HuggingFaceSource, vocab_multip
         "micro_batch_size": 1,
         "global_batch_size": 1,
         # `train` is a setting of a run. A file holds the default.
-        "early_exit": {**early_exit.to_mapping(), "train": EarlyExitConfig().train},
+        "early_exit": {**early_exit, "train": EarlyExitConfig().train},
         "backbone_fingerprint": backbone_fingerprint(source, vocab_size=vocab_size),
     }
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from nemo_ee import cpu_host
+from nemo_ee.checkpoint.atomic import own_folder
 from nemo_ee.checkpoint.exits_file import check_output, save, stored_exits
-from nemo_ee.checkpoint.fingerprint import backbone_fingerprint
+from nemo_ee.checkpoint.fingerprint import backbone_fingerprint, exits_fingerprint
 from nemo_ee.checkpoint.gguf_source import GgufSource, is_gguf
 from nemo_ee.checkpoint.huggingface import HuggingFaceSource
 from nemo_ee.checkpoint.megatron_model import load_stage, stage_of
@@ -30,6 +32,8 @@ from nemo_ee.text.text_files import read_json_lines, sha256_of
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 _SHOWN = {"round": "d", "answered_tokens": "d", "tuned_tokens": "d", "lr": ".2g"}
+# The keys of an entry that steer its tuning by labels.
+_IMITATION = {"objective": None, "loss_weight": None, "loss_weight_schedule": None}
 
 
 def run(settings: OnPolicySettings) -> Iterator[str]:
@@ -39,16 +43,16 @@ def run(settings: OnPolicySettings) -> Iterator[str]:
         ValueError: a problem of source, exits, prompts, folder or output, before anything is built.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the writer of checkpoints forks
+    _one_process()
     check_output(settings.output)
     if not (cpu_host.enabled() or torch.cuda.is_available()):
         raise ValueError(
             f"trainer.accelerator={settings.trainer.accelerator}, but there is no GPU here; set it to cpu"
         )
-    files = {"prompts": settings.prompts, "exits": settings.exits}
     dequantised = {"dequantised": getattr(torch, settings.gguf_dtype)} if is_gguf(settings.source) else {}
     source = (GgufSource if dequantised else HuggingFaceSource)(settings.source, **dequantised)
-    with stored_exits(settings.exits, source) as (block, weights):
-        entry = _entry(block["exits"], settings)
+    with own_folder(settings.folder), stored_exits(settings.exits, source) as (block, weights):
+        entry = chosen(block["exits"], settings, num_layers=source.backbone.num_layers)
         with TemporaryDirectory(prefix="nemo_ee_on_policy_") as folder:
             source.write_model_files(Path(folder))
             tokenizer = load_tokenizer(folder)
@@ -65,28 +69,53 @@ def run(settings: OnPolicySettings) -> Iterator[str]:
         stage = build(source, [entry], weights, settings)
         facts = {
             "backbone": backbone_fingerprint(source, vocab_size=source.backbone.vocab_size),
-            **{f"{key}_sha256": sha256_of(file) for key, file in files.items() if file.is_file()},
+            "exits": exits_fingerprint(weights, [json.dumps(block["exits"], sort_keys=True)]),
+            "prompts_sha256": sha256_of(settings.prompts),
         }
         tuner = OnPolicyTuner(*stage, prompts=prompts, stop_tokens=end.ids, settings=settings, facts=facts)
         tuner.resume()
         yield f"exit {tuner.exit}, {len(prompts)} prompts, round {tuner.round} of {settings.rounds} done"
         for numbers in tuner.rounds():
             yield ", ".join(f"{key} {value:{_SHOWN.get(key, '.4g')}}" for key, value in numbers.items())
-        # The other exits of the file go into the new one as they are.
-        model, early_exit, _ = build(source, block["exits"], weights, settings)
-    model.exits[tuner.exit].load_state_dict(stage[0].exits[tuner.exit].state_dict())
-    save(model, early_exit, settings.output, source)
+        save(*stage[:2], settings.output, source, stored=(block, weights))
     yield f"tuned exits: {settings.output}"
 
 
-def _entry(entries: Sequence[dict[str, Any]], settings: OnPolicySettings) -> dict[str, Any]:
-    """The exit to tune."""
+def chosen(entries: Sequence[dict[str, Any]], settings: OnPolicySettings, *, num_layers: int) -> dict[str, Any]:
+    """The exit to tune.
+
+    Raises:
+        ValueError: it is not named, not there, has nothing to train, or cannot draft.
+    """
     names = [entry["name"] for entry in entries]
     if settings.exit is None and len(names) > 1:
         raise ValueError(f"{settings.exits} has the exits {', '.join(names)}; name the one to tune, exit={names[0]}")
     if settings.exit not in (None, *names):
         raise ValueError(f"exit={settings.exit} is not in {settings.exits}; its exits are {', '.join(names)}")
-    return entries[0 if settings.exit is None else names.index(settings.exit)]
+    entry = entries[0 if settings.exit is None else names.index(settings.exit)]
+    (exit,) = EarlyExitConfig.from_mapping({"exits": [dict(entry)]}, num_layers=num_layers).exits
+    if not exit.trains:
+        raise ValueError(
+            f"exit={exit.name} of {settings.exits} has no weights of its own to tune ({exit.architecture}, init "
+            f"{exit.init}, output {exit.output}); choose another"
+        )
+    if exit.stop >= 2 * num_layers:
+        raise ValueError(
+            f"exit={exit.name} of {settings.exits} is behind layer {exit.layer}, the last one, where a draft spares "
+            "nothing; choose an earlier exit"
+        )
+    return entry
+
+
+def _one_process() -> None:
+    """Raises ValueError where this process is one of several."""
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    if torch.distributed.is_initialized():
+        ranks = max(ranks, torch.distributed.get_world_size())
+    if ranks > 1:
+        raise ValueError(
+            f"WORLD_SIZE={ranks}, but on-policy tuning runs in one process; start the script with python, not torchrun"
+        )
 
 
 def read_prompts(settings: OnPolicySettings, tokenizer: Any) -> list[list[int]]:
@@ -142,10 +171,11 @@ def one_rank() -> None:
 def build(
     source: HuggingFaceSource, entries: Sequence[dict[str, Any]], weights: Any, settings: OnPolicySettings
 ) -> tuple[EarlyExitGPTModel, EarlyExitConfig, Sequence[StagePlacement]]:
-    """A full-depth model with some of the stored exits, their objective that of the imitation."""
+    """A full-depth model with some of the stored exits. They imitate the final exit, whatever objective, loss weight
+    and schedule the file says: those are of the tuning that made it."""
     num_layers, dtype = source.backbone.num_layers, _DTYPES[settings.trainer.precision]
     block = {
-        "exits": [dict(entry) for entry in entries],
+        "exits": [{**entry, **_IMITATION} for entry in entries],
         "objective": "distillation",
         "distillation": {"top_k": settings.teacher_tokens},
     }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -21,6 +22,18 @@ def _exists(path: Path) -> Path:
 
 
 ExistingPath = Annotated[FilePath, AfterValidator(_exists)]
+
+
+def _is_or_can_be_made(folder: Path) -> Path:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"must be a directory, and {there} is a file; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot be written, {there} is read-only; name another")
+    return folder
+
+
+Folder = Annotated[FilePath, AfterValidator(_is_or_can_be_made), rule("the name of a directory")]
 
 
 class OnPolicyTrainer(UserInput):
@@ -79,7 +92,7 @@ class OnPolicySettings(ScriptInput):
     exits: ExistingPath
     exit: Text | None
     prompts: ExistingPath
-    folder: FilePath
+    folder: Folder
     output: Annotated[FilePath, rule("the name of a .nemo file, or of a directory that does not exist")]
     rounds: Positive
     steps_per_round: Positive
@@ -109,3 +122,19 @@ class OnPolicySettings(ScriptInput):
                 "it, or lower answers.max_prompt_tokens or answers.max_new_tokens"
             )
         return value
+
+    @field_validator("answers")
+    @classmethod
+    def _are_drawn_as_rewarded(cls, value: Answers, info: ValidationInfo) -> Answers:
+        tempered = not value.greedy and value.temperature != 1.0
+        if tempered and info.data.get("imitation_share", 1.0) < 1.0:
+            raise ValueError(
+                f"must be sampled at temperature 1 where they are rewarded, because the reward is that of drafts at "
+                f"temperature 1; set answers.temperature=1.0 instead of {value.temperature:g}, or imitation_share=1.0"
+            )
+        return value
+
+    @property
+    def imitation_rounds(self) -> int:
+        """The first rounds, which imitate."""
+        return round(self.imitation_share * self.rounds)

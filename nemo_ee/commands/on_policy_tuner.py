@@ -25,7 +25,7 @@ import torch
 from nemo_ee.checkpoint.atomic import atomic_directory, write_json
 from nemo_ee.checkpoint.distributed_checkpoint import load_distributed, save_distributed
 from nemo_ee.commands.on_policy_settings import OnPolicySettings
-from nemo_ee.data.replay_buffer import Answer, ReplayBuffer, draft_batch
+from nemo_ee.data.replay_buffer import Answer, ReplayBuffer, draft_batches
 from nemo_ee.exits.config import EarlyExitConfig
 from nemo_ee.exits.objective import CROSS_ENTROPY
 from nemo_ee.exits.placement import StagePlacement
@@ -127,8 +127,9 @@ class OnPolicyTuner:
         for event in result.events:
             events[event.sequence].append(event)
         for prompt, tokens, own_events in zip(prompts, result.tokens, events, strict=True):
-            self.buffer.add(Answer((*prompt, *tokens), draft_runs(own_events)))
-        if not any(answer.runs for answer in self.buffer.answers):
+            if runs := draft_runs(own_events):  # nothing is learned from an answer without drafts
+                self.buffer.add(Answer((*prompt, *tokens), runs))
+        if not self.buffer.answers:
             raise ValueError(
                 f"no token was drafted in round {self.round + 1}, so there is nothing to learn from: exit {self.exit} "
                 f"is never more confident than answers.threshold={own.threshold}; lower it, or raise "
@@ -150,25 +151,24 @@ class OnPolicyTuner:
     def tune(self) -> dict[str, float]:
         """The steps of this round. Returns the tokens that ran, and the loss and expected accepted length."""
         own, tuner = self.settings, self.tuner
-        tokens, expected, losses = 0, [], {}
-        imitates = self.round < own.imitation_share * own.rounds
+        tokens, rewards, losses = 0, [], {}
         for step in range(own.steps_per_round):
-            drawn = draft_batch(
+            drawn = draft_batches(
                 self.buffer.draw(own.tokens_per_step, own.seed + tuner.step),
                 own.answers.num_draft_tokens,
                 tuner.context.device,
             )
-            tokens += drawn.num_tokens
-            last = step + 1 == own.steps_per_round
-            if imitates:
-                losses = tuner.tune([drawn.batch], log=last)
+            tokens += sum(one.num_tokens for one in drawn)
+            batches, last = [one.batch for one in drawn], step + 1 == own.steps_per_round
+            if self.round < own.imitation_rounds:
+                losses = tuner.tune(batches, log=last)
             else:
-                weigh = DraftWeights(drawn.runs)
-                losses = tuner.tune([drawn.batch], log=last, objective=CROSS_ENTROPY, weigh=weigh)
-                expected += weigh.expected
+                weigh = DraftWeights([(one.batch, one.runs) for one in drawn])
+                losses = tuner.tune(batches, log=last, objective=CROSS_ENTROPY, weigh=weigh)
+                rewards.append(weigh.expected)
         numbers = losses[self.exit]
         found = {"tuned_tokens": tokens, **{key: numbers[key] for key in ("loss", "lr") if key in numbers}}
-        return found | ({"expected_accepted": sum(expected) / len(expected)} if expected else {})
+        return found | ({"expected_accepted": sum(rewards) / len(rewards)} if rewards else {})
 
     def rounds(self) -> Iterator[dict[str, Any]]:
         """Run the rounds that are left; yields each one's numbers, once it is kept."""

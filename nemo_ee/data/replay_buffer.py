@@ -1,6 +1,6 @@
 # Copyright 2026 The nemo_ee authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A model's own answers with the verdicts on their drafts, in a buffer of bounded size, and batches of them.
+"""A model's own answers with the verdicts on their drafts, in a buffer of bounded size, and microbatches of them.
 
 A rejected draft is not in the text, but everything before it is: the exit's and the final exit's distributions at a
 drafted position follow from the text, and the token there is the verifier's. So an answer is its tokens and the places
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from nemo_ee.megatron.model.microbatch import MicroBatch
 
+_PADDING = 0.25  # at most, for each token of a microbatch
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -36,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class DraftBatch:
-    """Answers as a microbatch.
+    """Some answers as a microbatch.
 
     Attributes:
         batch: tokens [b, s]; its loss mask counts the drafted positions that were verified.
@@ -103,12 +105,26 @@ class ReplayBuffer:
         return cls(max_tokens, (Answer(tuple(ids), tuple(map(tuple, runs))) for ids, runs in plain))
 
 
-def draft_batch(answers: Sequence[Answer], num_draft_tokens: int, device: torch.device) -> DraftBatch:
-    """Answers side by side, padded at the end to the longest.
+def draft_batches(answers: Iterable[Answer], num_draft_tokens: int, device: torch.device) -> list[DraftBatch]:
+    """Answers as microbatches, each of answers of similar length: padding is at most `_PADDING` of its tokens.
 
     Args:
         num_draft_tokens: k, the longest draft run.
     """
+    alike: list[list[Answer]] = []
+    tokens = 0  # of the last microbatch, whose first answer is the longest
+    for answer in sorted(answers, key=lambda one: -len(one.tokens)):
+        size = len(answer.tokens) - 1
+        if not alike or (len(alike[-1]) + 1) * (len(alike[-1][0].tokens) - 1) > (1 + _PADDING) * (tokens + size):
+            alike.append([])
+            tokens = 0
+        alike[-1].append(answer)
+        tokens += size
+    return [_side_by_side(own, num_draft_tokens, device) for own in alike]
+
+
+def _side_by_side(answers: Sequence[Answer], num_draft_tokens: int, device: torch.device) -> DraftBatch:
+    """Answers padded at the end to the longest."""
     length = max(len(one.tokens) for one in answers) - 1
     tokens, labels = torch.zeros(2, len(answers), length, dtype=torch.long)
     mask = torch.zeros(len(answers), length)

@@ -19,15 +19,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from nemo_ee.megatron.loss.vocab_parallel import (
     VocabularyShard,
     chunk_bytes_on,
     chunk_logits,
+    label_and_total,
     num_buffers,
     token_chunks,
 )
+from nemo_ee.megatron.loss.weight_casts import WeightCasts
 
 
 def accepted_length_weights(probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,7 @@ def label_probabilities(
     *,
     vocabulary: VocabularyShard,
     dtype: torch.dtype | None = None,
+    casts: WeightCasts | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
     """[n] fp32 probability of each label. Every rank of the tensor-parallel group must call it.
@@ -58,16 +60,12 @@ def label_probabilities(
     See `linear_cross_entropy` for the arguments.
     """
     dtype = dtype or inputs[0].dtype
-    cast = [weight.to(dtype) for weight in weights]
+    cast = (casts or WeightCasts()).of(weights, dtype)
     height, buffers = weights[0].shape[0], num_buffers(dtype)
     size = chunk_bytes or chunk_bytes_on(labels.device, height, buffers=buffers)
     found = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
     for part in token_chunks(len(labels), height, size, buffers=buffers):
         logits = chunk_logits(inputs, cast, part, dtype, vocabulary)
-        peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)
-        rows, here = vocabulary.local_ids(labels[part])
-        logits.sub_(peak.unsqueeze(-1)).exp_()
-        target = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0.0)
-        target, total = vocabulary.reduce(torch.stack((target, logits.sum(dim=-1)))).unbind()
-        found[part] = target / total
+        _, label, total = label_and_total(logits, labels[part], vocabulary)
+        found[part] = label.exp() / total
     return found

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from nemo_ee.megatron.loss.vocab_parallel import (
     VocabularyShard,
     add_gradients,
     chunk_bytes_on,
     chunk_logits,
+    label_and_total,
     num_buffers,
     token_chunks,
 )
@@ -85,13 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=torch.float32, device=mask.device)
         for part in token_chunks(len(mask), weights[0].shape[0], chunk_bytes, buffers=num_buffers(dtype)):
             logits = chunk_logits(inputs, cast, part, dtype, vocabulary)
-            peak[part] = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)
-            logits.sub_(peak[part].unsqueeze(-1))
-            rows, here = vocabulary.local_ids(labels[part])
-            target = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0.0)
-            sums = vocabulary.reduce(torch.stack((logits.exp_().sum(dim=-1), target)))  # [2, c], one reduction
-            total[part], target = sums
-            loss_sum += ((total[part].log() - target) * mask[part]).sum()
+            peak[part], label, total[part] = label_and_total(logits, labels[part], vocabulary)
+            loss_sum += ((total[part].log() - label) * mask[part]).sum()
         ctx.save_for_backward(labels, mask, peak, total, *terms)
         ctx.vocabulary, ctx.dtype, ctx.chunk_bytes, ctx.num_terms = vocabulary, dtype, chunk_bytes, num_terms
         return loss_sum

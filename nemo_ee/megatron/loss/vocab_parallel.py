@@ -100,8 +100,8 @@ def tokens_of_a_chunk(rows: int, chunk_bytes: int, *, buffers: int = 1) -> int:
 
 
 def token_chunks(num_tokens: int, rows: int, chunk_bytes: int, *, buffers: int = 1) -> Iterator[slice]:
-    """Slices of as many tokens as `tokens_of_a_chunk` says."""
-    size = min(num_tokens, tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers))
+    """Slices of as many tokens as `tokens_of_a_chunk` says; none of no tokens."""
+    size = tokens_of_a_chunk(rows, chunk_bytes, buffers=buffers)
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 
@@ -133,6 +133,24 @@ def chunk_logits(
     logits = logits.float()
     logits[:, vocabulary.num_valid :] = torch.finfo(torch.float32).min
     return logits
+
+
+def label_and_total(logits: Tensor, labels: Tensor, vocabulary: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+    """What a chunk's label losses follow from. With logits less the largest one, ln p = the label's - ln total.
+
+    Args:
+        logits: [c, v/tp], overwritten with exp(logits - the largest of the whole vocabulary).
+        labels: [c] token ids.
+
+    Returns:
+        [c] each: the largest logit; the label's, less that; the sum of the exponentials over the whole vocabulary.
+    """
+    peak = vocabulary.reduce(logits.amax(dim=-1), ReduceOp.MAX)
+    logits.sub_(peak.unsqueeze(-1))
+    rows, here = vocabulary.local_ids(labels)
+    label = logits.gather(-1, rows.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0.0)
+    label, total = vocabulary.reduce(torch.stack((label, logits.exp_().sum(dim=-1)))).unbind()  # one reduction
+    return peak, label, total
 
 
 def argmax_over_shards(logits: Tensor, peak: Tensor, vocabulary: VocabularyShard) -> Tensor:

@@ -48,8 +48,8 @@ def exits_in_turn(
     The exits that learn from it run side by side, a piece of the sequence at a time: each comes once for every piece,
     and its sums are to be added up. A piece is as long as a chunk of the loss, in whole positions. On their own, on
     the whole microbatch, run all other exits; `layer` exits, which attend over the sequence; and, under mixed
-    precision with fp32 parameters, whose weights would be cast again for every piece, all exits. How an exit runs does
-    not depend on the others.
+    precision with fp32 parameters, all exits: of several with output weights of their own only the last cast is kept
+    (`WeightCasts`), so each piece would cast them again. How an exit runs does not depend on the others.
 
     Every rank of the tensor-parallel group must iterate to the end.
 

@@ -82,7 +82,8 @@ class ExitTuner:
         Args:
             batches: this rank's microbatches of the global batch.
             log: add the numbers of all stages and data-parallel ranks up, which joins the stages.
-            objective: of all exits in this step, None for those of the block.
+            objective: of all exits in this step, None for those of the block. One without a teacher spares the step
+                the final exit; every rank must give the same.
             weigh: see `tune_global_batch`.
 
         Returns:
@@ -93,6 +94,8 @@ class ExitTuner:
         context = self.context
         if objective is not None:
             context = replace(context, objectives=dict.fromkeys(context.objectives, objective))
+            if not objective.has_teacher:
+                context = replace(context, teachers=None)
         run = {"optimizers": self.optimizers, "sums": self.sums, "loss_weights": weights}
         tune_global_batch(context, batches, **run, weigh=weigh)
         result = {}

@@ -65,9 +65,10 @@ def tune_global_batch(
 
 
 def largest_token_count(batches: Sequence[MicroBatch]) -> float:
-    """Positions of a global batch on this rank, at least 1: the most that the sum of its tokens' weights can be.
+    """Positions of a global batch on this rank, at least 1: the most that its loss masks can sum to.
 
-    That sum is known only after the batch. Until then gradients are scaled by this number.
+    The sum of its tokens' weights, which may exceed it with `weigh` alone, is known only after the batch. Until then
+    gradients are scaled by this number.
     """
     return float(sum(batch.labels.numel() for batch in batches)) or 1.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ee.checkpoint.atomic import atomic_directory, atomic_file, write_json
+from nemo_ee.checkpoint.atomic import atomic_directory, atomic_file, own_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -136,3 +136,20 @@ def test_a_partial_file_that_its_writer_has_renamed_is_not_locked(tmp_path: Path
     monkeypatch.setattr("nemo_ee.checkpoint.atomic.fcntl.flock", lock_late)
     with pytest.raises(ValueError, match="is being written already"), atomic_file(path):
         pytest.fail("a second writer")
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with own_folder(folder):
+        assert folder.is_dir()
+        with own_folder(tmp_path / "other"):
+            pass
+        with pytest.raises(ValueError, match="folder is used by another run; wait for its end"), own_folder(folder):
+            pass
+        with pytest.raises(ValueError, match="is used by another run"), own_folder(folder):
+            pass  # the refused one left the lock where it was
+    with own_folder(folder):
+        assert names(folder) == [], "nothing is left in it"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file cannot be used .*; name another folder"), own_folder(tmp_path / "file"):
+        pass

@@ -110,7 +110,7 @@ def test_rounds_raise_the_accepted_tokens_of_a_verification(tmp_path: Path, shar
         assert torch.equal(value, backbone[name]), name
 
 
-def test_without_steps_nothing_rises(tmp_path: Path) -> None:
+def test_with_steps_too_small_to_matter_nothing_rises(tmp_path: Path) -> None:
     """Control of the test above."""
     still = tuner_of(tmp_path, lr=1e-6, rounds=10)
     assert max(one["accepted_per_verification"] for one in still.rounds()) < 0.3
@@ -143,6 +143,55 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         other.resume()
 
 
+# -- rewards --
+
+
+def test_a_step_on_answers_without_drafts_changes_no_more_than_the_decay(tmp_path: Path) -> None:
+    from nemo_ee.data.replay_buffer import Answer
+
+    tuner = tuner_of(tmp_path, imitation_share=0.0, steps_per_round=1, lr=1e-6)
+    before = snapshot(tuner.tuner.context.model)
+    tuner.buffer.add(Answer((3, 4, 5, 6), ()))
+    assert tuner.tune()["expected_accepted"] == 0.0
+    for name, value in snapshot(tuner.tuner.context.model).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-7)
+
+
+def test_answers_without_drafts_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_ee.commands import on_policy_tuner
+
+    of = on_policy_tuner.draft_runs
+    monkeypatch.setattr(on_policy_tuner, "draft_runs", lambda events: () if events[0].sequence == 0 else of(events))
+    tuner = tuner_of(tmp_path)
+    tuner.answer()
+    assert len(tuner.buffer.answers) == 3 and all(answer.runs for answer in tuner.buffer.answers)
+
+
+def test_the_share_of_imitation_is_whole_rounds(tmp_path: Path) -> None:
+    assert 0.55 * 100 > 55, "floating point"
+    tuner = tuner_of(tmp_path, imitation_share=0.55, rounds=100, steps_per_round=1)
+    tuner.answer()
+    for round, rewards in ((54, False), (55, True)):
+        tuner.round = round
+        assert ("expected_accepted" in tuner.tune()) == rewards
+
+
+def test_only_imitation_runs_the_final_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_ee.megatron.pipeline.teacher_channel import TeacherChannel
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("asked for the final exit")
+
+    monkeypatch.setattr(TeacherChannel, "after_forward", fail)
+    reward = tuner_of(tmp_path, imitation_share=0.0)
+    reward.answer()
+    assert reward.tune()["expected_accepted"] > 0
+    imitation = tuner_of(tmp_path, imitation_share=1.0)
+    imitation.answer()
+    with pytest.raises(AssertionError, match="asked for the final exit"):
+        imitation.tune()
+
+
 # -- refusals --
 
 
@@ -162,6 +211,11 @@ def test_a_threshold_that_nothing_passes_is_named(tmp_path: Path) -> None:
         ({"answers__max_new_tokens": 1}, "at least 2, since the first token is never drafted"),
         ({"answers__threshold": 1.0}, "must be below 1, because no token would be drafted"),
         ({"imitation_share": 1.5}, "imitation_share=1.5 must"),
+        (
+            {"answers__greedy": False, "answers__temperature": 0.7},
+            "must be sampled at temperature 1 where they are rewarded, because the reward is that of drafts at "
+            "temperature 1; set answers.temperature=1.0 instead of 0.7, or imitation_share=1.0",
+        ),
         ({"roundz": 3}, "roundz=3 is not a setting here (did you mean rounds?)"),
     ],
 )
@@ -169,6 +223,22 @@ def test_wrong_settings_get_one_clear_message(tmp_path: Path, changes: dict[str,
     with pytest.raises(ValueError) as caught:
         settings_of(tmp_path, **changes)
     assert message in str(caught.value)
+
+
+def test_a_temperature_is_free_where_nothing_is_rewarded(tmp_path: Path) -> None:
+    settings_of(tmp_path, answers__greedy=False, answers__temperature=0.7, imitation_share=1.0)
+    settings_of(tmp_path, answers__greedy=True, answers__temperature=0.7)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/rounds"):
+        with pytest.raises(ValueError, match=r"folder=.* must be a directory, and .*file is a file; name another"):
+            settings_of(tmp_path, folder=str(tmp_path / folder))
+    settings_of(tmp_path, folder=str(tmp_path / "new" / "rounds"))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=rf"folder=.* cannot be written, {tmp_path} is read-only; name another"):
+        settings_of(tmp_path, folder=str(tmp_path / "new" / "rounds"))
 
 
 class Letters:

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from nemo_ee.megatron.loss.accepted_length import accepted_length_weights, label_probabilities
 from nemo_ee.megatron.loss.vocab_parallel import VocabularyShard
+from nemo_ee.megatron.loss.weight_casts import WeightCasts
 from tests.helpers.core_models import core_model, exit_entry, microbatch, random_tokens
 from tests.helpers.huggingface_models import save_tiny_model
 
@@ -55,11 +56,21 @@ def test_label_probabilities_are_those_of_the_softmax_whatever_the_chunks() -> N
     for chunk_bytes in (1, 4 * 16 * 4, 1 << 20):
         found = label_probabilities(inputs, weights, labels, vocabulary=whole, chunk_bytes=chunk_bytes)
         torch.testing.assert_close(found, wanted)
+    with WeightCasts() as casts:
+        for cast in casts.of(weights[:1], torch.bfloat16):
+            cast.zero_()
+        more = {"dtype": torch.bfloat16, "casts": casts}
+        found = label_probabilities(inputs[:1], weights[:1], labels, vocabulary=whole, **more)
+    torch.testing.assert_close(found, torch.full((11,), 1 / 13), msg="the casts of the step are read")
+    assert label_probabilities([inputs[0][:0]], weights[:1], labels[:0], vocabulary=whole).shape == (0,)
 
 
-@pytest.mark.parametrize("architecture", ["mlp", "layer"])
-def test_the_step_follows_the_gradient_of_the_expected_accepted_length(tmp_path: Path, architecture: str) -> None:
-    """All the way: the gradients of a weighted step against autograd of E over naive logits. Runs overlap."""
+@pytest.mark.parametrize(("architecture", "parts"), [("mlp", 1), ("layer", 1), ("mlp", 2)])
+def test_the_step_follows_the_gradient_of_the_expected_accepted_length(
+    tmp_path: Path, architecture: str, parts: int
+) -> None:
+    """All the way: the gradients of a weighted step against autograd of E over naive logits. Runs overlap. In two
+    microbatches, too."""
     from nemo_ee.exits.objective import CROSS_ENTROPY
     from nemo_ee.megatron.loss.exit_metrics import ExitSums
     from nemo_ee.megatron.optim.stage_optimizers import stage_optimizers
@@ -75,11 +86,19 @@ def test_the_step_follows_the_gradient_of_the_expected_accepted_length(tmp_path:
     runs = torch.tensor([[1, 2, 3], [2, 3, 4], [10, 11, 12], [7, behind, behind]])
     (head,) = core.model.exits
     optimizers = stage_optimizers(core.model, {"name": "adamw", "lr": 1e-3})
-    weigh, sums = DraftWeights(runs), ExitSums([entry["name"]], torch.device("cpu"))
+    if parts == 1:
+        own = [(batch, runs)]
+    else:  # the rows apart
+        ends = [torch.tensor([[1, 2, 3], [2, 3, 4], [7, 9, 9]]), torch.tensor([[1, 2, 3]])]
+        own = [
+            (microbatch(batch.tokens[[row]], labels=batch.labels[[row]]), in_row) for row, in_row in enumerate(ends)
+        ]
+    weigh, sums = DraftWeights(own), ExitSums([entry["name"]], torch.device("cpu"))
     assert core.context.objectives[entry["name"]] == CROSS_ENTROPY
     tune_global_batch(
-        core.context, [batch], optimizers=optimizers, sums=sums, loss_weights={entry["name"]: 1.0}, weigh=weigh
-    )
+        core.context, [one for one, _ in own], optimizers=optimizers, sums=sums, weigh=weigh,
+        loss_weights={entry["name"]: 1.0},
+    )  # fmt: skip
     found = {name: value.grad.clone() for name, value in head.named_parameters() if value.grad is not None}
 
     head.zero_grad()
@@ -91,7 +110,7 @@ def test_the_step_follows_the_gradient_of_the_expected_accepted_length(tmp_path:
         accepted = padded.cumprod(dim=-1)
         (-accepted.sum()).backward()
     total = sum(accepted[:, index:].sum() for index in range(runs.shape[1])).item()  # of all weights
-    assert weigh.expected == pytest.approx([accepted.sum().item() / len(runs)])
+    assert weigh.expected == pytest.approx(accepted.sum().item() / len(runs))
     assert found, "nothing was compared"
     for name, grad in found.items():
         wanted = dict(head.named_parameters())[name].grad / total

@@ -43,3 +43,7 @@ def test_chunks_hold_every_token_once() -> None:
     parts = list(token_chunks(3000, rows, chunk_bytes_on(CPU, rows)))
     assert [part.stop - part.start for part in parts] == [1024, 1024, 952]
     assert [index for part in parts for index in range(part.start, part.stop)] == list(range(3000))
+
+
+def test_of_no_tokens_there_is_no_chunk() -> None:
+    assert list(token_chunks(0, 4096, MIB)) == []
