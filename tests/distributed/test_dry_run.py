@@ -62,7 +62,12 @@ def test_the_counts_of_a_real_run(real: Path, dry: dict[str, list[dict[str, Any]
         rank = stage["stage"] * layout.gpus // layout.pipeline
         found = json.loads((real / f"{name}.{rank}.json").read_text(encoding="utf-8"))
         order = {"key": lambda one: json.dumps(one, sort_keys=True)}
-        assert sorted(stage.pop("transfers"), **order) == sorted(found.pop("transfers"), **order)
+        transfers = sorted(stage.pop("transfers"), **order)
+        assert transfers == sorted(found.pop("transfers"), **order)
+        # On a busy machine gloo's thread may hold the tensor of a transfer for a moment after its end.
+        held = found["peak_bytes"]["temporary"] - stage["peak_bytes"]["temporary"]
+        assert 0 <= held <= max((one["bytes"] for one in transfers), default=0)
+        found["peak_bytes"]["temporary"] -= held
         assert stage == found
         assert stage["flops"] > 0 and sum(stage["peak_bytes"].values()) > 0
 
