@@ -244,7 +244,7 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
 def in_words(schema: Mapping[str, Any], definitions: Mapping[str, Any] | None = None, *, many: bool = False) -> str:
     """The values that a JSON schema allows, as the object of "must be": "a whole number of at least 1, or null"."""
     definitions = schema.get("$defs", {}) if definitions is None else definitions
-    if "$ref" in schema:
+    if "$ref" in schema and "x-rule" not in schema:
         return in_words(definitions[schema["$ref"].rpartition("/")[2]], definitions, many=many)
     kind = schema.get("type")
     if many and (

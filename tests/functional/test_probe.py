@@ -196,3 +196,13 @@ def test_wrong_input_is_one_error_and_nothing_is_written(made, changes, message)
         fit(**{**made.given, **changes})
     assert message in str(caught.value)
     assert made.plain.read_bytes() == before
+
+
+def test_what_is_missing_is_named_with_its_rule():
+    with pytest.raises(ValueError) as caught:
+        fit()
+    for line in (
+        "checkpoint is needed and not given; it must be the name of an early-exit .nemo",
+        "data is needed and not given; it must be the name of a .jsonl with prompts or documents, or of a text file",
+    ):
+        assert line in str(caught.value)
