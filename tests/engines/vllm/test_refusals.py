@@ -32,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"thresholds": {"layer1-mpl": 0.9}}, {}, r"layer1-mpl.*did you mean layer1-mlp\?"),
         ({"thresholds": 1.5}, {}, "threshold = 1.5 must be a number in 0..1"),
         ({"thresholds": 0.9, "criterion": "probability"}, {}, "criterion = 'probability' is unknown"),
+        ({"thresholds": 0.9, "criterion": "probe"}, {}, "criterion='probe': vLLM's plugin reads no hidden states"),
         ({"treshold": 0.9}, {}, r"treshold=0.9 .*did you mean thresholds\?"),
         ({"active": ["layer9-mlp"]}, {}, "active names the exit 'layer9-mlp', which the model does not have"),
         ({"criterion": "entropy"}, {}, "criterion without thresholds, whose meaning it changes; state both"),

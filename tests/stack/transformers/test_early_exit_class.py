@@ -313,6 +313,7 @@ def test_weights_that_need_no_change_are_shared(model: Any) -> None:
         ({"early_exits": ["x"]}, "active names the exit 'x', which the model does not have"),
         ({"early_exits": "x"}, "must be a list of exit names"),
         ({"early_exit_threshold": None, "max_pending_tokens": 3}, "max_pending_tokens=3: without effect"),
+        ({"early_exit_criterion": "probe"}, "early_exit_criterion='probe': a loaded model has no probes"),
     ],
 )
 def test_refusals(settings: dict, words: str, model: Any, prompt: dict) -> None:
