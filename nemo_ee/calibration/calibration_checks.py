@@ -63,6 +63,15 @@ def check_model(request: CalibrationRequest, stored: DictConfig, positions: int)
 def checked_prompts(
     request: CalibrationRequest, tokenizer: Any, positions: int, vocab_size: int | None
 ) -> CalibrationPrompts:
+    """The prompts of a request.
+
+    Args:
+        positions: the model's.
+        vocab_size: the model's; None = token ids are not checked.
+
+    Raises:
+        ValueError: the first kind of problem: of the tokenizer, of prompts (all of them), or too few prompts to test.
+    """
     setting = request.setting
     if setting.add_BOS and tokenizer.bos_id is None:
         raise ValueError("add_BOS=True, but the tokenizer has no begin-of-text token; set add_BOS=False")

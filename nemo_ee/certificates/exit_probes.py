@@ -3,8 +3,8 @@
 """The probes of a `.nemo` (`criterion: probe`), which are valid for the weights they were fitted to.
 
 They are one member, `exit_probes.json`, with the fingerprints of backbone and exits and the sha256 of the prompts they
-were fitted on. Saving a restored model keeps it, as it keeps certificates; after another tuning
-the fingerprints differ, and the probes are refused.
+were fitted on. Saving a restored model keeps it, as it keeps certificates; after another tuning the fingerprints
+differ, and the probes are refused.
 """
 
 from __future__ import annotations

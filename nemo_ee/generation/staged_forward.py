@@ -256,9 +256,9 @@ class StagedForward:
         for point, thresholds in self._exits_at[stop]:
             slots = [slot for slot in undecided if slot in thresholds]
             slots = [slot for slot in slots if may_exit[slot] is None or may_exit[slot].evaluates(point.name)]
-            probed = self._probe(point, batch, [slot for slot in slots if self._plans[slot].criterion == PROBE])
-            # Where a probe decides, the head runs only for tokens that leave.
-            slots = [slot for slot in slots if slot not in probed or probed[slot] > thresholds[slot]]
+            probed = self._probe(point, batch, last_rows, slots)
+            if probed:  # the head runs only for tokens that leave
+                slots = [slot for slot in slots if slot not in probed or probed[slot] > thresholds[slot]]
             rows = [last_rows[slot] for slot in slots]
             self._write_exit_kv(point.name, batch, thresholds, rows)
             if not rows:
@@ -275,11 +275,13 @@ class StagedForward:
                     undecided.remove(slot)
         return outputs
 
-    def _probe(self, point: ExitPoint, batch: HiddenBatch, slots: Sequence[int]) -> dict[int, float]:
-        """Slot -> the confidence that the exit's probe has in its newest row."""
+    def _probe(
+        self, point: ExitPoint, batch: HiddenBatch, last_rows: Mapping[int, int], slots: Sequence[int]
+    ) -> dict[int, float]:
+        """Slot -> the confidence that the exit's probe has in its newest row, where a probe decides."""
+        slots = [slot for slot in slots if self._plans[slot].criterion == PROBE]
         if not slots:
             return {}
-        last_rows = batch.last_rows()
         return dict(zip(slots, point.probe(batch.hidden[[last_rows[slot] for slot in slots]]).tolist(), strict=True))
 
     def _confidence(

@@ -64,9 +64,10 @@ def test_the_counts_of_a_real_run(real: Path, dry: dict[str, list[dict[str, Any]
         order = {"key": lambda one: json.dumps(one, sort_keys=True)}
         transfers = sorted(stage.pop("transfers"), **order)
         assert transfers == sorted(found.pop("transfers"), **order)
-        # On a busy machine gloo's thread may hold the tensor of a transfer for a moment after its end.
+        # On a busy machine the real peak was seen to hold 128 bytes more, those of one all-reduce: its tensor may live
+        # a moment longer in gloo's thread than in ours.
         held = found["peak_bytes"]["temporary"] - stage["peak_bytes"]["temporary"]
-        assert 0 <= held <= max((one["bytes"] for one in transfers), default=0)
+        assert held in {0, *(one["bytes"] for one in transfers if one["kind"] == "allreduce_")}
         found["peak_bytes"]["temporary"] -= held
         assert stage == found
         assert stage["flops"] > 0 and sum(stage["peak_bytes"].values()) > 0
