@@ -30,13 +30,11 @@ def exit_points(*exits: tuple[str, int, int]) -> tuple[ExitPoint, ...]:
     return tuple(sorted((ExitPoint(*exit) for exit in exits), key=lambda point: point.stop))
 
 
-def with_random_probes(model: TinyTransformer, seed: int) -> tuple[ExitPoint, ...]:
-    """The model's exits, each with a probe whose confidence spreads over 0..1."""
+def random_probes(exits: Sequence[ExitPoint], hidden_size: int, seed: int) -> tuple[ExitPoint, ...]:
+    """The exits, each with a probe whose confidence spreads over 0..1."""
     generator = torch.Generator().manual_seed(seed)
-    weights = (torch.randn(model.hidden_size, generator=generator) / math.sqrt(model.hidden_size) for _ in model.exits)
-    return with_probes(
-        model.exits, {point.name: ExitProbe(2 * own, 0.1) for point, own in zip(model.exits, weights, strict=True)}
-    )
+    weights = (torch.randn(hidden_size, generator=generator) / math.sqrt(hidden_size) for _ in exits)
+    return with_probes(exits, {point.name: ExitProbe(2 * own, 0.1) for point, own in zip(exits, weights, strict=True)})
 
 
 @dataclasses.dataclass

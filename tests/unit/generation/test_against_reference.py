@@ -15,7 +15,7 @@ from nemo_ee.generation.policy import ExitPolicy
 from nemo_ee.generation.reference import decode
 from nemo_ee.generation.sampling import SamplingParams
 from tests.helpers.reference_decoder import PlainTransformer, hidden_by_stop, logits_at
-from tests.helpers.stub_models import TinyTransformer, with_random_probes
+from tests.helpers.stub_models import TinyTransformer, random_probes
 
 ARCHITECTURES = ("embedding", "norm", "mlp", "layer")
 EDGES = {"max_probability": (0.2, 0.9), "margin": (0.05, 0.8), "entropy": (0.3, 2.5), "probe": (0.2, 0.8)}
@@ -37,7 +37,7 @@ def random_case(seed):
         exit = exit_at(rng.randint(1, num_layers), rng.choice(ARCHITECTURES))
         exits[exit.name] = exit
     model = TinyTransformer(list(exits.values()), num_layers=num_layers, seed=seed)
-    model.exits = with_random_probes(model, seed)
+    model.exits = random_probes(model.exits, model.hidden_size, seed=seed)
     criterion = rng.choice(list(EDGES))
     active = [name for name in exits if rng.random() < 0.8]
     thresholds = {name: rng.uniform(*EDGES[criterion]) for name in active}

@@ -16,7 +16,7 @@ from nemo_ee.generation.decoding_model import TokenPositions, with_probes
 from nemo_ee.generation.engine import EarlyExitEngine, Request
 from nemo_ee.generation.exit_trace import TracePass
 from nemo_ee.generation.policy import ExitPolicy, plan_exits
-from tests.helpers.stub_models import ScriptedModel, TinyTransformer, exit_points, with_random_probes
+from tests.helpers.stub_models import ScriptedModel, TinyTransformer, exit_points, random_probes
 
 POLICY = ExitPolicy(0.5, criterion="probe")
 
@@ -25,7 +25,7 @@ def tiny():
     exits = [ExitConfig(name, layer, kind, "random", "own") for name, layer, kind in
              (("a", 1, "mlp"), ("b", 2, "layer"), ("c", 3, "norm"))]  # fmt: skip
     model = TinyTransformer(exits, seed=3)
-    model.exits = with_random_probes(model, 3)
+    model.exits = random_probes(model.exits, model.hidden_size, seed=3)
     return model
 
 

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 
 def decode(directory: Path, request: dict[str, Any]) -> list[list[Any]]:
-    """[sequence, position, token, exit, confidence] of every token, mode after mode, on the layout that is set up."""
+    """[sequence, position, token, exit, confidence] of every token, mode after mode, on the layout that is set up; in
+    each mode by the largest probability, then by probes."""
     from nemo_ee.generation.policy import ExitPolicy
     from nemo_ee.generation.sampling import SamplingParams
+    from tests.helpers.stub_models import random_probes
     from tests.unit.megatron.test_decoding_adapter import build, engine_of
 
     engine = engine_of(build(directory, request["exits"], drawn=False))
-    events = []
-    for mode in request["modes"]:
+    model, events = engine.model, []
+    model.exits = random_probes(model.exits, model.model.config.hidden_size, seed=1)
+    policies = [ExitPolicy(request["thresholds"]), ExitPolicy(0.5, criterion="probe")]
+    for mode, policy in product(request["modes"], policies):
         result = engine.generate(
             request["prompts"],
             max_new_tokens=request["max_new_tokens"],
             mode=mode,
-            policy=ExitPolicy(request["thresholds"]),
+            policy=policy,
             sampling=SamplingParams(**request["sampling"]),
         )
         events += [[one.sequence, one.position, one.token, one.exit, one.confidence] for one in result.events]
